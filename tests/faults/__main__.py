@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from faults import damage, kills, limits, network, project, times
+from faults import dagster_runs, damage, kills, limits, network, project, times
 from faults.case import Case, Result, result_of
 
 CLASSES: dict[str, Callable[[project.Projects, bool], Iterator[Case]]] = {
-    "kill": kills.cases, "damage": damage.cases, **limits.CLASSES, **times.CLASSES, **network.CLASSES,
+    "kill": kills.cases, "damage": damage.cases, **limits.CLASSES, **times.CLASSES, **network.CLASSES, **dagster_runs.CLASSES,
 }  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def _killed_after(words: tuple[str, ...], share: float, group: bool) -> Any:
                 os.kill(command.pid, signal.SIGKILL)
         ended = at_work.ended(command)
         assert ended.code in (0, KILLED), ended.text
-        _wait_for_group(command.pid)
+        wait_for_group(command.pid)
         goal = project.DONE if words[-1] in ("sync", "--all") else "instructions"
         if words[-1] == "sync":
             again = at_work.run("pedigree", "sync")
@@ -162,7 +162,7 @@ def _cpu_of_group(group: int) -> float:
     return total
 
 
-def _wait_for_group(group: int) -> None:
+def wait_for_group(group: int) -> None:
     """Wait until no process of a session is left: a stage ends with DVC by itself."""
     import psutil
 

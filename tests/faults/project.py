@@ -92,7 +92,7 @@ class Projects:
                     git(place.root, "add", "-A")
                     git(place.root, "commit", "-qm", "made")
                 self.states[stage] = self._keep(place, stage)
-        warm.preload(sorted(set(modules.read_text().splitlines())))
+                warm.preload(sorted(set(modules.read_text().splitlines())))  # so that no later process imports them again
 
     def copy(self, state: str, name: str) -> warm.Place:
         """A project in this state, to be disturbed."""

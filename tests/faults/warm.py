@@ -127,9 +127,9 @@ def start(
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
-    if pid:
-        return Command(words, pid, out, err)
-    end(_in_child, place, words, out, err, fault, in_stage, environment or {})
+    if not pid:
+        end(_in_child, place, words, out, err, fault, in_stage, environment or {})
+    return Command(words, pid, out, err)
 
 
 def run(place: Place, *words: str, **faults: Any) -> Outcome:
@@ -166,9 +166,23 @@ def _main(words: Sequence[str]) -> int:
         from dvc.cli import main as dvc_main
 
         return int(dvc_main([*words[1:]]) or 0)
+    if words[0] == "materialize":
+        return _materialize(words[1:])
     from dagster_project.__main__ import main
 
     return main([*words[1:]])
+
+
+def _materialize(addresses: Sequence[str]) -> int:
+    """Run the assets of these stages in this process, as Dagster's process of a run does."""
+    from dagster_project.orchestration.dagster.assets import build_definitions, open_instance
+    from dagster_project.orchestration.dagster_dvc.keys import asset_key
+
+    root = Path.cwd()
+    with open_instance(root) as instance:
+        job = build_definitions(root, whole_location=True).resolve_implicit_global_asset_job_def()
+        keys = [asset_key(address) for address in addresses]
+        return 0 if job.execute_in_process(instance=instance, asset_selection=keys, raise_on_error=False).success else 1
 
 
 def end(function: Callable[..., int], *arguments: Any) -> NoReturn:
