@@ -62,7 +62,7 @@ soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stag
 	PEDIGREE_FUZZ=$(or $(CASES),200) $(BIN)/python -m pytest -q --timeout 0 tests/test_check_fuzz.py
 
 faults: $(VENV)/ok ## break one thing at a time in a small real project (kills, full disks, damaged files, ...) and compare with an undisturbed run; ONLY=kill: one class or case
-	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m faults $(if $(ONLY),--only $(ONLY)) $(if $(SHARE),--share $(SHARE))
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m faults --jobs $(or $(JOBS),2) $(if $(ONLY),--only $(ONLY)) $(if $(SHARE),--share $(SHARE))
 
 lock:            ## write requirements.lock: locked versions that still fit pyproject.toml stay; UPGRADE=--upgrade: the newest allowed
 	$(if $(UV),,$(PYTHON) -m venv build/uv && build/uv/bin/python -m pip install --quiet uv)

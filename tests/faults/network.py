@@ -112,6 +112,7 @@ def cases(projects: project.Projects, fixed: bool) -> Iterator[Case]:
 def _judge(kind: str) -> Callable[[Play], None]:
     def play(at_work: Play) -> None:
         shutil.rmtree(at_work.root)
+        at_work.root.mkdir()
         project.forked(make_answered_project, at_work.root)  # its libraries start threads
         before = project.files(at_work.root)
         server = ThreadingHTTPServer(("127.0.0.1", 0), _JudgeHandler)

@@ -66,6 +66,8 @@ class Projects:
     def __init__(self, base: Path) -> None:
         self.base = base
         self.states: dict[str, State] = {}
+        self.name = ""
+        """Begins the names of this process's copies."""
         base.mkdir(parents=True, exist_ok=True)
         base.chmod(0o755)
 
@@ -104,7 +106,7 @@ class Projects:
         return place
 
     def _place(self, name: str) -> warm.Place:
-        around = self.base / name
+        around = self.base / f"{self.name}{name}"
         for folder in ("home", "tmp", "site", "hub"):
             (around / folder).mkdir(parents=True)
         return warm.Place(around / "project", around)
