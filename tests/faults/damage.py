@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,6 +77,10 @@ def _damaged(name: str, kind: str) -> Callable[[Play], None]:
             if first.code != 0 and Path(name).name.split(".")[0] not in said + first.text:
                 raise Violation(f"no message names {name}:\n{said}{first.text}")
             _put_back(path, before, mode)
+        for found in re.finditer(r"next: (?:rm (\S+), then )?dvc commit (\S+)", said):
+            if found[1]:
+                Path(found[1]).unlink()
+            at_work.run("dvc", "commit", found[2])
         if not name.startswith(".dagster/"):
             at_work.recovers(project.DONE, "pedigree", "run", "--all")
 

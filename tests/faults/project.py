@@ -21,7 +21,7 @@ STAGES = ("base_model", "raw_examples", "instructions", "splits", "tokenized")
 SOURCE = Path(__file__).resolve().parents[2] / "data/sources/replies_messages.jsonl"
 DONE = STAGES[-1]
 """Name of the state in which every stage has run."""
-ANY_CONTENT = (".git/", ".dvc/tmp/", ".dagster/")
+ANY_CONTENT = (".git/", ".dvc/tmp/", ".dagster/", "data/pages/base_model/audit.html")
 """Where files may differ in content: logs of what ran, locks and caches."""
 MAY_APPEAR = ("dvc.lock.lock", ".git/", ".dagster/", ".dvc/tmp/rwlock", ".dvc/tmp/lock", ".dvc/tmp/btime", ".dvc/tmp/exps", ".dvc/tmp/pedigree/locks/",
               ".dvc/tmp/pedigree/sha256.json", ".dvc/tmp/pedigree/index.sqlite3", ".dvc/tmp/pedigree/seconds/", ".dvc/tmp/pedigree/checkpoints/",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import logging
 import multiprocessing
 import os
 import resource
@@ -162,6 +163,7 @@ def _forget_temporary_folder() -> None:
 
 def _main(words: Sequence[str]) -> int:
     sys.argv = [*words]
+    logging.getLogger("pedigree").handlers.clear()  # of the process that this one was forked from
     if words[0] == "dvc":
         from dvc.cli import main as dvc_main
 
