@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -682,7 +683,8 @@ def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
         explained = ending.explained(error, interrupts, options.command, Path(getattr(options, "project", ".")).absolute())
         if explained is None:
             raise
-        log.error(str(explained) if isinstance(explained, Interrupted) else f"error: {explained}")
+        if not (isinstance(error, KeyboardInterrupt) and ending.INNER in os.environ):
+            log.error(str(explained) if isinstance(explained, Interrupted) else f"error: {explained}")
         return explained.exit_code
     finally:
         log.removeHandler(handler)

@@ -18,6 +18,8 @@ from dagster_project.core import faults
 from dagster_project.core.errors import Interrupted, PedigreeError
 
 INTERRUPTED = "interrupted; nothing was recorded"
+INNER = "PEDIGREE_INNER_COMMAND"
+"""Environment variable of a command that another one has started: that one prints the line."""
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
 
@@ -36,8 +38,10 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _note_unraisable(self, unraisable: Any) -> None:
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            self.came = True
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):  # it came in a callback of the garbage collector, which cannot end anything
+            again = threading.Timer(0.02, signal.raise_signal, [signal.SIGINT])
+            again.daemon = True
+            again.start()
         else:
             sys.__unraisablehook__(unraisable)
 

@@ -141,6 +141,7 @@ def _files(found: Found, params: str, name: str) -> dict[str, str]:
         "workspace.yaml": WORKSPACE,
         "README.md": _readme(name, found),
         ".gitignore": _gitignore(outputs, optional),
+        ".gitattributes": GITATTRIBUTES,
         **DVC_FILES,
         RECORD_KEY: secrets.token_hex(32) + "\n",
         **{f"{folder}/{KEEP}": "" for folder in sorted({*inputs, *kept})},
@@ -158,6 +159,9 @@ def _paths() -> tuple[list[str], list[str]]:
         if dep.startswith("data/") and not dep.startswith("data/reports/") and "$" not in dep
     }
     return outputs, sorted(dep for dep in deps if not any(dep == out or dep.startswith(f"{out}/") for out in outputs))
+
+
+GITATTRIBUTES = "# DVC hashes bytes: git must not change line ends in a checkout\n* -text\n"
 
 
 def _gitignore(outputs: Sequence[str], optional: Sequence[str]) -> str:

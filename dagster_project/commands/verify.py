@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands import elsewhere
+from dagster_project.commands.ending import INNER
 from dagster_project.commands.outputs import Outputs, ancestors
 from dagster_project.core import params
 from dagster_project.core.errors import CheckFailed, InputError
@@ -234,7 +235,7 @@ class _Clone:
         """
         inherited = {key: value for key, value in os.environ.items() if key not in {"DVC_STAGE", "DVC_ROOT", "DAGSTER_PIPES_CONTEXT"}}
         path = os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = inherited | dvc.command_environment({"PYTHONPATH": path, "PEDIGREE_PROJECT": str(self.root)})
+        environment = inherited | dvc.command_environment({"PYTHONPATH": path, "PEDIGREE_PROJECT": str(self.root), INNER: "1"})
         code = subprocess.run(self.lock[name]["cmd"], shell=True, cwd=self.root, env=environment, stdout=2, check=False).returncode
         if code:
             kind = InputError if code == 2 else CheckFailed

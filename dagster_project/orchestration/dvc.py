@@ -1,4 +1,4 @@
-"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file, rwlock.py, dvc_remote.py, remote_store.py and experiments.py use DVC.
+"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file, rwlock.py, dvc_errors.py, dvc_remote.py, remote_store.py and experiments.py use DVC.
 
 DVC's Python API for this is undocumented: `private_module` asserts the minor version, which pyproject.toml pins.
 """
@@ -23,8 +23,8 @@ from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
-from dagster_project.lineage.history import LOCK, LOST_HINT, Revision, lost_entries, lost_text
-from dagster_project.orchestration import rwlock
+from dagster_project.lineage.history import LOST_HINT, lost_entries, lost_text
+from dagster_project.orchestration import dvc_errors, rwlock
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import command_of_dvc, interrupt_command
 
@@ -38,15 +38,6 @@ PROGRESS_INTERVAL = 10.0
 PRELOAD = ["dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output", "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "dvc_render.html",
            "scmrepo.git", "ruamel.yaml"]  # fmt: skip
 """Modules that a fork server imports once for all processes that reproduce a stage. None starts a thread."""
-INVALID_FILE_ERRORS = {
-    "YAMLFileCorruptedError",
-    "YAMLValidationError",
-    "YAMLSyntaxError",
-    "EncodingError",
-    "ResolveError",
-    "EntryNotFound",
-    "CyclicGraphError",
-}
 
 
 @dataclass(frozen=True)
@@ -116,33 +107,18 @@ def open_repo(root: Path) -> Iterator[Any]:
     """DVC's `Repo` of the project.
 
     Raises:
-        InputError: no DVC project, or dvc.yaml, dvc.lock or params.yaml is invalid.
+        InputError: no DVC project, or dvc.yaml, dvc.lock, params.yaml, a file's name or DVC's cache of hashes is invalid.
     """
-    exceptions, repository = private_module("dvc.exceptions"), private_module("dvc.repo")
+    repository = private_module("dvc.repo")
     logging.getLogger("dvc").setLevel(logging.ERROR)  # after the import, which sets it
     rwlock.repair(root)
     try:
         with repository.Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
-    except exceptions.NotDvcRepoError:
-        raise InputError(f"{root} is not a DVC project", "run `make run` once, or `dvc init`, in the project's folder") from None
-    except private_module("dvc.scm").SCMError as error:
-        raise InputError(
-            f"{root} is not in a git repository: {error}",
-            "run `git init` there; or, to work without git, `dvc config --local core.no_scm true`",
-        ) from None
-    except exceptions.DvcException as error:
-        if type(error).__name__ in INVALID_FILE_ERRORS:
-            for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
-                if (root / name).is_file() and "<<<<<<< " in (root / name).read_text(errors="replace"):
-                    raise InputError(
-                        f"{name} has an unresolved merge conflict",
-                        f"take one side with `git checkout --ours {name}` (or --theirs), then `dvc repro`",
-                    ) from None
-            if (root / LOCK).is_file():
-                Revision(root, None).lock()
-            raise InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again") from None
-        raise
+    except Exception as error:
+        if (known := dvc_errors.explained(error, root)) is None:
+            raise
+        raise known from None
 
 
 def digest(value: Any) -> str:

@@ -242,6 +242,9 @@ class _Examination:
         where = f"report at {at.rev}" if at.rev else "report"
         if content is None:
             self.missing[out["path"], at.rev or ""] = {"path": out["path"], "object": out["md5"], "next": f"git checkout {out['path']}"}
+        elif md5_of_bytes(content.replace(b"\r\n", b"\n")) == out["md5"] != md5_of_bytes(content):
+            then = "write `* -text` into .gitattributes, and restore it with `git checkout HEAD`: git changed its line ends"
+            self._add_finding(where, out["path"], "has line ends of Windows, unlike what dvc.lock recorded", then)
         elif md5_of_bytes(content) != out["md5"]:
             self._add_finding(where, out["path"], "is not what dvc.lock recorded", f"git checkout {out['path']}, or dvc repro {address}")
         self.files, self.bytes = self.files + 1, self.bytes + len(content or b"")

@@ -1,0 +1,71 @@
+"""Errors of DVC and of the files that it reads, as one message with the next step."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import traceback
+from pathlib import Path
+
+from dagster_project.core.errors import InputError
+from dagster_project.lineage.history import LOCK, Revision
+from dagster_project.orchestration.private_api import private_module
+
+INVALID_FILE_ERRORS = {
+    "YAMLFileCorruptedError",
+    "YAMLValidationError",
+    "YAMLSyntaxError",
+    "EncodingError",
+    "ResolveError",
+    "EntryNotFound",
+    "CyclicGraphError",
+}
+
+
+def explained(error: Exception, root: Path) -> InputError | None:
+    """What is wrong with the project; None if the error is none that bad input causes."""
+    exceptions = private_module("dvc.exceptions")
+    if isinstance(error, sqlite3.DatabaseError) and (folder := _folder_of_cache(error)):
+        return InputError(f"{folder}: DVC's cache of hashes is damaged: {error}", "remove this folder: DVC makes it anew")
+    if isinstance(error, UnicodeEncodeError) and (name := _name_that_is_not_utf8(root / "data")):
+        return InputError(f"{name!r}: the name of this file is not UTF-8, and DVC cannot record it", "rename the file")
+    if isinstance(error, exceptions.NotDvcRepoError):
+        return InputError(f"{root} is not a DVC project", "run `make run` once, or `dvc init`, in the project's folder")
+    if isinstance(error, private_module("dvc.scm").SCMError):
+        return InputError(str(error), "run `git init` there; or, to work without git, `dvc config --local core.no_scm true`")
+    if isinstance(error, exceptions.DvcException) and type(error).__name__ in INVALID_FILE_ERRORS:
+        return _of_a_file(error, root)
+    return None
+
+
+def _of_a_file(error: Exception, root: Path) -> InputError:
+    for name in (LOCK, "dvc.yaml", "params.yaml"):
+        if (root / name).is_file() and "<<<<<<< " in (root / name).read_text(errors="replace"):
+            return InputError(
+                f"{name} has an unresolved merge conflict",
+                f"take one side with `git checkout --ours {name}` (or --theirs), then `dvc repro`",
+            )
+    try:
+        if (root / LOCK).is_file():
+            Revision(root, None).lock()
+    except InputError as wrong:
+        return wrong
+    return InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again")
+
+
+def _folder_of_cache(error: sqlite3.DatabaseError) -> str:
+    """The folder of DVC's cache, from the object that failed to read it; empty if the file is not damaged."""
+    if isinstance(error, sqlite3.OperationalError):  # locked, full, read-only
+        return ""
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((str(owner.directory) for owner in owners if type(owner).__module__.startswith("diskcache.")), "")
+
+
+def _name_that_is_not_utf8(folder: Path) -> str:
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                return str(Path(parent, name))
+    return ""
