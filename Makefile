@@ -55,11 +55,15 @@ bench: $(VENV)/ok ## measure the overhead of the front ends, impact over a long 
 	$(BIN)/python benchmarks/curation.py
 	$(BIN)/python benchmarks/scaling.py
 
-soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stages at once; 3,000 random histories against the oracle of audit answers; 200 cases of each kind of hostile data
+soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stages at once; 3,000 random histories against the oracle of audit answers; 200 cases of each kind of hostile data. HOURS=8: only random steps, for so long, and soak.csv with what grows
+ifdef HOURS
+	$(BIN)/python tests/test_two_front_ends.py --hours $(HOURS)
+else
 	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED)
 	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED) --at-once
 	PEDIGREE_HISTORIES=$(or $(HISTORIES),3000) $(BIN)/python tests/test_random_histories.py
 	PEDIGREE_FUZZ=$(or $(CASES),200) $(BIN)/python -m pytest -q --timeout 0 tests/test_check_fuzz.py
+endif
 
 faults: $(VENV)/ok ## break one thing at a time in a small real project (kills, full disks, damaged files, ...) and compare with an undisturbed run; ONLY=kill: one class or case
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m faults --jobs $(or $(JOBS),2) $(if $(ONLY),--only $(ONLY)) $(if $(SHARE),--share $(SHARE))

@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits sleep
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the many processes of tests need not compile the project each
 os.environ.pop("DAGSTER_HOME", None)  # the home of whoever runs the tests is not that of their projects
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 

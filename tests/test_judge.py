@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,9 @@ class Stub:
                 status, headers = stub.trouble.pop(0) if stub.trouble else (200, {})
                 said = stub.answer(json.loads(body["messages"][1]["content"]))
                 reply = said if isinstance(said, dict) else {"choices": [{"message": {"content": said}}]}
+                if isinstance(said, bytes):  # the reply as it is
+                    self.wfile.write(said)
+                    return
                 usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 2}}
                 quoted = {"error": f"bad key {self.headers['Authorization']}"}  # as some do
                 text = json.dumps(quoted if status >= 300 else usage | reply).encode()
@@ -161,6 +166,64 @@ def test_tokens_are_those_the_endpoint_counted_and_cost_follows_from_the_price(s
     found = judged(stub, price=(5.0, 20.0))
     assert found["tokens"] is None and found["cost"] is None  # unknown is not nothing
     assert "tokens not counted by the endpoint" in judge_text(found)
+
+
+@pytest.mark.parametrize("count", [10**400, 10**9 + 1, -1, True, 1.5, "7", None, [1]])
+def test_token_counts_that_cannot_be_true_are_not_counted(stub: Stub, count: Any) -> None:
+    stub.answer = lambda asked: {"choices": [{"message": {"content": "A"}}], "usage": {"prompt_tokens": count, "completion_tokens": 2}}
+    found = judged(stub, price=(5.0, 20.0))
+    assert found["tokens"] is None and found["cost"] is None and found["ties"] == 1
+    assert "tokens not counted by the endpoint" in judge_text(found)
+
+
+@pytest.mark.parametrize("beginning", [b"", b"HTTP/1.0 200 OK\r\n", b"HTTP/1.0 200 OK\r\n\r\n"], ids=["status", "headers", "body"])
+def test_the_timeout_is_that_of_the_whole_reply(beginning: bytes) -> None:
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            while not ended.is_set():
+                connection, _ = server.accept()
+                threading.Thread(target=feed, args=(connection,), daemon=True).start()
+
+        def feed(connection: socket.socket) -> None:
+            with connection, suppress(OSError):
+                connection.sendall(beginning)
+                while not ended.wait(0.05):  # each byte comes within the timeout
+                    connection.sendall(b"H" if not beginning else b"X")
+
+        threading.Thread(target=drip, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        with pytest.raises(PedigreeError, match=r"no reply after 2 attempts \(TimeoutError\)"):
+            ask(Endpoint(url, "m", timeout=0.5, attempts=2), [], wait=lambda seconds: None)
+        ended.set()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.0 200 OK\r\n\r\n" + b"[" * 1_000_000,
+        b"HTTP/1.0 200 OK\r\n\r\n" + b'{"choices": ' + b"9" * 3_000_000 + b"}",
+        b"HTTP/1.0 200 OK\r\n\r\n" + b'{"usage": {"prompt_tokens": ' + b"9" * 5000 + b'}, "choices": [{"message": {"content": "A"}}]}',
+        b"HTTP/1.0 200 OK\r\nContent-Length: 99999999999999\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 60 + b"\r\n",
+        b"\xff\xfe not HTTP",
+        b"HTTP/1.0 200 OK\r\n" + b"A: " + b"a" * 200_000,
+    ],
+    ids=["deep", "long", "5000 digits", "cut off", "chunk size", "not HTTP", "long header"],
+)
+def test_a_hostile_reply_is_no_verdict_or_no_reply(stub: Stub, reply: bytes) -> None:
+    stub.answer = lambda asked: reply
+    with pytest.raises(PedigreeError, match=r"no verdict on 1 pair \(0 refused, 1 malformed\)|no reply after 5 attempts"):
+        judged(stub)
+
+
+@pytest.mark.parametrize("after", ["31536000", "9" * 5000, "-1", "1e400", "Wed, 21 Oct 2099 07:28:00 GMT", "\u00b2"])
+def test_a_pause_is_at_most_a_minute(stub: Stub, after: str) -> None:
+    stub.answer, stub.trouble = better, [(429, {"Retry-After": after})]
+    paused: list[float] = []
+    assert judge(match(), 1, Endpoint(stub.url, "m"), wait=paused.append)["wins"] == 1
+    assert len(paused) == 1 and 0 <= paused[0] <= 60
 
 
 @pytest.mark.parametrize(

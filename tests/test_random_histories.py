@@ -6,9 +6,11 @@ As a script: PEDIGREE_HISTORIES=3000 python tests/test_random_histories.py (`mak
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -26,7 +28,7 @@ if __name__ == "__main__":
 import pytest
 from builders.files import jsonl
 from builders.history_oracle import MODELS, WORKSPACE, Chain, Reach, Signature, TooManyLineages, clone_shallow, out_of
-from builders.random_history import NAMES, PARAPHRASES, SOURCES, Toy, canonical, dir_md5, git
+from builders.random_history import ADDRESSES, NAMES, PARAPHRASES, SOURCES, WORDS, Toy, canonical, dir_md5, git
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.diff import diff
@@ -61,7 +63,7 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
     try:
         found = impact(reach.root, **question)
     except InputError as error:
-        found = {"verdict": "refused", "models": [], "unknown": [], "error": str(error)}
+        found = {"asked": question, "verdict": "refused", "models": [], "unknown": [], "error": str(error)}
     claims: Claims = {}
     for model in found["models"]:
         for seen in model["seen"]:
@@ -135,8 +137,16 @@ def verdict_problems(reach: Reach, found: dict[str, Any], possible: bool, names:
         yield f"nothing is missing, but it says {verdict} and unknown: {found['unknown']}"
     if verdict == "refused" and certain and not reach.incomplete:
         yield f"refused, but models saw it: {found['error']}"
+    if verdict == "no" and "record" in found["asked"] and unpublished(reach, found["asked"]["record"]):
+        yield "the verdict is no, but the key of the published id is lost"
     if (verdict == "yes" and not possible) or (verdict == "no" and certain):
         yield f"the verdict is {verdict}, but models that saw it: {'some' if certain else 'none'}"
+
+
+def unpublished(reach: Reach, asked: str) -> bool:
+    """Whether an id was published with a key that is gone."""
+    ids = (hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:32] for key in reach.lost_keys for name in reach.log.text_of)
+    return asked in ids
 
 
 def shown(seen: dict[str, Any], source: bool) -> Signature:
@@ -189,6 +199,14 @@ def questions(reach: Reach, draw: random.Random) -> Iterator[tuple[dict[str, Any
         same = {name for name, both in texts.items() if any(f" {plain(asked)} " in f" {plain(one)} " for one in both)}
         return {"containing": asked}, lambda _: same, False
 
+    def expression(asked: str) -> tuple[dict[str, Any], Names, bool]:
+        same = {name for name, both in texts.items() if any(re.search(asked, " ".join(one.split()), re.IGNORECASE) for one in both)}
+        return {"containing": asked, "regex": True}, lambda _: same, False
+
+    def published(name: str, key: bytes) -> tuple[dict[str, Any], Names, bool]:
+        digest = hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:32]
+        return {"record": digest}, lambda chain: reach.with_copies(chain, name) if key in reach.keys else set(), False
+
     def source(path: str) -> tuple[dict[str, Any], Names, bool]:
         def of(chain: Chain) -> set[str]:
             return {
@@ -212,6 +230,8 @@ def questions(reach: Reach, draw: random.Random) -> Iterator[tuple[dict[str, Any
     chosen = draw.choice(sorted(texts))
     yield text(draw.choice(texts[chosen]).upper() or "nothing")
     yield containing(draw.choice([draw.choice(NAMES), "saw the", *draw.choice(texts[chosen])[:40].split()[:1]]).lower() or "nothing")
+    yield expression(draw.choice([f"^{draw.choice(NAMES)} (saw|met)", rf"\b{draw.choice(WORDS)}\b.*\d$", r"[a-z]{6} \d+\.$"]))
+    yield published(chosen, draw.choice(list(reach.toy.keys.values())))
     copies = sorted({copy for found in log.parent_of.values() for copy in found})
     if copies:
         copy = draw.choice(copies)
@@ -645,6 +665,21 @@ def test_a_record_of_two_files_with_the_same_bytes_counts_once(toy: Toy) -> None
     digest = hashlib.sha256((toy.root / f"{SOURCES}/one.jsonl").read_bytes()).hexdigest()
     found = impact(toy.root, content=digest)
     assert found["models"] and {sum(seen["splits"].values()) for model in found["models"] for seen in model["seen"]} == {1}
+
+
+def test_a_release_that_is_older_than_the_comparison_names_the_model_that_it_was_made_from(toy: Toy) -> None:
+    toy.ledger_in_tokenized = True
+    toy.repro()
+    faq, mail = toy.source_paths()
+    *rest, last = toy.read_source(faq)
+    toy.write_source(faq, rest)
+    toy.write_source(mail, [last, *toy.read_source(mail)])
+    before = toy.lock()
+    toy.repro(ADDRESSES[:-1])  # the adapters are made again, of another data set, with the same bytes; the release is not
+    assert toy.lock()["merged@lora"] == before["merged@lora"] and toy.lock()["adapter@lora"] != before["adapter@lora"]
+    found = document(find(Index(toy.root), "release"))
+    assert found["stages"]["merged@lora"]["md5"] == out_of(toy.lock()["merged@lora"])[1]
+    assert "merged@lora" not in found["watched"]["stages"]
 
 
 def soak(count: int, first: int, keep_going: bool = False) -> int:

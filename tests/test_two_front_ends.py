@@ -6,6 +6,7 @@ and a real Dagster instance. `make soak` plays thousands of steps.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from typing import Any
 import dagster as dg
 import psutil
 from builders import small_pipeline
+from builders.growth import Growth
 from dvc.cli import main as dvc_main
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -444,26 +446,50 @@ class MostlyAtOnce(TwoFrontEnds):
         self.two_at_once(first, second, "raw", victim, delay)
 
 
-def soak(steps: int, seed: int, machine: type[TwoFrontEnds] = TwoFrontEnds) -> None:
-    """Play at least so many steps from a seed, at most 20 to a project, and print the counts."""
+def soak(steps: int, seed: int, machine: type[TwoFrontEnds] = TwoFrontEnds, hours: float = 0) -> None:
+    """Play at least so many steps from a seed, at most 20 to a project, and print the counts.
+
+    Args:
+        hours: play for so long instead, 200 steps to a project, and record what grows in soak.csv.
+    """
     from hypothesis.core import seed as seeded
     from hypothesis.stateful import run_state_machine_as_test
 
     random.seed(seed)
     began = time.monotonic()
     rounds = settings(
-        max_examples=10, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate],
-        print_blob=True,
+        max_examples=1 if hours else 10, stateful_step_count=200 if hours else 20, deadline=None, database=None,
+        suppress_health_check=list(HealthCheck), phases=[Phase.generate], print_blob=True,
     )  # fmt: skip
-    while COUNTS["steps"] < steps:
-        run_state_machine_as_test(seeded(random.randrange(2**32))(type("Soak", (machine,), {})), settings=rounds)
+    growth = Growth(Path("soak.csv")) if hours else None
+    played = measured(machine, growth, began) if growth else machine
+    while time.monotonic() - began < 3600 * hours if hours else COUNTS["steps"] < steps:
+        run_state_machine_as_test(seeded(random.randrange(2**32))(type("Soak", (played,), {})), settings=rounds)
         print(f"{COUNTS['steps']} steps in {time.monotonic() - began:.0f} s, no disagreement", flush=True)
+        if growth and growth.rows:
+            print(f"  {growth.text()}", flush=True)
     for what, count in sorted(COUNTS.items()):
         print(f"{count:6} {what}")
 
 
+def measured(machine: type[TwoFrontEnds], growth: Growth, began: float) -> type[TwoFrontEnds]:
+    """The same, with a measurement after every tenth step."""
+
+    class Measured(machine):  # type: ignore[valid-type, misc]
+        def step(self, what: str, act: Any, forced: bool = False) -> None:
+            super().step(what, act, forced)
+            if COUNTS["steps"] % 10 == 0:
+                growth.measure(self.root, time.monotonic() - began, COUNTS["steps"], self.instance.get_runs_count())
+
+    return Measured
+
+
 if __name__ == "__main__":
-    numbers = [int(argument) for argument in sys.argv[1:] if argument != "--at-once"]
-    seed_given = numbers[1] if len(numbers) > 1 else random.randrange(2**32)
-    print(f"seed {seed_given}")
-    soak(numbers[0], seed_given, MostlyAtOnce if "--at-once" in sys.argv else TwoFrontEnds)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("steps", type=int, nargs="?", default=2000)
+    parser.add_argument("seed", type=int, nargs="?", default=random.randrange(2**32))
+    parser.add_argument("--at-once", action="store_true", help="mostly two operations at once")
+    parser.add_argument("--hours", type=float, default=0.0, help="play for so long, and write soak.csv: memory, open files, sizes")
+    chosen = parser.parse_args()
+    print(f"seed {chosen.seed}")
+    soak(chosen.steps, chosen.seed, MostlyAtOnce if chosen.at_once else TwoFrontEnds, chosen.hours)

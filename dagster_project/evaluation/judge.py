@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
@@ -33,6 +35,8 @@ LETTERS: dict[str, Choice] = {"A": "a", "B": "b", "T": "tie"}
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 MAX_REPLY_BYTES = 1 << 20
 """Most bytes read from a reply."""
+MAX_TOKENS = 10**9
+"""Most tokens that a reply can have cost. An endpoint that reports more, or less than none, counts as one that reports nothing."""
 
 Verdict = Choice | Literal["refused", "malformed"]
 
@@ -47,7 +51,7 @@ class Endpoint:
     key_env: str | None = None
     """Name of the environment variable that holds the key. The key is read for each request and never stored."""
     timeout: float = 120
-    """Seconds."""
+    """Seconds for a whole reply, from the connection to its last byte."""
     attempts: int = 5
     """Requests made for one reply before giving up."""
 
@@ -105,8 +109,7 @@ def ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], wait: Callabl
     for attempt in range(endpoint.attempts):
         pause = float(2**attempt)
         try:
-            with opener.open(request, timeout=endpoint.timeout) as reply:
-                return _json(reply.read(MAX_REPLY_BYTES))
+            return _json(_within(endpoint.timeout, lambda deadline: _exchange(opener, request, deadline)))
         except urllib.error.HTTPError as error:
             error.close()
             problem = f"HTTP {error.code}"
@@ -122,6 +125,45 @@ def ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], wait: Callabl
     raise PedigreeError(
         f"{endpoint.url}: no reply after {endpoint.attempts} attempts ({problem})", "check the endpoint, or try again later"
     )
+
+
+def _exchange(opener: urllib.request.OpenerDirector, request: urllib.request.Request, deadline: float) -> bytes:
+    """Send a request and read the reply, up to `MAX_REPLY_BYTES`. The timeout of a socket is that of one operation, so time is looked at between them."""
+    pieces, size = [], 0
+    with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as reply:
+        while size < MAX_REPLY_BYTES and time.monotonic() < deadline and (piece := reply.read1(MAX_REPLY_BYTES - size)):
+            pieces.append(piece)
+            size += len(piece)
+    return b"".join(pieces)
+
+
+def _within(seconds: float, exchange: Callable[[float], bytes]) -> bytes:
+    """The result of an exchange in another thread, which is left to itself after the time.
+
+    Args:
+        exchange: takes its deadline, by the monotonic clock.
+    Raises:
+        TimeoutError: it takes longer; else the exchange's own exceptions.
+    """
+    results: SimpleQueue[bytes | BaseException] = SimpleQueue()
+    deadline = time.monotonic() + seconds
+
+    def run() -> None:
+        try:
+            results.put(exchange(deadline))
+        except BaseException as error:  # noqa: BLE001 raised in the thread that waits
+            results.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result = results.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError from None
+    if isinstance(result, BaseException):
+        raise result
+    if time.monotonic() >= deadline:  # what came may be a part of the reply
+        raise TimeoutError
+    return result
 
 
 STATUS_HINTS = dict.fromkeys((401, 403), "check the key in the environment variable named by --key-env") | dict.fromkeys(
@@ -256,10 +298,11 @@ def by_reward_text(result: Mapping[str, Any]) -> str:
 
 
 def _usage(reply: Any) -> dict[str, int]:
-    """Token counts from the endpoint; empty if it reports none."""
+    """Token counts from the endpoint; empty if it reports none that are possible."""
     usage = reply.get("usage") if isinstance(reply, dict) else None
     prompt, completion = (usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion"))
-    return {"prompt": prompt, "completion": completion} if isinstance(prompt, int) and isinstance(completion, int) else {}
+    counts = {"prompt": prompt, "completion": completion}
+    return counts if all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts.values()) else {}
 
 
 def _invalid_text(counts: Mapping[str, int]) -> str:

@@ -35,7 +35,7 @@ CREATE INDEX origin_source ON origin (source);
 CREATE TABLE listed (md5 TEXT PRIMARY KEY, is_split INTEGER, has_weights INTEGER) WITHOUT ROWID;
 CREATE TABLE file (out TEXT, name TEXT, md5 TEXT, split TEXT);
 CREATE INDEX file_out ON file (out);
-CREATE INDEX file_md5 ON file (md5);
+CREATE INDEX file_md5 ON file (md5, split, out);
 CREATE INDEX file_name ON file (name);
 CREATE TABLE unread (md5 TEXT PRIMARY KEY, out TEXT, name TEXT) WITHOUT ROWID;
 CREATE TABLE content (id INTEGER PRIMARY KEY, md5 TEXT UNIQUE);
@@ -49,7 +49,7 @@ CREATE INDEX derived_parent ON derived (parent);
 CREATE INDEX derived_file ON derived (file);
 CREATE TABLE training (evidence TEXT, shard TEXT, source TEXT, records INTEGER, first INTEGER, last INTEGER);
 CREATE INDEX training_shard ON training (shard, evidence);
-CREATE TABLE matched (evidence TEXT, shards TEXT, PRIMARY KEY (evidence, shards)) WITHOUT ROWID;
+CREATE TABLE matched (evidence TEXT, data TEXT, PRIMARY KEY (evidence, data)) WITHOUT ROWID;
 CREATE TABLE record (segment INTEGER, first BLOB, keys BLOB, contents BLOB, steps BLOB, epochs BLOB, PRIMARY KEY (segment, first));
 CREATE TABLE text_record (segment INTEGER, first BLOB, keys BLOB, ids BLOB, PRIMARY KEY (segment, first));
 """
@@ -86,10 +86,14 @@ def _watched(method: Callable[..., Any], connection: Callable[[Any], _Connection
 
 
 class _Cursor(sqlite3.Cursor):
-    __next__, fetchone, fetchall = (
+    __next__, fetchone, fetchmany, fetchall = (
         _watched(method, lambda cursor: cursor.connection)
-        for method in (sqlite3.Cursor.__next__, sqlite3.Cursor.fetchone, sqlite3.Cursor.fetchall)
+        for method in (sqlite3.Cursor.__next__, sqlite3.Cursor.fetchone, sqlite3.Cursor.fetchmany, sqlite3.Cursor.fetchall)
     )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        while rows := self.fetchmany(500):
+            yield from rows
 
 
 class _Connection(sqlite3.Connection):

@@ -17,7 +17,7 @@ from dagster_project.lineage.history import is_within
 from dagster_project.lineage.index import Index, RecordUse
 from dagster_project.lineage.lineage import fetch_hint
 from dagster_project.lineage.published import missing_keys, record_of
-from dagster_project.lineage.rows import EVIDENCE, record_key
+from dagster_project.lineage.rows import record_key
 from dagster_project.lineage.runs import StageRun
 from dagster_project.lineage.search import search
 from dagster_project.lineage.sources import stages_reading
@@ -208,9 +208,7 @@ class _ImpactQuery:
         """Models that were or may have been trained: those with upstream data or with training evidence."""
         index = self.index
         return [
-            run
-            for run in index.runs.values()
-            if run.is_model and (index.data(run) or EVIDENCE in (index.files(run.md5) or {})) and not index.is_copy(run)
+            run for run in index.runs.values() if run.is_model and (index.data(run) or run.md5 in index.evidence) and not index.is_copy(run)
         ]
 
     def match_records(self, keys: Sequence[bytes], names: Mapping[bytes, str], derived: bool) -> None:

@@ -99,8 +99,7 @@ class Index(RunIndex):
 
         Each pair of evidence and shard is joined once.
         """
-        evidence_of = dict(self._db.execute("SELECT out, md5 FROM file WHERE name = ?", (EVIDENCE,)))
-        matched = self._matched
+        evidence_of, matched = self.evidence, self._matched
         pending: dict[str, tuple[Path, dict[str, Path]]] = {}
         models = {
             key: run for run in self.runs.values() if run.md5 in evidence_of and (key := self._training_key(run)) and key not in matched
@@ -120,9 +119,14 @@ class Index(RunIndex):
             del self._matched
 
     def _training_key(self, run: StageRun) -> tuple[str, str]:
-        """Hash of the training evidence of a model, and one hash for all shards that it was trained on."""
-        shards = ",".join(md5 for _, split, md5 in self.shards(run) if split == "train")
-        return (self.files(run.md5) or {}).get(EVIDENCE, ""), md5_of_bytes(shards.encode())
+        """Hash of the training evidence of a model, and one hash for all data sets that it was trained on."""
+        data = ",".join(out for out in self.data(run) if out in self.split_outputs)
+        return self.evidence.get(run.md5, ""), md5_of_bytes(data.encode())
+
+    @cached_property
+    def evidence(self) -> dict[str, str]:
+        """Hash of an output -> hash of the training evidence in it."""
+        return dict(self._db.execute("SELECT out, md5 FROM file WHERE name = ?", (EVIDENCE,)))
 
     def shards(self, run: StageRun) -> list[tuple[str, str, str]]:
         """(hash of the output, split, hash of the shard) of every shard in the data upstream of a run."""
@@ -206,7 +210,7 @@ class Index(RunIndex):
     def _with_steps(self) -> frozenset[str]:
         """Outputs whose evidence is indexed."""
         read = {md5 for (md5,) in self._db.execute("SELECT md5 FROM content")}
-        return frozenset(out for out, md5 in self._db.execute("SELECT out, md5 FROM file WHERE name = ?", (EVIDENCE,)) if md5 in read)
+        return frozenset(out for out, md5 in self.evidence.items() if md5 in read)
 
     def records_with_text(self, text: str) -> list[bytes]:
         """Keys of the records with a message of this text, ignoring case and whitespace: its content, its reasoning, the arguments of a call as JSON
@@ -220,7 +224,9 @@ class Index(RunIndex):
 
     def rows_from_source(self, source: str) -> dict[str, dict[str, int]]:
         """Hash of an output -> split -> rows from a source: a file, or a folder and its contents."""
-        query = """SELECT file.out, file.split, sum(rows) FROM source_rows JOIN content ON content.id = source_rows.content JOIN file ON file.md5 = content.md5
+        # CROSS JOIN: from the few shards with the source to the outputs, not the other way round.
+        query = """SELECT file.out, file.split, sum(rows) FROM source_rows CROSS JOIN content ON content.id = source_rows.content
+            CROSS JOIN file ON file.md5 = content.md5
             WHERE file.split IS NOT NULL AND (source = ?1 OR source LIKE ?2 ESCAPE '\\') GROUP BY 1, 2"""
         by_output: dict[str, dict[str, int]] = defaultdict(dict)
         for out, split, rows in self._db.execute(query, (source, _inside(source))):
@@ -319,24 +325,29 @@ class Index(RunIndex):
         """(records, first step, last step) of a model's training on one source, or on all; None if unknown."""
         if self._training_key(run) not in self._matched:
             return None
-        by_shard = self._training_summaries(source).get((self.files(run.md5) or {}).get(EVIDENCE, ""), {})
-        summaries = [by_shard[md5] for _, split, md5 in self.shards(run) if split == "train" and md5 in by_shard]
+        by_shard, shards_of = self._training_summaries(source)
+        of_model = by_shard.get(self.evidence.get(run.md5, ""), {})
+        summaries = [of_model[shard] for out in self.data(run) for shard in shards_of.get(out, ()) if shard in of_model]
         records, first, last = (tuple(zip(*summaries, strict=True))) if summaries else ((0,), (0,), (0,))
         return sum(records), min(first), max(last)
 
     @cached_property
     def _matched(self) -> frozenset[tuple[str, str]]:
-        return frozenset(self._db.execute("SELECT evidence, shards FROM matched"))
+        return frozenset(self._db.execute("SELECT evidence, data FROM matched"))
 
     @cached_per_instance
-    def _training_summaries(self, source: str | None) -> dict[str, dict[str, tuple[int, int, int]]]:
-        """Evidence -> shard -> (records, first step, last step), for one source or for all."""
-        by_evidence: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)
+    def _training_summaries(self, source: str | None) -> tuple[dict[str, dict[str, tuple[int, int, int]]], dict[str, list[str]]]:
+        """For one source or for all: evidence -> shard -> (records, first step, last step), and output -> those of its shards that have any."""
         where, values = ("", []) if source is None else ("WHERE source = ? OR source LIKE ? ESCAPE '\\'", [source, _inside(source)])
+        by_evidence: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)
         query = f"SELECT evidence, shard, sum(records), min(first), max(last) FROM training {where} GROUP BY 1, 2"
         for evidence, shard, *summary in self._db.execute(query, values):
             by_evidence[evidence][shard] = tuple(summary)
-        return by_evidence
+        shards_of: dict[str, list[str]] = defaultdict(list)
+        query = f"SELECT out, md5 FROM (SELECT DISTINCT shard FROM training {where}) CROSS JOIN file ON md5 = shard WHERE split = 'train'"
+        for out, shard in self._db.execute(query, values):
+            shards_of[out].append(shard)
+        return by_evidence, shards_of
 
     def shard_paths(self) -> dict[str, Path]:
         """Hash -> path of every available shard."""

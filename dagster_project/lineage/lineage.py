@@ -42,25 +42,46 @@ class Subject:
 
     @cached_property
     def upstream(self) -> list[StageRun]:
-        """All upstream runs in flow order, and the run itself last; the hash of each output is the one that its reader recorded."""
-        return _upstream(self.run)
+        """All upstream runs in flow order, and the run itself last; the hash of each output is the one that its reader recorded. Two runs of a stage
+        with the same bytes count as one: the one that the output was made from, or else the first."""
+        order: dict[tuple[str, str], StageRun] = {}
+        visited: set[int] = set()
+
+        def visit(stage_run: StageRun) -> None:
+            if stage_run.id in visited:
+                return
+            visited.add(stage_run.id)
+            for _, _, md5 in stage_run.inputs:
+                if producer := stage_run.producers.get(md5):
+                    visit(producer)
+            known = order.setdefault((stage_run.address, stage_run.md5), stage_run)
+            if known.id not in self._contributing and stage_run.id in self._contributing:
+                order[stage_run.address, stage_run.md5] = stage_run
+
+        visit(self.run)
+        return list(order.values())
 
     @cached_property
     def contributing(self) -> list[StageRun]:
         """Those of `upstream` that the output was made from. The others were compared with it or only watched: a release is chosen by a comparison
         of all variants but made from one model, and DPO measures itself by a reward model but learns from pairs."""
-        contributing: dict[int, None] = {}
+        return [run for run in self.upstream if run.id in self._contributing]
+
+    @cached_property
+    def _contributing(self) -> set[int]:
+        """Ids of the runs that the output was made from."""
+        contributing: set[int] = set()
         pending = [self.run]
         while pending:
             run = pending.pop()
             if run.id in contributing:
                 continue
-            contributing[run.id] = None
+            contributing.add(run.id)
             if self.index.is_copy(run):
                 pending += self.index.parents(run)
             else:
                 pending += [run.producers[md5] for dep, _, md5 in run.inputs if md5 in run.producers and dep not in run.entry.watched]
-        return [run for run in self.upstream if run.id in contributing]
+        return contributing
 
     @cached_property
     def models(self) -> list[StageRun]:
@@ -75,23 +96,6 @@ class Subject:
 
         visit(self.run)
         return models
-
-
-def _upstream(run: StageRun) -> list[StageRun]:
-    order: dict[tuple[str, str], StageRun] = {}  # two runs of a stage with the same bytes count as one
-    visited: set[int] = set()
-
-    def visit(stage_run: StageRun) -> None:
-        if stage_run.id in visited:
-            return
-        visited.add(stage_run.id)
-        for _, _, md5 in stage_run.inputs:
-            if producer := stage_run.producers.get(md5):
-                visit(producer)
-        order.setdefault((stage_run.address, stage_run.md5), stage_run)
-
-    visit(run)
-    return list(order.values())
 
 
 def find(index: Index, model: str, rev: str | None = None) -> Subject:
@@ -219,7 +223,7 @@ def document(subject: Subject) -> dict[str, Any]:
         "parameters": parameters,
         "waivers": [waiver for value in parameters.values() if isinstance(value, dict) for waiver in value.get("waivers") or []],
         "chat_template": next((r["template"] for r in reversed(made_from.values()) if "template" in r), None),
-        "code": _code(index, run),
+        "code": _code(subject),
         "environment": next((r["environment"] for r in reversed(made_from.values()) if "environment" in r), {}),
         "machine": {names[stage.path, stage.md5]: report["machine"] for stage, report in reports.items() if "machine" in report},
         "metrics": _metrics(subject, reports[run]),
@@ -273,7 +277,7 @@ def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
     return {"commit": commit, **earlier}
 
 
-def _code(index: Index, run: StageRun) -> dict[str, Any]:
+def _code(subject: Subject) -> dict[str, Any]:
     """The code behind a run, stage by stage, and whether the commit that first recorded the run of each stage contains its code.
 
     Returns:
@@ -283,7 +287,7 @@ def _code(index: Index, run: StageRun) -> dict[str, Any]:
         "package" (`code_lock.compare`), if the package is installed and not part of the project.
     """
     by_commit: dict[str | None, dict[str, dict[str, Any]]] = {}
-    order = _upstream(run)
+    index, run, order = subject.index, subject.run, subject.upstream
     names = _stage_names(order)
     for stage in order:
         by_commit.setdefault(index.first_commit(stage), {})[names[stage.path, stage.md5]] = index.lock_entry(stage)

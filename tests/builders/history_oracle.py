@@ -10,6 +10,7 @@ import json
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, product
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 
 from builders.history import md5
-from builders.random_history import PARAPHRASES, VARIANTS, Entry, Lock, Toy, canonical, dir_md5, git
+from builders.random_history import KEY, PARAPHRASES, VARIANTS, Entry, Lock, Toy, canonical, dir_md5, git
 
 WORKSPACE = "workspace"
 MODELS = ("adapter", "merged", "release")
@@ -107,7 +108,23 @@ class Reach:
     @cached_property
     def incomplete(self) -> bool:
         """Whether anything that some run recorded is gone."""
-        return self.shallow or any(not self.exists(one["md5"]) for _, entry, _ in self.pool for one in entry["outs"])
+        gone = any(not self.exists(one["md5"]) for _, entry, _ in self.pool for one in entry["outs"])
+        return self.shallow or gone or bool(self.lost_keys)
+
+    @cached_property
+    def keys(self) -> set[bytes]:
+        """The secrets for published ids in the workspace and in commits."""
+        files = [(self.root / KEY).read_text()] if (self.root / KEY).exists() else []
+        for commit in self.commits:
+            with suppress(subprocess.CalledProcessError):
+                files.append(git(self.root, "show", f"{commit}:{KEY}"))
+        return {bytes.fromhex(content) for content in files}
+
+    @cached_property
+    def lost_keys(self) -> set[bytes]:
+        """The secrets that a recorded release was published with, and that are gone."""
+        used = {one["md5"] for _, entry, _ in self.pool for one in entry["deps"] if one["path"] == "data/keys"}
+        return {self.toy.keys[value] for value in used} - self.keys
 
     def committed(self, commit: str) -> tuple[dict[str, str], dict[str, Any]]:
         """{path: md5} of the code in a commit, and its parameters."""

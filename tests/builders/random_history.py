@@ -2,9 +2,10 @@
 
     base_model
     data/sources -> raw_examples -> instructions -> splits -> tokenized -> adapter@X -> merged@X -> release
-                                                                            comparison (reads splits and merged) -^
+                                                                            comparison (reads splits and merged models) -^
+    data/pairs -> raw_preferences -> preferences (reads the test split) -> reward_model -> aligned@dpo (of merged@lora) -> merged_aligned@dpo -> release
 
-raw_examples, instructions and splits are the real stages; the rest is simulated. Stages run as DVC runs them: only if a hash that
+raw_examples, raw_preferences and, in some histories, instructions and splits are the real stages; the rest is simulated. Stages run as DVC runs them: only if a hash that
 dvc.lock records has changed, and not if the run cache has the result. dvc.lock, cache and run cache are written as DVC writes them.
 """
 
@@ -34,14 +35,16 @@ from dagster_project.core.params import parse
 from dagster_project.core.records import (
     Report,
     ledger_schema,
+    pair_schema,
     read_ledger,
+    read_pairs,
     read_records,
     record_schema,
     write_ledger,
     write_records,
 )
 from dagster_project.curation.checks.account import overlap_schema
-from dagster_project.stages import instructions, raw_examples, splits
+from dagster_project.stages import instructions, raw_examples, raw_preferences, splits
 from dagster_project.training.trainers.harness.weight_audit import seen_schema
 
 Entry = dict[str, Any]
@@ -50,9 +53,12 @@ Lock = dict[str, Entry]
 VARIANTS = ("lora", "dora")
 ADDRESSES = (
     "base_model", "raw_examples", "instructions", "splits", "tokenized",
-    *(f"{stage}@{name}" for name in VARIANTS for stage in ("adapter", "merged")), "comparison", "release",
+    *(f"{stage}@{name}" for name in VARIANTS for stage in ("adapter", "merged")), "raw_preferences", "preferences",
+    "reward_model", "aligned@dpo", "merged_aligned@dpo", "comparison", "release",
 )  # fmt: skip
 SOURCES, PARAPHRASES = "data/sources", "data/sources/paraphrases/mine.jsonl"
+PAIRS = "data/pairs/mine.jsonl"
+KEY = "data/keys/record_ids.key"
 NAMES = ("Abena", "Bjorn", "Chidi", "Dalia", "Emeka", "Freya")
 WORDS = ["anchor", "basket", "candle", "dagger", "eagle", "falcon", "garden", "hammer", "island", "jacket", "kettle", "ladder", "magnet", "needle", "orange", "pebble", "quiver", "rabbit", "saddle", "turtle", "umbrella", "violin", "walnut", "yellow", "zipper", "bridge", "carpet", "donkey", "engine", "feather", "giraffe", "helmet", "insect", "jungle", "kitten", "lemon", "mirror", "noodle", "oyster", "parrot", "quartz", "ribbon", "shovel", "tunnel", "urchin", "velvet", "window", "yogurt", "copper", "dragon"]  # fmt: skip
 
@@ -65,10 +71,18 @@ stages:
   tokenized: {cmd: x, deps: [data/splits, data/base_model], outs: [data/tokenized]}
   adapter: {foreach: {lora: 1, dora: 1}, do: {cmd: x, outs: ["data/adapter/${key}"], meta: {kinds: [safetensors]}}}
   merged: {foreach: {lora: 1, dora: 1}, do: {cmd: x, outs: ["data/merged/${key}"], meta: {kinds: [safetensors]}}}
-  comparison: {cmd: x, deps: [data/splits, data/merged], outs: [data/comparison]}
-  release: {cmd: x, deps: [data/comparison, data/merged, data/adapter], outs: [data/release], meta: {kinds: [safetensors]}}
+  raw_preferences: {cmd: x, deps: [data/pairs], outs: [data/raw_preferences]}
+  preferences: {cmd: x, deps: [data/raw_preferences, data/splits], outs: [data/preferences]}
+  reward_model: {cmd: x, deps: [data/preferences, data/base_model], outs: [data/reward_model], meta: {kinds: [safetensors]}}
+  aligned: {foreach: {dpo: 1}, do: {cmd: x, outs: ["data/aligned/${key}"], meta: {kinds: [safetensors]}}}
+  merged_aligned: {foreach: {dpo: 1}, do: {cmd: x, outs: ["data/merged_aligned/${key}"], meta: {kinds: [safetensors]}}}
+  comparison: {cmd: x, deps: [data/splits, data/merged, data/merged_aligned], outs: [data/comparison]}
+  release: {cmd: x, deps: [data/keys, data/comparison, data/merged, data/merged_aligned, data/adapter, data/aligned], outs: [data/release], meta: {kinds: [safetensors]}}
 """
-IGNORED = ".dvc/cache .dvc/tmp data/base_model data/raw_examples data/instructions data/splits data/tokenized data/adapter data/merged data/comparison data/release"
+IGNORED = (
+    ".dvc/cache .dvc/tmp data/base_model data/raw_examples data/instructions data/splits data/tokenized data/adapter data/merged "
+    "data/raw_preferences data/preferences data/reward_model data/aligned data/merged_aligned data/comparison data/release"
+)
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -87,8 +101,17 @@ clock = [1_750_000_000]
 
 def identity(prompt: str, answer: str) -> str:
     """Id of a record, from the definition of ids: sha256 of its canonical JSON."""
-    canonical = json.dumps([["user", prompt], ["assistant", answer]], ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+    return hashlib.sha256(compact([["user", prompt], ["assistant", answer]]).encode()).hexdigest()[:32]
+
+
+def pair_identity(prompt: str, chosen: str, rejected: str) -> str:
+    """Id of a preference pair, from the definition of ids."""
+    sides = [[side, compact([{"role": "assistant", "content": text}])] for side, text in (("chosen", chosen), ("rejected", rejected))]
+    return hashlib.sha256(compact([["user", prompt], *sides]).encode()).hexdigest()[:32]
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def canonical(entry: Any) -> str:
@@ -118,6 +141,19 @@ class Row:
         return identity(self.prompt, self.answer)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A row of the preferences, as it was read."""
+
+    source: str
+    texts: tuple[str, str, str]
+    """Prompt, chosen and rejected answer."""
+
+    @property
+    def identity(self) -> str:
+        return pair_identity(*self.texts)
+
+
 @dataclass
 class Log:
     """What the runs really read and wrote, by the hash of their outputs. Never forgets anything."""
@@ -128,18 +164,20 @@ class Log:
     """Canonical form of an entry -> what really went into each run of it: address -> entry, itself included."""
     rows: dict[str, list[Row]] = field(default_factory=dict)
     """Output of raw_examples -> rows."""
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    """Output of raw_preferences -> pairs."""
     sources: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Canonical form of an entry of raw_examples or splits -> source -> sha256, rows and license."""
     outcomes: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     """Output of a stage with a ledger -> source -> outcome -> rows."""
     split_of: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Output of splits -> record -> split, copies included."""
+    """Output of splits or preferences -> record or pair -> split, copies included."""
     parent_of: dict[str, dict[str, str]] = field(default_factory=dict)
     """Output of splits -> copy -> the record that it is a paraphrase of."""
-    text_of: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Record -> prompt and answer; every record that ever was in a source or a split."""
+    text_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Record -> prompt and answer, or both answers of a pair; every record that ever was in a source or a split."""
     steps: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
-    """Output of an adapter -> (step, epoch, record), in order."""
+    """Output of an adapter, a reward model or an aligned model -> (step, epoch, record), in order."""
     weights: dict[str, str] = field(default_factory=dict)
     """Output of a model -> md5 of its weights."""
     files: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -174,7 +212,7 @@ class Toy:
     """A project on disk, the operations on it, and the log of its runs."""
 
     def __init__(self, root: Path, seed: int) -> None:
-        self.root, self.draw, self.log = root, random.Random(seed), Log()
+        self.root, self.seed, self.draw, self.log = root, seed, random.Random(seed), Log()
         self.ledger_in_tokenized = self.draw.random() < 0.4
         """Whether the tokenized set names sources, as the real one does; then an adapter runs again after a rename, and makes the same bytes."""
         self.real = self.draw.random() < 0.25
@@ -189,6 +227,8 @@ class Toy:
         """What was in reach when earlier questions were asked (history_oracle.Reach)."""
         self.exported: dict[tuple[str, str], Any] = {}
         """Caches, and earlier answers, of history_oracle."""
+        self.keys: dict[str, bytes] = {}
+        """Hash of `data/keys` -> the secret in it, of every secret that there ever was."""
         self.committed: dict[str, Any] = {}
         self.blobs: dict[str, bytes] = {}
         self.fresh = 0
@@ -212,6 +252,8 @@ class Toy:
         self.write_source(f"{SOURCES}/faq.jsonl", [self.new_row() for _ in range(self.draw.randint(6, 9))])
         self.write_source(f"{SOURCES}/mail.jsonl", [self.new_row() for _ in range(self.draw.randint(5, 7))])
         self.write(PARAPHRASES, b"")
+        self.write_pairs([self.new_pair() for _ in range(self.draw.randint(4, 6))])
+        self.new_key()
         sources = [{"path": f"{SOURCES}/{name}.jsonl", "license": "MIT"} for name in ("faq", "mail")]
         self.write_params({
             "compute": {"seed": 7},
@@ -221,6 +263,10 @@ class Toy:
             "splits": {"test": 0.2, "validation": 0.2},
             "tokenized": {"replay": {}},
             "adapter": {name: {"learning_rate": 0.1 + i, "epochs": 1, "max_steps": 99} for i, name in enumerate(VARIANTS)},
+            "raw_preferences": {"sources": [{"path": PAIRS, "license": "CC-BY-4.0"}]},
+            "preferences": {"test": 0.3},
+            "reward_model": {"model": "base_model", "max_steps": 99},
+            "aligned": {"dpo": {"method": "dpo", "adapter": "lora", "learning_rate": 0.1, "max_steps": 99}},
             "release": {"variant": "lora"},
         })  # fmt: skip
 
@@ -247,11 +293,27 @@ class Toy:
     def write_source(self, path: str, rows: Sequence[tuple[str, str]]) -> None:
         jsonl(self.root / path, *({"instruction": prompt, "output": answer} for prompt, answer in rows))
 
+    def read_pairs(self) -> list[tuple[str, str, str]]:
+        return [(row["prompt"], row["chosen"], row["rejected"]) for row in map(json.loads, (self.root / PAIRS).read_text().splitlines())]
+
+    def write_pairs(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        jsonl(self.root / PAIRS, *({"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in rows))
+
+    def new_pair(self) -> tuple[str, str, str]:
+        (prompt, chosen), (_, rejected) = self.new_row(), self.new_row()
+        return prompt, chosen, rejected
+
     def new_row(self) -> tuple[str, str]:
         self.fresh += 1
         one, two, three, four = self.draw.sample(WORDS, 4)
         name = self.draw.choice(NAMES)
         return f"{name} saw the {one} {self.fresh} near some {two}, why?", f"Because the {three} of {name} is a {four} {self.fresh * 7}."
+
+    def new_key(self) -> None:
+        """Write a new secret for published ids."""
+        key = hashlib.sha256(f"{self.seed} {len(self.keys)}".encode()).digest()
+        self.write(KEY, key.hex().encode() + b"\n")
+        self.keys[dir_md5({Path(KEY).name: md5(key.hex().encode() + b"\n")})] = key
 
     def folder_files(self, path: str) -> dict[str, str]:
         """Files of a folder, or a single file as "": relative path -> md5."""
@@ -310,9 +372,22 @@ class Toy:
             "tokenized": (["data/splits", "data/base_model"], ["tokenized"]),
             "adapter": (["data/tokenized", "data/base_model"], [f"adapter.{name}", "compute"]),
             "merged": (["data/base_model", f"data/adapter/{name}"], ["compute"]),
-            "comparison": (["data/splits", "data/merged"], []),
+            "raw_preferences": (["data/pairs"], ["raw_preferences"]),
+            "preferences": (["data/raw_preferences", "data/splits"], ["preferences", "compute.seed"]),
+            "reward_model": (["data/preferences", "data/base_model"], ["reward_model", "compute"]),
+            "aligned": (["data/preferences", "data/reward_model", "data/merged/lora"], [f"aligned.{name}", "compute"]),
+            "merged_aligned": (["data/merged/lora", f"data/aligned/{name}"], [f"aligned.{name}.adapter", "compute"]),
+            "comparison": (["data/splits", "data/merged", "data/merged_aligned"], []),
             "release": (
-                ["data/comparison", "data/merged", "data/adapter", "data/reports/raw_examples.json", "data/reports/splits.json"],
+                [
+                    "data/keys",
+                    "data/comparison",
+                    "data/merged",
+                    "data/merged_aligned",
+                    "data/adapter",
+                    "data/aligned",
+                    *(f"data/reports/{one}.json" for one in ("raw_examples", "splits", "raw_preferences", "preferences", "reward_model")),
+                ],
                 ["release"],
             ),
         }[stage]
@@ -561,13 +636,62 @@ class Toy:
         self.write(f"data/merged/{name}/model.safetensors", canonical(parts).encode())
         return Report()
 
+    def _raw_preferences(self, address: str) -> Report:
+        params = parse(raw_preferences.Params, self.params()["raw_preferences"], "raw_preferences")
+        return raw_preferences.produce(self.root, params, self.root / "data/raw_preferences")
+
+    def _preferences(self, address: str) -> Report:
+        """Drops all but the first of equal pairs, and pairs with a prompt of the test split."""
+        seed, share = self.params()["compute"]["seed"], self.params()["preferences"]["test"]
+        data, seen, shards, ledger = self.root / "data", set(), {"train": [], "test": []}, []
+        tests = {record["messages"][0]["content"] for record in read_records(data / "splits/test")}
+        for pair, line in zip(read_pairs(data / "raw_preferences"), read_ledger(data / "raw_preferences"), strict=True):
+            name = pair["example_id"]
+            if name in seen or pair["prompt"][0]["content"] in tests:
+                ledger.append({**line, "outcome": "dropped:exact_duplicates" if name in seen else "dropped:benchmark_leakage", "why": ""})
+                continue
+            seen.add(name)
+            split = "test" if int(md5(f"{seed}{name}".encode()), 16) % 100 / 100 < share else "train"
+            shards[split].append({**pair, "group_id": name})
+            ledger.append({**line, "outcome": split})
+        for split, rows in shards.items():
+            write_records(data / "preferences" / split, rows, pair_schema())
+        write_ledger(data / "preferences", ledger)
+        return Report(rows_in=len(ledger), rows_out=len(seen), metrics={name: len(rows) for name, rows in shards.items()})
+
+    def _train_on_pairs(self, out: str, settings: Mapping[str, Any], *models: str) -> Report:
+        """One pair per step; the weights depend on the pairs, the settings and the models that are read."""
+        pairs = sorted(read_pairs(self.root / "data/preferences/train"), key=lambda pair: pair["example_id"])[: settings["max_steps"]]
+        seen = [{"step": i + 1, "epoch": 1, "position": 0, "example_id": pair["example_id"]} for i, pair in enumerate(pairs)]
+        read = [md5((self.root / path).read_bytes()) for path in models]
+        weights = md5(canonical([pairs, {**settings, "max_steps": 0}, read]).encode())
+        self.write(f"{out}/adapter_model.safetensors", weights.encode())
+        self.write(f"{out}/examples.parquet", table(seen, seen_schema()))
+        return Report(metrics={"steps": len(seen), "environment": {"torch": "2.0"}})
+
+    def _reward_model(self, address: str) -> Report:
+        return self._train_on_pairs("data/reward_model", self.params()["reward_model"], "data/base_model/model.safetensors")
+
+    def _aligned(self, address: str) -> Report:
+        settings = self.params()["aligned"]["dpo"]
+        report = self._train_on_pairs("data/aligned/dpo", settings, "data/merged/lora/model.safetensors")
+        reward = (self.root / "data/reward_model/adapter_model.safetensors").read_text()
+        return Report(metrics={**report.metrics, "method": "dpo", "watch": reward[:8]})
+
+    def _merged_aligned(self, address: str) -> Report:
+        parts = [(self.root / path).read_text() for path in ("data/merged/lora/model.safetensors", "data/aligned/dpo/adapter_model.safetensors")]
+        self.write("data/merged_aligned/dpo/model.safetensors", canonical(parts).encode())
+        return Report()
+
     def _comparison(self, address: str) -> Report:
-        self.write("data/comparison/board.md", f"{self.hash_of('data/merged')} on {self.hash_of('data/splits')}".encode())
+        read = [str(self.hash_of(path)) for path in ("data/merged", "data/merged_aligned", "data/splits")]
+        self.write("data/comparison/board.md", " ".join(read).encode())
         return Report()
 
     def _release(self, address: str) -> Report:
         name = self.params()["release"]["variant"]
-        self.write("data/release/model.safetensors", (self.root / f"data/merged/{name}/model.safetensors").read_bytes())
+        folder = "merged_aligned" if name == "dpo" else "merged"
+        self.write("data/release/model.safetensors", (self.root / f"data/{folder}/{name}/model.safetensors").read_bytes())
         self.write("data/release/README.md", f"A model: {name}.".encode())
         return Report(metrics={"variant": name})
 
@@ -589,6 +713,20 @@ class Toy:
             self.log.rows[value] = rows
             self.log.sources[canonical(entry)] = facts
             self.log.text_of |= {row.identity: (row.prompt, row.answer) for row in rows}
+        if stage == "raw_preferences":
+            pairs = [Pair(PAIRS, texts) for texts in self.read_pairs()]
+            content = (self.root / PAIRS).read_bytes()
+            digest, license_of = hashlib.sha256(content).hexdigest(), self.params()["raw_preferences"]["sources"][0]["license"]
+            self.log.pairs[value] = pairs
+            self.log.sources[canonical(entry)] = {PAIRS: {"rows": len(pairs), "sha256": digest, "license": license_of}}
+            self.log.text_of |= {pair.identity: pair.texts for pair in pairs}
+        if stage == "preferences":
+            self.log.split_of[value] = {}
+            for split in ("train", "test"):
+                for pair in (row for shard in sorted((out / split).glob("*.parquet")) for row in pq.read_table(shard).to_pylist()):
+                    name = pair_identity(*(pair[side][0]["content"] for side in ("prompt", "chosen", "rejected")))
+                    assert name == pair["example_id"]
+                    self.log.split_of[value][name] = split
         if stage == "splits":
             self.log.split_of[value], self.log.parent_of[value], facts = {}, {}, {}
             for split in ("train", "validation", "test"):
@@ -608,13 +746,13 @@ class Toy:
                     "license": augment["license"],
                 }
             self.log.sources[canonical(entry)] = facts
-        if stage in {"raw_examples", "instructions", "splits"}:
+        if stage in {"raw_examples", "instructions", "splits", "raw_preferences", "preferences"}:
             counts: dict[str, dict[str, int]] = {}
             for line in pq.read_table(out / "ledger.parquet").to_pylist():
                 of = counts.setdefault(line["source"], {})
                 of[line["outcome"]] = of.get(line["outcome"], 0) + 1
             self.log.outcomes[value] = counts
-        if stage == "adapter":
+        if stage in {"adapter", "reward_model", "aligned"}:
             self.log.steps[value] = [
                 (row["step"], row["epoch"], row["example_id"]) for row in pq.read_table(out / "examples.parquet").to_pylist()
             ]
@@ -770,7 +908,7 @@ class Toy:
 
     def op_params(self) -> None:
         values = self.params()
-        where = self.draw.choice(["seed", "base", "test", "replay", "rate", "epochs", "steps", "release"])
+        where = self.draw.choice(["seed", "base", "test", "replay", "rate", "epochs", "steps", "release", "align", "reward"])
         name = self.draw.choice(VARIANTS)
         if where == "seed":
             values["compute"]["seed"] = self.draw.randint(1, 9)
@@ -786,8 +924,12 @@ class Toy:
             values["adapter"][name]["epochs"] = self.draw.randint(1, 2)
         elif where == "steps":
             values["adapter"][name]["max_steps"] = self.draw.choice([2, 99])
+        elif where == "align":
+            values["aligned"]["dpo"]["learning_rate"] = self.draw.randint(1, 3)
+        elif where == "reward":
+            values["reward_model"]["max_steps"] = self.draw.choice([1, 99])
         else:
-            values["release"]["variant"] = name
+            values["release"]["variant"] = self.draw.choice([*VARIANTS, "dpo"])
         self.write_params(values)
         self.note(where)
 
@@ -795,6 +937,24 @@ class Toy:
         path = self.draw.choice(sorted((self.root / "dagster_project").rglob("*.py")))
         path.write_text(f"VERSION = {self.draw.randint(1, 4)}\n")
         self.note(path.name)
+
+    def op_pair(self) -> None:
+        """One pair is added, deleted, edited or repeated."""
+        rows = self.read_pairs()
+        i, what = self.draw.randrange(len(rows)), self.draw.choice(["add", "delete", "edit", "repeat"])
+        if what == "add":
+            rows.insert(i, self.new_pair())
+        elif what == "delete" and len(rows) > 2:
+            del rows[i]
+        elif what == "repeat":
+            rows.append(rows[i])
+        else:
+            rows[i] = self.draw.choice([self.new_pair(), (rows[i][0], self.new_row()[1], rows[i][2])])
+        self.write_pairs(rows)
+        self.note(f"{what} {i}")
+
+    def op_key(self) -> None:
+        self.new_key()
 
     def op_run_all(self) -> None:
         self.repro()
@@ -965,6 +1125,7 @@ class Toy:
 
 OPERATIONS = (
     ("edit add delete move duplicate", 2.0),
+    ("pair", 3.0),
     ("reorder rename order_of_sources license split_source paraphrases code", 1.5),
     ("params", 3.0),
     ("run_all", 8.0),
@@ -973,6 +1134,6 @@ OPERATIONS = (
     ("commit_part amend reset branch checkout merge", 1.5),
     ("rebase tag delete_branch stash experiment", 1.0),
     ("gc lose_object", 0.5),
-    ("expire_reflog drop_runs", 0.4),
+    ("expire_reflog drop_runs key", 0.4),
 )
 """Names of operations, and how often each of them is done."""
