@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 """Data sets that nobody here wrote; tests on them are skipped where the folder is missing."""
 
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A report goes from process to process as UTF-8, and what hostile rows leave in a test's log can be half a character."""

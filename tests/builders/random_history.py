@@ -679,7 +679,9 @@ class Toy:
         return Report(metrics={**report.metrics, "method": "dpo", "watch": reward[:8]})
 
     def _merged_aligned(self, address: str) -> Report:
-        parts = [(self.root / path).read_text() for path in ("data/merged/lora/model.safetensors", "data/aligned/dpo/adapter_model.safetensors")]
+        parts = [
+            (self.root / path).read_text() for path in ("data/merged/lora/model.safetensors", "data/aligned/dpo/adapter_model.safetensors")
+        ]
         self.write("data/merged_aligned/dpo/model.safetensors", canonical(parts).encode())
         return Report()
 

@@ -13,8 +13,13 @@ from faults.case import Case, Play, Violation
 
 TREES = ("data/", ".dvc/", ".dagster/")
 TOP = ("dvc.yaml", "dvc.lock", "params.yaml", "code.lock.yaml", ".gitignore", ".dvcignore", "workspace.yaml")
-FIXED = ("data/reports/splits.json", "data/splits/train/records-00000.parquet", ".dvc/tmp/rwlock", "dvc.lock")
-"""Files of the fixed part."""
+FIXED = {
+    "data/reports/splits.json": "cut",
+    "data/splits/train/records-00000.parquet": "folder",
+    ".dvc/tmp/rwlock": "empty",
+    "dvc.lock": "loop",
+}
+"""Files and damage of the fixed part."""
 
 
 def _cut(path: Path) -> None:
@@ -53,9 +58,9 @@ KINDS: dict[str, Callable[[Path], None]] = {"cut": _cut, "empty": _empty, "flip"
 
 def cases(projects: project.Projects, fixed: bool) -> Iterator[Case]:
     every = [path for path in sorted(projects.states[project.DONE].files) if path.startswith(TREES) or path in TOP]
-    for number, path in enumerate(FIXED if fixed else every):
-        for place, kind in enumerate(KINDS):
-            if fixed and place % 3 != number % 3:
+    for path in every:
+        for kind in KINDS:
+            if fixed and FIXED.get(path) != kind:
                 continue
             yield Case(f"damage/{kind}/{path}", project.DONE, _damaged(path, kind))
 

@@ -86,7 +86,7 @@ def cases(projects: project.Projects, fixed: bool) -> Iterator[Case]:
             numbered = [*enumerate(calls_of(projects, stage, which), 1)]
             chosen = [pair for pair in numbered if pair[1] in ("rename", "fsync")]
             chosen += numbered[:: OTHER_CALLS[which]]  # of the others, which DVC repeats for each file
-            step = max(1, len(chosen) // 4) if fixed else 1
+            step = max(1, len(chosen) // 2) if fixed else 1
             for number, name in sorted(set(chosen))[::step]:
                 victim = "stage" if which == "in_stage" else "dvc"
                 yield Case(f"kill/{stage}/{victim}-{number}-{name}", earlier(stage), _killed_at(stage, which, number))
@@ -111,7 +111,7 @@ def _at_moments(fixed: bool) -> Iterator[Case]:
         "driver": ("pedigree", "run", "instructions"), "dvc": ("dvc", "repro", "instructions"), "all": ("pedigree", "run", "--all"),
     }  # fmt: skip
     for name, words in commands.items():
-        for moment in range(1 if fixed else MOMENTS):
+        for moment in range(int(name == "dvc") if fixed else MOMENTS):
             share, group = (moment + draw.random()) / MOMENTS, bool(moment % 2)
             yield Case(f"kill/moment/{name}-{moment}", "raw_examples", _killed_after(words, share, group))
     for moment in range(1 if fixed else MOMENTS):

@@ -28,6 +28,8 @@ FILE_SIZES = {
 }
 """Limits of the size of a file, in KiB, that some file of the stage exceeds."""
 FOLDERS = ("", "data", "data/reports", "data/pages", ".dvc", ".dvc/cache", ".dvc/cache/files/md5", ".dvc/tmp", ".dvc/tmp/pedigree", ".dvc/tmp/pedigree/locks", ".dagster")  # fmt: skip
+FIXED = {("data", "run"), (".dvc/tmp/pedigree", "sync")}
+"""Folders and commands of the fixed part."""
 MEMORY = (1, 4, 16, 48, 96)
 """MiB of address space that a stage may add to what it has when it begins."""
 CAPABILITY_VERSION, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 0x20080522, 1, 2
@@ -119,9 +121,9 @@ def readonly(projects: project.Projects, fixed: bool) -> Iterator[Case]:
         "sync": (project.DONE, ("pedigree", "sync")), "verify": (project.DONE, ("pedigree", "verify", "--integrity")),
         "audit": (project.DONE, ("pedigree", "audit", "tokenized")),
     }  # fmt: skip
-    for folder in ("data", ".dvc/tmp/pedigree") if fixed else FOLDERS:
+    for folder in FOLDERS:
         for name, (state, words) in commands.items():
-            if fixed and name not in ("run", "sync"):
+            if fixed and (folder, name) not in FIXED:
                 continue
             yield Case(f"readonly/{folder or 'project'}/{name}", state, _not_writable(folder, words))
 
