@@ -54,7 +54,7 @@ def stages_of(text: str, where: str = LOCK) -> dict[str, Any]:
 
     try:
         document = YAML(typ="safe").load(text)
-        why = _wrong_shape(document)
+        why = _wrong_shape(document) or (_wrong_entry(document.get("stages", {})) if where == LOCK else "")
     except (YAMLError, ValueError, TypeError, RecursionError) as error:  # also an invalid date, an unhashable key, too many brackets
         why = "it has an unresolved merge conflict" if "\n<<<<<<< " in f"\n{text}" else " ".join(str(error).split())
     if why:
@@ -186,8 +186,6 @@ class Revision:
             refuse_lost_entries(self.root)
         if not text:
             raise InputError(f"no dvc.lock{f' at {self.rev}' if self.rev else ''}: nothing has been run", "run `dvc repro` first")
-        if why := _wrong_entry(stages):
-            raise InputError(f"{LOCK} cannot be read: {why}", f"restore it with `git checkout HEAD {LOCK}`")
         return stages
 
 

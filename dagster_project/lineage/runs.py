@@ -20,7 +20,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import PLOTS, REPORTS, is_code
 from dagster_project.core.records import learns_from_reward_model
-from dagster_project.lineage.history import stages_of
+from dagster_project.lineage.history import LOCK, stages_of
 
 Place = Literal["commit", "workspace", "reflog", "run cache", "cache"]
 """Where a run is recorded: in a reachable commit, in the workspace alone, in a commit that only the reflog reaches, in DVC's run cache, or nowhere:
@@ -279,6 +279,8 @@ def lock_parts(text: str) -> LockParts:
     parts = LockParts()
     parts.text = {}
     body = re.split(r"^stages:.*\n", text, maxsplit=1, flags=re.MULTILINE)[1:]
+    if text.strip() and not body and not stages_of(text):
+        raise InputError(f"{LOCK} has no key `stages`", f"restore it with `git checkout HEAD {LOCK}`")
     pieces = re.split(r"^(?=  \S)", re.split(r"^(?=\S)", body[0], maxsplit=1, flags=re.MULTILINE)[0], flags=re.MULTILINE) if body else []
     heads = [re.match(r"  ([\w@.-]+):\n", piece) for piece in pieces]
     if pieces and all(heads):

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import traceback
 from pathlib import Path
+from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.history import LOCK, Revision
@@ -20,6 +21,10 @@ INVALID_FILE_ERRORS = {
     "EntryNotFound",
     "CyclicGraphError",
 }
+
+
+LIBRARIES = {"diskcache", "dvc_data"}
+"""Of their objects, a cache is one with a folder."""
 
 
 def explained(error: Exception, root: Path) -> InputError | None:
@@ -57,8 +62,11 @@ def _folder_of_cache(error: sqlite3.DatabaseError) -> str:
     """The folder of DVC's cache, from the object that failed to read it; empty if the file is not damaged."""
     if isinstance(error, sqlite3.OperationalError):  # locked, full, read-only
         return ""
-    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((str(owner.directory) for owner in owners if type(owner).__module__.startswith("diskcache.")), "")
+    owners: list[Any] = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next(
+        (str(owner.directory) for owner in owners if type(owner).__module__.partition(".")[0] in LIBRARIES and hasattr(owner, "directory")),
+        "",
+    )
 
 
 def _name_that_is_not_utf8(folder: Path) -> str:

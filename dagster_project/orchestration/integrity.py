@@ -175,17 +175,19 @@ class _Examination:
     def _lock(self, at: Revision) -> dict[str, Any]:
         """The entries of dvc.lock; if it is damaged, none and a finding."""
         content = bytes_of(at, "dvc.lock")
-        wrong, then = "cannot be read", "git checkout dvc.lock"
-        if at.rev is None and (lost := lost_entries(self.root)):
-            self._add_finding("dvc.lock", "dvc.lock", lost_text(lost).removeprefix("dvc.lock "), LOST_HINT)
+        lost = lost_entries(self.root) if at.rev is None else []
+        wrong, then = (lost_text(lost).removeprefix("dvc.lock "), LOST_HINT) if lost else ("cannot be read", "git checkout dvc.lock")
         try:
             lock = at.lock(partial=True)
             if all(isinstance(out[key], str) for stage in lock.values() for out in stage["outs"] for key in ("path", "md5")):
+                if lost:
+                    self._add_finding("dvc.lock", "dvc.lock", wrong, then)
                 return lock
         except InputError as error:
             if content is None:
                 raise
-            wrong, then = error.what.removeprefix("dvc.lock "), error.hint
+            if "cannot be read" in error.what:
+                wrong, then = error.what.removeprefix("dvc.lock "), error.hint
         except (ValueError, KeyError, TypeError, AttributeError):
             if content is None:
                 raise

@@ -1,0 +1,124 @@
+"""Ctrl-C prints one line and exits with 130; a closed pipe prints nothing. In real processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import weakref
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from dagster_project.commands import ending
+from dagster_project.lineage import lineage
+from dagster_project.lineage.database import INDEX_FILE
+
+INTERRUPTED = {130, -signal.SIGINT}
+"""Exit codes; a shell reports both as 130."""
+
+
+def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A command in a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dagster_project", *arguments], cwd=root, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def interrupted(process: subprocess.Popen[str], before: str = "") -> str:
+    """Press Ctrl-C; the lines on stderr."""
+    os.killpg(process.pid, signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode in INTERRUPTED and "Traceback" not in out + error, error
+    return before + error
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.2])
+@pytest.mark.parametrize("command", ["verify --integrity", "sync"])
+def test_ctrl_c_while_libraries_are_imported_is_one_line(root: Path, command: str, seconds: float) -> None:
+    process = start(root, *command.split())
+    time.sleep(seconds)
+    if process.poll() is None:  # otherwise it has ended already
+        assert interrupted(process) in {"interrupted; nothing was recorded\n", ""}
+    else:
+        process.communicate()
+
+
+def test_ctrl_c_while_a_command_waits_for_another_one_is_one_line(root: Path) -> None:
+    lineage.audit(root, "tok")  # makes the index
+    with closing(sqlite3.connect(root / INDEX_FILE, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        process = start(root, "audit", "tok")
+        assert process.stderr is not None
+        waiting = process.stderr.readline()
+        assert waiting.startswith("waiting: ")
+        assert interrupted(process) == "interrupted; nothing was recorded\n"
+
+
+def test_ctrl_c_while_a_stage_runs_is_one_line_and_keeps_what_was_there(root: Path) -> None:
+    before = (root / "data/tok/train.txt").read_bytes()
+    code = (
+        "import sys, small_pipeline as s; from pathlib import Path; import dagster_project.pipeline as p; p.PEDIGREE = s.PIPELINE\n"
+        "import dagster_project.orchestration.run_stage as r; r.run_stage.__defaults__ = (s.PIPELINE, None)\n"
+        "from dagster_project.__main__ import main; sys.exit(main(['run', 'tok']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, env={**os.environ, "SLOW": "tok"}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not (root / ".dvc/tmp/pedigree/scratch/tok").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    assert interrupted(process) == "interrupted; nothing was recorded\n"
+    assert (root / "data/tok/train.txt").read_bytes() == before and not (root / ".dvc/tmp/pedigree/scratch/tok").exists()
+
+
+class Owner:
+    pass
+
+
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost() -> None:
+    came = []
+
+    def callback(_: object) -> None:
+        came.append(1)
+        signal.raise_signal(signal.SIGINT)
+
+    owner = Owner()
+    reference = weakref.ref(owner, callback)
+    with pytest.raises(KeyboardInterrupt), ending.interrupts() as interrupts:
+        del owner
+        gc.collect()
+        time.sleep(5)
+    assert came and interrupts.came and reference() is None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("command", ["audit tok", "--help", "audit nothing"])
+def test_a_closed_pipe_prints_nothing_and_keeps_the_exit_code(root: Path, command: str, both: bool) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "dagster_project", *command.split()], cwd=root, text=True, check=False,
+        stdout=writer, stderr=writer if both else subprocess.PIPE,
+    )  # fmt: skip
+    os.close(writer)
+    assert process.returncode == (2 if "nothing" in command else 0)
+    assert both or process.stderr == "" or ("nothing" in command and process.stderr.startswith("error: nothing: no such stage"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_an_answer_that_cannot_be_written_is_one_message(root: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dagster_project", "audit", "tok"], cwd=root, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1 and done.stderr.startswith("error: standard output: No space left on device\nhint: ")
+    assert "Exception ignored" not in done.stderr

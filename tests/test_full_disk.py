@@ -1,0 +1,193 @@
+"""Full disks and read-only folders: one message with path, reason and next step, and nothing unfinished stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import small_pipeline
+
+from dagster_project.core import faults
+from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.records import write_text
+from dagster_project.orchestration.run_stage import run_stage
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a small file system in memory: `mount(kilobytes)`."""
+    made: list[Path] = []
+
+    def mount(kilobytes: int) -> Path:
+        folder = tmp_path / f"disk{len(made)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if os.getuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("only root can mount a small file system")
+        made.append(folder)
+        return folder
+
+    yield mount
+    for folder in made:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    (disk / "filler").write_bytes(b"\0" * shutil.disk_usage(disk).free)
+    assert shutil.disk_usage(disk).free == 0
+
+
+def _safetensors(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(100_000)}, folder / "a.safetensors")
+
+
+def _arrow(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"a": [f"{i * i:x}" for i in range(50_000)]}), folder / "a.parquet", compression="none")
+
+
+def _polars(folder: Path) -> None:
+    import polars as pl
+
+    pl.DataFrame({"a": [f"{i * i:x}" for i in range(50_000)]}).write_parquet(folder / "a.parquet", compression="uncompressed")
+
+
+def _sqlite(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "a.db")) as db:
+        db.execute("CREATE TABLE t (a)")
+        db.executemany("INSERT INTO t VALUES (?)", [("x" * 1000,)] * 300)
+        db.commit()
+
+
+def _zip(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "a.zip", "w") as file:
+        file.writestr("a", os.urandom(200_000))
+
+
+def _numpy(folder: Path) -> None:
+    import numpy as np
+
+    np.save(folder / "a.npy", np.zeros(50_000))
+
+
+def _text(folder: Path) -> None:
+    write_text(folder / "a.txt", "x" * 200_000)
+
+
+def _copy(folder: Path) -> None:
+    shutil.copytree(Path(__file__).parent / "builders", folder / "tree", dirs_exist_ok=True)
+
+
+WRITERS = [_safetensors, _arrow, _polars, _sqlite, _zip, _numpy, _text, _copy]
+
+
+def failure(writer: Callable[[Path], None], folder: Path) -> PedigreeError:
+    """The message about the error of a writer."""
+    try:
+        writer(folder)
+    except Exception as error:  # noqa: BLE001 of any library
+        found = faults.explained(error, folder)
+        assert found is not None, repr(error)
+        return found
+    raise AssertionError(f"{writer.__name__} wrote everything")
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_or_read_only_disk_is_one_message_for_every_library_that_writes(writer: Callable[[Path], None], mount: Any) -> None:
+    disk = mount(64)
+    found = failure(writer, disk)
+    assert str(disk) in found.what and os.strerror(errno.ENOSPC) in found.what and "free some space" in found.hint and found.exit_code == 1
+    shutil.rmtree(disk, ignore_errors=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    found = failure(writer, disk)
+    assert str(disk) in found.what and found.exit_code == 2 and isinstance(found, InputError)
+    assert any(os.strerror(code) in found.what for code in (errno.EROFS, errno.EACCES))
+
+
+@pytest.mark.parametrize("writer", [_text, _zip, _safetensors])
+def test_a_limit_on_the_size_of_a_file_is_one_message(writer: Callable[[Path], None], tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; import test_full_disk as t; from dagster_project.core import faults\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        f"print(t.failure(t.{writer.__name__}, Path(sys.argv[1])))"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert f"{tmp_path}: {os.strerror(errno.EFBIG)}" in done.stdout and "ulimit -f" in done.stdout, done.stderr
+    assert writer is not _text or not [*tmp_path.iterdir()]  # write_text leaves no scratch file
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), ConnectionRefusedError(errno.ECONNREFUSED, "refused"), KeyError("a"), FileNotFoundError("x"),
+                                   sqlite3.OperationalError("no such table"), AssertionError("(os error 28)")])  # fmt: skip
+def test_a_defect_of_the_program_is_not_explained_away(error: Exception, tmp_path: Path) -> None:
+    assert faults.explained(error, tmp_path) is None
+
+
+def test_the_cause_of_an_error_is_explained(tmp_path: Path) -> None:
+    error = RuntimeError("a library failed")
+    error.__cause__ = PermissionError(errno.EACCES, "denied", str(tmp_path / "a"))
+    found = faults.explained(error, tmp_path)
+    assert found is not None and found.what == f"{tmp_path / 'a'}: Permission denied" and "ls -ld" in found.hint
+
+
+def test_a_checkpoint_that_does_not_fit_is_removed_and_the_earlier_one_stays(mount: Any) -> None:
+    import torch
+
+    from dagster_project.training.trainers.harness.checkpoint import Checkpoints
+
+    disk = mount(300)
+    checkpoints = Checkpoints(disk / "checkpoints", {"code": "x"})
+    checkpoints.save(1, {"step": 1}, {"weights": {"a": torch.zeros(10_000)}}, {})
+    with pytest.raises(PedigreeError, match="the checkpoint of step 2 does not fit into") as raised:
+        checkpoints.save(2, {"step": 2}, {"weights": {"a": torch.zeros(100_000)}}, {})
+    assert "resumes from the previous checkpoint" in raised.value.hint
+    assert [path.name for path in (disk / "checkpoints").iterdir()] == ["step-00000001"]
+    newest = checkpoints.newest()
+    assert newest is not None and newest.step == 1
+
+
+def test_a_stage_on_a_full_disk_is_one_message_and_leaves_what_was_there(root: Path, mount: Any) -> None:
+    disk = mount(6000)
+    project = disk / "project"
+    shutil.copytree(root, project, symlinks=True)
+    before = small_pipeline.published(project, "tok")
+    fill(disk)
+    with pytest.raises(PedigreeError, match="No space left on device") as raised:
+        run_stage(project, "tok", small_pipeline.PIPELINE)
+    assert str(project) in raised.value.what and "free some space" in raised.value.hint
+    assert small_pipeline.published(project, "tok") == before and not (project / ".dvc/tmp/pedigree/scratch/tok").exists()
+    (disk / "filler").unlink()
+    run_stage(project, "tok", small_pipeline.PIPELINE)
+    assert small_pipeline.published(project, "tok") == before
+
+
+@pytest.mark.parametrize("command", ["audit tok", "verify --integrity", "sync"])
+def test_commands_on_a_full_or_read_only_disk_answer_or_say_so(root: Path, mount: Any, command: str) -> None:
+    disk = mount(6000)
+    project = disk / "project"
+    shutil.copytree(root, project, symlinks=True)
+    environment = {name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"}
+    arguments = [sys.executable, "-m", "dagster_project", *command.split()]
+    fill(disk)
+    for _ in range(2):
+        done = subprocess.run(arguments, cwd=project, env=environment, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == 0 or ("hint: " in done.stderr and str(project) in done.stderr and done.returncode in {1, 2}), done.stderr
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
