@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -27,8 +27,8 @@ if __name__ == "__main__":
 
 import pytest
 from builders.files import jsonl
-from builders.history_oracle import MODELS, WORKSPACE, Chain, Reach, Signature, TooManyLineages, clone_shallow, out_of
-from builders.random_history import ADDRESSES, NAMES, PARAPHRASES, SOURCES, WORDS, Toy, canonical, dir_md5, git
+from builders.history_oracle import LEARNERS, MODELS, WORKSPACE, Chain, Reach, Signature, TooManyLineages, clone_shallow, out_of
+from builders.random_history import ADDRESSES, NAMES, PAIRS, PARAPHRASES, SOURCES, WORDS, Toy, canonical, dir_md5, git
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.diff import diff
@@ -70,9 +70,9 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
             commits = [one or "" for one in seen.get("commits", model["commits"]) or [None]]
             claims.setdefault(model["md5"], []).append((shown(seen, source), commits))
     possible = possible_exposures(reach, names, source)
-    partly = {model["md5"] for model in found["models"] if model.get("missing")}
+    partly = {model["md5"]: {one["md5"] for one in model["missing"]} for model in found["models"] if model.get("missing")}
     if partly and not reach.incomplete:
-        raise Wrong(f"impact {question}: nothing is missing, but {partly} are called partly unknown")
+        raise Wrong(f"impact {question}: nothing is missing, but {set(partly)} are called partly unknown")
     problems = [*omissions(reach, found, claims, partly, names, source), *untruths(reach, claims, partly, possible, names, source)]
     problems += verdict_problems(reach, found, any(possible.values()), names, source)
     if problems:
@@ -84,25 +84,31 @@ def possible_exposures(reach: Reach, names: Names, source: bool) -> dict[str, se
     possible: dict[str, set[Signature]] = {}
     for address, entry, place in [*reach.models(), *reach.remembered(), *reach.past()]:
         for chain in reach.chains(address, entry, place):
-            one = reach.signature(chain, names(chain), source) if reach.whole(chain) else ANYTHING
-            possible.setdefault(out_of(entry)[1], set()).update([one] if one else [])
+            seen = reach.signatures(chain, names(chain), source).values() if reach.whole(chain) else [ANYTHING]
+            possible.setdefault(out_of(entry)[1], set()).update(seen)
     return possible
 
 
-def omissions(reach: Reach, found: dict[str, Any], claims: Claims, partly: set[str], names: Names, source: bool) -> Iterator[str]:
+def omissions(
+    reach: Reach, found: dict[str, Any], claims: Claims, partly: Mapping[str, set[str]], names: Names, source: bool
+) -> Iterator[str]:
     """Models that saw the records by every lineage that they may have, and that the answer neither names nor calls unknown."""
     unknown = {one["md5"] for one in found["unknown"]}
     for address, entry, place in reach.models():
         md5, chains = out_of(entry)[1], reach.chains(address, entry, place)
         if md5 in unknown or not all(reach.whole(chain) for chain in chains) or (found["verdict"] == "refused" and reach.incomplete):
             continue
-        options = {reach.signature(chain, names(chain), source) for chain in chains}
-        if None not in options and not any(agrees(md5 in partly, said, options) for said, _ in claims.get(md5, [])):
-            yield f"missing at {place.name or 'run cache'}: {address} {md5} {options}, said {claims.get(md5)}"
+        if all(partly.get(md5, set()) & {one["md5"] for each in chain.values() for one in each["outs"]} for chain in chains):
+            continue  # a part of this lineage is called unknown
+        seen = [reach.signatures(chain, names(chain), source) for chain in chains]
+        for kind in LEARNERS:
+            options = {next((one for name, one in found.items() if name.partition("@")[0] == kind), None) for found in seen}
+            if None not in options and not any(agrees(md5 in partly, said, options) for said, _ in claims.get(md5, [])):
+                yield f"missing at {place.name or 'run cache'}: {address} {md5} {options}, said {claims.get(md5)}"
 
 
 def untruths(
-    reach: Reach, claims: Claims, partly: set[str], possible: dict[str, set[Signature]], names: Names, source: bool
+    reach: Reach, claims: Claims, partly: Mapping[str, set[str]], possible: dict[str, set[Signature]], names: Names, source: bool
 ) -> Iterator[str]:
     """Statements that no lineage of the model confirms, at all or at the commits that they name."""
     recorded = {out_of(entry)[1] for _, entry, _ in reach.models()}
@@ -126,7 +132,7 @@ def verdict_problems(reach: Reach, found: dict[str, Any], possible: bool, names:
     """Yes needs a model that may have seen them, no that no recorded run of any saw them, and cannot tell that something is missing."""
     verdict = found["verdict"]
     certain = any(
-        reach.signature(chain, names(chain), source)
+        reach.signatures(chain, names(chain), source)
         for _, entry, _ in reach.models()
         for chain in reach.log.ran[canonical(entry)]
         if reach.whole(chain) and reach.recorded(chain)
@@ -179,7 +185,7 @@ def at_commit(reach: Reach, md5: str, commit: str, names: Names, source: bool) -
             chains = reach.chains(address, entry, place)
             if not all(reach.whole(chain) for chain in chains):
                 return {ANYTHING}
-            found |= {one for chain in chains if (one := reach.signature(chain, names(chain), source))}
+            found |= {one for chain in chains for one in reach.signatures(chain, names(chain), source).values()}
     return found
 
 
@@ -241,7 +247,7 @@ def questions(reach: Reach, draw: random.Random) -> Iterator[tuple[dict[str, Any
     paths = sorted({path for facts in log.sources.values() for path in facts})
     for path in draw.sample(paths, min(3, len(paths))):
         yield source(path)
-    yield source(draw.choice([SOURCES, f"{SOURCES}/team"]))
+    yield source(draw.choice([SOURCES, f"{SOURCES}/team", f"{SOURCES}/pairs"]))
     yield record("0" * 32)
     yield text("Nobody ever wrote this.")
     yield sha256(draw.choice(sorted({facts["sha256"] for found in log.sources.values() for facts in found.values()})))
@@ -297,38 +303,44 @@ def audit_problems(reach: Reach, found: dict[str, Any], subject: Any, chain: Cha
 
     same("md5", found["model"]["md5"], out_of(chain[address])[1])
     for one, entry in chain.items():
-        same(f"output of {one}", found["stages"].get(one, {}).get("md5"), out_of(entry)[1])
+        outputs = {stage["md5"] for name, stage in found["stages"].items() if name.partition(" ")[0] == one}
+        if out_of(entry)[1] not in outputs:
+            problems.append(f"output of {one}: says {outputs}, but it is {out_of(entry)[1]}")
     missing = bool(found["missing"]) and reach.incomplete
     if found["missing"] and not reach.incomplete:
         problems.append(f"nothing is missing, but it names {found['missing']}")
-    if {"raw_examples", "splits"} <= chain.keys():
-        facts = reach.facts(chain)
+    facts = reach.facts(chain)
+    if {"raw_examples", "splits"} <= chain.keys() or "raw_preferences" in chain:
         if not missing or found["sources"]:
             same("sources", set(found["sources"]), set(facts))
         for path in facts.keys() & found["sources"].keys():
             for key, value in facts[path].items():
                 same(f"{path}: {key}", found["sources"][path].get(key), value)
-            for stage in ("instructions", "splits"):
+            for stage in ("instructions", "splits") if path != PAIRS else ("preferences",):
+                if stage not in chain:
+                    continue
                 counted = reach.log.outcomes[str(reach.of(chain, stage))].get(path)
                 said = found["sources"][path]["outcomes"].get(stage)
                 if not (said is None and reach.incomplete):
                     same(f"{path}: outcomes of {stage}", said, counted)
-    made = reach.adapter(chain)
-    if made:
+    learners = reach.learners(chain)
+    if learners and reach.whole(chain):
         table, _ = trained_on(subject)
         if table is None:
             if not reach.incomplete:
                 problems.append("the training record exists, but the records are unknown")
         else:
             rows = table.to_pylist()
-            same("records", [(row["step"], row["epoch"], row["example_id"]) for row in rows], reach.log.steps[out_of(made[1])[1]])
-            if reach.whole(chain):
-                owners = reach.records_of_sources(chain)
-                for row in rows:
-                    if row["source"] is None and reach.incomplete:
-                        continue
-                    if row["example_id"] not in owners.get(row["source"], set()):
-                        problems.append(f"{row['example_id']} is not of {row['source']}")
+            wanted = [(name, *step) for name, one in learners.items() for step in reach.log.steps[out_of(one)[1]]]
+            said = [(row["model"], row["step"], row["epoch"], row["example_id"]) for row in rows]
+            if not (reach.incomplete and Counter(said) <= Counter(wanted)):
+                same("records", sorted(said), sorted(wanted))
+            owners = reach.records_of_sources(chain)
+            for row in rows:
+                if row["source"] is None and reach.incomplete:
+                    continue
+                if row["example_id"] not in owners.get(row["source"], set()):
+                    problems.append(f"{row['example_id']} is not of {row['source']}")
     problems += code_problems(reach, found["code"], chain, place)
     return problems
 
@@ -392,7 +404,7 @@ def compare_diff(reach: Reach, before: tuple[str, str], after: tuple[str, str]) 
     for address, commit in (before, after):
         place = next(one for one in reach.places if one.name == commit)
         chains = reach.chains(address, place.lock[address], place)
-        if not all(reach.whole(chain) for chain in chains):
+        if not all(reach.whole(chain) and "preferences" not in chain for chain in chains):
             return
         sides.append({canonical(reach.splits(chain)): (reach.splits(chain), reach.facts(chain)) for chain in chains})
     found = diff(reach.root, before[0], after[0], rev=before[1], against_rev=after[1])
@@ -641,10 +653,10 @@ def test_a_model_whose_data_set_is_lost_but_whose_training_is_recorded_is_called
 
 def test_a_model_whose_report_is_lost_is_unknown_to_a_question_by_the_hash_of_a_source(toy: Toy) -> None:
     faq, mail = toy.source_paths()
-    toy.write_source(mail, [*toy.read_source(mail), toy.new_row()])
+    toy.write_source(mail, [*toy.read_source(mail), *(toy.new_row() for _ in range(6))])
     toy.repro()
     lost = toy.lock()
-    toy.write_source(mail, [*toy.read_source(mail), toy.new_row()])
+    toy.write_source(mail, [*toy.read_source(mail), *(toy.new_row() for _ in range(6))])
     toy.repro()
     toy.object(lost["raw_examples"]["outs"][1]["md5"]).unlink()
     found = impact(toy.root, content=hashlib.sha256((toy.root / faq).read_bytes()).hexdigest())
@@ -680,6 +692,35 @@ def test_a_release_that_is_older_than_the_comparison_names_the_model_that_it_was
     found = document(find(Index(toy.root), "release"))
     assert found["stages"]["merged@lora"]["md5"] == out_of(toy.lock()["merged@lora"])[1]
     assert "merged@lora" not in found["watched"]["stages"]
+
+
+def test_a_reward_model_is_not_said_to_be_made_from_the_examples_that_its_pairs_were_compared_with(toy: Toy) -> None:
+    found = document(find(Index(toy.root), "reward_model"))
+    assert set(found["sources"]) == {PAIRS} and {"splits", "instructions", "raw_examples"} <= found["watched"]["stages"].keys()
+    assert {"reward_model", "preferences", "raw_preferences"} <= found["stages"].keys()
+
+
+def test_sources_of_an_aligned_model_are_those_of_its_own_run_if_its_pairs_were_compared_with_later_examples(toy: Toy) -> None:
+    faq = toy.source_paths()[0]
+    before = hashlib.sha256((toy.root / faq).read_bytes()).hexdigest()
+    toy.write_source(faq, [*toy.read_source(faq), toy.new_row()])
+    toy.repro(["raw_examples", "instructions", "splits", "preferences", "aligned@dpo"])
+    found = document(find(Index(toy.root), "aligned@dpo"))
+    assert found["sources"][faq]["sha256"] == before
+
+
+def test_a_release_names_its_model_although_the_files_of_that_model_are_lost(toy: Toy) -> None:
+    pair = next(name for name, split in toy.log.split_of[out_of(toy.lock()["preferences"])[1]].items() if split == "train")
+    toy.object(out_of(toy.lock()["merged@lora"])[1]).unlink()
+    shutil.rmtree(toy.root / "data/merged/lora")
+    found = impact(toy.root, record=pair)
+    assert [model["stage"] for model in found["models"]] == ["reward_model", "aligned@dpo", "merged_aligned@dpo"]
+
+
+def test_pairs_do_not_make_a_model_learn_from_the_examples_that_they_were_compared_with(toy: Toy, tmp_path: Path) -> None:
+    clone_shallow(toy, tmp_path / "clone")
+    found = impact(tmp_path / "clone", content=out_of(toy.lock()["splits"])[1])
+    assert "reward_model" not in {model["stage"] for model in found["models"]}
 
 
 def soak(count: int, first: int, keep_going: bool = False) -> int:

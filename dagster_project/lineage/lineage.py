@@ -80,7 +80,7 @@ class Subject:
             if self.index.is_copy(run):
                 pending += self.index.parents(run)
             else:
-                pending += [run.producers[md5] for dep, _, md5 in run.inputs if md5 in run.producers and dep not in run.entry.watched]
+                pending += run.made_from().values()
         return contributing
 
     @cached_property

@@ -339,7 +339,8 @@ class RunIndex(Database):
     def parents(self, run: StageRun) -> list[StageRun]:
         """The models that a model was made from, directly; those that it only watches are excluded.
 
-        For a folder of models: those whose weights it contains unchanged, if any; if its files are unavailable, the variant that its report names.
+        For a folder of models: those whose weights it contains unchanged; if files are unavailable so that none is found, the variant that its report
+        names.
         """
         direct: list[StageRun] = []
         from_folders: list[StageRun] = []
@@ -349,7 +350,7 @@ class RunIndex(Database):
                 (direct if dep == path else from_folders).append(producer)
         mine = self.weights(run.md5)
         same = [producer for producer in from_folders if mine & self.weights(producer.md5)]
-        if from_folders and not direct and not mine and (variant := self.report(run).get("variant")):
+        if from_folders and not direct and not same and (variant := self.report(run).get("variant")):
             same = [producer for producer in from_folders if producer.address in {f"merged@{variant}", f"merged_aligned@{variant}"}]
         if not direct and not same and mine and (run.unresolved or run.place in {"run cache", "cache"}):
             holders = {out for weight in mine for out in self.outputs_with_file(weight)} - {run.md5}
@@ -361,11 +362,12 @@ class RunIndex(Database):
 
     @cached_per_instance
     def is_copy(self, run: StageRun) -> bool:
-        """Whether a model has the weights of a parent, byte for byte, or, if its files are unavailable, was chosen from folders of models: the parent
-        then accounts for everything that it was trained on."""
+        """Whether a model has the weights of a parent, byte for byte, or, if files are unavailable, was chosen from folders of models: the parent then
+        accounts for everything that it was trained on."""
         mine = self.weights(run.md5)
-        if mine:
-            return any(mine <= self.weights(parent.md5) for parent in self.parents(run))
+        known = [weights for parent in self.parents(run) if (weights := self.weights(parent.md5))]
+        if mine and known:
+            return any(mine <= weights for weights in known)
         direct = any(dep == path for dep, path, md5 in run.inputs if md5 in run.producers and run.producers[md5].is_model)
         return run.is_model and not direct and len(self.parents(run)) == 1
 
@@ -379,7 +381,7 @@ class RunIndex(Database):
         pending = [run]
         while pending:
             reader = pending.pop()
-            for md5, producer in reader.producers.items():
+            for md5, producer in reader.made_from().items():
                 if not producer.is_model and md5 not in upstream:
                     upstream[md5] = producer
                     if not self.is_split(producer):
@@ -393,7 +395,7 @@ class RunIndex(Database):
         pending = list(upstream.values())
         while pending:
             reader = pending.pop()
-            for md5, producer in reader.producers.items():
+            for md5, producer in reader.made_from().items():
                 if not producer.is_model and md5 not in upstream and not (md5 in self.split_outputs or producer.path in self._split_paths):
                     upstream[md5] = producer
                     pending.append(producer)

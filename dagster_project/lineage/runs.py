@@ -93,6 +93,10 @@ class StageRun:
         """Whether the output is a model."""
         return self.entry.is_model
 
+    def made_from(self) -> dict[str, StageRun]:
+        """`producers` without those of inputs that the run only compared with."""
+        return {md5: self.producers[md5] for dep, _, md5 in self.inputs if md5 in self.producers and dep not in self.entry.watched}
+
     def __repr__(self) -> str:
         return f"<{self.address} {self.md5[:8]} #{self.id}>"
 
@@ -330,8 +334,11 @@ def is_input(path: str) -> bool:
 
 
 def watched_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
-    """Dependencies that a stage only measures itself by: the reward model of an alignment method that learns from pairs."""
+    """Dependencies that a stage only compares with: the reward model of an alignment method that learns from pairs, and the splits whose test examples
+    `preferences` leaves out."""
     section, _, variant = address.partition("@")
+    if section == "preferences":
+        return {"data/splits"}
     values = (stage.get("params") or {}).get("params.yaml") or {}
     settings = values.get(f"{section}.{variant}")
     if section != "aligned" or not isinstance(settings, dict):

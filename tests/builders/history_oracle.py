@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +23,15 @@ from builders.history import md5
 from builders.random_history import KEY, PARAPHRASES, VARIANTS, Entry, Lock, Toy, canonical, dir_md5, git
 
 WORKSPACE = "workspace"
-MODELS = ("adapter", "merged", "release")
+MODELS = ("adapter", "merged", "reward_model", "aligned", "merged_aligned", "release")
+LEARNERS = ("adapter", "aligned", "reward_model")
+"""Stages that learn from records themselves; the others take over what their parents learned."""
 LIMIT = 64
 """Lineages of one run that are looked at. More of them are not compared."""
 
 Chain = dict[str, Entry]
-"""Address -> entry of dvc.lock, of a run and of everything that went into it."""
+"""Address -> entry of dvc.lock, of a run (first) and of everything that went into it. Without what a run only compared itself with: the reward model
+of DPO, and the test split that `preferences` leaves out."""
 Signature = tuple[str, str, tuple[tuple[str, int], ...], tuple[int, ...]]
 """Adapter, its hash, number of records by split, steps (of a record: all; of a source: number of records, first step, last step)."""
 
@@ -109,7 +112,9 @@ class Reach:
     def incomplete(self) -> bool:
         """Whether anything that some run recorded is gone."""
         gone = any(not self.exists(one["md5"]) for _, entry, _ in self.pool for one in entry["outs"])
-        return self.shallow or gone or bool(self.lost_keys)
+        recorded = {out_of(entry)[1] for _, entry, _ in self.pool}
+        unrecorded = any(self.exists(value) for value in self.log.weights.keys() - recorded)
+        return self.shallow or gone or unrecorded or bool(self.lost_keys)
 
     @cached_property
     def keys(self) -> set[bytes]:
@@ -171,19 +176,30 @@ class Reach:
         stage = address.partition("@")[0]
         inputs = {one["path"]: one["md5"] for one in entry["deps"]}
         read = {"instructions": ["data/raw_examples"], "splits": ["data/instructions"], "tokenized": ["data/splits"], "adapter": ["data/tokenized"],
-                "merged": [path for path in inputs if path.startswith("data/adapter/")], "release": ["data/merged"]}.get(stage, [])  # fmt: skip
+                "merged": [path for path in inputs if path.startswith("data/adapter/")], "preferences": ["data/raw_preferences"],
+                "reward_model": ["data/preferences"], "aligned": ["data/merged/lora", "data/preferences"],
+                "merged_aligned": ["data/merged/lora", "data/aligned/dpo"], "release": ["data/merged"]}.get(stage, [])  # fmt: skip
         options = [list(islice(self._makers(path, inputs[path], place, entry), LIMIT)) for path in read]
+        consistent = False
         for chosen in product(*options):
             whole: Chain = {address: entry}
             for chain in chosen:
+                if any(whole.get(name, found) != found for name, found in chain.items()):
+                    break  # two runs of one stage went into it
                 whole |= chain
-            yield whole
+            else:
+                consistent = True
+                yield whole
+        if all(options) and not consistent:
+            raise TooManyLineages
         if read and not any(options):
             yield {address: entry}
 
     def _makers(self, path: str, value: str, place: Place, reader: Entry) -> Iterator[Chain]:
         if path == "data/merged":
-            yield from self._merged(value, place, reader)
+            inputs = {one["path"]: one["md5"] for one in reader["deps"]}
+            for folder, names in (("merged", VARIANTS), ("merged_aligned", ("dpo",))):
+                yield from self._chosen(folder, names, inputs[f"data/{folder}"], place, reader)
             return
         here = [(address, entry) for address, entry in place.lock.items() if out_of(entry) == (path, value)]
         if here:
@@ -194,18 +210,18 @@ class Reach:
             if out_of(entry) == (path, value):
                 yield from self.chains(address, entry, other)
 
-    def _merged(self, value: str, place: Place, reader: Entry) -> Iterator[Chain]:
-        """Of the folder of merged models, the one whose weights were released."""
+    def _chosen(self, stage: str, names: Sequence[str], value: str, place: Place, reader: Entry) -> Iterator[Chain]:
+        """Of a folder of models, the one whose weights were released."""
         for other in [place, *(one for one in self.places if one != place)]:
-            outs = {name: other.lock[f"merged@{name}"] for name in VARIANTS if f"merged@{name}" in other.lock}
+            outs = {name: other.lock[f"{stage}@{name}"] for name in names if f"{stage}@{name}" in other.lock}
             if outs and self.folder({name: out_of(entry)[1] for name, entry in outs.items()}) == value:
                 for name, entry in outs.items():
                     if self.same_weights(entry, reader):
-                        yield from self.chains(f"merged@{name}", entry, other)
+                        yield from self.chains(f"{stage}@{name}", entry, other)
                 if other == place:
                     return
         for address, entry, other in self.pool:
-            if address.startswith("merged@") and self.same_weights(entry, reader):
+            if address.startswith(f"{stage}@") and self.same_weights(entry, reader):
                 yield from self.chains(address, entry, other)
 
     def same_weights(self, one: Entry, other: Entry) -> bool:
@@ -224,8 +240,11 @@ class Reach:
 
     # --- what a model saw
 
-    def adapter(self, chain: Chain) -> tuple[str, Entry] | None:
-        return next(((address, entry) for address, entry in chain.items() if address.startswith("adapter@")), None)
+    def learners(self, chain: Chain) -> dict[str, Entry]:
+        """Address -> entry of the runs of a lineage that learned from records."""
+        if next(iter(chain)) == "reward_model":
+            return {"reward_model": chain["reward_model"]}
+        return {address: entry for address, entry in chain.items() if address.partition("@")[0] in ("adapter", "aligned")}
 
     def of(self, chain: Chain, stage: str) -> str | None:
         """Hash of a stage's output in a lineage."""
@@ -233,20 +252,33 @@ class Reach:
 
     def whole(self, chain: Chain) -> bool:
         """Whether the lineage is recorded back to the sources."""
-        return {"splits", "instructions", "raw_examples"} <= chain.keys() and self.adapter(chain) is not None
+        if next(iter(chain)) == "reward_model":
+            return {"preferences", "raw_preferences"} <= chain.keys()
+        pairs = {"preferences", "raw_preferences"} if any(address.startswith("aligned@") for address in chain) else set()
+        head = next(iter(chain))
+        needed = {"splits", "instructions", "raw_examples", *pairs, *({"aligned@dpo"} if head.startswith("merged_aligned") else ())}
+        return needed <= chain.keys() and any(address.startswith("adapter@") for address in chain)
 
-    def splits(self, chain: Chain) -> dict[str, str]:
-        return self.log.split_of[str(self.of(chain, "splits"))]
+    def splits(self, chain: Chain, stage: str = "splits") -> dict[str, str]:
+        """Record -> split; empty if the lineage has no such data set."""
+        return self.log.split_of.get(str(self.of(chain, stage)), {})
 
     def facts(self, chain: Chain) -> dict[str, dict[str, Any]]:
         """Sources with rows, sha256 and license."""
-        return {**self.log.sources[canonical(chain["raw_examples"])], **self.log.sources[canonical(chain["splits"])]}
+        found: dict[str, dict[str, Any]] = {}
+        for stage in ("raw_examples", "splits", "raw_preferences"):
+            found |= self.log.sources[canonical(chain[stage])] if stage in chain else {}
+        return found
 
     def records_of_sources(self, chain: Chain) -> dict[str, set[str]]:
         """Records in the splits, by source: rows that are exact duplicates and copies count for each source."""
-        known, copies = self.splits(chain), self.log.parent_of[str(self.of(chain, "splits"))]
+        known, copies = self.splits(chain), self.copies(chain)
         found: dict[str, set[str]] = {}
-        for row in self.log.rows[str(self.of(chain, "raw_examples"))]:
+        pairs = self.splits(chain, "preferences")
+        for pair in self.log.pairs.get(str(self.of(chain, "raw_preferences")), []):
+            if pair.identity in pairs:
+                found.setdefault(pair.source, set()).add(pair.identity)
+        for row in self.log.rows.get(str(self.of(chain, "raw_examples")), []):
             if row.identity in known and row.identity not in copies:
                 found.setdefault(row.source, set()).add(row.identity)
         for names in list(found.values()):
@@ -255,24 +287,27 @@ class Reach:
             found[PARAPHRASES] = set(copies)
         return found
 
-    def signature(self, chain: Chain, names: set[str], source: bool) -> Signature | None:
-        """What the adapter in a lineage saw of these records."""
-        made = self.adapter(chain)
-        if made is None:
-            return None
-        address, entry = made
-        counts = Counter(split for name, split in self.splits(chain).items() if name in names)
-        if not counts:
-            return None
-        steps = [(step, name) for step, _, name in self.log.steps[out_of(entry)[1]] if name in names]
-        shown: tuple[int, ...] = tuple(sorted(step for step, _ in steps))
-        if source and steps:
-            shown = (len({name for _, name in steps}), shown[0], shown[-1])
-        return (address, out_of(entry)[1], tuple(sorted(counts.items())), shown)
+    def signatures(self, chain: Chain, names: set[str], source: bool) -> dict[str, Signature]:
+        """Address -> what each learner of a lineage saw of these records; those that saw none are left out."""
+        found = {}
+        for address, entry in self.learners(chain).items():
+            splits = self.splits(chain, "splits" if address.startswith("adapter@") else "preferences")
+            counts = Counter(split for name, split in splits.items() if name in names)
+            if not counts:
+                continue
+            steps = [(step, name) for step, _, name in self.log.steps[out_of(entry)[1]] if name in names]
+            shown: tuple[int, ...] = tuple(sorted(step for step, _ in steps))
+            if source and steps:
+                shown = (len({name for _, name in steps}), shown[0], shown[-1])
+            found[address] = (address, out_of(entry)[1], tuple(sorted(counts.items())), shown)
+        return found
+
+    def copies(self, chain: Chain) -> dict[str, str]:
+        """Copy -> the record that it is a paraphrase of."""
+        return self.log.parent_of.get(str(self.of(chain, "splits")), {})
 
     def with_copies(self, chain: Chain, record: str) -> set[str]:
-        copies = self.log.parent_of[str(self.of(chain, "splits"))]
-        return {record, *(copy for copy, parent in copies.items() if parent == record)}
+        return {record, *(copy for copy, parent in self.copies(chain).items() if parent == record)}
 
     def models(self) -> Iterator[tuple[str, Entry, Place]]:
         for address, entry, place in self.pool:

@@ -3,7 +3,7 @@
     base_model
     data/sources -> raw_examples -> instructions -> splits -> tokenized -> adapter@X -> merged@X -> release
                                                                             comparison (reads splits and merged models) -^
-    data/pairs -> raw_preferences -> preferences (reads the test split) -> reward_model -> aligned@dpo (of merged@lora) -> merged_aligned@dpo -> release
+    data/sources/pairs -> raw_preferences -> preferences (reads the test split) -> reward_model -> aligned@dpo (of merged@lora) -> merged_aligned@dpo -> release
 
 raw_examples, raw_preferences and, in some histories, instructions and splits are the real stages; the rest is simulated. Stages run as DVC runs them: only if a hash that
 dvc.lock records has changed, and not if the run cache has the result. dvc.lock, cache and run cache are written as DVC writes them.
@@ -37,7 +37,6 @@ from dagster_project.core.records import (
     ledger_schema,
     pair_schema,
     read_ledger,
-    read_pairs,
     read_records,
     record_schema,
     write_ledger,
@@ -57,7 +56,7 @@ ADDRESSES = (
     "reward_model", "aligned@dpo", "merged_aligned@dpo", "comparison", "release",
 )  # fmt: skip
 SOURCES, PARAPHRASES = "data/sources", "data/sources/paraphrases/mine.jsonl"
-PAIRS = "data/pairs/mine.jsonl"
+PAIRS = f"{SOURCES}/pairs/mine.jsonl"
 KEY = "data/keys/record_ids.key"
 NAMES = ("Abena", "Bjorn", "Chidi", "Dalia", "Emeka", "Freya")
 WORDS = ["anchor", "basket", "candle", "dagger", "eagle", "falcon", "garden", "hammer", "island", "jacket", "kettle", "ladder", "magnet", "needle", "orange", "pebble", "quiver", "rabbit", "saddle", "turtle", "umbrella", "violin", "walnut", "yellow", "zipper", "bridge", "carpet", "donkey", "engine", "feather", "giraffe", "helmet", "insect", "jungle", "kitten", "lemon", "mirror", "noodle", "oyster", "parrot", "quartz", "ribbon", "shovel", "tunnel", "urchin", "velvet", "window", "yogurt", "copper", "dragon"]  # fmt: skip
@@ -71,7 +70,7 @@ stages:
   tokenized: {cmd: x, deps: [data/splits, data/base_model], outs: [data/tokenized]}
   adapter: {foreach: {lora: 1, dora: 1}, do: {cmd: x, outs: ["data/adapter/${key}"], meta: {kinds: [safetensors]}}}
   merged: {foreach: {lora: 1, dora: 1}, do: {cmd: x, outs: ["data/merged/${key}"], meta: {kinds: [safetensors]}}}
-  raw_preferences: {cmd: x, deps: [data/pairs], outs: [data/raw_preferences]}
+  raw_preferences: {cmd: x, deps: [data/sources], outs: [data/raw_preferences]}
   preferences: {cmd: x, deps: [data/raw_preferences, data/splits], outs: [data/preferences]}
   reward_model: {cmd: x, deps: [data/preferences, data/base_model], outs: [data/reward_model], meta: {kinds: [safetensors]}}
   aligned: {foreach: {dpo: 1}, do: {cmd: x, outs: ["data/aligned/${key}"], meta: {kinds: [safetensors]}}}
@@ -161,7 +160,7 @@ class Log:
     entries: dict[str, tuple[str, Entry]] = field(default_factory=dict)
     """Canonical form of every entry that a run recorded -> (address, entry)."""
     ran: dict[str, list[dict[str, Entry]]] = field(default_factory=dict)
-    """Canonical form of an entry -> what really went into each run of it: address -> entry, itself included."""
+    """Canonical form of an entry -> what really went into each run of it: address -> entry, itself first."""
     rows: dict[str, list[Row]] = field(default_factory=dict)
     """Output of raw_examples -> rows."""
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
@@ -372,7 +371,7 @@ class Toy:
             "tokenized": (["data/splits", "data/base_model"], ["tokenized"]),
             "adapter": (["data/tokenized", "data/base_model"], [f"adapter.{name}", "compute"]),
             "merged": (["data/base_model", f"data/adapter/{name}"], ["compute"]),
-            "raw_preferences": (["data/pairs"], ["raw_preferences"]),
+            "raw_preferences": ([SOURCES], ["raw_preferences"]),
             "preferences": (["data/raw_preferences", "data/splits"], ["preferences", "compute.seed"]),
             "reward_model": (["data/preferences", "data/base_model"], ["reward_model", "compute"]),
             "aligned": (["data/preferences", "data/reward_model", "data/merged/lora"], [f"aligned.{name}", "compute"]),
@@ -468,7 +467,7 @@ class Toy:
                 if other != address and any(
                     made["path"] == one["path"] and made["md5"] == one["md5"] for made in found["outs"] if made["md5"].endswith(".dir")
                 ):
-                    whole = {**self.log.ran[canonical(found)][-1], **whole}
+                    whole = {**whole, **self.log.ran[canonical(found)][-1], **whole}
         self.log.ran.setdefault(canonical(entry), []).append(whole)
         self._note(address, entry, value)
         saved = runs / key[:2] / key / hashlib.sha256(canonical(entry).encode()).hexdigest()
@@ -643,25 +642,28 @@ class Toy:
     def _preferences(self, address: str) -> Report:
         """Drops all but the first of equal pairs, and pairs with a prompt of the test split."""
         seed, share = self.params()["compute"]["seed"], self.params()["preferences"]["test"]
-        data, seen, shards, ledger = self.root / "data", set(), {"train": [], "test": []}, []
+        data, seen, shards, ledger = self.root / "data", set(), {"train": [], "validation": [], "test": []}, []
         tests = {record["messages"][0]["content"] for record in read_records(data / "splits/test")}
-        for pair, line in zip(read_pairs(data / "raw_preferences"), read_ledger(data / "raw_preferences"), strict=True):
+        for pair, line in zip(read_records(data / "raw_preferences"), read_ledger(data / "raw_preferences"), strict=True):
             name = pair["example_id"]
             if name in seen or pair["prompt"][0]["content"] in tests:
                 ledger.append({**line, "outcome": "dropped:exact_duplicates" if name in seen else "dropped:benchmark_leakage", "why": ""})
                 continue
             seen.add(name)
-            split = "test" if int(md5(f"{seed}{name}".encode()), 16) % 100 / 100 < share else "train"
+            number = int(md5(f"{seed}{name}".encode()), 16) % 100 / 100
+            split = "test" if number < share else "validation" if number < 0.5 else "train"
             shards[split].append({**pair, "group_id": name})
             ledger.append({**line, "outcome": split})
         for split, rows in shards.items():
             write_records(data / "preferences" / split, rows, pair_schema())
         write_ledger(data / "preferences", ledger)
-        return Report(rows_in=len(ledger), rows_out=len(seen), metrics={name: len(rows) for name, rows in shards.items()})
+        dropped = Counter(line["outcome"].partition(":")[2] for line in ledger if line["outcome"].startswith("dropped:"))
+        counts = {name: len(rows) for name, rows in shards.items()}
+        return Report(rows_in=len(ledger), rows_out=len(seen), dropped=dict(dropped), metrics=counts)
 
     def _train_on_pairs(self, out: str, settings: Mapping[str, Any], *models: str) -> Report:
         """One pair per step; the weights depend on the pairs, the settings and the models that are read."""
-        pairs = sorted(read_pairs(self.root / "data/preferences/train"), key=lambda pair: pair["example_id"])[: settings["max_steps"]]
+        pairs = sorted(read_records(self.root / "data/preferences/train"), key=lambda pair: pair["example_id"])[: settings["max_steps"]]
         seen = [{"step": i + 1, "epoch": 1, "position": 0, "example_id": pair["example_id"]} for i, pair in enumerate(pairs)]
         read = [md5((self.root / path).read_bytes()) for path in models]
         weights = md5(canonical([pairs, {**settings, "max_steps": 0}, read]).encode())
@@ -724,7 +726,7 @@ class Toy:
             self.log.text_of |= {pair.identity: pair.texts for pair in pairs}
         if stage == "preferences":
             self.log.split_of[value] = {}
-            for split in ("train", "test"):
+            for split in ("train", "validation", "test"):
                 for pair in (row for shard in sorted((out / split).glob("*.parquet")) for row in pq.read_table(shard).to_pylist()):
                     name = pair_identity(*(pair[side][0]["content"] for side in ("prompt", "chosen", "rejected")))
                     assert name == pair["example_id"]
