@@ -14,7 +14,7 @@ from typing import Any
 from faults import project, warm
 from faults.warm import Command, Fault, Outcome
 
-TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^\s+File \".*\", line \d+|unexpected error", re.MULTILINE)
+TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^\s+File \".*\", line \d+|unexpected error(?! - \[Errno)", re.MULTILINE)
 CODES = {0, 1, 2}
 """Exit codes of a command that was not killed: fine, failed or busy, bad input."""
 KILLED = -9
