@@ -257,12 +257,18 @@ def verify(options: argparse.Namespace) -> int:
 
     if options.integrity == bool(options.stage):
         raise InputError("verify: give either a stage or --integrity", "see `pedigree verify --help`")
-    if (options.deep and options.integrity) or (options.all_revs and not options.integrity):
-        raise InputError("verify: --deep requires a stage, --all-revs requires --integrity", "see `pedigree verify --help`")
+    if ((options.deep or options.install) and options.integrity) or (options.all_revs and not options.integrity):
+        raise InputError("verify: --deep and --install require a stage, --all-revs requires --integrity", "see `pedigree verify --help`")
     if options.integrity:
         document = integrity.examine(_project(options), options.rev, options.all_revs)
         _print(options, document, integrity.as_text)
         return {"intact": 0, "altered": 1, "incomplete": 2}[document["verdict"]]
+    if options.install:
+        from dagster_project.commands.verify_installed import verify_installed
+
+        code = verify_installed(_project(options), options.stage, options.rev, options.deep, options.json)
+        if code is not None:
+            return code
     document = module.verify(_project(options), options.stage, options.rev, options.deep)
     _print(options, document, module.as_text)
     return 1 if document["verdict"] == "different" else 0
@@ -514,7 +520,12 @@ def _add_command(commands: Any, function: Any, name: str = "") -> argparse.Argum
 def _add_check(commands: Any) -> None:
     command = _add_command(commands, check)
     add = command.add_argument
-    add("paths", nargs="+", metavar="PATH", help="files or folders of examples, preference pairs or benchmark questions")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="examples, preference pairs or benchmark questions: files, folders, hub:ORG/NAME@REVISION:SPLIT, s3://BUCKET/PREFIX",
+    )
     add("--format", default="auto", help="alpaca, messages, sharegpt, dolly, dpo, hh, ...; default: detected from the keys")
     add("--mapping", metavar="FIELD=COLUMN,...", help="for other columns: prompt=q,response=a or prompt=q,chosen=a,rejected=b")
     add("--out", metavar="CLEAN.jsonl", help="write the rows that would be kept, repaired where the policy is `fix`")
@@ -540,7 +551,13 @@ def _add_check(commands: Any) -> None:
 def _add_init(commands: Any) -> None:
     add = _add_command(commands, init).add_argument
     add("folder", nargs="?", metavar="FOLDER", help="an empty or new folder (default: the current folder)")
-    add("--data", nargs="+", default=[], metavar="FILE", help="examples, preference pairs and benchmarks; they are copied to data/sources/")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="as for `check`; files are copied to data/sources/, others are read where they are",
+    )
     add("--base-model", metavar="MODEL", help="org/name@REVISION on the Hub, or a folder (default: the small model of the sample project)")
     add("--task", choices=("auto", "labels", "json", "text"), default="auto", help="what answers are (default: detected)")
     add("--license", default="unknown", metavar="SPDX", help="license of the data (default: %(default)s)")
@@ -601,6 +618,7 @@ def _add_lineage_commands(commands: Any) -> None:
     add("stage", nargs="?", metavar="STAGE[@VARIANT]", help="name of a stage, path of its output, or content hash")
     add("--rev", help="git revision (default: the workspace, including uncommitted changes)")
     add("--deep", action="store_true", help="start from the sources: reproduce all upstream stages first")
+    add("--install", action="store_true", help="if another version made it: install that one in a scratch environment, and verify there")
     add("--integrity", action="store_true", help="instead hash everything that dvc.lock refers to, in the cache and the workspace")
     add("--all-revs", action="store_true", help="with --integrity: also at every commit that changed dvc.lock")
     add = _add_command(commands, export).add_argument

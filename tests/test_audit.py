@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace as Of
 
+import pytest
 from conftest import edit_params, pedigree, run
 from ruamel.yaml import YAML
 
@@ -13,7 +15,7 @@ from dagster_project.core.records import read_records, read_table
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.impact import impact
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.lineage import audit, find, trained_on
+from dagster_project.lineage.lineage import _metrics, audit, find, trained_on
 
 
 def test_an_audit_names_every_source_with_its_hash_and_every_stage_before_the_model(finished: Path) -> None:
@@ -106,3 +108,14 @@ def test_audit_gives_the_same_content_as_text_and_json(finished: Path) -> None:
     assert text.returncode == 0
     for path, source in document["sources"].items():
         assert path in text.stdout and source["sha256"][:16] in text.stdout
+
+
+@pytest.mark.timeout(60)
+def test_a_model_with_the_files_of_the_model_that_it_reads_is_followed_once() -> None:
+    """As if merging had changed nothing."""
+    adapter = Of(address="adapter@lora", md5="1", inputs=[], is_model=True)
+    merged = Of(address="merged@lora", md5="1", inputs=[("adapter@lora", "data/adapter/lora", "1")], is_model=True)
+    evaluation = Of(address="evaluation@lora", md5="2", inputs=[("merged@lora", "data/merged/lora", "1")], is_model=False)
+    lock = {run.address: run for run in (adapter, merged, evaluation)}
+    subject = Of(run=adapter, lock=lock, index=Of(report=lambda run: {"score": 1}))
+    assert _metrics(subject, {}) == {"adapter@lora": {}, "evaluation@lora": {"score": 1}}

@@ -252,6 +252,19 @@ def spoil(root: Path, how: str) -> None:
             (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
         case "numbers as text":
             (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "many"}))
+        case "a million layers":
+            (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**6}))
+        case "templates without a default":
+            settings = json.loads((folder / "tokenizer_config.json").read_text())
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": [{"name": "tool_use", "template": "x"}]}))
+        case "template that is no text":
+            settings = json.loads((folder / "tokenizer_config.json").read_text())
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": {"default": 1}}))
+        case "bitsandbytes":
+            quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+            (folder / "config.json").write_text(json.dumps(config | quantized))
         case "no numbers":
             (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
 
@@ -259,7 +272,8 @@ def spoil(root: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how",
     ["cut off", "a header that is too long", "overlapping tensors", "a weight is missing", "other shapes", "pickle", "no tokenizer", "config is cut off",
-     "config is a list", "code of its own", "awq", "numbers as text", "no numbers"],
+     "config is a list", "code of its own", "awq", "numbers as text", "no numbers", "a million layers", "templates without a default",
+     "template that is no text", "bitsandbytes"],
 )  # fmt: skip
 def test_a_model_that_cannot_be_loaded_whole_is_refused_in_one_message(root: Path, how: str) -> None:
     spoil(root, how)

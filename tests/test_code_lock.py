@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+import threading
 import zipfile
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import grimp
 import pytest
@@ -15,7 +19,7 @@ from builders.installed import commit, edit, install, installed, pedigree_in, pr
 from conftest import ROOT, run
 from ruamel.yaml import YAML
 
-from dagster_project import pipeline
+from dagster_project import execution, pipeline
 from dagster_project.commands.init import init
 from dagster_project.commands.pipeline_file import pipeline_text
 from dagster_project.commands.upgrade import results_since
@@ -25,6 +29,12 @@ from dagster_project.core.layout import is_code
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import code_in
 from dagster_project.orchestration import dvc
+from dagster_project.orchestration.dagster.assets import build_definitions
+from dagster_project.orchestration.dagster.project import PedigreeProject
+from dagster_project.orchestration.dagster_dvc.keys import asset_key
+from dagster_project.orchestration.executors.package import project_package
+from dagster_project.orchestration.executors.ray import ClusterGone
+from dagster_project.orchestration.run_stage import run_stage
 
 ROWS = [{"instruction": f"Name number {i}.", "output": f"It is {i}, the one after {i - 1}."} for i in range(30)]
 A_CHECK, A_VIEW = "curation/checks/content.py", "views/html.py"
@@ -135,6 +145,78 @@ def test_other_code_than_recorded_is_refused_by_every_way_to_run_a_stage(site: P
         assert done.returncode == expected and "Traceback" not in done.stderr
         assert "the installed code of raw_examples, instructions, splits" in done.stderr and "`pedigree upgrade`" in done.stderr
     assert (project / "data/raw_examples/file.txt").is_file(), "the earlier output is kept"
+
+
+@pytest.fixture
+def other_code(project: Path) -> Path:
+    """The project, if other code than the installed one had made raw_examples, and its source has changed since."""
+    was = code_lock.read(project).stages["raw_examples"]
+    for name in ("code.lock.yaml", "dvc.lock"):
+        (project / name).write_text((project / name).read_text().replace(was, "0" * 64))
+    (project / "data/sources/mine.json").write_text(json.dumps(ROWS[1:]))
+    return project
+
+
+OTHER_CODE = "the installed code of raw_examples is not that of code.lock.yaml"
+
+
+def test_dagster_loads_with_a_warning_and_refuses_to_materialize_with_other_code(
+    other_code: Path, instance: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = (other_code / "dvc.lock").read_bytes()
+    definitions = build_definitions(other_code, whole_location=True)
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert OTHER_CODE in warning and "`pedigree upgrade`" in warning
+    done = definitions.resolve_job_def("data").execute_in_process(
+        instance=instance, asset_selection=[asset_key("raw_examples")], raise_on_error=False
+    )
+    [failure] = [event.step_failure_data.user_failure_data.description for event in done.all_events if event.is_step_failure]
+    assert failure.startswith(OTHER_CODE) and "`pedigree upgrade`" in failure
+    assert instance.get_latest_materialization_event(asset_key("raw_examples")) is None
+    assert (other_code / "dvc.lock").read_bytes() == lock and (other_code / "data/raw_examples/file.txt").is_file()
+    PedigreeProject(other_code).validate("raw_preferences", {})  # the code of other stages is the recorded one
+
+
+class _Dashboard(BaseHTTPRequestHandler):
+    """Of a Ray cluster, as far as it is asked: which is counted."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_error(503)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_other_code_is_refused_before_a_stage_goes_to_a_cluster_and_by_its_worker(
+    other_code: Path, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv(execution.VARIABLE, "ray")
+        with pytest.raises(InputError, match=OTHER_CODE):
+            run_stage(other_code, "raw_examples")
+        assert _Dashboard.asked == []
+        code_lock.record(other_code, code_lock.installed(["raw_examples"]))
+        with pytest.raises(ClusterGone):
+            run_stage(other_code, "raw_examples")
+        assert _Dashboard.asked, "with the recorded code, the cluster is asked"
+        server.shutdown()
+    run(["git", "add", "-A"], other_code)
+    edit(site, "stages/raw_examples.py")  # on the node
+    with project_package(other_code, other_code.parent / "package") as package:
+        shutil.copytree(package, other_code.parent / "node", symlinks=True)
+    dvc.isolate_project(other_code.parent / "node")
+    done = pedigree_in_node(site, other_code.parent / "node")
+    assert done.returncode == 2 and OTHER_CODE in done.stderr and "Traceback" not in done.stderr
+
+
+def pedigree_in_node(site: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The stage's command, as a worker of a cluster runs it."""
+    return installed(site, folder, "-m", "dagster_project", "run", "raw_examples", **{execution.VARIABLE: execution.WORKER})
 
 
 def test_a_missing_or_damaged_lock_is_refused_and_upgrade_writes_a_missing_one(site: Path, project: Path) -> None:

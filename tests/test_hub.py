@@ -303,3 +303,34 @@ def test_an_unknown_split_of_a_commit_is_refused(spec: str, message: str) -> Non
 def test_no_token_appears_in_a_message(secret: str) -> None:
     told = reader._error_text(OSError(f"\n\nIllegal header b'Bearer {secret}' for https://me:pass@hub.example/x\nmore"), secret)
     assert told == "Illegal header b'Bearer [token]' for https://hub.example/x"
+
+
+INIT = """
+import json, sys
+from pathlib import Path
+from dagster_project.commands.init import init
+from dagster_project.core.errors import InputError
+from dagster_project.pipeline import validate
+document = init(Path("project"), json.loads(sys.argv[1]), None, "auto", "MIT")
+values = validate(Path("project"))
+try:
+    init(Path("other"), json.loads(sys.argv[2]), None, "auto", "MIT")
+except InputError as error:
+    print(json.dumps([document["sources"], values["raw_examples"], values["raw_preferences"], error.what, Path("other").exists()]))
+"""
+
+
+def test_init_takes_data_sets_of_the_hub_as_sources(hub: Hub, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"Hi {i}", "chosen": "Hello", "rejected": "No"} for i in range(3)]
+    questions = [{"question": "One?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "x"}]
+    hub.repos |= {"org/pairs": {OLD: {"train.jsonl": lines(*pairs)}}, "org/mmlu": {OLD: {"test.jsonl": lines(*questions)}}}
+    given = [f"hub:org/name@{OLD}:train", f"hub:org/pairs@{OLD}:train"]
+    sources, examples, preferences, refused, exists = run(hub, tmp_path, INIT, given, [given[0], f"hub:org/mmlu@{OLD}:test"])
+    assert [(one["path"], one["kind"], one["rows"]) for one in sources] == [
+        (f"hub:org/name@{OLD[:12]}/train", "examples", 5),
+        (f"hub:org/pairs@{OLD[:12]}/train", "preferences", 3),
+    ]
+    assert examples["sources"] == [{"hub": "org/name", "revision": OLD, "split": "train", "license": "MIT"}]
+    assert preferences["sources"] == [{"hub": "org/pairs", "revision": OLD, "split": "train", "license": "MIT"}]
+    assert not [path for path in (tmp_path / "project/data/sources").rglob("*") if path.is_file() and path.name != ".gitkeep"]
+    assert refused == f"--data: hub:org/mmlu@{OLD}:test: benchmark questions are read from files" and not exists

@@ -157,6 +157,9 @@ def test_a_folder_with_files_of_a_project_is_refused_and_left_as_it_is(tmp_path:
         (["--base-model", "."], "no config.json or tokenizer.json"),
         (["--data", "pairs.json"], "no examples to train on, only preferences"),
         (["--data", "a/x.json", "b/x.json"], "two files would become data/sources/x.json"),
+        (["--data", "hub:org/name"], "hub:org/name: not a split of a data set\nhint: use hub:org/name@REVISION:split"),
+        (["--data", "hub:org/name@main:train"], "is not a commit"),
+        (["--data", "s3://"], "is not an address of objects"),
     ],
 )
 def test_bad_input_is_one_message(

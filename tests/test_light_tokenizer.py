@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from dagster_project.core.template_process import compiled
 from dagster_project.curation.checks import token_counts
-from dagster_project.curation.checks.light_tokenizer import PLAIN_CLASSES, PLAIN_MODELS, compiled, read_tokenizer
+from dagster_project.curation.checks.light_tokenizer import PLAIN_CLASSES, PLAIN_MODELS, read_tokenizer
 
 HEAVY = ["torch", "transformers", "trl", "peft", "accelerate", "dagster", "dvc", "great_expectations"]
 TEXTS = ["", "Hi", "<|im_start|>user Hi<|im_end|>", "你好 wörld 👋🏽\n\n x", " two  spaces\t\n"]
@@ -74,6 +75,7 @@ def test_every_template_of_trl_renders_as_in_transformers() -> None:
         "{% set x = namespace(a=1) %}{% set x.a = 2 %}{{ x.a }}",
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__ }}",
+        "{{ dict(a=1).a }}{{ dict.fromkeys(['b'], 2) }}{{ dict.mro }}",
         "{{ raise_exception('no') }}",
         "{{ {'a': '<é>'}|tojson }}{% for x in [1, 2] %}{% break %}{% endfor %}",
         "{% generation %}Hi{% endgeneration %}",

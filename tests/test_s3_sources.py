@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 from builders.files import FILE_WRITERS, jsonl
 from builders.history import Project
+from builders.layouts import BENCHMARK_ROWS
 from builders.s3 import BUCKET, S3Server
 from builders.servers import free_port
 from conftest import dvc, edit_params, pedigree, run
 
+from dagster_project.commands.init import init
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
 from dagster_project.core.records import read_ledger, read_pairs, read_records, write_json
@@ -27,6 +29,7 @@ from dagster_project.curation.check_files import check_paths
 from dagster_project.curation.sources import files, s3
 from dagster_project.lineage.impact import impact
 from dagster_project.lineage.lineage import audit
+from dagster_project.pipeline import validate
 from dagster_project.stages import raw_examples, raw_preferences
 
 for needed in ("s3fs", "moto"):
@@ -287,9 +290,56 @@ def test_without_s3fs_one_message_says_how_to_install_it(tmp_path: Path, monkeyp
     assert "s3fs is not installed" in error.what and "pip install 'pedigree-llm[s3]'" in error.hint
 
 
-def test_the_check_of_files_says_that_it_does_not_read_s3() -> None:
-    with pytest.raises(InputError, match="are read by the pipeline only"):
+# `pedigree check` and `pedigree init`
+
+
+def test_check_reads_objects_as_the_same_files(tmp_path: Path, bucket: S3Server, prefix: str) -> None:
+    folder = jsonl(tmp_path / "mine/a.jsonl", *ROWS, ROWS[0]).parent
+    FILE_WRITERS[".parquet"](folder / "b.parquet", ROWS[:3])
+    url = upload(bucket, prefix, folder)
+    local, remote = check_paths([str(folder)]), check_paths([url])
+    assert json.dumps(remote).replace(url, str(folder)) == json.dumps(local) and local["rows"] == 54
+    held_out = str(jsonl(tmp_path / "held.jsonl", ROWS[7]))
+    leaks = [check_paths([held_out], against=[place])["findings"] for place in (str(folder), url)]
+    assert json.dumps(leaks[1]).replace(url, str(folder)) == json.dumps(leaks[0])
+    assert [finding["count"] for finding in leaks[1] if finding["check"] == "benchmark_leakage"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("s3://key:secret@bucket/a", "is not an address of objects"),
+        (f"s3://{BUCKET}/none", "no file of examples at this address"),
+    ],
+)
+def test_check_refuses_an_address_without_objects(path: str, message: str, bucket: S3Server) -> None:
+    with pytest.raises(InputError, match=message):
+        check_paths([path])
+
+
+def test_check_of_objects_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(InputError, match="s3fs is not installed"):
         check_paths(["s3://bucket/a.jsonl"])
+
+
+def test_init_pins_the_objects_that_it_read(tmp_path: Path, bucket: S3Server, prefix: str) -> None:
+    url, project = upload(bucket, prefix, jsonl(tmp_path / "set/a.jsonl", *ROWS).parent), tmp_path / "project"
+    document = init(project, [url], None, "auto", "MIT")
+    assert document["sources"] == [{"path": url, "kind": "examples", "layout": "prompt_completion", "rows": 50}]
+    section = validate(project)["raw_examples"]
+    assert section["sources"] == [{"path": url, "revision": digest(bucket, prefix), "license": "MIT"}]
+    assert not [path for path in (project / "data/sources").rglob("*") if path.is_file() and path.name != ".gitkeep"]
+    assert read(project, "out", *section["sources"]).rows_out == 50
+
+
+def test_init_refuses_benchmarks_in_s3_and_a_prefix_that_is_named_twice(tmp_path: Path, bucket: S3Server, prefix: str) -> None:
+    url = upload(bucket, prefix, jsonl(tmp_path / "set/a.jsonl", *ROWS).parent)
+    questions = upload(bucket, f"{prefix}-q", jsonl(tmp_path / "q/a.jsonl", *BENCHMARK_ROWS["mmlu"]).parent)
+    for given, message in (([url, questions], "benchmark questions are read from files"), ([url, url], f"{url} is named twice")):
+        with pytest.raises(InputError, match=message):
+            init(tmp_path / "project", given, None, "auto", "MIT")
+    assert not (tmp_path / "project").exists()
 
 
 # History

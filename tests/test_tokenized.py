@@ -15,6 +15,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dagster_project.core import bounded_templates
 from dagster_project.core.chat import IGNORE, encode, encode_prompt, pieces
 from dagster_project.core.errors import InputError
 from dagster_project.core.named_templates import NAMED
@@ -219,7 +220,7 @@ def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_t
         ("{{ ['a', 'b']|random }}" + CHAT_TEMPLATE, "`random` is not deterministic"),
         ("{{ 1 / 0 }}" + CHAT_TEMPLATE, "the chat template refuses it: division by zero"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + CHAT_TEMPLATE, "maximum recursion depth exceeded"),
-        ("{% set x = 'a' * 10 ** 11 %}" + CHAT_TEMPLATE, "MemoryError"),
+        ("{% set x = 'a' * 10 ** 11 %}" + CHAT_TEMPLATE, "the chat template needs more than 1 GiB of memory"),
         (CHAT_TEMPLATE.replace("m['content']", "m['contents']"), "leaves out what the user says in turn 1"),
         (CHAT_TEMPLATE.replace("<|im_end|>", ""), "does not end the assistant's turn with '<|im_end|>'"),
         ("", "leaves out what the user says in turn 1"),
@@ -240,8 +241,9 @@ def test_a_template_that_fails_or_leaves_the_sandbox_gives_one_clear_error(stage
     ids=["loops", "one endless operation"],
 )
 def test_a_template_that_never_ends_is_stopped(stage: Stage, monkeypatch: pytest.MonkeyPatch, endless: str) -> None:
-    monkeypatch.setattr(chat_templates, "SECONDS", 1)
-    with pytest.raises(InputError, match=r"mine\.jinja: takes more than 1 s for a short conversation"):
+    monkeypatch.setattr(bounded_templates, "SECONDS", 1)
+    monkeypatch.setattr(bounded_templates, "_renderer", None)
+    with pytest.raises(InputError, match=r"mine\.jinja: the chat template takes more than 1 s of processor time"):
         stage(ask("Hi"), chat_template=stage.template(endless + CHAT_TEMPLATE))
 
 

@@ -51,7 +51,8 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
     """Make a project. Everything is read and checked before the first file is written.
 
     Args:
-        data: files and folders, which are copied to data/sources/, and data sets `hub:org/name@REVISION:split`.
+        data: files and folders, which are copied to data/sources/; data sets `hub:org/name@REVISION:split` and objects `s3://BUCKET/PREFIX`, which
+            are not copied.
         base_model: `org/name@REVISION` on the Hub, or a folder, which is copied to models/; None: the model of the sample project.
         task: one of init_data.TASKS.
         license: of the data.
@@ -65,7 +66,7 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
     found = examine(data, task, tokens_of(weights) if weights else ESTIMATED)
     context = min(CONTEXT, _context_of(weights)) if weights else CONTEXT
     files = _files(found, params_text(found, model, license, context), folder.resolve().name)
-    copies = {one.place: Path(one.path) for one in found.given if not one.hub} | ({str(model["folder"]): weights} if weights else {})
+    copies = {one.place: Path(one.path) for one in found.given if one.is_copied} | ({str(model["folder"]): weights} if weights else {})
     _refuse_existing(folder, [*files, *copies, "dvc.lock"])
     for name, source in copies.items():
         if source.is_dir() and (folder / name).resolve().is_relative_to(source.resolve()):
@@ -85,10 +86,7 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
     return {
         "project": str(folder),
         "files": sorted([*files, *copies]),
-        "sources": [
-            {"path": one.hub.name if one.hub else one.place, "kind": one.kind, "layout": one.layout, "rows": len(one.records)}
-            for one in found.given
-        ],
+        "sources": [{"path": one.name, "kind": one.kind, "layout": one.layout, "rows": len(one.records)} for one in found.given],
         "kept": found.kept,
         "task": found.task,
         "git": has_git,
@@ -190,7 +188,7 @@ def _gitignore(outputs: Sequence[str], optional: Sequence[str]) -> str:
 
 
 def _readme(name: str, found: Found) -> str:
-    given = [f"* `{one.place}`: {one.kind}, {one.layout}, {len(one.records):,} rows" for one in found.given if not one.hub]
+    given = [f"* `{one.name}`: {one.kind}, {one.layout}, {len(one.records):,} rows" for one in found.given]
     return "\n".join(
         [
             f"# {name}",

@@ -17,6 +17,7 @@ from dagster_project.curation.check_files import Kind, LoadedRecords, load
 from dagster_project.curation.checks.checks import Judgement, Rules, judge
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.hub import HubSplit, parse_spec
+from dagster_project.curation.sources.s3 import SCHEME
 from dagster_project.evaluation.labels import MAX_LABELS
 from dagster_project.evaluation.metrics import parse
 
@@ -40,14 +41,26 @@ class Given:
     kind: Kind
     layout: str
     records: Sequence[dict[str, Any]]
+    revision: str | None = None
+    """Of objects in S3: the digest of their list."""
 
     @property
     def hub(self) -> HubSplit | None:
         return parse_spec(self.path)
 
     @property
+    def is_copied(self) -> bool:
+        """Whether it is a file or folder, and not a data set on the Hub or objects in S3, which stay where they are."""
+        return self.hub is None and not self.path.startswith(SCHEME)
+
+    @property
+    def name(self) -> str:
+        """Its name in messages and reports of the project."""
+        return self.place if self.is_copied else self.hub.name if self.hub else self.path
+
+    @property
     def place(self) -> str:
-        """Its path in the project."""
+        """Path of a copy in the project."""
         return f"data/sources/{'benchmarks/' if self.kind == 'benchmark' else ''}{Path(self.path).resolve().name}"
 
 
@@ -92,9 +105,12 @@ def examine(paths: Sequence[str], task: str, tokens: Tokens = ESTIMATED) -> Foun
         InputError: a file cannot be read, two have the same name, none has examples, or the answers do not fit the task.
     """
     given = [_given(path, load([path])) for path in paths]
-    names = Counter(one.place for one in given if not one.hub)
-    if twice := next((name for name, count in names.items() if count > 1), None):
-        raise InputError(f"--data: two files would become {twice}", "rename one of them")
+    if elsewhere := next((one for one in given if one.kind == "benchmark" and not one.is_copied), None):
+        raise InputError(f"--data: {elsewhere.path}: benchmark questions are read from files", "save them as a file, and name that")
+    names = Counter(one.name for one in given)
+    if twice := next((one for one in given if names[one.name] > 1), None):
+        what = f"two files would become {twice.name}" if twice.is_copied else f"{twice.name} is named twice"
+        raise InputError(f"--data: {what}", "rename one of them" if twice.is_copied else "name it once")
     examples = [record for one in given if one.kind == "examples" for record in one.records]
     if paths and not examples:
         kinds = ", ".join(sorted({one.kind for one in given}))
@@ -122,7 +138,7 @@ def examine(paths: Sequence[str], task: str, tokens: Tokens = ESTIMATED) -> Foun
 
 
 def _given(path: str, loaded: LoadedRecords) -> Given:
-    return Given(path, loaded.kind, loaded.layout, loaded.records)
+    return Given(path, loaded.kind, loaded.layout, loaded.records, loaded.revision)
 
 
 def _dropped(judged: Judgement) -> dict[str, int]:

@@ -96,7 +96,7 @@ def _sources(section: str, given: Sequence[Given], license: str) -> list[str]:
 def _place(one: Given) -> dict[str, Any]:
     if hub := one.hub:
         return {"hub": hub.hub, **({"config": hub.config} if hub.config else {}), "revision": hub.revision, "split": hub.split}
-    return {"path": one.place}
+    return {"path": one.name, **({"revision": one.revision} if one.revision else {})}
 
 
 def _kept(found: Found) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+LONGEST = 20_000
+"""Characters of a message that are shown, whatever it quotes."""
+
 
 class PedigreeError(Exception):
     """An error reported to the user as one clear message, without a traceback."""
@@ -13,6 +16,7 @@ class PedigreeError(Exception):
         what: what is wrong and where, e.g. "params.yaml: splits.test: must be below 1".
         hint: the next step for the reader, in the imperative.
         """
+        what = what if len(what) <= LONGEST else f"{what[:LONGEST]}…"
         super().__init__(f"{what}\nhint: {hint}" if hint else what)
         self.what, self.hint = what, hint
 

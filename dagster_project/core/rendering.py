@@ -15,8 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core import bounded_templates
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import JSON, Message, Messages, Tools, argument_texts, calls
+from dagster_project.core.text import shortened
 
 DATE = datetime(2026, 1, 1)
 """Today, for templates that write the date (`strftime_now`): the same text on every day."""
@@ -124,13 +126,14 @@ def _writes_call(text: str) -> bool:
 def render(
     tokenizer: Any, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None, thinking: bool | None = None
 ) -> str:
-    """Render the conversation with the tokenizer's chat template, in transformers' sandbox.
+    """Render the conversation with the tokenizer's chat template, as transformers does, with limits of time and memory.
 
     Args:
         tools: definitions of the functions that the assistant may call.
         thinking: whether answers begin with a trace (`THINKING`); None: as the template does by itself.
     Raises:
         InputError: the template rejects the conversation or fails on it.
+        TemplateLimit: it takes too much time or memory.
     """
     return _render(tokenizer, form_of(tokenizer), messages, tools, add_generation_prompt, {} if thinking is None else THINKING[thinking])
 
@@ -143,17 +146,35 @@ def _render(
     add_generation_prompt: bool = False,
     variables: dict[str, Any] | None = None,
 ) -> str:
-    from jinja2 import TemplateError
-
-    given: dict[str, Any] = {**(variables or {}), **({"tools": list(tools)} if tools else {})}
-    if "strftime_now" in str(tokenizer.chat_template):
-        given["chat_template"] = with_constant_date(str(tokenizer.chat_template))
+    """The text by the template, rendered with limits; by the tokenizer's own method if it has one, as those of Mistral, which read no template."""
+    options: dict[str, Any] = {**(variables or {}), **({"tools": list(tools)} if tools else {})}
+    read = [_as_read(message, form) for message in messages]
     try:
-        read = [_as_read(message, form) for message in messages]
-        return str(tokenizer.apply_chat_template(read, tokenize=False, add_generation_prompt=add_generation_prompt, **given))
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        if _has_own_renderer(tokenizer):
+            return str(tokenizer.apply_chat_template(read, tokenize=False, add_generation_prompt=add_generation_prompt, **options))
+        template = str(tokenizer.get_chat_template(tools=options.get("tools")))
+        if "strftime_now" in template:
+            template = with_constant_date(template)
+        if not read:
+            raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        given = {"messages": [*map(_normalized, read)], "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return bounded_templates.render(template, {**tokenizer.special_tokens_map, **given, **options})
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"the chat template refuses it: {reason}", "use another chat template") from None
+        raise InputError(f"the chat template refuses it: {shortened(reason)}", "use another chat template") from None
+
+
+def _has_own_renderer(tokenizer: Any) -> bool:
+    """Whether a tokenizer of transformers replaces the method that renders Jinja templates."""
+    method = getattr(type(tokenizer), "apply_chat_template", None)
+    return method is not None and method.__module__ != "transformers.tokenization_utils_base"
+
+
+def _normalized(message: Message) -> Message:
+    """A message as transformers 5.24 gives it to a template: no keys with null, and a trace under the two names that templates read."""
+    present = {key: value for key, value in message.items() if value is not None}
+    trace = next((present[key] for key in ("reasoning_content", "thinking", "reasoning") if key in present), None)
+    return present if trace is None else {"thinking": trace, **present, "reasoning_content": trace}
 
 
 _CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")

@@ -47,6 +47,11 @@ def visible_json(text: str) -> str:
     return _HIDDEN.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
+def shortened(text: str, most: int = 300) -> str:
+    """The text, for a message: at most so many characters of it."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{round(value, 3):,}"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,10 @@ from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.similarity.overlap import shared_span, thirteen_gram_pairs
 from dagster_project.curation.sources import fields, formats
 from dagster_project.curation.sources.benchmarks import BENCHMARKS, Item, benchmark_of, has_only_prompts, items_of, read_item
-from dagster_project.curation.sources.files import Row, files_of, read_rows
+from dagster_project.curation.sources.files import Found, Row, files_of, read_blocks, read_rows, require_rows, rows_of
 from dagster_project.curation.sources.hub import held_out_label, parse_spec, read_split
-from dagster_project.curation.sources.s3 import SCHEME
+from dagster_project.curation.sources.s3 import SCHEME, digest_of, problem_of
+from dagster_project.curation.sources.s3 import Reader as S3Reader
 from dagster_project.curation.write_checked import write_rows
 
 Kind = Literal["examples", "preferences", "benchmark"]
@@ -38,6 +40,8 @@ class LoadedRecords:
     kind: Kind
     layout: str
     records: list[dict[str, Any]]
+    revision: str | None = None
+    """Of objects in S3: the digest of their list, which params.yaml names."""
 
 
 def check_paths(
@@ -115,7 +119,7 @@ def _rename_sources(records: Sequence[dict[str, Any]], places: Sequence[str], na
 
 
 def load(paths: Sequence[str], layout: str = "auto", mapping: Mapping[str, str] | None = None) -> LoadedRecords:
-    """Load files, folders and splits on the Hub.
+    """Load files, folders, splits on the Hub and objects in S3.
 
     Args:
         mapping: field -> column, for a custom layout.
@@ -133,20 +137,38 @@ def load(paths: Sequence[str], layout: str = "auto", mapping: Mapping[str, str] 
         raise InputError(
             f"different kinds of data: {', '.join(f'{path} holds {kind}' for kind, path in kinds.items())}", "check them one by one"
         )
-    return LoadedRecords(
-        parts[0].kind, ", ".join(dict.fromkeys(part.layout for part in parts)), [record for part in parts for record in part.records]
-    )
+    layouts = ", ".join(dict.fromkeys(part.layout for part in parts))
+    return LoadedRecords(parts[0].kind, layouts, [record for part in parts for record in part.records], parts[0].revision)
 
 
 def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> list[LoadedRecords]:
     if hub := parse_spec(path):
         return [_rows(read_split(hub), hub.name, layout, held_out_label(hub), mapping)]
+    if path.startswith(SCHEME):
+        return [replace(_rows(rows, name, layout, mapping=mapping), revision=revision) for name, rows, revision in _objects(path)]
     place = _existing_path(path)
     if layout == "auto" and not mapping and _is_canonical(place):
         return [_load_output(place)]
     if place.is_dir():
         return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout, mapping=mapping) for name, file in files_of(place)]
     return [_rows(read_rows(place), path, layout, mapping=mapping)]
+
+
+def _objects(url: str) -> Iterator[tuple[str, list[Row], str]]:
+    """Name and rows of each object under a prefix in S3, with the digest of the list of all of them.
+
+    Raises:
+        InputError: no valid address, no such object, or one that cannot be read.
+    """
+    if problem := problem_of(url, None):
+        raise InputError(problem, "check the address")
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = S3Reader().list(url, Path(scratch))
+        revision = digest_of(objects)
+        for one in objects:
+            rows = rows_of(read_blocks(one))
+            require_rows(one.name, Found(len(rows), sum(row.value is not None for row in rows), rows[0].problem if rows else ""))
+            yield one.name, rows, revision
 
 
 def _existing_path(path: str) -> Path:
@@ -160,9 +182,7 @@ def _existing_path(path: str) -> Path:
             return Path(path)
     except OSError:  # the name is too long
         pass
-    if path.startswith(SCHEME):
-        raise InputError(f"{path}: files in S3 are read by the pipeline only", "copy them to this machine to check them")
-    raise InputError(f"{path or 'an empty path'} does not exist", "use a file, a folder or hub:org/name@REVISION:split")
+    raise InputError(f"{path or 'an empty path'} does not exist", "use a file, a folder, hub:org/name@REVISION:split or s3://BUCKET/PREFIX")
 
 
 def _rows(rows: list[Row], source: str, layout: str, split: str | None = None, mapping: Mapping[str, str] | None = None) -> LoadedRecords:
@@ -290,22 +310,30 @@ def _question(layout: str, row: Row, source: str) -> dict[str, Any]:
 
 
 def _items(path: str) -> list[Item]:
-    """Questions and answers of a held-out file or folder of benchmark questions, prompts or examples.
+    """Questions and answers of a held-out file or folder of benchmark questions, prompts or examples, also on the Hub or in S3.
 
     Raises:
         InputError: a row cannot be read, and so cannot be checked for leakage.
     """
-    hub = parse_spec(path)
-    place = Path() if hub else _existing_path(path)
-    if not hub and _is_canonical(place):
-        found = _load_output(place)
-    elif not hub and place.is_dir():
+    if hub := parse_spec(path):
+        return _items_of(read_split(hub), hub.name)
+    if path.startswith(SCHEME):
+        return [item for name, rows, _ in _objects(path) for item in _items_of(rows, name)]
+    place = _existing_path(path)
+    if _is_canonical(place):
+        return _held_out(_load_output(place))
+    if place.is_dir():
         return [item for name, _ in files_of(place) for item in _items(f"{path.rstrip('/')}/{name}")]
-    else:
-        rows, source = (read_split(hub), hub.name) if hub else (read_rows(place), path)
-        if benchmark_of(rows) or (has_only_prompts(rows) and not formats.is_known(rows)):
-            return items_of(rows, source.rpartition("/")[2], source)
-        found = _rows(rows, source, "auto")
+    return _items_of(read_rows(place), path)
+
+
+def _items_of(rows: list[Row], source: str) -> list[Item]:
+    if benchmark_of(rows) or (has_only_prompts(rows) and not formats.is_known(rows)):
+        return items_of(rows, source.rpartition("/")[2], source)
+    return _held_out(_rows(rows, source, "auto"))
+
+
+def _held_out(found: LoadedRecords) -> list[Item]:
     for record in found.records:
         if not record["messages"]:
             raise InputError(f"{findings.place(record)}: {findings.excerpt(record)}", "fix the row, or remove it from the held-out data")

@@ -301,8 +301,9 @@ def _usage(reply: Any) -> dict[str, int]:
     """Token counts from the endpoint; empty if it reports none that are possible."""
     usage = reply.get("usage") if isinstance(reply, dict) else None
     prompt, completion = (usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion"))
-    counts = {"prompt": prompt, "completion": completion}
-    return counts if all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts.values()) else {}
+    if type(prompt) is int and type(completion) is int and min(prompt, completion) >= 0 and max(prompt, completion) <= MAX_TOKENS:
+        return {"prompt": prompt, "completion": completion}
+    return {}
 
 
 def _invalid_text(counts: Mapping[str, int]) -> str:

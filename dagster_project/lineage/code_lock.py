@@ -6,7 +6,7 @@ version makes exactly the stages stale whose code it changes (docs/decisions/029
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,8 +23,9 @@ DISTRIBUTION = "pedigree-llm"
 VERSION, PIPELINE = "version", "pipeline"
 """Keys of the file that are no stages: the installed version, and the sha256 of dvc.yaml as it was written."""
 PACKAGE = Path(__file__).resolve().parents[1]
-TEMPLATE = PACKAGE / "pipeline_template.yaml"
+TEMPLATE_NAME = "pipeline_template.yaml"
 """dvc.yaml of the clone, which `make docs` copies into the package."""
+TEMPLATE = PACKAGE / TEMPLATE_NAME
 HEADER = f"""\
 # The code that the stages run with: one hash for each stage, over the files of {DISTRIBUTION} that it uses. Keep this file in git.
 # Written by `pedigree upgrade`, and not by hand: a stage runs only with the code recorded here. The version is for information only.
@@ -52,32 +53,37 @@ class CodeLock:
 
 
 @cache
-def template_stages() -> Mapping[str, Mapping[str, Any]]:
+def template_stages(package: Path = PACKAGE) -> Mapping[str, Mapping[str, Any]]:
     """Stages of the clone's dvc.yaml; of a stage with variants, the definition of one variant."""
     from ruamel.yaml import YAML
 
-    stages = YAML(typ="safe").load(TEMPLATE.read_text(encoding="utf-8"))["stages"]
+    stages = YAML(typ="safe").load((package / TEMPLATE_NAME).read_text(encoding="utf-8"))["stages"]
     return {name: body.get("do", body) for name, body in stages.items()}
 
 
-def code_of_stages() -> dict[str, list[str]]:
+def code_of_stages(package: Path = PACKAGE) -> dict[str, list[str]]:
     """Stage -> the files and folders of the package that it uses, relative to the folder of the package's parent."""
-    return {name: [dep for dep in stage["deps"] if is_code(dep)] for name, stage in template_stages().items()}
+    return {name: [dep for dep in stage["deps"] if is_code(dep)] for name, stage in template_stages(package).items()}
 
 
-def installed(stages: Iterable[str] | None = None) -> dict[str, str]:
-    """sha256 of the installed code of each stage: over lines "<sha256 of file> <path>", in the order of the paths, without Python's caches."""
+def installed(stages: Iterable[str] | None = None, package: Path = PACKAGE) -> dict[str, str]:
+    """sha256 of the installed code of each stage: over lines "<sha256 of file> <path>", in the order of the paths, without Python's caches.
+
+    Args:
+        stages: names without variants; None: all stages.
+        package: folder of the package; also that of another version, which is read and not imported.
+    """
     hashes: dict[Path, str] = {}
 
     def line(path: Path) -> str:
         if path not in hashes:
             hashes[path] = sha256_of_file(path)
-        return f"{hashes[path]} {path.relative_to(PACKAGE.parent).as_posix()}\n"
+        return f"{hashes[path]} {path.relative_to(package.parent).as_posix()}\n"
 
-    entries = code_of_stages()
+    entries = code_of_stages(package)
     return {
         name: sha256_of_text(
-            "".join(line(path) for path in sorted({file for entry in entries[name] for file in _files(PACKAGE.parent / entry)}))
+            "".join(line(path) for path in sorted({file for entry in entries[name] for file in _files(package.parent / entry)}))
         )
         for name in (entries if stages is None else stages)
     }
@@ -186,18 +192,34 @@ def compare(root: Path, recorded: Mapping[str, Mapping[str, str]]) -> dict[str, 
 def _versions(root: Path, entries: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """The version recorded with each (stage, hash): in the workspace, or in the latest commit that has it."""
     found: dict[tuple[str, str], str] = {}
-
-    def add(content: str | None) -> None:
-        if content and (lock := parse(content)):
-            found.update({entry: lock.version for entry in entries - found.keys() if lock.stages.get(entry[0]) == entry[1]})
-
-    if (root / FILE).is_file():
-        add((root / FILE).read_text(encoding="utf-8", errors="replace"))
-    for commit in (git(root, "log", "--format=%H", "--", FILE) or "").split() if entries - found.keys() else ():
-        add(git(root, "show", f"{commit}:./{FILE}"))
+    for lock in _locks(root) if entries else ():
+        found.update({entry: lock.version for entry in entries - found.keys() if lock.stages.get(entry[0]) == entry[1]})
         if not entries - found.keys():
             break
     return found
+
+
+def version_with(root: Path, entries: Mapping[str, str], preferred: str | None = None) -> str | None:
+    """The version whose code several stages were made with; None if no recorded version has all of these hashes.
+
+    Args:
+        entries: stage -> sha256 of its code.
+        preferred: text of a code.lock.yaml, whose version is returned if it has the hashes.
+    """
+    first = parse(preferred) if preferred else None
+    for lock in (*([first] if first else []), *_locks(root)):
+        if entries.items() <= dict(lock.stages).items():
+            return lock.version
+    return None
+
+
+def _locks(root: Path) -> Iterator[CodeLock]:
+    """code.lock.yaml in the workspace, then at each commit that changed it, latest first."""
+    texts = [(root / FILE).read_text(encoding="utf-8", errors="replace")] if (root / FILE).is_file() else []
+    yield from filter(None, map(parse, texts))
+    for commit in (git(root, "log", "--format=%H", "--", FILE) or "").split():
+        if lock := parse(git(root, "show", f"{commit}:./{FILE}") or ""):
+            yield lock
 
 
 def as_text(facts: Mapping[str, Any]) -> str:
@@ -223,7 +245,8 @@ def refuse_to_verify(root: Path, recorded: Mapping[str, Mapping[str, str]]) -> N
     what = ", ".join(f"{name} ({DISTRIBUTION} {version or 'of unknown version'})" for name, version in stages.items())
     raise InputError(
         f"made by other code than the installed {DISTRIBUTION} {facts['installed']}: {what}",
-        f"install the version that made it, in an environment of its own, and verify there: `pip install {DISTRIBUTION}=={wanted[0]}`"
+        f"install the version that made it, in an environment of its own, and verify there: `pip install {DISTRIBUTION}=={wanted[0]}`;"
+        " --install does both"
         if wanted
         else "install the build that made it; a stage can be verified only with the code recorded for it",
     )

@@ -491,11 +491,12 @@ def write_trained_on(records: pa.Table | None, path: Path) -> None:
 def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of the stage itself, and of the stages in the same dvc.lock that evaluate its output or a model derived from it."""
     reports = {subject.run.address: report}
-    pending = [subject.run]
+    pending, followed = [subject.run], set[str]()  # a model whose files equal those of the model that it reads is its own reader, by hash
     while pending:
         run = pending.pop()
+        followed.add(run.address)
         for reader in subject.lock.values():
-            if reader.address not in reports and any(md5 == run.md5 for _, _, md5 in reader.inputs):
+            if reader.address not in {*reports, *followed} and any(md5 == run.md5 for _, _, md5 in reader.inputs):
                 if reader.is_model:
                     pending.append(reader)
                 else:

@@ -104,6 +104,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         _enough_disk(out.parent, int(size * (3.0 if options else 1.2)))
         log.info("base_model: converting to safetensors")
         with _refuse_what_cannot_be_loaded():
+            _refuse_more_layers_than_weights(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
             if options:
                 from transformers import GgufConfig
@@ -118,8 +119,13 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         _set_padding(tokenizer, model, params)
         if params.chat_template:
             tokenizer.chat_template = written_for(tokenizer, params.chat_template, "params.yaml: base_model.chat_template")
+        _refuse_template(tokenizer.chat_template)
         tokenizer.init_kwargs["local_files_only"] = False  # it would be saved, and HF_HUB_OFFLINE must not affect the output
-        model.save_pretrained(out)
+        try:
+            model.save_pretrained(out)
+        except NotImplementedError:
+            shutil.rmtree(out, ignore_errors=True)
+            raise InputError("base_model: transformers cannot write its quantized weights", "use the model without quantization") from None
         tokenizer.save_pretrained(out)
         for license_file in folder.glob("LICENSE*"):
             shutil.copy(license_file, out)
@@ -217,6 +223,30 @@ def _refuse_foreign_files(folder: Path) -> None:
             raise InputError(f"base_model: {INDEX} names {bad[0]!r}, which is no file of the folder", "save the model again")
 
 
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers", "encoder_layers")
+"""Names of the number of layers in config.json."""
+
+
+def _refuse_more_layers_than_weights(folder: Path) -> None:
+    """Check that a model is not built with more layers than it can have weights for: a million layers take hours.
+
+    Raises:
+        ValueError: as described, or config.json is not JSON.
+        SafetensorError: a file is damaged.
+    """
+    from safetensors import safe_open
+
+    weights = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            weights += len(tensors.keys())
+    config = json.loads((folder / "config.json").read_bytes()) if weights else None
+    for section in [config, *config.values()] if isinstance(config, dict) else []:
+        for name in LAYERS if isinstance(section, dict) else ():
+            if isinstance(section.get(name), int) and section[name] > weights:
+                raise ValueError(f"config.json: {name} is {str(section[name])[:20]}, but there are {weights} weights")
+
+
 def _is_file_of(folder: Path, name: str) -> bool:
     """Whether a name is that of a file directly in the folder."""
     return Path(name).name == name and (folder / name).is_file()
@@ -237,6 +267,17 @@ def _refuse_what_cannot_be_loaded() -> Iterator[None]:
             f"base_model: transformers cannot load the model: {lines[0][:300]}",
             "it needs config.json, a tokenizer and complete safetensors files of an architecture that transformers has; code in the folder is not run",
         ) from None
+
+
+def _refuse_template(template: Any) -> None:
+    """Args:
+        template: of a tokenizer of transformers: text, or several by name.
+    Raises:
+        InputError: it is anything else, or none of several is the default.
+    """
+    named = template if isinstance(template, dict) else {"default": template}
+    if template is not None and not ("default" in named and all(isinstance(text, str) for text in named.values())):
+        raise InputError("base_model: its chat templates are not text, or none of them is the default", "set base_model.chat_template")
 
 
 def _refuse_lacking_weights(found: Mapping[str, Any]) -> None:

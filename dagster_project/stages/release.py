@@ -17,6 +17,7 @@ from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.published_ids import CREATE, is_own, published_table, read_key
 from dagster_project.core.records import CheckResult, Report, write_json, write_text
+from dagster_project.core.rendering import render
 from dagster_project.core.text import NAMES
 from dagster_project.curation.checks.review import Exemption, check_waivers
 from dagster_project.evaluation.comparison import FEWEST, gain
@@ -231,6 +232,8 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
 
     def generated(generator: Any) -> list[list[int]]:
         prompts = [[{"role": "user", "content": text}] for text in PROBES]
+        for prompt in prompts:
+            render(tokenizer, prompt, True)  # with limits; what follows has none
         ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_tensors="pt", return_dict=True) for p in prompts]
         with torch.inference_mode():
             return [generator.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist() for prompt in ids]

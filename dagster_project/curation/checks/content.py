@@ -484,9 +484,9 @@ _GOES_ON = frozenset(
 _LAST_WORD = re.compile(r"([^\W\d_]+)\Z")
 _BULLET = r"(?:[-*•+–]|\d{1,3}[.)])"
 _EMPTY_ITEM = re.compile(rf"(?:\A|\n)[ \t]*(?:{_BULLET}|#{{1,6}})(?:[ \t]+\*{{1,2}})?\Z")
-_ITEM = re.compile(rf"[ \t]*(?:{_BULLET}|[a-zA-Z][.)]|#{{1,6}}|>|\|)\s*")
+_ITEM = re.compile(rf"(?<![ \t])[ \t]*+(?:{_BULLET}|[a-zA-Z][.)]|#{{1,6}}|>|\|)\s*")
 _STOP = re.compile(r"(?<!\d)(?<!\b[A-Z])(?<!\bMr)(?<!\bDr)(?<!\bMrs)(?<!\bSt)[.!?…。！？][\"'”’)\]*_]*(?:\s|\Z)")
-_CODE = re.compile(r"[{}=\\;|<>]|\b\w+\(|://|^\s{4,}\S|^\s*(?:#|//|import |def |class |SELECT )", re.MULTILINE)
+_CODE = re.compile(r"[{}=\\;|<>]|\b\w+\(|://|^\s{4,}\S|^[^\S\n]*+(?:#|//|import |def |class |SELECT )", re.MULTILINE)
 _SIGNATURE = re.compile(r"\W*[-–—#@~(]|\W*(?:sincerely|regards|love|yours|cheers|best|thanks|thank you)\b", re.IGNORECASE)
 
 
@@ -559,7 +559,7 @@ LOOKED_THROUGH = 20_000
 """Characters of a response that are searched for loops."""
 _ONE_CHARACTER = re.compile(r"(\w)\1{29}")
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")
-_SENTENCE = re.compile(r"[.!?]+[\"'”’)\]*_]*\s+|\n+|[。！？]")
+_SENTENCE = re.compile(r"(?<![.!?])[.!?]++[\"'”’)\]*_]*+\s+|\n+|[。！？]")
 _COUNTER = re.compile(r"\A\W*(?:\d+\W+)?")
 _RUNS = (
     re.compile(r"(?<!\S)((?!\d+ )\S\S+ )\1{6}"),

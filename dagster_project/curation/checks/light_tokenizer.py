@@ -1,8 +1,7 @@
-"""A model's tokenizer and chat template without transformers, whose import loads torch: that took most of the time of
+"""A model's tokenizer without transformers, whose import loads torch: that took most of the time of
 `pedigree check`.
 
-Supports only folders whose tokenizer transformers loads from tokenizer.json unchanged; tests compare both on tokens and
-on templates.
+Supports only folders whose tokenizer transformers loads from tokenizer.json unchanged; tests compare both.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,31 +68,19 @@ class LightTokenizer:
     def all_special_tokens(self) -> list[str]:
         return list(dict.fromkeys([*self.special_tokens.values(), *self.extra]))
 
-    @cached_property
-    def _template(self) -> Any:
-        return compiled(self.chat_template or "")
+    @property
+    def special_tokens_map(self) -> Mapping[str, str]:
+        return self.special_tokens
 
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tokenize: bool,
-        add_generation_prompt: bool,
-        tools: Any = None,
-        chat_template: str | None = None,
-        **variables: Any,
-    ) -> str:
-        """The conversation as text. The arguments are those of transformers; `rendering.render` passes them by name."""
-        if tokenize or not messages:
-            raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
-        template = compiled(chat_template) if chat_template else self._template
-        text: str = template.render(
-            messages=[dict(message) for message in messages],
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **{**self.special_tokens, **variables},
-        )
-        return text
+    def get_chat_template(self, tools: Any = None) -> str:
+        """The template, whether or not a conversation has tools.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self.chat_template:
+            raise ValueError("there is no chat template")
+        return self.chat_template
 
 
 def read_tokenizer(base_model: Path) -> LightTokenizer | None:
@@ -152,64 +137,3 @@ def _repeats(decoder: Mapping[str, Mapping[str, Any]] | None, added: Sequence[Ma
     return decoder is None or {int(i): {**token} for i, token in decoder.items()} == {
         token["id"]: {key: value for key, value in token.items() if key != "id"} for token in added
     }
-
-
-def compiled(chat_template: str) -> Any:
-    """A chat template in the environment that transformers gives it: sandboxed, with the same options, filters, functions and tags.
-
-    Raises:
-        jinja2.TemplateError: it is not a template.
-    """
-    from jinja2 import TemplateError, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's text; it renders as its content."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
-
-        def _said(self, caller: Any) -> Any:
-            return caller()
-
-    class SafeNamespace(Namespace):
-        """Refuses names that begin with an underscore, which give access to Python's internals."""
-
-        def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be a name in the template
-            names = dict(*args[1:], **kwargs)
-            for name in names:
-                SafeNamespace.check(name)
-            Namespace.__init__(args[0], names)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            SafeNamespace.check(name)
-            super().__setitem__(name, value)
-
-        @staticmethod
-        def check(name: Any) -> None:
-            if isinstance(name, str) and name.startswith("_"):
-                raise SecurityError(
-                    f"Chat templates cannot store underscore-prefixed attributes on a namespace, but got {name!r}. Please rename the attribute."
-                )
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "namespace": SafeNamespace,
-    }
-    return environment.from_string(chat_template)

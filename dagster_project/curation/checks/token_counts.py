@@ -94,8 +94,6 @@ def tokens_of(base_model: Path) -> Tokens:
     """Functions of the tokenizer in a model's folder. A conversation fits its chat template if the template renders it,
     keeps earlier turns unchanged when a later one follows, writes all of the assistant's text, and ends it with the
     end-of-turn token (`chat.pieces`)."""
-    from jinja2 import TemplateError
-
     tokenizer = load_tokenizer(base_model)
 
     def count(texts: Sequence[str]) -> list[int]:
@@ -117,7 +115,7 @@ def tokens_of(base_model: Path) -> Tokens:
             examples_of(tokenizer, {"messages": messages, "tools": tools})
         except InputError as error:
             return error.what
-        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             return f"the chat template refuses it: {error}"
         return None
 

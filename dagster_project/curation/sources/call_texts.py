@@ -45,11 +45,11 @@ class Prompted(NamedTuple):
     """`hermes`, `toolace`, `glaive`, or empty."""
 
 
-HERMES_TOOLS = re.compile(r"<tools>(?=\s*[\[{])(.*?)</tools>", re.DOTALL)
+HERMES_TOOLS, HERMES_TOOLS_END = re.compile(r"<tools>(?=\s*[\[{])"), "</tools>"
 HERMES_START = re.compile(
     r"You are a function calling AI model|You are provided with function signatures|# Tools\s+You may call one or more functions"
 )
-TOOLACE_TOOLS = re.compile(r"list of functions in JSON format[^\[]*(?=\[)")
+TOOLACE_TOOLS = "list of functions in JSON format"
 TOOLACE_START, TOOLACE_END = "You are an expert in composing functions", "MUST be included."
 
 
@@ -68,14 +68,16 @@ def prompted_tools(messages: Messages) -> Prompted:
 
 
 def _hermes(text: str) -> tuple[str, Tools | None, str] | None:
-    for block in HERMES_TOOLS.finditer(text):
+    position = 0
+    while (block := HERMES_TOOLS.search(text, position)) and (last := text.find(HERMES_TOOLS_END, block.end())) >= 0:
+        position = last + len(HERMES_TOOLS_END)
         try:
-            defined = tools.definitions(_objects(block[1]))
+            defined = tools.definitions(_objects(text[block.end() : last]))
         except ValueError:
             continue
         begin = HERMES_START.search(text, 0, block.start())
-        last = text.rfind("</tool_call>", block.end())
-        end = last + len("</tool_call>") if last >= 0 else block.end()
+        example = text.rfind("</tool_call>", position)
+        end = example + len("</tool_call>") if example >= 0 else position
         return "hermes", defined, (text[: begin.start() if begin else block.start()] + text[end:]).strip()
     return None
 
@@ -96,17 +98,19 @@ def _objects(text: str) -> list[object]:
 
 
 def _toolace(text: str) -> tuple[str, Tools | None, str] | None:
-    if not (marker := TOOLACE_TOOLS.search(text)):
+    marker = text.find(TOOLACE_TOOLS)
+    start = text.find("[", marker) if marker >= 0 else -1
+    if start < 0:
         return None
     try:
-        value, end = json.JSONDecoder().raw_decode(text, marker.end())
-        parse_json(text[marker.end() : end])
+        value, end = json.JSONDecoder().raw_decode(text, start)
+        parse_json(text[start:end])
         defined = [{**tool, "function": tools.with_json_types(tool["function"])} for tool in tools.definitions(value) or ()]
     except (ValueError, RecursionError):
         return None
-    begin = text.rfind(TOOLACE_START, 0, marker.start())
+    begin = text.rfind(TOOLACE_START, 0, marker)
     last = text.find(TOOLACE_END, end)
-    rest = text[: begin if begin >= 0 else marker.start()] + text[last + len(TOOLACE_END) if last >= 0 else end :]
+    rest = text[: begin if begin >= 0 else marker] + text[last + len(TOOLACE_END) if last >= 0 else end :]
     return "toolace", defined, rest.strip()
 
 
@@ -132,9 +136,18 @@ def _glaive(text: str) -> tuple[str, Tools | None, str] | None:
     return ("glaive", defined, f"{text[:start].strip()}\n{text[position:].strip()}".strip()) if defined else None
 
 
-CALL, RESPONSE = (re.compile(rf"<{tag}>\s*(.*?)\s*</{tag}>", re.DOTALL) for tag in ("tool_call", "tool_response"))
-FUNCTION_CALL = re.compile(r"<functioncall>\s*(.*?)\s*(?:</functioncall>|<\|endoftext\|>|(?=<functioncall>)|\Z)", re.DOTALL)
-QUOTED_ARGUMENTS = re.compile(r"""("arguments":\s*)'(.*)'(\s*\})\Z""", re.DOTALL)
+END_OF_CALL, END_OF_RESPONSE = re.compile("</tool_call>"), re.compile("</tool_response>")
+END_OF_FUNCTION_CALL = re.compile(r"</functioncall>|<\|endoftext\|>|(?=<functioncall>)|\Z")
+ARGUMENTS, QUOTED_END = re.compile(r"""("arguments":\s*)'"""), re.compile(r"'(\s*\})\Z")
+
+
+def _split_at_tags(text: str, opening: str, closing: re.Pattern[str]) -> list[str]:
+    """Parts of a text outside of tags, at even indices, and inside, without white space around them. Needs linear time for any text."""
+    parts, at = [], 0
+    while (start := text.find(opening, at)) >= 0 and (end := closing.search(text, start + len(opening))):
+        parts += [text[at:start], text[start + len(opening) : end.start()].strip()]
+        at = end.end()
+    return [*parts, text[at:]]
 
 
 def texts_as_calls(messages: Messages, style: str, defined: Tools | None, unused: list[str]) -> Messages:
@@ -160,10 +173,10 @@ def texts_as_calls(messages: Messages, style: str, defined: Tools | None, unused
             found.append(_tagged_call(message, tag, bool(style or defined), unused))
         elif (
             message["role"] == "tool"
-            and (results := RESPONSE.findall(message["content"]))
-            and not RESPONSE.sub("", message["content"]).strip()
+            and len(parts := _split_at_tags(message["content"], "<tool_response>", END_OF_RESPONSE)) > 1
+            and not "".join(parts[::2]).strip()
         ):
-            found += [{**message, "content": result} for result in results]
+            found += [{**message, "content": result} for result in parts[1::2]]
         else:
             found.append(message)
     return found
@@ -173,10 +186,10 @@ def _tagged_call(message: Message, tag: str, known: bool, unused: list[str]) -> 
     """Args:
     known: whether the conversation has tools, so that the tags are calls and not a text on such tags.
     """
-    pattern = CALL if tag == "<tool_call>" else FUNCTION_CALL
-    texts, blocks = pattern.split(message["content"])[::2], pattern.findall(message["content"])
+    parts = _split_at_tags(message["content"], tag, END_OF_CALL if tag == "<tool_call>" else END_OF_FUNCTION_CALL)
+    texts, blocks = parts[::2], parts[1::2]
     try:
-        read = [tools.calls(QUOTED_ARGUMENTS.sub(_as_json_text, block)) for block in blocks]
+        read = [tools.calls(_with_json_text(block)) for block in blocks]
         if any(tag in text for text in texts):
             raise ValueError("a tool call that is not closed")
     except ValueError:
@@ -190,9 +203,13 @@ def _tagged_call(message: Message, tag: str, known: bool, unused: list[str]) -> 
     return {**message, "content": "\n".join(part for text in texts if (part := text.strip())), "tool_calls": calls}
 
 
-def _as_json_text(found: re.Match[str]) -> str:
-    """Glaive's arguments, JSON in single quotes, as JSON text."""
-    return found[1] + json.dumps(found[2].replace("\\'", "'")) + found[3]
+def _with_json_text(block: str) -> str:
+    """A call with Glaive's arguments, JSON in single quotes, as JSON text."""
+    begin, end = ARGUMENTS.search(block), QUOTED_END.search(block)
+    if not begin or not end or begin.end() > end.start():
+        return block
+    quoted = block[begin.end() : end.start()].replace("\\'", "'")
+    return block[: begin.end() - 1] + json.dumps(quoted) + end[1]
 
 
 def _toolace_call(message: Message, names: tuple[str, ...]) -> Message:

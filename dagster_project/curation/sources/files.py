@@ -19,6 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.text import shortened
+from dagster_project.curation.sources.table_limits import bounded, decoded_bytes
 
 MEGABYTE = 2**20
 MAX_ROW_BYTES = 16 * MEGABYTE
@@ -28,6 +30,10 @@ MAX_DEPTH = 200
 MAX_GZIP_RATIO = 200
 """Maximum ratio of decompressed to compressed bytes, checked above `GZIP_FREE_BYTES`. Text in JSON stays below 30."""
 GZIP_FREE_BYTES = 64 * MEGABYTE
+MAX_ROWS_PER_BYTE, FREE_ROWS = 4, 1_000_000
+"""Maximum rows per byte of a file, above as many rows. Lines of uncompressed text have at least 2 bytes each."""
+LONGEST_NAME = 100
+"""Characters of a name that messages show."""
 BATCH = 128
 """Rows of a Parquet file that are decoded at a time."""
 BLOCK_ROWS, BLOCK_BYTES = 4096, 4 * MEGABYTE
@@ -53,6 +59,11 @@ class Block(NamedTuple):
     parse: Callable[[Any], list[Row]]
     """Function of a module: content -> rows, numbered from 0. Raises InputError like `read_blocks`."""
     content: Any
+
+    @property
+    def lines(self) -> int:
+        """Number of rows, or of lines if some of them may be blank."""
+        return sum(batch.num_rows for batch in self.content) if isinstance(self.content, _Batches) else len(self.content)
 
     def rows(self) -> list[Row]:
         return self.parse(self.content)
@@ -89,8 +100,14 @@ def read_blocks(file: File) -> Iterator[Block]:
     suffix = suffix_of(file)
     if suffix not in READERS:
         raise InputError(f"{file.name}: unknown file type {suffix or '(none)'}", f"use {', '.join(READERS)}")
+    size = size_of(file)
+    rows, most = 0, max(FREE_ROWS, MAX_ROWS_PER_BYTE * size)
     try:
-        yield from READERS[suffix](file) if size_of(file) else ()
+        for block in READERS[suffix](file) if size else ():
+            rows += block.lines
+            if rows > most:
+                raise InputError(f"{file.name}: more than {most:,} rows in {size:,} bytes", "write it without compression if you trust it")
+            yield block
     except OSError as error:
         raise InputError(f"{file.name}: cannot be read: {error.strerror or error}", "check the file's permissions and the disk") from None
 
@@ -398,14 +415,14 @@ def _too_long(line: int = 0) -> str:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError(f"key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} stands twice in one object")
+        raise ValueError(f"key {Counter(name for name, _ in pairs).most_common(1)[0][0][:LONGEST_NAME]!r} stands twice in one object")
     return value
 
 
 def _finite(number: str) -> float:
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{number} is no number that JSON can hold")
+        raise ValueError(f"{number[:LONGEST_NAME]} is no number that JSON can hold")
     return value
 
 
@@ -518,7 +535,7 @@ def _is_mmlu(fields: list[str]) -> bool:
 def _named_once(path: File, columns: list[str]) -> None:
     for name, count in Counter(columns).items():
         if count > 1:
-            raise InputError(f"{path.name}: column {name!r} is duplicated", "give each column a unique name")
+            raise InputError(f"{path.name}: column {name[:LONGEST_NAME]!r} is duplicated", "give each column a unique name")
         if re.search("[\ud800-\udfff]", name):
             raise InputError(f"{path.name}: the column names are not UTF-8", "save the file as UTF-8")
 
@@ -529,7 +546,7 @@ def _parquet(path: File) -> Iterator[Block]:
 
     with _as_type(path.name, "Parquet"), pq.ParquetFile(path if isinstance(path, Path) else pa.PythonFile(path.open("rb"))) as file:
         _named_once(path, file.schema_arrow.names)
-        yield from _table_blocks(path.name, "Parquet", file.iter_batches(batch_size=BATCH))
+        yield from _table_blocks(path, "Parquet", file.iter_batches(batch_size=BATCH))
 
 
 def _arrow(path: File) -> Iterator[Block]:
@@ -547,7 +564,7 @@ def _arrow(path: File) -> Iterator[Block]:
         file.seek(0)
         reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
         _named_once(path, reader.schema.names)
-        yield from _table_blocks(path.name, "Arrow", batches(reader))
+        yield from _table_blocks(path, "Arrow", batches(reader))
 
 
 @contextmanager
@@ -557,14 +574,17 @@ def _as_type(name: str, kind: str) -> Iterator[None]:
 
     try:
         yield
+    except LookupError as error:  # of pytz and zoneinfo
+        raise InputError(f"{name}: unknown time zone {shortened(str(error))}", "write times in UTC") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{name}: not {kind}: {error}", "write the file again") from None
+        raise InputError(f"{name}: not {kind}: {shortened(str(error))}", "write the file again") from None
 
 
-def _table_blocks(name: str, kind: str, batches: Iterable[Any]) -> Iterator[Block]:
+def _table_blocks(path: File, kind: str, batches: Iterable[Any]) -> Iterator[Block]:
     row = BLOCK_BYTES // BLOCK_ROWS  # a block of batches ends at BLOCK_ROWS too
-    for block in _blocks(as_parsed, ((max(batch.nbytes, row * batch.num_rows), batch) for batch in batches)):
-        yield Block(partial(_batch_rows, name, kind), _Batches(block.content))
+    sized = ((max(size, row * batch.num_rows), batch) for size, batch in bounded(path.name, size_of(path), batches))
+    for block in _blocks(as_parsed, sized):
+        yield Block(partial(_batch_rows, path.name, kind), _Batches(block.content))
 
 
 class _Batches(list[Any]):
@@ -611,7 +631,7 @@ def table_rows(batches: Iterable[Any], decode: Callable[[dict[str, Any]], dict[s
         except RecursionError:
             rows.append(Row(len(rows), None, TOO_DEEP))
         except (ValueError, TypeError, OverflowError) as error:
-            rows.append(Row(len(rows), None, f"a value that JSON cannot hold: {error}"))
+            rows.append(Row(len(rows), None, f"a value that JSON cannot hold: {shortened(str(error))}"))
     return rows
 
 
@@ -645,7 +665,7 @@ class _TooLong(ValueError):
 def _values(batch: Any) -> list[Any]:
     """Rows of a batch; an exception for rows that Python cannot represent (not UTF-8, date out of range) or that are too long."""
     try:
-        if batch.nbytes <= MAX_ROW_BYTES:
+        if decoded_bytes(batch) <= MAX_ROW_BYTES:
             return batch.to_pylist()
         unfit: Exception = _TooLong(_too_long())
     except (ValueError, OverflowError) as error:

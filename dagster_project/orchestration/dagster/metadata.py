@@ -183,7 +183,8 @@ def _draw_curves(rows: list[dict[str, str]], out: Path) -> str:
     figure = Figure(figsize=(4 * min(4, len(names)), 3 * -(-len(names) // 4)))
     for axes, name in zip(figure.subplots(-(-len(names) // 4), min(4, len(names)), squeeze=False).flat, names, strict=False):
         axes.plot([int(row["step"]) for row in rows], [float(row[name]) for row in rows], linewidth=1.2, label=name)
-        axes.set(xlabel="step", title=name)
+        axes.set(xlabel="step")
+        axes.set_title(visible(name), parse_math=False)
         axes.grid(alpha=0.3)
     training = out / "training.json"
     validation = json.loads(training.read_text())["validation"] if training.is_file() else []
@@ -191,7 +192,8 @@ def _draw_curves(rows: list[dict[str, str]], out: Path) -> str:
         figure.axes[0].plot(
             [p["step"] for p in validation], [p["validation_loss"] for p in validation], marker="o", label="validation_loss"
         )
-        figure.axes[0].legend()
+        for text in figure.axes[0].legend().get_texts():
+            text.set_parse_math(False)
     return _png(figure)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ import dagster as dg
 
 from dagster_project.core import params
 from dagster_project.core.documents import damaged_report
+from dagster_project.core.errors import InputError
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.execution import placement
+from dagster_project.lineage import code_lock
 from dagster_project.orchestration import integrity
 from dagster_project.orchestration.dagster import metadata, pages
 from dagster_project.orchestration.dagster.concurrency import ON_TAG, placement_variables, pool_of, set_default_limits
@@ -23,6 +26,8 @@ from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.project import RunConfig as DvcRunConfig
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.pipeline import PEDIGREE, Pipeline
+
+log = logging.getLogger("pedigree")
 
 INPUTS = "1_inputs"
 """Group of the sources."""
@@ -43,6 +48,16 @@ class PedigreeProject(DvcProject):
     pipeline: Pipeline = field(default=PEDIGREE, compare=False)
 
     config_type: ClassVar[type[DvcRunConfig]] = RunConfig
+
+    def load(self) -> dict[str, StageState]:
+        """As DvcProject.load. Other code than code.lock.yaml records is a warning here, so that other assets of the code location are shown, and an
+        error of each stage that is materialized."""
+        states = super().load()
+        try:
+            code_lock.refuse_other_code(self.root)
+        except InputError as error:
+            log.warning(f"{self.root}: {error}")
+        return states
 
     def read(self) -> dict[str, StageState]:
         """The state of every stage, in flow order.
@@ -123,6 +138,7 @@ class PedigreeProject(DvcProject):
         return metadata.live(self.root, address)
 
     def validate(self, address: str, variables: Mapping[str, str]) -> None:
+        code_lock.refuse_other_code(self.root, [address.partition("@")[0]])
         placement(self.pipeline.validate(self.root), address, self.pipeline.stages, self.pipeline.variants_of, variables)
 
     def variables(self, config: Any, tags: Mapping[str, str]) -> dict[str, str]:

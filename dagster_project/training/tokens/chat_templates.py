@@ -1,37 +1,27 @@
 """The chat template of training: the base model's, a built-in one, or a Jinja file of the project.
 
-transformers renders it in jinja2's ImmutableSandboxedEnvironment. Every template is first tested on four small conversations in a process
-with limited time and memory.
+It is rendered in another process with limited time and memory (`core.bounded_templates`), and first tested on four small conversations.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import resource
-import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dagster_project.core.bounded_templates import TemplateLimit
 from dagster_project.core.chat import examples_of
 from dagster_project.core.errors import InputError
 from dagster_project.core.named_templates import NAMED, written_for
 from dagster_project.core.params import inside
 from dagster_project.core.rendering import with_constant_date
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
+from dagster_project.core.text import shortened
 
 FILE = "chat_template.jinja"
 """Name of the template in a model's folder, as transformers reads and writes it."""
 FOLDER = "data/templates"
 """Folder of the project's templates, tracked by DVC."""
 WHERE = "params.yaml: tokenized.chat_template"
-
-SECONDS = 5
-"""Maximum processor seconds for rendering four small conversations."""
-MEMORY = 1 << 30
-"""Maximum additional bytes for rendering them."""
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 PROBES = (
@@ -100,7 +90,9 @@ def refuse_unsafe(source: str, where: str) -> None:
     try:
         tree = environment.parse(re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", source))  # a tag that transformers adds
     except TemplateSyntaxError as error:
-        raise InputError(f"{where}: line {error.lineno}: {error.message}", "fix the template") from None
+        raise InputError(f"{where}: line {error.lineno}: {shortened(str(error.message))}", "fix the template") from None
+    except RecursionError:
+        raise InputError(f"{where}: is nested too deeply", "fix the template") from None
     accessed = [(node.lineno, node.attr) for node in tree.find_all(nodes.Getattr)]
     accessed += [(node.lineno, node.arg.value) for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Const)]
     called = [(node.lineno, node.node.name) for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Name)]
@@ -118,47 +110,16 @@ def refuse_unsafe(source: str, where: str) -> None:
 
 
 def try_template(tokenizer: Any, where: str) -> None:
-    """Render PROBES with limited time and memory.
+    """Render PROBES.
 
     Raises:
         InputError: the template fails on the first one, takes too long, or needs too much memory.
     """
-    import multiprocessing
-
-    context = multiprocessing.get_context("fork")  # the child inherits the tokenizer, so nothing is imported or read again
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_render_probes, args=(tokenizer, sender), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        problem = receiver.recv()
-    except EOFError:
-        child.join()
-        slow = child.exitcode == -signal.SIGXCPU
-        problem = (
-            f"takes more than {SECONDS} s for a short conversation"
-            if slow
-            else f"terminates the process that renders it (exit code {child.exitcode})"
-        )
-    child.join()
-    if problem:
-        raise InputError(f"{where}: {problem}", "fix the template, or use another one")
-
-
-def _render_probes(tokenizer: Any, sender: Connection) -> None:
-    memory = Path("/proc/self/statm")
-    if memory.exists():
-        used = int(memory.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
-    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-    problem = ""
     for probe in PROBES:
         try:
             examples_of(tokenizer, {"messages": probe})
+        except TemplateLimit as error:
+            raise InputError(f"{where}: {error.what}", "fix the template, or use another one") from None
         except InputError as error:
             if probe is PROBES[0]:
-                problem = error.what
-                break
-    sender.send(problem)
+                raise InputError(f"{where}: {error.what}", "fix the template, or use another one") from None
