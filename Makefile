@@ -10,7 +10,7 @@ PORT ?= 3000
 UV ?= $(shell command -v uv 2> /dev/null)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: help run test test-latest lint docs site ui bench soak faults lock clean
+.PHONY: help run test test-latest test-places lint docs site ui bench soak faults lock sbom audit-packages clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -24,13 +24,17 @@ run: $(VENV)/ok  ## set up, run changed stages, show the summary
 	@$(BIN)/pedigree sync > /dev/null
 	@$(MAKE) --no-print-directory summary
 
-test: $(VENV)/ok ## run all tests, two at a time (JOBS=N: N at a time)
+test: $(VENV)/ok ## run all tests, three at a time: tests also wait (JOBS=N: N at a time)
 	@$(MAKE) --no-print-directory setup-dvc
-	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),2) --dist worksteal -m "not cluster"
+	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder -m "not cluster"
 	$(BIN)/python -m pytest -q tests/test_ray.py tests/test_ray_train.py
 
 test-latest:     ## run all tests with the newest versions that pyproject.toml allows, in an environment of their own
 	@$(MAKE) --no-print-directory VENV=.venv-latest LOCK= test
+
+test-places: $(VENV)/ok ## run the small pipeline in odd places, each by itself: paths, repositories, environments, users, file systems, versions of Python
+	@$(MAKE) --no-print-directory setup-dvc
+	PEDIGREE_PLACES=1 $(BIN)/python -m pytest -q --timeout 0 -rs tests/test_places.py
 
 lint: $(VENV)/ok ## style, types and import rules
 	$(BIN)/ruff check .
@@ -75,6 +79,14 @@ lock:            ## write requirements.lock: locked versions that still fit pypr
 	@{ printf '%s\n' '# Written by `make lock`: exact versions of all that pyproject.toml names with [dev], for each platform and Python from 3.11.' \
 	  '# CUDA and triton are not here: each build of torch names its own, and the installer adds them.'; \
 	  grep -vE '^(#|cuda-|nvidia-|triton)' requirements.lock; } > requirements.lock.new && mv requirements.lock.new requirements.lock
+
+sbom:            ## write build/sbom.json, the bill of materials of Pedigree itself (CycloneDX): every package of requirements.lock
+	@$(PYTHON) -m venv build/sbom && build/sbom/bin/python -m pip install --quiet 'cyclonedx-bom>=7,<8'
+	build/sbom/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --of JSON --output-file build/sbom.json requirements.lock
+
+audit-packages:  ## look up requirements.lock in the database of known vulnerabilities (pip-audit)
+	@$(PYTHON) -m venv build/pip-audit && build/pip-audit/bin/python -m pip install --quiet 'pip-audit>=2.9,<3'
+	build/pip-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement requirements.lock
 
 clean:           ## remove everything that can be produced again (never sources, reports or dvc.lock)
 	rm -rf .dagster .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build screenshots dvc_plots

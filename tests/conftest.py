@@ -23,7 +23,7 @@ from hypothesis import settings
 settings.register_profile("steady", derandomize=True)
 settings.load_profile("default" if os.environ.get("PEDIGREE_FUZZ") else "steady")
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and other tests use the other cores
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits sleeps: spinning would take the core from the other test process
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
@@ -158,14 +158,25 @@ def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]],
     return {**found, **said.metrics, "board": (root / "comparison/board.md").read_text()}
 
 
-LONG = {"test_processes", "test_resume", "test_sharding", "test_sharding_alignment", "test_two_front_ends"}
-"""Files with tests or fixtures that take a minute or more."""
+FIRST = (
+    "test_two_front_ends",
+    "test_machine",  # makes the finished project; files that need it follow when it exists
+    "test_processes",
+    "test_resume",
+    "test_sharding",
+    "test_sharding_alignment",
+    "test_check_fuzz",
+    "test_init",
+    "test_examples",
+    "test_rounds",
+    "test_without_preferences",
+)
+"""Files that take a minute or more, in the order in which they start: none of them is the last one, for which the other test processes would wait."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests of the finished project first, so that one test process makes it and no other one waits for it; then the longest ones, so that
-    none of them is the last one, for which the other process would wait."""
-    items.sort(key=lambda item: 0 if "_finished" in getattr(item, "fixturenames", ()) else 1 if item.path.stem in LONG else 2)
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(FIRST)))
 
 
 def copy_project(target: Path) -> Path:
@@ -208,7 +219,7 @@ def quick(folder: Path, model: Path) -> Path:
         values["aligned"] = {"dpo": {"method": "dpo", "adapter": "lora", "max_steps": 3, "samples": 2, "max_new_tokens": 4}}
         values["baselines"] = {"few_shot": 1, "retrieved": 1}
         values["evaluation"]["max_new_tokens"] = 4
-        values["compute"]["dtype"] = "float32"
+        values["compute"].update(dtype="float32", threads=1)
         excused = [
             {"check": name, "reason": "eight steps teach nothing", "expires": "2999-01-01"}
             for name in ("better_than_baselines", "kept_its_knowledge")

@@ -245,7 +245,7 @@ BYTES: dict[str, tuple[str, bytes]] = {
     "a tree of texts": ("a.jsonl", lines({"message_tree_id": 1, "prompt": {"role": "prompter", "text": "a", "replies": "abc"}})),
     "ranks of every kind": ("a.jsonl", lines(*({"message_tree_id": 1, "prompt": {"role": "prompter", "text": "a", "replies": [{"role": "assistant", "text": "b", "rank": rank}, {"role": "assistant", "text": "c", "rank": 0}]}} for rank in (None, "1", [], {}, True, 1.5, 10**400)))),
     "margins of every kind": ("a.jsonl", lines(*({"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin} for margin in (None, "1", [], True, 1.5, 10**400, -1e308)))),
-    "100,000 categories": ("a.jsonl", b"".join(b'{"instruction": "q%d", "output": "It is so.", "category": "c%d"}\n' % (i, i) for i in range(100_000))),
+    "20,000 categories": ("a.jsonl", b"".join(b'{"instruction": "q%d", "output": "It is so.", "category": "c%d"}\n' % (i, i) for i in range(20_000))),
     "arguments of every kind": ("a.jsonl", lines(*(calling(arguments) for arguments in ("not JSON", "", "[1]", "3", [1], 3, None, {}, '{"a": NaN}', '{"a": "\\ud83d"}', "[" * 100_000, '{"a": 1, "a": 2}', "\x1b[2J\u202e", '{"a": ' + "9" * 5000 + "}", '{"a": ' + "[" * 150 + "]" * 150 + "}")))),
     "a tool result without a call": ("a.jsonl", lines(chatting(ASKED, {"role": "tool", "content": "b", "tool_call_id": "c9"}, SAID), chatting(ASKED, {"role": "tool", "content": {"a": [1]}}, SAID))),
     "weights of every kind": ("a.jsonl", lines(*(chatting(ASKED, {**SAID, key: weight}) for key in ("weight", "train", "loss") for weight in ("yes", 2, -1, 0.5, [], {}, None, 0, 1, True, 10**400)))),
@@ -264,9 +264,9 @@ def test_a_hostile_file_is_checked_or_refused(name: str, monkeypatch: pytest.Mon
     path, content = BYTES[name]
     Path(path).write_bytes(content)
     Path("b.jsonl").write_bytes(lines(OK))
-    if name == "100,000 categories":
+    if name == "20,000 categories":
         found = json.loads(call(path, "--json")[1])
-        assert (found["profile"]["category_count"], len(found["profile"]["categories"])) == (100_000, 51)
+        assert (found["profile"]["category_count"], len(found["profile"]["categories"])) == (20_000, 51)
         return
     found = holds(path)
     if name in {"a line over the limit", "an element over the limit", "not UTF-8", "half a character", "zero bytes"}:

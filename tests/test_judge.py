@@ -247,11 +247,11 @@ def test_the_key_is_sent_to_the_endpoint_only_and_never_written(
 ) -> None:
     make_answered_project(tmp_path)
     stub.trouble = trouble
-    options = f"--endpoint {stub.url} --model m --key-env JUDGE_KEY --n 2 --price 1 2 --project {tmp_path}"
+    options = f"--endpoint {stub.url} --model m --key-env JUDGE_KEY --n 1 --price 1 2 --project {tmp_path}"
     assert main(["judge", "lora", "few_shot", *options.split()]) == code
     out, err = capsys.readouterr()
     assert said in err and KEY not in out + err and set(stub.keys) == {f"Bearer {KEY}"}
-    assert ("judged by m, each pair in both orders\nlora against few_shot: 0 wins, 2 ties, 0 losses in 2 pairs" in out) == (code == 0)
+    assert ("judged by m, each pair in both orders\nlora against few_shot: 0 wins, 1 ties, 0 losses in 1 pairs" in out) == (code == 0)
     assert {request["path"] for request in stub.requests} == {"/v1/chat/completions"}
 
 
@@ -290,3 +290,20 @@ def test_an_answer_cannot_inject_instructions_into_the_judge_prompt(stub: Stub) 
     asked = json.loads(stub.requests[0]["messages"][1]["content"])
     assert roles == ["system", "user"] and asked["answer_a"] == trap.answers[0] and asked["answer_b"] == "plain"
     assert stub.requests[0]["temperature"] == 0 and stub.requests[0]["model"] == "m"
+
+
+@pytest.mark.parametrize("letter", ["A", "B", "T"])
+def test_a_judge_that_always_gives_the_same_reply_is_an_alarm(stub: Stub, letter: str) -> None:
+    stub.answer = lambda asked: letter
+    found = judged(stub, 2)
+    assert f"replied {letter} to every question" in found["alarm"] and f"nothing can be concluded: {found['alarm']}" in judge_text(found)
+    assert judged(stub, 1)["alarm"] is None, "one pair shows nothing"
+    stub.answer = better
+    assert judged(stub, 2)["alarm"] is None
+
+
+def test_an_alarm_ends_with_exit_code_1(tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    make_answered_project(tmp_path)
+    options = f"--endpoint {stub.url} --model m --project {tmp_path}"
+    assert main(["judge", "lora", "few_shot", *options.split(), "--n", "2", "--json"]) == 1
+    assert "every question" in json.loads(capsys.readouterr().out)["alarm"]

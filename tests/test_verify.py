@@ -40,6 +40,7 @@ def test_a_stage_of_the_real_pipeline_is_reproduced_byte_for_byte(finished: Path
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["verdict"] == "identical" and set(document["stages"]) == {"adapter@lora"}
+    assert document["machine"]["same_kind"] is True
     assert all(out["made"] == out["recorded"] for out in document["stages"]["adapter@lora"]["outputs"].values())
     assert files_of(finished) == before
 

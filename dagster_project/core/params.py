@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from reprlib import Repr
@@ -200,11 +201,26 @@ def is_variant_name(name: str) -> bool:
     return name.replace("_", "").replace("-", "").isalnum()
 
 
+def refuse_names_of_one_file(names: Iterable[str], section: str) -> None:
+    """Raises:
+    InputError: two names differ in case or Unicode form only. Some file systems have one file for both.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise InputError(
+                f"params.yaml: {section}: {other} and {name} differ in case or Unicode form only",
+                "rename one: some file systems have one file for both",
+            )
+
+
 def variant_names(values: Mapping[str, Any], section: str, required: bool) -> list[str]:
     """Names of the variants in a section of params.yaml.
 
     Raises:
-        InputError: the section is not a mapping, or empty although `required`; or a name has other characters than letters, digits, - and _.
+        InputError: the section is not a mapping, or empty although `required`; a name has other characters than letters, digits, - and _; or two
+            names would be one file on some file systems.
     """
     found = values.get(section)
     if not isinstance(found, dict) or (required and not found):
@@ -215,4 +231,5 @@ def variant_names(values: Mapping[str, Any], section: str, required: bool) -> li
     for name in found:
         if not is_variant_name(str(name)):
             raise InputError(f"params.yaml: {section}.{name}: a variant's name may contain letters, digits, - and _", "rename it")
+    refuse_names_of_one_file(map(str, found), section)
     return list(map(str, found))

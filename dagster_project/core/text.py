@@ -52,6 +52,21 @@ def shortened(text: str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
+_MARKUP = re.compile(r"[\\`|<>\[\]*~&]|((?<=http)|(?<=https)|(?<=ftp)):(?=//)|(?<=www)\.", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+
+
+def markdown(text: str) -> str:
+    """Text of the data for a line or a table cell of Markdown, where it makes no HTML, link, image, code or column."""
+    return _MARKUP.sub(r"\\\g<0>", visible(text).replace("\n", " "))
+
+
+def cell(text: str) -> str:
+    """Text of the data for a cell of a CSV file: a spreadsheet would run one that begins like a formula, so it gets an apostrophe. Numbers keep
+    their sign."""
+    return f"'{text}" if text[:1] in {"=", "+", "-", "@", "\t", "\r"} and not _NUMBER.fullmatch(text) else text
+
+
 def number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{round(value, 3):,}"
 

@@ -256,7 +256,16 @@ def judge(
         "places": dict(positions),
         "tokens": None if unmetered else dict(tokens),
         "cost": None if cost is None else round(cost, 6),
+        "alarm": _alarm_of_verdicts(positions, len(outcomes)),
     }
+
+
+def _alarm_of_verdicts(positions: Mapping[str, int], pairs: int) -> str | None:
+    """What is wrong with verdicts that do not depend on the answers; None if nothing is."""
+    given = [letter for letter, choice in LETTERS.items() if positions[choice]]
+    if pairs < 2 or len(given) > 1:
+        return None
+    return f"the judge replied {given[0]} to every question: its verdicts do not depend on the answers"
 
 
 def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
@@ -288,13 +297,19 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
         for pair, (first, second) in zip(pairs, by_pair, strict=True)
     }
     mean = {name: round(sum(rewards[i::2]) / len(pairs), 4) for i, name in enumerate(match.systems)} if pairs else {}
-    return {"systems": list(match.systems), "model": "the reward model", **tally(pairs, outcomes), "mean_reward": mean}
+    same = len(pairs) > 1 and len(set(rewards)) == 1
+    alarm = f"all {len(rewards)} answers have the same reward: the rewards do not depend on the answers" if same else None
+    return {"systems": list(match.systems), "model": "the reward model", **tally(pairs, outcomes), "mean_reward": mean, "alarm": alarm}
 
 
 def by_reward_text(result: Mapping[str, Any]) -> str:
     """The result as text for the terminal."""
     means = ", ".join(f"{name} {value:.3f}" for name, value in result["mean_reward"].items())
-    return visible("\n".join([f"judged by {result['model']}", *as_text(result), f"mean reward: {means}"]))
+    return visible("\n".join([f"judged by {result['model']}", *as_text(result), f"mean reward: {means}", *_alarm_text(result)]))
+
+
+def _alarm_text(result: Mapping[str, Any]) -> list[str]:
+    return [f"nothing can be concluded: {result['alarm']}"] if result["alarm"] else []
 
 
 def _usage(reply: Any) -> dict[str, int]:
@@ -320,5 +335,6 @@ def judge_text(result: Mapping[str, Any]) -> str:
         f"the orders disagree on {many(result['disagreed'], 'pair')}, a tie each; without a verdict: {_invalid_text(result)}",
         f"places chosen: A {positions['a']}, B {positions['b']}, tie {positions['tie']}",
         usage + (f", cost {result['cost']:.4f}" if result["cost"] is not None else ""),
+        *_alarm_text(result),
     ]
     return visible("\n".join(lines))

@@ -130,11 +130,15 @@ def examine(root: Path, rev: str | None = None, all_revs: bool = False) -> dict[
     Returns:
         {"verdict": "intact", "altered" or "incomplete" (nothing altered, but something is missing), "findings": [{"where", "path", "wrong", "next"}],
         "missing": [{"path", "object", "next"}], "revisions", "objects", "files", "bytes", "shallow"}.
+    Raises:
+        InputError: nothing was hashed.
     """
     commits = (git_bytes(root, "rev-list", "--all", "--", "dvc.lock") or b"").decode().split() if all_revs else []
     examination = _Examination(root)
     for revision in [rev, *commits]:
         examination.examine(Revision(root, revision))
+    if not (examination.files or examination.findings or examination.missing):
+        raise InputError("dvc.lock records no output: there is nothing to hash", "run `dvc repro` first, or name a revision with --rev")
     return {
         "verdict": "altered" if examination.findings else "incomplete" if examination.missing else "intact",
         "findings": list(examination.findings.values()),

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dagster_project.core.errors import PedigreeError
+
 LOCKS = Path(".dvc") / "tmp" / "pedigree" / "locks"
 
 
@@ -20,6 +22,8 @@ def hold(root: Path, address: str, on_wait: Callable[[str], None]) -> Iterator[N
 
     Args:
         on_wait: called once with a description of the holder; may raise instead of waiting.
+    Raises:
+        PedigreeError: the file system has no locks.
     """
     path = root / LOCKS / address
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +38,11 @@ def hold(root: Path, address: str, on_wait: Callable[[str], None]) -> Iterator[N
                     on_wait(_holder(path))
                     waiting = True
                 time.sleep(0.2)
+            except OSError as error:
+                raise PedigreeError(
+                    f"{path}: this file system does not lock files ({error.strerror})",
+                    "keep the project on a local disk, or on a network file system mounted with locks; two runs of one stage would destroy each other's outputs",
+                ) from None
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "command": " ".join(sys.argv)}))
         file.flush()

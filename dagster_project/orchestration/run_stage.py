@@ -14,6 +14,7 @@ from dagster_project.core.context import StageContext
 from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.records import remove, write_json
+from dagster_project.core.text import visible
 from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, Workers
 from dagster_project.execution import VARIABLE, WORKER, placement
 from dagster_project.lineage import code_lock
@@ -213,7 +214,7 @@ def streaming_to_dagster() -> Iterator[None]:
 
         class DagsterHandler(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
-                pipes.log.log(record.levelno, record.getMessage())
+                pipes.log.log(record.levelno, visible(record.getMessage()))
 
         handler = DagsterHandler()
         log.addHandler(handler)

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
-from dagster_project.core.params import Compute
+from dagster_project.core.params import Compute, refuse_names_of_one_file
 from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
 from dagster_project.evaluation.paired import alignment
 from dagster_project.training.methods import build as methods
@@ -108,6 +108,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     where = ctx.section
     if ctx.name in ctx.values["adapter"]:
         raise InputError(f"params.yaml: {where}: adapter.{ctx.name} has the same name", "rename one of them")
+    refuse_names_of_one_file([*map(str, ctx.values["adapter"]), ctx.name], "adapter and aligned")
     refuse_unmerged(ctx.values["adapter"], params.adapter, f"{where}.adapter")
     methods.check("lora", params.peft, params.quantization, True, where)
     method = params.parsed_method(where, ctx.value)

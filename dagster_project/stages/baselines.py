@@ -11,6 +11,7 @@ from pydantic import Field
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.records import Report, read_records, response_text, write_table
+from dagster_project.evaluation.alarms import answers_are_not_empty
 from dagster_project.evaluation.baselines import classify, conclusion, nearest, prompted, spread
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import (
@@ -27,6 +28,8 @@ from dagster_project.evaluation.metrics import label, perplexity_interval
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
 from dagster_project.evaluation.scoring import Scoring
 from dagster_project.training.inference.answers import Answer
+
+CHECK_DESCRIPTIONS = {"answers_are_not_empty": "No prompt to the base model gives only empty answers."}
 
 
 class Params(Section):
@@ -66,6 +69,7 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
     rows = result_rows("base", test, task, likelihoods=likelihoods)
     retention = ask(model.model, model.tokenizer, benchmarks, settings.batch_size, "base")
     metrics: dict[str, Any] = {"base": {**(perplexity_interval(likelihoods) if test else {}), **accuracies(retention)}}
+    prompted_answers: dict[str, list[Answer]] = {}
     if questions:
         labels = [label(task, response_text(r["messages"])) if task and labelled else r["category"] or "" for r in examples]
         shots = spread(examples, labels, params.few_shot, compute.seed)
@@ -76,6 +80,7 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
             answers = model.answer(messages, name, params.thinking_tokens if name == "chain_of_thought" else 0, scoring.offers)
             if name == "chain_of_thought" and labelled:
                 answers = [replace(answer, content=conclusion(answer.content)) for answer in answers]
+            prompted_answers[name] = answers
             metrics[name] = scoring.score(answers)
             rows += result_rows(name, questions, task, answers, model.prompt_tokens(messages, scoring.offers))
         if labelled and examples:
@@ -84,4 +89,4 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
             rows += result_rows("tfidf_logistic", questions, task, answers)
     write_results(out / "results.parquet", rows)
     write_table(out / "retention.parquet", retention, retention_schema())
-    return Report(metrics=metrics)
+    return Report(metrics=metrics, checks=[answers_are_not_empty(prompted_answers, "warn")])

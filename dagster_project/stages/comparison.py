@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Section
 from dagster_project.core.records import Report, read_records, read_table, write_json, write_text
 from dagster_project.core.text import NAMES
+from dagster_project.evaluation.alarms import scores_differ
 from dagster_project.evaluation.comparison import advice, board, headline, recommended
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import Settings, select_questions, turn_key
@@ -22,6 +23,11 @@ from dagster_project.evaluation.retention import forgot, retained
 from dagster_project.evaluation.samples import sample
 from dagster_project.evaluation.scoring import Scoring
 from dagster_project.training.inference.answers import Answer, of_row
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CHECK_DESCRIPTIONS = {"scores_differ": "No measure gives every answer of every system the same score."}
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,18 @@ def produce(
     by_stage = {name: variant.trained for name, variant in variants.items()}
     write_json(pages / "samples.json", {"headline": headline(document), "trained": by_stage, "samples": samples})
     shown = {name: {key: found[key] for key in (first, second)} for name, found in scores.items()}
-    return Report(metrics={"scores": shown, **{key: document[key] for key in ("compared", "costs", "recommended", "advice")}})
+    facts = {key: document[key] for key in ("compared", "costs", "recommended", "advice")}
+    return Report(metrics={"scores": shown, **facts}, checks=[scores_differ(_values(scoring, answers, writes))])
+
+
+def _values(scoring: Scoring, answers: Mapping[str, Sequence[Answer]], writes: Mapping[str, bool]) -> dict[str, list[np.ndarray]]:
+    """Measure -> for each system that has it, the contributions of its answers. Without measures whose score is no mean over answers."""
+    values: dict[str, list[np.ndarray]] = {}
+    for system, of_system in answers.items():
+        for name, paired in scoring.names(writes[system]).items():
+            if paired:
+                values.setdefault(name, []).append(scoring.statistics(name, of_system, writes[system]))
+    return values
 
 
 def _differences(

@@ -10,16 +10,23 @@ from typing import Any
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, read_records, write_table
+from dagster_project.core.text import cell
 from dagster_project.curation.sources.reading import locate
+from dagster_project.evaluation.alarms import answers_are_not_empty, answers_differ, scored_something
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, select_questions, slices, turn_key, write_results
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.metrics import label, perplexity_interval
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
 from dagster_project.evaluation.scoring import Scoring, mean_by_example
+from dagster_project.training.inference.answers import Answer
 
-CHECK_DESCRIPTIONS = {"test_is_unseen": "No example of the test split, nor a near-copy of one, was trained on."}
-
+CHECK_DESCRIPTIONS = {
+    "test_is_unseen": "No example of the test split, nor a near-copy of one, was trained on.",
+    "scored_something": "At least one test example was answered, or its likelihood measured.",
+    "answers_are_not_empty": "Not all answers are empty.",
+    "answers_differ": "Not all questions have the same answer, unless they should.",
+}
 
 Params = Settings
 
@@ -76,6 +83,7 @@ def produce(
     scoring = Scoring(questions, task, custom_measures(root, settings.metrics))
     likelihoods: list[tuple[float, int]] = []
     retention: list[dict[str, Any]] = []
+    answers: list[Answer] = []
     metrics: dict[str, Any] = {"test_examples": len(test)}
     if model.writes:
         likelihoods = model.likelihood(test, variant)
@@ -98,11 +106,16 @@ def produce(
     write_results(out / "results.parquet", list(rows.values()))
     write_table(out / "retention.parquet", retention, retention_schema())
     _write_csv(confusion_file, confusion)
-    return Report(metrics=metrics, checks=[unseen])
+    alarms = [
+        scored_something(answers, likelihoods),
+        answers_are_not_empty({variant: answers}, "error"),
+        answers_differ(scoring.references, answers),
+    ]
+    return Report(metrics=metrics, checks=[unseen, *alarms])
 
 
 def _write_csv(path: Path, rows: Sequence[tuple[str, str]]) -> None:
-    """Labels with commas, quotes and line breaks are quoted."""
+    """Labels with commas, quotes and line breaks are quoted, and none is a formula."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows(map(cell, row) for row in rows)

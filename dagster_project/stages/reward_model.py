@@ -44,6 +44,7 @@ CHECK_DESCRIPTIONS = {
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
     "prefers_as_people_do": "The accuracy on held-out pairs is at least `min_accuracy`.",
+    "rewards_differ": "Not all held-out answers have the same reward.",
     "better_than_length": "The lower limit of this accuracy's interval is above the accuracy of choosing by length.",
 }
 
@@ -267,6 +268,11 @@ def _checks(
             passed=accuracy >= params.min_accuracy,
             note=f"accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}) on {test_pairs} pairs, "
             f"reward_model.min_accuracy is {params.min_accuracy}",
+        ),
+        CheckResult(
+            "rewards_differ",
+            passed=quality["reward"]["spread"] > 0,
+            note=f"standard deviation {quality['reward']['spread']:g} of the rewards of held-out answers",
         ),
         CheckResult(
             "better_than_length",

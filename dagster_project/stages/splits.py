@@ -53,7 +53,7 @@ from dagster_project.curation.splitting.split import (
 CHECK_DESCRIPTIONS = {
     "split_leakage": "No row, nor a near-copy of one, is in two splits.",
     "schema": "Every split has rows.",
-    "augmented_rows": "Validation and test contain only rows of the instruction set, none created by `augment`.",
+    "augmented_rows": "Validation and test contain only rows of the instruction set, none created by `augment`, and train contains some if it is set.",
 }
 NOTABLE_DEVIATION = 0.01
 """Deviation of a split from its share, as a fraction of all rows, above which it is reported."""
@@ -170,7 +170,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
         checks=[
             _split_leakage(read, dealt, verification, regrouped=sum(group in link for group in read.groups)),
             _schema(params, counts, read.labels, dealt),
-            _augmented_rows(verification, added),
+            _augmented_rows(params, verification, added),
         ],
     )
 
@@ -360,14 +360,18 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
     return CheckResult("schema", passed=not empty, blocking=True, count=len(empty), note="; ".join(notes))
 
 
-def _augmented_rows(verification: Verification, added: AddedRows) -> CheckResult:
+def _augmented_rows(params: Params, verification: Verification, added: AddedRows) -> CheckResult:
     notes = [f"{n} copies left out: {reason.replace('_', ' ')}" for reason, n in added.dropped.items()]
     if added.unused:
         notes.append(f"{added.unused} paraphrases are of no row in train")
+    unaugmented = params.augment is not None and not added.rows and not verification.unexpected
+    if unaugmented:
+        notes.insert(0, "no row was added; see splits.augment, or leave it out")
     return CheckResult(
         "augmented_rows",
-        passed=not verification.unexpected,
-        blocking=True,
+        passed=not verification.unexpected and not unaugmented,
+        severity="warn" if unaugmented else "error",
+        blocking=not unaugmented,
         count=len(verification.unexpected),
         rows=verification.unexpected[:20],
         note="; ".join(notes),

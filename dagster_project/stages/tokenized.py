@@ -48,7 +48,11 @@ CHECK_DESCRIPTIONS = {
     "too_long": "Every example fits into `max_length` tokens.",
     "labels": "Exactly the assistant content and its end-of-turn token are labeled.",
     "double_bos": "No example begins with two beginning-of-text tokens.",
+    "trained_tokens": "The training split has tokens that the loss counts, and no other split lost all of its rows here.",
 }
+
+ROW_CHECKS = tuple(CHECK_DESCRIPTIONS)[:-1]
+"""The checks that count records."""
 
 
 @cache
@@ -186,7 +190,7 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
         rows_out=records - sum(dropped.values()),
         dropped=dict(sorted(dropped.items())),
         metrics=metrics,
-        checks=_checks(params, found, source_rows),
+        checks=[*_checks(params, found, source_rows), _trained_tokens(found)],
     )
 
 
@@ -322,7 +326,7 @@ def _violations(tokens: TokenizedSplit) -> Iterator[tuple[str, int, str]]:
     for i, outcome in enumerate(tokens.outcomes):
         kind = outcome.removeprefix("dropped:").partition(":")[0]
         name = "too_long" if kind in {"truncated", "split"} else kind
-        if name in CHECK_DESCRIPTIONS:
+        if name in ROW_CHECKS:
             yield name, i, outcome if name == "too_long" else tokens.whys[i]
         if any(tokens.double_bos[k] for k in tokens.of(i)):
             yield "double_bos", i, "two beginning-of-text tokens"
@@ -331,9 +335,9 @@ def _violations(tokens: TokenizedSplit) -> Iterator[tuple[str, int, str]]:
 
 
 def _checks(params: Params, found: Splits, source_rows: Mapping[str, Sequence[int | None]]) -> list[CheckResult]:
-    """The results of CHECK_DESCRIPTIONS, in its order."""
-    reasons: dict[str, Counter[str]] = {name: Counter() for name in CHECK_DESCRIPTIONS}
-    rows: dict[str, list[str]] = {name: [] for name in CHECK_DESCRIPTIONS}
+    """The results of ROW_CHECKS, in its order."""
+    reasons: dict[str, Counter[str]] = {name: Counter() for name in ROW_CHECKS}
+    rows: dict[str, list[str]] = {name: [] for name in ROW_CHECKS}
     dropped: Counter[str] = Counter()
     for split, tokens in found.items():
         for name, i, reason in _violations(tokens):
@@ -355,5 +359,25 @@ def _checks(params: Params, found: Splits, source_rows: Mapping[str, Sequence[in
             note="; ".join(f"{n} {reason}" for reason, n in reasons[name].most_common(3)),
             dropped=dropped[name],
         )
-        for name in CHECK_DESCRIPTIONS
+        for name in ROW_CHECKS
     ]
+
+
+def _trained_tokens(found: Splits) -> CheckResult:
+    """Blocks if nothing would be trained on. An emptied validation split is a warning: its loss would be unknown."""
+    labeled = {split: sum(tokens.labeled[k] for i in range(len(tokens)) for k in tokens.of(i)) for split, tokens in found.items()}
+    lost = [split for split, tokens in found.items() if len(tokens) and not labeled[split]]
+    warns = labeled["train"] > 0 and bool(lost)
+    notes = [f"none of {len(found[split])} records of {split} has a token that the loss counts" for split in lost]
+    if not len(found["train"]):
+        notes.append("train has no records")
+    if notes:
+        notes.append("see the reasons in the ledger; raise tokenized.max_length, or look at the template and the weights of messages")
+    return CheckResult(
+        "trained_tokens",
+        passed=not notes,
+        severity="warn" if warns else "error",
+        blocking=not warns,
+        count=len(lost),
+        note="; ".join(notes),
+    )

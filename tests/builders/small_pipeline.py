@@ -8,6 +8,8 @@ As a script in a project's folder it is that project's command line: `python sma
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import logging
 import os
@@ -321,6 +323,8 @@ def _refuse_text(root: Path, values: dict[str, Any]) -> None:
 
 def main() -> int:
     root = Path.cwd()
+    gc.disable()  # the process is short, and there are hundreds in a run of the tests
+    atexit.register(gc.freeze)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process that was started in the background ignores it
     if sys.argv[1] == "run":
         from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster

@@ -20,6 +20,7 @@ from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.params import Section
 from dagster_project.core.records import content_id, prompt_text
 from dagster_project.core.stored_rows import StoredRows, encode
+from dagster_project.core.text import cell
 from dagster_project.curation.sources.reading import locate
 
 Decide = Literal["accept", "drop", "edit"]
@@ -259,15 +260,10 @@ def queue(records: Sequence[dict[str, Any]], waiting: Iterable[tuple[int, str]])
         record = records[i]
         place = f"{record['source']}:{record['source_row']}"
         said = (prompt_text(record["messages"]), conversation_text(_answer(record["messages"])))
-        writer.writerow([record["example_id"], place, check, *map(_harmless, said), "", "", "", ""])
+        writer.writerow([record["example_id"], place, check, *map(cell, said), "", "", "", ""])
     return file.getvalue()
 
 
 def _answer(messages: Sequence[Message]) -> Sequence[Message]:
     """The response, with its reasoning and calls. An edit in `new_response` replaces its content only."""
     return messages[-1:] if messages and messages[-1]["role"] == "assistant" else ()
-
-
-def _harmless(text: str) -> str:
-    """A cell that begins like a formula would be run by a spreadsheet."""
-    return f"'{text}" if text[:1] in {"=", "+", "-", "@", "\t", "\r"} else text

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
 
+from dagster_project.core.text import markdown
 from dagster_project.lineage.export.licenses import most_restrictive
 from dagster_project.lineage.export.summary import limits, results
 
@@ -62,9 +63,9 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
     model, base, training, code = summary["model"], summary["base_model"], summary["training"], summary.get("code", {})
     files = base.get("sha256", {})
     weights = ", ".join(f"`{name}` {digest}" for name, digest in files.items() if name.endswith(".safetensors"))
-    parts = [f"# {model['stage']}"]
+    parts = [f"# {markdown(model['stage'])}"]
     parts.append(
-        f"Tuned from {base.get('origin', 'a base model that is not recorded')}, license {base.get('license', 'unknown')}, {base.get('parameters', 0):,} parameters (sha256 of {weights or 'its weights: unknown'})."
+        f"Tuned from {markdown(base.get('origin', 'a base model that is not recorded'))}, license {markdown(base.get('license', 'unknown'))}, {base.get('parameters', 0):,} parameters (sha256 of {weights or 'its weights: unknown'})."
     )
     parts.append(
         _lines(
@@ -79,14 +80,19 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         "## Data",
         _table(
             ["source", "rows", "format", "license", "sha256"],
-            [[path, s["rows"], s["format"], s["license"], f"`{s['sha256']}`"] for path, s in summary["sources"].items()],
+            [
+                [markdown(path), s["rows"], s["format"], markdown(s["license"]), f"`{s['sha256']}`"]
+                for path, s in summary["sources"].items()
+            ],
         ),
     ]
     listed = summary["licenses"]["listed"]
     if listed:
         parts += [
             "The licenses of data and base model, most restrictive first. The metadata name the first.",
-            _table(["license", "kind", "of"], [[one["license"], one["family"], ", ".join(one["of"])] for one in listed]),
+            _table(
+                ["license", "kind", "of"], [[markdown(one["license"]), one["family"], markdown(", ".join(one["of"]))] for one in listed]
+            ),
         ]
     rows = [
         [
@@ -105,16 +111,16 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
             parts.append(
                 f"Train {stage['train']}, validation {stage['validation']} and test {stage['test']} examples; near-copies never straddle two of them."
             )
-    parts += ["## Results", _results(summary), *summary["advice"]]
-    parts += ["## Limits", "\n".join(f"- {line}" for line in limits(summary))]
-    parts += ["## How it was made", _lines([(key.replace("_", " "), _value(value)) for key, value in training.items()])]
+    parts += ["## Results", _results(summary), *map(markdown, summary["advice"])]
+    parts += ["## Limits", "\n".join(f"- {markdown(line)}" for line in limits(summary))]
+    parts += ["## How it was made", _lines([(key.replace("_", " "), markdown(_value(value))) for key, value in training.items()])]
     if summary["environment"]:
         parts.append(f"With {', '.join(f'{name} {version}' for name, version in summary['environment'].items())}.")
     checks = [check["passed"] for stage in summary["stages"].values() for check in stage.get("checks", {}).values()]
     parts.append(f"{sum(checks)} of {len(checks)} checks passed.")
     commit = code.get("commit")
     if commit and not code["clean"]:
-        differs = ", ".join(f"`{path}`" for path in code.get("differs", []))
+        differs = ", ".join(markdown(path) for path in code.get("differs", []))
         parts.append(f"Made with code or parameters that commit {commit} does not contain: {differs}.")
     elif code and not commit:
         parts.append("Made with uncommitted work" + (f", after commit {code['after']}." if code.get("after") else "."))
@@ -123,7 +129,7 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         parts += ["The first commit that recorded the run of each stage:", _table(["stage", "commit", "date"], recorded)]
     if summary.get("watched"):
         parts.append(
-            f"Compared with it or only used to measure it, so that nothing was learned from them: {', '.join(summary['watched'])}."
+            f"Compared with it or only used to measure it, so that nothing was learned from them: {markdown(', '.join(summary['watched']))}."
         )
     checkout = [f"git checkout {commit}"] if commit and code["clean"] else []
     parts += [
@@ -151,4 +157,4 @@ def _lines(pairs: Sequence[tuple[str, str]]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    return "\n".join(lines + [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows])
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])

@@ -49,7 +49,7 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     }
     if labels := report.get("by_label"):
         columns = list(next(iter(labels.values())))
-        rows = [[visible(" ".join(name.split())), *(figures[column] for column in columns)] for name, figures in labels.items()]
+        rows = [[name, *(figures[column] for column in columns)] for name, figures in labels.items()]
         metadata["by_label"] = dg.MetadataValue.md(table(["label", *columns], rows))
     nested = {
         name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "fixed", "checks"}
@@ -136,7 +136,7 @@ def _overlap_cell(match: Mapping[str, Any], column: str) -> str | float:
     """A cell of the table of overlapping rows; the shared span is in brackets."""
     value = match[column]
     if column not in {"text", "other_text"}:
-        return value
+        return visible(value) if isinstance(value, str) else value
     start, end = match["span" if column == "text" else "other_span"]
     return visible(f"{value[:start]}⟦{value[start:end]}⟧{value[end:]}")
 
@@ -161,7 +161,7 @@ def check_metadata(root: Path, address: str, check: Mapping[str, Any]) -> dict[s
         excerpts = check.get("examples", [])
         metadata["rows"] = dg.MetadataValue.table(
             [
-                dg.TableRecord({"source row": row, "begins": visible(excerpts[i]) if i < len(excerpts) else ""})
+                dg.TableRecord({"source row": visible(row), "begins": visible(excerpts[i]) if i < len(excerpts) else ""})
                 for i, row in enumerate(check["rows"])
             ]
         )

@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_project.core.git import git
+from dagster_project.core.text import markdown
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dvc import StageState, digest
 
@@ -129,6 +130,6 @@ def in_sync(key: dg.AssetKey, state: StageState) -> dg.AssetCheckResult:
 
 
 def table(head: list[str], rows: list[Any]) -> str:
-    """A table in Markdown."""
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    return "\n".join(lines + [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows])
+    """A table in Markdown. Cells are plain text."""
+    lines = [f"| {' | '.join(map(markdown, head))} |", f"| {' | '.join('---' for _ in head)} |"]
+    return "\n".join(lines + [f"| {' | '.join(markdown(str(cell)) for cell in row)} |" for row in rows])
