@@ -10,7 +10,7 @@ PORT ?= 3000
 UV ?= $(shell command -v uv 2> /dev/null)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: help run test test-latest test-places lint docs site ui bench soak faults lock sbom audit-packages clean
+.PHONY: help run test test-latest test-places test-projects lint docs site ui bench soak faults lock sbom audit-packages clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -26,8 +26,12 @@ run: $(VENV)/ok  ## set up, run changed stages, show the summary
 
 test: $(VENV)/ok ## run all tests, three at a time: tests also wait (JOBS=N: N at a time)
 	@$(MAKE) --no-print-directory setup-dvc
-	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder -m "not cluster"
+	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder -m "not cluster and not projects"
 	$(BIN)/python -m pytest -q tests/test_ray.py tests/test_ray_train.py
+
+test-projects: $(VENV)/ok ## make a project with the installed wheel from each layout of a file and each recipe of examples/, and run it; prints a table
+	@$(MAKE) --no-print-directory setup-dvc
+	$(BIN)/python -m pytest -q tests/test_projects.py
 
 test-latest:     ## run all tests with the newest versions that pyproject.toml allows, in an environment of their own
 	@$(MAKE) --no-print-directory VENV=.venv-latest LOCK= test

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from builders.installed import commit, installed
-from conftest import ROOT, edit_params
+from conftest import ROOT
 from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
@@ -64,32 +61,3 @@ def test_qlora_of_eight_billion_parameters_is_planned_to_fit_the_stated_memory(c
     [plan] = json.loads(capsys.readouterr().out)["variants"].values()
     assert YAML(typ="safe").load((folder / "params.yaml").read_text())["tokenized"]["max_length"] == 2048
     assert round(plan["memory"]["total"] / 1e9) == 13
-
-
-def tiny_settings(values: dict[str, Any]) -> None:
-    values["compute"] |= {"threads": 1, "dtype": "float32"}
-    values["base_model"] = {"folder": "models/tiny", "license": "Apache-2.0", "dtype": "float32"}
-    values["tokenized"] |= {"max_length": 128}
-    values["adapter"]["lora"] |= {"peft": {"r": 2}, "learning_rate": 1e-3, "max_steps": 6}
-    values["evaluation"] |= {"max_new_tokens": 4, "max_examples": 4}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)  # eight processes of stages
-def test_domain_adaptation_on_plain_text_runs_up_to_its_evaluation(project: Path, tiny_model: Path) -> None:
-    draw = random.Random(7)
-    syllables = [a + b for a in "bdfglmnprst" for b in "aeiou"]
-    words = ["".join(draw.choices(syllables, k=3)) for _ in range(400)]
-    texts = [f"{' '.join(draw.choices(words, k=40))}." for _ in range(30)]  # no two are near-copies
-    (project / "data/sources/mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (project / "data/sources/pairs.jsonl").unlink()
-    shutil.copy(EXAMPLES / "domain-adaptation" / "params.yaml", project)
-    shutil.copytree(tiny_model, project / "models/tiny")
-    edit_params(project, tiny_settings)
-    commit(project)
-    done = installed(ROOT, project, "-m", "dvc", "repro", "evaluation@lora")
-    assert done.returncode == 0, done.stderr + done.stdout
-    tokenized = json.loads((project / "data/reports/tokenized.json").read_text())
-    assert tokenized["rows_out"] > 0 and tokenized["dropped"] == {}
-    report = json.loads((project / "data/reports/evaluation/lora.json").read_text())
-    assert report["passed"] and report["perplexity"] > 1

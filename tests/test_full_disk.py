@@ -8,18 +8,16 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders import small_pipeline
+from builders.full_disk import WRITERS, failure, write_safetensors, write_text, write_zip
 
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
-from dagster_project.core.records import write_text
 from dagster_project.orchestration.run_stage import run_stage
 
 
@@ -47,66 +45,6 @@ def fill(disk: Path) -> None:
     assert shutil.disk_usage(disk).free == 0
 
 
-def _safetensors(folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    save_file({"a": torch.zeros(100_000)}, folder / "a.safetensors")
-
-
-def _arrow(folder: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"a": [f"{i * i:x}" for i in range(50_000)]}), folder / "a.parquet", compression="none")
-
-
-def _polars(folder: Path) -> None:
-    import polars as pl
-
-    pl.DataFrame({"a": [f"{i * i:x}" for i in range(50_000)]}).write_parquet(folder / "a.parquet", compression="uncompressed")
-
-
-def _sqlite(folder: Path) -> None:
-    with closing(sqlite3.connect(folder / "a.db")) as db:
-        db.execute("CREATE TABLE t (a)")
-        db.executemany("INSERT INTO t VALUES (?)", [("x" * 1000,)] * 300)
-        db.commit()
-
-
-def _zip(folder: Path) -> None:
-    with zipfile.ZipFile(folder / "a.zip", "w") as file:
-        file.writestr("a", os.urandom(200_000))
-
-
-def _numpy(folder: Path) -> None:
-    import numpy as np
-
-    np.save(folder / "a.npy", np.zeros(50_000))
-
-
-def _text(folder: Path) -> None:
-    write_text(folder / "a.txt", "x" * 200_000)
-
-
-def _copy(folder: Path) -> None:
-    shutil.copytree(Path(__file__).parent / "builders", folder / "tree", dirs_exist_ok=True)
-
-
-WRITERS = [_safetensors, _arrow, _polars, _sqlite, _zip, _numpy, _text, _copy]
-
-
-def failure(writer: Callable[[Path], None], folder: Path) -> PedigreeError:
-    """The message about the error of a writer."""
-    try:
-        writer(folder)
-    except Exception as error:  # noqa: BLE001 of any library
-        found = faults.explained(error, folder)
-        assert found is not None, repr(error)
-        return found
-    raise AssertionError(f"{writer.__name__} wrote everything")
-
-
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_or_read_only_disk_is_one_message_for_every_library_that_writes(writer: Callable[[Path], None], mount: Any) -> None:
     disk = mount(64)
@@ -119,10 +57,10 @@ def test_a_full_or_read_only_disk_is_one_message_for_every_library_that_writes(w
     assert any(os.strerror(code) in found.what for code in (errno.EROFS, errno.EACCES))
 
 
-@pytest.mark.parametrize("writer", [_text, _zip, _safetensors])
+@pytest.mark.parametrize("writer", [write_text, write_zip, write_safetensors])
 def test_a_limit_on_the_size_of_a_file_is_one_message(writer: Callable[[Path], None], tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from pathlib import Path; import test_full_disk as t; from dagster_project.core import faults\n"
+        "import resource, sys; from pathlib import Path; import builders.full_disk as t; from dagster_project.core import faults\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         f"print(t.failure(t.{writer.__name__}, Path(sys.argv[1])))"
     )
@@ -131,7 +69,7 @@ def test_a_limit_on_the_size_of_a_file_is_one_message(writer: Callable[[Path], N
         [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     assert f"{tmp_path}: {os.strerror(errno.EFBIG)}" in done.stdout and "ulimit -f" in done.stdout, done.stderr
-    assert writer is not _text or not [*tmp_path.iterdir()]  # write_text leaves no scratch file
+    assert writer is not write_text or not [*tmp_path.iterdir()]  # write_text leaves no scratch file
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), ConnectionRefusedError(errno.ECONNREFUSED, "refused"), KeyError("a"), FileNotFoundError("x"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.installed import commit, install, installed, pedigree_in
+from builders.installed import installed
 from builders.layouts import BENCHMARK_ROWS, LAYOUT_ROWS, PAIR_ROWS
-from conftest import ROOT, edit_params, run
+from conftest import ROOT, run
 from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
@@ -114,6 +115,45 @@ def test_tools_get_a_chat_template_that_writes_them(tmp_path: Path) -> None:
     assert values["base_model"] == {**SAMPLE_MODEL, "chat_template": "hermes"}
 
 
+def reasoned(count: int) -> list[dict[str, Any]]:
+    rows = chats([f"<think>\n{'step ' * 40}{i}\n</think>\n#### {i}" for i in range(count)])
+    return [{"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]} for row in rows]
+
+
+def test_traces_are_trained_on_and_fit_the_answer(tmp_path: Path) -> None:
+    _, _, values = make(tmp_path, {"mine.json": reasoned(10)})
+    assert values["base_model"] == {**SAMPLE_MODEL, "chat_template": "hermes"}
+    assert values["tokenized"]["reasoning"] == "keep" and values["evaluation"]["max_new_tokens"] > 5 * 40 / 4
+
+
+@pytest.mark.parametrize("rows", ["tools", "traces"])
+def test_a_given_model_whose_template_does_not_write_the_data_gets_one_that_does(rows: str, tiny_model: Path, tmp_path: Path) -> None:
+    data = [LAYOUT_ROWS["xlam"][0]] if rows == "tools" else reasoned(3)
+    _, document, values = make(tmp_path, {"mine.json": data}, base_model=str(tiny_model))
+    assert values["base_model"]["chat_template"] == "hermes" and document["kept"] == len(data)
+
+
+def test_a_given_model_without_a_template_gets_one(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "plain")
+    (tmp_path / "plain/chat_template.jinja").unlink()
+    rows = chats(["It sings.", "It flies."])
+    _, document, values = make(tmp_path, {"mine.json": rows}, base_model=str(tmp_path / "plain"))
+    assert values["base_model"]["chat_template"] == "hermes" and document["kept"] == 2
+    state = json.loads((tmp_path / "plain/tokenizer.json").read_text())
+    state["added_tokens"] = [token for token in state["added_tokens"] if "im_" not in token["content"]]
+    (tmp_path / "plain/tokenizer.json").write_text(json.dumps(state))
+    settings = json.loads((tmp_path / "plain/tokenizer_config.json").read_text())
+    (tmp_path / "plain/tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": None, "eos_token": "<|endoftext|>"}))
+    shutil.rmtree(tmp_path / "project")
+    _, document, values = make(tmp_path, {"mine.json": rows}, base_model=str(tmp_path / "plain"))
+    assert values["base_model"]["chat_template"] == "alpaca" and document["kept"] == 2
+
+
+def test_the_template_of_a_given_model_stays_if_it_writes_the_data(tiny_model: Path, tmp_path: Path) -> None:
+    _, _, values = make(tmp_path, {"mine.json": chats(["It sings."] * 3)}, base_model=str(tiny_model))
+    assert "chat_template" not in values["base_model"]
+
+
 def test_the_default_model_is_that_of_the_sample() -> None:
     assert YAML(typ="safe").load((ROOT / "params.yaml").read_text())["base_model"] == SAMPLE_MODEL
 
@@ -212,29 +252,3 @@ main(["init", "project", "--data", "mine.json"])
 print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"""
     done = installed(ROOT, tmp_path, "-c", code)
     assert json.loads(done.stdout.splitlines()[-1]) == [], done.stderr
-
-
-def tiny_settings(values: dict[str, Any]) -> None:
-    values["compute"] |= {"threads": 1, "dtype": "float32"}
-    values["base_model"]["dtype"] = "float32"
-    values["adapter"]["lora"] = {"method": "lora", "peft": {"r": 2, "target_modules": "all-linear"}, "learning_rate": 1e-3, "max_steps": 6}
-    values["evaluation"] |= {"max_new_tokens": 4, "max_examples": 4}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)  # eight processes of stages
-def test_an_empty_folder_becomes_an_evaluated_adapter(tiny_model: Path, tmp_path: Path) -> None:
-    site, project = install(tmp_path / "site", "1.0"), tmp_path / "project"
-    (tmp_path / "mine.json").write_text(json.dumps(chats(["ham", "spam"] * 20)))
-    done = pedigree_in(site, tmp_path, "init", "project", "--data", "mine.json", "--base-model", str(tiny_model), "--license", "MIT")
-    assert done.returncode == 0, done.stderr
-    edit_params(project, tiny_settings)
-    commit(project)
-    done = installed(site, project, "-m", "dvc", "repro", "evaluation@lora")
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert (project / "data/adapter/lora/adapter_model.safetensors").is_file()
-    assert json.loads((project / "data/reports/evaluation/lora.json").read_text())["passed"]
-    sha = commit(project, "results")
-    audited = json.loads(pedigree_in(site, project, "audit", "data/merged/lora", "--json").stdout)["code"]
-    assert audited["commit"] == sha and audited["clean"]
-    assert {stage["version"] for stage in audited["package"]["stages"].values()} == {"1.0"} and audited["package"]["differs"] == []

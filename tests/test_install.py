@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from builders.files import jsonl
 from builders.history import Project, identity, messages
+from builders.wheel import build_wheel, environment, installed
 from conftest import ROOT
 
 from dagster_project.commands.extras import PACKAGES, missing_extra
@@ -23,27 +24,9 @@ MEGABYTES = 540
 """Limit of the installed core. polars, pyarrow and numpy take about 400 of it."""
 
 
-def environment() -> dict[str, str]:
-    """Without PYTHONPATH: a clone on it counts as installed."""
-    return {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}}
-
-
-def installed(*command: str | Path) -> None:
-    done = subprocess.run([*map(str, command)], cwd="/", env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, because setuptools writes into the folder that it builds."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "dagster_project", source / "dagster_project", ignore=shutil.ignore_patterns("__pycache__"))
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    installed(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", source / "dist", source)
-    [built] = (source / "dist").iterdir()
-    return built
+    return build_wheel(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")

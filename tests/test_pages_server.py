@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from conftest import pedigree
 
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dagster import pages
+from dagster_project.orchestration.dagster.project import PedigreeProject
+from dagster_project.pipeline import STAGES
 from dagster_project.views.ballot import ballot_page
 
 SECRET = "a secret outside data/pages"
@@ -101,6 +104,19 @@ def test_nothing_can_be_written(port: int, method: str) -> None:
 def test_dns_rebinding_reads_nothing(port: int) -> None:
     assert ask(port, "/instructions/report.html", Host="evil.example")[0] == 403
     assert ask(port, "/instructions/report.html", Host=f"localhost:{port}")[0] == 200
+
+
+def test_before_the_first_page_the_address_that_ui_prints_says_so(root: Path, port: int) -> None:
+    shutil.rmtree(root / "data/pages")
+    status, _, body = ask(port, "/")
+    assert status == 200 and "no stage with pages has run yet" in body
+    assert ask(port, "/instructions/")[0] == 404
+
+
+def test_stages_without_pages_have_no_link_to_them(root: Path) -> None:
+    project = PedigreeProject(root)
+    assert {stage for stage in STAGES if project.page_url(stage)} == {"instructions", "preferences", "adapter", "aligned", "comparison"}
+    assert "/adapter/lora/" in str(project.page_url("adapter@lora"))
 
 
 def test_a_folder_lists_what_is_served_from_it(port: int) -> None:

@@ -62,11 +62,13 @@ def test_continuous_integration_runs_the_same_script_without_write_permission_or
     text = (GITHUB / "workflows/ci.yml").read_text()
     workflow = YAML(typ="safe").load(text)
     assert workflow["permissions"] == {"contents": "read"} and "secrets." not in text
-    job, packages = workflow["jobs"].values()
+    suite, packages, projects = workflow["jobs"].values()
     assert {"run": "make audit-packages"} in packages["steps"] and {"run": "make sbom"} in packages["steps"]
-    assert job["steps"][-1] == {"run": ".ci/run"} and os.access(ROOT / ".ci/run", os.X_OK)
-    python = re.fullmatch(r"python:(3\.\d+)-\w+", job["container"])
-    assert python and PROJECT["requires-python"] == f">={python[1]}"
+    assert suite["steps"][-1] == {"run": ".ci/run"} and os.access(ROOT / ".ci/run", os.X_OK)
+    assert projects["steps"][-1]["run"] == "make UV= test-projects" and re.search(r"^test-projects:", MAKEFILE, re.MULTILINE)
+    for job in (suite, projects):
+        python = re.fullmatch(r"python:(3\.\d+)-\w+", job["container"])
+        assert python and PROJECT["requires-python"] == f">={python[1]}"
 
 
 @pytest.mark.parametrize("form", sorted((GITHUB / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem)

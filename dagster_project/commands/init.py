@@ -15,12 +15,12 @@ from typing import Any
 
 from dagster_project.commands.init_data import Found, examine
 from dagster_project.commands.init_params import CONTEXT, PLACEHOLDER, SAMPLE_MODEL, params_text
+from dagster_project.commands.init_template import examine_for
 from dagster_project.commands.pipeline_file import current_lock, pipeline_text
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.core.records import remove
-from dagster_project.curation.checks.token_counts import ESTIMATED, tokens_of
 from dagster_project.curation.sources.hub import HubSplit
 from dagster_project.lineage import code_lock
 from dagster_project.pipeline import VARIANTS_OF
@@ -63,7 +63,9 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
         InputError: the folder has files of a project, or a file of data or the base model cannot be used. Nothing was written.
     """
     model, weights = _base_model(base_model)
-    found = examine(data, task, tokens_of(weights) if weights else ESTIMATED)
+    found, template = examine_for(weights, data, task) if weights else (examine(data, task), None)
+    if template:
+        model["chat_template"] = template
     context = min(CONTEXT, _context_of(weights)) if weights else CONTEXT
     files = _files(found, params_text(found, model, license, context), folder.resolve().name)
     copies = {one.place: Path(one.path) for one in found.given if one.is_copied} | ({str(model["folder"]): weights} if weights else {})
@@ -205,11 +207,16 @@ def _readme(name: str, found: Found) -> str:
             "| `dvc.lock`, `data/reports/` | what the latest run made of it; commit them with `params.yaml` |",
             "",
             "```bash",
-            "pedigree plan        # memory and time, before training",
-            "pedigree run --all   # or: dvc repro, or: pedigree ui",
-            "pedigree compare     # was tuning worth it?",
-            "pedigree audit data/release",
+            *([] if found.given else [f"# put your data into {PLACEHOLDER}"]),
+            "dvc repro tokenized           # checks, splits and tokenizes the data",
+            "pedigree plan                 # memory and time, before training",
+            "pedigree run --all            # or: dvc repro, or: pedigree ui",
+            "pedigree compare              # was tuning worth it?",
+            "pedigree audit data/release   # or of data/merged/lora",
             "```",
+            "",
+            "If the last stage, `release`, fails, tuning did not beat its alternatives, or was not measured to: all models and results are kept, and",
+            "`data/pages/comparison/comparison.html` shows why. `release.waivers` in `params.yaml` waives a check.",
             "",
         ]
     )

@@ -79,12 +79,15 @@ class Found:
     longest_pair: int = 0
     """Tokens of the longest preference pair's prompt and longer answer."""
     answer: int = 0
-    """Tokens of an answer; 95 % are shorter."""
+    """Tokens of an answer with its trace and calls; 95 % are shorter."""
     estimated: bool = True
     """Whether tokens are estimated from bytes, because the base model's tokenizer is not here yet."""
     task: Mapping[str, Any] | None = None
     """`evaluation.task`; None: answers are free text."""
     has_tools: bool = False
+    has_traces: bool = False
+    writes_traces: bool = True
+    """Whether the chat template writes traces of reasoning; True if it is not known."""
 
     @property
     def margin(self) -> float:
@@ -122,7 +125,7 @@ def examine(paths: Sequence[str], task: str, tokens: Tokens = ESTIMATED) -> Foun
     judged = judge(examples, [], Rules(), tokens)
     rows = [record for record, reason in zip(judged.records, judged.reason, strict=True) if reason is None]
     answers = [response_text(record["messages"]) for record in rows]
-    lengths = sorted(tokens.count(answers))
+    lengths = sorted(tokens.count([_generated(record) for record in rows]))
     return Found(
         given,
         kept=len(rows),
@@ -134,7 +137,30 @@ def examine(paths: Sequence[str], task: str, tokens: Tokens = ESTIMATED) -> Foun
         answer=lengths[math.ceil(0.95 * len(lengths)) - 1] if lengths else 0,
         task=_task(task, rows, answers),
         has_tools=any(record.get("tools") or any(message.get("tool_calls") for message in record["messages"]) for record in rows),
+        has_traces=any(_has_trace(record) for record in rows),
+        writes_traces=_writes_traces(rows, tokens),
     )
+
+
+def _generated(record: Mapping[str, Any]) -> str:
+    """What the model has to write for the last answer: its trace, text and calls."""
+    message: Mapping[str, Any] = next((one for one in reversed(record["messages"]) if one["role"] == "assistant"), {})
+    calls = message.get("tool_calls")
+    parts = (message.get("reasoning_content"), message.get("content"), json.dumps(calls, ensure_ascii=False) if calls else None)
+    return "\n".join(filter(None, parts))
+
+
+def _has_trace(record: Mapping[str, Any]) -> bool:
+    return any(message.get("reasoning_content") for message in record["messages"])
+
+
+def _writes_traces(rows: Sequence[Mapping[str, Any]], tokens: Tokens) -> bool:
+    """Whether the chat template writes the first trace: without it, the conversation is shorter."""
+    first = next((record for record in rows if _has_trace(record)), None)
+    if first is None or tokens.rendered is None:
+        return True
+    plain = [{key: value for key, value in message.items() if key != "reasoning_content"} for message in first["messages"]]
+    return tokens.rendered(first["messages"], first.get("tools")) != tokens.rendered(plain, first.get("tools"))
 
 
 def _given(path: str, loaded: LoadedRecords) -> Given:

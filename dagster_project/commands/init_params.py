@@ -64,6 +64,11 @@ def params_text(found: Found, base_model: Mapping[str, Any], license: str, conte
             "",
             "baselines: {}",
             *_evaluation(found, watched),
+            *(
+                []
+                if benchmarks
+                else ["# kept_its_knowledge fails without `benchmarks` under evaluation: name a file of questions there, or waive it"]
+            ),
             "release: {}   # the gate before data/release",
             "",
         ]
@@ -73,12 +78,12 @@ def params_text(found: Found, base_model: Mapping[str, Any], license: str, conte
 def _base_model(found: Found, base_model: Mapping[str, Any]) -> list[str]:
     lines = ["base_model:   # or {hub: org/name, revision: 40 hex digits, license: ...}, or {folder: models/mine, license: ...}"]
     section = dict(base_model)
-    if found.has_tools and base_model == SAMPLE_MODEL:
+    if (found.has_tools or found.has_traces) and base_model == SAMPLE_MODEL:
         section["chat_template"] = "hermes"
     notes = {
         "license": "   # of the weights" if section.get("license") == "unknown" else "",
         "pad_token": "   # its own pad is its end-of-turn token, which would mask every end",
-        "chat_template": "   # the model's own template writes no tools",
+        "chat_template": "   # the model's own template, if any, does not write what the data contains",
     }
     return lines + [f"  {key}: {_flow(value)}{notes.get(key, '')}" for key, value in section.items()]
 
@@ -125,7 +130,9 @@ def _tokenized(found: Found, context: int) -> list[str]:
     lines = [f"# the longest example has about {found.longest:,} tokens, {counted}; longer ones than max_length are dropped and counted"]
     if length < found.margin * found.longest:
         lines.append(f"# the model's context has {context:,} tokens: `on_too_long: split` keeps longer examples")
-    return [*lines, f"tokenized: {{max_length: {length}}}"]
+    section = {"max_length": length, **({"reasoning": "keep"} if found.has_traces else {})}
+    note = "   # `keep`: traces of reasoning are trained on" if found.has_traces else ""
+    return [*lines, f"tokenized: {_flow(section)}{note}"]
 
 
 def _preferences(found: Found, pairs: Sequence[Given], watched: Mapping[str, Any], license: str, context: int) -> list[str]:

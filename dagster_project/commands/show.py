@@ -56,7 +56,7 @@ def renderer(project: Path, base_model: Path | None, template: str | None) -> Re
         source = _source(name if template or name in named_templates.NAMED else str(project / name), where)
         source = with_constant_date(source)
         chat_templates.refuse_unsafe(source, where)
-        tokenizer = _with_template(tokenizer, name, source, where) if tokenizer is not None else _template_only(name, source)
+        tokenizer = with_template(tokenizer, name, source, where) if tokenizer is not None else _template_only(name, source)
         chat_templates.try_template(tokenizer, where)
     elif tokenizer is None or not tokenizer.chat_template:
         problem = f"{where} has no chat template" if present else "there is no data/base_model"
@@ -90,8 +90,12 @@ def _configured(project: Path) -> tuple[str | None, chat.Reasoning]:
     return name if isinstance(name, str) else None, reasoning
 
 
-def _with_template(tokenizer: Any, name: str, source: str, where: str) -> Any:
-    """The tokenizer with another template."""
+def with_template(tokenizer: Any, name: str, source: str, where: str) -> Any:
+    """The tokenizer with another template.
+
+    Raises:
+        InputError: it lacks a special token of a named template.
+    """
     special = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if token.special}
     if name in named_templates.MARKUP and not {"<|im_start|>", "<|im_end|>"} <= special:
         raise InputError(f"{where}: the base model's tokenizer has no special tokens <|im_start|> and <|im_end|>", "use alpaca, or a file")

@@ -147,6 +147,13 @@ class Handler(BaseHTTPRequestHandler):
             return self._refusal(HTTPStatus.NOT_FOUND, f"the link belongs to another project; this server has the pages of {self.root}")
         base = self.root / "data" / "pages"
         path = locate(base, requested.path)
+        if path is None and not requested.path.strip("/"):
+            return (
+                HTTPStatus.OK,
+                TYPES[".html"],
+                LISTING_POLICY,
+                _page("data/pages", "<li>empty: no stage with pages has run yet</li>").encode(),
+            )
         if path is None:
             return self._refusal(HTTPStatus.NOT_FOUND, "no such page; run the stage to write it")
         if path.is_dir():
@@ -173,6 +180,10 @@ def _listing(base: Path, folder: Path) -> str:
     where = "/".join(["data/pages", *folder.relative_to(base).parts])
     prefix = quote("/".join(["", *folder.relative_to(base).parts, ""]))
     items = "".join(f'<li><a href="{escape(prefix + quote(name))}">{escape(name)}</a></li>' for name in names) or "<li>empty</li>"
+    return _page(where, items)
+
+
+def _page(where: str, items: str) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(where)}</title>'
         f"<style>body{{font:1rem sans-serif;margin:2rem}}</style></head><body><h1>{escape(where)}</h1><ul>{items}</ul></body></html>\n"

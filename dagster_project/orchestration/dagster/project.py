@@ -26,6 +26,7 @@ from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.project import RunConfig as DvcRunConfig
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.pipeline import PEDIGREE, Pipeline
+from dagster_project.views.render import PAGES
 
 log = logging.getLogger("pedigree")
 
@@ -132,7 +133,8 @@ class PedigreeProject(DvcProject):
         return metadata.describe(self.root, state)
 
     def page_url(self, address: str) -> str | None:
-        return pages.url(self.root, f"{address.replace('@', '/')}/")
+        has_pages = address.partition("@")[0] in PAGES
+        return pages.url(self.root, f"{address.replace('@', '/')}/") if has_pages else None
 
     def progress(self, address: str) -> dict[str, float]:
         return metadata.live(self.root, address)
