@@ -10,7 +10,7 @@ PORT ?= 3000
 UV ?= $(shell command -v uv 2> /dev/null)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: help run test test-latest test-places test-projects lint docs site ui bench soak fuzz lock sbom audit-packages clean
+.PHONY: help run test test-latest test-places test-projects lint docs site ui bench soak fuzz faults lock sbom audit-packages clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -75,6 +75,9 @@ endif
 fuzz: $(VENV)/ok ## random and damaged input for every reader, 15,500 cases; SURFACE=histories SEED=3 CASES=200: fewer; CASE=17: one of them; REPLAY=FOLDER: kept cases
 	PYTHONPATH=$(CURDIR)/tests:$(CURDIR) $(BIN)/python -m fuzz $(SURFACE) --seed $(or $(SEED),0) \
 	  $(if $(CASES),--cases $(CASES)) $(if $(CASE),--case $(CASE)) $(if $(REPLAY),--replay $(REPLAY))
+
+faults: $(VENV)/ok ## break one thing at a time in a small real project (kills, full disks, damaged files, ...) and compare with an undisturbed run; ONLY=kill: one class or case
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m faults --jobs $(or $(JOBS),2) $(if $(ONLY),--only $(ONLY)) $(if $(SHARE),--share $(SHARE))
 
 lock:            ## write requirements.lock: locked versions that still fit pyproject.toml stay; UPGRADE=--upgrade: the newest allowed
 	$(if $(UV),,$(PYTHON) -m venv build/uv && build/uv/bin/python -m pip install --quiet uv)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT_TEMPLATE
+from builders.tiny_model import CHAT_TEMPLATE
 
 from dagster_project.core import workers
 from dagster_project.core.records import content_id

@@ -122,3 +122,28 @@ def test_an_answer_that_cannot_be_written_is_one_message(root: Path) -> None:
         )
     assert done.returncode == 1 and done.stderr.startswith("error: standard output: No space left on device\nhint: ")
     assert "Exception ignored" not in done.stderr
+
+
+def test_memory_that_ends_is_one_message(tmp_path: Path) -> None:
+    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
+        said = ending.explained(error, ending.Interrupts(), "run", tmp_path)
+        assert said is not None and said.what == "out of memory" and "ulimit -v" in said.hint and said.exit_code == 1
+    assert ending.explained(RuntimeError("defect"), ending.Interrupts(), "run", tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [b"no database" * 100, None], ids=["other bytes", "cut short"])
+def test_a_damaged_database_of_dagster_names_the_folder_to_delete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    import sqlalchemy
+
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    path = tmp_path / "index.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript("CREATE TABLE a (b TEXT); INSERT INTO a VALUES (printf('%20000s', 'x'))")
+    path.write_bytes(content or path.read_bytes()[:6000])
+    with pytest.raises(sqlalchemy.exc.DatabaseError) as caught, sqlalchemy.create_engine(f"sqlite:///{path}").connect() as connection:
+        connection.execute(sqlalchemy.text("SELECT * FROM a")).all()
+    said = ending.explained(caught.value, ending.Interrupts(), "sync", tmp_path)
+    assert said is not None and said.what == f"Dagster's home {tmp_path / '.dagster'}: a database is damaged"
+    assert "delete that folder" in said.hint and said.exit_code == 2

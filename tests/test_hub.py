@@ -12,23 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.hub import Hub, card, lines, parquet, serving
+from builders.hub import NAME, OLD, PAIRS, Hub, card, hub_with_pairs, lines, parquet, serving
 from conftest import ROOT
 
 from dagster_project.core.errors import InputError
 from dagster_project.curation.sources import hub as reader
 
-NAME, OLD, NEW = "org/name", "a" * 40, "b" * 40
-PAIRS = [{"prompt": f"Hi {i}", "completion": "Hello"} for i in range(5)]
+NEW = "b" * 40
 TOKEN = "hf_" + "x" * 34
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    with serving(Hub()) as found:
-        found.repos[NAME] = {
-            OLD: {"data/train-00000-of-00001.parquet": parquet(PAIRS), "data/test-00000-of-00001.parquet": parquet(PAIRS[:2])}
-        }
+    with serving(hub_with_pairs()) as found:
         yield found
 
 

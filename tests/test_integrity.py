@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pytest
 from builders import small_pipeline
 from conftest import dvc, pedigree
 
@@ -93,3 +95,17 @@ def test_history_is_verified_and_missing_data_is_listed_separately(root: Path) -
     assert gone["verdict"] == "incomplete" and [one["path"] for one in gone["missing"]] == ["data/tok/test.txt"]
     assert "dvc pull --all-commits" in as_text(gone)
     assert pedigree(root, "verify", "--integrity", "--rev", "HEAD~1").returncode == 2
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"x"), lambda path: path.unlink()], ids=["altered", "missing"])
+def test_the_next_step_for_an_object_whose_file_is_in_the_workspace_repairs_it(root: Path, damage: Callable[[Path], None]) -> None:
+    content = (root / "data/inst/rows.txt").read_bytes()
+    [path] = [p for p in (root / ".dvc/cache/files/md5").rglob("*") if p.is_file() and p.read_bytes() == content]
+    path.chmod(0o644)
+    damage(path)
+    shown = as_text(examine(root))
+    [(remove, address)] = re.findall(r"next: (?:rm (\S+), then )?dvc commit (\S+)", shown)
+    if remove:
+        Path(remove).unlink()
+    assert dvc(root, "commit", address).returncode == 0
+    assert path.read_bytes() == content and examine(root)["verdict"] == "intact"

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, ROOT
+from builders.tiny_model import CHAT_TEMPLATE
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

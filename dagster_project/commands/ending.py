@@ -15,13 +15,16 @@ from typing import Any, TextIO
 
 from dagster_project.commands.extras import missing_extra
 from dagster_project.core import faults
-from dagster_project.core.errors import Interrupted, PedigreeError
+from dagster_project.core.errors import InputError, Interrupted, PedigreeError
 
 INTERRUPTED = "interrupted; nothing was recorded"
 INNER = "PEDIGREE_INNER_COMMAND"
 """Environment variable of a command that another one has started: that one prints the line."""
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
+
+DAMAGED = {11, 26}
+"""SQLITE_CORRUPT, SQLITE_NOTADB"""
 
 
 def _end_at_once(*_: Any) -> None:
@@ -100,4 +103,21 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
         return error
     if isinstance(error, ModuleNotFoundError):
         return missing_extra(error, command)
-    return faults.explained(error, project)
+    return faults.explained(error, project) or _memory_ended(error) or _home_damaged(error, project)
+
+
+def _memory_ended(error: BaseException) -> PedigreeError | None:
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return PedigreeError("out of memory", "end other programs, or raise the limit (`ulimit -v`), then run the same command again")
+    return None
+
+
+def _home_damaged(error: BaseException, project: Path) -> InputError | None:
+    """A file of Dagster's home is not, or not any more, a database. SQLAlchemy is Dagster's; no other library here uses it."""
+    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
+    if not type(error).__module__.startswith("sqlalchemy") or code is None or code & 0xFF not in DAMAGED:
+        return None
+    home = os.environ.get("DAGSTER_HOME") or project / ".dagster"
+    return InputError(
+        f"Dagster's home {home}: a database is damaged", "delete that folder: `pedigree sync` makes it again, without the logs of runs"
+    )

@@ -20,6 +20,7 @@ INVALID_FILE_ERRORS = {
     "ResolveError",
     "EntryNotFound",
     "CyclicGraphError",
+    "StageFileIsNotDvcFileError",
 }
 
 

@@ -212,26 +212,36 @@ class _Examination:
         self.files += 1
         return md5.hexdigest(), sha256.hexdigest()
 
-    def _object(self, oid: str, path: str, fetch: str, reproduce: str) -> str | None:
+    def _object(self, oid: str, path: str, fetch: str, reproduce: str, commit: str) -> str | None:
         """sha256 of an object of the cache; None, and a finding, if it is missing or altered.
 
         Args:
             path: of the file with this content.
             fetch: next step if it is missing.
             reproduce: next step if it is altered.
+            commit: command that stores the file of the workspace instead; empty if none does.
         """
         if oid not in self.objects:
             file = self.store.at(oid)
             self.objects[oid] = None
             if not file.is_file():
-                self.missing[path, oid] = {"path": path, "object": oid, "next": fetch}
+                self.missing[path, oid] = {"path": path, "object": oid, "next": commit if commit and self._has(path, oid) else fetch}
             else:
                 md5, sha256 = self._hashes(file)
                 if md5 == oid.removesuffix(".dir"):
                     self.objects[oid] = sha256
                 else:
-                    self._add_finding("cache", str(file), f"does not match its name; it contains {path}", reproduce)
+                    then = f"rm {file}, then {commit}" if commit and self._has(path, oid) else reproduce
+                    self._add_finding("cache", str(file), f"does not match its name; it contains {path}", then)
         return self.objects[oid]
+
+    def _has(self, path: str, oid: str) -> bool:
+        """Whether the workspace has this file; of a folder, any content: DVC asks before it commits another one than recorded."""
+        file = self.root / path
+        if oid.endswith(".dir") or not file.is_file():
+            return oid.endswith(".dir") and file.is_dir()
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "md5").hexdigest() == oid
 
     def _examine_report(self, at: Revision, address: str, out: Mapping[str, Any]) -> None:
         content = bytes_of(at, out["path"])
@@ -255,9 +265,12 @@ class _Examination:
         """
         reproduce = f"dvc repro {address}: it sets altered files aside and produces them again" if address else f"dvc pull {path}"
         fetch = "dvc pull --all-commits" if at.rev else f"dvc pull {path}, or dvc repro {address or path}"
-        listing = self._object(oid, path, fetch, reproduce)
+        commit = f"dvc commit {address}" if address and at.rev is None else ""
+        listing = self._object(oid, path, fetch, reproduce, commit)
         files = self.store.files(oid) if listing else None
-        sums = {name: self._object(one, f"{path}/{name}" if name else path, fetch, reproduce) for name, one in (files or {}).items()}
+        sums = {
+            name: self._object(one, f"{path}/{name}" if name else path, fetch, reproduce, commit) for name, one in (files or {}).items()
+        }
         if files is not None and sha256 and None not in sums.values() and _sha256_of_listing(sums) != sha256:
             where = f"dvc.lock at {at.rev}" if at.rev else "dvc.lock"
             self._add_finding(where, path, f"is recorded as {oid}, whose sha256 is not that of the report", reproduce)

@@ -29,6 +29,7 @@ from dagster_project.core.records import write_json
 from dagster_project.lineage import code_lock
 from dagster_project.orchestration import dvc, integrity, locks, processes, rwlock
 from dagster_project.orchestration.dvc import StageState
+from dagster_project.orchestration.leftovers import remove_leftovers
 
 log = logging.getLogger("pedigree")
 
@@ -112,6 +113,7 @@ class RunAll:
 
     def run(self) -> dict[str, Outcome]:
         """Outcome of every stage, in flow order. An interrupt ends the running ones."""
+        remove_leftovers(self.root)
         self._record_sources()
         self.states = self._read()
         self.above = parents(self.states)

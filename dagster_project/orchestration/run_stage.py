@@ -22,6 +22,7 @@ from dagster_project.lineage.history import refuse_lost_entries
 from dagster_project.orchestration import dvc, integrity, locks, processes
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
 from dagster_project.orchestration.executors.local import LocalExecutor
+from dagster_project.orchestration.leftovers import remove_leftovers
 from dagster_project.pipeline import PEDIGREE, Pipeline
 
 log = logging.getLogger("pedigree")
@@ -53,6 +54,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
 
     with locks.hold(root, address, wait_or_refuse):
         scratch = root / ".dvc" / "tmp" / "pedigree" / "scratch" / address
+        remove_leftovers(root)
         try:
             code_lock.refuse_other_code(root, [stage])
             before = _verified_inputs(root, address)  # before any of these files is read

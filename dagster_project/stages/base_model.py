@@ -93,7 +93,9 @@ def produce(root: Path, params: Params, out: Path) -> Report:
 
     hf_logging.disable_progress_bar()
     os.environ["TQDM_DISABLE"] = "1"
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(
+        dir=out.parent
+    ) as scratch:  # in the stage's own scratch folder, which a killed run leaves to the next one
         folder, options = _fetch(root, params, Path(scratch))
         for name, digest in params.sha256.items():
             _verify(folder / name, name, digest)

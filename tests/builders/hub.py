@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+NAME, OLD = "org/name", "a" * 40
+PAIRS = [{"prompt": f"Hi {i}", "completion": "Hello"} for i in range(5)]
+
 
 def parquet(rows: list[dict[str, Any]] | Any) -> bytes:
     import pyarrow as pa
@@ -89,6 +92,13 @@ class Hub:
             asked = json.loads(body)["paths"]
             return 200, {}, json.dumps([entries[path] for path in asked if path in entries]).encode()
         return 404, {}, b""
+
+
+def hub_with_pairs() -> Hub:
+    """A Hub with PAIRS in one commit of one data set."""
+    found = Hub()
+    found.repos[NAME] = {OLD: {"data/train-00000-of-00001.parquet": parquet(PAIRS), "data/test-00000-of-00001.parquet": parquet(PAIRS[:2])}}
+    return found
 
 
 @contextmanager

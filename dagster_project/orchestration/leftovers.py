@@ -1,0 +1,63 @@
+"""Temporary files that a killed process left: those of DVC in the project's cache and beside reports, and those of reports and pages."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from dagster_project.core.layout import REPORTS
+from dagster_project.orchestration.processes import is_running
+
+log = logging.getLogger("pedigree")
+
+TEMPORARY = re.compile(r".*\.[A-Za-z0-9_-]{22}\.tmp")
+"""Names by DVC (dvc_objects.fs.utils.tmp_fname): a prefix, a dot, and 16 random bytes in base64."""
+CACHE = Path(".dvc") / "cache" / "files" / "md5"
+RUNS = Path(".dvc") / "cache" / "runs"
+OWN = re.compile(r"\..+\.(\d+)")
+"""Names by core.records.write_text: a dot, the name of the file, and the id of the process that writes it."""
+WRITTEN = (REPORTS, "data/pages", ".dvc/tmp/pedigree")
+SWEPT = Path(".dvc") / "tmp" / "pedigree" / "swept"
+"""Its modification time is that of the latest search: a folder of the cache that has not changed since is not searched again."""
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove the temporary files whose process does not run any more; those of DVC, which writes them under its lock of the project, if nobody holds
+    that."""
+    for path in (Path(folder, name) for start in WRITTEN for folder, _, names in os.walk(root / start) for name in names):
+        if (own := OWN.fullmatch(path.name)) and not is_running(int(own[1])):
+            with suppress(OSError):  # the command itself says what it cannot write
+                path.unlink()
+    lock = root / ".dvc" / "tmp" / "lock"
+    if not lock.is_file():
+        return
+    try:
+        with lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in _leftovers(root):
+                path.unlink(missing_ok=True)
+                log.info(f"removed {path.relative_to(root)}, which a killed process of DVC left behind")
+            (root / SWEPT).parent.mkdir(parents=True, exist_ok=True)
+            (root / SWEPT).touch()
+    except OSError as error:  # busy, or not writable
+        log.debug(f"temporary files of DVC are not searched: {error}")
+
+
+def _leftovers(root: Path) -> Iterator[Path]:
+    swept = (root / SWEPT).stat().st_mtime if (root / SWEPT).is_file() else 0.0
+    cache = [root / CACHE, *(Path(entry.path) for entry in _entries(root / CACHE) if entry.is_dir(follow_symlinks=False))]
+    folders = [folder for folder in cache if folder.is_dir() and folder.stat().st_mtime >= swept - 2]
+    folders += [Path(folder) for start in (RUNS, REPORTS) for folder, _, _ in os.walk(root / start)]
+    for folder in folders:
+        yield from (
+            Path(entry.path) for entry in _entries(folder) if TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+        )
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    return [*os.scandir(folder)] if folder.is_dir() else []
