@@ -63,7 +63,7 @@ bench: $(VENV)/ok ## measure the overhead of the front ends, impact over a long 
 	$(BIN)/python benchmarks/curation.py
 	$(BIN)/python benchmarks/scaling.py
 
-soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stages at once; 3,000 random histories against the oracle of audit answers. HOURS=8: only random steps, for so long, and soak.csv with what grows
+soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stages at once; 3,000 random histories against the oracle of audit answers. HOURS=8: only random steps, for 8 hours; writes memory, open files and sizes to soak.csv
 ifdef HOURS
 	$(BIN)/python tests/test_two_front_ends.py --hours $(HOURS)
 else

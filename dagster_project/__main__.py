@@ -679,6 +679,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    ending.replace_closed_streams()
     try:
         with ending.interrupts() as interrupts:
             return _main(arguments, interrupts)

@@ -201,7 +201,7 @@ def test_an_index_of_weights_names_only_files_of_the_folder(root: Path, named: A
     shutil.copytree(root / "models" / "tiny", root / "models" / "other")
     index = root / "models" / "tiny" / base_model.INDEX
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model.safetensors", "x": named}}))
-    assert refusal(root).what == f"base_model: {base_model.INDEX} names {str(named)!r}, which is no file of the folder"
+    assert refusal(root).what == f"base_model: {base_model.INDEX} names {str(named)!r}, which is not a file in the folder"
     index.write_text("[]" if named is None else '{"weight_map": 3}')
     assert refusal(root).what == f"base_model: {base_model.INDEX} is not an index of weights"
 

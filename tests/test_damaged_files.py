@@ -15,7 +15,7 @@ from builders import small_pipeline
 from conftest import dvc, pedigree
 
 from dagster_project.core.context import Documents, measured
-from dagster_project.core.documents import read_report
+from dagster_project.core.documents import read_report, set_aside
 from dagster_project.core.errors import InputError
 from dagster_project.lineage import history, lineage
 from dagster_project.lineage.impact import impact
@@ -110,6 +110,12 @@ def test_a_dvc_lock_that_was_cut_between_two_stages_is_said_by_sync(root: Path, 
     assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) >= {"tok"}
 
 
+def test_a_dvc_lock_with_other_line_ends_lacks_nothing(root: Path) -> None:
+    lock = root / "dvc.lock"
+    lock.write_bytes(lock.read_bytes().replace(b"\n", b"\r\n"))
+    assert history.lost_entries(root) == []
+
+
 def test_entries_of_stages_that_are_no_longer_declared_are_not_lost(root: Path) -> None:
     lock = root / "dvc.lock"
     lock.write_bytes(LOCKS["between two stages"][0](lock.read_bytes()))
@@ -145,6 +151,12 @@ def test_a_damaged_cache_of_hashes_is_set_aside_and_made_anew(root: Path, conten
     assert len(json.loads(path.read_text())) > 3
     caplog.clear()
     assert integrity.set_tampered_aside(root, read_stages(root).values()) == [] and not caplog.messages
+
+
+def test_a_damaged_cache_that_cannot_be_renamed_is_not_said_to_be_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "sha256.json.damaged").mkdir()
+    set_aside(tmp_path / "missing" / "sha256.json", "it is empty", "all outputs are hashed again")
+    assert "it is ignored: all outputs are hashed again" in caplog.text and "set aside" not in caplog.text
 
 
 def test_a_damaged_measurement_is_set_aside(root: Path, caplog: pytest.LogCaptureFixture) -> None:

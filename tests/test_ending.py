@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -122,6 +123,13 @@ def test_an_answer_that_cannot_be_written_is_one_message(root: Path) -> None:
         )
     assert done.returncode == 1 and done.stderr.startswith("error: standard output: No space left on device\nhint: ")
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("sh"), reason="needs a shell")
+def test_closed_streams_end_without_a_traceback(root: Path) -> None:
+    command = f"exec {sys.executable} -m dagster_project audit tok >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=root, stderr=subprocess.PIPE, text=True, check=False)
+    assert "Traceback" not in done.stderr
 
 
 def test_memory_that_ends_is_one_message(tmp_path: Path) -> None:

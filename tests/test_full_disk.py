@@ -78,6 +78,12 @@ def test_a_defect_of_the_program_is_not_explained_away(error: Exception, tmp_pat
     assert faults.explained(error, tmp_path) is None
 
 
+def test_a_program_that_is_missing_is_not_a_file_to_restore(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        subprocess.run(["no-such-program"], check=False)
+    assert faults.explained(error.value, tmp_path) is None
+
+
 def test_the_cause_of_an_error_is_explained(tmp_path: Path) -> None:
     error = RuntimeError("a library failed")
     error.__cause__ = PermissionError(errno.EACCES, "denied", str(tmp_path / "a"))

@@ -94,6 +94,20 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused_in_one_message(
     assert re.search(wanted, said) and said.count("hint: ") == 1 and "Traceback" not in said
 
 
+@pytest.mark.parametrize("kind", ["run ends", "dictionary of lists"])
+def test_types_whose_rows_share_the_bytes_of_a_value_are_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    value = pa.array(["a" * MIB])
+    if kind == "run ends":
+        column = pa.RunEndEncodedArray.from_arrays(pa.array([1000], pa.int32()), value)
+    else:
+        column = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array([["a"] * 1000]))
+    table = pa.table({"prompt": column, "completion": pa.array(["b"] * 1000)})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    assert main(["check", str(tmp_path / "a.arrow")]) == 2
+    assert "are not supported" in capsys.readouterr().err
+
+
 def test_repeated_values_are_read_as_before(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     table = repeated("a" * 1000, 300)

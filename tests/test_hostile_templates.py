@@ -15,7 +15,7 @@ from dagster_project.__main__ import main
 from dagster_project.core import bounded_templates, rendering, template_process
 from dagster_project.core.bounded_templates import Refused, TemplateLimit
 from dagster_project.core.chat import encode_prompt, examples_of
-from dagster_project.core.errors import InputError
+from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.curation.checks.token_counts import tokens_of
 
 LONG = 4
@@ -37,6 +37,13 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_templates, "SECONDS", 1.0)
     monkeypatch.setattr(bounded_templates, "MEMORY", 1 << 28)
     monkeypatch.setattr(bounded_templates, "_renderer", None)
+
+
+def test_an_interpreter_that_does_not_start_is_not_called_a_fault_of_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_templates.sys, "executable", "/bin/false")
+    with pytest.raises(PedigreeError, match="does not start") as error:
+        bounded_templates.render("{{ 1 }}", {})
+    assert not isinstance(error.value, TemplateLimit)
 
 
 def conversation(turns: int) -> list[dict[str, Any]]:

@@ -191,13 +191,14 @@ def test_failures_of_uv_are_explained_as_those_of_pip() -> None:
     assert "has no such wheel" in explained("x", True, absent)[0] and "UV_DEFAULT_INDEX" in explained("x", True, absent)[1]
     assert "has no such wheel" in explained("x", True, "Because pedigree-llm was not found in the package registry and you require")[0]
     assert "does not answer" in explained("x", True, "Failed to fetch: ...\n cause: error sending request for url (http://127.0.0.1:9/)")[0]
+    assert "secret" not in explained("x", True, "error: https://user:se@secret@index.example/simple")[0]
     other = explained("x", True, "error: invalid peer certificate: https://user:secret@index.example/simple")[0]
     assert other == "x cannot be installed: error: invalid peer certificate: https://index.example/simple"
 
 
 def test_uv_is_used_where_it_is_present_unless_only_pip_has_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert command_of("python", {})[:5] == [sys.executable, "-m", "pip", "--python", "python"]
+    assert command_of("python", {})[:6] == [sys.executable, "-P", "-m", "pip", "--python", "python"]
     (tmp_path / "uv").touch(mode=0o755)
     assert command_of("python", {})[0] == str(tmp_path / "uv")
     assert command_of("python", {"PIP_INDEX_URL": "x"})[0] == sys.executable
@@ -251,6 +252,14 @@ def test_stages_of_several_versions_or_of_an_unknown_one_are_refused(tmp_path: P
     root = recorded(tmp_path, splits=("1" * 64, None), adapter=("2" * 64, "2.12"), reward_model=("3" * 64, "2.13"))
     with pytest.raises(InputError, match=r"made with torch 2\.12 and 2\.13"):
         verify_installed(root, "reward_model", None, True, False)
+    report = root / report_of("adapter")
+    intact = report.read_text()
+    report.write_text(intact.replace('"torch"', '"torch @ http://127.0.0.1/x.whl#"'))
+    with pytest.raises(InputError, match="is not a version of a library"):
+        verify_installed(root, "reward_model", None, True, False)
+    report.write_text("<<<<<<< HEAD\n" + intact)
+    assert _recorded(history.Revision(root, None), "adapter", False).libraries == {}
+    report.write_text(intact)
     code_lock.record(root, {"adapter": "4" * 64})
     with pytest.raises(InputError, match="splits, adapter, reward_model: made by several versions"):
         verify_installed(root, "reward_model", None, True, False)

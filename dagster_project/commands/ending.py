@@ -51,7 +51,7 @@ class Interrupts:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """While open, SIGINT raises KeyboardInterrupt and is noted. After one came, another ends the process at once, without a word.
+    """While open, SIGINT raises KeyboardInterrupt and is noted. Afterwards, if one came, another ends the process without a message.
 
     A process that was started with SIGINT ignored, as by `&` of a script, goes on ignoring it.
     """
@@ -69,7 +69,7 @@ def interrupts() -> Iterator[Interrupts]:
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
-    """Log lines on stderr, until nobody reads them any more."""
+    """Writes log lines to stderr, and drops them once the reader has closed the pipe."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], BrokenPipeError):
@@ -79,9 +79,16 @@ class LogHandler(logging.StreamHandler[TextIO]):
 
 
 def discard(stream: TextIO) -> None:
-    """Send what is still written to a stream nowhere: its reader, e.g. `head`, has closed the pipe."""
+    """Redirect a stream to the null device: its reader, e.g. `head`, closed the pipe."""
     with suppress(OSError, ValueError):  # it has no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def replace_closed_streams() -> None:
+    """Give stdout and stderr to the null device where they were closed before the process started (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
 
 
 def flush() -> None:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.init_data import Found, examine
+from dagster_project.commands.init_data import Found, examine, read
 from dagster_project.commands.init_params import CONTEXT, PLACEHOLDER, SAMPLE_MODEL, params_text
 from dagster_project.commands.init_template import examine_for
 from dagster_project.commands.pipeline_file import current_lock, pipeline_text
@@ -63,7 +63,8 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
         InputError: the folder has files of a project, or a file of data or the base model cannot be used. Nothing was written.
     """
     model, weights = _base_model(base_model)
-    found, template = examine_for(weights, data, task) if weights else (examine(data, task), None)
+    given = read(data)
+    found, template = examine_for(weights, given, task) if weights else (examine(given, task), None)
     if template:
         model["chat_template"] = template
     context = min(CONTEXT, _context_of(weights)) if weights else CONTEXT

@@ -98,14 +98,11 @@ class Found:
         return [one for one in self.given if one.kind == kind]
 
 
-def examine(paths: Sequence[str], task: str, tokens: Tokens = ESTIMATED) -> Found:
-    """Read and check the files. Nothing is written.
+def read(paths: Sequence[str]) -> list[Given]:
+    """Read the files.
 
-    Args:
-        task: one of TASKS.
-        tokens: the base model's tokenizer and template.
     Raises:
-        InputError: a file cannot be read, two have the same name, none has examples, or the answers do not fit the task.
+        InputError: a file cannot be read, or two have the same name.
     """
     given = [_given(path, load([path])) for path in paths]
     if elsewhere := next((one for one in given if one.kind == "benchmark" and not one.is_copied), None):
@@ -114,8 +111,20 @@ def examine(paths: Sequence[str], task: str, tokens: Tokens = ESTIMATED) -> Foun
     if twice := next((one for one in given if names[one.name] > 1), None):
         what = f"two files would become {twice.name}" if twice.is_copied else f"{twice.name} is named twice"
         raise InputError(f"--data: {what}", "rename one of them" if twice.is_copied else "name it once")
+    return given
+
+
+def examine(given: Sequence[Given], task: str, tokens: Tokens = ESTIMATED) -> Found:
+    """Check the rows of the files. Nothing is written.
+
+    Args:
+        task: one of TASKS.
+        tokens: the base model's tokenizer and template.
+    Raises:
+        InputError: no file has examples, or the answers do not fit the task.
+    """
     examples = [record for one in given if one.kind == "examples" for record in one.records]
-    if paths and not examples:
+    if given and not examples:
         kinds = ", ".join(sorted({one.kind for one in given}))
         raise InputError(f"--data: no examples to train on, only {kinds}", "name a file with prompts and answers, too; see docs/sources.md")
     pairs = [record for one in given if one.kind == "preferences" for record in one.records]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dagster_project.commands.init_data import Found, examine
+from dagster_project.commands.init_data import Found, Given, examine
 from dagster_project.commands.show import with_template
 from dagster_project.core.errors import InputError
 from dagster_project.core.named_templates import NAMED
@@ -18,27 +18,28 @@ CANDIDATES = ("hermes", "alpaca")
 """Values of base_model.chat_template, in the order in which they are tried."""
 
 
-def examine_for(model: Path, data: Sequence[str], task: str) -> tuple[Found, str | None]:
+def examine_for(model: Path, given: Sequence[Given], task: str) -> tuple[Found, str | None]:
     """What is in the data, and the named template that writes it. None: the model's own template does, or none does better.
 
     Args:
         model: folder of the base model.
-        data: files and folders of the user.
+        given: what the user has, read.
         task: one of init_data.TASKS.
     Raises:
         InputError: as `init_data.examine`.
     """
     tokens = tokens_of(model)
-    found = examine(data, task, tokens)
+    found = examine(given, task, tokens)
     has_template = tokens.misfit is not None
     if has_template and found.writes_traces and not found.dropped.get("template_mismatch"):
         return found, None
     for name in CANDIDATES:
-        try:
-            with _tokens_with(model, name) as named:
-                other = examine(data, task, named)
-        except InputError:  # the tokenizer lacks a token of the template
-            continue
+        with ExitStack() as stack:
+            try:
+                named = stack.enter_context(_tokens_with(model, name))
+            except InputError:  # the tokenizer lacks a token of the template
+                continue
+            other = examine(given, task, named)
         if not has_template or (other.kept, other.writes_traces) > (found.kept, found.writes_traces):
             return other, name
     return found, None

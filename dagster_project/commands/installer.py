@@ -57,7 +57,7 @@ def command_of(python: str, variables: Mapping[str, str]) -> list[str]:
         return [uv, "pip", "install", "--python", python]
     if not has_pip:
         raise InputError("--install needs uv or pip, and neither is installed", "`python -m ensurepip` installs pip")
-    return [sys.executable, "-m", "pip", "--python", python, "install", "--no-input", "--no-compile", "--disable-pip-version-check"]
+    return [sys.executable, "-P", "-m", "pip", "--python", python, "install", "--no-input", "--no-compile", "--disable-pip-version-check"]
 
 
 def explained(names: str, by_uv: bool, output: str) -> tuple[str, str]:
@@ -74,5 +74,5 @@ def explained(names: str, by_uv: bool, output: str) -> tuple[str, str]:
             f"{names}: the package index has no such wheel for this Python and platform",
             f"name an index that has it with {variables}, in uv or pip as usual; nothing was run",
         )
-    lines = [line for line in re.sub(r"//[^/@\s]+@", "//", output).splitlines() if line.strip()]
+    lines = [line for line in re.sub(r"//[^/\s]*@", "//", output).splitlines() if line.strip()]
     return f"{names} cannot be installed: {' '.join(lines[-3:])[:500] or 'no message'}", "see the message above; nothing was run"

@@ -6,8 +6,10 @@ the version and the records of trainings accept them. Everything else is install
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,18 +20,22 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
+from dagster_project.commands.ending import INNER
 from dagster_project.commands.installer import install, paths_of_packages
 from dagster_project.commands.outputs import ancestors
 from dagster_project.commands.requirements import Wheel, versions_in
+from dagster_project.core.documents import damage, restoring
 from dagster_project.core.errors import InputError
 from dagster_project.core.layout import report_of
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import Revision, resolve
+from dagster_project.orchestration.integrity import bytes_of
 
 log = logging.getLogger("pedigree")
 
 NOT_INHERITED = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__"}
 """Environment variables that would change what the scratch environment imports."""
+LIBRARY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -86,9 +92,7 @@ def _recorded(at: Revision, stage: str, deep: bool) -> Build | None:
     if version is None or not _is_version(version):
         raise InputError(
             f"{several} of {code_lock.DISTRIBUTION}: no {code_lock.FILE} in the git history has this code",
-            "verify each stage without --deep"
-            if deep
-            else "install the build that made it, in an environment of its own, and verify there",
+            "verify each stage without --deep" if deep else "install the build that made it, in a separate environment, and verify there",
         )
     return Build(version, code, _libraries(at, names))
 
@@ -110,7 +114,12 @@ def _libraries(at: Revision, names: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name in names:
-        for library, version in at.json(report_of(name)).get("environment", {}).items():
+        content = bytes_of(at, report_of(name))
+        if content is None or damage(content):
+            continue
+        for library, version in json.loads(content).get("environment", {}).items():
+            if not LIBRARY.fullmatch(library) or not _is_version(str(version)):
+                raise InputError(f"{report_of(name)}: environment: {library} {version} is not a version of a library", restoring(name))
             if found.setdefault(library, version) != version:
                 raise InputError(
                     f"{', '.join(names)}: made with {library} {found[library]} and {version}", "verify each stage without --deep"
@@ -156,7 +165,7 @@ def _refuse_other_code(package: Path, build: Build) -> None:
     """
     try:
         found = code_lock.installed(build.code.keys() & code_lock.code_of_stages(package).keys(), package)
-    except OSError:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # also templates of another shape
         found = {}
     if differing := [name for name, value in build.code.items() if found.get(name) != value]:
         raise InputError(
@@ -181,4 +190,4 @@ def _variables(folder: Path) -> dict[str, str]:
     """Environment variables of a process in the scratch environment; programs of the current one are found after its own."""
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return inherited | {"PATH": path}
+    return inherited | {"PATH": path, INNER: "1"}

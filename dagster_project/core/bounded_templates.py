@@ -38,6 +38,7 @@ class _Renderer:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.seconds, self.memory = SECONDS, MEMORY
+        self.replied = False
         self.numbers: dict[str, int] = {}
         """Of the templates that it has."""
         self.process = subprocess.Popen(
@@ -45,7 +46,11 @@ class _Renderer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # no tokens and keys
+            # no tokens and keys; what an interpreter may need to start
+            env={
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                **{name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PYTHONHOME") if name in os.environ},
+            },
         )
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
@@ -59,7 +64,11 @@ class _Renderer:
         except BrokenPipeError:
             reply = None
         if reply is None:
+            if not self.replied and (code := self.process.wait()) > 0:
+                what = f"the process that renders chat templates does not start (exit code {code})"
+                raise PedigreeError(what, f"see what `{sys.executable} -c 'import jinja2'` prints")
             raise TemplateLimit(f"the chat template {self._end()}", HINT)
+        self.replied = True
         kind, text = reply[:1], reply[1:].decode("utf-8", "surrogatepass")
         if kind == template_process.LIMIT:
             raise TemplateLimit(f"the chat template {text}", HINT)

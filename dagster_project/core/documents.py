@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +70,12 @@ def set_aside(path: Path, why: str, then: str) -> None:
     """Rename a damaged file that is only a cache, and log it.
 
     Args:
-        then: what makes it anew.
+        then: what makes it again.
     """
-    with suppress(OSError):  # another process did, or the folder is read-only
-        path.replace(path.with_name(f"{path.name}.damaged"))
-    log.warning(f"{path.name} in {path.parent} was damaged: {why}; it is set aside as {path.name}.damaged: {then}")
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        path.replace(aside)
+        done = f"it is set aside as {aside.name}"
+    except OSError:  # another process did, or the folder is read-only
+        done = "it is ignored"
+    log.warning(f"{path.name} in {path.parent} was damaged: {why}; {done}: {then}")

@@ -14,11 +14,11 @@ from pathlib import Path
 from dagster_project.core.errors import InputError, PedigreeError
 
 LIBRARIES = {"safetensors", "pyarrow", "polars", "tokenizers", "shutil", "sqlite3"}
-"""Their errors can be one of the operating system, which they name only in the text."""
+"""Libraries whose exceptions give the operating system's error code only in their text."""
 CODE = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 PATH = re.compile(r"at path \"(.+?)\"|local file '(.+?)'|\(os error \d+\): (/.+)$")
 UNFINISHED = re.compile(r"^\d+ requested and \d+ written$")
-"""What NumPy says, without a code."""
+"""NumPy's message for an incomplete write; it has no code."""
 SQLITE = {8: errno.EACCES, 10: errno.EIO, 13: errno.ENOSPC, 14: errno.EACCES}
 """SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN"""
 
@@ -46,17 +46,19 @@ RESOURCES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE
 
 
 def explained(error: BaseException, where: Path) -> PedigreeError | None:
-    """The error as one for the user; None if its cause is not the operating system.
+    """The error as one for the user, which it may be already; None if its cause is not the operating system.
 
     Args:
         where: the folder that was written to, for errors that name no path.
     """
+    if isinstance(error, PedigreeError):
+        return error
     for one in _causes(error):
         code = _code(one)
         if code not in NEXT_STEPS:
             continue
         path = _path(one)
-        if code == errno.ENOENT and not path:
+        if code == errno.ENOENT and os.sep not in path:  # no path, or a program that is not installed
             continue
         place = path or str(_fullest(where) if code == errno.ENOSPC else where)
         return (PedigreeError if code in RESOURCES else InputError)(f"{place}: {os.strerror(code)}", NEXT_STEPS[code])

@@ -114,7 +114,7 @@ def compiled(chat_template: str) -> Any:
 
 
 def _limit(memory: int) -> None:
-    """Limit this process: additional memory in bytes, and no files."""
+    """Limit this process: additional memory in bytes, no written file, and three open files for late imports."""
     used = Path("/proc/self/statm")
     if used.exists():
         most = int(used.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + memory
@@ -125,10 +125,12 @@ def _limit(memory: int) -> None:
 
 
 def _reply(request: bytes, templates: dict[int, Any], memory: int) -> bytes:
-    """Args:
-    request: number and text of a template (None if it was sent before), and its variables.
-    templates: those compiled so far.
-    memory: the limit, for messages.
+    """Render one request; returns the frame of the reply.
+
+    Args:
+        request: number and text of a template (None if it was sent before), and its variables.
+        templates: those compiled so far.
+        memory: the limit, for messages.
     """
     from jinja2 import TemplateError
 
@@ -157,7 +159,7 @@ def main(seconds: float, memory: int) -> None:
         seconds: processor time that templates may take. A longer one ends this process by SIGPROF, also in the middle of an operation.
         memory: in bytes.
     """
-    import jinja2.sandbox  # noqa: F401  before files are forbidden
+    import jinja2.sandbox  # noqa: F401  before the limits apply
 
     compiled("{{ 'a' | tojson }}").render()
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")

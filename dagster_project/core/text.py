@@ -48,7 +48,7 @@ def visible_json(text: str) -> str:
 
 
 def shortened(text: str, most: int = 300) -> str:
-    """The text, for a message: at most so many characters of it."""
+    """The text, cut to `most` characters, for a message."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 

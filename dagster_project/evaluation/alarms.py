@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FEW = 2
-"""Number of answers from which equal ones are a sign."""
+"""Fewer equal answers can be chance."""
 
 
 def scored_something(answers: Sequence[Answer], likelihoods: Sequence[tuple[float, int]]) -> CheckResult:
@@ -35,7 +35,7 @@ def answers_are_not_empty(systems: Mapping[str, Sequence[Answer]], severity: Lit
     Args:
         systems: system -> its answers. One that has answers, all of them empty, fails the check.
     """
-    silent = [name for name, answers in systems.items() if answers and not any(map(_says_something, answers))]
+    silent = [name for name, answers in systems.items() if answers and not any(map(_is_not_empty, answers))]
     note = (
         f"all answers of {', '.join(silent)} are empty; raise evaluation.max_new_tokens, or look for the fault in the model's chat template"
     )
@@ -50,19 +50,19 @@ def answers_are_not_empty(systems: Mapping[str, Sequence[Answer]], severity: Lit
 
 def answers_differ(references: Sequence[Answer], answers: Sequence[Answer]) -> CheckResult:
     """A warning if one answer, which is not empty, is given to all questions, although their references differ."""
-    given, expected = ({_said(answer) for answer in some} for some in (answers, references))
-    same = len(answers) >= FEW and len(given) == 1 and len(expected) > 1 and _says_something(answers[0])
+    given, expected = ({_content(answer) for answer in some} for some in (answers, references))
+    same = len(answers) >= FEW and len(given) == 1 and len(expected) > 1 and _is_not_empty(answers[0])
     note = (
         f"all {many(len(answers), 'question')} have the same answer, where {number(len(expected))} different ones are right" if same else ""
     )
     return CheckResult("answers_differ", passed=not same, severity="warn", count=len(answers) if same else 0, note=note)
 
 
-def _says_something(answer: Answer) -> bool:
+def _is_not_empty(answer: Answer) -> bool:
     return bool(answer.content.strip() or answer.calls)
 
 
-def _said(answer: Answer) -> tuple[str, str]:
+def _content(answer: Answer) -> tuple[str, str]:
     return answer.content.strip(), str([(call.name, call.arguments) for call in answer.calls])
 
 
@@ -84,5 +84,5 @@ def scores_differ(values: Mapping[str, Sequence[np.ndarray]]) -> CheckResult:
         passed=not constant,
         severity="warn",
         count=len(constant),
-        note="; ".join([*constant, "it tells no systems apart: look at the samples, or use another measure"]) if constant else "",
+        note="; ".join([*constant, "it does not distinguish the systems: look at the samples, or use another measure"]) if constant else "",
     )

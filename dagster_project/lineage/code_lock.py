@@ -245,7 +245,7 @@ def refuse_to_verify(root: Path, recorded: Mapping[str, Mapping[str, str]]) -> N
     what = ", ".join(f"{name} ({DISTRIBUTION} {version or 'of unknown version'})" for name, version in stages.items())
     raise InputError(
         f"made by other code than the installed {DISTRIBUTION} {facts['installed']}: {what}",
-        f"install the version that made it, in an environment of its own, and verify there: `pip install {DISTRIBUTION}=={wanted[0]}`;"
+        f"install the version that made it, in a separate environment, and verify there: `pip install {DISTRIBUTION}=={wanted[0]}`;"
         " --install does both"
         if wanted
         else "install the build that made it; a stage can be verified only with the code recorded for it",

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def lost_entries(root: Path) -> list[str]:
     now = file.read_bytes() if file.is_file() else b""
     if not committed or committed == now:
         return []
-    before, after = (_entries(content.decode("utf-8", "replace")) for content in (committed, now))
+    before, after = (_entries(content.decode("utf-8", "replace").replace("\r\n", "\n")) for content in (committed, now))
     lost = [name for name, text in before.items() if name not in after or (after[name] != text and text.startswith(after[name]))]
     return [name for name in lost if _is_declared(root, name)] if lost else []
 
@@ -137,19 +138,28 @@ def _is_declared(root: Path, address: str) -> bool:
 
 
 def refuse_lost_entries(root: Path) -> None:
-    """Raises:
-    InputError: entries of the dvc.lock in the workspace are lost.
+    """Refuse a dvc.lock that lacks entries of the committed one.
+
+    Raises:
+        InputError: it does, also after a moment: DVC does not replace the file in one step.
     """
-    if lost := lost_entries(root):
-        raise InputError(lost_text(lost), LOST_HINT)
+    for attempt in range(3):
+        if not (lost := lost_entries(root)):
+            return
+        if attempt < 2:
+            time.sleep(0.2)
+    raise InputError(lost_text(lost), LOST_HINT)
 
 
 def lost_text(lost: Sequence[str]) -> str:
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-    return f"dvc.lock has no complete entry of {', '.join(lost[:3])}{more}, which the committed one has: it is not whole"
+    return f"dvc.lock has no complete entry of {', '.join(lost[:3])}{more}, which the committed one has: it was cut short, or it is from another commit"
 
 
-LOST_HINT = "`git checkout HEAD dvc.lock` restores the committed one; what ran since is restored by `dvc repro`, from DVC's run cache"
+LOST_HINT = (
+    "`git checkout HEAD dvc.lock` restores the committed one, and `dvc repro` then restores what ran since, from DVC's run cache; "
+    "to ask about another commit, use --rev"
+)
 
 
 @dataclass(frozen=True)
@@ -172,9 +182,6 @@ class Revision:
             file = self.root / path
             return file.read_text(encoding="utf-8") if file.is_file() else None
         return git(self.root, "show", "--end-of-options", f"{self.rev}:./{path}")
-
-    def json(self, path: str) -> dict[str, Any]:
-        return json.loads(self.text(path) or "{}")
 
     def lock(self, partial: bool = False) -> dict[str, Any]:
         """The stages of dvc.lock.

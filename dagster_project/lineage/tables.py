@@ -1,4 +1,4 @@
-"""Tables of outputs -> columns. What a person, a disk or another program made of a file is refused with its path."""
+"""Columns of the tables in outputs. A damaged file, or one with other columns, raises InputError with its path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.core.errors import InputError
+from dagster_project.core import faults
+from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.text import shortened
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,7 +29,7 @@ def column_names(path: Path) -> list[str]:
     try:
         return list(pq.read_schema(path).names)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from None
+        raise _damaged(path, error) from None
 
 
 def read(path: Path, columns: Sequence[str]) -> pa.Table:
@@ -42,7 +44,7 @@ def read(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
         table = pq.read_table(path, columns=[*columns])
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise _damaged(path, str(error)) from None
+        raise _damaged(path, error) from None
     for name in columns:
         if name not in table.column_names:
             raise _damaged(path, f"no column {name}")
@@ -66,11 +68,14 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any
     try:
         return read_table(path, columns)
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _damaged(path, str(error)) from None
+        raise _damaged(path, error) from None
 
 
-def _damaged(path: Path, reason: str) -> InputError:
+def _damaged(path: Path, reason: Exception | str) -> PedigreeError:
+    """An error that names the file; that of the operating system, such as a missing permission, does not call it damaged."""
+    if isinstance(reason, Exception) and (known := faults.explained(reason, path.parent)):
+        return known
     return InputError(
-        f"{path}: damaged, or not a table of this project: {' '.join(reason.split())[:300]}",
+        f"{path}: damaged, or not a table of this project: {shortened(' '.join(str(reason).split()))}",
         "`pedigree verify --integrity` lists all damaged files; remove it, and `dvc fetch` it again",
     )

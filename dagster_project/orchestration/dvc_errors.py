@@ -25,19 +25,19 @@ INVALID_FILE_ERRORS = {
 
 
 LIBRARIES = {"diskcache", "dvc_data"}
-"""Of their objects, a cache is one with a folder."""
+"""Libraries whose cache objects have an attribute `directory`."""
 
 
 def explained(error: Exception, root: Path) -> InputError | None:
-    """What is wrong with the project; None if the error is none that bad input causes."""
+    """What is wrong with the project; None if bad input does not cause this error."""
     exceptions = private_module("dvc.exceptions")
     if isinstance(error, sqlite3.DatabaseError) and (folder := _folder_of_cache(error)):
-        return InputError(f"{folder}: DVC's cache of hashes is damaged: {error}", "remove this folder: DVC makes it anew")
+        return InputError(f"{folder}: DVC's cache of hashes is damaged: {error}", "remove this folder: DVC makes it again")
     if isinstance(error, UnicodeEncodeError) and (name := _name_that_is_not_utf8(root / "data")):
         return InputError(f"{name!r}: the name of this file is not UTF-8, and DVC cannot record it", "rename the file")
     if isinstance(error, exceptions.NotDvcRepoError):
         return InputError(f"{root} is not a DVC project", "run `make run` once, or `dvc init`, in the project's folder")
-    if isinstance(error, private_module("dvc.scm").SCMError):
+    if isinstance(error, private_module("dvc.scm").SCMError) and "not a git repository" in str(error):
         return InputError(str(error), "run `git init` there; or, to work without git, `dvc config --local core.no_scm true`")
     if isinstance(error, exceptions.DvcException) and type(error).__name__ in INVALID_FILE_ERRORS:
         return _of_a_file(error, root)

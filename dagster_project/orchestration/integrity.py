@@ -18,7 +18,7 @@ from typing import Any
 from dagster_project.core.documents import damage, set_aside
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git_bytes
-from dagster_project.core.hashing import md5_of_bytes, sha256_of_file, sha256_of_text
+from dagster_project.core.hashing import md5_of_bytes, md5_of_file, sha256_of_file, sha256_of_text
 from dagster_project.core.layout import PLOTS, REPORTS, report_of
 from dagster_project.core.records import write_text
 from dagster_project.lineage.history import LOST_HINT, Revision, lost_entries, lost_text
@@ -238,10 +238,7 @@ class _Examination:
     def _has(self, path: str, oid: str) -> bool:
         """Whether the workspace has this file; of a folder, any content: DVC asks before it commits another one than recorded."""
         file = self.root / path
-        if oid.endswith(".dir") or not file.is_file():
-            return oid.endswith(".dir") and file.is_dir()
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "md5").hexdigest() == oid
+        return file.is_dir() if oid.endswith(".dir") else file.is_file() and md5_of_file(file) == oid
 
     def _examine_report(self, at: Revision, address: str, out: Mapping[str, Any]) -> None:
         content = bytes_of(at, out["path"])

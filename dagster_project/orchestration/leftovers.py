@@ -1,4 +1,4 @@
-"""Temporary files that a killed process left: those of DVC in the project's cache and beside reports, and those of reports and pages."""
+"""Removes temporary files of killed processes: DVC's in the cache and in data/reports, and our own in reports, pages and .dvc/tmp/pedigree."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,18 +22,20 @@ CACHE = Path(".dvc") / "cache" / "files" / "md5"
 RUNS = Path(".dvc") / "cache" / "runs"
 OWN = re.compile(r"\..+\.(\d+)")
 """Names by core.records.write_text: a dot, the name of the file, and the id of the process that writes it."""
+RECENT = 60
+"""Seconds in which a process of another container, whose id is unknown here, may still write a file."""
 WRITTEN = (REPORTS, "data/pages", ".dvc/tmp/pedigree")
 SWEPT = Path(".dvc") / "tmp" / "pedigree" / "swept"
 """Its modification time is that of the latest search: a folder of the cache that has not changed since is not searched again."""
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove the temporary files whose process does not run any more; those of DVC, which writes them under its lock of the project, if nobody holds
-    that."""
+    """Remove temporary files whose process has ended. DVC's are removed only if no process holds DVC's lock of the project."""
     for path in (Path(folder, name) for start in WRITTEN for folder, _, names in os.walk(root / start) for name in names):
         if (own := OWN.fullmatch(path.name)) and not is_running(int(own[1])):
             with suppress(OSError):  # the command itself says what it cannot write
-                path.unlink()
+                if path.stat().st_mtime < time.time() - RECENT:
+                    path.unlink()
     lock = root / ".dvc" / "tmp" / "lock"
     if not lock.is_file():
         return

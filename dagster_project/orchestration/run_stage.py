@@ -77,10 +77,10 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
             code_lock.refuse_other_code(root, [stage])  # an upgrade while it ran
             _publish(root, ctx, report, sha256, result)
         except BaseException as error:
-            known = faults.explained(error, scratch) if not isinstance(error, PedigreeError) else None
+            known = faults.explained(error, scratch)
             remove(scratch)  # now, because outputs that are restored may need its space
             _restore(root, address)
-            if known is not None:
+            if known is not None and known is not error:
                 raise known from error
             raise
         finally:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from dagster_project.core import faults
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
@@ -158,7 +159,7 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"],
             )
         except Exception as error:  # huggingface_hub raises errors of many kinds for answers that it cannot read
-            if isinstance(error, MemoryError):
+            if isinstance(error, MemoryError) or faults.is_full(error):
                 raise
             raise InputError(
                 f"base_model: cannot fetch {params.hub}@{params.revision}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
@@ -221,7 +222,7 @@ def _refuse_foreign_files(folder: Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"base_model: {INDEX} is not an index of weights", "save the model again") from None
         if bad := sorted(str(name) for name in files if not isinstance(name, str) or not _is_file_of(folder, name)):
-            raise InputError(f"base_model: {INDEX} names {bad[0][:200]!r}, which is no file of the folder", "save the model again")
+            raise InputError(f"base_model: {INDEX} names {bad[0][:200]!r}, which is not a file in the folder", "save the model again")
 
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers", "encoder_layers")

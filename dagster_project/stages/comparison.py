@@ -202,7 +202,7 @@ def produce(
 
 
 def _values(scoring: Scoring, answers: Mapping[str, Sequence[Answer]], writes: Mapping[str, bool]) -> dict[str, list[np.ndarray]]:
-    """Measure -> for each system that has it, the contributions of its answers. Without measures whose score is no mean over answers."""
+    """Measure -> for each system that has it, the contributions of its answers. Only measures whose score is a mean over answers."""
     values: dict[str, list[np.ndarray]] = {}
     for system, of_system in answers.items():
         for name, paired in scoring.names(writes[system]).items():

@@ -231,10 +231,8 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
         return _CheckOutcome(False, f"transformers does not load it: {' '.join(str(error).split())[:300]}", another)
 
     def generated(generator: Any) -> list[list[int]]:
-        prompts = [[{"role": "user", "content": text}] for text in PROBES]
-        for prompt in prompts:
-            render(tokenizer, prompt, True)  # with limits; what follows has none
-        ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_tensors="pt", return_dict=True) for p in prompts]
+        texts = [render(tokenizer, [{"role": "user", "content": text}], True) for text in PROBES]
+        ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in texts]
         with torch.inference_mode():
             return [generator.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist() for prompt in ids]
 

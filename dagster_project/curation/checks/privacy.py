@@ -285,10 +285,8 @@ def _private_keys(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterat
 
     def find(text: str) -> Iterator[Span]:
         for pattern in patterns:
-            line, at_line = (
-                -1,
-                (0, False),
-            )  # end of the last line that is part of a header, and the key after it: that of all headers in this line
+            # Of the latest line that is part of a header: its end, and (end of the key after it, whether it has a body).
+            line, at_line = -1, (0, False)
             body = end = 0  # lines of the last key: another header in them has the same end
             for header in pattern.finditer(text):
                 if body <= header.start() and header.end() <= end:

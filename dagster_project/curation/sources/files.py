@@ -415,14 +415,14 @@ def _too_long(line: int = 0) -> str:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError(f"key {Counter(name for name, _ in pairs).most_common(1)[0][0][:LONGEST_NAME]!r} stands twice in one object")
+        raise ValueError(f"key {Counter(name for name, _ in pairs).most_common(1)[0][0][:LONGEST_NAME]!r} is duplicated in one object")
     return value
 
 
 def _finite(number: str) -> float:
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{number[:LONGEST_NAME]} is no number that JSON can hold")
+        raise ValueError(f"{number[:LONGEST_NAME]} is not a number that JSON supports")
     return value
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core import faults
 from dagster_project.core.errors import InputError
 from dagster_project.core.versions import require_version
 from dagster_project.curation.sources.detection import canonical_split
@@ -88,9 +89,11 @@ def split_blocks(source: HubSplit) -> Iterator[Block]:
         data = builder.as_dataset(source.split)
     except StopIteration:  # raised by `datasets` for an empty file
         raise InputError(f"{source.name}: the data set is empty, or its first file is", "use another split or data set") from None
-    except (InputError, MemoryError):
+    except InputError:
         raise
-    except Exception as error:  # noqa: BLE001 `datasets` raises errors of many kinds for cards and files that it cannot read
+    except Exception as error:  # `datasets` raises errors of many kinds for cards and files that it cannot read
+        if isinstance(error, MemoryError) or faults.is_full(error):
+            raise
         raise InputError(f"{source.name}: {_error_text(error, huggingface_hub.get_token())}", NEXT) from None
     if media := {name: kind for name, feature in data.features.items() for kind in _kinds(feature) - TEXTUAL}:
         columns = ", ".join(f"{name} ({kind})" for name, kind in media.items())

@@ -40,7 +40,10 @@ def bounded(name: str, size: int, batches: Iterable[Any]) -> Iterator[tuple[int,
         decoded = decoded_bytes(batch)
         out += decoded
         if out > most:
-            raise InputError(f"{name}: its rows are more than {most // 2**20:,} MiB", "write it without compression if you trust it")
+            raise InputError(
+                f"{name}: its rows are more than {most // 2**20:,} MiB",
+                "write it without compression and dictionary encoding if you trust it",
+            )
         yield decoded, batch
 
 
@@ -61,7 +64,11 @@ def _limited_memory(additional: int) -> Iterator[None]:
 
 
 def decoded_bytes(array: Any) -> int:
-    """Bytes of an Arrow array, record batch or table whose values are written out: a dictionary stores a repeated one once."""
+    """Bytes of an Arrow array, record batch or table whose values are written out: a dictionary stores a repeated one once.
+
+    Raises:
+        pyarrow.ArrowInvalid: a column has a type by which a few bytes can hold any number of values.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -70,10 +77,14 @@ def decoded_bytes(array: Any) -> int:
     if isinstance(array, pa.RecordBatch | pa.Table):
         return sum(map(decoded_bytes, array.columns)) if _has_dictionary(array.schema) else int(array.nbytes)
     kind = array.type
+    if _shares_values(kind):
+        raise pa.ArrowInvalid(f"columns of type {kind} are not supported")
     if pa.types.is_dictionary(kind):
         values = array.dictionary
-        if pa.types.is_string(values.type) or pa.types.is_binary(values.type) or pa.types.is_large_string(values.type):
+        if any(test(values.type) for test in (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)):
             return int(pc.sum(pc.take(pc.cast(pc.binary_length(values), pa.int64()), array.indices)).as_py() or 0)
+        if not pa.types.is_primitive(values.type):
+            raise pa.ArrowInvalid(f"columns of type {kind} are not supported")
         return len(array) * -(-decoded_bytes(values) // max(len(values), 1))
     if pa.types.is_struct(kind):
         return sum(map(decoded_bytes, array.flatten()))
@@ -86,6 +97,14 @@ def _has_dictionary(fields: Iterable[Any]) -> bool:
     import pyarrow as pa
 
     def inside(kind: Any) -> bool:
-        return pa.types.is_dictionary(kind) or any(inside(kind.field(i).type) for i in range(kind.num_fields))
+        return pa.types.is_dictionary(kind) or _shares_values(kind) or any(inside(kind.field(i).type) for i in range(kind.num_fields))
 
     return any(inside(field.type) for field in fields)
+
+
+def _shares_values(kind: Any) -> bool:
+    """Whether rows of an Arrow type, other than a dictionary, can share the bytes of one value."""
+    import pyarrow as pa
+
+    shared = ("run_end_encoded", "string_view", "binary_view", "list_view", "large_list_view", "union")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in shared)

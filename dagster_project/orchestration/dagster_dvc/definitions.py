@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_project.core import faults
-from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dagster_dvc.dead_runs import reap
 from dagster_project.orchestration.dagster_dvc.materialize import bring_up_to_date
 from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, IN_SYNC, IN_SYNC_DESCRIPTION
@@ -135,7 +135,7 @@ def sync_sensor(project: DvcProject) -> dg.SensorDefinition:
             project.before_sync(context.instance)
             lines = reap(context.instance, project.owns_instance) + sync(project, context.instance)
         except Exception as error:
-            known = error if isinstance(error, PedigreeError) else faults.explained(error, project.root)
+            known = faults.explained(error, project.root)
             if known is None:
                 raise
             return dg.SkipReason("Not synced: " + str(known).replace("\n", "; "))

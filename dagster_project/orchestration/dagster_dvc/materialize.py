@@ -71,7 +71,7 @@ def bring_up_to_date(
         else:
             context.log.info(f"{address} is up to date; it was not run")
     except Exception as error:
-        known = error if isinstance(error, PedigreeError) else faults.explained(error, project.root)
+        known = faults.explained(error, project.root)
         if known is None:
             raise
         with suppress(PedigreeError, KeyError, OSError):  # the stages may be unreadable

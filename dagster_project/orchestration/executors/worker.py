@@ -277,7 +277,7 @@ def main(job: Mapping[str, Any]) -> int:
     except Damaged as error:
         send("damaged", error.objects)
     except Exception as error:
-        known = error if isinstance(error, PedigreeError) else faults.explained(error, Path.cwd())
+        known = faults.explained(error, Path.cwd())
         if known is None:
             raise
         what = known.what if known is error else f"node {platform.node()}: {known.what}"

@@ -232,7 +232,7 @@ def _member(name: str) -> None:
 
 def said_by(error: BaseException) -> list[str]:
     """An exception as JSON: class, what, hint."""
-    known = error if isinstance(error, PedigreeError) else faults.explained(error, Path.cwd())
+    known = faults.explained(error, Path.cwd())
     if known is not None:
         return [type(known).__name__, known.what, known.hint]
     return ["KeyboardInterrupt" if isinstance(error, KeyboardInterrupt) else "", traceback.format_exc(), ""]
