@@ -88,7 +88,7 @@ def replace_closed_streams() -> None:
     """Give stdout and stderr to the null device where they were closed before the process started (`>&-`)."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 until the process ends
 
 
 def flush() -> None:
