@@ -450,7 +450,7 @@ def soak(steps: int, seed: int, machine: type[TwoFrontEnds] = TwoFrontEnds, hour
     """Play at least so many steps from a seed, at most 20 to a project, and print the counts.
 
     Args:
-        hours: play for so long instead, 200 steps to a project, and record what grows in soak.csv.
+        hours: play for so long instead, and record what grows in soak.csv.
     """
     from hypothesis.core import seed as seeded
     from hypothesis.stateful import run_state_machine_as_test
@@ -458,8 +458,8 @@ def soak(steps: int, seed: int, machine: type[TwoFrontEnds] = TwoFrontEnds, hour
     random.seed(seed)
     began = time.monotonic()
     rounds = settings(
-        max_examples=1 if hours else 10, stateful_step_count=200 if hours else 20, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck), phases=[Phase.generate], print_blob=True,
+        max_examples=10, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate],
+        print_blob=True,
     )  # fmt: skip
     growth = Growth(Path("soak.csv")) if hours else None
     played = measured(machine, growth, began) if growth else machine
