@@ -69,6 +69,7 @@ def test_a_release_is_the_merged_model_file_by_file_with_its_record(tiny_model: 
     [
         ("better_than_baselines", worse, "not surely better: +20.0 points of macro-F1 over the best alternative, base model, worked examples"),
         ("better_than_baselines", lambda b: b["compared"]["lora"].pop("to"), "nothing was compared"),
+        ("better_than_baselines", lambda b: b["compared"]["lora"].update(failed_checks=["answers_are_not_empty of evaluation@lora"]), "its checks failed: answers_are_not_empty of evaluation@lora; +20.0 points"),
         ("better_than_baselines", lambda b: b["test"].update(answered=29), "nothing can be concluded from 29 test examples, 30 are needed"),
         ("kept_its_knowledge", lambda b: b["compared"]["lora"]["retention"]["overall"]["accuracy"].update(difference=-0.06), "-6.0 points on 60 benchmark questions, and at most 5.0"),
         ("kept_its_knowledge", lambda b: b["compared"]["lora"].pop("retention"), "not measured; name a benchmark in evaluation.benchmarks, or waive the check in release.waivers"),

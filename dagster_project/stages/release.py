@@ -187,6 +187,8 @@ def _better(decides: str, compared: Mapping[str, Any], test: Mapping[str, int]) 
     if not result.enough:
         note = f"nothing can be concluded from {result.examples} test examples, {FEWEST} are needed: {result.words}"
         return _CheckOutcome(False, note, "add examples, or raise splits.test or evaluation.max_examples")
+    if failed := compared.get("failed_checks"):
+        return _CheckOutcome(False, f"its checks failed: {'; '.join(failed)}; {result.words}", "see what the checks say")
     if result.sure:
         return _CheckOutcome(True, result.words)
     rival = NAMES.get(result.rival, "the base model")
