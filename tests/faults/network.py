@@ -133,9 +133,17 @@ def _judge(kind: str) -> Callable[[Play], None]:
 
 
 class _JudgeHandler(BaseHTTPRequestHandler):
+    """Prefers the answer that comes later in the alphabet, whatever the order."""
+
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        body = {"choices": [{"message": {"content": "A"}}], "usage": {"prompt_tokens": 100, "completion_tokens": 2}, "padding": "x" * 2000}
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        pair = json.loads(asked["messages"][-1]["content"])
+        letter = "A" if pair["answer_a"] > pair["answer_b"] else "B"
+        body = {
+            "choices": [{"message": {"content": letter}}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 2},
+            "padding": "x" * 2000,
+        }
         text = json.dumps(body).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(text)))
