@@ -6,7 +6,6 @@ import fcntl
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,8 +21,6 @@ CACHE = Path(".dvc") / "cache" / "files" / "md5"
 RUNS = Path(".dvc") / "cache" / "runs"
 OWN = re.compile(r"\..+\.(\d+)")
 """Names by core.records.write_text: a dot, the name of the file, and the id of the process that writes it."""
-RECENT = 60
-"""Seconds in which a process of another container, whose id is unknown here, may still write a file."""
 WRITTEN = (REPORTS, "data/pages", ".dvc/tmp/pedigree")
 SWEPT = Path(".dvc") / "tmp" / "pedigree" / "swept"
 """Its modification time is that of the latest search: a folder of the cache that has not changed since is not searched again."""
@@ -34,8 +31,7 @@ def remove_leftovers(root: Path) -> None:
     for path in (Path(folder, name) for start in WRITTEN for folder, _, names in os.walk(root / start) for name in names):
         if (own := OWN.fullmatch(path.name)) and not is_running(int(own[1])):
             with suppress(OSError):  # the command itself says what it cannot write
-                if path.stat().st_mtime < time.time() - RECENT:
-                    path.unlink()
+                path.unlink()
     lock = root / ".dvc" / "tmp" / "lock"
     if not lock.is_file():
         return
