@@ -311,7 +311,7 @@ def audit_problems(reach: Reach, found: dict[str, Any], subject: Any, chain: Cha
         problems.append(f"nothing is missing, but it names {found['missing']}")
     facts = reach.facts(chain)
     if {"raw_examples", "splits"} <= chain.keys() or "raw_preferences" in chain:
-        if not missing or found["sources"]:
+        if not (missing and set(found["sources"]) <= set(facts)):
             same("sources", set(found["sources"]), set(facts))
         for path in facts.keys() & found["sources"].keys():
             for key, value in facts[path].items():
