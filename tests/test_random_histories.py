@@ -723,6 +723,17 @@ def test_pairs_do_not_make_a_model_learn_from_the_examples_that_they_were_compar
     assert "reward_model" not in {model["stage"] for model in found["models"]}
 
 
+def test_the_models_of_a_release_end_if_nothing_records_the_one_that_it_was_made_from(tmp_path: Path) -> None:
+    toy = Toy(tmp_path / "project", seed=1)
+    toy.real = False
+    toy.repro()
+    mail = toy.source_paths()[1]
+    toy.write_source(mail, [*toy.read_source(mail), *(toy.new_row() for _ in range(6))])
+    toy.repro(ADDRESSES[: ADDRESSES.index("merged@lora") + 1])  # DPO and the release are still of the former one, whose run is lost
+    toy.op_drop_runs()
+    assert document(find(Index(toy.root), "release"))["model"]["md5"] == out_of(toy.lock()["release"])[1]
+
+
 def soak(count: int, first: int, keep_going: bool = False) -> int:
     """Returns: the number of histories with a wrong answer."""
     start, wrong = time.monotonic(), []

@@ -87,12 +87,15 @@ class Subject:
     def models(self) -> list[StageRun]:
         """The models it was derived from, directly or indirectly, and the run itself last."""
         models: list[StageRun] = []
+        visited: set[int] = set()
 
         def visit(run: StageRun) -> None:
+            if run.id in visited:
+                return
+            visited.add(run.id)
             for parent in self.index.parents(run):
                 visit(parent)
-            if run not in models:
-                models.append(run)
+            models.append(run)
 
         visit(self.run)
         return models

@@ -179,7 +179,8 @@ class Reach:
                 "merged": [path for path in inputs if path.startswith("data/adapter/")], "preferences": ["data/raw_preferences"],
                 "reward_model": ["data/preferences"], "aligned": ["data/merged/lora", "data/preferences"],
                 "merged_aligned": ["data/merged/lora", "data/aligned/dpo"], "release": ["data/merged"]}.get(stage, [])  # fmt: skip
-        options = [list(islice(self._makers(path, inputs[path], place, entry), LIMIT)) for path in read]
+        nothing: Chain = {}
+        options = [list(islice(self._makers(path, inputs[path], place, entry), LIMIT)) or [nothing] for path in read]
         consistent = False
         for chosen in product(*options):
             whole: Chain = {address: entry}
@@ -190,10 +191,8 @@ class Reach:
             else:
                 consistent = True
                 yield whole
-        if all(options) and not consistent:
+        if not consistent:
             raise TooManyLineages
-        if read and not any(options):
-            yield {address: entry}
 
     def _makers(self, path: str, value: str, place: Place, reader: Entry) -> Iterator[Chain]:
         if path == "data/merged":

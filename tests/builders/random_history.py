@@ -678,7 +678,7 @@ class Toy:
         settings = self.params()["aligned"]["dpo"]
         report = self._train_on_pairs("data/aligned/dpo", settings, "data/merged/lora/model.safetensors")
         reward = (self.root / "data/reward_model/adapter_model.safetensors").read_text()
-        return Report(metrics={**report.metrics, "method": "dpo", "watch": reward[:8]})
+        return Report(metrics={**report.metrics, "method": "dpo", "adapter": "lora", "watch": reward[:8]})
 
     def _merged_aligned(self, address: str) -> Report:
         parts = [
