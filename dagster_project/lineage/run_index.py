@@ -373,10 +373,7 @@ class RunIndex(Database):
 
     @cached_per_instance
     def data(self, run: StageRun) -> dict[str, StageRun]:
-        """Hash -> run of every data set upstream of a run, up to the nearest models and data sets with splits.
-
-        The search ends at splits because `preferences` reads the test split of the instructions only to exclude it: no model trains on it.
-        """
+        """Hash -> run of every data set that a run was made from, up to the nearest models and data sets with splits."""
         upstream: dict[str, StageRun] = {}
         pending = [run]
         while pending:
