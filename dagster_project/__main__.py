@@ -617,7 +617,11 @@ def _add_lineage_commands(commands: Any) -> None:
     query.add_argument("--hash", help="md5 or sha256 (or its beginning) of a source, an output, or a file in one")
     query.add_argument("--containing", metavar="TEXT", help="part of a message, such as a name, between word boundaries")
     command.add_argument("--near", action="store_true", help="with --record or --text: its near-copies too")
-    command.add_argument("--regex", action="store_true", help="with --containing: it is a regular expression (RE2), ignoring case")
+    command.add_argument(
+        "--regex",
+        action="store_true",
+        help="with --containing: it is a regular expression (no look-around, no back-references), ignoring case",
+    )
     add = _add_command(commands, verify).add_argument
     add("stage", nargs="?", metavar="STAGE[@VARIANT]", help="name of a stage, path of its output, or content hash")
     add("--rev", help="git revision (default: the workspace, including uncommitted changes)")
