@@ -22,7 +22,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         try:
             yield file
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # a panic is no Exception; some damage leads to one
-            raise ValueError(str(error) or type(error).__name__) from error
+            raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
 
 
 def read_schema(path: Path) -> dict[str, pl.DataType]:

@@ -52,8 +52,10 @@ class Pattern:
             self.python = re.compile(text if regex else before + re.escape(" ".join(words)) + after, re.IGNORECASE)
             self.matches_of(pl.Series(["probe"]))
         except (re.error, pl.exceptions.ComputeError) as error:
+            reasons = [line.removeprefix("error: ") for line in str(error).splitlines() if line.startswith("error: ")]
             raise InputError(
-                f"--containing {visible(text)}: not a regular expression: {error}", "leave --regex out to search for a text"
+                f"--containing {visible(text)}: not a regular expression: {(reasons or str(error).splitlines())[0]}",
+                "leave --regex out to search for a text",
             ) from None
 
     def matches_of(self, texts: pl.Series) -> list[int]:
