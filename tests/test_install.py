@@ -117,7 +117,12 @@ def test_audit_impact_and_export_work_in_the_core(core: Path, tmp_path: Path) ->
 
     code, text = answer("audit", "merged@lora", "--json")
     assert code == 0 and json.loads(text)["records"]["learnt_by"]["adapter@lora"]["records"] == 1
-    for about in (("--record", identity("kites")), ("--text", "What of kites?"), ("--containing", "kites"), ("--containing", "KIT.s", "--regex")):
+    for about in (
+        ("--record", identity("kites")),
+        ("--text", "What of kites?"),
+        ("--containing", "kites"),
+        ("--containing", "KIT.s", "--regex"),
+    ):
         code, text = answer("impact", *about, "--json")
         assert code == 0 and json.loads(text)["verdict"] == "yes", about
     assert answer("audit", "merged@lora", "--records", "records.csv") == answer("audit", "merged@lora", "--records", "records.parquet")

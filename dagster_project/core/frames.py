@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dagster_project.core.records import LEDGER, loaded, with_source_rows
+from dagster_project.core.records import LEDGER, loaded, uncollected, with_source_rows
 
 if TYPE_CHECKING:
     import polars as pl
@@ -57,16 +57,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [*map(loaded, rows)]
 
 
+@uncollected
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """As `records.read_records`. Raises as `read_frame`."""
     return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_rows(shard)]
 
 
+@uncollected
 def read_ledger(folder: Path) -> list[dict[str, Any]]:
     """As `records.read_ledger`. Raises as `read_frame`."""
     return read_rows(folder / LEDGER)
 
 
+@uncollected
 def read_pairs(folder: Path) -> list[dict[str, Any]]:
     """As `records.iter_pairs`, all of them. Raises as `read_frame`."""
     return [*with_source_rows(read_records(folder), read_ledger(folder))]
