@@ -9,7 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +26,7 @@ from dagster_project.commands.verify_signatures import as_text, verify_signature
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.signing import envelope, model_signature, provenance
 from dagster_project.lineage.signing.envelope import SignatureError
-from dagster_project.lineage.signing.keys import public_key_of
+from dagster_project.lineage.signing.keys import PrivateKey, public_key_of
 
 KINDS = {"ed25519": ed25519.Ed25519PrivateKey.generate, "p256": lambda: ec.generate_private_key(ec.SECP256R1())}
 
@@ -463,6 +463,8 @@ def test_bad_input_is_one_message(root: Path, tmp_path: Path) -> None:
         (("verify", "adapter@lora", "--signatures", "--deep"), "no other option"),
         (("verify", "adapter@lora", "--key", private), "requires --signatures"),
         (("sign", "nothing", "--key", private), "no such stage"),
+        (("sign", "n" * 300, "--key", private), "no such stage"),
+        (("sign", ".", "--key", private), "this is the project"),
         (("sign", str(tmp_path / "empty"), "--key", private), "contains no files"),
         (("attest", str(tmp_path / "empty"), "--key", private), "not an output"),
     ):
@@ -479,3 +481,40 @@ def test_what_is_signed_is_read_strictly() -> None:
     assert provenance.lock_texts("schema: '2.0'\nstages:\n  a:\n    cmd: x\n  b@c:\n    cmd: y\n") == {
         "a": "schema: '2.0'\nstages:\n  a:\n    cmd: x\n", "b@c": "schema: '2.0'\nstages:\n  b@c:\n    cmd: y\n",
     }  # fmt: skip
+
+
+def test_statements_name_no_ids_of_records() -> None:
+    waiver = {"check": "leakage", "reason": "known", "rows": ["a1b2c3d4e5f6"], "pairs": [["a1b2c3d4e5f6", "f6e5d4c3b2a1"]]}
+    entry = {"cmd": "run", "params": {"params.yaml": {"instructions": {"waivers": [waiver]}}}}
+    said = json.dumps(provenance.statement(provenance.StageRecord("a", entry, "", {}, {}, {})))
+    assert "known" in said and "a1b2c3" not in said and "f6e5d4" not in said
+
+
+def test_a_signed_statement_of_another_shape_is_read_or_refused_and_nothing_else() -> None:
+    key = PrivateKey(ed25519.Ed25519PrivateKey.generate())
+
+    def said() -> dict[str, Any]:
+        record = provenance.StageRecord(
+            "b", {"cmd": "run", "deps": [{"path": "x"}], "outs": [{"path": "y"}]}, "", {}, {"x": {}, "y": {}}, {}
+        )
+        return json.loads(json.dumps(provenance.statement(record.with_result({"verdict": "identical"}))))
+
+    def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        for name in document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ():
+            yield (*path, name)
+            yield from places(document[name], (*path, name))
+
+    read, refused = 0, 0
+    for *parents, last in places(said()):
+        for value in (None, 3, "a", [], [3], {}, {"a": 3}, [{"name": 3, "digest": {}}], [{"name": "a", "digest": [1]}], {"a": ["nobody"]}):
+            statement = said()
+            inner = statement
+            for name in parents:
+                inner = inner[name]
+            inner[last] = value
+            try:
+                provenance.read(provenance.lines([statement], key).encode(), key.public)
+                read += 1
+            except SignatureError:
+                refused += 1
+    assert read > 20 and refused > 200

@@ -23,6 +23,9 @@ NOT_SIGNED = "its files by a signature: there is none"
 NO_PROJECT = "the stages before it and their files, which only its project has"
 NO_KEY = "who signed: the public key came with the signatures; give the one that you trust with --key"
 
+LARGEST = 100_000_000
+"""Bytes of a file of signatures that is read."""
+
 
 def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
     """Verify the signature and the attestations of a model.
@@ -103,7 +106,7 @@ class _Verification:
             self.not_checked.append(NOT_SIGNED)
             return
         try:
-            signed = model_signature.read_bundle(file.read_bytes(), key)
+            signed = model_signature.read_bundle(_content(file), key)
         except SignatureError as error:
             self._find(name, str(error))
             return
@@ -118,12 +121,12 @@ class _Verification:
             self.not_checked.append(NOT_ATTESTED)
             return
         try:
-            stages = provenance.read(file.read_bytes(), key)
+            stages = provenance.read(_content(file), key)
         except SignatureError as error:
             self._find(name, str(error))
             return
-        results = {(stage.remade or {}).get("verdict") for stage in stages}
-        remade = None if None in results else "elsewhere" if "elsewhere" in results else "identical"
+        results = {stage.remade for stage in stages}
+        remade = None if None in results else "identical" if results == {"identical"} else "elsewhere"
         files = len({path for stage in stages for path in (*stage.read, *stage.made)})
         self.attestations = {"file": name, "stages": [stage.address for stage in stages], "files": files, "remade": remade}
         if self.target.root is None:
@@ -159,6 +162,15 @@ class _Verification:
                 self._find(path, "is missing, and was attested")
             elif lineage.digests(path) != digests:
                 self._find(path, "is not what was attested")
+
+
+def _content(file: Path) -> bytes:
+    """Raises:
+    SignatureError: the file is too large to be read at once.
+    """
+    if file.stat().st_size > LARGEST:
+        raise SignatureError(f"is larger than {LARGEST // 1_000_000} MB")
+    return file.read_bytes()
 
 
 def as_text(document: Mapping[str, Any]) -> str:

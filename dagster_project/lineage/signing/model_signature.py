@@ -46,22 +46,20 @@ class Contents:
 
 def contents(folder: Path, ignored: Iterable[str]) -> Contents:
     """All files of a folder by their path in it, without ignored paths. Symbolic links are not followed."""
-    excluded, files, other = set(ignored), dict[str, Path](), list[str]()
-
-    def visit(path: Path, prefix: str) -> None:
-        with os.scandir(path) as entries:
+    excluded, files, other, pending = set(ignored), dict[str, Path](), list[str](), [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(folder / prefix) as entries:
             for entry in entries:
                 name = f"{prefix}{entry.name}"
                 if name in excluded:
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    visit(Path(entry.path), f"{name}/")
+                    pending.append(f"{name}/")
                 elif entry.is_file(follow_symlinks=False):
-                    files[name] = Path(entry.path)
+                    files[name] = folder / name
                 else:
                     other.append(name)
-
-    visit(folder, "")
     return Contents({name: files[name] for name in sorted(files, key=PurePosixPath)}, tuple(sorted(other)))
 
 
@@ -122,7 +120,8 @@ def _manifest_in(statement: Mapping[str, Any]) -> Manifest:
         files = {one["name"]: one["digest"] for one in resources}
         method = serialization["method"], serialization["hash_type"], {one["algorithm"] for one in resources} - {"sha256"}
         ignored = tuple(map(str, serialization.get("ignore_paths", ())))
-        sound = len(files) == len(resources) and all(isinstance(one, str) and _SHA256.fullmatch(one) for one in files.values())
+        sound = len(files) == len(resources) and all(isinstance(text, str) for text in (*files, *files.values()))
+        sound = sound and all(map(_SHA256.fullmatch, files.values()))
         sound = sound and _root(files.values()) == subject["digest"]["sha256"]
         name = str(subject["name"])
     except (KeyError, TypeError, ValueError, AttributeError):

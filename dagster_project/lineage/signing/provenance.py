@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from dagster_project.lineage.export.summary import published_parameters
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.signing import envelope
 from dagster_project.lineage.signing.envelope import STATEMENT_TYPE, SignatureError
@@ -19,7 +22,7 @@ from dagster_project.lineage.signing.keys import PrivateKey, PublicKey
 
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:pedigree:dvc-stage:1"
-"""`externalParameters` then has: "stage", "cmd", "params", "deps" (path -> the stages that produced it; none for sources and code) and "outs" (paths)."""
+"""`externalParameters` then has: "stage", "cmd", "params" (without ids of records), "deps" (path -> the stages that produced it; none for sources and code) and "outs" (paths)."""
 BUILDER = "urn:pedigree:run"
 REMADE = "pedigree verify --deep"
 """Name of the by-product that says with which result a stage was made again before it was signed."""
@@ -62,7 +65,7 @@ def statement(record: StageRecord) -> dict[str, Any]:
     external = {
         "stage": record.address,
         "cmd": record.entry["cmd"],
-        "params": record.entry.get("params", {}),
+        "params": {file: published_parameters(values or {}) for file, values in record.entry.get("params", {}).items()},
         "deps": {path: list(record.producers.get(path, ())) for path in deps},
         "outs": outs,
     }
@@ -121,7 +124,8 @@ class Attested:
     outs: Sequence[str]
     read: Files
     made: Files
-    remade: Mapping[str, Any] | None
+    remade: str | None
+    """The verdict of making it again; None if that was not done."""
 
     def describes(self, text: str | None) -> bool:
         """Whether its entry in dvc.lock is still that one."""
@@ -158,11 +162,16 @@ def _attested(signed: Mapping[str, Any]) -> Attested:
         if signed["predicateType"] != PREDICATE_TYPE or definition["buildType"] != BUILD_TYPE:
             raise SignatureError(f"is not a statement of {BUILD_TYPE}")
         external, [entry, *dependencies] = definition["externalParameters"], definition["resolvedDependencies"]
-        byproducts = {one["name"]: one["annotations"] for one in details.get("byproducts", [])}
-        return Attested(
-            external["stage"], entry["digest"]["sha256"], external["deps"], external["outs"],
-            {one["name"]: one["digest"] for one in dependencies}, {one["name"]: one["digest"] for one in signed["subject"]}, byproducts.get(REMADE),
-        )  # fmt: skip
+        found = {
+            "address": external["stage"],
+            "entry_sha256": entry["digest"]["sha256"],
+            "deps": external["deps"],
+            "outs": external["outs"],
+            "read": {one["name"]: one["digest"] for one in dependencies},
+            "made": {one["name"]: one["digest"] for one in signed["subject"]},
+            "remade": next((one["annotations"]["verdict"] for one in details.get("byproducts", []) if one["name"] == REMADE), None),
+        }
+        return TypeAdapter(Attested).validate_python(found)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise SignatureError(f"is not a statement of {BUILD_TYPE}") from None
 

@@ -10,7 +10,7 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.layout import PLOTS, REPORTS
-from dagster_project.lineage.history import LOCK, Objects, Revision, listing_of, resolve
+from dagster_project.lineage.history import LOCK, Objects, Revision, listing_of, path_exists, resolve
 from dagster_project.lineage.signing.keys import PublicKey
 from dagster_project.lineage.signing.model_signature import PUBLIC_KEY
 
@@ -85,7 +85,9 @@ def find(root: Path, model: str) -> Target:
     absolute = given.absolute()
     inside = absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else ""
     outs = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
-    if model in lock or not given.is_dir() or inside in outs:
+    if lock and absolute == root:
+        raise InputError(f"{model or '.'}: this is the project", "name a stage, its output, or the folder of a model")
+    if model in lock or not (path_exists(given) and given.is_dir()) or inside in outs:
         if not lock:
             raise InputError(f"{model}: no such folder, and no project with results in {root}", "name a folder, or give --project FOLDER")
         address = model if model in lock else outs.get(inside) or resolve(dict(lock), model)
