@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -176,6 +177,16 @@ def test_links_and_special_files_are_neither_signed_nor_verified(tmp_path: Path,
     (model / "link").symlink_to(model)
     os.mkfifo(model / "audit/pipe")
     assert findings(tmp_path, str(model), public).keys() == {f"{model}/link", f"{model}/audit/pipe"}
+
+
+def test_nothing_is_sent_or_fetched(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    private, public = write_keys(tmp_path / "keys", "p256")
+    sign(tmp_path, str(model), private)
+    assert not findings(tmp_path, str(model), public)
 
 
 # --- keys
