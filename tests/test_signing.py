@@ -448,15 +448,22 @@ def test_what_is_not_the_recorded_output_is_neither_signed_nor_attested(root: Pa
     assert not (root / "data/signatures").exists()
 
 
-def test_attest_remade_states_the_result_and_signs_nothing_that_differs(root: Path, tmp_path: Path) -> None:
+def test_attest_remade_states_the_result_and_signs_nothing_that_differs(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     private, public = write_keys(tmp_path / "keys", "ed25519")
     signatures = root / "data/signatures/inst"
-    assert attest(root, "inst", private, remade=True)["remade"] == "identical"
+    monkeypatch.setenv("PEDIGREE_SIGNING_KEY", Path(private).read_text())
+    seen = tmp_path / "seen"  # by the stages that are run again
+    pipeline = root / "small_pipeline.py"  # no dependency of a stage: an edit leaves the record valid
+    note = f"open({str(seen)!r}, 'a').write('key ' if 'PEDIGREE_SIGNING_KEY' in os.environ else 'none ')"
+    pipeline.write_text(pipeline.read_text().replace("if __name__ ==", f"{note}\nif __name__ =="))
+    assert attest(root, "inst", None, remade=True)["remade"] == "identical"
+    assert set(seen.read_text().split()) == {"none"}
     results = [one["predicate"]["runDetails"]["byproducts"][0]["annotations"] for one in statements(signatures)]
     assert results == [{"verdict": "identical"}] * 2
     assert verify_signatures(root, "inst", public)["attestations"]["remade"] == "identical"
     shutil.rmtree(signatures)
-    pipeline = root / "small_pipeline.py"  # no dependency of a stage: the record stays valid, but the bytes differ
     pipeline.write_text(pipeline.read_text().replace('write_text("\\n".join([*rows, _code(ctx)]))', 'write_text("other")'))
     done = pedigree(root, "attest", "inst", "--key", private, "--remade")
     assert done.returncode == 1 and "nothing was signed" in done.stderr and not signatures.exists()

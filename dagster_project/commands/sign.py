@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,9 @@ from dagster_project.core.layout import report_of
 from dagster_project.core.records import write_text
 from dagster_project.lineage.history import LOCK, is_within
 from dagster_project.lineage.signing import model_signature, provenance
-from dagster_project.lineage.signing.keys import PrivateKey, private_key
+from dagster_project.lineage.signing.keys import KEY_VARIABLE, PASSWORD_VARIABLE, PrivateKey, private_key
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
 from dagster_project.lineage.signing.target import Target, find
-
-log = logging.getLogger("pedigree")
 
 
 def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
@@ -98,9 +96,11 @@ def attest(root: Path, model: str, key_file: str | None, remade: bool = False) -
 
 
 def _made_again(root: Path, address: str) -> tuple[str, dict[str, Any]]:
-    """Verdict of `pedigree verify --deep`, and address -> what its statement says about it."""
+    """Verdict of `pedigree verify --deep`, and address -> what its statement says about it. The stages do not get the key."""
     from dagster_project.commands.verify import as_text, verify
 
+    for name in (KEY_VARIABLE, PASSWORD_VARIABLE):
+        os.environ.pop(name, None)
     document = verify(root, address, deep=True)
     if document["verdict"] == "different":
         raise CheckFailed(
