@@ -35,7 +35,7 @@ from dagster_project.training.inference.answers import read_parts
 from dagster_project.training.methods import build
 from dagster_project.training.methods.build import PreparedModel, Quantization
 from dagster_project.training.tokens.preference_pairs import both, prompt_ids, reply
-from dagster_project.training.trainers.alignment import ppo, trl_training
+from dagster_project.training.trainers.alignment import ppo, shared_prompts, trl_training
 from dagster_project.training.trainers.alignment.reward_model import Rewards
 from dagster_project.training.trainers.alignment.trl_training import TrainerSpec
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
@@ -201,7 +201,10 @@ class Dpo(TrlMethod):
         losses: dict[str, Any] = {"loss_type": [self.loss_type]}
         if self.rpo_alpha:
             losses = {"loss_type": [self.loss_type, "sft"], "loss_weights": [1.0, self.rpo_alpha]}
-        return TrainerSpec(self.name, trl.DPOTrainer, trl.DPOConfig, {**options, **losses, "max_length": None}, self.metrics)
+        arguments = {**options, **losses, "max_length": None}
+        return TrainerSpec(
+            self.name, trl.DPOTrainer, trl.DPOConfig, arguments, self.metrics, outputs=shared_prompts.log_probabilities, has_reference=True
+        )
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [
