@@ -38,7 +38,7 @@ LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_p
 SHARED = {"lr_scheduler_type": "cosine", "optim": "adamw_torch_fused", "per_device_train_batch_size": 8}
 RATES = {"dpo": 2.5e-4, "reward": 3e-4}
 BETA = 0.1
-HELD_OUT = 24
+HELD_OUT = 8
 
 FASTER = {"dtype": "bfloat16", "gradient_checkpointing": False}
 SETUPS: dict[str, dict[str, dict[str, Any]]] = {

@@ -137,7 +137,9 @@ def small(kind: str, **settings: Any) -> Any:
     if kind != "mamba2":
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
     torch.manual_seed(2)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | settings), attn_implementation="eager" if kind in PADDED else "sdpa")
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **sizes | settings), attn_implementation="eager" if kind in PADDED else "sdpa"
+    )
     for weight in model.parameters():
         weight.data *= 4
         weight.requires_grad_(False)
@@ -147,7 +149,7 @@ def small(kind: str, **settings: Any) -> Any:
 @pytest.mark.parametrize("kind", ROUNDED)
 def test_models_with_other_attention_compute_the_same(kind: str) -> None:
     model = small(kind, **ROUNDED[kind])
-    assert shared_prompts.reads_prompts_once(model)
+    assert shared_prompts.reads_prompts_once(model, "cpu") and not shared_prompts.reads_prompts_once(model, "cuda")
     width = max(len(p) + len(answer) for p, *answers in PAIRS for answer in answers)
     with attending_by_pair(model):
         batch = shared_prompts.collate_pairs(rows_of(PAIRS))
@@ -159,12 +161,12 @@ def test_models_with_other_attention_compute_the_same(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", PADDED)
 def test_models_that_cap_or_scale_scores_or_keep_a_state_read_padded_batches(kind: str) -> None:
-    assert not shared_prompts.reads_prompts_once(small(kind, **PADDED[kind]))
+    assert not shared_prompts.reads_prompts_once(small(kind, **PADDED[kind]), "cpu")
 
 
 def test_a_model_whose_output_layer_is_trained_reads_padded_batches(tiny_model: Path) -> None:
     model = preference.policy(tiny_model, {"r": 4, "target_modules": ["q_proj", "lm_head"]}, torch.device("cpu"), torch.float32, "a", "b")
-    assert not shared_prompts.reads_prompts_once(model.model)
+    assert not shared_prompts.reads_prompts_once(model.model, "cpu")
 
 
 # ---- training -------------------------------------------------------------------------------------------------------------------------------
@@ -175,7 +177,9 @@ PARAMS = PreferenceParams(
 )
 
 
-def train_plainly(model: Any, history: TrainingHistory, loss_of: Callable[[Sequence[int]], tuple[torch.Tensor, float]]) -> list[list[float]]:
+def train_plainly(
+    model: Any, history: TrainingHistory, loss_of: Callable[[Sequence[int]], tuple[torch.Tensor, float]]
+) -> list[list[float]]:
     """Loss, margin and gradient norm of each step of a plain loop over the same rows, in the same order.
 
     Args:
@@ -208,6 +212,7 @@ def assert_same_training(history: TrainingHistory, expected: list[list[float]], 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 def test_dpo_is_the_training_of_a_plain_loop(loss_type: Any, policy: Any, tiny_tokenizer: Any) -> None:
+    assert shared_prompts.reads_prompts_once(policy, "cpu")
     plain, device = copy.deepcopy(policy), torch.device("cpu")
     spec = preference.Dpo(beta=BETA, loss_type=loss_type).trainer_spec(None)  # type: ignore[arg-type]
     history = trl_training.train(
@@ -234,6 +239,7 @@ def test_dpo_is_the_training_of_a_plain_loop(loss_type: Any, policy: Any, tiny_t
 
 
 def test_a_reward_model_is_the_training_of_a_plain_loop(judge: Any, tiny_tokenizer: Any) -> None:
+    assert shared_prompts.reads_prompts_once(judge, "cpu")
     plain, device = copy.deepcopy(judge), torch.device("cpu")
     rows = judged_rows_of(PAIRS)
     spec = reward_model.trainer_spec(center_rewards_coefficient=0.05)

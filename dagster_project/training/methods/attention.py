@@ -104,9 +104,7 @@ def _attend_by_example(
     return torch.cat(outputs, 2).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def _causal(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, dropout: float, sliding_window: int | None
-) -> torch.Tensor:
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, dropout: float, sliding_window: int | None) -> torch.Tensor:
     """Causal attention of the last tokens of a text; k and v are those of all its tokens."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention

@@ -112,7 +112,7 @@ def collate_shared(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tupl
         positions += [*range(len(first)), *range(shared, len(second))]
     spare = -len(ids) % SIZES
     lengths = [pair.lengths for pair in placed] + ([(spare, 0, 0)] if spare else [])
-    row = {"packed_ids": torch.tensor([ids + [0] * spare]), "packed_positions": torch.tensor([positions + [*range(spare)]])}
+    row = {"packed_ids": torch.tensor([ids + [0] * spare]), "packed_positions": torch.tensor([[*positions, *range(spare)]])}
     return {**row, "pair_lengths": lengths}, placed
 
 

@@ -101,6 +101,8 @@ class AlignmentMethod(Section):
     """Size of a checkpoint, in multiples of the trainable weights."""
     ignored_params: ClassVar[frozenset[str]] = frozenset()
     """Keys of an entry that this method does not use."""
+    reads_pairs: ClassVar[bool] = False
+    """Whether a pass reads both answers of its pairs together, see shared_prompts.py, and the reference once."""
     rows_per_pair: ClassVar[int] = 1
     """Training rows per pair."""
     figures: ClassVar[Sequence[str]]
@@ -173,6 +175,7 @@ class Dpo(TrlMethod):
     """Options of dpo."""
 
     name = "dpo"
+    reads_pairs = True
     can_shard = True
     metrics = PAIR_METRICS
     figures = tuple(PAIR_METRICS.values())

@@ -21,20 +21,22 @@ SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_hea
 """Keys of configurations that change the logits after the output layer."""
 
 
-def reads_prompts_once(model: Any) -> bool:
+def reads_prompts_once(model: Any, device: str) -> bool:
     """Whether a model can read pairs in the format of `collate_shared` with the functions below; otherwise TRL's padded batches are used.
 
-    On a GPU padded batches are kept: the attention of many short texts is computed there in one call.
+    On a GPU padded batches are kept: there is no measurement yet.
+
+    Args:
+        device: "cpu" or "cuda", that of the training.
     """
     import torch
 
     inner = causal(model)
     head = inner.get_output_embeddings()
-    plain = head is None or (type(head).__name__.endswith("Linear") and head.bias is None and not head.weight.requires_grad)
+    plain = head is None or (isinstance(head, torch.nn.Linear) and head.bias is None and not head.weight.requires_grad)
     config = inner.config.get_text_config()
     unscaled = all(getattr(config, key, None) in (None, 1) for key in SCALES) and not getattr(config, "output_router_logits", False)
-    linear = isinstance(head, torch.nn.Linear | None)
-    return inner.device.type == "cpu" and plain and linear and unscaled and can_attend_by_pair(inner)
+    return device == "cpu" and plain and unscaled and can_attend_by_pair(inner)
 
 
 def collate_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**packed, **{name: torch.tensor(values) for name, values in indices.items()}}
 
 
-def _hidden_states(model: Any, inputs: Mapping[str, Any], at: str) -> Any:
+def hidden_states(model: Any, inputs: Mapping[str, Any], at: str) -> Any:
     """Last hidden states (tokens, hidden) of a batch of `collate_pairs` at the tokens of one of its indices."""
     output = causal(model).base_model(
         input_ids=inputs["packed_ids"], position_ids=inputs["packed_positions"], pair_lengths=inputs["pair_lengths"], use_cache=False
@@ -81,7 +83,7 @@ def log_probabilities(model: Any, **inputs: Any) -> Any:
     from trl.trainer.utils import FusedCausalLMOutput
 
     head = causal(model).get_output_embeddings()
-    hidden = _hidden_states(model, inputs, "predicts").to(head.weight.dtype)
+    hidden = hidden_states(model, inputs, "predicts").to(head.weight.dtype)
     found = _log_probability_class().apply(hidden, head.weight, inputs["target"])
     shape = inputs["input_ids"].shape[0], inputs["input_ids"].shape[1] - 1
     padded = found.new_zeros(shape[0] * shape[1]).index_copy(0, inputs["slot"], found).view(shape)
@@ -93,7 +95,7 @@ def rewards(model: Any, **inputs: Any) -> Any:
     """The output of a reward model: `logits` (2 pairs, 1), at the last token of each text."""
     from transformers.modeling_outputs import SequenceClassifierOutput
 
-    return SequenceClassifierOutput(logits=causal(model).score(_hidden_states(model, inputs, "last_token")))
+    return SequenceClassifierOutput(logits=causal(model).score(hidden_states(model, inputs, "last_token")))
 
 
 @cache

@@ -70,7 +70,7 @@ class TrlSession(SharedSession):
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
         super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
         self.metrics = spec.metrics
-        self.outputs = spec.outputs if spec.outputs and shared_prompts.reads_prompts_once(model) else None
+        self.outputs = spec.outputs if spec.outputs and shared_prompts.reads_prompts_once(model, self.device.type) else None
         """As in the specification; None if the model cannot read pairs so, or there are none."""
         self.reference: dict[int, tuple[float, float]] = {}
         """Log-probabilities of the chosen and the rejected answer of each row under the reference; validation rows have negative numbers."""
@@ -241,7 +241,9 @@ def _build_trainer(
         model=model,
         args=spec.config(**arguments | own | dict(spec.arguments)),
         train_dataset=Dataset.from_list([{**row, "row": number} for number, row in enumerate(rows)]),
-        eval_dataset=Dataset.from_list([{**row, "row": -1 - number} for number, row in enumerate(validation_rows)]) if validation_rows else None,
+        eval_dataset=Dataset.from_list([{**row, "row": -1 - number} for number, row in enumerate(validation_rows)])
+        if validation_rows
+        else None,
         processing_class=tokenizer,
         callbacks=[monitor(session)],
         **spec.constructor,
