@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dagster_project.core.params import Compute
 from dagster_project.training.methods.attention import attending_by_pair
 from dagster_project.training.methods.build import causal
+from dagster_project.training.planning.memory import TrainingSpec
+from dagster_project.training.planning.pairs import largest_pass, lengths_of
 from dagster_project.training.tokens.collators import SIZES, collate_shared
 from dagster_project.training.trainers.alignment import preference, reward_model, shared_prompts, trl_training
 from dagster_project.training.trainers.harness.history import TrainingHistory
@@ -167,6 +172,64 @@ def test_models_that_cap_or_scale_scores_or_keep_a_state_read_padded_batches(kin
 def test_a_model_whose_output_layer_is_trained_reads_padded_batches(tiny_model: Path) -> None:
     model = preference.policy(tiny_model, {"r": 4, "target_modules": ["q_proj", "lm_head"]}, torch.device("cpu"), torch.float32, "a", "b")
     assert not shared_prompts.reads_prompts_once(model.model, "cpu")
+
+
+# ---- planning ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest number of bytes in storages that operations made and that exist at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        old = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(out):
+            storage = leaf.untyped_storage() if isinstance(leaf, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in self.known | old:
+                self.known.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.data_ptr(), storage.nbytes())
+        return out
+
+    def free(self, place: int, size: int) -> None:
+        self.known.discard(place)
+        self.now -= size
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward model"])
+def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(kind: str, tiny_model: Path, policy: Any, judge: Any) -> None:
+    pairs = [
+        ([7 + n] * shared, [20] * first, [30] * second)
+        for n, (shared, first, second) in enumerate([(40, 31, 25), (3, 60, 90), (50, 9, 70)])
+    ]
+    sizes = tuple(map(lengths_of, pairs))
+    assert sizes == ((40, 31, 25), (3, 60, 90), (50, 9, 70))
+    counted = sum(len(answer) for _, *answers in pairs for answer in answers) if kind == "dpo" else 0
+    lengths = [sum(size) for size in sizes]
+    spec = TrainingSpec("cpu", torch.float32, tiny_model, "lora", LORA, lengths, counted, pair_lengths=sizes, timed=False)
+    predicted = spec.prediction.memory
+    model, rows = (policy, rows_of(pairs)) if counted else (judge, judged_rows_of(pairs))
+    batch = shared_prompts.collate_pairs(rows)
+    batch["input_ids"] = torch.zeros(2 * len(pairs), max(len(p) + len(answer) for p, *answers in pairs for answer in answers))
+    with attending_by_pair(causal(model)), LiveBytes() as live:
+        if counted:
+            shared_prompts.log_probabilities(model, **batch).log_probs.sum().backward()
+        else:
+            shared_prompts.rewards(model, **batch).logits.sum().backward()
+    assert predicted.activations + predicted.logits + predicted.gradients == pytest.approx(live.peak, rel=0.1)
+
+
+def test_the_largest_pass_is_that_of_a_typical_order() -> None:
+    sizes = [1] * 90 + [50] * 10
+    group = largest_pass(sizes, 4, 25)
+    assert len(set(group)) == 4 and 2 * 50 <= sum(sizes[row] for row in group) < 4 * 50  # neither four mean ones nor the four largest
+    assert sorted(largest_pass(sizes, 100, 1)) == list(range(100))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------------------------------

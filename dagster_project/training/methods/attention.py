@@ -100,7 +100,7 @@ def _attend_by_example(
     lengths = cu_seq_lens_q.diff().tolist()
     key, value = (repeat_kv(states, getattr(module, "num_key_value_groups", 1)) for states in (key, value))
     parts = zip(*(states.float().split(lengths, 2) for states in (query, key, value)), strict=True)
-    outputs = [_causal(*part, scaling, dropout, sliding_window) for part in parts]
+    outputs = [_causal(q, k, v, scaling, dropout, sliding_window) for q, k, v in parts]
     return torch.cat(outputs, 2).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
