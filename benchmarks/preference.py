@@ -7,7 +7,7 @@ own process with one thread, the setups in turns. The setups differ in:
     trl             TRL's defaults: float32, padded batches, gradient checkpointing
     trl_...         its settings that could be faster: no checkpointing, bfloat16, the reference computed in advance; the fastest of those
                     measured is TRL's best (TRL 1.16 has no padding-free DPO)
-    ours            training/trainers/alignment/trl_training.py as `aligned@X` and `reward_model` call it
+    ours            training/trainers/alignment/trl_trainers as `aligned@X` and `reward_model` call it
     ours_float32    the same in float32
 
 CPU seconds are user and system time of the process while the trainer is constructed and trains, without imports and loading the model: they
@@ -124,7 +124,8 @@ def train_ours(task: str, name: str, pairs: list[Pair], seed: int) -> tuple[Any,
 
     from dagster_project.core.params import Compute
     from dagster_project.training.methods.hardware import prepare, reuse_large_blocks
-    from dagster_project.training.trainers.alignment import preference, reward_model, trl_training
+    from dagster_project.training.trainers.alignment import preference, reward_model
+    from dagster_project.training.trainers.alignment.trl_trainers import training
     from dagster_project.training.trainers.harness.params import PreferenceParams
     from dagster_project.training.trainers.harness.sharding import ShardedModel
 
@@ -142,7 +143,7 @@ def train_ours(task: str, name: str, pairs: list[Pair], seed: int) -> tuple[Any,
         model = reward_model.build(ROOT / "data" / "base_model", LORA, device, dtype, "benchmark")
     began = time.process_time()
     rows = [{**row, "pair": number} for number, row in enumerate(rows_of(task, pairs))]
-    trl_training.train(spec, ShardedModel(model, None, device), tokenizer, rows, [], params, compute)
+    training.train(spec, ShardedModel(model, None, device), tokenizer, rows, [], params, compute)
     return model, time.process_time() - began
 
 

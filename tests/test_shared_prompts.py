@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dagster_project.core.params import Compute
-from dagster_project.training.methods.attention import attending_by_pair
 from dagster_project.training.methods.build import causal
 from dagster_project.training.planning.memory import TrainingSpec
 from dagster_project.training.planning.pairs import largest_pass, lengths_of
-from dagster_project.training.tokens.collators import SIZES, collate_shared
-from dagster_project.training.trainers.alignment import preference, reward_model, shared_prompts, trl_training
+from dagster_project.training.tokens.collators import SIZES
+from dagster_project.training.trainers.alignment import preference, reward_model
+from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
+from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_by_pair
+from dagster_project.training.trainers.alignment.trl_trainers.shared_prompts import collate_shared
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.sharding import ShardedModel
@@ -278,9 +280,7 @@ def test_dpo_is_the_training_of_a_plain_loop(loss_type: Any, policy: Any, tiny_t
     assert shared_prompts.reads_prompts_once(policy, "cpu")
     plain, device = copy.deepcopy(policy), torch.device("cpu")
     spec = preference.Dpo(beta=BETA, loss_type=loss_type).trainer_spec(None)  # type: ignore[arg-type]
-    history = trl_training.train(
-        spec, ShardedModel(policy, None, device), tiny_tokenizer, rows_of(PAIRS), rows_of(PAIRS[:3]), PARAMS, COMPUTE
-    )
+    history = training.train(spec, ShardedModel(policy, None, device), tiny_tokenizer, rows_of(PAIRS), rows_of(PAIRS[:3]), PARAMS, COMPUTE)
 
     def loss_of(rows: Sequence[int]) -> tuple[torch.Tensor, float]:
         losses, margins = [], []
@@ -306,7 +306,7 @@ def test_a_reward_model_is_the_training_of_a_plain_loop(judge: Any, tiny_tokeniz
     plain, device = copy.deepcopy(judge), torch.device("cpu")
     rows = judged_rows_of(PAIRS)
     spec = reward_model.trainer_spec(center_rewards_coefficient=0.05)
-    history = trl_training.train(spec, ShardedModel(judge, None, device), tiny_tokenizer, rows, rows[:2], PARAMS, COMPUTE)
+    history = training.train(spec, ShardedModel(judge, None, device), tiny_tokenizer, rows, rows[:2], PARAMS, COMPUTE)
 
     def loss_of(numbers: Sequence[int]) -> tuple[torch.Tensor, float]:
         values = [[plain_reward(plain, PAIRS[n][0], answer) for answer in PAIRS[n][1:]] for n in numbers]
@@ -332,7 +332,7 @@ def test_the_reference_is_computed_once(policy: Any, tiny_tokenizer: Any, monkey
     outputs = shared_prompts.log_probabilities
     monkeypatch.setattr(shared_prompts, "log_probabilities", counted)
     spec = preference.Dpo().trainer_spec(None)  # type: ignore[arg-type]
-    trl_training.train(
+    training.train(
         spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, rows_of(PAIRS), rows_of(PAIRS[:3]), PARAMS, COMPUTE
     )
     assert sum(read) == len(PAIRS) + 3  # of two epochs and three validations

@@ -30,7 +30,7 @@ from dagster_project.training.trainers.alignment.preference import (
     StoppedHistory,
 )
 from dagster_project.training.trainers.alignment.reward_model import MODEL, RewardModel, Rewards, failed_checks, tokenizer_of
-from dagster_project.training.trainers.alignment.trl_training import document_of, preference_identity
+from dagster_project.training.trainers.alignment.trl_trainers.training import document_of, preference_identity
 from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import write_curve

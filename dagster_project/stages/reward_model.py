@@ -23,7 +23,7 @@ from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import reward_model
-from dagster_project.training.trainers.alignment.trl_training import document_of, preference_identity, train
+from dagster_project.training.trainers.alignment.trl_trainers.training import document_of, preference_identity, train
 from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import write_curve

@@ -1,10 +1,9 @@
-"""Attention for packed rows: the examples of a row are isolated from each other, and so are two texts that begin with the same tokens."""
+"""Attention for packed rows: the examples of a row are isolated from each other."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -25,21 +24,15 @@ def attention_for(device: torch.device, dtype: torch.dtype | None = None) -> str
         dtype: dtype of the computation; flash attention supports only bfloat16.
     """
     import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     # not compiled, because the sizes differ from example to example
     for name, attend in (("by_example", torch.compiler.disable(_attend_by_example)), ("varlen", _attend_at_once)):
-        _register(name, attend)
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, lambda *_, **__: None)
     if device.type == "cpu":
         return "by_example"
     return "varlen" if dtype == torch.bfloat16 and _has_varlen(device) else "sdpa"
-
-
-def _register(name: str, attend: Any) -> None:
-    """Make an attention implementation known to transformers; it gets no mask."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, lambda *_, **__: None)
 
 
 def attention_of(model: Any) -> str:
@@ -94,94 +87,22 @@ def _attend_by_example(
         (1, seq, heads, head size) in the dtype of `query`, and None for the attention weights.
     """
     import torch
+    from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import repeat_kv
 
     _refuse(others)
     lengths = cu_seq_lens_q.diff().tolist()
     key, value = (repeat_kv(states, getattr(module, "num_key_value_groups", 1)) for states in (key, value))
     parts = zip(*(states.float().split(lengths, 2) for states in (query, key, value)), strict=True)
-    outputs = [_causal(q, k, v, scaling, dropout, sliding_window) for q, k, v in parts]
-    return torch.cat(outputs, 2).to(query.dtype).transpose(1, 2).contiguous(), None
 
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        n = q.shape[2]
+        if sliding_window is None or n <= sliding_window:
+            return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+        window = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+        return scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, scale=scaling)
 
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, dropout: float, sliding_window: int | None) -> torch.Tensor:
-    """Causal attention of the last tokens of a text; k and v are those of all its tokens."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    n, all_tokens = q.shape[2], k.shape[2]
-    windowed = sliding_window is not None and all_tokens > sliding_window
-    if n == all_tokens and not windowed:
-        return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
-    seen = torch.ones(n, all_tokens, dtype=torch.bool, device=q.device).tril(all_tokens - n)
-    if windowed:
-        assert sliding_window
-        seen = seen.triu(all_tokens - n + 1 - sliding_window)
-    return scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling)
-
-
-BY_PAIR = "by_pair"
-
-
-@contextmanager
-def attending_by_pair(model: Any) -> Iterator[None]:
-    """While open, a transformers model reads batches of `collate_shared`, and no others."""
-    import torch
-
-    _register(BY_PAIR, torch.compiler.disable(_attend_by_pair))
-    before = attention_of(model)
-    model.set_attn_implementation(BY_PAIR)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def can_attend_by_pair(model: Any) -> bool:
-    """Whether a transformers model computes the same for a batch of `collate_shared` as for its texts one by one: tokens meet only in
-    attention, which `_attend_by_pair` computes, and their order is known only from their positions."""
-    config = model.config.get_text_config()
-    require_version("transformers", ">=5.24,<6", "_supports_attention_backend, _is_stateful")
-    plain_layers = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    return bool(model._supports_attention_backend and not model._is_stateful and plain_layers and not sinks and softcap is None)
-
-
-def _attend_by_pair(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    scaling: float,
-    pair_lengths: Sequence[Sequence[int]],
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each text of pairs whose common beginning is stored once, computed in float32 as in `_attend_by_example`.
-
-    Args:
-        query: (1, heads, seq, head size); key and value may have fewer heads.
-        pair_lengths: for each pair the tokens of the beginning, of the rest of the first text and of that of the second, in this order.
-    Returns:
-        (1, seq, heads, head size) in the dtype of `query`, and None for the attention weights.
-    """
-    import torch
-    from transformers.integrations.sdpa_attention import repeat_kv
-
-    _refuse(others)
-    key, value = (repeat_kv(states, getattr(module, "num_key_value_groups", 1)) for states in (key, value))
-    sizes = [size for shared, first, second in pair_lengths for size in (shared + first, second)]
-    q, k, v = (states.float().split(sizes, 2) for states in (query, key, value))
-    outputs = []
-    for pair, (shared, _, second) in enumerate(pair_lengths):
-        one, other = 2 * pair, 2 * pair + 1
-        outputs.append(_causal(q[one], k[one], v[one], scaling, dropout, sliding_window))
-        if second:
-            keys, values = (torch.cat((states[one][:, :, :shared], states[other]), 2) for states in (k, v))
-            outputs.append(_causal(q[other], keys, values, scaling, dropout, sliding_window))
+    outputs = [attend(*part) for part in parts]
     return torch.cat(outputs, 2).to(query.dtype).transpose(1, 2).contiguous(), None
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from dagster_project.training.methods.attention import attending_by_pair
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.load import load_base
-from dagster_project.training.tokens.collators import SIZES, collate_shared
-from dagster_project.training.trainers.alignment.shared_prompts import hidden_states, log_probabilities, reads_prompts_once
+from dagster_project.training.tokens.collators import SIZES
+from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_by_pair
+from dagster_project.training.trainers.alignment.trl_trainers.shared_prompts import (
+    collate_shared,
+    hidden_states,
+    log_probabilities,
+    reads_prompts_once,
+)
 
 ORDERS, MOST_ROWS = 21, 20_000
 """Random orders of the pairs in which the largest pass is sought, and the most pairs of each."""
@@ -23,7 +28,7 @@ Pair = tuple[list[int], list[int], list[int]]
 def pair_passes(
     ledger: Any, prepared: PreparedModel, base: Any, pair_lengths: Sequence[tuple[int, int, int]], counted: int, passes: int
 ) -> None:
-    """Run the forward and backward passes of training/trainers/alignment/shared_prompts.py on the meta device.
+    """Run the forward and backward passes of training/trainers/alignment/trl_trainers/shared_prompts.py on the meta device.
 
     Args:
         ledger: of memory.py; it records them.

@@ -1,9 +1,8 @@
-"""Tokenized rows -> batch: packed into one row, or one padded row per example; pairs of texts: packed, their common beginning once."""
+"""Tokenized rows -> batch: packed into one row, or one padded row per example."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -74,46 +73,6 @@ def collate_padded(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "attention_mask": mask,
         "rows": torch.tensor([row.get("row", -1) for row in rows]),
     }
-
-
-@dataclass(frozen=True)
-class SharedPair:
-    """Where the tokens of two texts with a common beginning are in a packed row: the beginning, the rest of the first, that of the second."""
-
-    start: int
-    """Index of its first token in the row."""
-    lengths: tuple[int, int, int]
-
-    def place(self, side: int, i: int) -> int:
-        """Index in the row of token i of the first text (side 0) or the second (side 1)."""
-        shared, first, _ = self.lengths
-        return self.start + i + (first if side and i >= shared else 0)
-
-
-def collate_shared(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[dict[str, Any], list[SharedPair]]:
-    """Collate pairs of texts into one row without padding between them; tokens with which both texts of a pair begin are in it once.
-
-        [5, 6, 7] and [5, 6, 8, 9]  ->  packed_ids [5, 6, 7, 8, 9], packed_positions [0, 1, 2, 2, 3], pair_lengths [(2, 1, 2)]
-
-    Returns:
-        The arguments of the model for `methods.attention.attending_by_pair`: packed_ids, packed_positions (1, seq) int64, pair_lengths;
-        and the places of each pair. The row is padded to a multiple of SIZES tokens by a text of its own at the end.
-    """
-    import torch
-
-    ids: list[int] = []
-    positions: list[int] = []
-    placed: list[SharedPair] = []
-    for first, second in pairs:
-        most = min(len(first), len(second)) - 1  # each keeps a token of its own
-        shared = next((i for i in range(most) if first[i] != second[i]), most)
-        placed.append(SharedPair(len(ids), (shared, len(first) - shared, len(second) - shared)))
-        ids += [*first, *second[shared:]]
-        positions += [*range(len(first)), *range(shared, len(second))]
-    spare = -len(ids) % SIZES
-    lengths = [pair.lengths for pair in placed] + ([(spare, 0, 0)] if spare else [])
-    row = {"packed_ids": torch.tensor([ids + [0] * spare]), "packed_positions": torch.tensor([[*positions, *range(spare)]])}
-    return {**row, "pair_lengths": lengths}, placed
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,9 +35,10 @@ from dagster_project.training.inference.answers import read_parts
 from dagster_project.training.methods import build
 from dagster_project.training.methods.build import PreparedModel, Quantization
 from dagster_project.training.tokens.preference_pairs import both, prompt_ids, reply
-from dagster_project.training.trainers.alignment import ppo, shared_prompts, trl_training
+from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.alignment.reward_model import Rewards
-from dagster_project.training.trainers.alignment.trl_training import TrainerSpec
+from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
+from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams
@@ -157,7 +158,7 @@ class TrlMethod(AlignmentMethod):
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
         rows, validation = (self.rows(run.tokenizer, run.pairs[split]) for split in ("train", "validation"))
-        return trl_training.train(
+        return training.train(
             self.trainer_spec(run), run.shared, run.tokenizer, rows, [] if self.learns_from_rewards else validation, run.params,
             run.compute, run.checkpoints, run.live, run.begin,
         )  # fmt: skip

@@ -22,8 +22,8 @@ from dagster_project.training.methods.build import Quantization, peft_config
 from dagster_project.training.methods.load import frozen_4bit, nf4_config
 from dagster_project.training.tokens.collators import pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered
-from dagster_project.training.trainers.alignment import shared_prompts
-from dagster_project.training.trainers.alignment.trl_training import TrainerSpec
+from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
+from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness.params import Sharding
 from dagster_project.training.trainers.harness.session import put

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.hashing import sha256_of_files
 from dagster_project.core.params import Compute
-from dagster_project.training.methods.attention import attending_by_pair
 from dagster_project.training.methods.build import causal
-from dagster_project.training.trainers.alignment import shared_prompts
+from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
+from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_by_pair
 from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, params_identity, run_identity
 from dagster_project.training.trainers.harness.history import TrainingHistory

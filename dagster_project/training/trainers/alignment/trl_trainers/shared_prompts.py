@@ -7,12 +7,13 @@ are computed where a token of an answer is predicted, and what remains of them i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from dagster_project.training.methods.attention import can_attend_by_pair
 from dagster_project.training.methods.build import causal
-from dagster_project.training.tokens.collators import collate_shared
+from dagster_project.training.tokens.collators import SIZES
+from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import can_attend_by_pair
 
 CHUNK = 256
 """Positions whose logits exist at the same time."""
@@ -37,6 +38,46 @@ def reads_prompts_once(model: Any, device: str) -> bool:
     config = inner.config.get_text_config()
     unscaled = all(getattr(config, key, None) in (None, 1) for key in SCALES) and not getattr(config, "output_router_logits", False)
     return device == "cpu" and plain and unscaled and can_attend_by_pair(inner)
+
+
+@dataclass(frozen=True)
+class SharedPair:
+    """Where the tokens of two texts with a common beginning are in a packed row: the beginning, the rest of the first, that of the second."""
+
+    start: int
+    """Index of its first token in the row."""
+    lengths: tuple[int, int, int]
+
+    def place(self, side: int, i: int) -> int:
+        """Index in the row of token i of the first text (side 0) or the second (side 1)."""
+        shared, first, _ = self.lengths
+        return self.start + i + (first if side and i >= shared else 0)
+
+
+def collate_shared(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[dict[str, Any], list[SharedPair]]:
+    """Collate pairs of texts into one row without padding between them; tokens with which both texts of a pair begin are in it once.
+
+        [5, 6, 7] and [5, 6, 8, 9]  ->  packed_ids [5, 6, 7, 8, 9], packed_positions [0, 1, 2, 2, 3], pair_lengths [(2, 1, 2)]
+
+    Returns:
+        The arguments of the model for `attending_by_pair`: packed_ids, packed_positions (1, seq) int64, pair_lengths;
+        and the places of each pair. The row is padded to a multiple of SIZES tokens by a text of its own at the end.
+    """
+    import torch
+
+    ids: list[int] = []
+    positions: list[int] = []
+    placed: list[SharedPair] = []
+    for first, second in pairs:
+        most = min(len(first), len(second)) - 1  # each keeps a token of its own
+        shared = next((i for i in range(most) if first[i] != second[i]), most)
+        placed.append(SharedPair(len(ids), (shared, len(first) - shared, len(second) - shared)))
+        ids += [*first, *second[shared:]]
+        positions += [*range(len(first)), *range(shared, len(second))]
+    spare = -len(ids) % SIZES
+    lengths = [pair.lengths for pair in placed] + ([(spare, 0, 0)] if spare else [])
+    row = {"packed_ids": torch.tensor([ids + [0] * spare]), "packed_positions": torch.tensor([[*positions, *range(spare)]])}
+    return {**row, "pair_lengths": lengths}, placed
 
 
 def collate_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
