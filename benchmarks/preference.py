@@ -225,7 +225,11 @@ def report(found: list[dict[str, Any]]) -> str:
         if theirs and "ours" in seconds:
             best = min(theirs, key=lambda name: theirs[name])
             defaults = f"{theirs['trl'] / seconds['ours']:.1f} x TRL's defaults and " if "trl" in theirs else ""
-            lines += ["", f"Ours is {defaults}{theirs[best] / seconds['ours']:.1f} x `{best}`, the fastest of TRL's setups measured here.", ""]
+            lines += [
+                "",
+                f"Ours is {defaults}{theirs[best] / seconds['ours']:.1f} x `{best}`, the fastest of TRL's setups measured here.",
+                "",
+            ]
     return "\n".join(lines)
 
 
