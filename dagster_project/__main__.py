@@ -15,8 +15,9 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dagster_project.commands import ending
+from dagster_project.commands import ending, own_process
 from dagster_project.core.errors import DamagedIndex, InputError, Interrupted, PedigreeError
+from dagster_project.core.imports import lean_imports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,10 +103,11 @@ def init(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run one stage (the command in dvc.yaml), or bring all stages up to date with --all."""
-    from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
-
     if options.all:
         return _run_all(options)
+    with lean_imports():
+        from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
+
     if not options.stage:
         raise InputError("STAGE or --all is required", "name a stage, or bring all stages up to date with --all")
     if options.force or options.jobs is not None:
@@ -193,8 +195,7 @@ def plan(options: argparse.Namespace) -> int:
     from dagster_project.commands.plan import as_text, plan_model, plan_variants
     from dagster_project.core.params import Compute
 
-    gc.disable()  # the import of the libraries takes a fifth less time
-    try:
+    with lean_imports():
         if options.model:
             document = plan_model(
                 Path(options.model),
@@ -207,9 +208,6 @@ def plan(options: argparse.Namespace) -> int:
             )
         else:
             document = plan_variants(_project(options), options.variants)
-    finally:
-        gc.freeze()  # and the exit of the process a second less
-        gc.enable()
     _print(options, document, as_text)
     return 0
 
@@ -680,6 +678,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     ending.replace_closed_streams()
+    if arguments is None:
+        own_process.prepare(sys.argv[1:])
     try:
         with ending.interrupts() as interrupts:
             return _main(arguments, interrupts)

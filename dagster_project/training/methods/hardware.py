@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.imports import lean_imports
 from dagster_project.core.params import Compute
 from dagster_project.core.versions import require_version
 
@@ -28,9 +29,11 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-    from transformers import set_seed
-    from transformers.utils import logging as hf_logging
+    with lean_imports("bitsandbytes"):  # PEFT imports it for a function that is not used here; quantization imports it itself
+        import peft  # noqa: F401
+        import torch
+        from transformers import set_seed
+        from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     torch.set_num_threads(compute.threads)
