@@ -166,14 +166,16 @@ def render(options: argparse.Namespace) -> int:
 
 def sync(options: argparse.Namespace) -> int:
     """Report DVC's state to Dagster's event log."""
-    from dagster_project.orchestration.dagster.assets import open_instance
-    from dagster_project.orchestration.dagster.sync import sync as mirror
-    from dagster_project.orchestration.dagster_dvc.dead_runs import reap
-    from dagster_project.orchestration.dagster_dvc.definitions import as_prefix
+    from dagster_project.orchestration.last_sync import LastSync
 
-    root, prefix = _project(options), as_prefix(options.key_prefix)
-    with open_instance(root, shared=bool(prefix)) as instance:
-        lines = reap(instance, owned=not prefix) + mirror(root, instance, key_prefix=prefix)
+    last = LastSync.read(_project(options), tuple(filter(None, options.key_prefix.split("/"))))
+    lines: list[str] = []
+    if not last.unchanged:
+        with lean_imports():
+            from dagster_project.orchestration.dagster.assets import open_instance
+            from dagster_project.orchestration.dagster.sync import sync_after
+        with open_instance(last.root, shared=bool(last.key_prefix)) as instance:
+            lines = sync_after(last, instance)
     _print(options, {"reported": lines}, lambda _: "\n".join(lines) or "Dagster and DVC agree: nothing to report.")
     return 0
 

@@ -15,18 +15,27 @@ def lean_imports(*unused: str) -> Iterator[None]:
     Collections search all objects of the libraries again and again, and find nothing: a fifth of the time of an import.
 
     Args:
-        unused: packages that a library imports if they are installed. They count as not installed meanwhile, unless they were imported before.
+        unused: see `hidden`.
     """
-    hidden = [name for name in unused if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: `import` raises ModuleNotFoundError, as Python documents
     collected, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
-        yield
+        with hidden(*unused):
+            yield
     finally:
-        for name in hidden:
-            sys.modules.pop(name, None)
         if collected:
             if len(sys.modules) > before:
                 gc.freeze()  # later collections skip what the libraries hold
             gc.enable()
+
+
+@contextmanager
+def hidden(*names: str) -> Iterator[None]:
+    """Meanwhile these packages count as not installed, unless they were imported before: many libraries import whatever they could use."""
+    added = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(added))  # type: ignore[arg-type]  # None: `import` raises ModuleNotFoundError, as Python documents
+    try:
+        yield
+    finally:
+        for name in added:
+            sys.modules.pop(name, None)
