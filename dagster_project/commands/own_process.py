@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
+from contextlib import suppress
+
+from dagster_project.core.imports import lean_imports
 
 WAITING = {"OMP_WAIT_POLICY": "passive"}
 """Environment of everything that computes: threads of OpenMP that wait for others sleep. By default they spin, and beside a busy process each
@@ -22,5 +24,8 @@ def prepare(arguments: Sequence[str]) -> None:
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
     if arguments[:1] == ["run"] and ONLY_TOKENIZERS & {*arguments}:
-        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # then transformers does without
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about that
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it does without torch
+        with suppress(ModuleNotFoundError), lean_imports("torch"):
+            from transformers.utils import is_torch_available
+
+            is_torch_available()  # it looks once
