@@ -58,8 +58,8 @@ def cpu_seconds(arguments: list[str], root: Path, **variables: str) -> float:
 
 
 def commands(roots: list[Path], repeat: int, rows: Path) -> Iterator[tuple[str, list[float]]]:
-    for root in roots:  # a sync that reports, one that reads the same files again, and one that remembers them
-        for _ in range(3):
+    for root in roots:  # syncs that report, one that has nothing to report, and one that reads the same files again
+        for _ in range(4):
             cpu_seconds(COMMANDS["pedigree sync, nothing to do"], root)
         cpu_seconds(COMMANDS["pedigree impact --text"], root)  # makes the index
     for name, arguments in COMMANDS.items():

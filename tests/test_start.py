@@ -14,40 +14,30 @@ from conftest import LOADED, ROOT, run
 from dagster_project.commands import own_process
 from dagster_project.pipeline import STAGES
 
-TRAINS = {"torch", "transformers", "peft", "pyarrow"}
-CHECKS = {"polars", "pandera", "pandas", "pyarrow", "detect_secrets"}
-NEEDED = {
-    "base_model": {"torch", "transformers"},
-    "raw_examples": {"pandas", "pyarrow"},
-    "instructions": {*CHECKS, "great_expectations", "scipy"},
-    "splits": {"pandas", "pandera", "polars", "pyarrow"},
-    "tokenized": {"transformers", "pandas", "pyarrow"},
-    "adapter": {*TRAINS, "trl", "datasets", "pandas", "scipy"},
-    "merged": {*TRAINS, "scipy"},
-    "raw_preferences": {"pandas", "pyarrow"},
-    "preferences": {*CHECKS},
-    "reward_model": {*TRAINS, "trl", "datasets", "pandas", "scipy"},
-    "aligned": {*TRAINS, "trl", "datasets", "pandas", "scipy"},
-    "merged_aligned": {*TRAINS, "scipy"},
-    "baselines": {*TRAINS, "lm_eval", "sklearn", "pandas", "scipy", "datasets", "sacrebleu"},
-    "evaluation": {*TRAINS, "lm_eval", "pandas", "scipy", "datasets", "sacrebleu", "sklearn"},
-    "evaluation_aligned": {*TRAINS, "lm_eval", "pandas", "scipy", "datasets", "sacrebleu", "sklearn"},
-    "comparison": {"pandas", "pyarrow", "sacrebleu"},
-    "release": {*TRAINS, "pandas", "scipy"},
+COMPUTES = {"torch", "transformers", "datasets"}
+TRAINS = {*COMPUTES, "peft", "trl"}
+CHECKS = {"polars", "pandera"}
+NEEDED: dict[str, set[str]] = {
+    "base_model": COMPUTES,
+    "raw_examples": set(),
+    "instructions": {*CHECKS, "great_expectations"},
+    "splits": CHECKS,
+    "tokenized": {"transformers"},
+    "adapter": TRAINS,
+    "merged": {*COMPUTES, "peft"},
+    "raw_preferences": set(),
+    "preferences": CHECKS,
+    "reward_model": TRAINS,
+    "aligned": TRAINS,
+    "merged_aligned": {*COMPUTES, "peft"},
+    "baselines": {*COMPUTES, "peft", "sklearn"},
+    "evaluation": {*COMPUTES, "peft"},
+    "evaluation_aligned": {*COMPUTES, "peft"},
+    "comparison": set(),
+    "release": {*COMPUTES, "peft"},
 }
-"""Large libraries that a stage of the quick project uses."""
-LARGE = {
-    *set().union(*NEEDED.values()),
-    "dagster",
-    "matplotlib",
-    "numba",
-    "bitsandbytes",
-    "boto3",
-    "rfc3987_syntax",
-    "ray",
-    "mlcroissant",
-    "seaborn",
-}
+"""Libraries that take long to import and that a stage of the quick project uses."""
+LARGE = {*TRAINS, "sklearn", *CHECKS, "great_expectations", "bitsandbytes", "dagster", "matplotlib", "ray", "rfc3987_syntax"}
 
 
 def test_no_stage_loads_a_large_library_that_it_does_not_need(_finished: Path) -> None:
