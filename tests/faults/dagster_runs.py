@@ -71,9 +71,14 @@ def _runs_again(at_work: Play, killed: bool) -> None:
     done = at_work.run("materialize", "instructions", "splits")
     if done.code:
         raise Violation(f"the run after the kill:\n{done.text[-3000:]}")
-    shutil.rmtree(at_work.place.around / "tmp")  # Dagster Pipes keeps messages there, and leaves them when its process is killed
-    (at_work.place.around / "tmp").mkdir()
+    _forget_messages(at_work)
     at_work.is_undisturbed("splits")
+
+
+def _forget_messages(at_work: Play) -> None:
+    """Dagster Pipes keeps messages in the folder for temporary files, and leaves them when its process is killed."""
+    shutil.rmtree(at_work.place.around / "tmp")
+    (at_work.place.around / "tmp").mkdir()
 
 
 def _cpu(pid: int) -> float:
@@ -101,10 +106,12 @@ def _daemon_killed(alone: bool) -> Callable[[Play], None]:
             _end(first, alone)
         second = _dagster(at_work, "dagster-daemon", "run", "-w", "workspace.yaml")
         try:
-            _until(lambda: _no_stage_command(at_work.root), "a stage of the killed run does not end")
+            _until(lambda: not _runs_in(at_work.root, "dagster_project"), "a stage of the killed run does not end")
         finally:
             _end(second, alone=False)
+        _until(lambda: not _runs_in(at_work.root, "grpc"), "a code server without a daemon does not end")
         at_work.run("pedigree", "sync")
+        _forget_messages(at_work)
         at_work.recovers(project.DONE)
 
     return play
@@ -127,14 +134,15 @@ def _end(process: subprocess.Popen[bytes], alone: bool) -> None:
     process.communicate()
 
 
-def _no_stage_command(root: Path) -> bool:
+def _runs_in(root: Path, word: str) -> bool:
+    """Whether a process in this folder has this word in its command."""
     for process in psutil.process_iter():
         try:
-            if process.cwd() == str(root) and "dagster_project" in process.cmdline():
-                return False
+            if process.cwd() == str(root) and word in process.cmdline():
+                return True
         except psutil.Error:
             continue
-    return True
+    return False
 
 
 def _until(holds: Callable[[], bool], otherwise: str) -> None:
