@@ -24,6 +24,7 @@ from dagster_project.lineage.search import search
 from dagster_project.lineage.sources import stages_reading
 
 NOTHING_RECORDED = "nothing records how it was made; `dvc gc --workspace` deletes outputs that dvc.lock does not name"
+ORIGINAL = "the model that it is a copy of"
 RECORD_ID = re.compile(r"[0-9a-fA-F]{32}")
 SHOWN = 12
 """Most steps, records and missing outputs shown in the terminal; `--json` lists all."""
@@ -444,6 +445,10 @@ class _ImpactQuery:
                     missing |= {absent.md5: absent for absent in ([] if self._complete else self._missing(upstream))}
                     unexplained |= dict.fromkeys(path for one in self._relevant(upstream) for path in self.index.unexplained(one))
                     unexplained |= {"": None} if upstream.place == "cache" else {}
+                elif not parents:
+                    candidates = self.index.unavailable_originals(upstream)
+                    missing |= {absent.md5: absent for absent in candidates}
+                    unexplained |= {} if candidates else {ORIGINAL: None}
             if missing or reports or unexplained:
                 described = [{"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in missing.values()]
                 hints = [fetch_hint([*missing.values()])] if missing else []
