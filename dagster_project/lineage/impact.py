@@ -116,7 +116,7 @@ def impact(
         else:
             keys = [record_key(record)] if record is not None else index.records_with_text(text or "")
         if near:
-            copies = _near_copies(index, keys, text)
+            copies = _near_copies(index, keys, text, record)
             keys = sorted({*keys, *(record_key(copy["example_id"]) for copy in copies)})
         query.searched = near or containing is not None
         query.match_records(keys, {record_key(record): record} if record is not None else {}, derived=record is not None)
@@ -504,8 +504,12 @@ class _ImpactQuery:
         return self.index.shard_paths()
 
 
-def _near_copies(index: Index, keys: Iterable[bytes], text: str | None) -> list[dict[str, Any]]:
-    """Records whose prompt, response, reasoning or arguments of calls nearly equal the text, or that of the given records. Reads every available shard."""
+def _near_copies(index: Index, keys: Iterable[bytes], text: str | None, record: str | None) -> list[dict[str, Any]]:
+    """Records whose prompt, response, reasoning or arguments of calls nearly equal the text, or that of the given record. Reads every available shard.
+
+    Raises:
+        InputError: no available shard contains the record, so that it has no text to compare.
+    """
     from dagster_project.core.records import prompt_text, response_text
     from dagster_project.curation.similarity.overlap import compare
 
@@ -524,6 +528,11 @@ def _near_copies(index: Index, keys: Iterable[bytes], text: str | None) -> list[
         if text
         else [text_of_part for identity, texts in texts_of.items() if record_key(identity) in excluded for text_of_part in texts.values()]
     )
+    if record is not None and not queries:
+        raise InputError(
+            f"--near: no available data set contains the record {record}, so its text cannot be compared",
+            "ask without --near, which names what is missing; or give the text itself with --text",
+        )
     candidates = [
         (identity, part, text_of_part)
         for identity, texts in sorted(texts_of.items())
