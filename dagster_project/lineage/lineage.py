@@ -276,10 +276,11 @@ def _stage_names(upstream: Iterable[StageRun]) -> dict[tuple[str, str], str]:
 
 
 def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
-    """The first commit whose dvc.lock contains this output's hash."""
+    """The first commit whose dvc.lock contains this output's hash, and what is unknown of the history before it."""
     commit = index.first_commit_with(run)
     earlier = {"or_earlier": True} if commit in index.history.boundary else {}
-    return {"commit": commit, **earlier}
+    is_lost = index.history.unreadable if commit is None else commit in index.history.moved
+    return {"commit": commit, **earlier, **({"unknown": index.history.lost} if is_lost else {})}
 
 
 def _code(subject: Subject) -> dict[str, Any]:

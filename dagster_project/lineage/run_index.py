@@ -548,8 +548,8 @@ class RunIndex(Database):
 
     @property
     def unreadable(self) -> list[str]:
-        """Commits whose dvc.lock cannot be read, or is missing from git's objects; "the workspace" if its dvc.lock is damaged; and entries of the run
-        cache that cannot be read."""
+        """Commits whose dvc.lock cannot be read, or is missing from git's objects; "the workspace" if its dvc.lock is damaged; entries of the run
+        cache that cannot be read; and parts of the history."""
         commits = {**self.history.unreachable, **self.history.first}
         rows = self._db.execute("SELECT blob, readable FROM lock").fetchall()
         unreadable = {blob.partition(":")[0] for blob, readable in rows if not readable}
@@ -559,6 +559,7 @@ class RunIndex(Database):
             *sorted({commits[blob] for blob in {*unreadable, *missing} if blob in commits}),
             *(["the workspace"] if self.history.workspace in unreadable or lost_entries(self.root) else ()),
             *(f"run cache {name[:12]}" for (name,) in runs),
+            *self.history.lost,
         ]
 
 
