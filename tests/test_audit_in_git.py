@@ -97,3 +97,16 @@ def test_the_file_behind_a_linked_source_names_the_source(made: Project) -> None
     (source / "faq.jsonl").symlink_to("kept.jsonl")
     with pytest.raises(InputError, match=r"not a name that a run read it by\nhint: ask for --source data/sources/faq.jsonl"):
         impact(made.root, source="data/sources/kept.jsonl")
+
+
+def test_an_empty_revision_is_not_the_staged_one(made: Project) -> None:
+    with pytest.raises(InputError, match="no revision ''"):
+        audit(made.root, "merged@lora", "")
+
+
+def test_near_copies_of_a_record_whose_text_is_gone_are_no_question(made: Project) -> None:
+    """Nothing could be compared, which is not the same as no near-copy."""
+    assert impact(made.root, record=identity("frogs"), near=True)["near"] == []
+    for name in ("dogs", "nobody"):
+        with pytest.raises(InputError, match="no available data set contains the record"):
+            impact(made.root, record=identity(name), near=True)

@@ -153,7 +153,7 @@ def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
     Raises:
         InputError: the revision does not exist, nothing was run there, or its dvc.lock cannot be read.
     """
-    named = "" if rev is None else git(index.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}:./{LOCK}")
+    named = "" if not rev else git(index.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}:./{LOCK}")
     blob = index.history.workspace if rev is None else (named or "").strip()
     runs = index.runs_in_lock(blob)
     if not runs:
