@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import random
 import shutil
@@ -20,6 +21,7 @@ from builders.small_pipeline import git
 from conftest import pedigree
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import read_table, write_records
 from dagster_project.lineage import index
 from dagster_project.lineage import rows as row_index
@@ -488,6 +490,32 @@ def test_a_release_whose_files_and_report_are_gone_is_not_said_to_have_seen_what
     found = impact(made.root, record=identity("cats"))
     assert "release" not in {model["stage"] for model in found["models"]}
     assert [(one["stage"], [absent["path"] for absent in one["missing"]]) for one in found["unknown"]] == [("release", ["data/release"])]
+
+
+def test_without_files_a_release_is_not_credited_with_a_later_run_of_the_variant_that_it_names(made: Project, tmp_path: Path) -> None:
+    """dvc.lock has the hash of the reports that the release read."""
+
+    def reported(lock: dict[str, Any], name: str, text: str) -> str:
+        path = made.root / f"data/reports/{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        digest = hashlib.md5(text.encode()).hexdigest()
+        lock[name.replace("/", "@")]["outs"].append({"path": f"data/reports/{name}.json", "hash": "md5", "md5": digest})
+        return md5_of_folder({"lora.json": digest})
+
+    lock = made.lock(ROWS)
+    merged, reports = lock["merged@lora"]["outs"][0]["md5"], reported(lock, "merged/lora", "{}")
+    (made.root / "dvc.yaml").write_text(DVC_YAML + "  release: {cmd: x, meta: {kinds: [safetensors]}}\n")
+    lock = released(made, lock, merged, merged=made.folder({"lora": merged}), **{"reports/merged": reports})
+    reported(lock, "release", json.dumps({"variant": "lora"}))
+    made.commit(lock)
+    new = made.lock([("frogs", "train", FAQ), *ROWS[2:]])
+    reported(new, "merged/lora", '{"again": 1}')
+    made.commit({**new, "release": lock["release"]})
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(made.root), str(clone))
+    parents = [[one["md5"] for one in audit(clone, "release", rev)["parents"]] for rev in ("HEAD~1", "HEAD")]
+    assert parents == [[lock["adapter@lora"]["outs"][0]["md5"], merged], []]
 
 
 def test_a_release_of_an_earlier_run_differs_by_the_records_of_its_own_model(made: Project) -> None:

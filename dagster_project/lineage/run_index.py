@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import md5_of_bytes
+from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import REPORTS
 from dagster_project.lineage.database import Database, cached_per_instance
 from dagster_project.lineage.history import LOCK, Objects, blobs, history, is_within, lost_entries, stages_of
 from dagster_project.lineage.rows import EVIDENCE, LEDGER, OVERLAPS
 from dagster_project.lineage.runs import (
+    PLACEHOLDER,
     Entry,
     LockParts,
     Place,
@@ -347,7 +348,7 @@ class RunIndex(Database):
         """The models that a model was made from, directly; those that it only watches are excluded.
 
         For a folder of models: those whose weights it contains unchanged. A release is a copy of exactly one model: if files are unavailable, it is the
-        variant that its report names; empty if nothing records it.
+        variant that its report names, unless that ran again since; empty if nothing records it.
         """
         direct = self._models_read(run, in_folders=False)
         if direct:
@@ -360,7 +361,8 @@ class RunIndex(Database):
         if same or _section(run.address) != RELEASE:
             return list(dict.fromkeys(same or self._models_read(run, in_folders=True)))
         variant = self.report(run).get("variant")
-        return [one for one in self._candidates(run) if variant and one.address in {f"merged@{variant}", f"merged_aligned@{variant}"}]
+        named = [one for one in self._candidates(run) if variant and one.address in {f"merged@{variant}", f"merged_aligned@{variant}"}]
+        return [one for one in named if self._read_report_of(run, one)]
 
     def _models_read(self, run: StageRun, in_folders: bool) -> list[StageRun]:
         """The models that a run read and did not only watch, one by one or in folders of outputs."""
@@ -374,6 +376,23 @@ class RunIndex(Database):
     def _same_weights(self, run: StageRun) -> list[StageRun]:
         mine = self.weights(run.md5)
         return [one for one in self._models_read(run, in_folders=True) if mine & self.weights(one.md5)]
+
+    def _read_report_of(self, run: StageRun, model: StageRun) -> bool:
+        """Whether a release read the report of this run of a model and not of an earlier one, by the hash of the folder of reports: that tells without
+        the files of either. True if the release did not depend on the folder."""
+        (report,) = self._db.execute("SELECT report FROM run WHERE id = ?", (model.entry.id,)).fetchone()
+        folder = str(report or "").rpartition("/")[0]
+        read = {dep["path"]: dep.get("md5") for dep in self.lock_entry(run).get("deps", [])}
+        if folder not in read:
+            return True
+        query = "SELECT run.report, run.report_md5 FROM run JOIN lock_run ON run.id = lock_run.run WHERE lock_run.lock = ?"
+        for lock in run.locks & model.locks:
+            files = {
+                path.removeprefix(f"{folder}/"): md5 for path, md5 in self._db.execute(query, (lock,)) if path and is_within(path, folder)
+            }
+            if read[folder] in {md5_of_folder(files), md5_of_folder(files | PLACEHOLDER)}:
+                return True
+        return False
 
     def _candidates(self, run: StageRun) -> list[StageRun]:
         """The models that a release may be a copy of, as far as their weights and its own are known."""

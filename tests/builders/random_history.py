@@ -385,6 +385,8 @@ class Toy:
                     "data/merged_aligned",
                     "data/adapter",
                     "data/aligned",
+                    "data/reports/merged",
+                    "data/reports/merged_aligned",
                     *(f"data/reports/{one}.json" for one in ("raw_examples", "splits", "raw_preferences", "preferences", "reward_model")),
                 ],
                 ["release"],
