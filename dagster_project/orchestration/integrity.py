@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -224,7 +225,11 @@ class _Examination:
         if oid not in self.objects:
             file = self.store.at(oid)
             self.objects[oid] = None
-            if not file.is_file():
+            if file.is_symlink() or file.is_dir():
+                what = "link" if file.is_symlink() else "folder"
+                then = f"rm -r {file}, then {commit}" if commit and self._has(path, oid) else reproduce
+                self._add_finding("cache", str(file), f"is a {what}, not the object; it stands for {path}", then)
+            elif not file.is_file():
                 self.missing[path, oid] = {"path": path, "object": oid, "next": commit if commit and self._has(path, oid) else fetch}
             else:
                 md5, sha256 = self._hashes(file)
@@ -250,6 +255,8 @@ class _Examination:
             self._add_finding(where, out["path"], "has line ends of Windows, unlike what dvc.lock recorded", then)
         elif md5_of_bytes(content) != out["md5"]:
             self._add_finding(where, out["path"], "is not what dvc.lock recorded", f"git checkout {out['path']}, or dvc repro {address}")
+        elif at.rev is None and os.path.lexists(self.store.at(out["md5"])):  # DVC's run cache has a copy; a clone has none
+            self._object(out["md5"], out["path"], "", f"dvc repro --force {address}", f"dvc commit {address}")
         self.files, self.bytes = self.files + 1, self.bytes + len(content or b"")
 
     def _examine_output(self, at: Revision, address: str, path: str, oid: str, sha256: str | None) -> None:
