@@ -20,8 +20,6 @@ from dagster_project.core.git import git, git_bytes
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file, md5_of_folder
 
 LOCK = "dvc.lock"
-MOST_MOVES = 20
-"""Most commits that added the dvc.lock of which is looked at whether they moved the project."""
 LINK, SUBMODULE = "120000", "160000"
 """Modes of symbolic links and submodules in git trees."""
 
@@ -273,13 +271,12 @@ def history(root: Path) -> History:
     grafts = git(root, "rev-parse", "--git-path", "shallow")
     shallow_file = root / grafts.strip() if grafts else None
     boundary = frozenset(shallow_file.read_text().split()) if shallow_file and shallow_file.is_file() else frozenset[str]()
-    moved = {sha: old for sha in [*dict.fromkeys([*first.added, *unreachable.added])][:MOST_MOVES] if (old := _moved_from(root, sha))}
     return History(
         first,
         {blob: commit for blob, commit in unreachable.items() if blob not in first},
         workspace,
         boundary,
-        moved,
+        _moves(root, [*first.added, *unreachable.added]),
         in_repository and (all_refs is None or reflog is None),
     )
 
@@ -311,15 +308,22 @@ def _first_commits(root: Path, *revisions: str) -> FirstCommits | None:
     return first
 
 
-def _moved_from(root: Path, commit: str) -> str | None:
-    """The dvc.lock of another folder that a commit renamed to the project's; None if it did not."""
-    renames = git(
-        root, "--no-replace-objects", "log", "-1", "-m", "-M20%", "--diff-filter=R", "--name-status", "-z", "--no-show-signature", "--format=",
-        commit, "--", f":(top,glob)**/{LOCK}",
-    )  # fmt: skip
-    here = (git(root, "rev-parse", "--show-prefix") or "").strip() + LOCK
-    fields = (renames or "").split("\0")
-    return next((old for old, new in zip(fields[1::3], fields[2::3], strict=False) if new == here), None)
+def _moves(root: Path, commits: Iterable[str]) -> dict[str, str]:
+    """Commit -> the dvc.lock of another folder that it renamed to the project's, of those that did."""
+    given = list(dict.fromkeys(commits))
+    options = ("--no-walk", "-m", "-M20%", "--diff-filter=R", "--name-status", "-z", "--no-show-signature", "--format=commit %H")
+    log = git(root, "--no-replace-objects", "log", *options, *given, "--", f":(top,glob)**/{LOCK}") if given else None
+    here = (git(root, "rev-parse", "--show-prefix") or "").strip() + LOCK if log else LOCK
+    moves, commit = {}, ""
+    fields = iter((log or "").split("\0"))
+    for one in fields:
+        if one.strip().startswith("commit "):
+            commit = one.split()[1]
+        elif re.fullmatch(r"\s*R\d+", one):
+            old, new = next(fields), next(fields)
+            if new == here:
+                moves.setdefault(commit, old)
+    return moves
 
 
 @dataclass(frozen=True)
