@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ def possible_exposures(reach: Reach, names: Names, source: bool) -> dict[str, se
         for chain in reach.chains(address, entry, place):
             seen = reach.signatures(chain, names(chain), source).values() if reach.whole(chain) else [ANYTHING]
             possible.setdefault(out_of(entry)[1], set()).update(seen)
+    for address, entry, place in reach.models():  # docs/audit.md, "Limits": each of the runs in the run cache may have been the one
+        with suppress(TooManyLineages):
+            for chain in reach.chains(address, entry, replace(place, or_unlocked=True)):
+                seen = reach.signatures(chain, names(chain), source).values() if reach.whole(chain) else [ANYTHING]
+                possible[out_of(entry)[1]].update(seen)
     return possible
 
 

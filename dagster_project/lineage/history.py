@@ -314,7 +314,8 @@ def _moves(root: Path, commits: Iterable[str]) -> dict[str, str]:
     options = ("--no-walk", "-m", "-M20%", "--diff-filter=R", "--name-status", "-z", "--no-show-signature", "--format=commit %H")
     log = git(root, "--no-replace-objects", "log", *options, *given, "--", f":(top,glob)**/{LOCK}") if given else None
     here = (git(root, "rev-parse", "--show-prefix") or "").strip() + LOCK if log else LOCK
-    moves, commit = {}, ""
+    moves: dict[str, str] = {}
+    commit = ""
     fields = iter((log or "").split("\0"))
     for one in fields:
         if one.strip().startswith("commit "):

@@ -52,6 +52,8 @@ class Place:
 
     name: str
     lock: Mapping[str, Entry]
+    or_unlocked: bool = False
+    """Whether an input may also be of a run that only the run cache has, although the lock has one that made the same bytes."""
 
 
 class Reach:
@@ -159,7 +161,7 @@ class Reach:
 
     def chains(self, address: str, entry: Entry, place: Place) -> list[Chain]:
         """The lineages that a run may have, as far as is recorded."""
-        key = (canonical(entry), canonical(place.lock))
+        key = (canonical(entry), canonical(place.lock), place.or_unlocked)
         if key not in self._chains:
             found = {}
             for chain in islice(self._resolve(address, entry, place), 2000):
@@ -170,7 +172,7 @@ class Reach:
         return self._chains[key]
 
     @cached_property
-    def _chains(self) -> dict[tuple[str, str], list[Chain]]:
+    def _chains(self) -> dict[tuple[str, str, bool], list[Chain]]:
         return {}
 
     def _resolve(self, address: str, entry: Entry, place: Place) -> Iterator[Chain]:
@@ -205,10 +207,17 @@ class Reach:
         if here:
             for address, entry in here:
                 yield from self.chains(address, entry, place)
+            for address, entry in self.loose if place.or_unlocked else ():
+                if out_of(entry) == (path, value) and canonical(entry) not in self._locked:
+                    yield from self.chains(address, entry, Place("", {}))
             return
         for address, entry, other in self.pool:
             if out_of(entry) == (path, value):
                 yield from self.chains(address, entry, other)
+
+    @cached_property
+    def _locked(self) -> set[str]:
+        return {canonical(entry) for place in self.places for entry in place.lock.values()}
 
     def _chosen(self, stage: str, names: Sequence[str], value: str, place: Place, reader: Entry) -> Iterator[Chain]:
         """Of a folder of models, the one whose weights were released."""
