@@ -34,6 +34,8 @@ class Play:
     place: warm.Place
     projects: project.Projects
     outcomes: list[Outcome] = field(default_factory=list)
+    removed: set[str] = field(default_factory=set)
+    """Files that a message said to remove, and that nothing needs."""
     before: Fault | None = None
     """Called in every process before its fault."""
 
@@ -109,7 +111,8 @@ class Play:
         self.is_undisturbed(goal, status)
 
     def is_undisturbed(self, goal: str = project.DONE, status: bool = True) -> None:
-        found = project.differences(project.files(self.root), self.projects.states[goal].files)
+        expected = {path: digest for path, digest in self.projects.states[goal].files.items() if path not in self.removed}
+        found = project.differences(project.files(self.root), expected)
         found += [f"left behind: {path}" for path in sorted((self.place.around / "tmp").iterdir())]
         if found:
             raise Violation("\n".join(found[:20]))

@@ -86,6 +86,9 @@ def _damaged(name: str, kind: str) -> Callable[[Play], None]:
             if found[1]:
                 _remove(Path(found[1]))
             at_work.run("dvc", "commit", found[2])
+        for found in re.finditer(r"next: rm -r (\S+): ", said):
+            _remove(Path(found[1]))
+            at_work.removed.add(Path(found[1]).relative_to(at_work.root).as_posix())
         if not name.startswith(".dagster/"):
             at_work.recovers(project.DONE, "pedigree", "run", "--all")
 
