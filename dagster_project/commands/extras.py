@@ -5,6 +5,7 @@ from __future__ import annotations
 from dagster_project.core.errors import InputError
 
 PACKAGES = {
+    "arrow": ("pyarrow",),
     "train": (
         "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "gguf", "numba", "sklearn", "threadpoolctl", "sacrebleu",
         "lm_eval",
@@ -16,6 +17,7 @@ PACKAGES = {
     "ray": ("ray",),
     "s3": ("dvc_s3", "s3fs", "botocore"),
     "cluster": ("dagster_postgres",),
+    "trust": ("cryptography",),
 }  # fmt: skip
 """Extra of pyproject.toml -> packages that it installs and that this project imports."""
 

@@ -20,10 +20,10 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
 from dagster_project.evaluation.paired.bootstrap import difference, rounded, wilson
 from dagster_project.training.methods import build as methods
-from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
+from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import reward_model
-from dagster_project.training.trainers.alignment.trl_training import TrainerSpec, document_of, preference_identity, train
+from dagster_project.training.trainers.alignment.trl_trainers.training import document_of, preference_identity, train
 from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import write_curve
@@ -48,7 +48,6 @@ CHECK_DESCRIPTIONS = {
     "better_than_length": "The lower limit of this accuracy's interval is above the accuracy of choosing by length.",
 }
 
-FIGURES = {"accuracy": "accuracy", "margin": "margin", "mean_reward": "reward"}
 BINS = 10
 CURVE = ("loss", "accuracy", "margin", "learning_rate", "grad_norm")
 """Columns of the training curve, between step and tokens."""
@@ -119,6 +118,7 @@ def produce(
         folders = {"preferences": preferences, "folder": folder, "out": out, "curve_file": curve_file, "calibration_file": calibration_file,
                    "checkpoints": checkpoints, "live": live}  # fmt: skip
         return _produce_in_processes(params, compute, folders)
+    import_libraries()
     claim_gpu()
     device, dtype = prepare(compute)
     reuse_large_blocks()
@@ -235,10 +235,7 @@ def _train(
 ) -> TrainingHistory | CheckResult:
     """Train the model in place; it is whole in the first process afterwards. Returns the failed check `learned` if a loss or a trained
     weight is not finite."""
-    import trl
-
-    options = {"max_length": None, "center_rewards_coefficient": params.center_rewards_coefficient}
-    spec = TrainerSpec("reward model", trl.RewardTrainer, trl.RewardConfig, options, FIGURES)
+    spec = reward_model.trainer_spec(params.center_rewards_coefficient)
     rows = {split: _rows(tokenizer, pairs[split], params.margins) for split in ("train", "validation")}
     try:
         history = train(spec, shared, tokenizer, rows["train"], rows["validation"], params, compute, checkpoints, live)

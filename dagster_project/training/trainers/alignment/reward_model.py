@@ -19,9 +19,12 @@ from dagster_project.core.messages import Message, Messages, Tools, conversation
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import CheckResult, write_json
 from dagster_project.training.methods.build import Quantization, peft_config
+from dagster_project.training.methods.hardware import adding_adapters
 from dagster_project.training.methods.load import frozen_4bit, nf4_config
 from dagster_project.training.tokens.collators import pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered
+from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
+from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness.params import Sharding
 from dagster_project.training.trainers.harness.session import put
@@ -48,6 +51,22 @@ def failed_checks(folder: Path) -> dict[str, str]:
         return {"quality": f"{QUALITY} is missing: run `dvc repro reward_model`"}
     found: dict[str, str] = json.loads((folder / QUALITY).read_text(encoding="utf-8"))["failed_checks"]
     return found
+
+
+FIGURES = {"accuracy": "accuracy", "margin": "margin", "mean_reward": "reward"}
+"""Metric as TRL logs it -> its name in the curve."""
+
+
+def trainer_spec(center_rewards_coefficient: float | None) -> TrainerSpec:
+    """TRL's trainer of reward models.
+
+    Args:
+        center_rewards_coefficient: weight of the squared sum of a pair's rewards in the loss; None: none.
+    """
+    import trl
+
+    options = {"max_length": None, "center_rewards_coefficient": center_rewards_coefficient}
+    return TrainerSpec("reward model", trl.RewardTrainer, trl.RewardConfig, options, FIGURES, outputs=shared_prompts.rewards)
 
 
 def build(
@@ -81,7 +100,8 @@ def build(
         return model
     config = peft_config("lora", peft, where, model)
     config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
-    model = get_peft_model(model, config)
+    with adding_adapters():
+        model = get_peft_model(model, config)
     for parameter in model.parameters():  # a step smaller than 1/256 of a bfloat16 weight is lost, so trained weights are float32
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
