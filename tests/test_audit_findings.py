@@ -373,17 +373,17 @@ def test_both_sides_of_a_committed_merge_conflict_are_read(made: Project) -> Non
 
 def test_a_folder_of_outputs_is_that_which_was_read_and_not_what_lies_there_now(made: Project) -> None:
     old = made.trained(made.curated(ROWS), TRAINED)
-    release = entry(
-        "release",
+    converted = entry(
+        "converted",
         {"data/merged": made.folder({"lora": old["merged@lora"]["outs"][0]["md5"]})},
         made.put({"model.safetensors": b"converted"}),
     )
-    for stage in (*old.values(), release):
+    for stage in (*old.values(), converted):
         made.cache_run(stage)
     new = made.trained(made.curated([("frogs", "train", FAQ), *ROWS[1:]]), ["frogs", "dogs"])
-    made.commit({**new, "release": release})  # the release did not run again, and the old models were never committed
-    assert "release" in stages(impact(made.root, record=identity("cats")))
-    assert "release" not in stages(impact(made.root, record=identity("frogs")))
+    made.commit({**new, "converted": converted})  # the conversion did not run again, and the old models were never committed
+    assert "converted" in stages(impact(made.root, record=identity("cats")))
+    assert "converted" not in stages(impact(made.root, record=identity("frogs")))
 
 
 def test_a_model_whose_inputs_nothing_records_cannot_be_told(made: Project) -> None:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import random
 import shutil
 import subprocess
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.history import Project, entry, identity
+from builders.history import DVC_YAML, Project, entry, identity
 from builders.records import call, result, rich, said, user
 from builders.small_pipeline import git
 from conftest import pedigree
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import read_table, write_records
 from dagster_project.lineage import index
 from dagster_project.lineage import rows as row_index
 from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.diff import as_text as diff_text
 from dagster_project.lineage.diff import diff
+from dagster_project.lineage.export.export import export
 from dagster_project.lineage.impact import as_text, impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit, document, find, listed, trained_on
@@ -388,14 +392,144 @@ def test_a_model_with_the_weights_of_another_has_the_same_records(made: Project)
     assert (seen["by"], seen["steps"]) == ("adapter@dora", [])
 
 
-def test_a_release_of_an_earlier_run_saw_nothing_of_a_run_that_has_not_come_to_the_release(made: Project) -> None:
+def test_a_model_converted_in_an_earlier_run_saw_nothing_of_a_run_that_has_not_come_to_it(made: Project) -> None:
+    """A stage of the user's own, which writes other weights than the models in the folder that it reads."""
     lock = made.lock(ROWS)
     folders = {f"data/{stage}": made.folder({"lora": lock[f"{stage}@lora"]["outs"][0]["md5"]}) for stage in ("adapter", "merged")}
-    release = {"release": entry("release", folders, made.put({"model.safetensors": b"weights of another format"}))}
-    first = made.commit({**lock, **release})
-    made.write({**made.lock([("frogs", "train", FAQ), *ROWS[2:]]), **release})
+    converted = {"converted": entry("converted", folders, made.put({"model.safetensors": b"weights of another format"}))}
+    first = made.commit({**lock, **converted})
+    made.write({**made.lock([("frogs", "train", FAQ), *ROWS[2:]]), **converted})
     assert names(impact(made.root, record=identity("frogs"))) == [("adapter@lora", None), ("merged@lora", None)]
-    assert ("release", first) in names(impact(made.root, record=identity("dogs")))
+    assert ("converted", first) in names(impact(made.root, record=identity("dogs")))
+
+
+def released(made: Project, lock: Mapping[str, Any], original: str, **folders: str) -> dict[str, Any]:
+    """The stage release: a copy of one merged model with a card, chosen from folders of models."""
+    listing = json.loads(made.object(original).read_bytes())
+    content = {one["relpath"]: made.object(one["md5"]).read_bytes() for one in listing}
+    return {
+        **lock,
+        "release": entry(
+            "release", {f"data/{name}": value for name, value in folders.items()}, made.put({**content, "README.md": b"card"})
+        ),
+    }
+
+
+def test_a_release_of_a_model_that_nothing_records_saw_nothing_of_other_variants_and_cannot_be_told(made: Project) -> None:
+    old = made.lock(ROWS)
+    merged = old["merged@lora"]["outs"][0]["md5"]
+    folder = made.folder({"lora": merged})
+    release = released(made, {}, merged, merged=folder)
+    new = made.lock([("frogs", "train", FAQ), *ROWS[2:]])
+    made.commit({**new, **release})  # the release did not run again, and no commit has what it is a copy of
+    made.collect_garbage({**new, **release})
+    found = impact(made.root, record=identity("frogs"))
+    assert [model["stage"] for model in found["models"]] == ["adapter@lora", "merged@lora"]
+    assert [(one["stage"], one["unexplained"]) for one in found["unknown"]] == [("release", ["the model that it is a copy of"])]
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "cannot tell"
+    audited = audit(made.root, "release")
+    assert (audited["parents"], audited["sources"], set(audited["stages"])) == ([], {}, {"release"})
+    assert [one["path"] for one in audited["missing"]] == ["the model that data/release is a copy of"]
+    with pytest.raises(InputError, match="the model that data/release is a copy of: not recorded"):
+        export(made.root, "release", "model-card")
+
+
+def test_records_of_a_model_whose_data_nothing_records_cannot_be_told(made: Project) -> None:
+    """Neither that all records were added, nor that there are no sources."""
+    before = made.commit(made.lock(ROWS))
+    lock = made.lock(ROWS)
+    lock["adapter@lora"]["deps"][0]["md5"] = "0" * 32 + ".dir"
+    made.commit(lock)
+    found = diff(made.root, "merged@lora", "merged@lora", rev=before)
+    assert found["records"] is None and [one["path"] for one in found["missing"]] == ["data/splits"]
+    assert [one["path"] for one in audit(made.root, "merged@lora")["missing"]] == ["data/splits"]
+    with pytest.raises(InputError, match="data/splits: not recorded or not available"):
+        export(made.root, "merged@lora", "cyclonedx")
+
+
+def test_a_paper_is_not_written_without_the_report_that_names_the_sources(made: Project) -> None:
+    made.commit(made.lock(ROWS))
+    assert FAQ in export(made.root, "merged@lora", "model-card")
+    git(made.root, "checkout", "-q", "--orphan", "other")
+    git(made.root, "rm", "-q", "--cached", "data/reports/splits.json")
+    (made.root / "data/reports/splits.json").unlink()
+    git(made.root, "commit", "-qm", "without a report")
+    git(made.root, "branch", "-qD", "main")
+    git(made.root, "reflog", "expire", "--expire=all", "--all")
+    with pytest.raises(InputError, match=r"data/reports/splits\.json: not recorded or not available"):
+        export(made.root, "merged@lora", "model-card")
+
+
+def test_a_release_is_not_credited_with_what_a_variant_with_other_weights_saw(made: Project) -> None:
+    """The folder that it was chosen from cannot be compared, because the files of one variant are gone."""
+    merged = made.lock(ROWS)["merged@lora"]["outs"][0]["md5"]
+    lock = released(made, made.lock([("frogs", "train", FAQ), *ROWS[2:]]), merged, merged=made.folder({"lora": merged}))
+    lock |= made.adapter(lock, ["frogs"], "adapter@dora", seed=5)
+    lock |= made.merged(lock, "adapter@dora", "merged@dora")
+    made.commit(lock)
+    made.collect_garbage(lock)
+    made.object(lock["merged@dora"]["outs"][0]["md5"]).unlink()
+    found = impact(made.root, record=identity("frogs"))
+    assert {model["stage"] for model in found["models"]} == {
+        f"{stage}@{name}" for stage in ("adapter", "merged") for name in ("lora", "dora")
+    }
+    assert [(one["stage"], [absent["path"] for absent in one["missing"]]) for one in found["unknown"]] == [
+        ("release", ["data/merged/dora"])
+    ]
+
+
+def test_a_release_whose_files_and_report_are_gone_is_not_said_to_have_seen_what_each_variant_saw(made: Project) -> None:
+    lock = made.lock(ROWS)
+    lock |= made.adapter(lock, ["cats"], "adapter@dora", seed=5)
+    lock |= made.merged(lock, "adapter@dora", "merged@dora")
+    merged = {name: lock[f"merged@{name}"]["outs"][0]["md5"] for name in ("lora", "dora")}
+    (made.root / "dvc.yaml").write_text(DVC_YAML + "  release: {cmd: x, meta: {kinds: [safetensors]}}\n")
+    release = released(made, lock, merged["dora"], merged=made.folder(merged))
+    made.commit(release)
+    made.object(release["release"]["outs"][0]["md5"]).unlink()
+    found = impact(made.root, record=identity("cats"))
+    assert "release" not in {model["stage"] for model in found["models"]}
+    assert [(one["stage"], [absent["path"] for absent in one["missing"]]) for one in found["unknown"]] == [("release", ["data/release"])]
+
+
+def test_without_files_a_release_is_not_credited_with_a_later_run_of_the_variant_that_it_names(made: Project, tmp_path: Path) -> None:
+    """dvc.lock has the hash of the reports that the release read."""
+
+    def reported(lock: dict[str, Any], name: str, text: str) -> str:
+        path = made.root / f"data/reports/{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        digest = hashlib.md5(text.encode()).hexdigest()
+        lock[name.replace("/", "@")]["outs"].append({"path": f"data/reports/{name}.json", "hash": "md5", "md5": digest})
+        return md5_of_folder({"lora.json": digest})
+
+    lock = made.lock(ROWS)
+    merged, reports = lock["merged@lora"]["outs"][0]["md5"], reported(lock, "merged/lora", "{}")
+    (made.root / "dvc.yaml").write_text(DVC_YAML + "  release: {cmd: x, meta: {kinds: [safetensors]}}\n")
+    lock = released(made, lock, merged, merged=made.folder({"lora": merged}), **{"reports/merged": reports})
+    reported(lock, "release", json.dumps({"variant": "lora"}))
+    made.commit(lock)
+    new = made.lock([("frogs", "train", FAQ), *ROWS[2:]])
+    reported(new, "merged/lora", '{"again": 1}')
+    made.commit({**new, "release": lock["release"]})
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(made.root), str(clone))
+    parents = [[one["md5"] for one in audit(clone, "release", rev)["parents"]] for rev in ("HEAD~1", "HEAD")]
+    assert parents == [[lock["adapter@lora"]["outs"][0]["md5"], merged], []]
+
+
+def test_a_release_of_an_earlier_run_differs_by_the_records_of_its_own_model(made: Project) -> None:
+    old = made.lock(ROWS)
+    merged = old["merged@lora"]["outs"][0]["md5"]
+    board = {"comparison": entry("comparison", {"data/splits": old["splits"]["outs"][0]["md5"]}, made.put({"board.md": b"lora"}))}
+    folders = {"merged": made.folder({"lora": merged}), "comparison": board["comparison"]["outs"][0]["md5"]}
+    release = released(made, {}, merged, **folders)
+    first = made.commit({**old, **board, **release})
+    new = made.lock([("frogs", "train", FAQ), *ROWS[1:]])
+    board["comparison"]["deps"][0]["md5"] = new["splits"]["outs"][0]["md5"]
+    made.commit({**new, **board, **release})  # a comparison of later models had the same result
+    found = diff(made.root, "merged@lora", "release", rev=first)
+    assert not any(found["records"].values())
 
 
 def oracle(history: list[tuple[str, dict[str, Any]]], texts: dict[str, list[str]], rows: dict[str, Any], text: str) -> set[Any]:

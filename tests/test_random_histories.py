@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ def possible_exposures(reach: Reach, names: Names, source: bool) -> dict[str, se
         for chain in reach.chains(address, entry, place):
             seen = reach.signatures(chain, names(chain), source).values() if reach.whole(chain) else [ANYTHING]
             possible.setdefault(out_of(entry)[1], set()).update(seen)
+    for address, entry, place in reach.models():  # docs/audit.md, "Limits": each of the runs in the run cache may have been the one
+        with suppress(TooManyLineages):
+            for chain in reach.chains(address, entry, replace(place, or_unlocked=True)):
+                seen = reach.signatures(chain, names(chain), source).values() if reach.whole(chain) else [ANYTHING]
+                possible[out_of(entry)[1]].update(seen)
     return possible
 
 
@@ -205,6 +211,15 @@ def questions(reach: Reach, draw: random.Random) -> Iterator[tuple[dict[str, Any
         same = {name for name, both in texts.items() if any(f" {plain(asked)} " in f" {plain(one)} " for one in both)}
         return {"containing": asked}, lambda _: same, False
 
+    def near_record(name: str) -> tuple[dict[str, Any], Names, bool]:
+        same = {name, *reach.near_copies(reach.texts().get(name, ()), {name})}
+        return {"record": name, "near": True}, lambda chain: set().union(*(reach.with_copies(chain, one) for one in same)), False
+
+    def near_text(asked: str) -> tuple[dict[str, Any], Names, bool]:
+        exact = text(asked)[1]({})
+        same = exact | reach.near_copies([asked], exact)
+        return {"text": asked, "near": True}, lambda _: same, False
+
     def expression(asked: str) -> tuple[dict[str, Any], Names, bool]:
         same = {name for name, both in texts.items() if any(re.search(asked, " ".join(one.split()), re.IGNORECASE) for one in both)}
         return {"containing": asked, "regex": True}, lambda _: same, False
@@ -236,6 +251,11 @@ def questions(reach: Reach, draw: random.Random) -> Iterator[tuple[dict[str, Any
     chosen = draw.choice(sorted(texts))
     yield text(draw.choice(texts[chosen]).upper() or "nothing")
     yield containing(draw.choice([draw.choice(NAMES), "saw the", *draw.choice(texts[chosen])[:40].split()[:1]]).lower() or "nothing")
+    yield near_record(draw.choice(sorted(texts)))
+    said = draw.choice(texts[draw.choice(sorted(texts))]).split()
+    yield near_text(
+        " ".join(draw.choice([said, said[:-2], [*said[:4], draw.choice(WORDS), *said[4:]], [*said, *draw.sample(WORDS, 3)]])) or "no"
+    )
     yield expression(draw.choice([f"^{draw.choice(NAMES)} (saw|met)", rf"\b{draw.choice(WORDS)}\b.*\d$", r"[a-z]{6} \d+\.$"]))
     yield published(chosen, draw.choice(list(reach.toy.keys.values())))
     copies = sorted({copy for found in log.parent_of.values() for copy in found})
@@ -306,8 +326,11 @@ def audit_problems(reach: Reach, found: dict[str, Any], subject: Any, chain: Cha
         outputs = {stage["md5"] for name, stage in found["stages"].items() if name.partition(" ")[0] == one}
         if out_of(entry)[1] not in outputs:
             problems.append(f"output of {one}: says {outputs}, but it is {out_of(entry)[1]}")
-    missing = bool(found["missing"]) and reach.incomplete
-    if found["missing"] and not reach.incomplete:
+    may_miss = reach.incomplete or not reach.whole(chain) or reach.unrecorded_inputs(chain)
+    missing = bool(found["missing"]) and may_miss
+    if not reach.whole(chain) and not found["missing"]:
+        problems.append("its lineage is not recorded completely, but it names nothing that is missing")
+    if found["missing"] and not may_miss:
         problems.append(f"nothing is missing, but it names {found['missing']}")
     facts = reach.facts(chain)
     if {"raw_examples", "splits"} <= chain.keys() or "raw_preferences" in chain:
@@ -400,16 +423,15 @@ def differences(reach: Reach, entry: dict[str, Any], commit: str) -> list[str]:
 
 def compare_diff(reach: Reach, before: tuple[str, str], after: tuple[str, str]) -> None:
     """Compare the difference of two models, (address, commit) each."""
-    sides = []
+    sides, lost = [], False
     for address, commit in (before, after):
         place = next(one for one in reach.places if one.name == commit)
         chains = reach.chains(address, place.lock[address], place)
-        if not all(reach.whole(chain) and "preferences" not in chain for chain in chains):
-            return
-        sides.append({canonical(reach.splits(chain)): (reach.splits(chain), reach.facts(chain)) for chain in chains})
+        lost |= any(reach.unrecorded_inputs(chain) for chain in chains)
+        sides.append({canonical(reach.records(chain)): reach.records(chain) for chain in chains})
     found = diff(reach.root, before[0], after[0], rev=before[1], against_rev=after[1])
     if found["records"] is None:
-        if reach.incomplete:
+        if reach.incomplete or lost or any(None in side.values() for side in sides):
             return
         raise Wrong(f"diff {before} {after}: the records are unknown, but nothing is missing")
     told = (
@@ -418,8 +440,10 @@ def compare_diff(reach: Reach, before: tuple[str, str], after: tuple[str, str]) 
         {one["after"]["example_id"] for one in found["records"]["moved"]},
     )
     wanted = []
-    for old, _ in sides[0].values():
-        for new, _ in sides[1].values():
+    for old in sides[0].values():
+        for new in sides[1].values():
+            if old is None or new is None:
+                continue
             wanted.append(
                 (new.keys() - old.keys(), old.keys() - new.keys(), {name for name in old.keys() & new.keys() if old[name] != new[name]})
             )
@@ -441,7 +465,7 @@ def compare_export(reach: Reach, address: str, rev: str | None) -> None:
             for form in ("cyclonedx", "openlineage", "model-card")
         }
     except InputError as error:
-        if reach.incomplete:
+        if reach.incomplete or any(not reach.whole(chain) or reach.unrecorded_inputs(chain) for chain in chains):
             return
         raise Wrong(f"export {address} at {rev}: refused: {error}") from error
     complaints = [export_problems(reach, texts, chain) for chain in chains if reach.whole(chain)]

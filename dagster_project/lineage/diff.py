@@ -10,7 +10,7 @@ from typing import Any
 from dagster_project.core.text import visible
 from dagster_project.lineage import tables
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.lineage import NON_METRICS, Subject, document, fetch_hint, find
+from dagster_project.lineage.lineage import NON_METRICS, Subject, document, fetch_hint, find, unrecorded
 from dagster_project.lineage.run_index import SPLIT
 from dagster_project.lineage.runs import StageRun
 
@@ -29,7 +29,7 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
     Returns:
         {"models", "same", "records", "parameters", "code", "environment", "base_model", "sources", "metrics", "missing"}. "records" has "added",
         "removed", "changed" (another record from the same source row) and "moved" (to another split), each record with its source rows; it is null
-        if a data set is unavailable. The others are {name: [before, after]}, for differing values only.
+        if a data set is unavailable or unrecorded. The others are {name: [before, after]}, for differing values only.
     """
     index = Index(root)
     subjects = [find(index, before, rev), find(index, after, against_rev)]
@@ -75,6 +75,7 @@ def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, 
         rows, unavailable = _split_rows(subject)
         rows_of.append(rows)
         missing += [{"path": run.path, "md5": run.md5, "fetch": fetch_hint([run])} for run in unavailable]
+        missing += [{key: one[key] for key in ("path", "md5", "fetch")} for one in unrecorded(subject.index, _up_to_splits(subject))]
     if missing:
         return None, missing
     old, new = rows_of
@@ -107,12 +108,23 @@ def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, 
     }, []
 
 
+def _up_to_splits(subject: Subject) -> list[StageRun]:
+    """The runs that a model's data sets with splits are found through."""
+    index = subject.index
+    upstream = [
+        run for model in subject.models if not index.is_copy(model) for run in index.data(model).values() if not index.is_split(run)
+    ]
+    return [*subject.models, *upstream]
+
+
 def _split_rows(subject: Subject) -> tuple[dict[str, tuple[list[str], list[SourceRow]]], list[StageRun]]:
     """example_id -> (splits, source rows), over every data set with splits; and the runs whose outputs are unavailable."""
     index = subject.index
     rows: dict[str, tuple[list[str], list[SourceRow]]] = {}
-    unavailable: list[StageRun] = []
-    data = {md5: run for model in subject.models for md5, run in index.data(model).items()}
+    unavailable = [
+        original for model in subject.models if index.has_unknown_original(model) for original in index.unavailable_originals(model)
+    ]
+    data = {md5: run for model in subject.models if not index.is_copy(model) for md5, run in index.data(model).items()}
     for md5, run in data.items():
         files = index.files(md5)
         if files is None:
@@ -147,7 +159,7 @@ def as_text(difference: Mapping[str, Any]) -> str:
     records = difference["records"]
     lines.append("")
     if records is None:
-        lines += ["records: unknown, because a data set is not in the cache"]
+        lines += ["records: unknown, because a data set is not in the cache or nothing records it"]
         lines += [f"  {entry['path']}  md5 {entry['md5']}\n    fetch it: {entry['fetch']}" for entry in difference["missing"]]
     else:
         lines.append("records: " + (", ".join(f"{len(entries)} {name}" for name, entries in records.items() if entries) or "the same"))

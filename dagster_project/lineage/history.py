@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,19 @@ class History:
     """Blob of the dvc.lock of the workspace, committed or not; None if there is none."""
     boundary: frozenset[str]
     """Commits at which a shallow clone ends: earlier history is unavailable."""
+    moved: Mapping[str, str] = field(default_factory=dict)
+    """Commits that moved the project here -> the dvc.lock that it had before. Commits before are not examined."""
+    unreadable: bool = False
+    """Whether the project is in a repository whose commits git cannot list: it is not installed, refuses the folder of another user, or lost objects."""
+
+    @property
+    def lost(self) -> list[str]:
+        """What is missing of the history, other than in a shallow clone, and how to get it."""
+        lost = ["the history in git (`git log --all` says why)"] if self.unreadable else []
+        return lost + [
+            f"the history before commit {sha[:12]}, which moved {old} here (ask at `git checkout {sha[:12]}^`)"
+            for sha, old in self.moved.items()
+        ]
 
     @property
     def shallow(self) -> bool:
@@ -247,8 +260,9 @@ class History:
 
 def history(root: Path) -> History:
     """The history of all branches, tags, stashes and experiments, and of the reflog."""
-    first = _first_commits(root, "--all")
-    unreachable = _first_commits(root, "--reflog", "--not", "--all")
+    all_refs, reflog = _first_commits(root, "--all"), _first_commits(root, "--reflog", "--not", "--all")
+    in_repository = any((folder / ".git").exists() for folder in [root.absolute(), *root.absolute().parents])
+    first, unreachable = all_refs or FirstCommits(), reflog or FirstCommits()
     lock, workspace = root / LOCK, None
     if lock.is_file():
         content = lock.read_bytes()
@@ -257,21 +271,60 @@ def history(root: Path) -> History:
     grafts = git(root, "rev-parse", "--git-path", "shallow")
     shallow_file = root / grafts.strip() if grafts else None
     boundary = frozenset(shallow_file.read_text().split()) if shallow_file and shallow_file.is_file() else frozenset[str]()
-    return History(first, {blob: commit for blob, commit in unreachable.items() if blob not in first}, workspace, boundary)
+    return History(
+        first,
+        {blob: commit for blob, commit in unreachable.items() if blob not in first},
+        workspace,
+        boundary,
+        _moves(root, [*first.added, *unreachable.added]),
+        in_repository and (all_refs is None or reflog is None),
+    )
 
 
-def _first_commits(root: Path, *revisions: str) -> dict[str, str]:
-    """Blob of a dvc.lock -> the first commit among some revisions that contains it."""
+class FirstCommits(dict[str, str]):
+    """Blob of a dvc.lock -> the first commit that contains it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added: list[str] = []
+        """Commits whose parent has no dvc.lock."""
+
+
+def _first_commits(root: Path, *revisions: str) -> FirstCommits | None:
+    """Blob of a dvc.lock -> the first commit among some revisions that contains it; None if git fails. `git replace` is ignored: it hides commits."""
     order = ("--full-history", "-m", "--date-order", "--reverse")
     format_options = ("--raw", "--no-abbrev", "--no-color", "--no-renames", "--no-show-signature", "--format=%x00%H")
-    log = git(root, "-c", "log.showRoot=true", "log", *order, *format_options, *revisions, "--", LOCK)
-    first: dict[str, str] = {}
-    for commit in (log or "").split("\0")[1:]:
+    log = git(root, "--no-replace-objects", "-c", "log.showRoot=true", "log", *order, *format_options, *revisions, "--", LOCK)
+    if log is None:
+        return None
+    first = FirstCommits()
+    for commit in log.split("\0")[1:]:
         sha, *changes = commit.split()
-        for blob in re.findall(r" [0-9a-f]{40,64} ([0-9a-f]{40,64}) [A-Z]", " ".join(["", *changes])):
+        for blob, status in re.findall(r" [0-9a-f]{40,64} ([0-9a-f]{40,64}) ([A-Z])", " ".join(["", *changes])):
             if set(blob) != {"0"}:
                 first.setdefault(blob, sha)
+            if status == "A":
+                first.added.append(sha)
     return first
+
+
+def _moves(root: Path, commits: Iterable[str]) -> dict[str, str]:
+    """Commit -> the dvc.lock of another folder that it renamed to the project's, of those that did."""
+    given = list(dict.fromkeys(commits))
+    options = ("--no-walk", "-m", "-M20%", "--diff-filter=R", "--name-status", "-z", "--no-show-signature", "--format=commit %H")
+    log = git(root, "--no-replace-objects", "log", *options, *given, "--", f":(top,glob)**/{LOCK}") if given else None
+    here = (git(root, "rev-parse", "--show-prefix") or "").strip() + LOCK if log else LOCK
+    moves: dict[str, str] = {}
+    commit = ""
+    fields = iter((log or "").split("\0"))
+    for one in fields:
+        if one.strip().startswith("commit "):
+            commit = one.split()[1]
+        elif re.fullmatch(r"\s*R\d+", one):
+            old, new = next(fields), next(fields)
+            if new == here:
+                moves.setdefault(commit, old)
+    return moves
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.messages import Messages, field_texts
 from dagster_project.core.text import visible
 from dagster_project.lineage import tables
@@ -24,6 +27,7 @@ from dagster_project.lineage.search import search
 from dagster_project.lineage.sources import stages_reading
 
 NOTHING_RECORDED = "nothing records how it was made; `dvc gc --workspace` deletes outputs that dvc.lock does not name"
+ORIGINAL = "the model that it is a copy of"
 RECORD_ID = re.compile(r"[0-9a-fA-F]{32}")
 SHOWN = 12
 """Most steps, records and missing outputs shown in the terminal; `--json` lists all."""
@@ -82,6 +86,8 @@ def impact(
     Raises:
         InputError: the question cannot be answered: no such source or hash was ever recorded, or the id is malformed.
     """
+    if text is not None and not text.strip():
+        raise InputError("--text: the text is empty", "give the whole text of a message, or a part of it with --containing")
     if near and record is None and text is None:
         raise InputError("--near needs a text to compare", "use it with --text or --record")
     if regex and containing is None:
@@ -115,7 +121,7 @@ def impact(
         else:
             keys = [record_key(record)] if record is not None else index.records_with_text(text or "")
         if near:
-            copies = _near_copies(index, keys, text)
+            copies = _near_copies(index, keys, text, record)
             keys = sorted({*keys, *(record_key(copy["example_id"]) for copy in copies)})
         query.searched = near or containing is not None
         query.match_records(keys, {record_key(record): record} if record is not None else {}, derived=record is not None)
@@ -148,10 +154,10 @@ def _known_source(index: Index, source: str) -> str:
     Raises:
         InputError: no recorded run has read it.
     """
-    name = source.removeprefix("./")
+    name, root = source.removeprefix("./"), index.root.absolute()
     path = Path(source).absolute()
-    relative = path.relative_to(index.root.absolute()).as_posix() if path.is_relative_to(index.root.absolute()) else name
-    for candidate in dict.fromkeys((name, name.rstrip("/"), relative)):
+    relative = path.relative_to(root).as_posix() if path.is_relative_to(root) else name
+    for candidate in _names_of(source, path, root):
         if candidate and (index.knows_source(candidate) or stages_reading(index, candidate)):
             return candidate
     if outs := [run for run in index.runs.values() if run.path and (is_within(relative, run.path) or is_within(run.path, relative))]:
@@ -159,14 +165,28 @@ def _known_source(index: Index, source: str) -> str:
             f"--source {visible(source)}: an output of {outs[-1].address}, not a source",
             f"ask for one version of it by its md5, such as `--hash {outs[-1].md5}`",
         )
-    what = (
-        "exists, but no recorded run has read it"
-        if (index.root / name).exists() or path.exists()
-        else "no recorded run has read such a file or folder"
-    )
+    file = root / name if (root / name).exists() else path
     known = sorted({one for run in index.runs.values() for one in index.sources_of(run) or ()}) if len(index.runs) < 1000 else []
+    same = sorted(index.outputs_by_source_hash(sha256_of_file(file))) if file.is_file() else []
+    if same := same or [one for one in known if file.exists() and os.path.realpath(root / one) == os.path.realpath(file)]:
+        raise InputError(
+            f"--source {visible(source)}: not a name that a run read it by", f"ask for --source {same[0]}, which is or was the same file"
+        )
+    what = "exists, but no recorded run has read it" if file.exists() else "no recorded run has read such a file or folder"
     hint = f"known: {', '.join(known[:SHOWN])}" if known else "`pedigree audit MODEL` lists the sources of a model"
     raise InputError(f"--source {visible(source)}: {what}", f"{hint}; look texts up with --text or --containing")
+
+
+def _names_of(source: str, path: Path, root: Path) -> list[str]:
+    """What a source may be called in records, as given first: relative to the project, without "a/../", through symbolic links, and in either form in
+    which a file name may hold its accents."""
+    given = source.removeprefix("./")
+    paths = [path, Path(os.path.normpath(path)), Path(os.path.realpath(path))]
+    relative = [
+        one.relative_to(base).as_posix() for one in paths for base in (root, Path(os.path.realpath(root))) if one.is_relative_to(base)
+    ]
+    names = [given, given.rstrip("/"), *relative, *([os.path.normpath(given)] if given else [])]
+    return list(dict.fromkeys([*names, *(unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD"))]))
 
 
 @dataclass(frozen=True)
@@ -444,6 +464,10 @@ class _ImpactQuery:
                     missing |= {absent.md5: absent for absent in ([] if self._complete else self._missing(upstream))}
                     unexplained |= dict.fromkeys(path for one in self._relevant(upstream) for path in self.index.unexplained(one))
                     unexplained |= {"": None} if upstream.place == "cache" else {}
+                elif not parents:
+                    candidates = self.index.unavailable_originals(upstream)
+                    missing |= {absent.md5: absent for absent in candidates}
+                    unexplained |= {} if candidates else {ORIGINAL: None}
             if missing or reports or unexplained:
                 described = [{"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in missing.values()]
                 hints = [fetch_hint([*missing.values()])] if missing else []
@@ -499,8 +523,12 @@ class _ImpactQuery:
         return self.index.shard_paths()
 
 
-def _near_copies(index: Index, keys: Iterable[bytes], text: str | None) -> list[dict[str, Any]]:
-    """Records whose prompt, response, reasoning or arguments of calls nearly equal the text, or that of the given records. Reads every available shard."""
+def _near_copies(index: Index, keys: Iterable[bytes], text: str | None, record: str | None) -> list[dict[str, Any]]:
+    """Records whose prompt, response, reasoning or arguments of calls nearly equal the text, or that of the given record. Reads every available shard.
+
+    Raises:
+        InputError: no available shard contains the record, so that it has no text to compare.
+    """
     from dagster_project.core.records import prompt_text, response_text
     from dagster_project.curation.similarity.overlap import compare
 
@@ -519,6 +547,11 @@ def _near_copies(index: Index, keys: Iterable[bytes], text: str | None) -> list[
         if text
         else [text_of_part for identity, texts in texts_of.items() if record_key(identity) in excluded for text_of_part in texts.values()]
     )
+    if record is not None and not queries:
+        raise InputError(
+            f"--near: no available data set contains the record {record}, so its text cannot be compared",
+            "ask without --near, which names what is missing; or give the text itself with --text",
+        )
     candidates = [
         (identity, part, text_of_part)
         for identity, texts in sorted(texts_of.items())
@@ -593,7 +626,7 @@ def as_text(result: Mapping[str, Any]) -> str:
             lines.append(f"    missing: {', '.join(absent)}; fetch: {command}" if command != NOTHING_RECORDED else f"    {command}")
     if result["unreadable"]:
         names = [
-            name if name.startswith("run cache") else f"the dvc.lock of {name if ' ' in name else name[:12]}"
+            name if name.startswith(("run cache", "the history")) else f"the dvc.lock of {name if ' ' in name else name[:12]}"
             for name in result["unreadable"]
         ]
         lines.append(f"cannot be read: {_shortened(names)}")

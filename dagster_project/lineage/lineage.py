@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ORIGIN = ("origin", "revision", "license", "parameters", "sha256")
 """Keys of a report on imported weights."""
+NOTHING_RECORDS_IT = "no commit and no entry of DVC's run cache has the run that produced it"
 NON_METRICS = {"checks", "environment", "machine", "passed", "output_sha256"}
 """Keys of a report that are not metrics."""
 
@@ -152,7 +153,7 @@ def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
     Raises:
         InputError: the revision does not exist, nothing was run there, or its dvc.lock cannot be read.
     """
-    named = "" if rev is None else git(index.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}:./{LOCK}")
+    named = "" if not rev else git(index.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}:./{LOCK}")
     blob = index.history.workspace if rev is None else (named or "").strip()
     runs = index.runs_in_lock(blob)
     if not runs:
@@ -201,6 +202,7 @@ def document(subject: Subject) -> dict[str, Any]:
     entries = {stage: index.lock_entry(stage) for stage in upstream}
     parameters = _parameters(entries[stage] for stage in contributing)
     records, missing = trained_on(subject)
+    missing += unrecorded(index, contributing)
     unordered = [model.address for model in subject.models if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)]
     watched = [stage for stage in upstream if stage not in contributing]
     made_from = {stage: reports[stage] for stage in contributing}
@@ -274,10 +276,11 @@ def _stage_names(upstream: Iterable[StageRun]) -> dict[tuple[str, str], str]:
 
 
 def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
-    """The first commit whose dvc.lock contains this output's hash."""
+    """The first commit whose dvc.lock contains this output's hash, and what is unknown of the history before it."""
     commit = index.first_commit_with(run)
     earlier = {"or_earlier": True} if commit in index.history.boundary else {}
-    return {"commit": commit, **earlier}
+    is_lost = index.history.unreadable if commit is None else commit in index.history.moved
+    return {"commit": commit, **earlier, **({"unknown": index.history.lost} if is_lost else {})}
 
 
 def _code(subject: Subject) -> dict[str, Any]:
@@ -363,6 +366,9 @@ def trained_on(subject: Subject) -> tuple[pl.DataFrame | None, list[dict[str, st
     index = subject.index
     tables, missing = [], []
     for run in subject.models:
+        if index.has_unknown_original(run):
+            missing += [_missing(one) for one in index.unavailable_originals(run)]
+            continue
         files = index.files(run.md5)
         data = list(index.data(run).values())
         if files is None:
@@ -421,6 +427,18 @@ def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, tupl
 
 def _missing(run: StageRun) -> dict[str, str]:
     return {"stage": run.address, "path": run.path, "md5": run.md5, "fetch": fetch_hint([run])}
+
+
+def unrecorded(index: Index, runs: Iterable[StageRun]) -> list[dict[str, str]]:
+    """What nothing records of the lineage of runs: the model that a copy was made from, and the runs that produced their inputs."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for run in runs:
+        recorded = dict(run.entry.inputs) | {path: md5 for _, path, md5 in run.inputs}
+        lost = {path: recorded.get(path, "") for path in ([] if index.is_copy(run) else index.unexplained(run))}
+        if index.has_unknown_original(run) and not index.unavailable_originals(run):
+            lost = {f"the model that {run.path} is a copy of": min(index.weights(run.md5))}
+        found |= {(path, md5): {"stage": run.address, "path": path, "md5": md5, "fetch": NOTHING_RECORDS_IT} for path, md5 in lost.items()}
+    return list(found.values())
 
 
 def fetch_hint(runs: Sequence[StageRun]) -> str:
@@ -546,7 +564,7 @@ def as_text(audited: dict[str, Any]) -> str:
     lines += ["", "metrics"]
     lines += [f"  {name}  {key}: {json.dumps(value)}" for name, metrics in audited["metrics"].items() for key, value in metrics.items()]
     if audited["missing"]:
-        lines += ["", "unknown, because outputs are not in the cache"]
+        lines += ["", "unknown, because outputs are not in the cache or nothing records them"]
         lines += [f"  {output['path']}  md5 {output['md5']}\n    fetch it: {output['fetch']}" for output in audited["missing"]]
     return "\n".join(lines)
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import md5_of_bytes
+from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import REPORTS
 from dagster_project.lineage.database import Database, cached_per_instance
 from dagster_project.lineage.history import LOCK, Objects, blobs, history, is_within, lost_entries, stages_of
 from dagster_project.lineage.rows import EVIDENCE, LEDGER, OVERLAPS
 from dagster_project.lineage.runs import (
+    PLACEHOLDER,
     Entry,
     LockParts,
     Place,
@@ -37,6 +38,8 @@ SPLIT = re.compile(r"(?:^|/)(train|validation|test)/records-\d+\.parquet$")
 """Shards of a data set with splits: the rows that a model trains on, is monitored on, or is evaluated on."""
 WEIGHTS = ".safetensors"
 SOURCES = "data/sources"
+RELEASE = "release"
+"""The stage that copies one of the models in folders of models."""
 WITHOUT_OUTPUT = 0
 """In place of the id of a run: an entry of the run cache that has only reports and plots."""
 
@@ -209,6 +212,11 @@ class RunIndex(Database):
         content = self._contents_of_reports([row]).get(run.entry.id) if row else None
         return dict(json.loads(content)) if content else {}
 
+    def unavailable_report(self, run: StageRun) -> str | None:
+        """Path of the report that dvc.lock records for this run, if its bytes are unavailable."""
+        row = self._db.execute("SELECT id, report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)).fetchone()
+        return str(row[1]) if row and not self._contents_of_reports([row]) else None
+
     @cached_property
     def workspace_outputs(self) -> dict[str, str]:
         """Hash -> path of the outputs in the workspace's dvc.lock. Their files may exist in the workspace."""
@@ -339,36 +347,76 @@ class RunIndex(Database):
     def parents(self, run: StageRun) -> list[StageRun]:
         """The models that a model was made from, directly; those that it only watches are excluded.
 
-        For a folder of models: those whose weights it contains unchanged; if files are unavailable so that none is found, the variant that its report
-        names.
+        For a folder of models: those whose weights it contains unchanged. A release is a copy of exactly one model: if files are unavailable, it is the
+        variant that its report names, unless that ran again since; empty if nothing records it.
         """
-        direct: list[StageRun] = []
-        from_folders: list[StageRun] = []
-        for dep, path, md5 in run.inputs:
-            producer = run.producers.get(md5)
-            if producer and producer.is_model and producer.md5 != run.md5 and dep not in run.entry.watched:
-                (direct if dep == path else from_folders).append(producer)
-        mine = self.weights(run.md5)
-        same = [producer for producer in from_folders if mine & self.weights(producer.md5)]
-        if from_folders and not direct and not same and (variant := self.report(run).get("variant")):
-            same = [producer for producer in from_folders if producer.address in {f"merged@{variant}", f"merged_aligned@{variant}"}]
-        if not direct and not same and mine and (run.unresolved or run.place in {"run cache", "cache"}):
-            holders = {out for weight in mine for out in self.outputs_with_file(weight)} - {run.md5}
-            same = [self.runs_by_output[out][0] for out in sorted(holders) if out in self.runs_by_output and not self._is_unrecorded(out)]
-        return list(dict.fromkeys([*direct, *(same or from_folders)]))
+        direct = self._models_read(run, in_folders=False)
+        if direct:
+            return list(dict.fromkeys([*direct, *(self._same_weights(run) or self._models_read(run, in_folders=True))]))
+        same = self._same_weights(run)
+        if not same and (_section(run.address) == RELEASE or run.unresolved or run.place in {"run cache", "cache"}):
+            holders = {out for weight in self.weights(run.md5) for out in self.outputs_with_file(weight)} - {run.md5}
+            found = [self.runs_by_output[out][0] for out in sorted(holders) if out in self.runs_by_output]
+            same = [one for one in found if one.place != "cache" and _section(one.address) != RELEASE]
+        if same or _section(run.address) != RELEASE:
+            return list(dict.fromkeys(same or self._models_read(run, in_folders=True)))
+        variant = self.report(run).get("variant")
+        named = [one for one in self._candidates(run) if variant and one.address in {f"merged@{variant}", f"merged_aligned@{variant}"}]
+        return [one for one in named if self._read_report_of(run, one)]
 
-    def _is_unrecorded(self, out: str) -> bool:
-        return self.runs_by_output[out][0].place == "cache"
+    def _models_read(self, run: StageRun, in_folders: bool) -> list[StageRun]:
+        """The models that a run read and did not only watch, one by one or in folders of outputs."""
+        return [
+            producer
+            for dep, path, md5 in run.inputs
+            if (producer := run.producers.get(md5)) and producer.is_model and producer.md5 != run.md5 and dep not in run.entry.watched
+            if (dep != path) == in_folders
+        ]
+
+    def _same_weights(self, run: StageRun) -> list[StageRun]:
+        mine = self.weights(run.md5)
+        return [one for one in self._models_read(run, in_folders=True) if mine & self.weights(one.md5)]
+
+    def _read_report_of(self, run: StageRun, model: StageRun) -> bool:
+        """Whether a release read the report of this run of a model and not of an earlier one, by the hash of the folder of reports: that tells without
+        the files of either. True if the release did not depend on the folder."""
+        (report,) = self._db.execute("SELECT report FROM run WHERE id = ?", (model.entry.id,)).fetchone()
+        folder = str(report or "").rpartition("/")[0]
+        read = {dep["path"]: dep.get("md5") for dep in self.lock_entry(run).get("deps", [])}
+        if folder not in read:
+            return True
+        query = "SELECT run.report, run.report_md5 FROM run JOIN lock_run ON run.id = lock_run.run WHERE lock_run.lock = ?"
+        for lock in run.locks & model.locks:
+            files = {
+                path.removeprefix(f"{folder}/"): md5 for path, md5 in self._db.execute(query, (lock,)) if path and is_within(path, folder)
+            }
+            if read[folder] in {md5_of_folder(files), md5_of_folder(files | PLACEHOLDER)}:
+                return True
+        return False
+
+    def _candidates(self, run: StageRun) -> list[StageRun]:
+        """The models that a release may be a copy of, as far as their weights and its own are known."""
+        return [one for one in self._models_read(run, in_folders=True) if not (self.weights(run.md5) and self.weights(one.md5))]
+
+    def has_unknown_original(self, run: StageRun) -> bool:
+        """Whether a model is a copy of another one, and nothing records of which."""
+        return self.is_copy(run) and not self.parents(run)
+
+    def unavailable_originals(self, run: StageRun) -> list[StageRun]:
+        """Of a copy of an unknown model: the runs whose files would tell which one it is. Empty if all are available, so that nothing records it."""
+        return [run] if not self.weights(run.md5) else self._candidates(run)
 
     @cached_per_instance
     def is_copy(self, run: StageRun) -> bool:
-        """Whether a model has the weights of a parent, byte for byte, or, if files are unavailable, was chosen from folders of models: the parent then
-        accounts for everything that it was trained on."""
+        """Whether a model has the weights of a parent, byte for byte, or was chosen from folders of models: the parent then accounts for everything
+        that it was trained on."""
         mine = self.weights(run.md5)
         known = [weights for parent in self.parents(run) if (weights := self.weights(parent.md5))]
+        direct = any(dep == path for dep, path, md5 in run.inputs if md5 in run.producers and run.producers[md5].is_model)
+        if run.is_model and _section(run.address) == RELEASE and not direct:
+            return True
         if mine and known:
             return any(mine <= weights for weights in known)
-        direct = any(dep == path for dep, path, md5 in run.inputs if md5 in run.producers and run.producers[md5].is_model)
         return run.is_model and not direct and len(self.parents(run)) == 1
 
     @cached_per_instance
@@ -519,8 +567,8 @@ class RunIndex(Database):
 
     @property
     def unreadable(self) -> list[str]:
-        """Commits whose dvc.lock cannot be read, or is missing from git's objects; "the workspace" if its dvc.lock is damaged; and entries of the run
-        cache that cannot be read."""
+        """Commits whose dvc.lock cannot be read, or is missing from git's objects; "the workspace" if its dvc.lock is damaged; entries of the run
+        cache that cannot be read; and parts of the history."""
         commits = {**self.history.unreachable, **self.history.first}
         rows = self._db.execute("SELECT blob, readable FROM lock").fetchall()
         unreadable = {blob.partition(":")[0] for blob, readable in rows if not readable}
@@ -530,6 +578,7 @@ class RunIndex(Database):
             *sorted({commits[blob] for blob in {*unreadable, *missing} if blob in commits}),
             *(["the workspace"] if self.history.workspace in unreadable or lost_entries(self.root) else ()),
             *(f"run cache {name[:12]}" for (name,) in runs),
+            *self.history.lost,
         ]
 
 

@@ -46,6 +46,12 @@ def lineage_page(document: Mapping[str, Any], records: Sequence[Mapping[str, Any
 
 def code_text(code: Mapping[str, Any]) -> str:
     """The commit that contains a model, and whether it contains the code of every stage."""
+    if unknown := "; ".join(code.get("unknown", ())):
+        return (
+            f"commit unknown, without {unknown}"
+            if code["commit"] is None
+            else f"{commit_text(code)}; it may be an earlier one, in {unknown}"
+        )
     if code["commit"] is None or not code.get("uncommitted"):
         return commit_text(code)
     return f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are uncommitted, after {(code['after'] or 'no commit')[:12]}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from builders.history import md5
+from builders.near_copies import by_definition
 from builders.random_history import KEY, PARAPHRASES, VARIANTS, Entry, Lock, Toy, canonical, dir_md5, git
 
 WORKSPACE = "workspace"
@@ -51,6 +52,8 @@ class Place:
 
     name: str
     lock: Mapping[str, Entry]
+    or_unlocked: bool = False
+    """Whether an input may also be of a run that only the run cache has, although the lock has one that made the same bytes."""
 
 
 class Reach:
@@ -158,7 +161,7 @@ class Reach:
 
     def chains(self, address: str, entry: Entry, place: Place) -> list[Chain]:
         """The lineages that a run may have, as far as is recorded."""
-        key = (canonical(entry), canonical(place.lock))
+        key = (canonical(entry), canonical(place.lock), place.or_unlocked)
         if key not in self._chains:
             found = {}
             for chain in islice(self._resolve(address, entry, place), 2000):
@@ -169,7 +172,7 @@ class Reach:
         return self._chains[key]
 
     @cached_property
-    def _chains(self) -> dict[tuple[str, str], list[Chain]]:
+    def _chains(self) -> dict[tuple[str, str, bool], list[Chain]]:
         return {}
 
     def _resolve(self, address: str, entry: Entry, place: Place) -> Iterator[Chain]:
@@ -204,10 +207,17 @@ class Reach:
         if here:
             for address, entry in here:
                 yield from self.chains(address, entry, place)
+            for address, entry in self.loose if place.or_unlocked else ():
+                if out_of(entry) == (path, value) and canonical(entry) not in self._locked:
+                    yield from self.chains(address, entry, Place("", {}))
             return
         for address, entry, other in self.pool:
             if out_of(entry) == (path, value):
                 yield from self.chains(address, entry, other)
+
+    @cached_property
+    def _locked(self) -> set[str]:
+        return {canonical(entry) for place in self.places for entry in place.lock.values()}
 
     def _chosen(self, stage: str, names: Sequence[str], value: str, place: Place, reader: Entry) -> Iterator[Chain]:
         """Of a folder of models, the one whose weights were released."""
@@ -300,6 +310,46 @@ class Reach:
                 shown = (len({name for _, name in steps}), shown[0], shown[-1])
             found[address] = (address, out_of(entry)[1], tuple(sorted(counts.items())), shown)
         return found
+
+    def records(self, chain: Chain) -> dict[str, str] | None:
+        """Record or pair -> split, of everything that the learners of a lineage were given; None if nothing records it."""
+        learners = self.learners(chain)
+        sets = [self.of(chain, "splits" if address.startswith("adapter@") else "preferences") for address in learners]
+        if not learners or None in sets:
+            return None
+        return {name: split for value in sets for name, split in self.log.split_of[str(value)].items()}
+
+    def unrecorded_inputs(self, chain: Chain) -> bool:
+        """Whether an output that a run of a lineage read is one that no recorded run made."""
+        made = {out_of(entry) for _, entry, _ in self.pool}
+        paths = {path for path, _ in made}
+        return any(one["path"] in paths and (one["path"], one["md5"]) not in made for entry in chain.values() for one in entry["deps"])
+
+    def texts(self) -> dict[str, tuple[str, ...]]:
+        """Record or pair -> its texts, of those in a shard whose bytes are there."""
+        outs = {out_of(entry)[1] for address, entry, _ in self.pool if address in {"splits", "preferences"}}
+        found = {}
+        for out in outs:
+            present = {
+                name.partition("/")[0] for name, value in self.log.files[out].items() if name.endswith(".parquet") and self.has(out, value)
+            }
+            found |= {name: self.log.text_of[name] for name, split in self.log.split_of[out].items() if split in present}
+        return found
+
+    def has(self, out: str, value: str) -> bool:
+        """Whether a file of an output is in the cache, or in the workspace if its dvc.lock names the output."""
+        if (self.root / ".dvc/cache/files/md5" / value[:2] / value[2:]).exists():
+            return True
+        lock = next((one.lock for one in self.places if one.name == WORKSPACE), {})
+        paths = [path for path, md5 in map(out_of, lock.values()) if md5 == out]
+        files = [self.root / path / name for path in paths for name, one in self.log.files[out].items() if one == value]
+        return any(file.exists() and md5(file.read_bytes()) == value for file in files)
+
+    def near_copies(self, texts: Collection[str], but: Collection[str]) -> set[str]:
+        """Records of which a text is a near-copy of one of these texts."""
+        candidates = [(name, text) for name, both in self.texts().items() if name not in but for text in both if text]
+        pairs = by_definition(list(texts), [text for _, text in candidates])
+        return {candidates[pair.right][0] for pair in pairs}
 
     def copies(self, chain: Chain) -> dict[str, str]:
         """Copy -> the record that it is a paraphrase of."""

@@ -385,6 +385,8 @@ class Toy:
                     "data/merged_aligned",
                     "data/adapter",
                     "data/aligned",
+                    "data/reports/merged",
+                    "data/reports/merged_aligned",
                     *(f"data/reports/{one}.json" for one in ("raw_examples", "splits", "raw_preferences", "preferences", "reward_model")),
                 ],
                 ["release"],
@@ -1041,6 +1043,13 @@ class Toy:
             git(self.root, "branch", "-qD", name)
             self.note(name)
 
+    def related(self, branch: str) -> bool:
+        """Whether a branch and HEAD have a commit in common: not after the first commit was amended."""
+        found = subprocess.run(["git", "merge-base", "HEAD", branch], cwd=self.root, capture_output=True, text=True)
+        if found.returncode > 1 or found.stderr:
+            raise AssertionError(f"git merge-base: {found.stderr}")
+        return found.returncode == 0
+
     def op_merge(self) -> None:
         """Of a branch, by hand: the files of one side, and dvc.lock of one side or, stage by stage, of both."""
         others = [one for one in self.branches() if one != self.current_branch()]
@@ -1048,6 +1057,9 @@ class Toy:
             return
         self.commit()
         other = self.draw.choice(others)
+        if not self.related(other):
+            self.note(f"{other}: refused by git, which merges no unrelated histories")
+            return
         mine, theirs = self.lock(), self.lock_at(other)
         git(self.root, "merge", "-q", "-s", "ours", "--no-commit", "--no-ff", other)
         side = self.draw.choice(["ours", "theirs", "mixed"])

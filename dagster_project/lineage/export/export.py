@@ -13,7 +13,7 @@ from dagster_project.core.git import git
 from dagster_project.lineage.export import registry
 from dagster_project.lineage.export.summary import from_reports, published_parameters
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.lineage import Subject, document, find
+from dagster_project.lineage.lineage import Subject, document, find, unrecorded
 from dagster_project.lineage.runs import StageRun
 
 MODELS = ("adapter", "aligned", "reward_model", "merged", "merged_aligned", "release")
@@ -95,7 +95,7 @@ def export(root: Path, model: str, form: str, rev: str | None = None, issued: da
     Args:
         issued: default: the date of the first commit that recorded the model.
     Raises:
-        InputError: unknown model, or a stage that the format cannot describe.
+        InputError: unknown model, a stage that the format cannot describe, or a model whose lineage is not recorded completely.
     """
     write, any_stage = registry.find(form)
     subject = find(Index(root), model, rev)
@@ -105,4 +105,23 @@ def export(root: Path, model: str, form: str, rev: str | None = None, issued: da
             f"{address} is not a model that this project trained: {form} cannot describe it",
             f"name one of {', '.join(MODELS)}, or use openlineage",
         )
+    if not any_stage:
+        _refuse_unknown_lineage(subject, model)
     return write(summarize(subject), issued or issue_date(subject))
+
+
+def _refuse_unknown_lineage(subject: Subject, model: str) -> None:
+    """Refuse to describe a model whose sources are partly unknown, as if there were no others.
+
+    Raises:
+        InputError: nothing records an input, or a recorded report is unavailable.
+    """
+    index = subject.index
+    lost = [one["path"] for one in unrecorded(index, subject.contributing)]
+    lost += [one.path for one in index.unavailable_originals(subject.run)] if index.has_unknown_original(subject.run) else []
+    lost += [path for run in subject.contributing if (path := index.unavailable_report(run))]
+    if lost:
+        raise InputError(
+            f"{subject.run.address}: {', '.join(dict.fromkeys(lost))}: not recorded or not available, so the sources of the model are unknown",
+            f"`pedigree audit {model}` says what is missing",
+        )

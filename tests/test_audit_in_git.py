@@ -1,0 +1,112 @@
+"""Impact and audit where git does not show the whole history, and sources by other names than a run read them by."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+from builders.history import Project, identity
+from builders.small_pipeline import git
+
+from dagster_project.core.errors import InputError
+from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.lineage import audit
+from dagster_project.views.lineage import code_text
+
+FAQ, MAIL = "data/sources/faq.jsonl", "data/sources/mail.jsonl"
+ROWS = [("cats", "train", FAQ), ("dogs", "train", MAIL), ("birds", "validation", FAQ)]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Project:
+    """Two commits; the cache has only what the last one names, and the model that saw "dogs" is of the first one."""
+    made = Project(tmp_path / "project")
+    first = made.commit(made.lock(ROWS))
+    git(made.root, "tag", "first", first)
+    last = made.lock([("cats", "train", FAQ), ("frogs", "train", MAIL), ROWS[2]])
+    made.commit(last)
+    made.collect_garbage(last)
+    return made
+
+
+def test_a_history_that_git_cannot_list_is_not_searched_and_cannot_be_told(made: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of another user: git then refuses the folder."""
+    commit = git(made.root, "rev-parse", "first").strip()
+    lost = made.root / ".git/objects" / commit[:2] / commit[2:]
+    content = lost.read_bytes()
+    lost.unlink()
+    found = impact(made.root, record=identity("dogs"))
+    assert (found["verdict"], found["models"], found["unreadable"]) == (
+        "cannot tell",
+        [],
+        ["the history in git (`git log --all` says why)"],
+    )
+    assert "cannot be read: the history in git" in as_text(found)
+    lost.write_bytes(content)
+    assert not impact(made.root, record=identity("dogs"))["unreadable"]
+    monkeypatch.setenv("PATH", os.fspath(made.root))  # git is not installed
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "cannot tell"
+    code = audit(made.root, "merged@lora")["code"]
+    assert (code["commit"], code_text(code)) == (None, "commit unknown, without the history in git (`git log --all` says why)")
+
+
+def test_a_commit_that_git_replaces_is_searched(made: Project) -> None:
+    git(made.root, "replace", "first", "HEAD")
+    assert [model["stage"] for model in impact(made.root, record=identity("dogs"))["unknown"]] == ["adapter@lora", "merged@lora"]
+
+
+def test_the_history_before_a_project_was_moved_is_said_to_be_missing(made: Project) -> None:
+    (made.root / "ml").mkdir()
+    for name in ("data", "dvc.lock", "dvc.yaml", ".dvc", ".gitignore"):
+        (made.root / name).rename(made.root / "ml" / name)
+    git(made.root, "add", "-A")
+    git(made.root, "commit", "-qm", "moved")
+    commit = git(made.root, "rev-parse", "HEAD").strip()[:12]
+    found = impact(made.root / "ml", record=identity("dogs"))
+    lost = f"the history before commit {commit}, which moved dvc.lock here (ask at `git checkout {commit}^`)"
+    assert (found["verdict"], found["unreadable"]) == ("cannot tell", [lost])
+    code = audit(made.root / "ml", "merged@lora")["code"]
+    assert code["commit"][:12] == commit and code_text(code).endswith(f"it may be an earlier one, in {lost}")
+
+
+def test_an_empty_text_is_no_question(made: Project) -> None:
+    with pytest.raises(InputError, match="--text: the text is empty"):
+        impact(made.root, text=" \n")
+
+
+def test_a_source_is_found_by_every_path_to_it(made: Project, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(made.root)
+    wanted = impact(made.root, source=FAQ)["models"]
+    assert wanted
+    for path in (f"data/sources/../sources/{Path(FAQ).name}", FAQ.replace("/", "//"), str(made.root / FAQ), str(tmp_path / "link" / FAQ)):
+        assert impact(made.root, source=path)["models"] == impact(tmp_path / "link", source=path)["models"] == wanted, path
+
+
+def test_a_source_is_found_whether_its_name_has_composed_letters_or_not(made: Project) -> None:
+    name = unicodedata.normalize("NFD", "data/sources/données.jsonl")
+    made.commit(made.lock([("owls", "train", name), *ROWS]))
+    assert impact(made.root, source=unicodedata.normalize("NFC", name))["models"] == impact(made.root, source=name)["models"] != []
+
+
+def test_the_file_behind_a_linked_source_names_the_source(made: Project) -> None:
+    source = made.root / "data/sources"
+    source.mkdir(parents=True)
+    (source / "kept.jsonl").write_text("rows")
+    (source / "faq.jsonl").symlink_to("kept.jsonl")
+    with pytest.raises(InputError, match=r"not a name that a run read it by\nhint: ask for --source data/sources/faq.jsonl"):
+        impact(made.root, source="data/sources/kept.jsonl")
+
+
+def test_an_empty_revision_is_not_the_staged_one(made: Project) -> None:
+    with pytest.raises(InputError, match="no revision ''"):
+        audit(made.root, "merged@lora", "")
+
+
+def test_near_copies_of_a_record_whose_text_is_gone_are_no_question(made: Project) -> None:
+    """Nothing could be compared, which is not the same as no near-copy."""
+    assert impact(made.root, record=identity("frogs"), near=True)["near"] == []
+    for name in ("dogs", "nobody"):
+        with pytest.raises(InputError, match="no available data set contains the record"):
+            impact(made.root, record=identity(name), near=True)
