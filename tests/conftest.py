@@ -131,7 +131,7 @@ def edit_params(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = folder / "params.yaml"
     values = YAML(typ="safe").load(path.read_text())
     change(values)
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")  # YAML has no surrogate pairs
 
 
 def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]], train: list[dict[str, Any]]) -> dict[str, Any]:

@@ -305,7 +305,10 @@ def test_a_user_without_name_and_home_as_in_a_container(based: Callable[[str], P
     root = Path(shutil.copytree(based("project"), f"/tmp/pedigree-other-{os.getpid()}", symlinks=True))
     try:
         subprocess.run(["chown", "-R", "54321:54321", str(root)], check=True)
-        assert_runs(Place(root, {"HOME": "/tmp", "TMPDIR": None}, OTHER), _finished)
+        nameless = Place(root, {"HOME": "/tmp", "TMPDIR": None, **dict.fromkeys(("USER", "LOGNAME", "LNAME", "USERNAME"))}, OTHER)
+        refused = nameless("dagster_project", "run", "raw_examples")
+        assert refused.returncode == 2 and "hint: set the environment variable USER" in refused.stderr, refused.stderr[-2000:]
+        assert_runs(Place(root, {**nameless.environment, "USER": "somebody"}, OTHER), _finished)
     finally:
         shutil.rmtree(root)
 
@@ -373,7 +376,7 @@ def other_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     subprocess.run([found, "-m", "venv", str(folder)], check=True)
     python = str(folder / "bin/python")
     installed = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "requirements.lock"), f"{ROOT}[pipeline]"],
+        [python, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "requirements.lock"), f"{ROOT}[pipeline,train]"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if installed.returncode:
