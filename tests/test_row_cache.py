@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -15,11 +16,13 @@ from builders.rows_of_all_kinds import answer, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
 from dagster_project.curation.checks import row_cache
 from dagster_project.curation.checks.expectations import table
 from dagster_project.curation.checks.profile import profile
 from dagster_project.curation.checks.token_counts import ESTIMATED, tokens_of
+from dagster_project.stages import instructions, raw_examples, splits
 
 COMPUTED: list[dict[str, Any]] = []
 
@@ -57,7 +60,7 @@ def managed(tmp_path: Path) -> Path:
 def facts(root: Path, texts: Sequence[str], factor: int = 2, first: int = 0) -> tuple[pl.DataFrame, list[str]]:
     """The facts about some rows, and the texts of the rows for which they were computed."""
     COMPUTED.clear()
-    with row_cache.using(root):
+    with row_cache.using(root, "instructions"):
         made = row_cache.facts(lengths, factor, stored(texts, first), (factor,))
     return made, [row["text"] for row in COMPUTED]
 
@@ -152,16 +155,25 @@ def test_code_is_that_of_the_packages_and_of_installed_libraries(tmp_path: Path,
     assert len({before, edited, row_cache._code(changed=True)}) == 3
 
 
-def test_files_are_few_and_the_least_recently_used_go_first(managed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for i in range(3 * row_cache.FILES):
-        facts(managed, [f"text {k}" for k in range(i + 1)])
-        assert len(files(managed)) <= row_cache.FILES + 1
-    facts(managed, ["other parameters"], factor=5)
-    (used,) = [path for path in files(managed) if path.parent != files(managed)[0].parent] or [files(managed)[-1]]
-    monkeypatch.setattr(row_cache, "LIMIT", 1)
-    assert facts(managed, ["new"], factor=7)[1] == ["new"]
-    assert files(managed) == [] or sum(path.stat().st_size for path in files(managed)) <= 1
-    assert used not in files(managed)
+def test_files_of_one_kind_are_few(managed: Path) -> None:
+    for i in range(2 * row_cache.FILES + 2):
+        assert facts(managed, [f"text {k}" for k in range(i + 1)])[1] == [f"text {i}"]
+        assert len(files(managed)) <= row_cache.FILES
+
+
+def test_above_the_limit_the_least_recently_used_files_go(managed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts(managed, ["a"], factor=2)
+    (unused,) = files(managed)
+    facts(managed, ["a"], factor=3)
+    (used,) = {*files(managed)} - {unused}
+    for path, seconds in ((used, 1), (unused, 2)):
+        os.utime(path, (seconds, seconds))
+    assert facts(managed, ["a"], factor=3)[1] == []
+    monkeypatch.setattr(row_cache, "LIMIT", sum(path.stat().st_size for path in files(managed)))
+    facts(managed, ["a"], factor=5)
+    assert unused not in files(managed) and used in files(managed) and len(files(managed)) == 2
+    monkeypatch.setattr(row_cache, "LIMIT", 0)
+    assert facts(managed, ["b"], factor=7)[1] == ["b"] and not files(managed)
 
 
 def test_without_a_project_or_a_writable_disk_nothing_is_kept_and_all_is_computed(tmp_path: Path) -> None:
@@ -186,12 +198,12 @@ def test_all_checks_say_the_same_with_what_earlier_runs_kept(tmp_path: Path, tin
         )
         pairs = False
         plain = answer(rows, tokens, pairs)
-        with row_cache.using(tmp_path):
+        with row_cache.using(tmp_path, "instructions"):
             assert answer(rows, tokens, pairs) == plain
             assert answer(rows, tokens, pairs) == plain
     pairs = first_numbered(sample(3, 40, pairs=True))
     plain = answer(pairs, ESTIMATED, True)
-    with row_cache.using(tmp_path):
+    with row_cache.using(tmp_path, "instructions"):
         assert [answer(pairs, ESTIMATED, True), answer(pairs, ESTIMATED, True)] == [plain, plain]
 
 
@@ -201,7 +213,44 @@ def test_profile_and_expectations_are_the_same_with_what_earlier_runs_kept(tmp_p
     for kept in (range(60), range(0, 60, 2), [*range(40), *range(50, 60)], []):
         some = Selected(rows, kept)
         plain, columns = json.dumps(profile(some)), table(some)
-        with row_cache.using(tmp_path):
+        with row_cache.using(tmp_path, "instructions"):
             for _ in range(2):
                 assert json.dumps(profile(some)) == plain
                 assert table(some).equals(columns) and (table(some).dtypes == columns.dtypes).all()
+
+
+def outputs(root: Path, model: Path) -> dict[str, str]:
+    """raw_examples -> instructions -> splits from nothing: path of each file of the outputs -> its hash."""
+    data, names = root / "out", ("a.jsonl", "b.jsonl", "c.jsonl")
+    shutil.rmtree(data, ignore_errors=True)
+    sources = raw_examples.Params.model_validate({"sources": [{"path": f"data/sources/{name}"} for name in names]})
+    rules = instructions.Params.model_validate({"policy": {"pii": "fix", "conflicting_responses": "warn"}, "max_tokens": 60})
+    raw_examples.produce(root, sources, data / "raw")
+    instructions.produce(root, rules, data / "raw", model, data / "instructions", data / "pages", {})
+    splits.produce(root, splits.Params(), 7, data / "instructions", data / "splits")
+    return {str(path.relative_to(data)): sha256_of_file(path) for path in sorted(data.rglob("*")) if path.is_file()}
+
+
+@settings(deadline=None, max_examples=4, derandomize=True)
+@given(st.lists(EDITS, min_size=2, max_size=3), st.integers(0, 2**32))
+def test_outputs_are_those_of_a_run_from_nothing_after_any_edits(
+    tmp_path_factory: Any, tiny_model: Path, edits: list[str], seed: int
+) -> None:
+    root, draw = tmp_path_factory.mktemp("project"), random.Random(seed)
+    (root / ".dvc").mkdir()
+    (root / "data/sources").mkdir(parents=True)
+    made = sample(seed, 60)
+    lines = [json.dumps({key: row[key] for key in ("messages", "category", "tools") if key in row}) for row in made]
+    parts = {"a.jsonl": lines[:20], "b.jsonl": lines[20:40], "c.jsonl": lines[40:]}
+    for edit in ["nothing", *edits]:
+        name = draw.choice([*parts])
+        row = json.loads(draw.choice(lines))
+        row["messages"][0]["content"] += f" {edit}"
+        parts[name] = [line if line.startswith("{") else json.dumps(row) for line in changed(parts[name], edit, draw)]
+        tamper(root, edit, draw)
+        for file, rows in parts.items():
+            (root / "data/sources" / file).write_text("".join(f"{line}\n" for line in rows))
+        with row_cache.using(root, "instructions"):
+            kept = outputs(root, tiny_model)
+        assert files(root), "facts are kept"
+        assert kept == outputs(root, tiny_model)

@@ -56,7 +56,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 
 def run(ctx: StageContext) -> Report:
-    with row_cache.using(ctx.root):
+    with row_cache.using(ctx.root, "instructions"):
         return produce(
             ctx.root, ctx.params("instructions", Params), ctx.output_of("raw_examples"), ctx.output_of("base_model"),
             out=ctx.out, pages=ctx.pages, previous=ctx.recorded(),
@@ -94,7 +94,7 @@ def produce(
         write_json(pages / "expectations.json", expectations.document(outcome, places))
 
     write_records(out, kept)
-    write_ledger(out, _ledger(judged))
+    write_ledger(out, _ledger(judged), repaired=any(judged.repaired.values()))
     account.write_account("instructions", judged, held_out, out, pages, previous, partial(_read_kept, out.parent))
 
     dropped = Counter(why for why in judged.reason if why)

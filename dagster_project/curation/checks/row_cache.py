@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 FOLDER = Path(".dvc") / "tmp" / "pedigree" / "rows"
-LIMIT = 4 << 30
-"""Bytes of all files. Above it the files that were not used for the longest time are removed."""
+LIMIT = 2 << 30
+"""Bytes of all files of a stage. Above it the files that were not used for the longest time are removed."""
 FILES = 8
-"""Files of one kind of facts above which they become one, without the rows that the latest run did not have."""
+"""Files of one kind of facts. One more, and all become one, without the rows that the latest run did not have."""
 NUMBER = b'{"source_row":'
 """Beginning of an encoded row whose number in its source is not part of its identity."""
 KEYS = ("key_0", "key_1")
@@ -37,13 +37,13 @@ _folder: ContextVar[Path | None] = ContextVar("row_cache", default=None)
 
 
 @contextmanager
-def using(root: Path) -> Iterator[None]:
+def using(root: Path, stage: str) -> Iterator[None]:
     """While open, `facts` are kept in a project's folder, if DVC manages it.
 
     Args:
         root: the project's folder.
     """
-    token = _folder.set(root / FOLDER if (root / ".dvc").is_dir() else None)
+    token = _folder.set(root / FOLDER / stage if (root / ".dvc").is_dir() else None)
     try:
         yield
     finally:
@@ -128,10 +128,11 @@ class _Store:
         for file in sorted(self.folder.glob("*.arrow")):
             with suppress(OSError):  # removed by someone meanwhile, or not readable
                 content = file.read_bytes()
-                if file.stem != _digest(self.folder.name, content):
+                frame = pl.read_ipc(io.BytesIO(content)) if file.stem == _digest(self.folder.name, content) else None
+                if frame is None or frame.schema != self._nothing.schema:
                     file.unlink()
                     continue
-                frames.append(pl.read_ipc(io.BytesIO(content)))
+                frames.append(frame)
                 os.utime(file)
                 self._files.append(file)
         return pl.concat(frames).unique(KEYS, keep="any") if len(frames) > 1 else self._nothing
