@@ -102,7 +102,7 @@ def tamper(root: Path, edit: str, draw: random.Random) -> None:
         path.unlink()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(EDITS, min_size=1, max_size=12), st.integers(0, 2**32))
 def test_facts_are_those_of_a_run_from_nothing_after_any_edits(tmp_path_factory: Any, edits: list[str], seed: int) -> None:
     root, draw, factor = tmp_path_factory.mktemp("project"), random.Random(seed), 2
@@ -231,7 +231,7 @@ def outputs(root: Path, model: Path) -> dict[str, str]:
     return {str(path.relative_to(data)): sha256_of_file(path) for path in sorted(data.rglob("*")) if path.is_file()}
 
 
-@settings(deadline=None, max_examples=4, derandomize=True)
+@settings(deadline=None, max_examples=2, derandomize=True)
 @given(st.lists(EDITS, min_size=2, max_size=3), st.integers(0, 2**32))
 def test_outputs_are_those_of_a_run_from_nothing_after_any_edits(
     tmp_path_factory: Any, tiny_model: Path, edits: list[str], seed: int
