@@ -702,7 +702,9 @@ def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return _run(options)
-    except (Exception, KeyboardInterrupt) as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # also what is no Exception: Ctrl-C, and the end of a library in Rust
         explained = ending.explained(error, interrupts, options.command, Path(getattr(options, "project", ".")).absolute())
         if explained is None:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,6 +24,8 @@ INNER = "PEDIGREE_INNER_COMMAND"
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
 
+_NO_MEMORY = re.compile("can't allocate memory|memory allocation of|ThreadPoolBuildError")
+"""What PyTorch and libraries in Rust say; a thread needs memory for its stack."""
 DAMAGED = {11, 26}
 """SQLITE_CORRUPT, SQLITE_NOTADB"""
 
@@ -114,9 +117,14 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
 
 
 def _memory_ended(error: BaseException) -> PedigreeError | None:
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error) if isinstance(error, RuntimeError) or _is_panic(error) else ""):
         return PedigreeError("out of memory", "end other programs, or raise the limit (`ulimit -v`), then run the same command again")
     return None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust ended: PyO3's class cannot be imported."""
+    return type(error).__name__ == "PanicException"
 
 
 def _home_damaged(error: BaseException, project: Path) -> InputError | None:

@@ -554,13 +554,15 @@ def restore_outputs(root: Path, address: str) -> None:
 
 
 def recorded_files(root: Path, address: str) -> dict[str, Path]:
-    """Cache file of each file of a stage's main output as recorded in dvc.lock, by its path in the output; empty if it is not cached."""
+    """Cache file of each file of a stage's main output as recorded in dvc.lock, by its path in the output; empty if it is not cached, or its listing is damaged."""
     with open_repo(root) as repo:
         out = _main_output(next(stage for stage in declared_stages(repo) if stage.name == address))
         listing = Path(repo.cache.local.oid_to_path(out.hash_info.value)) if out.hash_info and out.hash_info.isdir else None
         if listing is None or not listing.is_file():
             return {}
-        return {entry["relpath"]: Path(repo.cache.local.oid_to_path(entry["md5"])) for entry in json.loads(listing.read_bytes())}
+        if md5_of_bytes(content := listing.read_bytes()) != out.hash_info.value.removesuffix(".dir"):
+            return {}
+        return {entry["relpath"]: Path(repo.cache.local.oid_to_path(entry["md5"])) for entry in json.loads(content)}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -166,6 +167,7 @@ class _Examination:
         lock = self._lock(at)
         if at.rev is None and lock:
             self._examine_entries(at, lock)
+            self._examine_runs()
         for address, stage in lock.items():
             for out in stage["outs"]:
                 if out["path"].startswith(REPORTS):
@@ -224,7 +226,10 @@ class _Examination:
         if oid not in self.objects:
             file = self.store.at(oid)
             self.objects[oid] = None
-            if not file.is_file():
+            if what := _misplaced(file):
+                then = f"rm -r {file}, then {commit}" if commit and self._has(path, oid) else reproduce
+                self._add_finding("cache", str(file), f"is {what}, not the object; it stands for {path}", then)
+            elif not file.is_file():
                 self.missing[path, oid] = {"path": path, "object": oid, "next": commit if commit and self._has(path, oid) else fetch}
             else:
                 md5, sha256 = self._hashes(file)
@@ -250,6 +255,8 @@ class _Examination:
             self._add_finding(where, out["path"], "has line ends of Windows, unlike what dvc.lock recorded", then)
         elif md5_of_bytes(content) != out["md5"]:
             self._add_finding(where, out["path"], "is not what dvc.lock recorded", f"git checkout {out['path']}, or dvc repro {address}")
+        elif at.rev is None and os.path.lexists(copy := self.store.at(out["md5"])):  # a clone has none
+            self._object(out["md5"], out["path"], "", f"rm -r {copy}: it is only a copy for DVC's run cache", "")
         self.files, self.bytes = self.files + 1, self.bytes + len(content or b"")
 
     def _examine_output(self, at: Revision, address: str, path: str, oid: str, sha256: str | None) -> None:
@@ -296,6 +303,18 @@ class _Examination:
         if sha256 and actual != sha256 and not any(dvc.overlap(found, path) for _, found in self.findings):
             self._add_finding("workspace", path, "is not what was published (sha256 differs)", reproduce)
 
+    def _examine_runs(self) -> None:
+        """Find records of DVC's run cache that cannot be read: DVC would run their stages again."""
+        from ruamel.yaml import YAML, YAMLError
+
+        for path in sorted(self.store.runs.glob("*/*/*")):
+            wrong = f"is {what}" if (what := _misplaced(path)) else "cannot be read"
+            if not what:
+                with suppress(YAMLError):
+                    wrong = "" if isinstance(YAML(typ="safe").load(path.read_bytes()), dict) else wrong
+            if wrong:
+                self._add_finding("cache", str(path), f"{wrong}; it is a record of a run", f"rm -r {path}: only DVC's run cache uses it")
+
     def _examine_entries(self, at: Revision, lock: Mapping[str, Any]) -> None:
         """Find entries of dvc.lock that are neither committed nor in DVC's run cache."""
         if bytes_of(at, "dvc.lock") == bytes_of(Revision(self.root, "HEAD"), "dvc.lock"):
@@ -320,6 +339,11 @@ class _Examination:
             elif not any(stage == YAML(typ="safe").load(run) for run in runs if str(stage.get("cmd", "")).encode() in run):
                 wrong = "its entry is neither the committed one nor that of a run that DVC recorded"
                 self._add_finding("dvc.lock", address, wrong, f"git checkout dvc.lock, or dvc repro --force {address}")
+
+
+def _misplaced(path: Path) -> str:
+    """What is in the place of a file; empty if it is one, or missing."""
+    return "a link" if path.is_symlink() else "a folder" if path.is_dir() else ""
 
 
 def _sha256_of_listing(sums: Mapping[str, str | None]) -> str:

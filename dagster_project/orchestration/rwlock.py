@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core.errors import InputError
 from dagster_project.lineage.history import is_within
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import is_running
@@ -31,8 +32,15 @@ def _table(root: Path) -> dict[str, Any] | None:
 
 
 def repair(root: Path) -> None:
-    """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then refuses every command."""
+    """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then refuses every command.
+
+    Raises:
+        InputError: something else is in the place of one of DVC's locks.
+    """
     path = root / TABLE
+    for lock in (path.with_name("rwlock.lock"), path.with_name("lock")):
+        if lock.is_symlink() or lock.is_dir():
+            raise InputError(f"{lock} is a {'link' if lock.is_symlink() else 'folder'}, not the file that DVC locks", "remove it")
     if _table(root) is not None:
         return
     make_lock = private_module("dvc.lock").make_lock

@@ -15,6 +15,8 @@ from faults import project, warm
 from faults.warm import Command, Fault, Outcome
 
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^\s+File \".*\", line \d+|unexpected error(?! - \[Errno)", re.MULTILINE)
+DAGSTER_FAILURE = re.compile(r"^dagster\._core\.definitions\.events\.Failure: (?s:.*?)(?=^\d{4}-\d\d-\d\d |\Z)", re.MULTILINE)
+"""What Dagster's log says of a stage that failed, the message first: Dagster itself adds where it was raised."""
 CODES = {0, 1, 2}
 """Exit codes of a command that was not killed: fine, failed or busy, bad input."""
 KILLED = -9
@@ -32,6 +34,8 @@ class Play:
     place: warm.Place
     projects: project.Projects
     outcomes: list[Outcome] = field(default_factory=list)
+    removed: set[str] = field(default_factory=set)
+    """Files that a message said to remove, and that nothing needs."""
     before: Fault | None = None
     """Called in every process before its fault."""
 
@@ -66,7 +70,7 @@ class Play:
             Violation: a traceback, or an exit code that means nothing.
         """
         shown = " ".join(outcome.command)
-        if TRACEBACK.search(outcome.text):
+        if TRACEBACK.search(DAGSTER_FAILURE.sub("", outcome.text)):
             raise Violation(f"`{shown}` shows a traceback:\n{outcome.text[-3000:]}")
         if outcome.code not in CODES | {KILLED} | ({DVC_FAILED} if outcome.command[0] == "dvc" else set()):
             raise Violation(f"`{shown}` ended with exit code {outcome.code}:\n{outcome.text[-2000:]}")
@@ -107,7 +111,8 @@ class Play:
         self.is_undisturbed(goal, status)
 
     def is_undisturbed(self, goal: str = project.DONE, status: bool = True) -> None:
-        found = project.differences(project.files(self.root), self.projects.states[goal].files)
+        expected = {path: digest for path, digest in self.projects.states[goal].files.items() if path not in self.removed}
+        found = project.differences(project.files(self.root), expected)
         found += [f"left behind: {path}" for path in sorted((self.place.around / "tmp").iterdir())]
         if found:
             raise Violation("\n".join(found[:20]))

@@ -90,9 +90,9 @@ def _daemon_killed(alone: bool) -> Callable[[Play], None]:
     def play(at_work: Play) -> None:
         (at_work.root / ".dagster").mkdir(exist_ok=True)
         at_work.run("pedigree", "sync")
-        launched = _dagster(at_work, "dagster", "job", "launch", "-w", "workspace.yaml", "-j", "data", "-l", "pedigree").communicate()
-        if b"Launched" not in b"".join(launched):
-            raise Violation(b"".join(launched).decode())
+        launched = _dagster(at_work, "dagster", "job", "launch", "-w", "workspace.yaml", "-j", "data", "-l", "pedigree").communicate()[0]
+        if b"Launched" not in launched:
+            raise Violation(launched.decode())
         first = _dagster(at_work, "dagster-daemon", "run", "-w", "workspace.yaml")
         try:
             _until(lambda: any((at_work.root / SCRATCH).glob("*/*")), "no stage of the queued run began")

@@ -82,10 +82,13 @@ def _damaged(name: str, kind: str) -> Callable[[Play], None]:
             if first.code != 0 and Path(name).name.split(".")[0] not in said + first.text:
                 raise Violation(f"no message names {name}:\n{said}{first.text}")
             _put_back(path, before, mode)
-        for found in re.finditer(r"next: (?:rm (\S+), then )?dvc commit (\S+)", said):
+        for found in re.finditer(r"next: (?:rm (?:-r )?(\S+), then )?dvc commit (\S+)", said):
             if found[1]:
-                Path(found[1]).unlink()
+                _remove(Path(found[1]))
             at_work.run("dvc", "commit", found[2])
+        for found in re.finditer(r"next: rm -r (\S+): ", said):
+            _remove(Path(found[1]))
+            at_work.removed.add(Path(found[1]).relative_to(at_work.root).as_posix())
         if not name.startswith(".dagster/"):
             at_work.recovers(project.DONE, "pedigree", "run", "--all")
 
@@ -107,10 +110,14 @@ def _is_source(name: str) -> bool:
     return name in TOP or name.startswith((".dvc/config", ".dvc/.gitignore", "data/sources/", "data/keys/")) or name.endswith(".gitkeep")
 
 
-def _put_back(path: Path, content: bytes, mode: int) -> None:
+def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
+
+
+def _put_back(path: Path, content: bytes, mode: int) -> None:
+    _remove(path)
     path.write_bytes(content)
     path.chmod(mode)
 

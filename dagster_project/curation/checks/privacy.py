@@ -27,6 +27,11 @@ LONG = 20_000
 """Characters up to which a text is searched as a whole again after each masked value."""
 MOST_ROUNDS = 64
 """Searches after which the whole lines of the values that are found last count as values: so many follow each other in no ordinary text."""
+MOST_VALUES = 5_000
+"""Values in a text after which the rest of it counts as one value: no text to learn from has so many."""
+MOST_CANDIDATES, MOST_LOOKED_UP = 50_000, 10_000
+"""Candidates of one pattern in a text after which the rest of it counts as a value, so that no text takes long: of all patterns, and of those whose
+candidates take a check of digits or a look into a numbering plan."""
 NEAR, SEEN = 4096, 64
 """Characters around a masked value that are searched again in longer texts, and those of context that rules look at."""
 
@@ -67,9 +72,10 @@ def scan(texts: Sequence[str]) -> list[Hit]:
     rules = _rules()
     rows = candidates(texts, "|".join(rule.hint for rule in rules))
     near = [texts[row] for row in rows]
+    column = text_column(near)
     ranks: list[list[int]] = [[] for _ in rows]
     for rank, rule in enumerate(rules):
-        for i in candidates(near, rule.hint):
+        for i in column.str.contains(rule.hint).arg_true():
             ranks[i].append(rank)
     return [hit for row, text, which in zip(rows, near, ranks, strict=True) for hit in _hits(row, text, _find(text, which))]
 
@@ -159,8 +165,44 @@ def _spans(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int
     """(start, end, rule) of the matches of rules, by default of all, outside of already masked parts."""
     rules = _rules()
     which = [i for i, rule in enumerate(rules) if rule.matcher.search(text)] if ranks is None else ranks
-    spans = [(start, end, rank) for rank in which for start, end in rules[rank].find(text)]
-    return _merged([span for span in spans if text[span[0] : span[1]].strip("[]")])
+    spans = [(start, end, rank) for rank in which for start, end in _found_by(rules[rank], text)]
+    merged = _merged([span for span in spans if text[span[0] : span[1]].strip("[]")])
+    if len(merged) <= MOST_VALUES:
+        return merged
+    start, _, rank = merged[MOST_VALUES]
+    return [*merged[:MOST_VALUES], (start, len(text), rank)]
+
+
+class _TooManyError(Exception):
+    """A text has too many candidates.
+
+    Args:
+        position: of the first that was not looked at.
+    """
+
+    def __init__(self, position: int) -> None:
+        super().__init__(position)
+        self.position = position
+
+
+def _found_by(rule: Rule, text: str) -> Iterator[Span]:
+    """The values that a rule finds; the rest of the text, if it has too many candidates."""
+    try:
+        yield from rule.find(text)
+    except _TooManyError as stop:
+        yield stop.position, len(text)
+
+
+def _matches(pattern: re.Pattern[str], text: str, most: int = MOST_CANDIDATES) -> Iterator[re.Match[str]]:
+    """As `pattern.finditer`.
+
+    Raises:
+        _TooManyError: there are more than `most`.
+    """
+    for number, match in enumerate(pattern.finditer(text)):
+        if number == most:
+            raise _TooManyError(match.start())
+        yield match
 
 
 def _whole_lines(text: str, spans: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -173,10 +215,11 @@ def _spans_near(text: str, masked: Sequence[tuple[int, int, int]]) -> list[tuple
     """As `_spans`, of matches near parts that were just masked: elsewhere nothing has changed, and the time stays linear."""
     areas: list[list[int]] = []
     for start, end, _ in masked:
+        last = min(end + NEAR, len(text)) if end < len(text) else min(start + NEAR, end)  # nothing follows the rest of a text
         if areas and start - NEAR <= areas[-1][1]:
-            areas[-1][1] = min(end + NEAR, len(text))
+            areas[-1][1] = last
         else:
-            areas.append([max(start - NEAR, 0), min(end + NEAR, len(text))])
+            areas.append([max(start - NEAR, 0), last])
     spans: list[tuple[int, int, int]] = []
     for first, last in areas:
         spans += [
@@ -215,7 +258,7 @@ def _tokens(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Spa
     def find(text: str) -> Iterator[Span]:
         for pattern in patterns:
             end = 0  # of the latest token, which is not searched again for each match in it
-            for match in pattern.finditer(text):
+            for match in _matches(pattern, text):
                 if match.end() > end:
                     tail = _AFTER_TOKEN.match(text, match.end())
                     end = tail.end() if tail else match.end()
@@ -229,7 +272,7 @@ def _values(patterns: Iterable[re.Pattern[str]], valid: Callable[[str], bool] = 
 
     def find(text: str) -> Iterator[Span]:
         for pattern in patterns:
-            for match in pattern.finditer(text):
+            for match in _matches(pattern, text):
                 group = 1 if pattern.groups else 0
                 if valid(match[group]):
                     yield match.span(group)
@@ -237,6 +280,25 @@ def _values(patterns: Iterable[re.Pattern[str]], valid: Callable[[str], bool] = 
     return find
 
 
+_AWS = re.compile("aws", re.IGNORECASE)
+
+
+def _aws_secrets(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Span]]:
+    """The first group of each match. The patterns begin with the word, and are tried only there, because they look far ahead."""
+
+    def find(text: str) -> Iterator[Span]:
+        for pattern in patterns:
+            end = 0
+            for word in _matches(_AWS, text):
+                match = pattern.match(text, word.start()) if word.start() >= end else None
+                if match:
+                    end = match.end()
+                    yield match.span(1)
+
+    return find
+
+
+_JWT_START = re.compile(r"eyJ(?=[A-Za-z0-9\-_=])")
 _JWT_PART = re.compile(r"[A-Za-z0-9\-_=]+")
 _JWT_REST = re.compile(r"[A-Za-z0-9_\-.=]*")
 
@@ -246,10 +308,14 @@ def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
     quadratic time for long texts without a dot."""
 
     def find(text: str) -> Iterator[Span]:
-        at = end = 0
-        for part in _JWT_PART.finditer(text):
-            start = text.find("eyJ", max(at, part.start()), part.end() - 1)
-            second = _JWT_PART.match(text, part.end() + 1) if start >= 0 and text[part.end() : part.end() + 1] == "." else None
+        at = end = 0  # where the next one may begin, and the end of the last one
+        for found in _matches(_JWT_START, text):
+            start = found.start()
+            first = _JWT_PART.match(text, start) if start >= at else None
+            if not first:
+                continue
+            at = first.end()
+            second = _JWT_PART.match(text, at + 1) if text[at : at + 1] == "." else None
             if second:
                 at = second.end() + (text[second.end() : second.end() + 1] == ".")
                 if at > end:
@@ -288,7 +354,7 @@ def _private_keys(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterat
             # Of the latest line that is part of a header: its end, and (end of the key after it, whether it has a body).
             line, at_line = -1, (0, False)
             body = end = 0  # lines of the last key: another header in them has the same end
-            for header in pattern.finditer(text):
+            for header in _matches(pattern, text):
                 if body <= header.start() and header.end() <= end:
                     continue
                 rest = _KEY_HEADER_END.match(text, header.end())
@@ -370,7 +436,7 @@ def _rules() -> tuple[Rule, ...]:
             secret=True,
         ),
         Rule("aws key", "A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA", _tokens([access_key]), secret=True),
-        Rule("aws key", "(?i:aws.{0,20}(?:key|pwd|pw|pass|token|secret))", _values([secret_key, _AWS_SECRET]), secret=True),
+        Rule("aws key", "(?i:aws.{0,20}(?:key|pwd|pw|pass|token|secret))", _aws_secrets([secret_key, _AWS_SECRET]), secret=True),
         token("azure key", "AccountKey=", azure_storage_key.AzureStorageKeyDetector),
         token("discord token", r"[MNO][a-zA-Z0-9_-]{23,25}\.[a-zA-Z0-9_-]{6}\.", discord.DiscordBotTokenDetector),
         token("github token", "gh[pousr]_|github_pat_", github_token.GitHubTokenDetector, "github_pat_[A-Za-z0-9_]{40,}"),
@@ -408,6 +474,7 @@ def _rules() -> tuple[Rule, ...]:
 # --- personal data ---------------------------------------------------------------------------------------------------------------
 
 _LOCAL = re.compile(r"[A-Za-z0-9À-ɏ.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
+_AT = re.compile("@")
 _DOMAIN = re.compile(
     r"[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62})(?:\.[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62}))*?\.(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-zÀ-ɏ]{2,24})(?![A-Za-z0-9À-ɏ-]|\.[A-Za-z0-9])"
 )
@@ -416,7 +483,7 @@ _FILE_ENDINGS = frozenset({"png", "jpg", "jpeg", "gif", "svg", "webp", "ico", "p
 
 def _emails(text: str) -> Iterator[Span]:
     """Searched from each @ outwards, which is fast on long texts without spaces."""
-    for at in re.finditer("@", text):
+    for at in _matches(_AT, text):
         domain = _DOMAIN.match(text, at.end())
         local = _LOCAL.search(text, max(0, at.start() - 64), at.start())
         if domain is None or local is None:
@@ -444,7 +511,7 @@ _ISSUED = re.compile(
 def _cards(text: str) -> Iterator[Span]:
     from stdnum import luhn
 
-    for match in _CARD.finditer(text):
+    for match in _matches(_CARD, text, MOST_LOOKED_UP):
         digits = re.sub("[ -]", "", match[1])
         if _ISSUED.fullmatch(digits) and luhn.is_valid(digits):
             yield match.span(1)
@@ -464,7 +531,7 @@ def _ibans(text: str) -> Iterator[Span]:
         compact = written.replace(" ", "").replace("-", "").upper()  # the library does this too, in ten times as long
         return int((compact[4:] + compact[:4]).translate(_IBAN_DIGITS)) % 97 == 1 and iban.is_valid(written)
 
-    for match in _IBAN.finditer(text):
+    for match in _matches(_IBAN, text, MOST_LOOKED_UP):
         written = match[1]
         ends = [m.end() for m in re.finditer("[A-Za-z0-9](?![A-Za-z0-9])", written)]
         end = next((end for end in reversed(ends) if end >= 15 and is_valid(written[:end])), None)
@@ -503,7 +570,7 @@ def _national_ids() -> tuple[tuple[str, re.Pattern[str], Callable[[str], bool]],
 
 def _ids(text: str) -> Iterator[Span]:
     for _, pattern, valid in _national_ids():
-        yield from (match.span() for match in pattern.finditer(text) if valid(match.group()))
+        yield from (match.span() for match in _matches(pattern, text, MOST_LOOKED_UP) if valid(match.group()))
 
 
 _GAP = "[ .()/\u2010-\u2013\xa0-]"
@@ -525,14 +592,14 @@ _REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "CN", "JP", "A
 def _phones(text: str) -> Iterator[Span]:
     """International numbers; national ones in the usual format of the US, Britain, Germany and France, or after a word
     for a phone."""
-    for match in _INTERNATIONAL.finditer(text):
+    for match in _matches(_INTERNATIONAL, text, MOST_LOOKED_UP):
         yield from _phone(match.group(), match.start(), ("ZZ",))
-    for match in _AMERICAN.finditer(text):
+    for match in _matches(_AMERICAN, text, MOST_LOOKED_UP):
         yield from _phone(match.group(), match.start(), ("US",))
-    for match in _ZERO.finditer(text):
+    for match in _matches(_ZERO, text, MOST_LOOKED_UP):
         if sum(map(str.isdigit, match[1])) > 8 and not _DATE.search(match[1]) and set(match[1]) - set("01 -/.()"):
             yield from _phone(match[1], match.start(), ("GB", "FR", "DE"))
-    for match in _AFTER_CUE.finditer(text):
+    for match in _matches(_AFTER_CUE, text):
         if _CUE.search(text, max(0, match.start() - 40), match.start()) and not _DATE.search(match.group()):
             yield from _phone(match.group(), match.start(), _REGIONS)
 
@@ -572,7 +639,7 @@ _VERSION = re.compile(r"(?i)(?:\bv|\bver|version|release|build|firmware|section|
 
 def _addresses(text: str) -> Iterator[Span]:
     """Public addresses. Four small numbers are excluded, because they may be a version or a section."""
-    for match in _IPV4.finditer(text):
+    for match in _matches(_IPV4, text):
         try:
             address = IPv4Address(match.group())
         except AddressValueError:
@@ -582,7 +649,7 @@ def _addresses(text: str) -> Iterator[Span]:
             continue
         if (address.is_global and not address.is_multicast) or any(address in network for network in _DOCUMENTATION):
             yield match.span()
-    for match in _IPV6.finditer(text):
+    for match in _matches(_IPV6, text):
         try:
             IPv6Address(match.group())
         except AddressValueError:
