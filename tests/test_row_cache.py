@@ -51,8 +51,9 @@ def files(root: Path) -> list[Path]:
 
 
 @pytest.fixture
-def managed(tmp_path: Path) -> Path:
+def managed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / ".dvc").mkdir()
+    monkeypatch.setattr(row_cache, "_code", lambda changed=False: "code")  # a library that is installed meanwhile would be other code
     COMPUTED.clear()
     return tmp_path
 
@@ -148,6 +149,8 @@ def test_code_is_that_of_the_packages_and_of_installed_libraries(tmp_path: Path,
     monkeypatch.setattr(row_cache, "PACKAGE", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path / "libraries"))
     before = row_cache._code(changed=True)
+    (tmp_path / "core/__pycache__").mkdir()
+    (tmp_path / "core/__pycache__/a.cpython-311.pyc").write_bytes(b"compiled")
     assert row_cache._code(changed=True) == before
     (tmp_path / "core/a.py").write_text("A = 2\n")
     edited = row_cache._code(changed=True)

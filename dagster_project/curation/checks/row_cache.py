@@ -194,8 +194,8 @@ def _code(changed: bool = False) -> str:
         changed: read the files again.
     """
     if not _known_code or changed:
-        files = (file for part in ("core", "curation") for file in sorted((PACKAGE / part).rglob("*")) if file.is_file())
-        own = [value for file in files if file.suffix != ".pyc" for value in (str(file.relative_to(PACKAGE)), file.read_bytes())]
+        files = (file for part in ("core", "curation") for file in sorted((PACKAGE / part).rglob("*")) if "__pycache__" not in file.parts)
+        own = [value for file in files if file.is_file() for value in (str(file.relative_to(PACKAGE)), file.read_bytes())]
         libraries = sorted({entry.name for path in sys.path if Path(path).is_dir() for entry in Path(path).glob("*.dist-info")})
         current = _digest(*own, sys.version, *libraries)
         if changed:
