@@ -254,10 +254,14 @@ def audit(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Reproduce a stage in a scratch clone and compare the bytes, or hash everything that dvc.lock refers to."""
+    """Reproduce a stage in a scratch clone and compare the bytes, hash everything that dvc.lock refers to, or verify signatures."""
+    if options.signatures:
+        return _verify_signatures(options)
     from dagster_project.commands import verify as module
     from dagster_project.orchestration import integrity
 
+    if options.key:
+        raise InputError("verify: --key requires --signatures", "see `pedigree verify --help`")
     if options.integrity == bool(options.stage):
         raise InputError("verify: give either a stage or --integrity", "see `pedigree verify --help`")
     if ((options.deep or options.install) and options.integrity) or (options.all_revs and not options.integrity):
@@ -275,6 +279,35 @@ def verify(options: argparse.Namespace) -> int:
     document = module.verify(_project(options), options.stage, options.rev, options.deep)
     _print(options, document, module.as_text)
     return 1 if document["verdict"] == "different" else 0
+
+
+def _verify_signatures(options: argparse.Namespace) -> int:
+    from dagster_project.commands.verify_signatures import as_text, verify_signatures
+
+    others = ("rev", "deep", "install", "integrity", "all_revs")
+    if not options.stage or any(getattr(options, name) for name in others):
+        raise InputError("verify: --signatures requires a model, and no other option than --key", "see `pedigree verify --help`")
+    document = verify_signatures(Path(options.project).resolve(), options.stage, options.key)
+    _print(options, document, as_text)
+    return 0 if document["verdict"] == "verified" else 1
+
+
+def sign(options: argparse.Namespace) -> int:
+    """Sign a model with a local key, in the form of OpenSSF Model Signing."""
+    from dagster_project.commands.sign import sign as sign_model
+    from dagster_project.commands.sign import sign_text
+
+    _print(options, sign_model(Path(options.project).resolve(), options.model, options.key), sign_text)
+    return 0
+
+
+def attest(options: argparse.Namespace) -> int:
+    """Sign how each stage of a model's lineage was run: in-toto statements with SLSA provenance."""
+    from dagster_project.commands.sign import attest as attest_model
+    from dagster_project.commands.sign import attest_text
+
+    _print(options, attest_model(_project(options), options.model, options.key, options.remade), attest_text)
+    return 0
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -625,12 +658,32 @@ def _add_lineage_commands(commands: Any) -> None:
     add("--install", action="store_true", help="if another version made it: install that one in a scratch environment, and verify there")
     add("--integrity", action="store_true", help="instead hash everything that dvc.lock refers to, in the cache and the workspace")
     add("--all-revs", action="store_true", help="with --integrity: also at every commit that changed dvc.lock")
+    add(
+        "--signatures",
+        action="store_true",
+        help="instead verify the signature and the attestations of a model, or of a folder that has them",
+    )
+    add("--key", metavar="PUB", help="with --signatures: the public key to trust (default: the one beside the signatures)")
+    _add_signing_commands(commands)
     add = _add_command(commands, export).add_argument
     add("model", metavar="MODEL", help="path, name of a stage, or content hash")
     add("--format", required=True, choices=formats())
     add("--out", metavar="FILE", help="default: standard output")
     add("--rev", help=workspace)
     add("--issued", type=_date, metavar="YYYY-MM-DD", help="default: the date of the commit that recorded the model")
+
+
+def _add_signing_commands(commands: Any) -> None:
+    for function in (sign, attest):
+        add = _add_command(commands, function).add_argument
+        add("model", metavar="MODEL", help="name of a stage, path, or content hash" + ("; or any folder" if function is sign else ""))
+        add("--key", metavar="FILE", help="private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)")
+        if function is attest:
+            add(
+                "--remade",
+                action="store_true",
+                help="first make all stages again from the sources, as `verify --deep`, and state the result",
+            )
 
 
 def _add_evaluation_commands(commands: Any) -> None:

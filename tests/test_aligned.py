@@ -280,7 +280,8 @@ def test_a_resumed_training_ends_in_the_same_bytes(
     align_it(tmp_path / "whole", preferences, judged[0], tiny_model, **settings)
     from contextlib import contextmanager
 
-    from dagster_project.training.trainers.alignment import ppo, trl_training
+    from dagster_project.training.trainers.alignment import ppo
+    from dagster_project.training.trainers.alignment.trl_trainers import training
 
     asked = iter([*[False] * (0 if method == "ppo" else 3), *[True] * 20])
 
@@ -289,7 +290,7 @@ def test_a_resumed_training_ends_in_the_same_bytes(
         yield lambda: next(asked)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ppo if method == "ppo" else trl_training, "stop_on_request", stop)
+        patched.setattr(ppo if method == "ppo" else training, "stop_on_request", stop)
         with pytest.raises(Interrupted, match="interrupted at"):
             align_it(tmp_path / "stopped", preferences, judged[0], tiny_model, **settings)
     assert list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
@@ -302,7 +303,7 @@ def test_resuming_from_any_step_gives_the_same_bytes_and_number_of_measurements(
 ) -> None:
     from contextlib import contextmanager
 
-    from dagster_project.training.trainers.alignment import trl_training
+    from dagster_project.training.trainers.alignment.trl_trainers import training
     from dagster_project.training.trainers.harness import session as harness
 
     align_it(tmp_path / "whole", preferences, judged[0], tiny_model, method="dpo")  # four steps an epoch, two epochs
@@ -321,7 +322,7 @@ def test_resuming_from_any_step_gives_the_same_bytes_and_number_of_measurements(
 
         with monkeypatch.context() as patched:
             patched.setattr(harness, "Progress", counted)
-            patched.setattr(trl_training, "stop_on_request", stop)
+            patched.setattr(training, "stop_on_request", stop)
             with pytest.raises(Interrupted, match=f"interrupted at step {step};"):
                 align_it(tmp_path / str(step), preferences, judged[0], tiny_model, method="dpo")
         align_it(tmp_path / str(step), preferences, judged[0], tiny_model, method="dpo")

@@ -112,7 +112,14 @@ def test_audit_impact_and_export_work_in_the_core(core: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("command", "extra"),
-    [("run splits", "pipeline"), ("ui", "pipeline"), ("sync", "pipeline"), ("upgrade", "pipeline"), ("plan --model config.json", "train")],
+    [
+        ("run splits", "pipeline"),
+        ("ui", "pipeline"),
+        ("sync", "pipeline"),
+        ("upgrade", "pipeline"),
+        ("plan --model config.json", "train"),
+        ("sign config.json --key config.json", "trust"),
+    ],
 )
 def test_any_other_command_names_the_extra_that_it_needs(core: Path, tmp_path: Path, command: str, extra: str) -> None:
     project = Project(tmp_path / "project")

@@ -9,19 +9,11 @@ from pathlib import Path
 
 import pytest
 from builders import small_pipeline
+from builders.files import flip
 from conftest import dvc, pedigree
 
 from dagster_project.orchestration.integrity import as_text, examine
 from dagster_project.pipeline import STAGES
-
-
-def flip(path: Path, bit: int = -1) -> None:
-    """Flip one bit in place, as a disk or an intruder would: the mode stays what it was."""
-    mode, content = path.stat().st_mode, bytearray(path.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    path.chmod(0o644)
-    path.write_bytes(content)
-    path.chmod(mode)
 
 
 def named(root: Path, where: str) -> set[str]:

@@ -27,6 +27,7 @@ from dagster_project.training.methods.hardware import available_memory, prepare
 from dagster_project.training.planning import layerwise, memory
 from dagster_project.training.planning.hints import training_spec
 from dagster_project.training.planning.memory import size_text
+from dagster_project.training.planning.pairs import Pair, largest_pass, lengths_of, reads_pairs_once
 from dagster_project.training.planning.timing import Operations
 from dagster_project.training.planning.torch_internals import replaced
 from dagster_project.training.tokens import chat_templates
@@ -46,7 +47,7 @@ USUAL: dict[str, dict[str, Any]] = {
 """Keys of a method when it is planned without a params.yaml. Other methods use PEFT's defaults."""
 
 FORWARD_PASSES = {"kto": 3}
-"""Additional forward passes per forward and backward pass: one, of the reference model. kto has two more, of both
+"""Additional forward passes per forward and backward pass: one, of the reference model, for dpo in the first epoch. kto has two more, of both
 models on unmatched answers."""
 
 PUBLISHED = {"full": "60-80", "lora": "16-20", "qlora": "6-8"}
@@ -228,9 +229,15 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, entry.quantization, entry.gradient_checkpointing, passes,
         entry.optim, f"aligned.{name}", sharding=entry.sharding, processes=shared,
     )  # fmt: skip
-    units = 3 + FORWARD_PASSES.get(entry.method, 1)  # a forward and backward pass is 3 units
+    tokens = n * per_step
+    if method.reads_pairs and reads_pairs_once(base_model, machine.device, entry.peft):
+        spec, share = _reading_pairs_once(spec, pairs, per_pass, n * passes, sum(lengths))
+        tokens *= share
+    # a forward and backward pass is 3 units; a forward pass of the reference is one, for dpo once for all epochs
+    reference = tokens / 3 / (entry.num_train_epochs if method.reads_pairs else 1)
+    work = tokens + FORWARD_PASSES.get(entry.method, 1) * reference
     processes = machine.processes if method.shares_processes else shared
-    requirements = _requirements(spec, machine, round(n * per_step * units / 3), processes, method.can_shard)
+    requirements = _requirements(spec, machine, round(work), processes, method.can_shard)
     return {
         "pairs": len(pairs),
         "epochs": entry.num_train_epochs,
@@ -250,7 +257,8 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
     from dagster_project.stages import reward_model
 
     entry = params.parse(reward_model.Params, values, "reward_model")
-    lengths = [len(prompt) + len(answer) for prompt, *answers in _training_pairs(root, base_model) for answer in answers]
+    training_pairs = _training_pairs(root, base_model)
+    lengths = [len(prompt) + len(answer) for prompt, *answers in training_pairs for answer in answers]
     processes = machine.processes if entry.sharding else 1
     batch, pairs = 2 * entry.per_device_train_batch_size, len(lengths) // 2
     per_step = entry.per_device_train_batch_size * entry.gradient_accumulation_steps * processes
@@ -261,8 +269,31 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
         entry.gradient_checkpointing, entry.gradient_accumulation_steps, entry.optim, "reward_model", sharding=entry.sharding,
         processes=processes,
     )  # fmt: skip
-    requirements = _requirements(spec, machine, tokens, processes)
+    work: float = tokens
+    if reads_pairs_once(base_model, machine.device, entry.peft):
+        spec, share = _reading_pairs_once(
+            replace(spec, counted=0), training_pairs, entry.per_device_train_batch_size, n * entry.gradient_accumulation_steps, sum(lengths)
+        )
+        work *= share
+    requirements = _requirements(spec, machine, round(work), processes)
     return {"pairs": pairs, "epochs": entry.num_train_epochs, "steps": n, "tokens": tokens, **requirements}
+
+
+def _reading_pairs_once(
+    spec: memory.TrainingSpec, pairs: Sequence[Pair], per_pass: int, passes: int, tokens: int
+) -> tuple[memory.TrainingSpec, float]:
+    """The training with the largest pass of one that reads what two texts have in common once, and the share of tokens that it reads.
+
+    Args:
+        per_pass, passes: pairs in a pass, and passes of the training.
+        tokens: of all texts.
+    """
+    sizes = [lengths_of(pair) for pair in pairs]
+    read = [sum(size) for size in sizes]
+    rows = largest_pass(read, per_pass, passes)
+    counted = sum(len(answer) for row in rows for answer in pairs[row][1:]) if spec.counted else 0
+    largest = tuple(sizes[row] for row in rows)
+    return replace(spec, lengths=[read[row] for row in rows], counted=counted, pair_lengths=largest), sum(read) / tokens
 
 
 def _training_pairs(root: Path, base_model: Path) -> list[tuple[list[int], list[int], list[int]]]:

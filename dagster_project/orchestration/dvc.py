@@ -622,6 +622,18 @@ def outputs(root: Path, address: str) -> dict[str, str]:
         return {os.path.relpath(out.fs_path, root): _hash(out) for out in stage.outs}
 
 
+def files_within(root: Path, paths: Iterable[str]) -> list[str]:
+    """All files at or in paths of the project, without those that .dvcignore excludes."""
+    with open_repo(root) as repo:
+        found = {
+            os.path.relpath(file, root)
+            for path in paths
+            for file in (repo.dvcignore.find(repo.fs, str(root / path)) if (root / path).is_dir() else [root / path])
+            if Path(file).is_file()
+        }
+    return sorted(found)
+
+
 def tracked_sources(root: Path) -> dict[str, str]:
     """Recorded content hash of each source with a .dvc file, by path."""
     with open_repo(root) as repo:

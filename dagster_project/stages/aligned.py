@@ -30,7 +30,7 @@ from dagster_project.training.trainers.alignment.preference import (
     StoppedHistory,
 )
 from dagster_project.training.trainers.alignment.reward_model import MODEL, RewardModel, Rewards, failed_checks, tokenizer_of
-from dagster_project.training.trainers.alignment.trl_training import document_of, preference_identity
+from dagster_project.training.trainers.alignment.trl_trainers.training import document_of, preference_identity
 from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import write_curve
@@ -192,8 +192,12 @@ def produce(
     kept = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
     inputs = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items()}
     start_others({**_shared(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__)
-    with advice_on_memory():
-        judge = RewardModel(reward_model, device, dtype, params.sharding) if usable else None
+
+    def load_judge() -> RewardModel | None:
+        with advice_on_memory():
+            return RewardModel(reward_model, device, dtype, params.sharding) if usable else None
+
+    judge = load_judge() if method.learns_from_rewards else None
     rewards = Rewards(params.rewards, judge) if method.learns_from_rewards else None
     try:
         history = method.train(
@@ -201,6 +205,7 @@ def produce(
         )
     except Diverged as diverged:
         return Report(checks=[_diverged(diverged, pairs["train"])])
+    judge = judge or load_judge()  # methods that learn from pairs need its memory only now
     used = [shared, judge.shared] if judge else [shared]
     preferred, watch = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], judge, params, out))
     shared.join()
@@ -280,7 +285,11 @@ def other_process(work: Mapping[str, Any]) -> None:
     method = params.parsed_method("aligned")
     _, shared = _policy(sources.sft, params, device, dtype, "aligned")
     scores = params.rewards.get(MODEL) if method.learns_from_rewards and not params.sharding else work["scored"]
-    judge = RewardModel(sources.reward_model, device, dtype, params.sharding) if scores else None
+
+    def load_judge() -> RewardModel | None:
+        return RewardModel(sources.reward_model, device, dtype, params.sharding) if scores else None
+
+    judge = load_judge() if method.learns_from_rewards else None
     rewards = Rewards(params.rewards, judge) if method.learns_from_rewards else None
     pairs = {split: read_preferences(sources.preferences / split) for split in ("train", "validation")}
 
@@ -290,6 +299,7 @@ def other_process(work: Mapping[str, Any]) -> None:
     run = AlignmentRun(shared, tokenizer_of(sources.sft), pairs, rewards, params, compute, Checkpoints(checkpoints, {}), begin=begin)
     with suppress(Diverged, Interrupted):  # the first process reports it
         method.train(run)
+        judge = judge or load_judge()
         sharding.in_step([shared, judge.shared] if judge else [shared], _nothing)
         shared.join()
 

@@ -23,7 +23,7 @@ from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import reward_model
-from dagster_project.training.trainers.alignment.trl_training import TrainerSpec, document_of, preference_identity, train
+from dagster_project.training.trainers.alignment.trl_trainers.training import document_of, preference_identity, train
 from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import write_curve
@@ -48,7 +48,6 @@ CHECK_DESCRIPTIONS = {
     "better_than_length": "The lower limit of this accuracy's interval is above the accuracy of choosing by length.",
 }
 
-FIGURES = {"accuracy": "accuracy", "margin": "margin", "mean_reward": "reward"}
 BINS = 10
 CURVE = ("loss", "accuracy", "margin", "learning_rate", "grad_norm")
 """Columns of the training curve, between step and tokens."""
@@ -235,10 +234,7 @@ def _train(
 ) -> TrainingHistory | CheckResult:
     """Train the model in place; it is whole in the first process afterwards. Returns the failed check `learned` if a loss or a trained
     weight is not finite."""
-    import trl
-
-    options = {"max_length": None, "center_rewards_coefficient": params.center_rewards_coefficient}
-    spec = TrainerSpec("reward model", trl.RewardTrainer, trl.RewardConfig, options, FIGURES)
+    spec = reward_model.trainer_spec(params.center_rewards_coefficient)
     rows = {split: _rows(tokenizer, pairs[split], params.margins) for split in ("train", "validation")}
     try:
         history = train(spec, shared, tokenizer, rows["train"], rows["validation"], params, compute, checkpoints, live)

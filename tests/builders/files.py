@@ -64,3 +64,12 @@ def jsonl(path: Path, *rows: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def flip(path: Path, bit: int = -1) -> None:
+    """Flip one bit in place, as a disk or an intruder would: the mode stays what it was."""
+    mode, content = path.stat().st_mode, bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.chmod(0o644)
+    path.write_bytes(content)
+    path.chmod(mode)

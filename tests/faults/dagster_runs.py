@@ -90,9 +90,10 @@ def _daemon_killed(alone: bool) -> Callable[[Play], None]:
     def play(at_work: Play) -> None:
         (at_work.root / ".dagster").mkdir(exist_ok=True)
         at_work.run("pedigree", "sync")
-        launched = _dagster(at_work, "dagster", "job", "launch", "-w", "workspace.yaml", "-j", "data", "-l", "pedigree").communicate()[0]
-        if b"Launched" not in launched:
-            raise Violation(launched.decode())
+        launch = _dagster(at_work, "dagster", "job", "launch", "-w", "workspace.yaml", "-j", "data", "-l", "pedigree")
+        said = launch.communicate()[0]
+        if launch.returncode:
+            raise Violation(said.decode())
         first = _dagster(at_work, "dagster-daemon", "run", "-w", "workspace.yaml")
         try:
             _until(lambda: any((at_work.root / SCRATCH).glob("*/*")), "no stage of the queued run began")

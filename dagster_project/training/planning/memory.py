@@ -34,6 +34,7 @@ from dagster_project.training.methods.build import (
 )
 from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
+from dagster_project.training.planning.pairs import pair_passes
 from dagster_project.training.planning.timing import Operations, attention, attention_and_back
 from dagster_project.training.planning.torch_internals import intercepted, meta_tensors, replaced, run_on_meta
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, Sharding
@@ -171,7 +172,10 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
             _feature_pass(ledger, base, [max(spec.lengths)] * batch)
         else:
             passes = min(2, spec.gradient_accumulation_steps)
-            _passes(ledger, prepared, base, spec.rows * spec.lengths, spec.rows * spec.counted, passes, not spec.sharding)
+            if spec.pair_lengths:
+                pair_passes(ledger, prepared, base, spec.pair_lengths, spec.counted, passes)
+            else:
+                _passes(ledger, prepared, base, spec.rows * spec.lengths, spec.rows * spec.counted, passes, not spec.sharding)
             ledger.operations.multiply(spec.gradient_accumulation_steps / passes)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if spec.timed and not prepared.fit:
@@ -239,6 +243,9 @@ class TrainingSpec:
     sharding: Sharding | None = None
     processes: int = 1
     """Number of GPUs among which `sharding` divides the model. On a CPU each process loads the whole model, and nothing is divided."""
+    pair_lengths: tuple[tuple[int, int, int], ...] = ()
+    """Of a training on pairs that reads what two texts have in common once: tokens of that, of the rest of the first and of the rest of the
+    second text, for each pair of the largest pass. Then `lengths` are the tokens of the pairs, and without `counted` no logits are computed."""
 
     @cached_property
     def prediction(self) -> Prediction:

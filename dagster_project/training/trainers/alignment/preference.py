@@ -35,9 +35,10 @@ from dagster_project.training.inference.answers import read_parts
 from dagster_project.training.methods import build
 from dagster_project.training.methods.build import PreparedModel, Quantization
 from dagster_project.training.tokens.preference_pairs import both, prompt_ids, reply
-from dagster_project.training.trainers.alignment import ppo, trl_training
+from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.alignment.reward_model import Rewards
-from dagster_project.training.trainers.alignment.trl_training import TrainerSpec
+from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
+from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams
@@ -101,6 +102,8 @@ class AlignmentMethod(Section):
     """Size of a checkpoint, in multiples of the trainable weights."""
     ignored_params: ClassVar[frozenset[str]] = frozenset()
     """Keys of an entry that this method does not use."""
+    reads_pairs: ClassVar[bool] = False
+    """Whether a pass reads both answers of its pairs together, see shared_prompts.py, and the reference once."""
     rows_per_pair: ClassVar[int] = 1
     """Training rows per pair."""
     figures: ClassVar[Sequence[str]]
@@ -155,7 +158,7 @@ class TrlMethod(AlignmentMethod):
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
         rows, validation = (self.rows(run.tokenizer, run.pairs[split]) for split in ("train", "validation"))
-        return trl_training.train(
+        return training.train(
             self.trainer_spec(run), run.shared, run.tokenizer, rows, [] if self.learns_from_rewards else validation, run.params,
             run.compute, run.checkpoints, run.live, run.begin,
         )  # fmt: skip
@@ -173,6 +176,7 @@ class Dpo(TrlMethod):
     """Options of dpo."""
 
     name = "dpo"
+    reads_pairs = True
     can_shard = True
     metrics = PAIR_METRICS
     figures = tuple(PAIR_METRICS.values())
@@ -201,7 +205,10 @@ class Dpo(TrlMethod):
         losses: dict[str, Any] = {"loss_type": [self.loss_type]}
         if self.rpo_alpha:
             losses = {"loss_type": [self.loss_type, "sft"], "loss_weights": [1.0, self.rpo_alpha]}
-        return TrainerSpec(self.name, trl.DPOTrainer, trl.DPOConfig, {**options, **losses, "max_length": None}, self.metrics)
+        arguments = {**options, **losses, "max_length": None}
+        return TrainerSpec(
+            self.name, trl.DPOTrainer, trl.DPOConfig, arguments, self.metrics, outputs=shared_prompts.log_probabilities, has_reference=True
+        )
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [

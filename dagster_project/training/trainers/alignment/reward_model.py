@@ -22,6 +22,8 @@ from dagster_project.training.methods.build import Quantization, peft_config
 from dagster_project.training.methods.load import frozen_4bit, nf4_config
 from dagster_project.training.tokens.collators import pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered
+from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
+from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness.params import Sharding
 from dagster_project.training.trainers.harness.session import put
@@ -48,6 +50,22 @@ def failed_checks(folder: Path) -> dict[str, str]:
         return {"quality": f"{QUALITY} is missing: run `dvc repro reward_model`"}
     found: dict[str, str] = json.loads((folder / QUALITY).read_text(encoding="utf-8"))["failed_checks"]
     return found
+
+
+FIGURES = {"accuracy": "accuracy", "margin": "margin", "mean_reward": "reward"}
+"""Metric as TRL logs it -> its name in the curve."""
+
+
+def trainer_spec(center_rewards_coefficient: float | None) -> TrainerSpec:
+    """TRL's trainer of reward models.
+
+    Args:
+        center_rewards_coefficient: weight of the squared sum of a pair's rewards in the loss; None: none.
+    """
+    import trl
+
+    options = {"max_length": None, "center_rewards_coefficient": center_rewards_coefficient}
+    return TrainerSpec("reward model", trl.RewardTrainer, trl.RewardConfig, options, FIGURES, outputs=shared_prompts.rewards)
 
 
 def build(

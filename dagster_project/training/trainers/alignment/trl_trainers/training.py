@@ -5,15 +5,19 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
-from itertools import takewhile, zip_longest
+from itertools import chain, islice, takewhile, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.hashing import sha256_of_files
 from dagster_project.core.params import Compute
+from dagster_project.training.methods.build import causal
+from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
+from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_by_pair
 from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, params_identity, run_identity
 from dagster_project.training.trainers.harness.history import TrainingHistory
@@ -51,6 +55,10 @@ class TrainerSpec:
     """Metric as TRL logs it -> its name in our curve, e.g. {"rewards/margins": "margin"}."""
     constructor: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the trainer's constructor, e.g. reward functions."""
+    outputs: Callable[..., Any] | None = None
+    """Of trainers on pairs: the output of the model for a batch of `shared_prompts.collate_pairs`, as the trainer's loss reads it."""
+    has_reference: bool = False
+    """Whether the loss of pairs reads log-probabilities under the reference, which are computed once."""
 
 
 class TrlSession(SharedSession):
@@ -62,6 +70,10 @@ class TrlSession(SharedSession):
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
         super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
         self.metrics = spec.metrics
+        self.outputs = spec.outputs if spec.outputs and shared_prompts.reads_prompts_once(model, self.device.type) else None
+        """As in the specification; None if the model cannot read pairs so, or there are none."""
+        self.reference: dict[int, tuple[float, float]] = {}
+        """Log-probabilities of the chosen and the rejected answer of each row under the reference; validation rows have negative numbers."""
 
     def step_point(self, step: int, logs: Mapping[str, float]) -> tuple[dict[str, float], str]:
         self.history.tokens = int(logs.get("num_tokens", 0))
@@ -107,7 +119,8 @@ def _trainer_class(base: type) -> type:
             return loss
 
         def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
-            compute = partial(self.session.compute_loss, model, partial(super().compute_loss, model, inputs, *arguments, **named))
+            forward = partial(self.session.outputs, model) if self.session.outputs else model
+            compute = partial(self.session.compute_loss, model, partial(super().compute_loss, forward, inputs, *arguments, **named))
             if not self.session.idles:
                 return compute()
             metrics, tokens = self._metrics, self._total_train_tokens
@@ -195,7 +208,11 @@ def train(
         if model.root is not None:
             session.divided(model.root)
         begin()
-        run_session(session, trainer, bool(validation_rows))
+        with attending_by_pair(causal(model.model)) if session.outputs else nullcontext():
+            if spec.has_reference and not session.is_complete():
+                trainer.precompute_ref_logps = True
+                session.reference.update(_reference(session, trainer, len(rows), len(validation_rows)))
+            run_session(session, trainer, bool(validation_rows))
     session.history.seconds = session.seconds()
     session.show(session.history.curve, now=True)
     return session.history
@@ -224,7 +241,9 @@ def _build_trainer(
         model=model,
         args=spec.config(**arguments | own | dict(spec.arguments)),
         train_dataset=Dataset.from_list([{**row, "row": number} for number, row in enumerate(rows)]),
-        eval_dataset=Dataset.from_list([{**row, "row": -1} for row in validation_rows]) if validation_rows else None,
+        eval_dataset=Dataset.from_list([{**row, "row": -1 - number} for number, row in enumerate(validation_rows)])
+        if validation_rows
+        else None,
         processing_class=tokenizer,
         callbacks=[monitor(session)],
         **spec.constructor,
@@ -234,16 +253,48 @@ def _build_trainer(
     for weight, data in whole.items():
         if weight.dtype != data.dtype:  # TRL rounds adapters of 4-bit weights to bfloat16
             weight.data = data
-    collate = trainer.data_collator
-    trainer.data_collator = lambda batch: _with_rows(collate(batch), batch)
+    trainer.data_collator = partial(_collate, session, trainer.data_collator)
     return trainer
 
 
-def _with_rows(batch: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The batch with the numbers of its rows, "rows" (rows) int64. That of an online method is the list of rows itself."""
+def _collate(session: TrlSession, collate: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The batch of TRL's collator with the numbers of its rows, "rows" (rows) int64, the reference's log-probabilities as far as they are known,
+    and the arguments of `session.outputs`. The batch of an online method is the list of rows itself."""
     import torch
 
-    return batch if isinstance(batch, list) else {**batch, "rows": torch.tensor([row["row"] for row in rows])}
+    batch = collate(rows)
+    if isinstance(batch, list):
+        return batch
+    numbers = [row["row"] for row in rows]
+    known = {}
+    if session.reference:
+        chosen, rejected = zip(*(session.reference[number] for number in numbers), strict=True)
+        known = {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}
+    return {**batch, **known, **(shared_prompts.collate_pairs(rows) if session.outputs else {}), "rows": torch.tensor(numbers)}
+
+
+def _reference(session: TrlSession, trainer: Any, rows: int, validation_rows: int) -> dict[int, tuple[float, float]]:
+    """Log-probabilities of the answers of all rows under the reference, which is the model without its adapter.
+
+    The batches are those of the first epoch, so that rounding is that of the policy's first pass: before the first step both are equal. Each
+    process computes its share of them, in all processes equally many passes. The state of random generators does not change.
+    """
+    import torch
+
+    found = torch.zeros(rows + validation_rows, 2, dtype=torch.float64, device=session.device)  # from the end: validation rows
+    model, process = trainer.model.eval(), session.process
+    forward = partial(session.outputs, model) if session.outputs else model
+    with torch.random.fork_rng(devices=[]):
+        batches = chain(trainer.get_train_dataloader(), trainer.get_eval_dataloader() if validation_rows else ())
+        while some := list(islice(batches, process.size)):
+            batch = some[min(process.rank, len(some) - 1)]
+            taken = _take_rows(batch)
+            logs = session.compute_loss(model, partial(trainer.compute_ref_log_probs, forward, batch))
+            if process.rank < len(some):
+                found[taken] = torch.stack(logs, 1).to(found)
+    found = distributed.summed(found)
+    numbers = [*range(rows), *range(-validation_rows, 0)]
+    return {number: (float(found[number, 0]), float(found[number, 1])) for number in numbers}
 
 
 def _take_rows(inputs: Any) -> list[int]:

@@ -1,0 +1,188 @@
+"""`pedigree sign` and `pedigree attest`: sign a model, and how each stage of its lineage was run. Nothing is written into an output of the pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.documents import damage
+from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file
+from dagster_project.core.layout import report_of
+from dagster_project.core.records import write_text
+from dagster_project.lineage.history import LOCK, is_within
+from dagster_project.lineage.signing import model_signature, provenance
+from dagster_project.lineage.signing.keys import KEY_VARIABLE, PASSWORD_VARIABLE, PrivateKey, private_key
+from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
+from dagster_project.lineage.signing.target import Target, find
+
+
+def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
+    """Sign all files of a folder.
+
+    Args:
+        model: name of a stage, path of its output, content hash, or any folder.
+        key_file: of the private key; None: from the environment.
+    Returns:
+        {"model", "folder", "files": number of files, "signature", "public_key": paths, "key": sha256 of the public key}.
+    Raises:
+        InputError: no such folder, no usable key, the output is not the recorded one, or the folder cannot be signed.
+    """
+    key, target = private_key(key_file), find(root, model)
+    target.refuse_other_key(key.public)
+    target.refuse_unrecorded()
+    if key_file and Path(key_file).resolve().is_relative_to(target.folder.resolve()):
+        raise InputError(
+            f"--key {key_file}: the private key is in the folder to be signed", "keep it elsewhere: the folder may be published"
+        )
+    found = model_signature.contents(target.folder, IGNORED)
+    if found.other:
+        raise InputError(f"{target.path}/{found.other[0]}: neither a file nor a folder", "sign a copy without links: `cp -rL`")
+    if not found.files:
+        raise InputError(f"{target.path}: it contains no files", "name the folder of a model")
+    text = model_signature.bundle(model_signature.manifest(target.folder.name, found), key)
+    return {**_written(target, SIGNATURE, text, key), "files": len(found.files)}
+
+
+def _written(target: Target, name: str, text: str, key: PrivateKey) -> dict[str, Any]:
+    """Write a file of signatures, and the public key beside it."""
+    write_text(target.signatures / PUBLIC_KEY, key.public.pem.decode())
+    write_text(target.signatures / name, text)
+    return {
+        "model": target.label,
+        "folder": target.path,
+        {SIGNATURE: "signature", ATTESTATIONS: "attestations"}[name]: target.shown(target.signatures / name),
+        "public_key": target.shown(target.signatures / PUBLIC_KEY),
+        "key": key.public.fingerprint,
+    }
+
+
+def sign_text(document: Mapping[str, Any]) -> str:
+    return f"{document['model']}: {document['files']} files of {document['folder']} signed\n{_files_text(document, 'signature')}"
+
+
+def _files_text(document: Mapping[str, Any], kind: str) -> str:
+    key = f"{document['public_key']}  (sha256 {document['key'][:16]})"
+    return f"  {kind.replace('_', ' '):<12} {document[kind]}\n  public key   {key}\ncheck them: pedigree verify {document['model']} --signatures"
+
+
+def attest(root: Path, model: str, key_file: str | None, remade: bool = False) -> dict[str, Any]:
+    """Sign one statement about each stage of a model's lineage.
+
+    Args:
+        model: name of a stage, path of its output, or content hash.
+        remade: make all these stages again first, from the sources, and state the result.
+    Returns:
+        {"model", "folder", "stages": addresses in flow order, "remade": verdict or None, "attestations", "public_key": paths, "key"}.
+    Raises:
+        InputError: no such model, no usable key, or a file is not what dvc.lock recorded.
+        CheckFailed: made again, an output differs.
+    """
+    key, target = private_key(key_file), find(root, model)
+    if target.root is None:
+        raise InputError(f"{model}: not an output in dvc.lock, so nothing is recorded about how it was made", "name a stage, or its output")
+    target.refuse_other_key(key.public)
+    records = Lineage(target.root, target.lock, target.address).records()
+    verdict, results = None, dict[str, Any]()
+    if remade:
+        verdict, results = _made_again(target.root, target.address)
+    statements = [provenance.statement(record.with_result(results.get(record.address))) for record in records]
+    written = _written(target, ATTESTATIONS, provenance.lines(statements, key), key)
+    return {**written, "stages": [record.address for record in records], "remade": verdict}
+
+
+def _made_again(root: Path, address: str) -> tuple[str, dict[str, Any]]:
+    """Verdict of `pedigree verify --deep`, and address -> what its statement says about it. The stages do not get the key."""
+    from dagster_project.commands.verify import as_text, verify
+
+    for name in (KEY_VARIABLE, PASSWORD_VARIABLE):
+        os.environ.pop(name, None)
+    document = verify(root, address, deep=True)
+    if document["verdict"] == "different":
+        raise CheckFailed(
+            f"{as_text(document)}\n{address} could not be made again with the same bytes: nothing was signed", "see the causes"
+        )
+    return document["verdict"], {name: {"verdict": stage["verdict"]} for name, stage in document["stages"].items()}
+
+
+def attest_text(document: Mapping[str, Any]) -> str:
+    remade = f", made again from the sources: {document['remade']}" if document["remade"] else ", not made again"
+    return f"{document['model']}: {len(document['stages'])} stages attested{remade}\n{_files_text(document, 'attestations')}"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The stages that an output was made with, and their files in the workspace."""
+
+    root: Path
+    lock: Mapping[str, Any]
+    address: str
+    _digests: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def addresses(self) -> list[str]:
+        """All upstream stages in flow order, and the stage itself."""
+        from dagster_project.commands.outputs import ancestors
+
+        return [*ancestors(self.lock, self.address), self.address]
+
+    def texts(self) -> dict[str, str]:
+        """Address -> text of its entry in dvc.lock."""
+        return provenance.lock_texts((self.root / LOCK).read_text(encoding="utf-8"))
+
+    def files(self, paths: Sequence[str]) -> list[str]:
+        """All files at or in paths of the project, as DVC lists them."""
+        from dagster_project.orchestration import dvc
+
+        return dvc.files_within(self.root, paths)
+
+    def digests(self, name: str) -> dict[str, str]:
+        """md5 and sha256 of a file of the project. Each file is hashed once."""
+        if name not in self._digests:
+            self._digests[name] = {"md5": md5_of_file(self.root / name), "sha256": sha256_of_file(self.root / name)}
+        return self._digests[name]
+
+    def records(self) -> list[provenance.StageRecord]:
+        """What is known of each stage.
+
+        Raises:
+            InputError: a file of the workspace is not what dvc.lock recorded.
+        """
+        addresses, texts = self.addresses(), self.texts()
+        items = {name: [*self.lock[name].get("deps", []), *self.lock[name].get("outs", [])] for name in addresses}
+        names = self.files([item["path"] for name in addresses for item in items[name]])
+        for address in addresses:
+            for item in items[address]:
+                self._refuse_changed(address, item, [name for name in names if is_within(name, item["path"])])
+        made = {out["path"]: name for name in addresses for out in self.lock[name].get("outs", [])}
+        return [
+            provenance.StageRecord(
+                address,
+                self.lock[address],
+                texts[address],
+                {
+                    dep["path"]: sorted({one for out, one in made.items() if is_within(out, dep["path"]) or is_within(dep["path"], out)})
+                    for dep in self.lock[address].get("deps", [])
+                },
+                {name: self.digests(name) for name in names if any(is_within(name, item["path"]) for item in items[address])},
+                self._report(address),
+            )
+            for address in addresses
+        ]
+
+    def _refuse_changed(self, address: str, item: Mapping[str, Any], names: Sequence[str]) -> None:
+        path = item["path"]
+        listing = {name[len(path) + 1 :]: self.digests(name)["md5"] for name in names}
+        now = listing.get("") if "" in listing else md5_of_folder(listing) if (self.root / path).is_dir() else None
+        if now != item.get("md5"):
+            what = "is missing" if now is None else f"is not what dvc.lock recorded for {address}"
+            raise InputError(
+                f"{path} {what}", f"`dvc repro {self.address}` brings all up to date; `pedigree verify --integrity` names files"
+            )
+
+    def _report(self, address: str) -> dict[str, Any]:
+        content = (self.root / report_of(address)).read_bytes() if (self.root / report_of(address)).is_file() else b""
+        return {} if not content or damage(content) else dict(json.loads(content))

@@ -1,0 +1,186 @@
+"""`pedigree verify MODEL --signatures`: compare a model, and all files of its lineage, with what was signed. Works offline, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.sign import Lineage
+from dagster_project.core.errors import InputError
+from dagster_project.core.layout import PLOTS, REPORTS
+from dagster_project.lineage.history import LOCK, is_within
+from dagster_project.lineage.signing import model_signature, provenance
+from dagster_project.lineage.signing.envelope import SignatureError
+from dagster_project.lineage.signing.keys import PublicKey, public_key, public_key_of
+from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
+from dagster_project.lineage.signing.provenance import Attested
+from dagster_project.lineage.signing.target import Target, find
+
+NOT_ATTESTED = "how it was made: there are no attestations"
+NOT_SIGNED = "its files by a signature: there is none"
+NO_PROJECT = "the stages before it and their files, which only its project has"
+NO_KEY = "who signed: the public key came with the signatures; give the one that you trust with --key"
+
+LARGEST = 100_000_000
+"""Bytes of a file of signatures that is read."""
+
+
+def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
+    """Verify the signature and the attestations of a model.
+
+    Args:
+        root: folder that may be a project.
+        model: name of a stage, path of its output, content hash, or a folder that contains its signatures.
+        key_file: of the public key to trust; None: the one beside the signatures.
+    Returns:
+        {"model", "folder", "verdict": "verified" or "altered", "key": sha256 of the public key, "key_given", "signature": {"file", "files"} or None,
+        "attestations": {"file", "stages", "files", "remade": verdict or None} or None, "findings": [{"file", "wrong"}],
+        "not_checked": what could not be verified}.
+    Raises:
+        InputError: nothing is signed, or the key given cannot be used.
+    """
+    target = find(root, model)
+    signature, attestations, pem = (target.signatures / name for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY))
+    given = public_key_of(key_file) if key_file else None
+    if not signature.is_file() and not attestations.is_file():
+        raise InputError(
+            f"{target.shown(target.signatures)}: {target.label} has no signatures", f"`pedigree sign {target.label} --key FILE` signs it"
+        )
+    verification = _Verification(target)
+    key = verification.key(pem, given)
+    if key is not None:
+        verification.check_signature(signature, key)
+        verification.check_attestations(attestations, key)
+    if given is None:
+        verification.not_checked.append(NO_KEY)
+    return {
+        "model": target.label,
+        "folder": target.path,
+        "verdict": "altered" if verification.findings else "verified",
+        "key": key.fingerprint if key else None,
+        "key_given": given is not None,
+        "signature": verification.signature,
+        "attestations": verification.attestations,
+        "findings": [{"file": file, "wrong": wrong} for file, wrong in sorted(verification.findings.items())],
+        "not_checked": verification.not_checked,
+    }
+
+
+@dataclass
+class _Verification:
+    target: Target
+    findings: dict[str, str] = field(default_factory=dict)
+    """Path of a file -> what is wrong with it."""
+    not_checked: list[str] = field(default_factory=list)
+    signature: dict[str, Any] | None = None
+    attestations: dict[str, Any] | None = None
+
+    def _find(self, file: str, wrong: str) -> None:
+        self.findings.setdefault(file, wrong)
+
+    def key(self, pem: Path, given: PublicKey | None) -> PublicKey | None:
+        """The key to verify with; None, and a finding, if the one beside the signatures is missing or damaged. If a key is given, that one must equal it."""
+        name = self.target.shown(pem)
+        if not pem.is_file():
+            if given is None:
+                self._find(name, "is missing: without --key, it is the key to verify with")
+            return given
+        content = pem.read_bytes()
+        try:
+            found = public_key(content, name)
+        except InputError:
+            self._find(name, "is not a public key")
+            return given
+        if found.pem != content:
+            self._find(name, "was changed: it is not written as `pedigree sign` writes it")
+        elif given is not None and found.pem != given.pem:
+            self._find(name, f"is another key than the one given (sha256 {given.fingerprint[:16]})")
+        return given or found
+
+    def check_signature(self, file: Path, key: PublicKey) -> None:
+        """Compare the folder with its signature."""
+        name = self.target.shown(file)
+        if not file.is_file():
+            self.not_checked.append(NOT_SIGNED)
+            return
+        try:
+            signed = model_signature.read_bundle(_content(file), key)
+        except SignatureError as error:
+            self._find(name, str(error))
+            return
+        self.signature = {"file": name, "files": len(signed.files)}
+        for path, wrong in model_signature.differences(signed, self.target.folder).items():
+            self._find(f"{self.target.path}/{path}", wrong)
+
+    def check_attestations(self, file: Path, key: PublicKey) -> None:
+        """Compare dvc.lock and the files of the lineage with the attestations; of a folder outside a project, the folder only."""
+        name = self.target.shown(file)
+        if not file.is_file():
+            self.not_checked.append(NOT_ATTESTED)
+            return
+        try:
+            stages = provenance.read(_content(file), key)
+        except SignatureError as error:
+            self._find(name, str(error))
+            return
+        results = {stage.remade for stage in stages}
+        remade = None if None in results else "identical" if results == {"identical"} else "elsewhere"
+        files = len({path for stage in stages for path in (*stage.read, *stage.made)})
+        self.attestations = {"file": name, "stages": [stage.address for stage in stages], "files": files, "remade": remade}
+        if self.target.root is None:
+            self._compare_folder(stages[-1])
+            self.not_checked.append(NO_PROJECT)
+        else:
+            self._compare_project(name, self.target.root, stages)
+
+    def _compare_folder(self, last: Attested) -> None:
+        """Compare a copy of an output with the statement about its stage."""
+        out = next((path for path in last.outs if not path.startswith((REPORTS, PLOTS))), "")
+        made = {path[len(out) + 1 :]: digests["sha256"] for path, digests in last.made.items() if out and is_within(path, out)}
+        signed = model_signature.Manifest(out, made, IGNORED)
+        for path, wrong in model_signature.differences(signed, self.target.folder).items():
+            self._find(f"{self.target.path}/{path}", wrong.replace("signed", f"attested as {out} of {last.address}"))
+
+    def _compare_project(self, name: str, root: Path, stages: Sequence[Attested]) -> None:
+        """Compare the entries of dvc.lock, and every file that they refer to, with the statements."""
+        lineage = Lineage(root, self.target.lock, self.target.address)
+        texts, addresses = lineage.texts(), lineage.addresses()
+        if sorted(addresses) != sorted(stage.address for stage in stages) or stages[-1].address != self.target.address:
+            different = sorted({*addresses} ^ {stage.address for stage in stages}) or [stages[-1].address]
+            self._find(name, f"describes another lineage than dvc.lock: {', '.join(different)}")
+        for stage in stages:
+            if not stage.describes(texts.get(stage.address)):
+                self._find(f"{LOCK}: {stage.address}", "is not what was attested")
+        attested = {path: digests for stage in stages for path, digests in (*stage.read.items(), *stage.made.items())}
+        now = set(lineage.files([path for stage in stages for path in (*stage.deps, *stage.outs)]))
+        for path in sorted(now - attested.keys()):
+            self._find(path, "was added since it was attested")
+        for path, digests in attested.items():
+            if path not in now:
+                self._find(path, "is missing, and was attested")
+            elif lineage.digests(path) != digests:
+                self._find(path, "is not what was attested")
+
+
+def _content(file: Path) -> bytes:
+    """Raises:
+    SignatureError: the file is too large to be read at once.
+    """
+    if file.stat().st_size > LARGEST:
+        raise SignatureError(f"is larger than {LARGEST // 1_000_000} MB")
+    return file.read_bytes()
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """The document of `verify_signatures` as text for the terminal."""
+    key = f"key sha256 {document['key'][:16]}{'' if document['key_given'] else ', which came with them'}" if document["key"] else "no key"
+    lines = [f"{document['model']}: {document['verdict']}  ({document['folder']}, {key})"]
+    if signed := document["signature"]:
+        lines.append(f"  signature     {signed['file']}: {signed['files']} files")
+    if attested := document["attestations"]:
+        remade = f"made again from the sources before it was signed: {attested['remade']}" if attested["remade"] else "not made again"
+        lines.append(f"  attestations  {attested['file']}: {len(attested['stages'])} stages, {attested['files']} files; {remade}")
+    lines += [f"  {one['file']} {one['wrong']}" for one in document["findings"]]
+    return "\n".join([*lines, *(f"  not verified: {what}" for what in document["not_checked"])])

@@ -1,0 +1,102 @@
+"""The folder that a command signs or verifies: the output of a stage, whose signatures are in data/signatures/, or any folder, which contains them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import md5_of_folder
+from dagster_project.core.layout import PLOTS, REPORTS
+from dagster_project.lineage.history import LOCK, Objects, Revision, listing_of, path_exists, resolve
+from dagster_project.lineage.signing.keys import PublicKey
+from dagster_project.lineage.signing.model_signature import PUBLIC_KEY
+
+SIGNATURES = "data/signatures"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is signed."""
+
+    root: Path | None
+    """The project; None for a folder that is not one of its outputs."""
+    address: str
+    """The stage; empty for such a folder."""
+    path: str
+    """Of the folder, in the project, or as it was given."""
+    folder: Path
+    lock: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        return self.address or self.path
+
+    @property
+    def signatures(self) -> Path:
+        """Folder of the signature, the attestations and the public key."""
+        return self.folder if self.root is None else self.root / SIGNATURES / self.address.replace("@", "/")
+
+    def shown(self, file: Path) -> str:
+        """The path of a file as messages name it."""
+        if self.root is not None and file.is_relative_to(self.root):
+            return file.relative_to(self.root).as_posix()
+        return f"{self.path}/{file.relative_to(self.folder).as_posix()}" if file.is_relative_to(self.folder) else str(file)
+
+    def refuse_unrecorded(self) -> None:
+        """Raises:
+        InputError: the output in the workspace is not the one that dvc.lock recorded.
+        """
+        if self.root is None:
+            return
+        recorded = next(out["md5"] for out in self.lock[self.address]["outs"] if out["path"] == self.path)
+        now = listing_of(self.folder)
+        if md5_of_folder(now) == recorded:
+            return
+        before = Objects(self.root).listing(recorded)
+        names = [] if before is None else sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        differs = f"{self.path}/{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" if names else self.path
+        raise InputError(f"{differs}: not what dvc.lock recorded for {self.address}", f"`dvc checkout --force {self.path}` restores it")
+
+    def refuse_other_key(self, key: PublicKey) -> None:
+        """Raises:
+        InputError: the signatures here are by another key.
+        """
+        file = self.signatures / PUBLIC_KEY
+        if file.is_file() and file.read_bytes() != key.pem:
+            raise InputError(
+                f"{self.shown(file)}: {self.label} has signatures of another key",
+                f"delete {self.shown(self.signatures / 'model.*')} to sign with this one (sha256 {key.fingerprint[:16]})",
+            )
+
+
+def find(root: Path, model: str) -> Target:
+    """The output or folder that a name, path or content hash refers to.
+
+    Args:
+        root: folder that may be a project.
+    Raises:
+        InputError: there is none, or it is a file.
+    """
+    lock = Revision(root, None).lock() if (root / "dvc.yaml").is_file() and (root / LOCK).is_file() else {}
+    given = Path(model)
+    absolute = given.absolute()
+    inside = absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else ""
+    outs = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
+    if lock and absolute == root:
+        raise InputError(f"{model or '.'}: this is the project", "name a stage, its output, or the folder of a model")
+    if model in lock or not (path_exists(given) and given.is_dir()) or inside in outs:
+        if not lock:
+            raise InputError(f"{model}: no such folder, and no project with results in {root}", "name a folder, or give --project FOLDER")
+        address = model if model in lock else outs.get(inside) or resolve(dict(lock), model)
+        path = next((out["path"] for out in lock[address]["outs"] if not out["path"].startswith((REPORTS, PLOTS))), "")
+        target = Target(root, address, path, root / path, lock)
+    else:
+        target = Target(None, "", model.rstrip("/"), absolute, {})
+    if not target.folder.is_dir() or target.folder == target.root:
+        raise InputError(
+            f"{target.path or model}: no such folder", f"restore it with `dvc checkout {target.path}`, or run `dvc repro {target.label}`"
+        )
+    return target

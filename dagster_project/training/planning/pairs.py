@@ -1,0 +1,98 @@
+"""Trainings on pairs that read what two texts have in common once: their passes on the meta device, and which of them is the largest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from dagster_project.training.methods.build import PreparedModel
+from dagster_project.training.methods.load import load_base
+from dagster_project.training.tokens.collators import SIZES
+from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_by_pair
+from dagster_project.training.trainers.alignment.trl_trainers.shared_prompts import (
+    collate_shared,
+    hidden_states,
+    log_probabilities,
+    reads_prompts_once,
+)
+
+ORDERS, MOST_ROWS = 21, 20_000
+"""Random orders of the pairs in which the largest pass is sought, and the most pairs of each."""
+
+Pair = tuple[list[int], list[int], list[int]]
+"""Ids of the prompt, the chosen and the rejected answer."""
+
+
+def pair_passes(
+    ledger: Any, prepared: PreparedModel, base: Any, pair_lengths: Sequence[tuple[int, int, int]], counted: int, passes: int
+) -> None:
+    """Run the forward and backward passes of training/trainers/alignment/trl_trainers/shared_prompts.py on the meta device.
+
+    Args:
+        ledger: of memory.py; it records them.
+        pair_lengths, counted: see `TrainingSpec`.
+    """
+    import torch
+
+    for parameter in prepared.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
+    pairs, tokens = len(pair_lengths), sum(map(sum, pair_lengths))
+    spare = -tokens % SIZES
+    longest = max(shared + max(first, second) for shared, first, second in pair_lengths)
+
+    def ids(*shape: int) -> Any:
+        return torch.zeros(shape, dtype=torch.long, device="meta")
+
+    batch = {
+        "input_ids": ids(2 * pairs, longest), "packed_ids": ids(1, tokens + spare), "packed_positions": ids(1, tokens + spare),
+        "pair_lengths": [*pair_lengths, (spare, 0, 0)], "last_token": ids(2 * pairs), "predicts": ids(counted), "target": ids(counted),
+        "slot": ids(counted),
+    }  # fmt: skip
+    with attending_by_pair(base):
+        for _ in range(passes):
+            with ledger.mode(), ledger.attention():
+                if counted:
+                    loss = log_probabilities(prepared.model, **batch).log_probs.sum()
+                else:
+                    loss = hidden_states(prepared.model, batch, "last_token").float().sum()
+                torch.autograd.backward(loss)
+                del loss  # a reference that is kept would count as memory
+
+
+def largest_pass(sizes: Sequence[int], batch: int, passes: int) -> list[int]:
+    """Numbers of the rows in the largest of so many passes over rows in random order: the median of several such orders.
+
+    Args:
+        sizes: tokens of each row.
+        batch: rows of a pass.
+    """
+    random, found = Random(0), []
+    for _ in range(ORDERS):
+        rows: list[int] = []
+        while len(rows) < batch * passes and len(rows) < MOST_ROWS:
+            rows += random.sample(range(len(sizes)), len(sizes))
+        groups = [rows[start : start + batch] for start in range(0, min(len(rows), batch * passes), batch)]
+        found.append(max(groups, key=lambda group: sum(sizes[row] for row in group)))
+    return sorted(found, key=lambda group: sum(sizes[row] for row in group))[ORDERS // 2]
+
+
+def reads_pairs_once(base_model: Path, device: str, options: Mapping[str, Any]) -> bool:
+    """Whether a training on pairs reads what two texts have in common once, see shared_prompts.py.
+
+    Args:
+        options: PEFT's keys.
+    """
+    import torch
+
+    model = load_base(base_model, torch.device("cpu"), torch.bfloat16, weights=False)
+    return reads_prompts_once(model.requires_grad_(False), device) and "lm_head" not in str(options.get("target_modules"))
+
+
+def lengths_of(pair: Pair) -> tuple[int, int, int]:
+    """Tokens with which both texts of a pair begin, of the rest of the chosen and of the rest of the rejected one."""
+    prompt, chosen, rejected = pair
+    _, (place,) = collate_shared([(prompt + chosen, prompt + rejected)])
+    return place.lengths

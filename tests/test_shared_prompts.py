@@ -1,0 +1,338 @@
+"""DPO and reward models read what two answers have in common once; losses, margins, gradients and weights are those of plain passes."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dagster_project.core.params import Compute
+from dagster_project.training.methods.build import causal
+from dagster_project.training.planning.memory import TrainingSpec
+from dagster_project.training.planning.pairs import largest_pass, lengths_of
+from dagster_project.training.tokens.collators import SIZES
+from dagster_project.training.trainers.alignment import preference, reward_model
+from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
+from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_by_pair
+from dagster_project.training.trainers.alignment.trl_trainers.shared_prompts import collate_shared
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.params import PreferenceParams
+from dagster_project.training.trainers.harness.sharding import ShardedModel
+
+Pair = tuple[list[int], list[int], list[int]]
+
+COMPUTE = Compute(seed=3, threads=1, dtype="float32")
+LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0}
+PAIRS: list[Pair] = [
+    ([5, 6, 7, 8, 9], [10, 11, 12], [13]),
+    ([21] * 17, [30, 31, 32, 33], [30, 31, 40, 41, 42, 43, 44, 45]),  # both answers begin alike
+    ([7], [50, 51], [52, 53]),
+    ([60, 61, 62], [70, 71], [70, 71, 72]),  # one answer begins with the other
+    ([60, 61, 63], [75], [76, 77, 78, 79, 80, 81, 82]),
+    ([9, 8, 7, 6], [5, 4], [5, 4]),
+]
+BETA = 0.3
+
+
+def rows_of(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    return [{"prompt_ids": p, "chosen_ids": chosen, "rejected_ids": rejected, "pair": i} for i, (p, chosen, rejected) in enumerate(pairs)]
+
+
+def judged_rows_of(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    return [{"chosen_ids": p + chosen, "rejected_ids": p + rejected, "margin": 0.1 * i} for i, (p, chosen, rejected) in enumerate(pairs)]
+
+
+def randomized(model: Any, seed: int = 5) -> Any:
+    """A model whose trained weights have an effect."""
+    torch.manual_seed(seed)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data + 0.1 * torch.randn_like(weight)
+    return model
+
+
+@pytest.fixture
+def policy(tiny_model: Path) -> Any:
+    torch.manual_seed(1)
+    return preference.policy(tiny_model, LORA, torch.device("cpu"), torch.float32, "aligned.mine", "lora").model
+
+
+@pytest.fixture
+def judge(tiny_model: Path) -> Any:
+    torch.manual_seed(1)
+    return reward_model.build(tiny_model, LORA, torch.device("cpu"), torch.float32, "reward_model")
+
+
+def plain_log_probability(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Of an answer, from one pass over its own text."""
+    ids = torch.tensor([prompt + answer])
+    scores = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+    return scores.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
+
+
+def plain_reward(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    reward: torch.Tensor = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, 0]
+    return reward
+
+
+def trained_gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    model.zero_grad()
+    return found
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
+    scale = max(float(value.abs().max()) for value in expected.values())
+    assert found.keys() == expected.keys() and scale > 0
+    assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < bound * scale
+
+
+def test_a_common_beginning_is_in_the_row_once_and_positions_go_on_from_it() -> None:
+    batch, places = collate_shared([([5, 6, 7], [5, 6, 8, 9]), ([1], [1])])
+    spare = SIZES - 7
+    assert batch["packed_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 1] + [0] * spare]
+    assert batch["packed_positions"].tolist() == [[0, 1, 2, 2, 3, 0, 0, *range(spare)]]
+    assert batch["pair_lengths"] == [(2, 1, 2), (0, 1, 1), (spare, 0, 0)]
+    assert [places[0].place(side, i) for side, n in ((0, 3), (1, 4)) for i in range(n)] == [0, 1, 2, 0, 1, 3, 4]
+
+
+def test_log_probabilities_and_gradients_are_those_of_one_pass_for_each_answer(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = randomized(policy), shared_prompts.collate_pairs(rows_of(PAIRS))
+    monkeypatch.setattr(shared_prompts, "CHUNK", 5)
+    weights = torch.linspace(-1, 2, 2 * len(PAIRS))  # each answer with its own gradient
+    width = max(len(p) + len(answer) for p, *answers in PAIRS for answer in answers)
+    with attending_by_pair(causal(model)):
+        found = shared_prompts.log_probabilities(model, input_ids=torch.zeros(2 * len(PAIRS), width), **batch).log_probs.sum(1)
+        (found * weights).sum().backward()
+    gradients = trained_gradients(model)
+    expected = torch.stack([plain_log_probability(model, p, answers[side]) for side in (0, 1) for p, *answers in PAIRS])
+    (expected * weights).sum().backward()
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert_close(gradients, trained_gradients(model), 1e-5)
+
+
+def test_rewards_and_gradients_are_those_of_one_pass_for_each_answer(judge: Any) -> None:
+    model, batch = randomized(judge), shared_prompts.collate_pairs(judged_rows_of(PAIRS))
+    weights = torch.linspace(-1, 2, 2 * len(PAIRS))
+    with attending_by_pair(causal(model)):
+        found = shared_prompts.rewards(model, **batch).logits[:, 0]
+        (found * weights).sum().backward()
+    gradients = trained_gradients(model)
+    expected = torch.stack([plain_reward(model, p, answers[side]) for side in (0, 1) for p, *answers in PAIRS])
+    (expected * weights).sum().backward()
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert_close(gradients, trained_gradients(model), 1e-5)
+
+
+ROUNDED = {"llama": {}, "mistral": {"sliding_window": 3}, "qwen3": {"head_dim": 8}}
+PADDED = {"gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 2.0}, "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1}}
+
+
+def small(kind: str, **settings: Any) -> Any:
+    """A random model of two layers; those of PADDED support no other attention than the plain one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 90, "pad_token_id": 0}
+    if kind != "mamba2":
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **sizes | settings), attn_implementation="eager" if kind in PADDED else "sdpa"
+    )
+    for weight in model.parameters():
+        weight.data *= 4
+        weight.requires_grad_(False)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_models_with_other_attention_compute_the_same(kind: str) -> None:
+    model = small(kind, **ROUNDED[kind])
+    assert shared_prompts.reads_prompts_once(model, "cpu") and not shared_prompts.reads_prompts_once(model, "cuda")
+    width = max(len(p) + len(answer) for p, *answers in PAIRS for answer in answers)
+    with attending_by_pair(model):
+        batch = shared_prompts.collate_pairs(rows_of(PAIRS))
+        found = shared_prompts.log_probabilities(model, input_ids=torch.zeros(2 * len(PAIRS), width), **batch).log_probs.sum(1)
+    expected = [float(plain_log_probability(model, p, answers[side])) for side in (0, 1) for p, *answers in PAIRS]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_models_that_cap_or_scale_scores_or_keep_a_state_read_padded_batches(kind: str) -> None:
+    assert not shared_prompts.reads_prompts_once(small(kind, **PADDED[kind]), "cpu")
+
+
+def test_a_model_whose_output_layer_is_trained_reads_padded_batches(tiny_model: Path) -> None:
+    model = preference.policy(tiny_model, {"r": 4, "target_modules": ["q_proj", "lm_head"]}, torch.device("cpu"), torch.float32, "a", "b")
+    assert not shared_prompts.reads_prompts_once(model.model, "cpu")
+
+
+# ---- planning ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest number of bytes in storages that operations made and that exist at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        old = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(out):
+            storage = leaf.untyped_storage() if isinstance(leaf, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in self.known | old:
+                self.known.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.data_ptr(), storage.nbytes())
+        return out
+
+    def free(self, place: int, size: int) -> None:
+        self.known.discard(place)
+        self.now -= size
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward model"])
+def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(kind: str, tiny_model: Path, policy: Any, judge: Any) -> None:
+    pairs = [
+        ([7 + n] * shared, [20] * first, [30] * second)
+        for n, (shared, first, second) in enumerate([(40, 31, 25), (3, 60, 90), (50, 9, 70)])
+    ]
+    sizes = tuple(map(lengths_of, pairs))
+    assert sizes == ((40, 31, 25), (3, 60, 90), (50, 9, 70))
+    counted = sum(len(answer) for _, *answers in pairs for answer in answers) if kind == "dpo" else 0
+    lengths = [sum(size) for size in sizes]
+    spec = TrainingSpec("cpu", torch.float32, tiny_model, "lora", LORA, lengths, counted, pair_lengths=sizes, timed=False)
+    predicted = spec.prediction.memory
+    model, rows = (policy, rows_of(pairs)) if counted else (judge, judged_rows_of(pairs))
+    batch = shared_prompts.collate_pairs(rows)
+    batch["input_ids"] = torch.zeros(2 * len(pairs), max(len(p) + len(answer) for p, *answers in pairs for answer in answers))
+    with attending_by_pair(causal(model)), LiveBytes() as live:
+        if counted:
+            shared_prompts.log_probabilities(model, **batch).log_probs.sum().backward()
+        else:
+            shared_prompts.rewards(model, **batch).logits.sum().backward()
+    assert predicted.activations + predicted.logits + predicted.gradients == pytest.approx(live.peak, rel=0.1)
+
+
+def test_the_largest_pass_is_that_of_a_typical_order() -> None:
+    sizes = [1] * 90 + [50] * 10
+    group = largest_pass(sizes, 4, 25)
+    assert len(set(group)) == 4 and 2 * 50 <= sum(sizes[row] for row in group) < 4 * 50  # neither four mean ones nor the four largest
+    assert sorted(largest_pass(sizes, 100, 1)) == list(range(100))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------------------------------
+
+
+PARAMS = PreferenceParams(
+    learning_rate=1e-2, num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, lr_scheduler_type="constant"
+)
+
+
+def train_plainly(
+    model: Any, history: TrainingHistory, loss_of: Callable[[Sequence[int]], tuple[torch.Tensor, float]]
+) -> list[list[float]]:
+    """Loss, margin and gradient norm of each step of a plain loop over the same rows, in the same order.
+
+    Args:
+        loss_of: rows of a forward pass -> loss and margin.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=PARAMS.learning_rate, weight_decay=0)
+    found = []
+    for step in sorted({step for step, _, _ in history.seen}):
+        rows = [row for of_step, _, row in history.seen if of_step == step]
+        passes = [rows[start : start + 2] for start in range(0, len(rows), 2)]
+        values = []
+        for some in passes:
+            loss, margin = loss_of(some)
+            (loss / len(passes)).backward()
+            values.append((float(loss), margin))
+        norm = torch.nn.utils.clip_grad_norm_(weights, PARAMS.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append([sum(value) / len(passes) for value in zip(*values, strict=True)] + [float(norm)])
+    return found
+
+
+def assert_same_training(history: TrainingHistory, expected: list[list[float]], model: Any, plain: Any) -> None:
+    curve = [[point[name] for name in ("loss", "margin", "grad_norm")] for point in history.curve if "loss" in point]
+    assert len(curve) == 4 and curve == [pytest.approx(point, rel=1e-4, abs=1e-5) for point in expected]
+    own, other = ({name: w.detach() for name, w in m.named_parameters() if w.requires_grad} for m in (model, plain))
+    assert_close(own, other, 1e-3)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_dpo_is_the_training_of_a_plain_loop(loss_type: Any, policy: Any, tiny_tokenizer: Any) -> None:
+    assert shared_prompts.reads_prompts_once(policy, "cpu")
+    plain, device = copy.deepcopy(policy), torch.device("cpu")
+    spec = preference.Dpo(beta=BETA, loss_type=loss_type).trainer_spec(None)  # type: ignore[arg-type]
+    history = training.train(spec, ShardedModel(policy, None, device), tiny_tokenizer, rows_of(PAIRS), rows_of(PAIRS[:3]), PARAMS, COMPUTE)
+
+    def loss_of(rows: Sequence[int]) -> tuple[torch.Tensor, float]:
+        losses, margins = [], []
+        for prompt, chosen, rejected in (PAIRS[row] for row in rows):
+            with torch.no_grad(), plain.disable_adapter():
+                reference = [plain_log_probability(plain, prompt, answer) for answer in (chosen, rejected)]
+            good, bad = (plain_log_probability(plain, prompt, a) - r for a, r in zip((chosen, rejected), reference, strict=True))
+            margins.append(BETA * float(good - bad))
+            ipo = (good / len(chosen) - bad / len(rejected) - 1 / (2 * BETA)) ** 2
+            losses.append(-logsigmoid(BETA * (good - bad)) if loss_type == "sigmoid" else ipo)
+        return torch.stack(losses).mean(), sum(margins) / len(margins)
+
+    expected = train_plainly(plain, history, loss_of)
+    assert_same_training(history, expected, policy, plain)
+    validation = [point["validation_loss"] for point in history.curve if "validation_loss" in point]
+    last = [float(loss_of(rows)[0].detach()) for rows in ([0, 1], [2])]
+    # Trainer weights the loss of a pass by its rows
+    assert validation[-1] == pytest.approx((2 * last[0] + last[1]) / 3, rel=1e-4, abs=1e-5)
+
+
+def test_a_reward_model_is_the_training_of_a_plain_loop(judge: Any, tiny_tokenizer: Any) -> None:
+    assert shared_prompts.reads_prompts_once(judge, "cpu")
+    plain, device = copy.deepcopy(judge), torch.device("cpu")
+    rows = judged_rows_of(PAIRS)
+    spec = reward_model.trainer_spec(center_rewards_coefficient=0.05)
+    history = training.train(spec, ShardedModel(judge, None, device), tiny_tokenizer, rows, rows[:2], PARAMS, COMPUTE)
+
+    def loss_of(numbers: Sequence[int]) -> tuple[torch.Tensor, float]:
+        values = [[plain_reward(plain, PAIRS[n][0], answer) for answer in PAIRS[n][1:]] for n in numbers]
+        losses = [-logsigmoid(a - b - rows[n]["margin"]) + 0.05 * (a + b) ** 2 for n, (a, b) in zip(numbers, values, strict=True)]
+        return torch.stack(losses).mean(), float(sum(a - b for a, b in values)) / len(values)
+
+    assert_same_training(history, train_plainly(plain, history, loss_of), judge, plain)
+
+
+def test_the_reference_is_computed_once(policy: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftModel
+
+    read: list[int] = []
+
+    def counted(model: Any, **inputs: Any) -> Any:
+        if not any(module.training for module in model.modules()) and model.base_model.disable_adapter_layers and _is_off(model):
+            read.append(len(inputs["last_token"]) // 2)
+        return outputs(model, **inputs)
+
+    def _is_off(model: PeftModel) -> bool:
+        return any(getattr(module, "disable_adapters", False) is True for module in model.modules())
+
+    outputs = shared_prompts.log_probabilities
+    monkeypatch.setattr(shared_prompts, "log_probabilities", counted)
+    spec = preference.Dpo().trainer_spec(None)  # type: ignore[arg-type]
+    training.train(
+        spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, rows_of(PAIRS), rows_of(PAIRS[:3]), PARAMS, COMPUTE
+    )
+    assert sum(read) == len(PAIRS) + 3  # of two epochs and three validations
