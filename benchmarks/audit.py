@@ -131,12 +131,13 @@ def make(root: Path, versions: int, records: int, trainings: int) -> tuple[str, 
         changing = str(ids[number * SHARD]) if version == versions // 2 else changing
         shards[f"train/records-{number:05d}.parquet"] = shard(number)
         splits = folder(shards)
+        sources = folder({Path(source).name: f"{version:032x}" for source in SOURCES})
         adapter = folder(
             {"examples.parquet": evidence[version % trainings], "adapter_model.safetensors": hashlib.md5(f"{version}".encode()).hexdigest()}
         )
         merged = folder({"model.safetensors": hashlib.md5(f"merged {version}".encode()).hexdigest()})
         lock = lock_text(
-            [("splits", "data/sources", f"{version:032x}.dir", splits), ("adapter@lora", "data/splits", splits, adapter),
+            [("splits", "data/sources", sources, splits), ("adapter@lora", "data/splits", splits, adapter),
              ("merged@lora", "data/adapter/lora", adapter, merged)]
         )  # fmt: skip
         stream.append(
@@ -150,11 +151,11 @@ def make(root: Path, versions: int, records: int, trainings: int) -> tuple[str, 
 
 
 def lock_text(stages: list[tuple[str, str, str, str]]) -> str:
-    """A dvc.lock in DVC's format, of stages with one dependency and fifty files of code."""
+    """A dvc.lock in DVC's format, of stages with one dependency and fifty files of code. A hash without letters would be a number in YAML."""
     lines = ["schema: '2.0'", "stages:"]
     for name, dep, read, out in stages:
         lines += [f"  {name}:", f"    cmd: python -m dagster_project run {name}", "    deps:"]
-        lines += [f"    - path: code/{i}.py\n      hash: md5\n      md5: {i:032x}" for i in range(50)]
+        lines += [f"    - path: code/{i}.py\n      hash: md5\n      md5: {i:031x}f" for i in range(50)]
         lines += [f"    - path: {dep}\n      hash: md5\n      md5: {read}", "    outs:"]
         lines += [f"    - path: data/{name.replace('@', '/')}\n      hash: md5\n      md5: {out}"]
     return "\n".join(lines) + "\n"

@@ -15,8 +15,9 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dagster_project.commands import ending
+from dagster_project.commands import ending, own_process
 from dagster_project.core.errors import DamagedIndex, InputError, Interrupted, PedigreeError
+from dagster_project.core.imports import lean_imports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,10 +103,11 @@ def init(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run one stage (the command in dvc.yaml), or bring all stages up to date with --all."""
-    from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
-
     if options.all:
         return _run_all(options)
+    with lean_imports():
+        from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
+
     if not options.stage:
         raise InputError("STAGE or --all is required", "name a stage, or bring all stages up to date with --all")
     if options.force or options.jobs is not None:
@@ -164,14 +166,16 @@ def render(options: argparse.Namespace) -> int:
 
 def sync(options: argparse.Namespace) -> int:
     """Report DVC's state to Dagster's event log."""
-    from dagster_project.orchestration.dagster.assets import open_instance
-    from dagster_project.orchestration.dagster.sync import sync as mirror
-    from dagster_project.orchestration.dagster_dvc.dead_runs import reap
-    from dagster_project.orchestration.dagster_dvc.definitions import as_prefix
+    from dagster_project.orchestration.last_sync import LastSync
 
-    root, prefix = _project(options), as_prefix(options.key_prefix)
-    with open_instance(root, shared=bool(prefix)) as instance:
-        lines = reap(instance, owned=not prefix) + mirror(root, instance, key_prefix=prefix)
+    last = LastSync.read(_project(options), tuple(filter(None, options.key_prefix.split("/"))))
+    lines: list[str] = []
+    if not last.unchanged:
+        with lean_imports():
+            from dagster_project.orchestration.dagster.assets import open_instance
+            from dagster_project.orchestration.dagster.sync import sync_after
+        with open_instance(last.root, shared=bool(last.key_prefix)) as instance:
+            lines = sync_after(last, instance)
     _print(options, {"reported": lines}, lambda _: "\n".join(lines) or "Dagster and DVC agree: nothing to report.")
     return 0
 
@@ -193,8 +197,7 @@ def plan(options: argparse.Namespace) -> int:
     from dagster_project.commands.plan import as_text, plan_model, plan_variants
     from dagster_project.core.params import Compute
 
-    gc.disable()  # the import of the libraries takes a fifth less time
-    try:
+    with lean_imports():
         if options.model:
             document = plan_model(
                 Path(options.model),
@@ -207,9 +210,6 @@ def plan(options: argparse.Namespace) -> int:
             )
         else:
             document = plan_variants(_project(options), options.variants)
-    finally:
-        gc.freeze()  # and the exit of the process a second less
-        gc.enable()
     _print(options, document, as_text)
     return 0
 
@@ -650,7 +650,11 @@ def _add_lineage_commands(commands: Any) -> None:
     query.add_argument("--hash", help="md5 or sha256 (or its beginning) of a source, an output, or a file in one")
     query.add_argument("--containing", metavar="TEXT", help="part of a message, such as a name, between word boundaries")
     command.add_argument("--near", action="store_true", help="with --record or --text: its near-copies too")
-    command.add_argument("--regex", action="store_true", help="with --containing: it is a regular expression (RE2), ignoring case")
+    command.add_argument(
+        "--regex",
+        action="store_true",
+        help="with --containing: it is a regular expression (no look-around, no back-references), ignoring case",
+    )
     add = _add_command(commands, verify).add_argument
     add("stage", nargs="?", metavar="STAGE[@VARIANT]", help="name of a stage, path of its output, or content hash")
     add("--rev", help="git revision (default: the workspace, including uncommitted changes)")
@@ -733,6 +737,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     ending.replace_closed_streams()
+    if arguments is None:
+        own_process.prepare(sys.argv[1:])
     try:
         with ending.interrupts() as interrupts:
             return _main(arguments, interrupts)

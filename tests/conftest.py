@@ -256,12 +256,18 @@ def project(_project: Path, tmp_path: Path) -> Path:
     return target
 
 
+LOADED = Path(".dvc", "tmp", "loaded_modules.jsonl")
+"""In a finished project: the modules that each of its stages loaded (tests/builders/loaded_modules)."""
+
+
 @pytest.fixture(scope="session")
 def _finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, worker_id: str) -> Path:
     """A quick project in which the whole pipeline has run."""
 
     def make(folder: Path) -> None:
-        done = dvc(quick(copy_project(folder), tiny_model), "repro")
+        hook = str(Path(__file__).parent / "builders" / "loaded_modules")
+        noted = {"PYTHONPATH": os.pathsep.join(filter(None, [hook, os.environ.get("PYTHONPATH")])), "LOADED_MODULES": str(folder / LOADED)}
+        done = run([sys.executable, "-m", "dvc", "repro"], quick(copy_project(folder), tiny_model), **noted)
         assert done.returncode == 0, done.stderr + done.stdout
 
     return made_once("finished", make, tmp_path_factory, worker_id)

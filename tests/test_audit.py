@@ -94,12 +94,12 @@ def test_the_records_of_a_model_are_those_it_was_trained_on(finished: Path) -> N
     subject = find(Index(finished), "merged@lora")
     seen, missing = trained_on(subject)
     written = read_table(finished / "data/adapter/lora/examples.parquet")
-    assert [(row["example_id"], row["step"], row["epoch"]) for row in seen.to_pylist()] == [
+    assert [(row["example_id"], row["step"], row["epoch"]) for row in seen.rows(named=True)] == [
         (row["example_id"], row["step"], row["epoch"]) for row in written
     ]
-    assert not missing and all(row["source"] and row["source_row"] is not None for row in seen.to_pylist())
+    assert not missing and all(row["source"] and row["source_row"] is not None for row in seen.rows(named=True))
     records = {record["example_id"]: record for record in read_records(finished / "data/splits/train")}
-    assert {row["example_id"] for row in seen.to_pylist()} <= records.keys()
+    assert {row["example_id"] for row in seen.rows(named=True)} <= records.keys()
 
 
 def test_audit_gives_the_same_content_as_text_and_json(finished: Path) -> None:

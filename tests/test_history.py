@@ -442,7 +442,7 @@ def test_random_histories_match_a_brute_force_oracle(made: Project, seed: int, m
             assert impact(made.root, text=f"What of {word}?")["models"] == found["models"]
     for commit, lock in history:
         subject = find(Index(made.root), "merged@lora", commit)
-        seen = trained_on(subject)[0].to_pylist()
+        seen = trained_on(subject)[0].rows(named=True)
         learnt = texts[lock["adapter@lora"]["outs"][0]["md5"]]
         assert [(row["step"], row["example_id"]) for row in seen] == [(i + 1, identity(word)) for i, word in enumerate(learnt)]
     counts = Counter(source for _, _, source in rows[history[-1][1]["splits"]["outs"][0]["md5"]])

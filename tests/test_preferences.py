@@ -14,8 +14,9 @@ from builders.records import LONG, ask
 from conftest import SHARED_DATA, draw_pages
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.frames import read_pairs
 from dagster_project.core.params import parse
-from dagster_project.core.records import Report, pair_id, pair_schema, read_ledger, read_pairs, read_preferences, read_table, write_records
+from dagster_project.core.records import Report, pair_id, pair_schema, read_ledger, read_preferences, read_table, write_records
 from dagster_project.core.rendering import render
 from dagster_project.core.strings import StringIndex
 from dagster_project.curation.sources import reading

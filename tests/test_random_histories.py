@@ -330,7 +330,7 @@ def audit_problems(reach: Reach, found: dict[str, Any], subject: Any, chain: Cha
             if not reach.incomplete:
                 problems.append("the training record exists, but the records are unknown")
         else:
-            rows = table.to_pylist()
+            rows = table.rows(named=True)
             wanted = [(name, *step) for name, one in learners.items() for step in reach.log.steps[out_of(one)[1]]]
             said = [(row["model"], row["step"], row["epoch"], row["example_id"]) for row in rows]
             if not (reach.incomplete and Counter(said) <= Counter(wanted)):

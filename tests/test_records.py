@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dagster_project.core import frames
 from dagster_project.core.records import (
     CheckResult,
     Report,
@@ -96,7 +97,7 @@ def test_records_with_calls_reasoning_and_weights_are_read_back_unchanged(given_
     records = [{**row, "messages": turns} | ({"tools": defined} if defined else {}) for row, turns, defined in given_rows]
     with tempfile.TemporaryDirectory() as folder:
         write_records(Path(folder), records)
-        assert read_records(Path(folder)) == records
+        assert read_records(Path(folder)) == frames.read_records(Path(folder)) == records
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_the_prompt_is_the_user_turns_and_the_response_the_last_answer() -> None
 def test_records_are_read_back_unchanged(given_rows: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_records(Path(folder), given_rows)
-        assert read_records(Path(folder)) == given_rows
+        assert read_records(Path(folder)) == frames.read_records(Path(folder)) == given_rows
 
 
 @given(st.lists(record, max_size=8))
@@ -166,13 +167,14 @@ def test_an_edit_changes_only_its_own_shard(tmp_path: Path) -> None:
 
 def test_an_empty_set_is_still_a_table(tmp_path: Path) -> None:
     write_records(tmp_path, [])
+    assert frames.read_records(tmp_path) == []
     assert (list(shards(tmp_path)), read_records(tmp_path)) == (["records-00000.parquet"], [])
 
 
 def test_a_ledger_keeps_its_columns_and_no_others(tmp_path: Path) -> None:
     row = {"source": "a.jsonl", "source_row": 3, "example_id": "ab", "outcome": "kept", "why": ""}
     write_ledger(tmp_path, [{**row, "messages": []}])
-    assert read_ledger(tmp_path) == [row]
+    assert read_ledger(tmp_path) == frames.read_ledger(tmp_path) == [row]
 
 
 def test_a_report_refuses_lost_rows() -> None:

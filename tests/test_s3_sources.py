@@ -23,8 +23,9 @@ from conftest import dvc, edit_params, pedigree, run
 
 from dagster_project.commands.init import init
 from dagster_project.core.errors import InputError
+from dagster_project.core.frames import read_pairs
 from dagster_project.core.params import parse
-from dagster_project.core.records import read_ledger, read_pairs, read_records, write_json
+from dagster_project.core.records import read_ledger, read_records, write_json
 from dagster_project.curation.check_files import check_paths
 from dagster_project.curation.sources import files, s3
 from dagster_project.lineage.impact import impact

@@ -16,8 +16,8 @@ from builders.sources import to_pairs, to_records
 
 from dagster_project.core import workers
 from dagster_project.core.errors import InputError
+from dagster_project.core.frames import read_pairs
 from dagster_project.core.params import parse
-from dagster_project.core.records import read_pairs
 from dagster_project.curation.sources import files, streaming
 from dagster_project.curation.sources.files import read_rows
 from dagster_project.curation.sources.formats import pairs_of, records_of

@@ -6,9 +6,14 @@ The JSON Schema comes from the classes that validate params.yaml, the tables of 
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +83,8 @@ class _Generator(GenerateJsonSchema):
 
 def params_schema() -> Schema:
     """The JSON Schema (draft 2020-12) of params.yaml, for editors."""
+    sections()
+    _describe_fields()
     fields: dict[str, Any] = {}
     for name, model in sections().items():
         optional = not any(field.is_required() for field in model.model_fields.values())
@@ -112,6 +119,37 @@ def params_schema() -> Schema:
             "$defs": dict(sorted(definitions.items())),
         }
     )
+
+
+@cache
+def _describe_fields() -> None:
+    """Give the fields of all sections the docstrings beneath them as descriptions, also where a section contains another one."""
+    models = [model for model in _subclasses(Section) if model.__module__.startswith("dagster_project.")]
+    for model in models:
+        written = {name: text for base in reversed(model.__mro__) if issubclass(base, Section) for name, text in _docstrings(base).items()}
+        for name, field in model.model_fields.items():
+            field.description = field.description or written.get(name)
+    for _ in range(3):  # a schema contains copies of those of inner sections, which are at most two levels deep
+        for model in models:
+            model.model_rebuild(force=True)
+
+
+def _subclasses(model: type[Section]) -> Iterator[type[Section]]:
+    for child in model.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+@cache
+def _docstrings(model: type[Section]) -> dict[str, str]:
+    """Field of a class -> the docstring beneath it."""
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(model))).body
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in pairwise(definition.body)  # type: ignore[attr-defined]
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }  # fmt: skip
 
 
 def _short_names(text: str) -> str:

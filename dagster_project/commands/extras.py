@@ -5,6 +5,7 @@ from __future__ import annotations
 from dagster_project.core.errors import InputError
 
 PACKAGES = {
+    "arrow": ("pyarrow",),
     "train": (
         "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "gguf", "numba", "sklearn", "threadpoolctl", "sacrebleu",
         "lm_eval",

@@ -290,7 +290,7 @@ def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **sides, "tools": message_fields.JSON.encode(row["tools"]) if row.get("tools") else None}
 
 
-def _loaded(row: dict[str, Any]) -> dict[str, Any]:
+def loaded(row: dict[str, Any]) -> dict[str, Any]:
     """A row as `write_records` got it."""
     if "tools" not in row:
         return row
@@ -310,7 +310,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     names = None if columns is None else [name for name in columns if name != "tools" or "tools" in pq.read_schema(path).names]
     table = pq.read_table(path, columns=names)
     rows = table.to_pylist()
-    return [_loaded(row) for row in rows] if "tools" in table.column_names else rows
+    return [loaded(row) for row in rows] if "tools" in table.column_names else rows
 
 
 def iter_table(path: Path | io.BytesIO) -> Iterator[dict[str, Any]]:
@@ -320,7 +320,7 @@ def iter_table(path: Path | io.BytesIO) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(BATCH):
             rows = batch.to_pylist()
-            yield from map(_loaded, rows) if "tools" in batch.schema.names else rows
+            yield from map(loaded, rows) if "tools" in batch.schema.names else rows
 
 
 def iter_records(folder: Path) -> Iterator[dict[str, Any]]:
@@ -363,22 +363,21 @@ READ, JOINED = "read", "joined"
 """Outcomes in the ledger of `raw_preferences`: the first row of a pair, and further rows of the same pair."""
 
 
-@uncollected
-def read_pairs(folder: Path) -> list[dict[str, Any]]:
-    """As `iter_pairs`, all of them."""
-    return list(iter_pairs(folder))
-
-
 def iter_pairs(folder: Path) -> Iterator[dict[str, Any]]:
     """The output of `raw_preferences`: the pairs in order, each with its `source_rows` from the ledger and the first of them as `source_row`."""
+    return with_source_rows(iter_records(folder), iter_ledger(folder))
+
+
+def with_source_rows(pairs: Iterable[dict[str, Any]], ledger: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """As `iter_pairs`, of the rows of both tables."""
     rows: list[list[int]] = []
     ignored: list[dict[str, list[str]]] = []
-    for line in iter_ledger(folder):
+    for line in ledger:
         if line["outcome"] == READ:
             rows.append([])
             ignored.append(ignored_in(line))
         rows[-1].append(line["source_row"])
-    for pair, source_rows, names in zip(iter_records(folder), rows, ignored, strict=True):
+    for pair, source_rows, names in zip(pairs, rows, ignored, strict=True):
         yield {**pair, "source_row": source_rows[0], "source_rows": source_rows, **names}
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.frames import read_ledger, read_pairs, read_records
 from dagster_project.core.messages import calls
 from dagster_project.core.params import parse
-from dagster_project.core.records import example_id, ignored_in, prompt_text, read_ledger, read_pairs, read_records, response_text
+from dagster_project.core.records import example_id, ignored_in, prompt_text, response_text
 from dagster_project.curation.checks import findings
 from dagster_project.curation.checks.checks import Judgement, Rules, judge
 from dagster_project.curation.checks.privacy import mask
@@ -256,8 +257,6 @@ def _load_output(folder: Path) -> LoadedRecords:
     Raises:
         InputError: it is incomplete or was not written by this project.
     """
-    from pyarrow import ArrowException
-
     try:
         records = read_records(folder)
         if records and "chosen" in records[0]:
@@ -270,7 +269,7 @@ def _load_output(folder: Path) -> LoadedRecords:
             loaded = LoadedRecords("examples", "canonical records", numbered)
         if invalid := [findings.place(record) for record in loaded.records if not _is_valid(record)]:
             raise ValueError(f"{invalid[0]} is not a canonical record")
-    except (ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder}: not a complete data set of this project: {error}", "run its stage again, or use another folder"
         ) from None

@@ -125,10 +125,10 @@ def _split_rows(subject: Subject) -> tuple[dict[str, tuple[list[str], list[Sourc
             continue
         ledger = index.file_path(md5, "ledger.parquet")
         rows_by_id: dict[str, list[SourceRow]] = {}
-        for row in tables.read(ledger, ["source", "source_row", "example_id"]).to_pylist() if ledger else []:
+        for row in tables.read(ledger, ["source", "source_row", "example_id"]).rows(named=True) if ledger else []:
             rows_by_id.setdefault(row["example_id"], []).append((row["source"], row["source_row"]))
         for split, path in shards:
-            for row in tables.read(path, ["example_id", "source"]).to_pylist():
+            for row in tables.read(path, ["example_id", "source"]).rows(named=True):
                 splits, known = rows.setdefault(row["example_id"], ([], []))
                 splits += [split] if split not in splits else []
                 known += [

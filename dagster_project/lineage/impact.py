@@ -356,7 +356,7 @@ class _ImpactQuery:
         paths = self.index.shard_paths()
         if not self.index.knows_steps(run) or any(md5 not in paths for md5 in shards):
             return None
-        keys = {record_key(row["example_id"]) for md5 in shards for row in tables.read(paths[md5], ["example_id"]).to_pylist()}
+        keys = {record_key(identity) for md5 in shards for identity in tables.read(paths[md5], ["example_id"])["example_id"].to_list()}
         uses = [use for use in self.index.record_uses(keys) if use.out == run.md5 and use.split is None]
         steps = [step for use in uses for step, _ in use.steps]
         return len({use.key for use in uses}), min(steps, default=0), max(steps, default=0)

@@ -267,7 +267,7 @@ class Index(RunIndex):
         """Those of some records whose own rows, by the ledgers of some data sets, are of a source: a file, or a folder and its contents."""
         found: set[bytes] = set()
         for path in (self.file_path(out, LEDGER) for out in outs):
-            for row in tables.read(path, ["source", "example_id"]).to_pylist() if path else ():
+            for row in tables.read(path, ["source", "example_id"]).rows(named=True) if path else ():
                 if is_within(row["source"], source) and (key := record_key(row["example_id"])) in keys:
                     found.add(key)
         return found

@@ -24,7 +24,7 @@ from dagster_project.lineage.runs import StageRun, is_input
 from dagster_project.lineage.sources import other_files
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import polars as pl
 
 ORIGIN = ("origin", "revision", "license", "parameters", "sha256")
 """Keys of a report on imported weights."""
@@ -339,8 +339,8 @@ def _ledger_counts(index: Index, run: StageRun) -> dict[tuple[str, str], int]:
     path = index.file_path(run.md5, LEDGER)
     if path is None:
         return {}
-    rows = tables.read(path, ["source", "outcome"]).group_by(["source", "outcome"]).aggregate([([], "count_all")]).to_pylist()
-    return {(row["source"], row["outcome"]): row["count_all"] for row in sorted(rows, key=lambda row: (row["source"], row["outcome"]))}
+    rows = tables.read(path, ["source", "outcome"]).group_by("source", "outcome").len().rows()
+    return {(source, outcome): count for source, outcome, count in sorted(rows)}
 
 
 def _outcomes_of_source(counts: Mapping[tuple[str, str], int], name: str) -> dict[str, int]:
@@ -351,14 +351,14 @@ def _outcomes_of_source(counts: Mapping[tuple[str, str], int], name: str) -> dic
     return dict(outcomes)
 
 
-def trained_on(subject: Subject) -> tuple[pa.Table | None, list[dict[str, str]]]:
+def trained_on(subject: Subject) -> tuple[pl.DataFrame | None, list[dict[str, str]]]:
     """Every example in a training step of the model or of a model it was derived from, in training order.
 
     Returns:
         A table of model, example_id, step, epoch, source and source_row (null if unknown), or None without evidence; and the missing outputs,
         each with path, md5 and the commands that fetch it. Where rows were dropped as copies of a record, `also_in` lists them: "faq.jsonl:3, b.csv:0".
     """
-    import pyarrow as pa
+    import polars as pl
 
     index = subject.index
     tables, missing = [], []
@@ -379,24 +379,27 @@ def trained_on(subject: Subject) -> tuple[pa.Table | None, list[dict[str, str]]]
         missing += [output for output in unavailable if output not in missing]
         copies = index.copies_of_records(index.ancestors(run))
         tables.append(_with_source_rows(run.address, path, source_rows, copies))
-    return (pa.concat_tables(tables, promote_options="default") if tables else None), missing
+    return (pl.concat(tables, how="diagonal") if tables else None), missing
 
 
 def _with_source_rows(
     model: str, evidence: Path, source_rows: Mapping[str, tuple[str, int | None]], copies: Mapping[bytes, Sequence[tuple[str, int]]]
-) -> pa.Table:
-    import pyarrow as pa
+) -> pl.DataFrame:
+    import polars as pl
 
     table = tables.read(evidence, ["example_id", "step", "epoch"])
-    ids = table["example_id"].to_pylist()
+    ids = table["example_id"].to_list()
     rows = [source_rows.get(identity, (None, None)) for identity in ids]
-    table = table.add_column(0, "model", pa.array([model] * len(ids), pa.string()))
-    table = table.append_column("source", pa.array([source for source, _ in rows], pa.string()))
-    table = table.append_column("source_row", pa.array([row for _, row in rows], pa.int64()))
+    table = table.select(
+        pl.lit(model).alias("model"),
+        pl.all(),
+        pl.Series("source", [source for source, _ in rows], pl.String),
+        pl.Series("source_row", [row for _, row in rows], pl.Int64),
+    )
     if not copies:
         return table
     also = [", ".join(f"{source}:{row}" for source, row in copies.get(record_key(identity), ())) or None for identity in ids]
-    return table.append_column("also_in", pa.array(also, pa.string()))
+    return table.with_columns(pl.Series("also_in", also, pl.String))
 
 
 def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, tuple[str, int | None]], list[dict[str, str]]]:
@@ -411,7 +414,7 @@ def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, tupl
         if path is None:
             missing.append(_missing(run))
             continue
-        for row in tables.read(path, ["source", "source_row", "example_id"]).to_pylist():
+        for row in tables.read(path, ["source", "source_row", "example_id"]).rows(named=True):
             source_rows.setdefault(row["example_id"], (row["source"], row["source_row"]))
     return source_rows, missing
 
@@ -428,29 +431,26 @@ def fetch_hint(runs: Sequence[StageRun]) -> str:
     return f"{checkout}`dvc pull {names}`, or `dvc repro {names}` if no remote has it"
 
 
-def _training_counts(records: pa.Table | None) -> dict[str, Any] | None:
+def _training_counts(records: pl.DataFrame | None) -> dict[str, Any] | None:
     """Number of records, views, steps and epochs, per model and in total; None if unknown, or not trained."""
-    import pyarrow.compute as pc
-
     if records is None:
         return None
     by_model = {
         model: {
-            "records": len(pc.unique(part["example_id"])),
-            "views": part.num_rows,
-            "steps": pc.max(part["step"]).as_py() or 0,
-            "epochs": pc.max(part["epoch"]).as_py() or 0,
+            "records": part["example_id"].n_unique(),
+            "views": part.height,
+            "steps": part["step"].max() or 0,
+            "epochs": part["epoch"].max() or 0,
         }
-        for model in pc.unique(records["model"]).to_pylist()
-        for part in [records.filter(pc.equal(records["model"], model))]
+        for (model,), part in records.group_by("model", maintain_order=True)
     }
-    return {"records": len(pc.unique(records["example_id"])), "learnt_by": by_model}
+    return {"records": records["example_id"].n_unique(), "learnt_by": by_model}
 
 
-def listed(records: pa.Table | None) -> list[dict[str, Any]]:
+def listed(records: pl.DataFrame | None) -> list[dict[str, Any]]:
     """One entry per record and model that was trained on it, with all steps and epochs."""
     entries: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in records.to_pylist() if records is not None else []:
+    for row in records.rows(named=True) if records is not None else []:
         entry = entries.setdefault(
             (row["model"], row["example_id"]),
             {
@@ -465,23 +465,21 @@ def listed(records: pa.Table | None) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
-def write_trained_on(records: pa.Table | None, path: Path) -> None:
+def write_trained_on(records: pl.DataFrame | None, path: Path) -> None:
     """The table of `trained_on` to a CSV or Parquet file.
 
     Raises:
         InputError: there are no records, or the file cannot be written.
     """
-    import pyarrow.csv as csv
-    import pyarrow.parquet as pq
-
     if records is None:
         raise InputError(f"--records {path}: no training records found for this model", "`pedigree audit MODEL` lists missing outputs")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() == ".csv":
-            csv.write_csv(records, path)
-        else:
-            pq.write_table(records, path, compression="zstd")
+        with path.open("wb") as file:
+            if path.suffix.lower() == ".csv":
+                records.write_csv(file, quote_style="non_numeric")
+            else:
+                records.write_parquet(file, compression="zstd")
     except OSError as error:
         raise InputError(f"--records {path}: {error.strerror or error}", "choose a writable file") from None
 

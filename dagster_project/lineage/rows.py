@@ -14,7 +14,7 @@ from dagster_project.lineage import tables
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
+    import polars as pl
 
 EVIDENCE = "examples.parquet"
 """Training evidence in a model's folder: the examples it was trained on, with step and epoch."""
@@ -87,7 +87,7 @@ class RowCollector:
 
         table = tables.read(path, ["example_id", "step", "epoch"])
         steps, epochs = (table[name].to_numpy().astype(np.int32) for name in ("step", "epoch"))
-        self._add_records(table["example_id"].to_pylist(), content, steps, epochs)
+        self._add_records(table["example_id"].to_list(), content, steps, epochs)
         return {}
 
     def add_shard(self, path: Path, content: int) -> dict[str, int]:
@@ -97,14 +97,13 @@ class RowCollector:
         names = tables.column_names(path)
         text_columns = [name for name in ("messages", "prompt", "chosen", "rejected") if name in names]
         table = tables.read(path, ["example_id", *(["source"] if "source" in names else []), *text_columns])
-        ids = table["example_id"].to_pylist()
+        ids = table["example_id"].to_list()
         keys = self._add_records(ids, content, np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32))
         for name in text_columns:
-            self._add_texts(keys, table[name].combine_chunks())
+            self._add_texts(keys, table[name])
         if "source" not in names:
             return {}
-        counts = table["source"].combine_chunks().value_counts()
-        return {str(entry["values"]): int(entry["counts"]) for entry in counts.to_pylist()}
+        return {str(source): rows for source, rows in table.group_by("source", maintain_order=True).len().iter_rows()}
 
     def _add_records(self, ids: list[str], content: int, steps: np.ndarray, epochs: np.ndarray) -> bytes:
         import numpy as np
@@ -114,22 +113,21 @@ class RowCollector:
         self.size += len(ids)
         return keys
 
-    def _add_texts(self, keys: bytes, column: pa.Array) -> None:
+    def _add_texts(self, keys: bytes, column: pl.Series) -> None:
         """Add the texts of a column of messages or strings: of messages also reasoning and arguments of calls."""
         import numpy as np
-        import pyarrow as pa
+        import polars as pl
 
-        if not pa.types.is_list(column.type):
-            self._add_owned(np.frombuffer(keys, "V16"), column.to_pylist())
+        if not isinstance(column.dtype, pl.List):
+            self._add_owned(np.frombuffer(keys, "V16"), column.to_list())
             return
-        messages = column.flatten()
-        owners = np.repeat(np.frombuffer(keys, "V16"), column.value_lengths().fill_null(0).to_numpy())
-        fields = [messages.type.field(i).name for i in range(messages.type.num_fields)]
+        sizes, fields = tables.flattened(column)
+        owners = np.repeat(np.frombuffer(keys, "V16"), sizes)
         for name in fields:
             if name in {"content", "reasoning_content"}:
-                self._add_owned(owners, messages.field(name).to_pylist())
+                self._add_owned(owners, fields[name].to_list())
         if "tool_calls" in fields:
-            given = [[*call_texts(text)] if text else [] for text in messages.field("tool_calls").to_pylist()]
+            given = [[*call_texts(text)] if text else [] for text in fields["tool_calls"].to_list()]
             self._add_owned(np.repeat(owners, [len(texts) for texts in given]), [text for texts in given for text in texts])
 
     def _add_owned(self, owners: np.ndarray, texts: Sequence[str | None]) -> None:
@@ -177,17 +175,14 @@ def _chunks(keys: bytes, columns: Sequence[np.ndarray]) -> Iterator[tuple[bytes,
 
 def summarize_training(evidence: Path, shards: Mapping[str, Path]) -> list[tuple[str, str, int, int, int]]:
     """(shard hash, source, records, first step, last step) of a model's training on each shard and source."""
-    import pyarrow as pa
+    import polars as pl
 
-    parts = []
-    for md5, path in shards.items():
-        part = tables.read(path, ["example_id", "source"])
-        parts.append(part.append_column("shard", pa.array([md5] * part.num_rows, pa.string())))
-    steps = tables.read(evidence, ["example_id", "step"]).group_by("example_id").aggregate([("step", "min"), ("step", "max")])
-    joined = pa.concat_tables(parts).join(steps, "example_id", join_type="inner").group_by(["shard", "source"])
-    rows = joined.aggregate([("example_id", "count_distinct"), ("step_min", "min"), ("step_max", "max")]).to_pylist()
-    columns = ("shard", "source", "example_id_count_distinct", "step_min_min", "step_max_max")
-    return sorted((tuple(row[name] for name in columns) for row in rows), key=str)
+    parts = [tables.read(path, ["example_id", "source"]).with_columns(shard=pl.lit(md5)) for md5, path in shards.items()]
+    first, last = pl.col("step").min().alias("first"), pl.col("step").max().alias("last")
+    steps = tables.read(evidence, ["example_id", "step"]).group_by("example_id").agg(first, last)
+    joined = pl.concat(parts).join(steps, on="example_id").group_by("shard", "source")
+    rows = joined.agg(pl.col("example_id").n_unique(), pl.col("first").min(), pl.col("last").max())
+    return sorted(rows.rows(), key=str)
 
 
 def contributions(path: Path, name: str) -> tuple[list[tuple[str, int, bytes]], list[tuple[bytes, bytes, str]]]:
@@ -197,23 +192,23 @@ def contributions(path: Path, name: str) -> tuple[list[tuple[str, int, bytes]], 
         (source, source_row, key of the record) of every copy that was dropped; and (key of the row, key of the record, how) of every record that was
         made from another one: repaired, copied, paraphrased, or kept in place of a copy.
     """
-    import pyarrow.compute as pc
+    import polars as pl
 
     if name == OVERLAPS:
         table = tables.read(path, ["check", "source", "source_row", "example_id", "other"])
-        rows = table.filter(pc.equal(table["check"], "exact_duplicates")).to_pylist()
+        rows = table.filter(pl.col("check") == "exact_duplicates").rows(named=True)
         credits = [(row["source"], row["source_row"], record_key(row["other"])) for row in rows]
         different = [row for row in rows if row["example_id"] != row["other"]]
         return credits, [(record_key(row["example_id"]), record_key(row["other"]), "kept instead") for row in different]
     names = tables.column_names(path)
     table = tables.read(path, ["example_id", "outcome", "why", *(["source_id"] if "source_id" in names else [])])
-    added = table.filter(pc.starts_with(table["outcome"], AUGMENTED)).to_pylist()
+    added = table.filter(pl.col("outcome").str.starts_with(AUGMENTED)).rows(named=True)
     derived = [
         (record_key(row["why"].removeprefix(COPY_OF)), record_key(row["example_id"]), row["outcome"].removeprefix(AUGMENTED))
         for row in added
         if row["why"].startswith(COPY_OF)
     ]
     if "source_id" in names:
-        repaired = table.filter(pc.is_valid(table["source_id"])).select(["source_id", "example_id"]).to_pylist()
+        repaired = table.filter(pl.col("source_id").is_not_null()).rows(named=True)
         derived += [(record_key(row["source_id"]), record_key(row["example_id"]), "repaired") for row in repaired]
     return [], derived

@@ -197,7 +197,7 @@ class RunIndex(Database):
         committed = blobs(self.root, names.values())
         contents: dict[int, bytes] = {}
         for run, report, md5 in requested:
-            files = [path for path in (self.objects.path(md5), self.root / report) if path and path.is_file()]
+            files = [path for path in (self.objects.path(md5) if md5 else None, self.root / report) if path and path.is_file()]
             for content in (committed.get(names.get(run, ""), b""), *(path.read_bytes() for path in files)):
                 if md5_of_bytes(content) == md5:
                     contents[run] = content

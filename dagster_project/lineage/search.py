@@ -1,6 +1,6 @@
 """Searches the messages of every available data set for a text: a name, an address, part of a sentence.
 
-Texts of ASCII characters are searched by Arrow, a million in about a second; the others one by one, because their normal forms differ.
+Texts of ASCII characters are searched by polars, a million in about a second; the others one by one, because their normal forms differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import call_texts
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import polars as pl
 
 FIELDS = ("content", "reasoning_content", "tool_calls", "name")
 """Fields of a message that are searched. Of calls: their arguments."""
@@ -33,12 +33,14 @@ def normalized(text: str) -> str:
 
 
 class Pattern:
-    """What is searched for: a text between word boundaries, or a regular expression (RE2, case-insensitive)."""
+    """What is searched for: a text between word boundaries, or a regular expression (without look-around and back-references, case-insensitive)."""
 
     def __init__(self, text: str, regex: bool) -> None:
         """Raises:
         InputError: the text is empty, or not a regular expression.
         """
+        import polars as pl
+
         words = normalized(text).split()
         if not words:
             raise InputError("--containing: the text is empty", "give a word, a name or part of a sentence")
@@ -48,30 +50,26 @@ class Pattern:
         before, after = (r"(?<!\w)" if words[0][0].isalnum() else ""), (r"(?!\w)" if words[-1][-1].isalnum() else "")
         try:
             self.python = re.compile(text if regex else before + re.escape(" ".join(words)) + after, re.IGNORECASE)
-            self.matches_of(["probe"])
-        except (re.error, ValueError) as error:
+            self.matches_of(pl.Series(["probe"]))
+        except (re.error, pl.exceptions.ComputeError) as error:
+            reasons = [line.removeprefix("error: ") for line in str(error).splitlines() if line.startswith("error: ")]
             raise InputError(
-                f"--containing {visible(text)}: not a regular expression: {error}", "leave --regex out to search for a text"
+                f"--containing {visible(text)}: not a regular expression: {(reasons or str(error).splitlines())[0]}",
+                "leave --regex out to search for a text",
             ) from None
 
-    def matches_of(self, texts: list[str | None] | pa.Array) -> list[int]:
-        """Indices of the texts that match. Raises ArrowInvalid, a ValueError, if RE2 does not know the expression."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        array = pa.array(texts, pa.string()) if isinstance(texts, list) else texts
+    def matches_of(self, texts: pl.Series) -> list[int]:
+        """Indices of the texts that match; null does not. Raises ComputeError if Rust's `regex` does not know the expression."""
         if self.regex:
-            folded = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_normalize(array, "NFKC"), r"\s+", " "))
-            return [
-                int(i)
-                for i in pc.indices_nonzero(pc.fill_null(pc.match_substring_regex(folded, self.ascii, ignore_case=True), False)).to_pylist()
-            ]
-        plain = pc.fill_null(pc.string_is_ascii(array), True)
-        found = pc.and_(plain, pc.fill_null(pc.match_substring_regex(array, self.ascii, ignore_case=True), False))
-        others = [int(i) for i in pc.indices_nonzero(pc.invert(plain)).to_pylist()]
-        taken = array.take(pa.array(others, pa.int64())).to_pylist()
-        matching = [i for i, text in zip(others, taken, strict=True) if self.python.search(normalized(text))]
-        return sorted([*pc.indices_nonzero(found).to_pylist(), *matching])
+            folded = texts.str.normalize("NFKC").str.replace_all(r"\s+", " ").str.strip_chars()
+            return folded.str.contains(f"(?i){self.ascii}").fill_null(False).arg_true().to_list()
+        plain = (texts.str.len_bytes() == texts.str.len_chars()).fill_null(True)
+        found = (plain & texts.str.contains(f"(?i){self.ascii}").fill_null(False)).arg_true().to_list()
+        others = (~plain).arg_true()
+        matching = [
+            i for i, text in zip(others.to_list(), texts.gather(others).to_list(), strict=True) if self.python.search(normalized(text))
+        ]
+        return sorted([*found, *matching])
 
     def excerpt(self, text: str) -> str:
         """The match in the normalized text, with what is around it."""
@@ -109,32 +107,26 @@ def search(index: Index, text: str, regex: bool = False) -> list[dict[str, Any]]
 def _matches(path: Any, pattern: Pattern) -> Iterator[tuple[str, str, str, str, str]]:
     """(part, example_id, role, field, text) of every match in a shard."""
     import numpy as np
-    import pyarrow as pa
+    import polars as pl
 
     names = tables.column_names(path)
     parts = [part for part in PARTS if part in names]
     table = tables.read(path, ["example_id", *parts])
+    ids = table["example_id"]
     for part in parts:
-        column = table[part].combine_chunks()
-        if not pa.types.is_list(column.type):
+        column = table[part]
+        if not isinstance(column.dtype, pl.List):
             for row in pattern.matches_of(column):
-                yield part, table["example_id"][row].as_py(), "", part, column[row].as_py()
+                yield part, ids[row], "", part, column[row]
             continue
-        messages = column.flatten()
-        owners = np.repeat(np.arange(table.num_rows), column.value_lengths().fill_null(0).to_numpy())
-        fields = [messages.type.field(i).name for i in range(messages.type.num_fields)]
+        sizes, fields = tables.flattened(column)
+        owners = np.repeat(np.arange(table.height), sizes)
         for name in (name for name in FIELDS if name in fields):
-            texts, rows = messages.field(name), np.arange(len(messages))
+            texts, rows = fields[name], np.arange(len(owners))
             if name == "tool_calls":
-                given = [[*call_texts(calls)] if calls else [] for calls in texts.to_pylist()]
+                given = [[*call_texts(calls)] if calls else [] for calls in texts.to_list()]
                 rows = np.repeat(rows, [len(one) for one in given])
-                texts = pa.array([text for one in given for text in one], pa.string())
+                texts = pl.Series([text for one in given for text in one], dtype=pl.String)
             for i in pattern.matches_of(texts):
                 message = int(rows[i])
-                yield (
-                    part,
-                    table["example_id"][int(owners[message])].as_py(),
-                    messages.field("role")[message].as_py(),
-                    name,
-                    texts[i].as_py(),
-                )
+                yield part, ids[int(owners[message])], fields["role"][message], name, texts[i]

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.core import faults
+from dagster_project.core import faults, frames
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.text import shortened
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import numpy as np
+    import polars as pl
 
 NUMBERS = frozenset({"source_row", "step", "epoch"})
 TEXTS = frozenset({"example_id", "source", "outcome", "why", "check", "other", "source_id"})
@@ -23,51 +24,61 @@ def column_names(path: Path) -> list[str]:
     Raises:
         InputError: it is not a table.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return list(pq.read_schema(path).names)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(path, error) from None
+    return list(_schema(path))
 
 
-def read(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Read columns of a table.
+def read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
+    """Read columns of a table. One of nulls alone has its type in this project.
 
     Raises:
         InputError: it is not a table, or lacks one of the columns, or one has another type.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import polars as pl
 
-    try:
-        table = pq.read_table(path, columns=[*columns])
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise _damaged(path, error) from None
+    schema = _schema(path)
     for name in columns:
-        if name not in table.column_names:
+        if name not in schema:
             raise _damaged(path, f"no column {name}")
-        kind = table.schema.field(name).type
-        expected = NUMBERS if pa.types.is_integer(kind) else TEXTS if pa.types.is_string(kind) or pa.types.is_large_string(kind) else set()
-        if name in NUMBERS | TEXTS and name not in expected and not pa.types.is_null(kind):
+        kind = schema[name]
+        expected = NUMBERS if kind.is_integer() else TEXTS if kind == pl.String else set()
+        if name in NUMBERS | TEXTS and name not in expected and kind != pl.Null:
             raise _damaged(path, f"column {name} has type {kind}")
-    return table
+    try:
+        table = frames.read_frame(path, columns)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    return table.with_columns(pl.col(pl.Null).cast(pl.String)).cast(
+        {name: pl.Int64 for name in NUMBERS & {*columns} if schema[name] == pl.Null}
+    )
 
 
-def rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a table (`records.read_table`).
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a table (`frames.read_rows`).
 
     Raises:
         InputError: it is not a table with rows of this project.
     """
-    import pyarrow as pa
-
-    from dagster_project.core.records import read_table
-
     try:
-        return read_table(path, columns)
-    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return frames.read_rows(path)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from None
+
+
+def flattened(column: pl.Series) -> tuple[np.ndarray, dict[str, pl.Series]]:
+    """Number of objects in each list of a column of lists, (rows,); and field -> its values in all of them, in order. No fields: not of objects."""
+    import polars as pl
+
+    sizes = column.list.len().fill_null(0)
+    objects = column.filter(sizes > 0).explode()
+    return sizes.to_numpy(), {name: objects.struct.field(name) for name in objects.struct.fields} if isinstance(
+        objects.dtype, pl.Struct
+    ) else {}
+
+
+def _schema(path: Path) -> dict[str, pl.DataType]:
+    try:
+        return frames.read_schema(path)
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
 
 

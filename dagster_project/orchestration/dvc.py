@@ -25,6 +25,7 @@ from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import LOST_HINT, lost_entries, lost_text
 from dagster_project.orchestration import dvc_errors, rwlock
+from dagster_project.orchestration.last_sync import stamps
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import command_of_dvc, interrupt_command
 
@@ -227,18 +228,16 @@ def _version(root: Path, outs: Sequence[Any]) -> str:
 
 def stamp(root: Path, states: Mapping[str, StageState]) -> list[tuple[str, int, int, int]]:
     """Path, modification time, inode and size of every file that `read_stages` read: if they are the same, its result is too."""
+    return stamps(root / name for name in stamped_paths(states))
+
+
+def stamped_paths(states: Mapping[str, StageState]) -> set[str]:
+    """Every file and folder that `read_stages` reads."""
     paths = {"dvc.yaml", "dvc.lock", "params.yaml", code_lock.FILE, ".dvc/config", ".dvc/cache"}
     for state in states.values():
         inputs = [i.path for i in state.inputs]
         paths |= {*state.files, *inputs, *(f"{path}.dvc" for path in inputs)}
-    stamps = []
-    for path in sorted(root / name for name in paths):
-        inside = path.rglob("*") if path.is_dir() and path.name != "cache" else ()
-        for file in (path, *inside):
-            with suppress(FileNotFoundError):
-                stat = file.stat()
-                stamps.append((str(file), stat.st_mtime_ns, stat.st_ino, stat.st_size))
-    return sorted(stamps)
+    return paths
 
 
 def overlap(a: str, b: str) -> bool:

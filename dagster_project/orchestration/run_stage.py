@@ -12,6 +12,7 @@ from typing import Any
 from dagster_project.core import faults, params
 from dagster_project.core.context import StageContext
 from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
+from dagster_project.core.imports import lean_imports
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.records import remove, write_json
 from dagster_project.core.text import visible
@@ -57,9 +58,10 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
         remove_leftovers(root)
         try:
             code_lock.refuse_other_code(root, [stage])
-            before = _verified_inputs(root, address)  # before any of these files is read
-            # the driver of a worker has validated them, and the worker has only the sources that this stage reads
-            values = params.read(root) if os.environ.get(VARIABLE) == WORKER else pipeline.validate(root)
+            with lean_imports():
+                before = _verified_inputs(root, address)  # before any of these files is read
+                # the driver of a worker has validated them, and the worker has only the sources that this stage reads
+                values = params.read(root) if os.environ.get(VARIABLE) == WORKER else pipeline.validate(root)
             executor = executor or _executor(values, address, pipeline)
             names = tuple(pipeline.stages)
             ctx = StageContext(

@@ -20,7 +20,7 @@ from dagster_project.core.records import CheckResult, Report, read_preferences, 
 from dagster_project.evaluation.paired import alignment
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.build import PreparedModel
-from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
+from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import preference
 from dagster_project.training.trainers.alignment import reward_model as reward
@@ -165,6 +165,7 @@ def produce(
             "checkpoints": checkpoints, "live": live, "pages": pages,
         }  # fmt: skip
         return _produce_in_processes(variant, params, compute, folders)
+    import_libraries()
     sources = Sources(preferences, reward_model, sft)
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     method = params.parsed_method(where)

@@ -10,7 +10,7 @@ from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.records import CheckResult, Report
 from dagster_project.training.methods import feature_extraction
-from dagster_project.training.methods.hardware import prepare
+from dagster_project.training.methods.hardware import adding_adapters, prepare
 from dagster_project.training.methods.load import RECORD, AdapterInfo, load, load_base
 
 CHECK_DESCRIPTIONS = {"merge_is_equal": "In float32, the merged and the unmerged model compute the same logits."}
@@ -58,7 +58,9 @@ def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Re
     cpu = torch.device("cpu")
     probes = _probes(base_model)
     stored = AutoConfig.from_pretrained(base_model, trust_remote_code=False).dtype or torch.float32
-    model = PeftModel.from_pretrained(load_base(base_model, cpu, torch.float32), adapter).eval()
+    base = load_base(base_model, cpu, torch.float32)
+    with adding_adapters():
+        model = PeftModel.from_pretrained(base, adapter).eval()
     with model.disable_adapter():
         untuned = _logits(model, probes)
     expected = _logits(model, probes)

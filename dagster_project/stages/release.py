@@ -213,13 +213,13 @@ def _unseen(test: Mapping[str, int]) -> _CheckOutcome:
 
 def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
     """Compare greedy tokens of the released folder, loaded with plain transformers, with those of the merged model, loaded as in `evaluation`."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from dagster_project.training.methods.hardware import prepare
     from dagster_project.training.methods.load import load
 
-    prepare(compute)
+    prepare(compute)  # first, because it imports torch and transformers in less time
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     another = "name another variant in release.variant"
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:

@@ -20,7 +20,7 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
 from dagster_project.evaluation.paired.bootstrap import difference, rounded, wilson
 from dagster_project.training.methods import build as methods
-from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
+from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import reward_model
 from dagster_project.training.trainers.alignment.trl_trainers.training import document_of, preference_identity, train
@@ -118,6 +118,7 @@ def produce(
         folders = {"preferences": preferences, "folder": folder, "out": out, "curve_file": curve_file, "calibration_file": calibration_file,
                    "checkpoints": checkpoints, "live": live}  # fmt: skip
         return _produce_in_processes(params, compute, folders)
+    import_libraries()
     claim_gpu()
     device, dtype = prepare(compute)
     reuse_large_blocks()

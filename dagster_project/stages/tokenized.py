@@ -15,6 +15,7 @@ from dagster_project.core.chat import Reasoning, has_field, is_text
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_text
+from dagster_project.core.imports import lean_imports
 from dagster_project.core.params import Section
 from dagster_project.core.records import (
     CheckResult,
@@ -131,9 +132,10 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
     root: the project's folder, which the path of a template is relative to.
     seed: selects the rows that are repeated or left out, and the examples that the audit shows.
     """
-    from transformers import AutoTokenizer
+    with lean_imports():  # loading it imports the module of its kind
+        from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     if params.max_length > tokenizer.model_max_length:
         raise InputError(
             f"params.yaml: tokenized.max_length: {params.max_length} is more than the model's context of {tokenizer.model_max_length}",

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.frames import read_records, read_rows
 from dagster_project.core.messages import Message, Tools
-from dagster_project.core.records import read_records, read_table
 from dagster_project.evaluation.paired.bootstrap import wilson
 from dagster_project.training.inference.answers import Answer, of_row
 
@@ -89,7 +89,7 @@ def answers_of(project: Path) -> dict[str, dict[Key, Answer]]:
     """
     files = [project / "data" / "baselines" / "results.parquet", *sorted((project / "data").glob("evaluation*/*/results.parquet"))]
     answers: dict[str, dict[Key, Answer]] = {}
-    for row in (row for file in files if file.is_file() for row in read_table(file)):
+    for row in (row for file in files if file.is_file() for row in read_rows(file)):
         if row["answer"] is not None:
             turn = row.get("turn")
             answers.setdefault(row["system"], {})[row["example_id"], -1 if turn is None else turn] = of_row(row)

@@ -25,6 +25,7 @@ from dagster_project.core.params import Section, parse
 from dagster_project.core.versions import require_version
 from dagster_project.training.methods import feature_extraction
 from dagster_project.training.methods.attention import attention_for, attention_of
+from dagster_project.training.methods.hardware import adding_adapters
 from dagster_project.training.methods.load import AdapterInfo, hidden_states, load_base
 
 if TYPE_CHECKING:
@@ -512,7 +513,8 @@ def build(
     base = load_base(base_model, device, dtype, quantized, attention, weights)
     config = peft_config(method, options, where, base, total_steps, str(base_model))
     try:
-        model = get_peft_model(base, config)
+        with adding_adapters():
+            model = get_peft_model(base, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         if isinstance(error, NotImplementedError) and not weights:  # raised by the meta device, not by the keys
             raise

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.imports import hidden, lean_imports
 from dagster_project.core.params import Compute
 from dagster_project.core.versions import require_version
 
@@ -28,6 +30,7 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import_libraries()
     import torch
     from transformers import set_seed
     from transformers.utils import logging as hf_logging
@@ -44,6 +47,31 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
     if compute.dtype != "auto":
         return device, getattr(torch, compute.dtype)
     return device, torch.bfloat16 if _supports_bfloat16(device) else torch.float32
+
+
+def import_libraries() -> None:
+    """Import torch, transformers and PEFT in less time than their first use would take."""
+    with lean_imports("bitsandbytes"):  # PEFT imports it for a function that is not used here; quantization imports it itself
+        import peft  # noqa: F401
+        import transformers.trainer_utils  # noqa: F401
+
+
+@contextmanager
+def adding_adapters() -> Iterator[None]:
+    """Without the layers of PEFT for quantized weights unless a model has some, and so without bitsandbytes, which imports torch's compiler."""
+    import_libraries()
+    from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+
+    def forget() -> None:
+        is_bnb_available.cache_clear()
+        is_bnb_4bit_available.cache_clear()
+
+    forget()
+    try:
+        with hidden("bitsandbytes"):  # imported already where weights are quantized
+            yield
+    finally:
+        forget()
 
 
 def reuse_large_blocks() -> None:

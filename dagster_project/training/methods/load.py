@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section
 from dagster_project.core.versions import require_version
+from dagster_project.training.methods.hardware import adding_adapters
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +129,9 @@ def load(folder: Path, base_model: Path | None, device: torch.device, dtype: tor
         raise InputError(f"{folder.name} is an adapter that was not merged, and its base model is missing", "give the base model")
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_base(base_model, device, dtype, AdapterInfo.read(folder).quantization), folder).eval()
+    base = load_base(base_model, device, dtype, AdapterInfo.read(folder).quantization)
+    with adding_adapters():
+        model = PeftModel.from_pretrained(base, folder).eval()
     return VirtualTokenModel(model) if model.active_peft_config.is_prompt_learning else model.get_base_model()
 
 

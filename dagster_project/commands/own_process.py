@@ -1,0 +1,31 @@
+"""Settings of a process that runs one command. They count only if they are made before the first import of torch or transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+
+from dagster_project.core.imports import lean_imports
+
+WAITING = {"OMP_WAIT_POLICY": "passive"}
+"""Environment of everything that computes: threads of OpenMP that wait for others sleep. By default they spin, and beside a busy process each
+waits for a thread that cannot run because the others spin. What is computed does not depend on it."""
+ONLY_TOKENIZERS = frozenset({"tokenized"})
+"""Stages that use tokenizers of transformers, which imports torch wherever it is installed."""
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Prepare this process for its command.
+
+    Args:
+        arguments: of the command line, e.g. ["run", "adapter@lora"].
+    """
+    for name, value in WAITING.items():
+        os.environ.setdefault(name, value)
+    if arguments[:1] == ["run"] and ONLY_TOKENIZERS & {*arguments}:
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it does without torch
+        with suppress(ModuleNotFoundError), lean_imports("torch"):
+            from transformers.utils import is_torch_available
+
+            is_torch_available()  # it looks once

@@ -1,0 +1,75 @@
+"""Parquet files -> polars, for commands that work without Arrow, such as `audit` and `impact`. Stages read with core/records.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from dagster_project.core.records import LEDGER, loaded, uncollected, with_source_rows
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, open, because polars would take `*` and `[` in a path as a pattern. Errors of polars are raised as ValueError."""
+    import polars as pl
+
+    with path.open("rb") as file:
+        try:
+            yield file
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # a panic is no Exception; some damage leads to one
+            raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
+
+
+def read_schema(path: Path) -> dict[str, pl.DataType]:
+    """Column -> type.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or not a table.
+    """
+    import polars as pl
+
+    with _opened(path) as file:
+        return dict(pl.read_parquet_schema(file))
+
+
+def read_frame(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """Read columns of a table; None: all.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, not a table, or lacks one of the columns.
+    """
+    import polars as pl
+
+    with _opened(path) as file:
+        return pl.read_parquet(file, columns=None if columns is None else [*columns])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """As `records.read_table`. Raises as `read_frame`."""
+    rows = read_frame(path).rows(named=True)
+    return [*map(loaded, rows)]
+
+
+@uncollected
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """As `records.read_records`. Raises as `read_frame`."""
+    return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_rows(shard)]
+
+
+@uncollected
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    """As `records.read_ledger`. Raises as `read_frame`."""
+    return read_rows(folder / LEDGER)
+
+
+@uncollected
+def read_pairs(folder: Path) -> list[dict[str, Any]]:
+    """As `records.iter_pairs`, all of them. Raises as `read_frame`."""
+    return [*with_source_rows(read_records(folder), read_ledger(folder))]

@@ -1,0 +1,88 @@
+"""The state of all files after a sync that had nothing to report: while it is the same, the next one has nothing to report either.
+
+So that one needs neither Dagster nor DVC. Like DVC and `integrity`, it trusts that a file with the same time, inode and size has the same content.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.hashing import md5_of_bytes
+from dagster_project.core.records import write_text
+
+FILE = Path(".dvc", "tmp", "pedigree", "synced.json")
+"""It can be deleted."""
+PACKAGE = Path(__file__).parents[1]
+ALWAYS = ("dvc.yaml", "dvc.lock", "params.yaml", "code.lock.yaml", ".dvc/config", ".dvc/config.local", ".dvcignore", ".git/HEAD", ".git/index",
+          ".git/packed-refs", ".git/refs")  # fmt: skip
+
+
+def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
+    """Path, modification time, inode and size of each of these files, and of everything in these folders, except DVC's cache."""
+    found = []
+    for path in sorted(paths):
+        for file in (path, *(path.rglob("*") if path.is_dir() and path.name != "cache" else ())):
+            with suppress(FileNotFoundError):
+                stat = file.stat()
+                found.append((str(file), stat.st_mtime_ns, stat.st_ino, stat.st_size))
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class LastSync:
+    """The files as they are now, which is before a sync, and as they were before the last one that had nothing to report."""
+
+    root: Path
+    key_prefix: tuple[str, ...]
+    paths: tuple[str, ...]
+    """Files and folders of the project that the last sync read."""
+    before: str | None
+    now: str | None
+    """None: changes would not be seen, e.g. because Dagster's event log is in Postgres."""
+
+    @classmethod
+    def read(cls, root: Path, key_prefix: tuple[str, ...]) -> LastSync:
+        known: Any = {}
+        with suppress(OSError, ValueError):
+            known = json.loads((root / FILE).read_bytes())
+        paths = known.get("paths") if isinstance(known, dict) else None
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            return cls(root, key_prefix, (), None, None)
+        return cls(root, key_prefix, tuple(paths), known.get("state"), _state(root, key_prefix, paths))
+
+    @property
+    def unchanged(self) -> bool:
+        return self.now is not None and self.now == self.before
+
+    def remember(self, paths: Iterable[str]) -> None:
+        """Call it after a sync that had nothing to report. The state counts from the second one on that read the same files."""
+        names = sorted(paths)
+        text = json.dumps({"paths": names, "state": self.now if names == [*self.paths] else None})
+        with suppress(OSError):  # the disk is full or read-only: the next sync reads everything again
+            write_text(self.root / FILE, text)
+
+
+def _state(root: Path, key_prefix: tuple[str, ...], paths: Iterable[str]) -> str | None:
+    home = Path(os.environ.get("DAGSTER_HOME") or root / ".dagster").absolute()
+    log = home / "history"
+    try:
+        settings = (home / "dagster.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if "storage" in settings or "instance_class" in settings or not log.is_dir() or not (root / ".git").is_dir():
+        return None
+    files = [*stamps(root / path for path in {*paths, *ALWAYS}), *stamps(PACKAGE.rglob("*.py"))]
+    return md5_of_bytes(json.dumps([str(home), settings, list(key_prefix), files, [*_databases(home)]]).encode())
+
+
+def _databases(home: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Stamps of SQLite's files, without those that reading alone makes and removes."""
+    for stamp in stamps([home / "history", home / "pedigree_project"]):
+        if not stamp[0].endswith(("-shm", "-journal")) and not Path(stamp[0]).is_dir() and not (stamp[0].endswith("-wal") and not stamp[3]):
+            yield stamp

@@ -1,0 +1,97 @@
+"""Commands and stages import what they need and nothing else; and what a stage computes with is set before torch is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import LOADED, ROOT, run
+
+from dagster_project.commands import own_process
+from dagster_project.pipeline import STAGES
+
+COMPUTES = {"torch", "transformers", "datasets"}
+TRAINS = {*COMPUTES, "peft", "trl"}
+CHECKS = {"polars", "pandera"}
+NEEDED: dict[str, set[str]] = {
+    "base_model": COMPUTES,
+    "raw_examples": set(),
+    "instructions": {*CHECKS, "great_expectations"},
+    "splits": CHECKS,
+    "tokenized": {"transformers"},
+    "adapter": TRAINS,
+    "merged": {*COMPUTES, "peft"},
+    "raw_preferences": set(),
+    "preferences": CHECKS,
+    "reward_model": TRAINS,
+    "aligned": TRAINS,
+    "merged_aligned": {*COMPUTES, "peft"},
+    "baselines": {*COMPUTES, "peft", "sklearn"},
+    "evaluation": {*COMPUTES, "peft"},
+    "evaluation_aligned": {*COMPUTES, "peft"},
+    "comparison": set(),
+    "release": {*COMPUTES, "peft"},
+}
+"""Libraries that take long to import and that a stage of the quick project uses."""
+LARGE = {*TRAINS, "sklearn", *CHECKS, "great_expectations", "bitsandbytes", "dagster", "matplotlib", "ray", "rfc3987_syntax"}
+
+
+def test_no_stage_loads_a_large_library_that_it_does_not_need(_finished: Path) -> None:
+    loaded: dict[str, set[str]] = {}
+    for line in (_finished / LOADED).read_text().splitlines():
+        process = json.loads(line)
+        if process["arguments"][:3] == ["-m", "dagster_project", "run"]:
+            loaded[process["arguments"][3].partition("@")[0]] = {name.partition(".")[0] for name in process["modules"]}
+    assert loaded.keys() == STAGES.keys() == NEEDED.keys()
+    assert {stage: sorted(names & LARGE - NEEDED[stage]) for stage, names in loaded.items()} == {stage: [] for stage in STAGES}
+
+
+def test_modules_of_stages_load_no_large_library() -> None:
+    code = f"""import json, sys
+from dagster_project.pipeline import sections
+sections()
+print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}} & {LARGE!r})))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+def test_a_model_is_given_adapters_without_bitsandbytes_which_remains_available(tiny_model: Path) -> None:
+    code = f"""import sys
+from pathlib import Path
+from dagster_project.core.params import Compute
+from dagster_project.training.methods.build import build
+from dagster_project.training.methods.hardware import prepare
+device, dtype = prepare(Compute(threads=1, dtype="float32"))
+build("lora", {{"r": 2, "target_modules": "all-linear"}}, Path({str(tiny_model)!r}), device, dtype, "adapter.lora")
+assert "torch" in sys.modules and "bitsandbytes" not in sys.modules
+built = build("lora", {{"r": 2, "target_modules": "all-linear"}}, Path({str(tiny_model)!r}), device, dtype, "adapter.lora", quantization="nf4")
+print(sorted({{type(module).__name__ for module in built.model.modules()}} & {{"Linear4bit", "Params4bit"}}))"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["['Linear4bit']"], done.stderr
+
+
+FRONT_ENDS = {
+    "run": ["-m", "dagster_project", "run", "base_model"],
+    "repro": ["-m", "dvc", "repro", "base_model"],
+    "dagster": ["-m", "dagster", "asset", "materialize", "--select", "base_model", "-m", "dagster_project.definitions"],
+}
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_waiting_threads_sleep_whichever_front_end_starts_a_stage(project: Path, monkeypatch: pytest.MonkeyPatch, front_end: str) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "true")  # the OpenMP library prints what it found when torch loaded it
+    (project / ".dagster").mkdir()
+    done = run([sys.executable, *FRONT_ENDS[front_end]], project)
+    assert done.returncode == 0, done.stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stdout + done.stderr
+
+
+def test_a_wait_policy_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    own_process.prepare(["check", "data.jsonl"])
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
