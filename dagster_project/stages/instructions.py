@@ -4,7 +4,7 @@ with its reason."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dagster_project.core.records import (
     write_records,
 )
 from dagster_project.core.stored_rows import Selected, StoredRows
-from dagster_project.curation.checks import account, expectations, findings
+from dagster_project.curation.checks import account, expectations, findings, row_cache
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Rules, checks_of, judge
 from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
 from dagster_project.curation.checks.token_counts import tokens_of
@@ -56,10 +56,11 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 
 def run(ctx: StageContext) -> Report:
-    return produce(
-        ctx.root, ctx.params("instructions", Params), ctx.output_of("raw_examples"), ctx.output_of("base_model"),
-        out=ctx.out, pages=ctx.pages, previous=ctx.recorded(),
-    )  # fmt: skip
+    with row_cache.using(ctx.root, "instructions"):
+        return produce(
+            ctx.root, ctx.params("instructions", Params), ctx.output_of("raw_examples"), ctx.output_of("base_model"),
+            out=ctx.out, pages=ctx.pages, previous=ctx.recorded(),
+        )  # fmt: skip
 
 
 @uncollected
@@ -74,24 +75,26 @@ def produce(
     held_out = [item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)]
     decisions = read_decisions(inside(root, params.review, "instructions.review")) if params.review else []
     placed = zip(iter_records(raw_examples), iter_ledger(raw_examples), strict=True)
-    records = StoredRows(({**record, "source_row": entry["source_row"], **ignored_in(entry)} for record, entry in placed), out.parent)
+    records = StoredRows(({"source_row": entry["source_row"], **record, **ignored_in(entry)} for record, entry in placed), out.parent)
 
     judged = judge(records, held_out, params, tokens_of(base_model), decisions)
-    kept = Selected(judged.records, [i for i, reason in enumerate(judged.reason) if reason is None], partial(_grouped, judged))
+    left = [i for i, reason in enumerate(judged.reason) if reason is None]
+    kept = Selected(judged.records, left, partial(_grouped, judged))
     checks = [findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()]
     if params.expectations is None or not len(kept):
         checks.append(CheckResult(expectations.NAME, passed=True, note="no suite is named" if len(kept) else "no rows to evaluate"))
     else:
         suite = inside(root, params.expectations, "instructions.expectations")
         outcome = expectations.run(
-            expectations.table(kept, read=len(records)), suite, pages / "data_docs" if params.data_docs else None, params.expectations
-        )
+            expectations.table(Selected(judged.records, left), _groups(judged, left), read=len(records)), suite,
+            pages / "data_docs" if params.data_docs else None, params.expectations,
+        )  # fmt: skip
         places = [findings.place(record) for record in kept]
         checks.append(expectations.check(outcome, places))
         write_json(pages / "expectations.json", expectations.document(outcome, places))
 
     write_records(out, kept)
-    write_ledger(out, _ledger(judged))
+    write_ledger(out, _ledger(judged), repaired=any(judged.repaired.values()))
     account.write_account("instructions", judged, held_out, out, pages, previous, partial(_read_kept, out.parent))
 
     dropped = Counter(why for why in judged.reason if why)
@@ -114,6 +117,14 @@ def _grouped(judged: Judgement, i: int, record: dict[str, Any]) -> dict[str, Any
     """A record with the key of its cluster of near-duplicates: the content hash of the first of them."""
     first = judged.cluster[i]
     return {**record, "group_id": record["example_id"] if first == i else judged.records[first]["example_id"]}
+
+
+def _groups(judged: Judgement, rows: Sequence[int]) -> list[Any]:
+    """For each of some rows a value that it shares with those that get the same `group_id`."""
+    import numpy as np
+
+    assert judged.identities is not None
+    return judged.identities[np.array(judged.cluster, np.int64)[np.array(rows, np.int64)]].rows()
 
 
 def _ledger(judged: Judgement) -> Iterator[dict[str, Any]]:

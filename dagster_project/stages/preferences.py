@@ -30,7 +30,7 @@ from dagster_project.core.records import (
 )
 from dagster_project.core.stored_rows import Selected, StoredRows
 from dagster_project.core.strings import StringIndex
-from dagster_project.curation.checks import account, findings
+from dagster_project.curation.checks import account, findings, row_cache
 from dagster_project.curation.checks.check import Action
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Rules, checks_of, judge
 from dagster_project.curation.checks.overlaps import Link, Overlaps
@@ -92,10 +92,11 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 
 def run(ctx: StageContext) -> Report:
-    return produce(
-        ctx.root, ctx.params("preferences", Params), ctx.compute.seed, ctx.output_of("raw_preferences"), ctx.output_of("splits"),
-        ctx.output_of("base_model"), out=ctx.out, pages=ctx.pages, previous=ctx.recorded(),
-    )  # fmt: skip
+    with row_cache.using(ctx.root, "preferences"):
+        return produce(
+            ctx.root, ctx.params("preferences", Params), ctx.compute.seed, ctx.output_of("raw_preferences"), ctx.output_of("splits"),
+            ctx.output_of("base_model"), out=ctx.out, pages=ctx.pages, previous=ctx.recorded(),
+        )  # fmt: skip
 
 
 @uncollected

@@ -41,7 +41,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     rows, sources = read_sources(root, params.sources, params, "raw_examples", pairs=False, scratch=out.parent)
     write_records(out, rows)
     ignored = fields.IgnoredFields()
-    write_ledger(out, _ledger(rows, ignored))
+    write_ledger(out, _ledger(rows, ignored), repaired=False)
     return Report(rows_in=len(rows), rows_out=len(rows), metrics={"sources": sources}, checks=[ignored.check()])
 
 

@@ -72,6 +72,11 @@ class Limits:
     near_duplicate_similarity: float
     """Minimum similarity of reported near-copies. Less similar ones share a cluster, too."""
 
+    @property
+    def identity(self) -> tuple[object, ...] | None:
+        """What facts about one row depend on besides the row; None if that is unknown."""
+        return None if self.tokens.identity is None else (self.tokens.identity, self.max_tokens, self.min_response_tokens)
+
 
 class Shared:
     """Values that several checks need, computed once."""

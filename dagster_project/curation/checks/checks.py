@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
-from dagster_project.core import workers
 from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.records import uncollected
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
 from dagster_project.curation.checks import profile as profiles
+from dagster_project.curation.checks import row_cache
 from dagster_project.curation.checks.check import Action, Check, DataSet, Kind, Limits, Rows, Severity
-from dagster_project.curation.checks.features import Features, features, joined
+from dagster_project.curation.checks.features import Features, columns, features
 from dagster_project.curation.checks.overlaps import GROUPED, Overlaps, find_overlaps
 from dagster_project.curation.checks.repair import REPAIRS, RepairResult, repair
 from dagster_project.curation.checks.review import Decision, Waived, Waiver, edited, ids_of, resolve
@@ -271,19 +272,10 @@ class _RowFacts:
 
 def _row_facts(records: StoredRows, held_out: Sequence[Item], limits: Limits, waived: Waived, repaired: RepairResult) -> _RowFacts:
     """Run every check on rows: those that depend on one row each in blocks of rows, then those that compare rows."""
-    found: dict[str, dict[int, Any]] = {}
-    parts: list[Features] = []
-    sizes: list[int] = []
-    start = 0
-    for block in workers.current().map(_block_facts, limits, records.blocks()):
-        for name, facts in block.found.items():
-            found.setdefault(name, {}).update({start + i: fact for i, fact in facts.items()})
-        start += block.size
-        parts.append(block.features)
-        sizes.append(block.size)
-    if not parts:
-        parts, sizes = [features(Rows([], limits))], [0]
-    data = DataSet(records, joined(parts, sizes), held_out, waived, limits)
+    table = row_cache.facts(_block_facts, limits, records, limits.identity)
+    found = _found(table)
+    data = DataSet(records, features(table), held_out, waived, limits)
+    del table
     found |= set_violations(data)
     broken = {name: [i for i in facts if i not in waived.rows.get(name, ())] for name, facts in found.items()}
     notes = {}
@@ -295,17 +287,27 @@ def _row_facts(records: StoredRows, held_out: Sequence[Item], limits: Limits, wa
     return _RowFacts(data.features, data.shared(find_overlaps), found, broken, {name: note for name, note in notes.items() if note})
 
 
-@dataclass(frozen=True)
-class _BlockFacts:
-    size: int
-    found: dict[str, dict[int, Any]]
-    features: Features
+def _block_facts(limits: Limits, lines: Sequence[bytes]) -> pl.DataFrame:
+    """The `features.columns` of a block of records, given in encoded form, and `found`: the facts by which a record violates checks, as JSON."""
+    import polars as pl
 
-
-def _block_facts(limits: Limits, lines: Sequence[bytes]) -> _BlockFacts:
-    """The facts about a block of records, given in encoded form."""
     rows, schema = Rows([decode(line) for line in lines], limits), _cached_schema(limits.max_tokens, limits.min_response_tokens)
-    return _BlockFacts(len(lines), violations(gather(rows, schema), schema), features(rows))
+    found: dict[int, dict[str, Any]] = {}
+    for name, of in violations(gather(rows, schema), schema).items():
+        for i, fact in of.items():
+            found.setdefault(i, {})[name] = fact
+    texts = [json.dumps(found[i]) if i in found else None for i in range(len(lines))]
+    return columns(rows).with_columns(found=pl.Series(texts, dtype=pl.String))
+
+
+def _found(table: pl.DataFrame) -> dict[str, dict[int, Any]]:
+    """Check -> index of each row that violates it, in order -> the fact about it."""
+    found: dict[str, dict[int, Any]] = {name: {} for name in ROW_CHECKS}
+    indices = table["found"].is_not_null().arg_true()
+    for i, text in zip(indices.to_list(), table["found"].gather(indices).to_list(), strict=True):
+        for name, fact in json.loads(text).items():
+            found[name][i] = fact
+    return {name: of for name, of in found.items() if of}
 
 
 @cache

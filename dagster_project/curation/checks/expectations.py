@@ -17,24 +17,24 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dagster_project.core import workers
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.messages import calls, is_trained
 from dagster_project.core.records import CheckResult, prompt_text, response_text
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
-from dagster_project.curation.checks import data_docs
+from dagster_project.curation.checks import data_docs, row_cache
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.profile import count_words, scripts
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
+    import polars as pl
 
 NAME = "expectations"
 """Of the check."""
@@ -156,7 +156,7 @@ def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | None = No
     import pandas as pd
 
     stored = records if isinstance(records, StoredRows | Selected) else StoredRows(records)
-    frame = pd.concat([*workers.current().map(_measure_block, None, stored.blocks())] or [_measure_block(None, [])], ignore_index=True)
+    frame = _as_pandas(row_cache.facts(_measure_block, None, stored, ()))
     groups = pd.Series(list(clusters), dtype=object) if clusters is not None else frame["group_id"]
     source = pd.Categorical(frame["source"])
     names = {name: mask(name) for name in frame["category"].dropna().unique()}
@@ -172,30 +172,53 @@ def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | None = No
     )[list(COLUMNS)].astype({"response_is_json": bool})  # fmt: skip
 
 
-def _measure_block(_: None, lines: Sequence[bytes]) -> pd.DataFrame:
-    """The columns that depend on one record each; `prompt` is a digest."""
-    import numpy as np
-    import pandas as pd
+def _measure_block(_: None, lines: Sequence[bytes]) -> pl.DataFrame:
+    """The columns that depend on one record each; `prompt` is a digest, `OF_DATA` are JSON."""
+    import polars as pl
 
     records = [decode(line) for line in lines]
     messages = [record["messages"] for record in records]
     prompts, responses = [prompt_text(turns) for turns in messages], [response_text(turns) for turns in messages]
-    texts = {key: pd.array([record[key] for record in records], dtype=object) for key in ("source", "category", "group_id")}
-    return pd.DataFrame(
+
+    def numbers(values: Iterable[int]) -> pl.Series:
+        return pl.Series(list(values), dtype=pl.Int64)
+
+    return pl.DataFrame(
         {
-            **texts,
-            "script": pd.array(scripts(prompts), dtype=object),
-            "turns": np.array([[m["role"] for m in turns].count("assistant") for turns in messages], dtype=np.int64),
-            "prompt": pd.array([blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in prompts], dtype=object),
-            "prompt_words": count_words(prompts).to_numpy(),
-            "response_words": count_words(responses).to_numpy(),
-            "response_is_json": np.array([_is_json(text) for text in responses], dtype=np.bool_),
-            "trained_turns": np.array([sum(map(is_trained, turns)) for turns in messages], dtype=np.int64),
-            "tools": np.array([len(record.get("tools") or ()) for record in records], dtype=np.int64),
-            "tool_calls": np.array([sum(len(calls(m)) for m in turns) for turns in messages], dtype=np.int64),
-            "reasoning_words": count_words(["\n".join(m.get("reasoning_content") or "" for m in turns) for turns in messages]).to_numpy(),
+            **{key: pl.Series([json.dumps(record[key]) for record in records], dtype=pl.String) for key in OF_DATA},
+            "script": pl.Series(scripts(prompts), dtype=pl.String),
+            "turns": numbers([m["role"] for m in turns].count("assistant") for turns in messages),
+            "prompt": pl.Series(
+                [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in prompts], dtype=pl.Binary
+            ),
+            "prompt_words": count_words(prompts),
+            "response_words": count_words(responses),
+            "response_is_json": pl.Series([_is_json(text) for text in responses], dtype=pl.Boolean),
+            "trained_turns": numbers(sum(map(is_trained, turns)) for turns in messages),
+            "tools": numbers(len(record.get("tools") or ()) for record in records),
+            "tool_calls": numbers(sum(len(calls(m)) for m in turns) for turns in messages),
+            "reasoning_words": count_words(["\n".join(m.get("reasoning_content") or "" for m in turns) for turns in messages]),
         }
     )
+
+
+OF_DATA = ("source", "category", "group_id")
+"""Columns with texts of the data."""
+
+
+def _as_pandas(frame: pl.DataFrame) -> pd.DataFrame:
+    """The same table with Python objects in columns that are not numbers."""
+    import pandas as pd
+
+    columns: dict[str, Any] = {}
+    for column in frame.iter_columns():
+        if column.name in OF_DATA:
+            texts = {text: json.loads(text) for text in column.unique().to_list()}
+            columns[column.name] = pd.array([texts[text] for text in column.to_list()], dtype=object)
+        else:
+            objects = column.name in {"script", "prompt"}
+            columns[column.name] = pd.array(column.to_list(), dtype=object) if objects else column.to_numpy()
+    return pd.DataFrame(columns)
 
 
 def _is_json(text: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,9 @@ class Features:
     """Number of records that quote a transcript of a chat."""
 
 
-def features(rows: Rows) -> Features:
-    """The features of a block of records."""
+def columns(rows: Rows) -> pl.DataFrame:
+    """The features of a block of records, one row each: those of `Features.table`; `label` as JSON; `transcript`, `rich` and one column per part of
+    `FIELDS`, which are true or false."""
     import numpy as np
     import polars as pl
 
@@ -56,37 +57,41 @@ def features(rows: Rows) -> Features:
     for record, meta in zip(rows.records, rows.metas, strict=True):
         digests += _digests(record, meta)
     words = np.frombuffer(bytes(digests), "<u8").reshape(len(rows.records), 2 * len(DIGESTS))
-    labels = {i: sys.intern(label) for i, meta in enumerate(rows.metas) if isinstance(label := meta.get("split"), str)}
+    labels = [label if isinstance(label := meta.get("split"), str) else None for meta in rows.metas]
     rich = {*rows.rich}
-    table = pl.DataFrame(
+    long = {part: {i for i in rich if is_long(part_text(rows.records[i], part))} for part in FIELDS}
+    size = range(len(rows.records))
+    return pl.DataFrame(
         {
             **{f"{name}_{half}": words[:, 2 * i + half] for i, name in enumerate(DIGESTS) for half in (0, 1)},
             "present": pl.Series([bool(record["messages"]) for record in rows.records], dtype=pl.Boolean),
-            "rank": pl.Series([HELD_OUT.get(labels.get(i, ""), OTHERS) for i in range(len(rows.records))], dtype=pl.UInt8),
-            "reasoning": pl.Series([_reasoning(rows, i, i in rich) for i in range(len(rows.records))], dtype=pl.UInt8),
+            "rank": pl.Series([HELD_OUT.get(label or "", OTHERS) for label in labels], dtype=pl.UInt8),
+            "reasoning": pl.Series([_reasoning(rows, i, i in rich) for i in size], dtype=pl.UInt8),
             "shape": pl.Series(_shapes(rows), dtype=pl.UInt64),
+            "label": pl.Series([None if label is None else json.dumps(label) for label in labels], dtype=pl.String),
+            "transcript": pl.Series([mark is not None and mark.startswith("transcript") for mark in rows.shared(marks)], dtype=pl.Boolean),
+            "rich": pl.Series([i in rich for i in size], dtype=pl.Boolean),
+            **{part: pl.Series([i in found for i in size], dtype=pl.Boolean) for part, found in long.items()},
         }
     )
-    long = {part: [i for i in rows.rich if is_long(part_text(rows.records[i], part))] for part in FIELDS}
+
+
+def features(table: pl.DataFrame) -> Features:
+    """The features of a set, of its `columns`."""
+    labelled = table["label"].is_not_null().arg_true()
+    labels = table["label"].gather(labelled).to_list()
     return Features(
-        table, labels, np.array(rows.rich, np.int64), {part: np.array(found, np.int64) for part, found in long.items()},
-        sum(mark is not None and mark.startswith("transcript") for mark in rows.shared(marks)),
+        table.select([f"{name}_{half}" for name in DIGESTS for half in (0, 1)] + ["present", "rank", "reasoning", "shape"]).rechunk(),
+        {i: sys.intern(json.loads(label)) for i, label in zip(labelled.to_list(), labels, strict=True)},
+        _places(table["rich"]), {part: _places(table[part]) for part in FIELDS}, int(table["transcript"].sum()),
     )  # fmt: skip
 
 
-def joined(parts: Sequence[Features], sizes: Sequence[int]) -> Features:
-    """The features of a set, of those of its blocks and the number of records in each."""
+def _places(column: pl.Series) -> np.ndarray:
+    """Indices of the records for which a column is true, (records,) int64."""
     import numpy as np
-    import polars as pl
 
-    starts = np.cumsum([0, *sizes])[:-1].tolist()
-    return Features(
-        pl.concat([part.table for part in parts]).rechunk(),
-        {start + i: sys.intern(label) for start, part in zip(starts, parts, strict=True) for i, label in part.labels.items()},
-        np.concatenate([start + part.rich for start, part in zip(starts, parts, strict=True)]),
-        {name: np.concatenate([start + part.long[name] for start, part in zip(starts, parts, strict=True)]) for name in FIELDS},
-        sum(part.transcripts for part in parts),
-    )
+    return column.arg_true().to_numpy().astype(np.int64)
 
 
 def tools_of(record: Mapping[str, Any], meta: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -14,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from dagster_project.core import workers
 from dagster_project.core.messages import calls
 from dagster_project.core.params import Section
 from dagster_project.core.records import prompt_text, response_text
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
+from dagster_project.curation.checks import row_cache
 from dagster_project.curation.checks.privacy import mask
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Limits(Section):
 
 @dataclass
 class _Counts:
-    """Statistics of a block of records, and of several."""
+    """Statistics of several records."""
 
     categories: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
@@ -117,14 +118,23 @@ class _Counts:
     """Calls by tool."""
     others: Counter[str] = field(default_factory=Counter)
     """rows_with_tools; rows (with calls); calls; results; traced (rows with reasoning); traces; untrained (answers)."""
-    trace_words: list[int] = field(default_factory=list)
-    """Words of reasoning of each record that has any."""
 
-    def __iadd__(self, other: _Counts) -> _Counts:
-        for name, value in vars(other).items():
-            mine = getattr(self, name)
-            mine.extend(value) if isinstance(mine, list) else mine.update(value)
-        return self
+    def add(self, counted: str, rows: int) -> None:
+        """Args:
+        counted: what several records have in common, as `_counted` says it.
+        """
+        category, source, roles, names, *numbers = json.loads(counted)
+        self.categories[category] += rows
+        self.sources[source] += rows
+        self.roles[tuple(roles)] += rows
+        for name in names:
+            self.tools[name] += rows
+        for name, number in zip(OF_RECORD, numbers, strict=True):
+            self.others[name] += number * rows
+
+
+OF_RECORD = ("rows_with_tools", "rows", "calls", "traced", "traces", "results", "untrained")
+"""Of `_Counts.others`, as `_counted` lists them."""
 
 
 def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = None) -> dict[str, Any]:
@@ -138,14 +148,12 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = N
         readability; and, if there are any, tool_calls, reasoning and untrained_answers. Counts are of rows, most
         frequent first, ties by name; entropies are in bits; floats have 4 digits.
     """
-    import polars as pl
 
     stored = records if isinstance(records, StoredRows | Selected) else StoredRows(records)
-    counts, frames = _Counts(), [_measure([])]
-    for found, frame in workers.current().map(_measure_block, None, stored.blocks()):
-        counts += found
-        frames.append(frame)
-    rows, others = pl.concat(frames), counts.others
+    rows, counts = row_cache.facts(_measure_block, None, stored, ()), _Counts()
+    for counted, n in rows["counted"].value_counts().iter_rows():
+        counts.add(counted, n)
+    others = counts.others
     categories = counts.categories
     named = Counter({name: n for name, n in categories.items() if name != NONE}) or categories
     shapes: Counter[str] = Counter()
@@ -163,7 +171,7 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = N
         "lengths": {
             "prompt": {"unit": "words", **_spread(rows["prompt_words"])},
             "response": {"unit": "words", **_spread(rows["response_words"])},
-            **({"reasoning": {"unit": "words", **_spread(counts.trace_words)}} if others["traced"] else {}),
+            **({"reasoning": {"unit": "words", **_spread(rows["trace_words"].drop_nulls())}} if others["traced"] else {}),
             **({"tokens": {"unit": "tokens", **_spread(lengths)}} if lengths is not None else {}),
         },
         "singletons": sum(n == 1 for name, n in named.items() if name != NONE),
@@ -177,26 +185,34 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = N
     }
 
 
-def _measure_block(_: None, lines: Sequence[bytes]) -> tuple[_Counts, pl.DataFrame]:
+def _measure_block(_: None, lines: Sequence[bytes]) -> pl.DataFrame:
+    """The columns of `_measure`; `trace_words`: words of reasoning of a record that has any; `counted`: as `_counted` says it."""
+    import polars as pl
+
     records = [decode(line) for line in lines]
-    counts = _Counts()
-    traces: list[str] = []
-    for record in records:
-        messages = record["messages"]
-        counts.categories[str(record["category"] or "").strip() or NONE] += 1
-        counts.sources[record["source"]] += 1
-        counts.roles[tuple([message["role"] for message in messages])] += 1
-        names = [call.name for message in messages for call in calls(message)]
-        counts.tools.update(names)
-        own = [trace for message in messages if (trace := message.get("reasoning_content"))]
-        traces += ["\n".join(own)] if own else []
-        counts.others.update(
-            rows_with_tools=int(bool(record.get("tools"))), rows=int(bool(names)), calls=len(names), traced=int(bool(own)), traces=len(own),
-            results=sum(message["role"] == "tool" for message in messages),
-            untrained=sum(message.get("weight") == 0 for message in messages if message["role"] == "assistant"),
-        )  # fmt: skip
-    counts.trace_words = count_words(traces).to_list()
-    return counts, _measure(records)
+    traces = [_traces(record) for record in records]
+    words = iter(count_words(["\n".join(own) for own in traces if own]).to_list())
+    return _measure(records).with_columns(
+        trace_words=pl.Series([next(words) if own else None for own in traces], dtype=pl.Int64),
+        counted=pl.Series([_counted(record, len(own)) for record, own in zip(records, traces, strict=True)], dtype=pl.String),
+    )
+
+
+def _traces(record: Mapping[str, Any]) -> list[str]:
+    return [trace for message in record["messages"] if (trace := message.get("reasoning_content"))]
+
+
+def _counted(record: Mapping[str, Any], traces: int) -> str:
+    """What `_Counts` adds up, as JSON: category, source, roles, names of tools that are called, and `OF_RECORD`. Equal for many records."""
+    messages = record["messages"]
+    names = [call.name for message in messages for call in calls(message)]
+    numbers = [
+        int(bool(record.get("tools"))), int(bool(names)), len(names), int(bool(traces)), traces,
+        sum(message["role"] == "tool" for message in messages),
+        sum(message.get("weight") == 0 for message in messages if message["role"] == "assistant"),
+    ]  # fmt: skip
+    category = str(record["category"] or "").strip() or NONE
+    return json.dumps([category, record["source"], [message["role"] for message in messages], names, *numbers])
 
 
 def _top(counts: Mapping[str, int], most: int) -> dict[str, int]:

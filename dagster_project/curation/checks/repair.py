@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
-from dagster_project.core import workers
 from dagster_project.core.messages import Message
 from dagster_project.core.records import content_id
-from dagster_project.core.stored_rows import StoredRows, decode, encode
-from dagster_project.curation.checks import damage, privacy
+from dagster_project.core.stored_rows import Selected, StoredRows, decode, encode
+from dagster_project.curation.checks import damage, privacy, row_cache
 from dagster_project.curation.checks.check import named_text_of, text_of
 from dagster_project.curation.checks.row_checks import inputs_of, is_placeholder
+
+if TYPE_CHECKING:
+    import polars as pl
 
 Record = dict[str, Any]
 Find = Callable[[Sequence[Record]], list[str | None]]
@@ -73,48 +75,56 @@ def repair(
     found = {name: dict(rows) for name, rows in (earlier.found if earlier else {}).items()}
     if not checks:
         return RepairResult(records, found)
-    shared = (tuple(checks), {name: frozenset(rows) for name, rows in exempt.items()}, frozenset(special_tokens))
+    few: dict[tuple[str, ...], list[int]] = {}  # of rows with a waiver: the checks that they are repaired for -> rows
+    waived = {i for name in checks for i in exempt.get(name, ())}
+    for i in sorted(waived):
+        few.setdefault(tuple([name for name in checks if i not in exempt.get(name, ())]), []).append(i)
+    others = [i for i in range(len(records)) if i not in waived] if waived else range(len(records))
+    new: dict[str, dict[int, str]] = {}
+    changed: list[tuple[int, bytes]] = []
+    special = tuple(sorted(special_tokens))
+    for names, rows in ((tuple(checks), others), *few.items()):
+        table = row_cache.facts(_repair_block, (names, special), Selected(records, rows), (names, special))
+        hit = table["line"].is_not_null().arg_true()
+        indices = [rows[k] for k in hit.to_list()]
+        for i, line, old, faults in zip(
+            indices, table["line"].gather(hit).to_list(), records.encoded(indices), table["faults"].gather(hit).to_list(), strict=True
+        ):
+            changed.append((i, row_cache.numbered(line, old)))
+            for name, fault in json.loads(faults).items():
+                new.setdefault(name, {})[i] = fault
+    for name in checks:
+        if name in new:
+            found.setdefault(name, {}).update(sorted(new[name].items()))
+    return RepairResult(records.with_changes(sorted(changed)), found)
 
-    def changed() -> Iterator[tuple[int, bytes]]:
-        for lines, faults in workers.current().map(_repair_block, shared, _numbered(records.blocks())):
-            for name, rows in faults.items():
-                found.setdefault(name, {}).update(rows)
-            yield from lines
 
-    return RepairResult(records.with_changes(changed()), found)
-
-
-def _numbered(blocks: Iterable[Sequence[bytes]]) -> Iterator[tuple[int, Sequence[bytes]]]:
-    """Each block with the index of its first row."""
-    start = 0
-    for block in blocks:
-        yield start, block
-        start += len(block)
-
-
-def _repair_block(
-    shared: tuple[Sequence[str], Mapping[str, Collection[int]], Collection[str]], block: tuple[int, Sequence[bytes]]
-) -> tuple[list[tuple[int, bytes]], dict[str, dict[int, str]]]:
-    """Index and encoded row of each repaired row of a block; and check -> index -> description of the fault.
+def _repair_block(shared: tuple[Sequence[str], Collection[str]], lines: Sequence[bytes]) -> pl.DataFrame:
+    """Of each row of a block: `line`, encoded, if it was repaired, and `faults`: check -> description, as JSON.
 
     Args:
-        shared: checks, exempt rows and special tokens, as in `repair`.
-        block: index of the first row, and the rows.
+        shared: checks and special tokens, as in `repair`.
     """
-    (checks, exempt, special_tokens), (start, lines) = shared, block
+    import polars as pl
+
+    checks, special_tokens = shared
     records = [decode(line) for line in lines]
-    changed: set[int] = set()
-    found: dict[str, dict[int, str]] = {}
+    found: dict[int, dict[str, str]] = {}
     for name in checks:
         find, repaired = REPAIRS[name].make(special_tokens)
-        rows = {i: wrong for i, wrong in enumerate(find(records)) if wrong and start + i not in exempt.get(name, ())}
+        rows = {i: wrong for i, wrong in enumerate(find(records)) if wrong}
         tried = {i: repaired(records[i]) for i in rows}
         for i, left in zip(tried, find([*tried.values()]), strict=True):
             if left is None:
                 records[i] = _add_names(tried[i], records[i], name)
-                found.setdefault(name, {})[start + i] = rows[i]
-                changed.add(i)
-    return [(start + i, encode(records[i])) for i in sorted(changed)], found
+                found.setdefault(i, {})[name] = rows[i]
+    size = range(len(lines))
+    return pl.DataFrame(
+        {
+            "line": pl.Series([encode(records[i]) if i in found else None for i in size], dtype=pl.Binary),
+            "faults": pl.Series([json.dumps(found[i]) if i in found else None for i in size], dtype=pl.String),
+        }
+    )
 
 
 def _add_names(new: Record, old: Record, check: str) -> Record:

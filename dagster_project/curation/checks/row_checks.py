@@ -7,13 +7,12 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
-from dagster_project.core import workers
 from dagster_project.core.messages import JSON, Messages, Tools, calls, conversation_text
-from dagster_project.core.stored_rows import decode
+from dagster_project.core.stored_rows import Selected, decode
+from dagster_project.curation.checks import row_cache
 from dagster_project.curation.checks.check import Check, DataSet, Limits, Rows, is_true, kinds, named_text_of
 from dagster_project.curation.checks.content import CONTENT_CHECKS
 from dagster_project.curation.checks.damage import damage, decomposed, hidden, template_marks
@@ -335,16 +334,20 @@ def _template_mismatches(data: DataSet, _: str) -> dict[int, str]:
     shapes = data.features.table.lazy().select("shape").with_row_index("row").filter(pl.col("shape") != 0)
     share = max(1, MAX_RENDERED // max(1, shapes.select(pl.col("shape").n_unique()).collect().item()))
     rows = shapes.filter(pl.int_range(pl.len()).over("shape") < share).collect()["row"].to_list()
-    reasons = chain.from_iterable(workers.current().map(_misfits, data.limits.tokens, data.records.blocks_at(rows)))
-    return {i: reason for i, reason in zip(rows, reasons, strict=True) if reason}
+    tokens = data.limits.tokens
+    reasons = row_cache.facts(_misfits, tokens, Selected(data.records, rows), tokens.identity and [tokens.identity])["reason"].to_list()
+    return {i: json.loads(reason) for i, reason in zip(rows, reasons, strict=True) if reason}
 
 
-def _misfits(tokens: Tokens, lines: Sequence[bytes]) -> list[str | None]:
-    """For each record the reason that the chat template does not fit."""
+def _misfits(tokens: Tokens, lines: Sequence[bytes]) -> pl.DataFrame:
+    """For each record the `reason` that the chat template does not fit, as JSON."""
+    import polars as pl
+
     assert tokens.misfit
     misfit = tokens.misfit
     records = map(decode, lines)
-    return [next(filter(None, (misfit(side, record.get("tools")) for side in sides(record))), None) for record in records]
+    reasons = [next(filter(None, (misfit(side, record.get("tools")) for side in sides(record))), None) for record in records]
+    return pl.DataFrame({"reason": pl.Series([json.dumps(reason) if reason else None for reason in reasons], dtype=pl.String)})
 
 
 # --- values and overlaps -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from dagster_project.core.chat import examples_of
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_bytes, sha256_of_text
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.rendering import render
 from dagster_project.curation.checks.light_tokenizer import read_tokenizer
@@ -38,11 +40,23 @@ class Tokens:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.folder is None:
             return Tokens, (self.count, self.misfit, self.special, self.estimated, self.rendered)
-        files = [file for file in sorted(self.folder.iterdir()) if file.is_file() and file.suffix not in WEIGHTS]
-        return _of_files, (tuple([(file.name, file.read_bytes()) for file in files]),)
+        return _of_files, (_files(self.folder),)
+
+    @property
+    def identity(self) -> str | None:
+        """Hash of the files that the functions compute with, or the name of the estimate; None if it is unknown."""
+        if self.folder is not None:
+            return sha256_of_text(json.dumps([(name, sha256_of_bytes(content)) for name, content in _files(self.folder)]))
+        return "estimated" if self.count is _four_bytes and self.misfit is None and not self.special else None
 
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".gguf"}
+
+
+def _files(folder: Path) -> tuple[tuple[str, bytes], ...]:
+    """Name and content of each file in a model's folder except for weights."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix not in WEIGHTS]
+    return tuple([(file.name, file.read_bytes()) for file in files])
 
 
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []

@@ -1,0 +1,213 @@
+"""Facts about single rows that an earlier run computed. A cache beside the outputs: without it, results are the same and take longer.
+
+A fact is found by the hash of the row without its number in the source, so rows keep theirs when others are inserted, edited or reordered.
+Facts of other parameters, other code or other libraries are in other folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dagster_project.core import workers
+from dagster_project.core.stored_rows import Selected, StoredRows
+
+if TYPE_CHECKING:
+    import polars as pl
+
+S = TypeVar("S")
+FOLDER = Path(".dvc") / "tmp" / "pedigree" / "rows"
+LIMIT = 2 << 30
+"""Bytes of all files of a stage. Above it the files that were not used for the longest time are removed."""
+FILES = 8
+"""Files of one kind of facts. One more, and all become one, without the rows that the latest run did not have."""
+NUMBER = b'{"source_row":'
+"""Beginning of an encoded row whose number in its source is not part of its identity."""
+KEYS = ("key_0", "key_1")
+PACKAGE = Path(__file__).resolve().parents[2]
+
+_folder: ContextVar[Path | None] = ContextVar("row_cache", default=None)
+
+
+@contextmanager
+def using(root: Path, stage: str) -> Iterator[None]:
+    """While open, `facts` are kept in a project's folder, if DVC manages it.
+
+    Args:
+        root: the project's folder.
+    """
+    token = _folder.set(root / FOLDER / stage if (root / ".dvc").is_dir() else None)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
+
+
+def facts(
+    work: Callable[[S, Sequence[bytes]], pl.DataFrame], shared: S, rows: StoredRows | Selected, identity: Sequence[object] | None
+) -> pl.DataFrame:
+    """One row of facts per row, in order: `work(shared, rows)`, where it is not known from an earlier run.
+
+    Args:
+        work: a function of a module that gets encoded rows without `source_row`, if that was their first field. Its result about a row depends on
+            `shared` and that row only, and it always has the same columns.
+        identity: what determines `shared`; None if that is unknown, so that nothing is kept.
+    """
+    import numpy as np
+    import polars as pl
+
+    empty = work(shared, [])
+    if _folder.get() is None or identity is None or not len(rows):
+        return pl.concat([empty, *_computed(work, shared, rows.blocks())])
+    code = _code()
+    store = _Store(_folder.get() / _digest(f"{work.__module__}.{work.__name__}", code, *identity), empty)  # type: ignore[operator]
+    wanted = _keys(rows).with_row_index("row")
+    found = wanted.join(store.read(), on=KEYS, how="inner").drop(KEYS)
+    left = np.ones(len(rows), np.bool_)
+    left[found["row"].to_numpy()] = False
+    missing = np.flatnonzero(left)
+    blocks = rows.blocks() if len(missing) == len(rows) else Selected(rows, missing).blocks()
+    new = pl.concat([empty, *_computed(work, shared, blocks)]).with_columns(row=pl.Series(missing, dtype=wanted["row"].dtype))
+    columns = ["row", *empty.columns]
+    made = pl.concat([found.select(columns), new.select(columns)]).sort("row") if len(found) else new
+    if code == _code(changed=True):  # else the facts may be of other code than the folder says
+        store.write(wanted, new, made)
+        _limit(store.folder.parent)
+    return made.select(empty.columns)
+
+
+def unnumbered(line: bytes) -> bytes:
+    """An encoded row without its number in the source, if that is its first field."""
+    return b"{" + line[line.index(b",") + 1 :] if line.startswith(NUMBER) else line
+
+
+def numbered(line: bytes, original: bytes) -> bytes:
+    """An encoded row with the number that another one has, if that is its first field."""
+    return original[: original.index(b",") + 1] + line[1:] if original.startswith(NUMBER) else line
+
+
+def _computed(work: Callable[[S, Sequence[bytes]], pl.DataFrame], shared: S, blocks: Iterable[Sequence[bytes]]) -> Iterator[pl.DataFrame]:
+    return workers.current().map(work, shared, ([*map(unnumbered, block)] for block in blocks))
+
+
+def _keys(rows: StoredRows | Selected) -> pl.DataFrame:
+    """Hash of each row, as two numbers of 64 bits. Equal hashes of different rows are not expected in any data set."""
+    import numpy as np
+    import polars as pl
+
+    hashes = bytearray()
+    for block in rows.blocks():
+        for line in block:
+            hashes += hashlib.blake2b(unnumbered(line), digest_size=16).digest()
+    words = np.frombuffer(bytes(hashes), "<u8").reshape(-1, 2)
+    return pl.DataFrame({name: words[:, i] for i, name in enumerate(KEYS)})
+
+
+class _Store:
+    """Files with facts of one kind. The name of each is the hash of the folder's name and of its content."""
+
+    def __init__(self, folder: Path, empty: pl.DataFrame) -> None:
+        import polars as pl
+
+        self.folder = folder
+        self._files: list[Path] = []
+        self._nothing = empty.with_columns(**{name: pl.Series([], dtype=pl.UInt64) for name in KEYS})
+
+    def read(self) -> pl.DataFrame:
+        """All facts, one row per key. Files that are damaged, or of another kind, are removed and count as missing."""
+        import polars as pl
+
+        frames = [self._nothing]
+        for file in sorted(self.folder.glob("*.arrow")):
+            with suppress(OSError):  # removed by someone meanwhile, or not readable
+                content = file.read_bytes()
+                frame = pl.read_ipc(io.BytesIO(content)) if file.stem == _digest(self.folder.name, content) else None
+                if frame is None or frame.schema != self._nothing.schema:
+                    file.unlink()
+                    continue
+                frames.append(frame)
+                os.utime(file)
+                self._files.append(file)
+        return pl.concat(frames).unique(KEYS, keep="any") if len(frames) > 1 else self._nothing
+
+    def write(self, wanted: pl.DataFrame, new: pl.DataFrame, made: pl.DataFrame) -> None:
+        """Keep new facts in a file of their own; those of all rows of this run, if there are many files.
+
+        Args:
+            wanted: row and key.
+            new: row, and facts that were computed.
+            made: row, and facts of all rows.
+        """
+        merge = len(self._files) >= FILES
+        kept = (made if merge else new).join(wanted, on="row", how="left").select(self._nothing.columns).unique(KEYS, keep="any")
+        if not len(kept):
+            return
+        file = io.BytesIO()
+        kept.sort(KEYS).write_ipc(file, compression="lz4")
+        content = file.getvalue()
+        path = self.folder / f"{_digest(self.folder.name, content)}.arrow"
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content)
+            partial.replace(path)
+        except OSError:  # a full or read-only disk makes the next run slower, nothing else
+            with suppress(OSError):
+                partial.unlink()
+            return
+        for old in self._files if merge else ():
+            if old != path:
+                with suppress(OSError):
+                    old.unlink()
+
+
+def _limit(folder: Path) -> None:
+    """Remove the files that were not used for the longest time, until all have at most `LIMIT` bytes."""
+    found = []
+    for file in folder.glob("*/*.arrow"):
+        with suppress(OSError):
+            found.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+    size = sum(each for _, each, _ in found)
+    for _, each, file in sorted(found):
+        if size <= LIMIT:
+            return
+        with suppress(OSError):
+            file.unlink()
+            size -= each
+            file.parent.rmdir()  # only if it is empty
+
+
+_known_code: list[str] = []
+
+
+def _code(changed: bool = False) -> str:
+    """Hash of the code that facts may depend on: these packages, Python, and the versions of all installed libraries.
+
+    Args:
+        changed: read the files again.
+    """
+    if not _known_code or changed:
+        files = (file for part in ("core", "curation") for file in sorted((PACKAGE / part).rglob("*")) if "__pycache__" not in file.parts)
+        own = [value for file in files if file.is_file() for value in (str(file.relative_to(PACKAGE)), file.read_bytes())]
+        libraries = sorted({entry.name for path in sys.path if Path(path).is_dir() for entry in Path(path).glob("*.dist-info")})
+        current = _digest(*own, sys.version, *libraries)
+        if changed:
+            return current
+        _known_code.append(current)
+    return _known_code[0]
+
+
+def _digest(*parts: Any) -> str:
+    """Hash of texts and bytes, each with its length, so that no two lists have the same."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
