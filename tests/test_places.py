@@ -290,8 +290,10 @@ def _usable_by_others() -> str | None:
     """Path of a Python with the libraries that a user without rights can run; None if there is none."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         return None
-    probe = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", sys.executable, "-c", "import dvc, polars"]
-    return sys.executable if subprocess.run(probe, cwd="/", capture_output=True, check=False).returncode == 0 else None
+    probe = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", "sh", "-c", "python -c 'import dvc, polars'"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    usable = subprocess.run(probe, cwd="/", env={**os.environ, "PATH": path}, capture_output=True, check=False).returncode == 0
+    return sys.executable if usable else None
 
 
 OTHER = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups")

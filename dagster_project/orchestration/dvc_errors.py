@@ -34,7 +34,9 @@ def explained(error: Exception, root: Path) -> InputError | None:
     if isinstance(error, sqlite3.DatabaseError) and (folder := _folder_of_cache(error)):
         return InputError(f"{folder}: DVC's cache of hashes is damaged: {error}", "remove this folder: DVC makes it again")
     if isinstance(error, KeyError) and "getpwuid" in str(error):
-        return InputError(f"your user, {os.getuid()}, has no name, and DVC needs one", "set the environment variable USER, for example to `user`")
+        return InputError(
+            f"your user, {os.getuid()}, has no name, and DVC needs one", "set the environment variable USER, for example to `user`"
+        )
     if isinstance(error, UnicodeEncodeError) and (name := _name_that_is_not_utf8(root / "data")):
         return InputError(f"{name!r}: the name of this file is not UTF-8, and DVC cannot record it", "rename the file")
     if isinstance(error, exceptions.NotDvcRepoError):
