@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dagster_project.__main__ import main
@@ -66,7 +66,11 @@ def as_bytes(content: str | Mapping[str, str]) -> bytes:
 
 
 def write_files(case: Case, folder: Path) -> None:
-    for name, content in case.get("files", {}).items():
+    """Write the files of a case; of a file and a folder with the same name, the folder."""
+    files = case.get("files", {})
+    folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    for name in files.keys() - folders:
+        content = files[name]
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(as_bytes(content))

@@ -359,10 +359,9 @@ def read_config(base_model: Path) -> Any:
         raise InputError(f"{base_model}: no config.json", "give the folder of a model or its config.json")
     try:
         return AutoConfig.from_pretrained(file, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file}: transformers does not support this configuration: {str(error).splitlines()[0]}", "use another model"
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # transformers fails where it first uses a wrong value
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{file}: transformers does not support this configuration: {why}", "use another model") from None
 
 
 def resident() -> int:
