@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -255,8 +256,10 @@ def test_a_private_key_in_the_folder_or_a_second_key_is_refused(tmp_path: Path, 
     first, _ = write_keys(tmp_path / "keys", "ed25519", "first")
     second, _ = write_keys(tmp_path / "keys", "ed25519", "second")
     sign(tmp_path, str(model), first)
-    with pytest.raises(InputError, match="signatures of another key"):
+    with pytest.raises(InputError, match="signatures of another key") as refused:
         sign(tmp_path, str(model), second)
+    named = re.findall(r"[^ ,]+/model\.[a-z.]+", refused.value.hint)
+    assert sorted(Path(name).name for name in named) == ["model.pub", "model.sig"], "the hint names the signatures only, not the model"
 
 
 # --- a project

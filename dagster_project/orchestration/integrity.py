@@ -228,7 +228,7 @@ class _Examination:
             self.objects[oid] = None
             if what := _misplaced(file):
                 then = f"rm -r {file}, then {commit}" if commit and self._has(path, oid) else reproduce
-                self._add_finding("cache", str(file), f"is {what}, not the object; it stands for {path}", then)
+                self._add_finding("cache", str(file), f"is {what}, not the object; it should contain {path}", then)
             elif not file.is_file():
                 self.missing[path, oid] = {"path": path, "object": oid, "next": commit if commit and self._has(path, oid) else fetch}
             else:

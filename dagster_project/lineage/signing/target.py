@@ -12,7 +12,7 @@ from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.layout import PLOTS, REPORTS
 from dagster_project.lineage.history import LOCK, Objects, Revision, listing_of, path_exists, resolve
 from dagster_project.lineage.signing.keys import PublicKey
-from dagster_project.lineage.signing.model_signature import PUBLIC_KEY
+from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
 
 SIGNATURES = "data/signatures"
 
@@ -66,9 +66,11 @@ class Target:
         """
         file = self.signatures / PUBLIC_KEY
         if file.is_file() and file.read_bytes() != key.pem:
+            files = [self.signatures / name for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY)]
+            names = ", ".join(self.shown(one) for one in files if one.exists())
             raise InputError(
                 f"{self.shown(file)}: {self.label} has signatures of another key",
-                f"delete {self.shown(self.signatures / 'model.*')} to sign with this one (sha256 {key.fingerprint[:16]})",
+                f"delete {names} to sign with this one (sha256 {key.fingerprint[:16]})",
             )
 
 
