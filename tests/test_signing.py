@@ -23,9 +23,9 @@ from conftest import pedigree, run
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from dagster_project.commands.sign import attest, sign
+from dagster_project.commands.sign import Lineage, attest, sign
 from dagster_project.commands.verify_signatures import as_text, verify_signatures
-from dagster_project.core.errors import InputError
+from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.lineage.signing import envelope, model_signature, provenance
 from dagster_project.lineage.signing.envelope import SignatureError
 from dagster_project.lineage.signing.keys import PrivateKey, public_key_of
@@ -246,6 +246,25 @@ def test_no_key_is_created_and_none_is_shown(tmp_path: Path, model: Path, monkey
     for swapped in (("sign", str(model), "--key", public), ("verify", str(model), "--signatures", "--key", private)):
         done = pedigree(tmp_path, *swapped)
         assert done.returncode == 2 and "private key" in done.stderr and not [line for line in secrets if line in done.stderr]
+
+
+def test_the_text_of_a_key_is_not_repeated_and_endless_files_are_not_read(tmp_path: Path, model: Path) -> None:
+    private, public = write_keys(tmp_path / "keys", "p256")
+    text = Path(private).read_text()
+    for pasted in (text, text.replace("\n", ""), text.split("\n", 1)[1]):
+        done = pedigree(tmp_path, "sign", str(model), "--key", pasted)
+        assert done.returncode == 2 and "--key takes a file" in done.stderr
+        assert not [line for line in text.splitlines() if line in done.stdout + done.stderr]
+    with pytest.raises(InputError, match="too large for a key"):
+        sign(tmp_path, str(model), "/dev/zero")
+    sign(tmp_path, str(model), private)
+    with pytest.raises(InputError, match="too large for a key"):
+        verify_signatures(tmp_path, str(model), "/dev/zero")
+    os.truncate(model / "model.pub", 3_000_000_000)  # sparse
+    assert findings(tmp_path, str(model)) == {f"{model}/model.pub": "is larger than 100 MB"}
+    assert findings(tmp_path, str(model), public) == {f"{model}/model.pub": "is larger than 100 MB"}
+    with pytest.raises(InputError, match="signatures of another key"):
+        sign(tmp_path, str(model), private)
 
 
 def test_a_private_key_in_the_folder_or_a_second_key_is_refused(tmp_path: Path, model: Path) -> None:
@@ -492,6 +511,73 @@ def test_bad_input_is_one_message(root: Path, tmp_path: Path) -> None:
         done = pedigree(root, *arguments)
         assert done.returncode == 2 and wrong in done.stderr and "Traceback" not in done.stderr, arguments
     assert not (root / "data/signatures").exists()
+
+
+def test_no_way_to_write_a_path_puts_signatures_into_an_output(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, public = write_keys(tmp_path / "keys", "ed25519")
+    (root / "data/tok/part").mkdir()
+    (tmp_path / "link").symlink_to(root)
+    for folder, project, model, wrong in (
+        (root, root, "./data", "it contains data/"),
+        (root, root, "data/adapter", "it contains data/adapter/"),
+        (root, root, "..", "it contains data/"),
+        (root, root, "data/tok/part", "it lies in data/tok, an output of tok"),
+        (tmp_path, tmp_path, "project/data/inst", "it is the output of inst in .*/project"),
+        (tmp_path, tmp_path, "project", "it contains data/"),
+        (tmp_path, tmp_path, "link/data/tok/part", "it lies in data/tok"),
+    ):
+        monkeypatch.chdir(folder)
+        for command in (lambda: sign(project, model, private), lambda: verify_signatures(project, model, public)):  # noqa: B023
+            with pytest.raises(InputError, match=wrong):
+                command()
+    for folder, project, model in (
+        (root, root, "data/tok/../inst"),
+        (root, root, "./data/inst/"),
+        (tmp_path, tmp_path / "link", "link/data/inst"),
+        (tmp_path, root, "link/data/inst"),
+    ):
+        monkeypatch.chdir(folder)
+        assert Path(sign(project, model, private)["folder"]) == Path("data/inst")
+        assert (root / "data/signatures/inst/model.sig").is_file()
+        shutil.rmtree(root / "data/signatures")
+    assert not [path for path in tmp_path.rglob("model.*") if path.suffix in (".sig", ".pub")]
+
+
+def test_attest_takes_values_and_texts_from_one_reading_of_dvc_lock(signed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, public = signed
+    private = public.replace(".pub", ".pem")
+    lock = root / "dvc.lock"
+    before, written = lock.read_text(), (root / SIGNATURES / "model.intoto.jsonl").read_bytes()
+    addresses = Lineage.addresses
+
+    def another_run(self: Lineage) -> list[str]:
+        lock.write_text(before.replace("cmd: ", "cmd: x"))
+        return addresses(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lineage, "addresses", another_run)
+        attest(root, "adapter@lora", private)
+    assert (root / SIGNATURES / "model.intoto.jsonl").read_bytes() == written
+    assert {f"dvc.lock: {name}" for name in LINEAGE} == findings(root, "adapter@lora", public).keys()
+    lock.write_text(before.replace("  inst:", "  'inst':"))
+    small_pipeline.git(root, "commit", "-qam", "quoted")
+    assert list(findings(root, "adapter@lora", public)) == ["dvc.lock: inst"]
+    attest(root, "adapter@lora", private)
+    assert not findings(root, "adapter@lora", public)
+    lock.write_text(before.replace("  inst:", "  ? inst\n  :"))
+    small_pipeline.git(root, "commit", "-qam", "another form")
+    with pytest.raises(InputError, match="the entry of inst is not written as DVC writes it"):
+        attest(root, "adapter@lora", private)
+
+
+def test_nothing_is_signed_if_dvc_lock_changed_while_stages_were_made_again(
+    signed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, public = signed
+    document = {"verdict": "identical", "stages": {name: {"verdict": "identical", "outputs": {}} for name in LINEAGE}}
+    monkeypatch.setattr("dagster_project.commands.verify.verify", lambda *_, **__: document)
+    with pytest.raises(CheckFailed, match=r"dvc\.lock changed while"):
+        attest(root, "adapter@lora", public.replace(".pub", ".pem"), remade=True)
 
 
 def test_what_is_signed_is_read_strictly() -> None:

@@ -86,17 +86,21 @@ def attest(root: Path, model: str, key_file: str | None, remade: bool = False) -
     if target.root is None:
         raise InputError(f"{model}: not an output in dvc.lock, so nothing is recorded about how it was made", "name a stage, or its output")
     target.refuse_other_key(key.public)
-    records = Lineage(target.root, target.lock, target.address).records()
+    records = Lineage(target.root, target.lock, target.lock_text, target.address).records()
     verdict, results = None, dict[str, Any]()
     if remade:
-        verdict, results = _made_again(target.root, target.address)
+        verdict, results = _made_again(target.root, target.address, records)
     statements = [provenance.statement(record.with_result(results.get(record.address))) for record in records]
     written = _written(target, ATTESTATIONS, provenance.lines(statements, key), key)
     return {**written, "stages": [record.address for record in records], "remade": verdict}
 
 
-def _made_again(root: Path, address: str) -> tuple[str, dict[str, Any]]:
-    """Verdict of `pedigree verify --deep`, and address -> what its statement says about it. The stages do not get the key."""
+def _made_again(root: Path, address: str, records: Sequence[provenance.StageRecord]) -> tuple[str, dict[str, Any]]:
+    """Verdict of `pedigree verify --deep`, and address -> what its statement says about it. The stages do not get the key.
+
+    Raises:
+        CheckFailed: made again, an output differs, or dvc.lock changed meanwhile.
+    """
     from dagster_project.commands.verify import as_text, verify
 
     for name in (KEY_VARIABLE, PASSWORD_VARIABLE):
@@ -106,6 +110,9 @@ def _made_again(root: Path, address: str) -> tuple[str, dict[str, Any]]:
         raise CheckFailed(
             f"{as_text(document)}\n{address} could not be made again with the same bytes: nothing was signed", "see the causes"
         )
+    recorded = {name: {path: out["recorded"] for path, out in stage["outputs"].items()} for name, stage in document["stages"].items()}
+    if recorded != {record.address: {out["path"]: out["md5"] for out in record.entry.get("outs", [])} for record in records}:
+        raise CheckFailed(f"{LOCK} changed while {address} was made again: nothing was signed", "run the command again")
     return document["verdict"], {name: {"verdict": stage["verdict"]} for name, stage in document["stages"].items()}
 
 
@@ -120,6 +127,8 @@ class Lineage:
 
     root: Path
     lock: Mapping[str, Any]
+    lock_text: str
+    """The text that `lock` was read from."""
     address: str
     _digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -131,7 +140,7 @@ class Lineage:
 
     def texts(self) -> dict[str, str]:
         """Address -> text of its entry in dvc.lock."""
-        return provenance.lock_texts((self.root / LOCK).read_text(encoding="utf-8"))
+        return provenance.lock_texts(self.lock_text)
 
     def files(self, paths: Sequence[str]) -> list[str]:
         """All files at or in paths of the project, as DVC lists them."""
@@ -152,6 +161,8 @@ class Lineage:
             InputError: a file of the workspace is not what dvc.lock recorded.
         """
         addresses, texts = self.addresses(), self.texts()
+        if unread := [name for name in addresses if name not in texts]:
+            raise InputError(f"{LOCK}: the entry of {unread[0]} is not written as DVC writes it", f"restore it: `git checkout HEAD {LOCK}`")
         items = {name: [*self.lock[name].get("deps", []), *self.lock[name].get("outs", [])] for name in addresses}
         names = self.files([item["path"] for name in addresses for item in items[name]])
         for address in addresses:

@@ -87,9 +87,12 @@ class _Verification:
             if given is None:
                 self._find(name, "is missing: without --key, it is the key to verify with")
             return given
-        content = pem.read_bytes()
         try:
+            content = _content(pem)
             found = public_key(content, name)
+        except SignatureError as error:
+            self._find(name, str(error))
+            return given
         except InputError:
             self._find(name, "is not a public key")
             return given
@@ -145,7 +148,7 @@ class _Verification:
 
     def _compare_project(self, name: str, root: Path, stages: Sequence[Attested]) -> None:
         """Compare the entries of dvc.lock, and every file that they refer to, with the statements."""
-        lineage = Lineage(root, self.target.lock, self.target.address)
+        lineage = Lineage(root, self.target.lock, self.target.lock_text, self.target.address)
         texts, addresses = lineage.texts(), lineage.addresses()
         if sorted(addresses) != sorted(stage.address for stage in stages) or stages[-1].address != self.target.address:
             different = sorted({*addresses} ^ {stage.address for stage in stages}) or [stages[-1].address]

@@ -54,8 +54,9 @@ class StageRecord:
 
 def lock_texts(text: str) -> dict[str, str]:
     """Address -> text of its entry in a dvc.lock, after what precedes all entries."""
-    head, *pieces = re.split(r"^  ([\w@.-]+):\n", text.replace("\r\n", "\n"), flags=re.MULTILINE)
-    return {name: f"{head}  {name}:\n{entry}" for name, entry in zip(pieces[::2], pieces[1::2], strict=True)}
+    head, *pieces = re.split(r"^  (['\"]?)([\w@.-]+)\1:\n", text.replace("\r\n", "\n"), flags=re.MULTILINE)
+    entries = zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True)
+    return {name: f"{head}  {quote}{name}{quote}:\n{entry}" for quote, name, entry in entries}
 
 
 def statement(record: StageRecord) -> dict[str, Any]:
