@@ -622,14 +622,19 @@ def outputs(root: Path, address: str) -> dict[str, str]:
 
 
 def files_within(root: Path, paths: Iterable[str]) -> list[str]:
-    """All files at or in paths of the project, without those that .dvcignore excludes."""
+    """Everything but folders at or in paths of the project, without what DVC ignores (.dvcignore, and what it leaves out by itself).
+
+    Links are not followed; those to folders are listed, too.
+    """
+    found = set[str]()
     with open_repo(root) as repo:
-        found = {
-            os.path.relpath(file, root)
-            for path in paths
-            for file in (repo.dvcignore.find(repo.fs, str(root / path)) if (root / path).is_dir() else [root / path])
-            if Path(file).is_file()
-        }
+        for path in paths:
+            if (root / path).is_symlink() or not (root / path).is_dir():
+                found |= {path} if os.path.lexists(root / path) else set()
+                continue
+            for folder, folders, files in repo.dvcignore.walk(repo.fs, str(root / path)):
+                links = [name for name in folders if Path(folder, name).is_symlink()]
+                found |= {os.path.relpath(Path(folder, name), root) for name in (*files, *links)}
     return sorted(found)
 
 
