@@ -186,8 +186,8 @@ def test_files_that_a_signature_leaves_out_are_named(tmp_path: Path, model: Path
     (model / ".git").mkdir()
     document = verify_signatures(tmp_path, str(model), public)
     assert document["verdict"] == "verified" and document["not_checked"] == [
-        f".git, .gitattributes in {model}, which signatures leave out",
         "the lineage (no model.intoto.jsonl)",
+        f".git, .gitattributes in {model}, which signatures leave out",
     ]
 
 
@@ -475,14 +475,20 @@ def test_files_that_dvc_ignores_and_links_do_not_pass(signed: tuple[Path, str], 
         attest(root, "adapter@lora", public.replace(".pub", ".pem"))
 
 
-def test_what_dvc_ignores_in_folders_that_are_read_is_said_not_to_be_verified(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_dvc_ignores_in_folders_that_are_read_is_said_not_to_be_verified(tmp_path: Path) -> None:
     root, (private, public) = tmp_path / "project", write_keys(tmp_path / "keys", "ed25519")
     (root / "code").mkdir(parents=True)
     (root / "code/a.py").write_text("x")
-    (root / "dvc.yaml").write_text("stages:\n  one:\n    cmd: mkdir out && echo x > out/a\n    deps: [code]\n    outs: [out]\n")
+    (tmp_path / "outside").write_text("x")
+    (root / "dvc.yaml").write_text(
+        "stages:\n  one:\n    cmd: mkdir out && echo x > out/a\n    deps: [code]\n    outs: [out]\n"
+        "  two:\n    cmd: echo x > two\n    deps: [../outside]\n    outs: [two]\n"
+    )
     for command in (["init", "-q", "--no-scm"], ["repro", "-q"]):
         assert run([sys.executable, "-m", "dvc", *command], root).returncode == 0
     attest(root, "one", private)
+    with pytest.raises(InputError, match=r"two: \.\./outside is not a path in the project"):
+        attest(root, "two", private)
     assert verify_signatures(root, "one", public)["not_checked"] == ["the files (no model.sig)"]
     (root / ".dvcignore").write_text("# of Python\n*.pyc\n")
     (root / "code/sub/.dvc").mkdir(parents=True)
@@ -490,7 +496,7 @@ def test_what_dvc_ignores_in_folders_that_are_read_is_said_not_to_be_verified(tm
         (root / name).write_text("x")
     document = verify_signatures(root, "one", public)
     assert document["verdict"] == "verified" and document["not_checked"][1:] == [
-        "2 files of sources and code that DVC ignores (first: code/a.pyc)",
+        "files of sources and code that DVC ignores: 2 (first: code/a.pyc)",
         ".dvcignore, which decides what DVC ignores: it is not attested",
     ]
     (root / "code/links").symlink_to(tmp_path)
@@ -574,7 +580,8 @@ def test_bad_input_is_one_message(root: Path, tmp_path: Path) -> None:
     private, _ = write_keys(tmp_path / "keys", "ed25519")
     (tmp_path / "empty").mkdir()
     for arguments, wrong in (
-        (("verify", "adapter@lora", "--signatures"), "no signatures"),
+        (("verify", "adapter@lora", "--signatures"), "adapter@lora has no signatures in data/signatures/adapter/lora"),
+        (("verify", str(tmp_path / "empty"), "--signatures"), f"error: {tmp_path / 'empty'} has no signatures\n"),
         (("verify", "--signatures"), "requires a model"),
         (("verify", "adapter@lora", "--signatures", "--deep"), "no other option"),
         (("verify", "adapter@lora", "--key", private), "requires --signatures"),

@@ -52,6 +52,8 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
     if key is not None:
         verification.check_signature(signature, key)
         verification.check_attestations(attestations, key)
+    if verification.left_out:
+        verification.not_checked.append(f"{', '.join(sorted(verification.left_out))} in {target.path}, which signatures leave out")
     if given is None:
         verification.not_checked.append(NO_KEY)
     return {
@@ -73,6 +75,8 @@ class _Verification:
     findings: dict[str, str] = field(default_factory=dict)
     """Path of a file -> what is wrong with it."""
     not_checked: list[str] = field(default_factory=list)
+    left_out: set[str] | None = None
+    """What is in the folder and no comparison included; None before the first."""
     signature: dict[str, Any] | None = None
     attestations: dict[str, Any] | None = None
 
@@ -148,9 +152,8 @@ class _Verification:
         found = model_signature.contents(self.target.folder, ignored)
         for path, wrong in model_signature.differences(expected, found, done).items():
             self._find(f"{self.target.path}/{path}", wrong)
-        if left_out := [name for name in found.ignored if name not in (ATTESTATIONS, PUBLIC_KEY, SIGNATURE)]:
-            what = f"{', '.join(left_out)} in {self.target.path}, which signatures leave out"
-            self.not_checked += [what] if what not in self.not_checked else []
+        left_out = {*found.ignored} - {ATTESTATIONS, PUBLIC_KEY, SIGNATURE}
+        self.left_out = left_out if self.left_out is None else self.left_out & left_out
 
     def _compare_project(self, name: str, root: Path, stages: Sequence[Attested]) -> None:
         """Compare the entries of dvc.lock, and every file that they refer to, with the statements."""
@@ -169,6 +172,7 @@ class _Verification:
                 self._find(path, "is missing, and was attested")
             elif now.regular[path] and lineage.digests(path) != digests:
                 self._find(path, "is not what was attested")
+        self.left_out = set()
         compared = {*attested, *now.made, *now.listed} & now.regular.keys()
         for path in compared:
             if not now.regular[path]:
@@ -176,7 +180,7 @@ class _Verification:
             elif path not in attested:
                 self._find(path, "was added since it was attested")
         if ignored := sorted(now.regular.keys() - compared):
-            self.not_checked.append(f"{len(ignored)} files of sources and code that DVC ignores (first: {ignored[0]})")
+            self.not_checked.append(f"files of sources and code that DVC ignores: {len(ignored)} (first: {ignored[0]})")
         if any(line.strip() and not line.startswith("#") for line in _lines(root / ".dvcignore")):
             self.not_checked.append(".dvcignore, which decides what DVC ignores: it is not attested")
 
