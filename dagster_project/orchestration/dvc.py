@@ -584,6 +584,17 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def run(self, path: Path) -> dict[str, Any] | None:
+        """A record of the run cache; None if it is damaged. Its name is the hash of its content, without sizes."""
+        from ruamel.yaml import YAML, YAMLError
+
+        try:
+            record = YAML(typ="safe").load(path.read_bytes())
+            intact = isinstance(record, dict) and path.name == private_module("dvc.utils").dict_sha256(record, exclude=["size", "nfiles"])
+        except (YAMLError, ValueError, TypeError, RecursionError):
+            return None
+        return record if intact else None
+
 
 def store(root: Path) -> Store:
     with open_repo(root) as repo:
