@@ -482,7 +482,7 @@ def test_what_dvc_ignores_in_folders_that_are_read_is_said_not_to_be_verified(tm
     (tmp_path / "outside").write_text("x")
     (root / "dvc.yaml").write_text(
         "stages:\n  one:\n    cmd: mkdir out && echo x > out/a\n    deps: [code]\n    outs: [out]\n"
-        "  two:\n    cmd: echo x > two\n    deps: [../outside]\n    outs: [two]\n"
+        "  two:\n    cmd: mkdir two && echo x > two/a\n    deps: [../outside]\n    outs: [two]\n"
     )
     for command in (["init", "-q", "--no-scm"], ["repro", "-q"]):
         assert run([sys.executable, "-m", "dvc", *command], root).returncode == 0
