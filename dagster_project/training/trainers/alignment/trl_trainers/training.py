@@ -284,6 +284,7 @@ def _reference(session: TrlSession, trainer: Any, rows: int, validation_rows: in
     found = torch.zeros(rows + validation_rows, 2, dtype=torch.float64, device=session.device)  # from the end: validation rows
     model, process = trainer.model.eval(), session.process
     forward = partial(session.outputs, model) if session.outputs else model
+    trained = [*trainable(model).values()]
     with torch.random.fork_rng(devices=[]):
         batches = chain(trainer.get_train_dataloader(), trainer.get_eval_dataloader() if validation_rows else ())
         while some := list(islice(batches, process.size)):
@@ -292,6 +293,8 @@ def _reference(session: TrlSession, trainer: Any, rows: int, validation_rows: in
             logs = session.compute_loss(model, partial(trainer.compute_ref_log_probs, forward, batch))
             if process.rank < len(some):
                 found[taken] = torch.stack(logs, 1).to(found)
+    for weight in trained:  # off, an adapter is frozen; on again, only gathered weights are thawed, not the parts of `shard_grad_op`
+        weight.requires_grad_(True)
     found = distributed.summed(found)
     numbers = [*range(rows), *range(-validation_rows, 0)]
     return {number: (float(found[number, 0]), float(found[number, 1])) for number in numbers}
