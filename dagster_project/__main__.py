@@ -656,7 +656,12 @@ def _add_lineage_commands(commands: Any) -> None:
         help="with --containing: it is a regular expression (no look-around, no back-references), ignoring case",
     )
     add = _add_command(commands, verify).add_argument
-    add("stage", nargs="?", metavar="STAGE[@VARIANT]", help="name of a stage, path of its output, or content hash")
+    add(
+        "stage",
+        nargs="?",
+        metavar="STAGE[@VARIANT]",
+        help="name of a stage, path of its output, or content hash; with --signatures also a folder",
+    )
     add("--rev", help="git revision (default: the workspace, including uncommitted changes)")
     add("--deep", action="store_true", help="start from the sources: reproduce all upstream stages first")
     add("--install", action="store_true", help="if another version made it: install that one in a scratch environment, and verify there")

@@ -101,3 +101,21 @@ def test_the_next_step_for_an_object_whose_file_is_in_the_workspace_repairs_it(r
         Path(remove).unlink()
     assert dvc(root, "commit", address).returncode == 0
     assert path.read_bytes() == content and examine(root)["verdict"] == "intact"
+
+
+def test_a_record_of_the_run_cache_that_was_altered_is_named(root: Path) -> None:
+    record = files([root / ".dvc/cache/runs"])[0]
+    content = record.read_bytes()
+    record.chmod(0o644)
+    for altered in (
+        content.replace(b"md5: ", b"md5: 0", 1),
+        content.replace(b"cmd: ", b"cmd: x", 1),
+        b"a: 2001-99-99\n",
+        b'!!int "x"\n',
+        b"[1",
+        b"",
+    ):
+        record.write_bytes(altered)
+        assert named(root, "cache") == {str(record)}, altered
+    record.write_bytes(content)
+    assert examine(root)["verdict"] == "intact"

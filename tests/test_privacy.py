@@ -304,3 +304,25 @@ def test_a_long_text_of_one_pattern_is_searched_again_only_near_what_was_masked(
     text = (unit * 40_000)[:40_000]
     privacy.scan([text])
     assert searched < 20 * len(text)
+
+
+KEY = "ghp_" + "a1B2c3D4e5" * 3 + "f6G7h8"
+
+
+def test_a_key_behind_thousands_of_other_values_is_found_as_a_key() -> None:
+    addresses = "".join(f"ann{i}@example.com " for i in range(privacy.MOST_VALUES + 100))
+    text = f"{addresses}the key is {KEY} and plain words"
+    found = privacy.scan([text])
+    assert [text[hit.start : hit.end] for hit in found if hit.secret] == [KEY]
+    assert len(found) == privacy.MOST_VALUES + 3, "the rest before and after the key counts as one value each"
+    assert KEY not in privacy.redact(text, secret=True) and f"ann{privacy.MOST_VALUES}@" in privacy.redact(text, secret=True)
+    without = privacy.redact(text, secret=False)
+    assert KEY in without and "@" not in without and "plain words" not in without
+    assert "@" not in privacy.mask(text) and KEY not in privacy.mask(text)
+
+
+def test_a_text_with_too_many_candidates_counts_as_a_value_from_there_on() -> None:
+    text = "DE12 " * 3 * privacy.MOST_LOOKED_UP + f"{KEY} end"
+    found = privacy.scan([text])
+    assert [hit.kind for hit in found if not hit.secret] == ["iban"] * 2
+    assert [text[hit.start : hit.end] for hit in found if hit.secret] == [KEY]

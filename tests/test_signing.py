@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,12 +23,12 @@ from conftest import pedigree, run
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from dagster_project.commands.sign import attest, sign
+from dagster_project.commands.sign import Lineage, attest, sign
 from dagster_project.commands.verify_signatures import as_text, verify_signatures
-from dagster_project.core.errors import InputError
-from dagster_project.lineage.signing import envelope, model_signature, provenance
+from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.lineage.signing import model_signature
 from dagster_project.lineage.signing.envelope import SignatureError
-from dagster_project.lineage.signing.keys import PrivateKey, public_key_of
+from dagster_project.lineage.signing.keys import public_key_of
 
 KINDS = {"ed25519": ed25519.Ed25519PrivateKey.generate, "p256": lambda: ec.generate_private_key(ec.SECP256R1())}
 
@@ -180,6 +180,17 @@ def test_links_and_special_files_are_neither_signed_nor_verified(tmp_path: Path,
     assert findings(tmp_path, str(model), public).keys() == {f"{model}/link", f"{model}/audit/pipe"}
 
 
+def test_files_that_a_signature_leaves_out_are_named(tmp_path: Path, model: Path) -> None:
+    private, public = write_keys(tmp_path / "keys", "ed25519")
+    sign(tmp_path, str(model), private)
+    (model / ".git").mkdir()
+    document = verify_signatures(tmp_path, str(model), public)
+    assert document["verdict"] == "verified" and document["not_checked"] == [
+        "the lineage (no model.intoto.jsonl)",
+        f".git, .gitattributes in {model}, which signatures leave out",
+    ]
+
+
 def test_nothing_is_sent_or_fetched(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a socket was opened")
@@ -246,6 +257,25 @@ def test_no_key_is_created_and_none_is_shown(tmp_path: Path, model: Path, monkey
     for swapped in (("sign", str(model), "--key", public), ("verify", str(model), "--signatures", "--key", private)):
         done = pedigree(tmp_path, *swapped)
         assert done.returncode == 2 and "private key" in done.stderr and not [line for line in secrets if line in done.stderr]
+
+
+def test_the_text_of_a_key_is_not_repeated_and_endless_files_are_not_read(tmp_path: Path, model: Path) -> None:
+    private, public = write_keys(tmp_path / "keys", "p256")
+    text = Path(private).read_text()
+    for pasted in (text, text.replace("\n", ""), text.split("\n", 1)[1]):
+        done = pedigree(tmp_path, "sign", str(model), "--key", pasted)
+        assert done.returncode == 2 and "--key takes a file" in done.stderr
+        assert not [line for line in text.splitlines() if line in done.stdout + done.stderr]
+    with pytest.raises(InputError, match="too large for a key"):
+        sign(tmp_path, str(model), "/dev/zero")
+    sign(tmp_path, str(model), private)
+    with pytest.raises(InputError, match="too large for a key"):
+        verify_signatures(tmp_path, str(model), "/dev/zero")
+    os.truncate(model / "model.pub", 3_000_000_000)  # sparse
+    assert findings(tmp_path, str(model)) == {f"{model}/model.pub": "is larger than 100 MB"}
+    assert findings(tmp_path, str(model), public) == {f"{model}/model.pub": "is larger than 100 MB"}
+    with pytest.raises(InputError, match="signatures of another key"):
+        sign(tmp_path, str(model), private)
 
 
 def test_a_private_key_in_the_folder_or_a_second_key_is_refused(tmp_path: Path, model: Path) -> None:
@@ -406,6 +436,77 @@ def test_added_and_removed_files_are_named(signed: tuple[Path, str]) -> None:
     assert not findings(root, "adapter@lora", public)
 
 
+def test_files_that_dvc_ignores_and_links_do_not_pass(signed: tuple[Path, str], tmp_path: Path) -> None:
+    root, public = signed
+    tok = root / "data/tok"
+    added, link = "was added since it was attested", "is neither a file nor a folder"
+    (root / ".dvcignore").write_text("*.pyc\nextra\n")
+    for name in (
+        "data/tok/a.pyc",
+        "data/tok/extra/a.txt",
+        "data/tok/.dvc/a",
+        "data/tok/.git/a",
+        "data/tok/sub/.dvc/a",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+        assert findings(root, "adapter@lora", public)[name] == added, name
+        (root / name).unlink()
+    for folder in ("extra", ".dvc", ".git", "sub/.dvc"):
+        (tok / folder).rmdir()
+    for name, points_to in (
+        ("data/tok/link", tmp_path),
+        ("data/tok/broken", tmp_path / "none"),
+        ("data/tok/a.pyc", tmp_path),
+        ("code/tok.py", tmp_path / "tok.py"),
+    ):
+        content = (root / name).read_bytes() if (root / name).exists() else None
+        (tmp_path / "tok.py").write_bytes(content or b"")
+        (root / name).unlink(missing_ok=True)
+        (root / name).symlink_to(points_to)
+        assert findings(root, "adapter@lora", public) == {name: link}
+        with pytest.raises(InputError, match=f"{name}: neither a file nor a folder"):
+            attest(root, "adapter@lora", public.replace(".pub", ".pem"))
+        (root / name).unlink()
+        if content is not None:
+            (root / name).write_bytes(content)
+    (tok / "a.pyc").write_text("x")
+    with pytest.raises(InputError, match=r"data/tok/a\.pyc: DVC ignores it"):
+        attest(root, "adapter@lora", public.replace(".pub", ".pem"))
+
+
+def test_what_dvc_ignores_in_folders_that_are_read_is_said_not_to_be_verified(tmp_path: Path) -> None:
+    root, (private, public) = tmp_path / "project", write_keys(tmp_path / "keys", "ed25519")
+    (root / "code").mkdir(parents=True)
+    (root / "code/a.py").write_text("x")
+    (tmp_path / "outside").write_text("x")
+    (root / "dvc.yaml").write_text(
+        "stages:\n  one:\n    cmd: mkdir out && echo x > out/a\n    deps: [code]\n    outs: [out]\n"
+        "  two:\n    cmd: mkdir two && echo x > two/a\n    deps: [../outside]\n    outs: [two]\n"
+    )
+    for command in (["init", "-q", "--no-scm"], ["repro", "-q"]):
+        assert run([sys.executable, "-m", "dvc", *command], root).returncode == 0
+    attest(root, "one", private)
+    with pytest.raises(InputError, match=r"two: \.\./outside is not a path in the project"):
+        attest(root, "two", private)
+    assert verify_signatures(root, "one", public)["not_checked"] == ["the files (no model.sig)"]
+    (root / ".dvcignore").write_text("# of Python\n*.pyc\n")
+    (root / "code/sub/.dvc").mkdir(parents=True)
+    for name in ("code/a.pyc", "code/sub/b.py"):
+        (root / name).write_text("x")
+    document = verify_signatures(root, "one", public)
+    assert document["verdict"] == "verified" and document["not_checked"][1:] == [
+        "files of sources and code that DVC ignores: 2 (first: code/a.pyc)",
+        ".dvcignore, which decides what DVC ignores: it is not attested",
+    ]
+    (root / "code/links").symlink_to(tmp_path)
+    (root / "code/new.py").write_text("x")
+    assert findings(root, "one", public) == {
+        "code/links": "is neither a file nor a folder",
+        "code/new.py": "was added since it was attested",
+    }
+
+
 def test_statements_that_are_missing_repeated_added_or_of_another_model_are_refused(signed: tuple[Path, str]) -> None:
     root, public = signed
     file = root / SIGNATURES / "model.intoto.jsonl"
@@ -479,7 +580,8 @@ def test_bad_input_is_one_message(root: Path, tmp_path: Path) -> None:
     private, _ = write_keys(tmp_path / "keys", "ed25519")
     (tmp_path / "empty").mkdir()
     for arguments, wrong in (
-        (("verify", "adapter@lora", "--signatures"), "no signatures"),
+        (("verify", "adapter@lora", "--signatures"), "adapter@lora has no signatures in data/signatures/adapter/lora"),
+        (("verify", str(tmp_path / "empty"), "--signatures"), f"error: {tmp_path / 'empty'} has no signatures\n"),
         (("verify", "--signatures"), "requires a model"),
         (("verify", "adapter@lora", "--signatures", "--deep"), "no other option"),
         (("verify", "adapter@lora", "--key", private), "requires --signatures"),
@@ -494,48 +596,68 @@ def test_bad_input_is_one_message(root: Path, tmp_path: Path) -> None:
     assert not (root / "data/signatures").exists()
 
 
-def test_what_is_signed_is_read_strictly() -> None:
-    for content in (b'{"a":1,"a":2}', b"[" * 100_000, b"\xff", b"{"):
-        with pytest.raises(SignatureError):
-            envelope.parsed(content)
-    assert envelope.canonical({"b": float("inf"), "a": [1.5, None, "ä"]}) == b'{"a":[1.5,null,"\\u00e4"],"b":"inf"}'
-    assert provenance.lock_texts("schema: '2.0'\nstages:\n  a:\n    cmd: x\n  b@c:\n    cmd: y\n") == {
-        "a": "schema: '2.0'\nstages:\n  a:\n    cmd: x\n", "b@c": "schema: '2.0'\nstages:\n  b@c:\n    cmd: y\n",
-    }  # fmt: skip
+def test_no_way_to_write_a_path_puts_signatures_into_an_output(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, public = write_keys(tmp_path / "keys", "ed25519")
+    (root / "data/tok/part").mkdir()
+    (tmp_path / "link").symlink_to(root)
+    for folder, project, model, wrong in (
+        (root, root, "./data", "it contains data/"),
+        (root, root, "data/adapter", "it contains data/adapter/"),
+        (root, root, "..", "it contains data/"),
+        (root, root, "data/tok/part", "it lies in data/tok, an output of tok"),
+        (tmp_path, tmp_path, "project/data/inst", "it is the output of inst in .*/project"),
+        (tmp_path, tmp_path, "project", "it contains data/"),
+        (tmp_path, tmp_path, "link/data/tok/part", "it lies in data/tok"),
+    ):
+        monkeypatch.chdir(folder)
+        for command in (lambda: sign(project, model, private), lambda: verify_signatures(project, model, public)):  # noqa: B023
+            with pytest.raises(InputError, match=wrong):
+                command()
+    for folder, project, model in (
+        (root, root, "data/tok/../inst"),
+        (root, root, "./data/inst/"),
+        (tmp_path, tmp_path / "link", "link/data/inst"),
+        (tmp_path, root, "link/data/inst"),
+    ):
+        monkeypatch.chdir(folder)
+        assert Path(sign(project, model, private)["folder"]) == Path("data/inst")
+        assert (root / "data/signatures/inst/model.sig").is_file()
+        shutil.rmtree(root / "data/signatures")
+    assert not [path for path in tmp_path.rglob("model.*") if path.suffix in (".sig", ".pub")]
 
 
-def test_statements_name_no_ids_of_records() -> None:
-    waiver = {"check": "leakage", "reason": "known", "rows": ["a1b2c3d4e5f6"], "pairs": [["a1b2c3d4e5f6", "f6e5d4c3b2a1"]]}
-    entry = {"cmd": "run", "params": {"params.yaml": {"instructions": {"waivers": [waiver]}}}}
-    said = json.dumps(provenance.statement(provenance.StageRecord("a", entry, "", {}, {}, {})))
-    assert "known" in said and "a1b2c3" not in said and "f6e5d4" not in said
+def test_attest_takes_values_and_texts_from_one_reading_of_dvc_lock(signed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, public = signed
+    private = public.replace(".pub", ".pem")
+    lock = root / "dvc.lock"
+    before, written = lock.read_text(), (root / SIGNATURES / "model.intoto.jsonl").read_bytes()
+    addresses = Lineage.addresses
+
+    def another_run(self: Lineage) -> list[str]:
+        lock.write_text(before.replace("cmd: ", "cmd: x"))
+        return addresses(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lineage, "addresses", another_run)
+        attest(root, "adapter@lora", private)
+    assert (root / SIGNATURES / "model.intoto.jsonl").read_bytes() == written
+    assert {f"dvc.lock: {name}" for name in LINEAGE} == findings(root, "adapter@lora", public).keys()
+    lock.write_text(before.replace("  inst:", "  'inst':"))
+    small_pipeline.git(root, "commit", "-qam", "quoted")
+    assert list(findings(root, "adapter@lora", public)) == ["dvc.lock: inst"]
+    attest(root, "adapter@lora", private)
+    assert not findings(root, "adapter@lora", public)
+    lock.write_text(before.replace("  inst:", "  ? inst\n  :"))
+    small_pipeline.git(root, "commit", "-qam", "another form")
+    with pytest.raises(InputError, match="the entry of inst is not written as DVC writes it"):
+        attest(root, "adapter@lora", private)
 
 
-def test_a_signed_statement_of_another_shape_is_read_or_refused_and_nothing_else() -> None:
-    key = PrivateKey(ed25519.Ed25519PrivateKey.generate())
-
-    def said() -> dict[str, Any]:
-        record = provenance.StageRecord(
-            "b", {"cmd": "run", "deps": [{"path": "x"}], "outs": [{"path": "y"}]}, "", {}, {"x": {}, "y": {}}, {}
-        )
-        return json.loads(json.dumps(provenance.statement(record.with_result({"verdict": "identical"}))))
-
-    def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-        for name in document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ():
-            yield (*path, name)
-            yield from places(document[name], (*path, name))
-
-    read, refused = 0, 0
-    for *parents, last in places(said()):
-        for value in (None, 3, "a", [], [3], {}, {"a": 3}, [{"name": 3, "digest": {}}], [{"name": "a", "digest": [1]}], {"a": ["nobody"]}):
-            statement = said()
-            inner = statement
-            for name in parents:
-                inner = inner[name]
-            inner[last] = value
-            try:
-                provenance.read(provenance.lines([statement], key).encode(), key.public)
-                read += 1
-            except SignatureError:
-                refused += 1
-    assert read > 20 and refused > 200
+def test_nothing_is_signed_if_dvc_lock_changed_while_stages_were_made_again(
+    signed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, public = signed
+    document = {"verdict": "identical", "stages": {name: {"verdict": "identical", "outputs": {}} for name in LINEAGE}}
+    monkeypatch.setattr("dagster_project.commands.verify.verify", lambda *_, **__: document)
+    with pytest.raises(CheckFailed, match=r"dvc\.lock changed while"):
+        attest(root, "adapter@lora", public.replace(".pub", ".pem"), remade=True)

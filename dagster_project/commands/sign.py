@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,17 +86,21 @@ def attest(root: Path, model: str, key_file: str | None, remade: bool = False) -
     if target.root is None:
         raise InputError(f"{model}: not an output in dvc.lock, so nothing is recorded about how it was made", "name a stage, or its output")
     target.refuse_other_key(key.public)
-    records = Lineage(target.root, target.lock, target.address).records()
+    records = Lineage(target.root, target.lock, target.lock_text, target.address).records()
     verdict, results = None, dict[str, Any]()
     if remade:
-        verdict, results = _made_again(target.root, target.address)
+        verdict, results = _made_again(target.root, target.address, records)
     statements = [provenance.statement(record.with_result(results.get(record.address))) for record in records]
     written = _written(target, ATTESTATIONS, provenance.lines(statements, key), key)
     return {**written, "stages": [record.address for record in records], "remade": verdict}
 
 
-def _made_again(root: Path, address: str) -> tuple[str, dict[str, Any]]:
-    """Verdict of `pedigree verify --deep`, and address -> what its statement says about it. The stages do not get the key."""
+def _made_again(root: Path, address: str, records: Sequence[provenance.StageRecord]) -> tuple[str, dict[str, Any]]:
+    """Verdict of `pedigree verify --deep`, and address -> what its statement says about it. The stages do not get the key.
+
+    Raises:
+        CheckFailed: made again, an output differs, or dvc.lock changed meanwhile.
+    """
     from dagster_project.commands.verify import as_text, verify
 
     for name in (KEY_VARIABLE, PASSWORD_VARIABLE):
@@ -106,6 +110,9 @@ def _made_again(root: Path, address: str) -> tuple[str, dict[str, Any]]:
         raise CheckFailed(
             f"{as_text(document)}\n{address} could not be made again with the same bytes: nothing was signed", "see the causes"
         )
+    recorded = {name: {path: out["recorded"] for path, out in stage["outputs"].items()} for name, stage in document["stages"].items()}
+    if recorded != {record.address: {out["path"]: out["md5"] for out in record.entry.get("outs", [])} for record in records}:
+        raise CheckFailed(f"{LOCK} changed while {address} was made again: nothing was signed", "run the command again")
     return document["verdict"], {name: {"verdict": stage["verdict"]} for name, stage in document["stages"].items()}
 
 
@@ -115,11 +122,25 @@ def attest_text(document: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class Present:
+    """What is in the workspace at the paths of a lineage."""
+
+    regular: Mapping[str, bool]
+    """Path in the project -> whether it is a file, and not a link or something else."""
+    made: frozenset[str]
+    """Those in outputs."""
+    listed: frozenset[str]
+    """Those that DVC does not ignore."""
+
+
+@dataclass(frozen=True)
 class Lineage:
     """The stages that an output was made with, and their files in the workspace."""
 
     root: Path
     lock: Mapping[str, Any]
+    lock_text: str
+    """The text that `lock` was read from."""
     address: str
     _digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -131,13 +152,23 @@ class Lineage:
 
     def texts(self) -> dict[str, str]:
         """Address -> text of its entry in dvc.lock."""
-        return provenance.lock_texts((self.root / LOCK).read_text(encoding="utf-8"))
+        return provenance.lock_texts(self.lock_text)
 
-    def files(self, paths: Sequence[str]) -> list[str]:
-        """All files at or in paths of the project, as DVC lists them."""
+    def present(self, deps: Iterable[str], outs: Iterable[str]) -> Present:
+        """Everything but folders at or in dependencies and outputs, whether DVC lists it or not. Links are not followed."""
         from dagster_project.orchestration import dvc
 
-        return dvc.files_within(self.root, paths)
+        paths, outs = {*deps, *outs}, set(outs)
+        regular = dict[str, bool]()
+        for path in paths:
+            top = self.root / path
+            if top.is_symlink() or not top.is_dir():
+                regular |= {path: top.is_file() and not top.is_symlink()} if os.path.lexists(top) else {}
+                continue
+            found = model_signature.contents(top, ())
+            regular |= {f"{path}/{name}": True for name in found.files} | {f"{path}/{name}": False for name in found.other}
+        made = {name for name in regular if any(is_within(name, out) for out in outs)}
+        return Present(regular, frozenset(made), frozenset(dvc.files_within(self.root, paths)))
 
     def digests(self, name: str) -> dict[str, str]:
         """md5 and sha256 of a file of the project. Each file is hashed once."""
@@ -152,8 +183,10 @@ class Lineage:
             InputError: a file of the workspace is not what dvc.lock recorded.
         """
         addresses, texts = self.addresses(), self.texts()
+        if unread := [name for name in addresses if name not in texts]:
+            raise InputError(f"{LOCK}: the entry of {unread[0]} is not written as DVC writes it", f"restore it: `git checkout HEAD {LOCK}`")
         items = {name: [*self.lock[name].get("deps", []), *self.lock[name].get("outs", [])] for name in addresses}
-        names = self.files([item["path"] for name in addresses for item in items[name]])
+        names = self._recordable(addresses, items)
         for address in addresses:
             for item in items[address]:
                 self._refuse_changed(address, item, [name for name in names if is_within(name, item["path"])])
@@ -172,6 +205,27 @@ class Lineage:
             )
             for address in addresses
         ]
+
+    def _recordable(self, addresses: Sequence[str], items: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        """All files of dependencies and outputs that DVC records.
+
+        Raises:
+            InputError: there is a link among them, or a file in an output that DVC ignores; or a path leads out of the project.
+        """
+        for address in addresses:
+            for item in items[address]:
+                if not provenance.is_inside(item["path"]):
+                    raise InputError(
+                        f"{address}: {item['path']} is not a path in the project", "copy it into the project to attest the stage"
+                    )
+        outs = [out["path"] for name in addresses for out in self.lock[name].get("outs", [])]
+        present = self.present([item["path"] for name in addresses for item in items[name]], outs)
+        for name in sorted(present.made | present.listed):
+            if not present.regular.get(name, True):
+                raise InputError(f"{name}: neither a file nor a folder", "replace a link by a copy of what it points to")
+            if name not in present.listed:
+                raise InputError(f"{name}: DVC ignores it, so dvc.lock does not record it", "delete it, or move it out of the output")
+        return sorted(present.listed)
 
     def _refuse_changed(self, address: str, item: Mapping[str, Any], names: Sequence[str]) -> None:
         path = item["path"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORE
 from dagster_project.lineage.signing.provenance import Attested
 from dagster_project.lineage.signing.target import Target, find
 
-NOT_ATTESTED = "how it was made: there are no attestations"
-NOT_SIGNED = "its files by a signature: there is none"
+NOT_ATTESTED = f"the lineage (no {ATTESTATIONS})"
+NOT_SIGNED = f"the files (no {SIGNATURE})"
 NO_PROJECT = "the stages before it and their files, which only its project has"
 NO_KEY = "who signed: the public key came with the signatures; give the one that you trust with --key"
 
@@ -45,14 +45,15 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
     signature, attestations, pem = (target.signatures / name for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY))
     given = public_key_of(key_file) if key_file else None
     if not signature.is_file() and not attestations.is_file():
-        raise InputError(
-            f"{target.shown(target.signatures)}: {target.label} has no signatures", f"`pedigree sign {target.label} --key FILE` signs it"
-        )
+        where = f" in {target.shown(target.signatures)}" if target.root else ""
+        raise InputError(f"{target.label} has no signatures{where}", f"`pedigree sign {target.label} --key FILE` signs it")
     verification = _Verification(target)
     key = verification.key(pem, given)
     if key is not None:
         verification.check_signature(signature, key)
         verification.check_attestations(attestations, key)
+    if verification.left_out:
+        verification.not_checked.append(f"{', '.join(sorted(verification.left_out))} in {target.path}, which signatures leave out")
     if given is None:
         verification.not_checked.append(NO_KEY)
     return {
@@ -74,6 +75,8 @@ class _Verification:
     findings: dict[str, str] = field(default_factory=dict)
     """Path of a file -> what is wrong with it."""
     not_checked: list[str] = field(default_factory=list)
+    left_out: set[str] | None = None
+    """What is in the folder and no comparison included; None before the first."""
     signature: dict[str, Any] | None = None
     attestations: dict[str, Any] | None = None
 
@@ -87,9 +90,12 @@ class _Verification:
             if given is None:
                 self._find(name, "is missing: without --key, it is the key to verify with")
             return given
-        content = pem.read_bytes()
         try:
+            content = _content(pem)
             found = public_key(content, name)
+        except SignatureError as error:
+            self._find(name, str(error))
+            return given
         except InputError:
             self._find(name, "is not a public key")
             return given
@@ -111,8 +117,7 @@ class _Verification:
             self._find(name, str(error))
             return
         self.signature = {"file": name, "files": len(signed.files)}
-        for path, wrong in model_signature.differences(signed, self.target.folder).items():
-            self._find(f"{self.target.path}/{path}", wrong)
+        self._compare_files(signed.files, signed.ignored, "signed")
 
     def check_attestations(self, file: Path, key: PublicKey) -> None:
         """Compare dvc.lock and the files of the lineage with the attestations; of a folder outside a project, the folder only."""
@@ -139,13 +144,20 @@ class _Verification:
         """Compare a copy of an output with the statement about its stage."""
         out = next((path for path in last.outs if not path.startswith((REPORTS, PLOTS))), "")
         made = {path[len(out) + 1 :]: digests["sha256"] for path, digests in last.made.items() if out and is_within(path, out)}
-        signed = model_signature.Manifest(out, made, IGNORED)
-        for path, wrong in model_signature.differences(signed, self.target.folder).items():
-            self._find(f"{self.target.path}/{path}", wrong.replace("signed", f"attested as {out} of {last.address}"))
+        ignored = [name for name in IGNORED if not any(is_within(path, name) for path in made)]
+        self._compare_files(made, ignored, "attested")
+
+    def _compare_files(self, expected: Mapping[str, str], ignored: Iterable[str], done: str) -> None:
+        """Compare the folder with the sha256 of its files."""
+        found = model_signature.contents(self.target.folder, ignored)
+        for path, wrong in model_signature.differences(expected, found, done).items():
+            self._find(f"{self.target.path}/{path}", wrong)
+        left_out = {*found.ignored} - {ATTESTATIONS, PUBLIC_KEY, SIGNATURE}
+        self.left_out = left_out if self.left_out is None else self.left_out & left_out
 
     def _compare_project(self, name: str, root: Path, stages: Sequence[Attested]) -> None:
         """Compare the entries of dvc.lock, and every file that they refer to, with the statements."""
-        lineage = Lineage(root, self.target.lock, self.target.address)
+        lineage = Lineage(root, self.target.lock, self.target.lock_text, self.target.address)
         texts, addresses = lineage.texts(), lineage.addresses()
         if sorted(addresses) != sorted(stage.address for stage in stages) or stages[-1].address != self.target.address:
             different = sorted({*addresses} ^ {stage.address for stage in stages}) or [stages[-1].address]
@@ -154,14 +166,23 @@ class _Verification:
             if not stage.describes(texts.get(stage.address)):
                 self._find(f"{LOCK}: {stage.address}", "is not what was attested")
         attested = {path: digests for stage in stages for path, digests in (*stage.read.items(), *stage.made.items())}
-        now = set(lineage.files([path for stage in stages for path in (*stage.deps, *stage.outs)]))
-        for path in sorted(now - attested.keys()):
-            self._find(path, "was added since it was attested")
+        now = lineage.present([path for stage in stages for path in stage.deps], [path for stage in stages for path in stage.outs])
         for path, digests in attested.items():
-            if path not in now:
+            if path not in now.regular:
                 self._find(path, "is missing, and was attested")
-            elif lineage.digests(path) != digests:
+            elif now.regular[path] and lineage.digests(path) != digests:
                 self._find(path, "is not what was attested")
+        self.left_out = set()
+        compared = {*attested, *now.made, *now.listed} & now.regular.keys()
+        for path in compared:
+            if not now.regular[path]:
+                self._find(path, "is neither a file nor a folder")
+            elif path not in attested:
+                self._find(path, "was added since it was attested")
+        if ignored := sorted(now.regular.keys() - compared):
+            self.not_checked.append(f"files of sources and code that DVC ignores: {len(ignored)} (first: {ignored[0]})")
+        if any(line.strip() and not line.startswith("#") for line in _lines(root / ".dvcignore")):
+            self.not_checked.append(".dvcignore, which decides what DVC ignores: it is not attested")
 
 
 def _content(file: Path) -> bytes:
@@ -171,6 +192,10 @@ def _content(file: Path) -> bytes:
     if file.stat().st_size > LARGEST:
         raise SignatureError(f"is larger than {LARGEST // 1_000_000} MB")
     return file.read_bytes()
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
 
 
 def as_text(document: Mapping[str, Any]) -> str:

@@ -590,6 +590,17 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def run(self, path: Path) -> dict[str, Any] | None:
+        """A record of the run cache; None if it is damaged. Its name is the hash of its content, without sizes."""
+        from ruamel.yaml import YAML, YAMLError
+
+        try:
+            record = YAML(typ="safe").load(path.read_bytes())
+            intact = isinstance(record, dict) and path.name == private_module("dvc.utils").dict_sha256(record, exclude=["size", "nfiles"])
+        except (YAMLError, ValueError, TypeError, RecursionError):
+            return None
+        return record if intact else None
+
 
 def store(root: Path) -> Store:
     with open_repo(root) as repo:
@@ -628,14 +639,19 @@ def outputs(root: Path, address: str) -> dict[str, str]:
 
 
 def files_within(root: Path, paths: Iterable[str]) -> list[str]:
-    """All files at or in paths of the project, without those that .dvcignore excludes."""
+    """Everything but folders at or in paths of the project, without what DVC ignores (.dvcignore, and what it leaves out by itself).
+
+    Links are not followed; those to folders are listed, too.
+    """
+    found = set[str]()
     with open_repo(root) as repo:
-        found = {
-            os.path.relpath(file, root)
-            for path in paths
-            for file in (repo.dvcignore.find(repo.fs, str(root / path)) if (root / path).is_dir() else [root / path])
-            if Path(file).is_file()
-        }
+        for path in paths:
+            if (root / path).is_symlink() or not (root / path).is_dir():
+                found |= {path} if os.path.lexists(root / path) else set()
+                continue
+            for folder, folders, files in repo.dvcignore.walk(repo.fs, str(root / path)):
+                links = [name for name in folders if Path(folder, name).is_symlink()]
+                found |= {os.path.relpath(Path(folder, name), root) for name in (*files, *links)}
     return sorted(found)
 
 

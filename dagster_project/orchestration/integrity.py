@@ -304,16 +304,13 @@ class _Examination:
             self._add_finding("workspace", path, "is not what was published (sha256 differs)", reproduce)
 
     def _examine_runs(self) -> None:
-        """Find records of DVC's run cache that cannot be read: DVC would run their stages again."""
-        from ruamel.yaml import YAML, YAMLError
-
+        """Find damaged records of DVC's run cache: DVC would run their stages again, or restore other outputs."""
         for path in sorted(self.store.runs.glob("*/*/*")):
-            wrong = f"is {what}" if (what := _misplaced(path)) else "cannot be read"
-            if not what:
-                with suppress(YAMLError):
-                    wrong = "" if isinstance(YAML(typ="safe").load(path.read_bytes()), dict) else wrong
-            if wrong:
-                self._add_finding("cache", str(path), f"{wrong}; it is a record of a run", f"rm -r {path}: only DVC's run cache uses it")
+            if what := _misplaced(path) or self.store.run(path) is None:
+                wrong = (
+                    f"is {what}, not a record of a run" if isinstance(what, str) else "is a record of a run that does not match its name"
+                )
+                self._add_finding("cache", str(path), wrong, f"rm -r {path}: only DVC's run cache uses it")
 
     def _examine_entries(self, at: Revision, lock: Mapping[str, Any]) -> None:
         """Find entries of dvc.lock that are neither committed nor in DVC's run cache."""
@@ -328,7 +325,7 @@ class _Examination:
         whole = YAML(typ="safe").load(bytes_of(at, "dvc.lock"))
         if set(whole) != {"schema", "stages"} or whole["schema"] != "2.0":
             self._add_finding("dvc.lock", "dvc.lock", "has other keys than DVC writes", "git checkout dvc.lock")
-        runs = [path.read_bytes() for path in self.store.runs.rglob("*") if path.is_file()]
+        runs = [record for path in self.store.runs.glob("*/*/*") if path.is_file() and (record := self.store.run(path)) is not None]
         for address, stage in lock.items():
             if stage == committed.get(address):
                 continue
@@ -336,7 +333,7 @@ class _Examination:
                 self.missing["dvc.lock", address] = {
                     "path": f"dvc.lock: {address}", "object": "DVC's record of its run", "next": "commit dvc.lock, or dvc repro"
                 }  # fmt: skip
-            elif not any(stage == YAML(typ="safe").load(run) for run in runs if str(stage.get("cmd", "")).encode() in run):
+            elif stage not in runs:
                 wrong = "its entry is neither the committed one nor that of a run that DVC recorded"
                 self._add_finding("dvc.lock", address, wrong, f"git checkout dvc.lock, or dvc repro --force {address}")
 

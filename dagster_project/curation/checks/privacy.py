@@ -26,9 +26,9 @@ CONTEXT = 24
 LONG = 20_000
 """Characters up to which a text is searched as a whole again after each masked value."""
 MOST_ROUNDS = 64
-"""Searches after which the whole lines of the values that are found last count as values: so many follow each other in no ordinary text."""
+"""Searches after which the whole lines of the values that are found last count as values: in ordinary texts fewer follow each other."""
 MOST_VALUES = 5_000
-"""Values in a text after which the rest of it counts as one value: no text to learn from has so many."""
+"""Keys, and pieces of personal data, in a text after which the rest of it counts as a value: ordinary texts have fewer."""
 MOST_CANDIDATES, MOST_LOOKED_UP = 50_000, 10_000
 """Candidates of one pattern in a text after which the rest of it counts as a value, so that no text takes long: of all patterns, and of those whose
 candidates take a check of digits or a look into a numbering plan."""
@@ -165,12 +165,34 @@ def _spans(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int
     """(start, end, rule) of the matches of rules, by default of all, outside of already masked parts."""
     rules = _rules()
     which = [i for i, rule in enumerate(rules) if rule.matcher.search(text)] if ranks is None else ranks
-    spans = [(start, end, rank) for rank in which for start, end in _found_by(rules[rank], text)]
+    spans: list[tuple[int, int, int]] = []
+    limits: list[tuple[int, int]] = []
+    """(rank, position) of rules that found too much up to this position."""
+    for rank in which:
+        try:
+            for start, end in rules[rank].find(text):
+                spans.append((start, end, rank))
+        except _TooManyError as stop:
+            limits.append((rank, stop.position))
     merged = _merged([span for span in spans if text[span[0] : span[1]].strip("[]")])
-    if len(merged) <= MOST_VALUES:
-        return merged
-    start, _, rank = merged[MOST_VALUES]
-    return [*merged[:MOST_VALUES], (start, len(text), rank)]
+    for secret in (True, False):
+        if len(one_kind := [span for span in merged if rules[span[2]].secret is secret]) > MOST_VALUES:
+            limits.append((one_kind[MOST_VALUES][2], one_kind[MOST_VALUES][0]))
+    for rank, position in sorted(limits):
+        merged = _with_the_rest(text, merged, position, rank)
+    return merged
+
+
+def _with_the_rest(text: str, spans: Sequence[tuple[int, int, int]], position: int, rank: int) -> list[tuple[int, int, int]]:
+    """Count everything from a position on as values of a rule, except values of the other sort: keys among personal data, or the reverse."""
+    rules = _rules()
+    kept = [span for span in spans if span[0] < position or rules[span[2]].secret is not rules[rank].secret]
+    rest, at = [], position
+    for start, end, _ in [*kept, (len(text), len(text), rank)]:
+        if text[at:start].strip("[] \n"):
+            rest.append((at, start, rank))
+        at = max(at, end)
+    return sorted([*kept, *rest])
 
 
 class _TooManyError(Exception):
@@ -183,14 +205,6 @@ class _TooManyError(Exception):
     def __init__(self, position: int) -> None:
         super().__init__(position)
         self.position = position
-
-
-def _found_by(rule: Rule, text: str) -> Iterator[Span]:
-    """The values that a rule finds; the rest of the text, if it has too many candidates."""
-    try:
-        yield from rule.find(text)
-    except _TooManyError as stop:
-        yield stop.position, len(text)
 
 
 def _matches(pattern: re.Pattern[str], text: str, most: int = MOST_CANDIDATES) -> Iterator[re.Match[str]]:

@@ -140,13 +140,16 @@ def public_key_of(file: str) -> PublicKey:
 
 
 def _content(file: str) -> bytes:
-    path = Path(file)
+    if "PRIVATE KEY" in file or "\n" in file:  # not quoted: it may be the key itself
+        raise InputError("--key takes a file, not the text of a key", f"pass a text in {KEY_VARIABLE}")
     try:
-        if path.is_file() and path.stat().st_size > LARGEST:
-            raise InputError(f"--key {file}: too large for a key", "name a PEM file")
-        return path.read_bytes()
+        with Path(file).open("rb") as opened:
+            content = opened.read(LARGEST + 1)
     except OSError as error:
         raise InputError(f"--key {file}: {error.strerror}", CREATE) from None
+    if len(content) > LARGEST:
+        raise InputError(f"--key {file}: too large for a key", "name a PEM file")
+    return content
 
 
 LARGEST = 100_000

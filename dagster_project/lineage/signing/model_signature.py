@@ -42,25 +42,27 @@ class Contents:
     files: Mapping[str, Path]
     other: tuple[str, ...]
     """Symbolic links, and everything else that is neither a file nor a folder."""
+    ignored: tuple[str, ...]
+    """Ignored paths that exist."""
 
 
 def contents(folder: Path, ignored: Iterable[str]) -> Contents:
     """All files of a folder by their path in it, without ignored paths. Symbolic links are not followed."""
-    excluded, files, other, pending = set(ignored), dict[str, Path](), list[str](), [""]
+    excluded, files, other, skipped, pending = set(ignored), dict[str, Path](), list[str](), list[str](), [""]
     while pending:
         prefix = pending.pop()
         with os.scandir(folder / prefix) as entries:
             for entry in entries:
                 name = f"{prefix}{entry.name}"
                 if name in excluded:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
+                    skipped.append(name)
+                elif entry.is_dir(follow_symlinks=False):
                     pending.append(f"{name}/")
                 elif entry.is_file(follow_symlinks=False):
                     files[name] = folder / name
                 else:
                     other.append(name)
-    return Contents({name: files[name] for name in sorted(files, key=PurePosixPath)}, tuple(sorted(other)))
+    return Contents({name: files[name] for name in sorted(files, key=PurePosixPath)}, tuple(sorted(other)), tuple(sorted(skipped)))
 
 
 def manifest(name: str, found: Contents) -> Manifest:
@@ -138,14 +140,18 @@ def _root(digests: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
-def differences(signed: Manifest, folder: Path) -> dict[str, str]:
-    """Path in a folder -> what is wrong, for every file that is not what was signed."""
-    found = contents(folder, signed.ignored)
+def differences(expected: Mapping[str, str], found: Contents, done: str = "signed") -> dict[str, str]:
+    """Path in a folder -> what is wrong, for every file that is not what was signed or attested.
+
+    Args:
+        expected: path in the folder -> sha256.
+        done: "signed" or "attested".
+    """
     wrong = dict.fromkeys(found.other, "is neither a file nor a folder")
-    wrong |= dict.fromkeys(found.files.keys() - signed.files.keys(), "was added since it was signed")
-    for name, digest in signed.files.items():
+    wrong |= dict.fromkeys(found.files.keys() - expected.keys(), f"was added since it was {done}")
+    for name, digest in expected.items():
         if name not in found.files:
-            wrong.setdefault(name, "is missing, and was signed")
+            wrong.setdefault(name, f"is missing, and was {done}")
         elif sha256_of_file(found.files[name]) != digest:
-            wrong[name] = "is not what was signed"
+            wrong[name] = f"is not what was {done}"
     return dict(sorted(wrong.items()))

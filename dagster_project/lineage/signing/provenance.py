@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ BUILD_TYPE = "urn:pedigree:dvc-stage:1"
 BUILDER = "urn:pedigree:run"
 REMADE = "pedigree verify --deep"
 """Name of the by-product that says with which result a stage was made again before it was signed."""
+
+_DIGESTS = {"md5": re.compile("[0-9a-f]{32}"), "sha256": re.compile("[0-9a-f]{64}")}
 
 Files = Mapping[str, Mapping[str, str]]
 """Path in the project -> its digests by algorithm: "sha256", and "md5" as in DVC's cache."""
@@ -54,8 +57,9 @@ class StageRecord:
 
 def lock_texts(text: str) -> dict[str, str]:
     """Address -> text of its entry in a dvc.lock, after what precedes all entries."""
-    head, *pieces = re.split(r"^  ([\w@.-]+):\n", text.replace("\r\n", "\n"), flags=re.MULTILINE)
-    return {name: f"{head}  {name}:\n{entry}" for name, entry in zip(pieces[::2], pieces[1::2], strict=True)}
+    head, *pieces = re.split(r"^  (['\"]?)([\w@.-]+)\1:\n", text.replace("\r\n", "\n"), flags=re.MULTILINE)
+    entries = zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True)
+    return {name: f"{head}  {quote}{name}{quote}:\n{entry}" for quote, name, entry in entries}
 
 
 def statement(record: StageRecord) -> dict[str, Any]:
@@ -171,9 +175,24 @@ def _attested(signed: Mapping[str, Any]) -> Attested:
             "made": {one["name"]: one["digest"] for one in signed["subject"]},
             "remade": next((one["annotations"]["verdict"] for one in details.get("byproducts", []) if one["name"] == REMADE), None),
         }
-        return TypeAdapter(Attested).validate_python(found)
+        attested = TypeAdapter(Attested).validate_python(found)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise SignatureError(f"is not a statement of {BUILD_TYPE}") from None
+    if any(not is_inside(path) for path in (*attested.deps, *attested.outs, *attested.read, *attested.made)):
+        raise SignatureError("names a path that is not one in a project")
+    for digests in (*attested.read.values(), *attested.made.values()):
+        if digests.keys() != _DIGESTS.keys() or not all(_DIGESTS[name].fullmatch(digest) for name, digest in digests.items()):
+            raise SignatureError("names a file without its md5 and sha256")
+    return attested
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path is relative, does not lead out of its folder, and can be that of a file."""
+    try:
+        parts = os.fsencode(path).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in path and len(path) < 4000 and all(part not in (b"", b".", b"..") and len(part) <= 255 for part in parts)
 
 
 def _refuse_gaps(found: Sequence[Attested]) -> None:

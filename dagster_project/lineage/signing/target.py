@@ -10,7 +10,7 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.layout import PLOTS, REPORTS
-from dagster_project.lineage.history import LOCK, Objects, Revision, listing_of, path_exists, resolve
+from dagster_project.lineage.history import LOCK, Objects, Revision, listing_of, path_exists, resolve, stages_of
 from dagster_project.lineage.signing.keys import PublicKey
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
 
@@ -29,6 +29,9 @@ class Target:
     """Of the folder, in the project, or as it was given."""
     folder: Path
     lock: Mapping[str, Any]
+    """Stages of dvc.lock."""
+    lock_text: str
+    """The text that `lock` was read from."""
 
     @property
     def label(self) -> str:
@@ -65,7 +68,7 @@ class Target:
         InputError: the signatures here are by another key.
         """
         file = self.signatures / PUBLIC_KEY
-        if file.is_file() and file.read_bytes() != key.pem:
+        if file.is_file() and (file.stat().st_size != len(key.pem) or file.read_bytes() != key.pem):
             files = [self.signatures / name for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY)]
             names = ", ".join(self.shown(one) for one in files if one.exists())
             raise InputError(
@@ -80,25 +83,51 @@ def find(root: Path, model: str) -> Target:
     Args:
         root: folder that may be a project.
     Raises:
-        InputError: there is none, or it is a file.
+        InputError: there is none, it is a file, or it contains or lies in an output without being one.
     """
-    lock = Revision(root, None).lock() if (root / "dvc.yaml").is_file() and (root / LOCK).is_file() else {}
     given = Path(model)
-    absolute = given.absolute()
-    inside = absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else ""
-    outs = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
-    if lock and absolute == root:
+    lock, text = _recorded(root)
+    folder = given.resolve() if path_exists(given) and given.is_dir() else None
+    if lock and folder == root.resolve() and model not in lock:
         raise InputError(f"{model or '.'}: this is the project", "name a stage, its output, or the folder of a model")
-    if model in lock or not (path_exists(given) and given.is_dir()) or inside in outs:
+    outs = {(root / out["path"]).resolve(): name for name, stage in lock.items() for out in stage.get("outs", [])}
+    if model in lock or folder is None or folder in outs:
         if not lock:
             raise InputError(f"{model}: no such folder, and no project with results in {root}", "name a folder, or give --project FOLDER")
-        address = model if model in lock else outs.get(inside) or resolve(dict(lock), model)
+        address = model if model in lock else resolve(lock, model) if folder is None else outs[folder]
         path = next((out["path"] for out in lock[address]["outs"] if not out["path"].startswith((REPORTS, PLOTS))), "")
-        target = Target(root, address, path, root / path, lock)
+        target = Target(root, address, path, root / path, lock, text)
     else:
-        target = Target(None, "", model.rstrip("/"), absolute, {})
+        for project in dict.fromkeys([root, folder, *folder.parents]):
+            _refuse_part(model, folder, project, _recorded(project)[0] if project != root else lock)
+        target = Target(None, "", model.rstrip("/") or "/", folder, {}, "")
     if not target.folder.is_dir() or target.folder == target.root:
         raise InputError(
             f"{target.path or model}: no such folder", f"restore it with `dvc checkout {target.path}`, or run `dvc repro {target.label}`"
         )
     return target
+
+
+def _recorded(project: Path) -> tuple[dict[str, Any], str]:
+    """The stages of a project's dvc.lock and its text, both from one reading; empty if the folder is not a project with results."""
+    if not ((project / "dvc.yaml").is_file() and (project / LOCK).is_file()):
+        return {}, ""
+    revision = Revision(project, None)
+    revision.lock()  # refuses lost entries, and text that cannot be read
+    text = revision.text(LOCK) or ""
+    return stages_of(text), text
+
+
+def _refuse_part(model: str, folder: Path, project: Path, lock: Mapping[str, Any]) -> None:
+    """Raises:
+    InputError: the folder contains an output of a project, is one, or lies in one.
+    """
+    for name, stage in lock.items():
+        for out in stage.get("outs", []):
+            path = (project / out["path"]).resolve()
+            if path == folder:
+                raise InputError(f"{model}: it is the output of {name} in {project}", f"give --project {project}")
+            if path.is_relative_to(folder):
+                raise InputError(f"{model}: it contains {out['path']}, an output of {name}", "name that stage, or a copy of the folder")
+            if folder.is_relative_to(path):
+                raise InputError(f"{model}: it lies in {out['path']}, an output of {name}", "name that stage, or a copy of the folder")
