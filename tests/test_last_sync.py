@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import pytest
 from builders import small_pipeline
 from conftest import ROOT, run
 
+from dagster_project.orchestration import dvc, last_sync
 from dagster_project.orchestration.dagster.sync import sync_after
 from dagster_project.orchestration.last_sync import FILE, LastSync
 
@@ -46,6 +48,12 @@ def replace_output(root: Path, _: dg.DagsterInstance) -> None:
 
 def remove_output(root: Path, _: dg.DagsterInstance) -> None:
     next(path for path in sorted((root / "data" / "tok").rglob("*")) if path.is_file()).unlink()
+
+
+def remove_object(root: Path, _: dg.DagsterInstance) -> None:
+    version = dvc.read_stages(root)["tok"].version
+    (root / ".dvc/cache/files/md5" / version[:2] / version[2:]).unlink()
+    assert not dvc.read_stages(root)["tok"].in_cache
 
 
 def commit(root: Path, _: dg.DagsterInstance) -> None:
@@ -83,6 +91,33 @@ def test_a_change_is_seen(root: Path, synced: dg.DagsterInstance, monkeypatch: p
     assert not unchanged(root)
 
 
+def test_everything_else_that_dvc_reads_is_seen(root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    declared = json.loads((root / "dvc.yaml").read_text())
+    declared["stages"]["raw"]["params"] = [*declared["stages"]["raw"].get("params", []), {"other.yaml": ["size"]}]
+    (root / "dvc.yaml").write_text(json.dumps({**declared, "vars": ["variables.yaml"]}))
+    (root / "variables.yaml").write_text("word: one\n")
+    (root / "other.yaml").write_text("size: 1\n")
+    sync_until_unchanged(root, synced)
+    before = LastSync.read(root, ()).now
+    remove_object(root, synced)
+    for path, text in {
+        "the object": "",
+        "variables.yaml": "word: another\n",
+        "other.yaml": "size: 2\n",
+        "data/sources.dvc": "outs: []\n",
+        "data/.dvcignore": "sources\n",
+        ".dvc/config.local": "[core]\n    analytics = false\n",
+    }.items():
+        if path != "the object":
+            (root / path).write_text(text)
+        now = LastSync.read(root, ()).now
+        assert now is not None and now != before, path
+        before = now
+    (root / ".dvc/config.local").write_text("[cache]\n    dir = ../../cache\n")
+    assert LastSync.read(root, ()).now is None, "objects of another cache are not looked at"
+
+
 def test_a_state_is_of_one_home_and_one_prefix(
     root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -91,6 +126,61 @@ def test_a_state_is_of_one_home_and_one_prefix(
     assert not LastSync.read(root, ("ml",)).unchanged
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     assert not unchanged(root)
+
+
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a project, with a remembered state."""
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    for folder in (".git", ".dagster/history", "data/sources", "home"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / ".dagster/dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    remember(tmp_path, "data/sources")
+    assert unchanged(tmp_path)
+    return tmp_path
+
+
+def remember(root: Path, *paths: str) -> None:
+    for _ in range(2):
+        LastSync.read(root, ()).remember(paths)
+
+
+@pytest.mark.parametrize("address", ["http://host/a", "https://host/a", "s3://bucket/a"])
+def test_a_project_that_reads_an_address_is_read_again_each_time(known: Path, address: str) -> None:
+    remember(known, "data/sources", address)
+    assert not unchanged(known)
+
+
+def test_settings_of_the_user_and_other_libraries_are_seen(known: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (known / "home/dvc").mkdir()
+    (known / "home/dvc/config").write_text("[core]\n")
+    assert not unchanged(known)
+    remember(known, "data/sources")
+    assert unchanged(known)
+    monkeypatch.setattr(last_sync, "find_spec", lambda name: SimpleNamespace(origin=known / ".dagster/dagster.yaml"))
+    assert not unchanged(known)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *('{"paths": ["a\\u0000b"], "state": "x"}', '{"paths": ["\\ud800"], "state": "x"}', "[" * 100_000, '{"paths": ["%s"]}' % ("x" * 5000)),
+        *('{"paths": ["data/sources/loop"]}', "[]", "{", '{"paths": [1]}'),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_a_damaged_state_counts_as_none(known: Path, content: str) -> None:
+    (known / "data/sources/loop").symlink_to("loop")
+    (known / FILE).write_text(content)
+    assert not unchanged(known)
+
+
+def test_a_file_in_the_place_of_a_folder_is_seen(known: Path) -> None:
+    (known / "data/sources").rmdir()
+    (known / "data").rmdir()
+    (known / "data").write_text("a file")
+    assert not unchanged(known)
 
 
 def test_nothing_is_remembered_while_a_run_could_end(root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:

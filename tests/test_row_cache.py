@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import polars as pl
 import pytest
 from builders.rows_of_all_kinds import answer, sample
+from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,6 +135,34 @@ def test_the_number_of_a_row_is_not_what_work_can_see(managed: Path) -> None:
     assert row_cache.numbered(row_cache.unnumbered(line), line) == line
     other = b'{"text":"a","source_row":17}'
     assert row_cache.unnumbered(other) == other == row_cache.numbered(other, other)
+
+
+@pytest.mark.parametrize("number", ["[1,2]", "null", '"1,2"', "1.5", '{"a":1,"b":2}', "5}"])
+def test_a_number_that_is_not_an_integer_stays_in_its_row(number: str) -> None:
+    line = f'{{"source_row":{number},"text":"a"}}'.encode() if number != "5}" else b'{"source_row":5}'
+    assert row_cache.unnumbered(line) == line
+    assert row_cache.numbered(b'{"text":"b"}', line) == b'{"text":"b"}'
+
+
+def test_an_edit_after_the_modules_were_imported_keeps_nothing(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "dagster_project", tmp_path / "dagster_project", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / ".dvc").mkdir()
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from dagster_project.core.stored_rows import StoredRows
+        from dagster_project.curation.checks import profile, row_cache
+        file = Path("dagster_project/curation/checks/profile.py")
+        assert Path(profile.__file__) == file.resolve()
+        if sys.argv[1] == "edit":
+            file.write_text(file.read_text() + "EDITED = True\\n")
+        row = {"source_row": 1, "example_id": "a", "group_id": None, "source": "a", "category": None, "messages": [{"role": "user", "content": "Hi"}]}
+        with row_cache.using(Path.cwd(), "instructions"):
+            row_cache.facts(profile._measure_block, None, StoredRows([row]), ())"""
+    for argument, kept in {"edit": 0, "no edit": 1}.items():
+        done = run([sys.executable, "-c", code, argument], tmp_path, PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert len(files(tmp_path)) == kept, argument
 
 
 def test_other_code_finds_nothing_and_code_that_changes_during_a_run_keeps_nothing(managed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from contextlib import suppress
 from dagster_project.core.imports import lean_imports
 
 WAITING = {"OMP_WAIT_POLICY": "passive"}
-"""Environment of everything that computes: threads of OpenMP that wait for others sleep. By default they spin, and beside a busy process each
-waits for a thread that cannot run because the others spin. What is computed does not depend on it."""
+"""Environment of everything that computes: threads of OpenMP that wait for others sleep. By default they spin, and beside a busy process
+spinning threads take the CPU from the thread they wait for. What is computed does not depend on it."""
 ONLY_TOKENIZERS = frozenset({"tokenized"})
 """Stages that use tokenizers of transformers, which imports torch wherever it is installed."""
 

@@ -31,7 +31,10 @@ def lean_imports(*unused: str) -> Iterator[None]:
 
 @contextmanager
 def hidden(*names: str) -> Iterator[None]:
-    """Meanwhile these packages count as not installed, unless they were imported before: many libraries import whatever they could use."""
+    """While open, importing these packages raises ModuleNotFoundError, unless they were imported before.
+
+    So libraries that import whatever they could use do without them. It acts on all threads.
+    """
     added = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(added))  # type: ignore[arg-type]  # None: `import` raises ModuleNotFoundError, as Python documents
     try:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dagster_project.core.errors import CheckFailed, InputError
@@ -25,7 +25,7 @@ from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import LOST_HINT, lost_entries, lost_text
 from dagster_project.orchestration import dvc_errors, rwlock
-from dagster_project.orchestration.last_sync import stamps
+from dagster_project.orchestration.last_sync import OBJECTS, stamps
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import command_of_dvc, interrupt_command
 
@@ -89,7 +89,7 @@ class StageState:
     code: tuple[str, ...]
     """Files of code, and reports of other stages, that it depends on."""
     files: tuple[str, ...]
-    """Every file and folder that it reads or writes, also those with parameters."""
+    """Every file and folder that it reads or writes, also those with parameters, and those that `vars:` of dvc.yaml names."""
 
     @property
     def changed(self) -> list[str]:
@@ -233,11 +233,12 @@ def stamp(root: Path, states: Mapping[str, StageState]) -> list[tuple[str, int, 
 
 def stamped_paths(states: Mapping[str, StageState]) -> set[str]:
     """Every file and folder that `read_stages` reads."""
-    paths = {"dvc.yaml", "dvc.lock", "params.yaml", code_lock.FILE, ".dvc/config", ".dvc/cache"}
+    paths = {"dvc.yaml", "dvc.lock", "params.yaml", code_lock.FILE, ".dvc/config", str(OBJECTS)}
     for state in states.values():
         inputs = [i.path for i in state.inputs]
         paths |= {*state.files, *inputs, *(f"{path}.dvc" for path in inputs)}
-    return paths
+    folders = {parent for path in paths for parent in PurePosixPath(path).parents if "://" not in path and parent.name}
+    return paths | {name for folder in folders for name in (f"{folder}.dvc", f"{folder}/.dvcignore", f"{folder}/.gitignore")}
 
 
 def overlap(a: str, b: str) -> bool:
@@ -318,8 +319,13 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
         output_problem=problem,
         in_cache=known and not any(out.use_cache and out.changed_cache() for out in stage.outs),
         code=tuple(code),
-        files=tuple(path_of(root, item) for item in [*stage.deps, *stage.outs] if item.protocol == "local"),
+        files=(*(path_of(root, item) for item in [*stage.deps, *stage.outs] if item.protocol == "local"), *_variables(root, stage)),
     )
+
+
+def _variables(root: Path, stage: Any) -> list[str]:
+    """Files with variables of all stages, and with those that this stage uses. DVC gives their paths relative to the current folder."""
+    return sorted({os.path.relpath(path, root) for path in [*stage.dvcfile.resolver.context.imports, *stage.tracked_vars]})
 
 
 def _dependency_hashes(root: Path, stage: Any) -> tuple[dict[str, str], dict[str, str | None]]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,21 @@ FILE = Path(".dvc", "tmp", "pedigree", "synced.json")
 """It can be deleted."""
 PACKAGE = Path(__file__).parents[1]
 ALWAYS = ("dvc.yaml", "dvc.lock", "params.yaml", "code.lock.yaml", ".dvc/config", ".dvc/config.local", ".dvcignore", ".git/HEAD", ".git/index",
-          ".git/packed-refs", ".git/refs")  # fmt: skip
+          ".git/packed-refs", ".git/refs", ".git/info/exclude")  # fmt: skip
+OBJECTS = Path(".dvc", "cache", "files", "md5")
+"""The objects of DVC's cache, in folders by the beginning of their names."""
+OTHER_CACHE = re.compile(r"^\s*(dir|local)\s*=", re.MULTILINE)
+"""Setting in a configuration of DVC: the cache is in another folder."""
 
 
 def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
-    """Path, modification time, inode and size of each of these files, and of everything in these folders, except DVC's cache."""
+    """Path, modification time, inode and size of each of these files, and of everything in these folders. Of DVC's cache: of its folders only, which
+    change if an object is added or removed."""
     found = []
     for path in sorted(paths):
-        for file in (path, *(path.rglob("*") if path.is_dir() and path.name != "cache" else ())):
-            with suppress(FileNotFoundError):
+        within = path.glob("*") if path.parts[-len(OBJECTS.parts) :] == OBJECTS.parts else path.rglob("*")
+        for file in (path, *(within if path.is_dir() else ())):
+            with suppress(FileNotFoundError, NotADirectoryError):
                 stat = file.stat()
                 found.append((str(file), stat.st_mtime_ns, stat.st_ino, stat.st_size))
     return sorted(found)
@@ -44,17 +52,20 @@ class LastSync:
     """Files and folders of the project that the last sync read."""
     before: str | None
     now: str | None
-    """None: changes would not be seen, e.g. because Dagster's event log is in Postgres."""
+    """None: changes would not be seen, e.g. because Dagster's event log is in Postgres, or a stage reads an address."""
 
     @classmethod
     def read(cls, root: Path, key_prefix: tuple[str, ...]) -> LastSync:
         known: Any = {}
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             known = json.loads((root / FILE).read_bytes())
         paths = known.get("paths") if isinstance(known, dict) else None
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             return cls(root, key_prefix, (), None, None)
-        return cls(root, key_prefix, tuple(paths), known.get("state"), _state(root, key_prefix, paths))
+        now = None
+        with suppress(OSError, ValueError):  # a path that no file can have, or a folder that cannot be read
+            now = _state(root, key_prefix, paths)
+        return cls(root, key_prefix, tuple(paths), known.get("state"), now)
 
     @property
     def unchanged(self) -> bool:
@@ -77,8 +88,26 @@ def _state(root: Path, key_prefix: tuple[str, ...], paths: Iterable[str]) -> str
         return None
     if "storage" in settings or "instance_class" in settings or not log.is_dir() or not (root / ".git").is_dir():
         return None
-    files = [*stamps(root / path for path in {*paths, *ALWAYS}), *stamps(PACKAGE.rglob("*.py"))]
+    configurations = [root / ".dvc" / "config", root / ".dvc" / "config.local", *_shared_configurations()]
+    if any("://" in path for path in paths) or any(
+        OTHER_CACHE.search(file.read_text(encoding="utf-8")) for file in configurations if file.is_file()
+    ):
+        return None
+    packages = [Path(spec.origin) for spec in map(find_spec, ("dagster", "dvc")) if spec and spec.origin]  # an upgrade replaces these files
+    files = [*stamps(root / path for path in {*paths, *ALWAYS}), *stamps([*configurations, *packages]), *stamps(PACKAGE.rglob("*.py"))]
     return md5_of_bytes(json.dumps([str(home), settings, list(key_prefix), files, [*_databases(home)]]).encode())
+
+
+def _shared_configurations() -> list[Path]:
+    """Where DVC looks for the configurations of the user and of the machine, on Linux and macOS."""
+    names = os.environ
+    user, machine = (
+        [names.get("XDG_CONFIG_HOME") or "~/.config", "~/Library/Application Support"],
+        names.get("XDG_CONFIG_DIRS") or "/etc/xdg",
+    )
+    folders = [f"{folder}/dvc" for folder in [*user, *machine.split(os.pathsep), "/Library/Application Support"]]
+    folders += [names[name] for name in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR") if names.get(name)]
+    return [Path(folder).expanduser() / "config" for folder in folders]
 
 
 def _databases(home: Path) -> Iterator[tuple[str, int, int, int]]:

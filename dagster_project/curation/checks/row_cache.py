@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ LIMIT = 2 << 30
 """Bytes of all files of a stage. Above it the files that were not used for the longest time are removed."""
 FILES = 8
 """Files of one kind of facts. One more, and all become one, without the rows that the latest run did not have."""
-NUMBER = b'{"source_row":'
+NUMBER = re.compile(rb'\{"source_row":\d+,')
 """Beginning of an encoded row whose number in its source is not part of its identity."""
 KEYS = ("key_0", "key_1")
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -68,29 +69,31 @@ def facts(
         return pl.concat([empty, *_computed(work, shared, rows.blocks())])
     code = _code()
     store = _Store(_folder.get() / _digest(f"{work.__module__}.{work.__name__}", code, *identity), empty)  # type: ignore[operator]
-    wanted = _keys(rows).with_row_index("row")
-    found = wanted.join(store.read(), on=KEYS, how="inner").drop(KEYS)
-    left = np.ones(len(rows), np.bool_)
-    left[found["row"].to_numpy()] = False
-    missing = np.flatnonzero(left)
+    requested = _keys(rows).with_row_index("row")
+    cached = requested.join(store.read(), on=KEYS, how="inner").drop(KEYS)
+    is_missing = np.ones(len(rows), np.bool_)
+    is_missing[cached["row"].to_numpy()] = False
+    missing = np.flatnonzero(is_missing)
     blocks = rows.blocks() if len(missing) == len(rows) else Selected(rows, missing).blocks()
-    new = pl.concat([empty, *_computed(work, shared, blocks)]).with_columns(row=pl.Series(missing, dtype=wanted["row"].dtype))
+    new = pl.concat([empty, *_computed(work, shared, blocks)]).with_columns(row=pl.Series(missing, dtype=requested["row"].dtype))
     columns = ["row", *empty.columns]
-    made = pl.concat([found.select(columns), new.select(columns)]).sort("row") if len(found) else new
+    all_facts = pl.concat([cached.select(columns), new.select(columns)]).sort("row") if len(cached) else new
     if code == _code(changed=True):  # else the facts may be of other code than the folder says
-        store.write(wanted, new, made)
+        store.write(requested, new, all_facts)
         _limit(store.folder.parent)
-    return made.select(empty.columns)
+    return all_facts.select(empty.columns)
 
 
 def unnumbered(line: bytes) -> bytes:
     """An encoded row without its number in the source, if that is its first field."""
-    return b"{" + line[line.index(b",") + 1 :] if line.startswith(NUMBER) else line
+    number = NUMBER.match(line)
+    return b"{" + line[number.end() :] if number else line
 
 
 def numbered(line: bytes, original: bytes) -> bytes:
     """An encoded row with the number that another one has, if that is its first field."""
-    return original[: original.index(b",") + 1] + line[1:] if original.startswith(NUMBER) else line
+    number = NUMBER.match(original)
+    return number.group() + line[1:] if number else line
 
 
 def _computed(work: Callable[[S, Sequence[bytes]], pl.DataFrame], shared: S, blocks: Iterable[Sequence[bytes]]) -> Iterator[pl.DataFrame]:
@@ -137,16 +140,16 @@ class _Store:
                 self._files.append(file)
         return pl.concat(frames).unique(KEYS, keep="any") if len(frames) > 1 else self._nothing
 
-    def write(self, wanted: pl.DataFrame, new: pl.DataFrame, made: pl.DataFrame) -> None:
+    def write(self, requested: pl.DataFrame, new: pl.DataFrame, all_facts: pl.DataFrame) -> None:
         """Keep new facts in a file of their own; those of all rows of this run, if there are many files.
 
         Args:
-            wanted: row and key.
+            requested: row and key.
             new: row, and facts that were computed.
-            made: row, and facts of all rows.
+            all_facts: row, and facts of all rows.
         """
         merge = len(self._files) >= FILES
-        kept = (made if merge else new).join(wanted, on="row", how="left").select(self._nothing.columns).unique(KEYS, keep="any")
+        kept = (all_facts if merge else new).join(requested, on="row", how="left").select(self._nothing.columns).unique(KEYS, keep="any")
         if not len(kept):
             return
         file = io.BytesIO()
@@ -184,26 +187,6 @@ def _limit(folder: Path) -> None:
             file.parent.rmdir()  # only if it is empty
 
 
-_known_code: list[str] = []
-
-
-def _code(changed: bool = False) -> str:
-    """Hash of the code that facts may depend on: these packages, Python, and the versions of all installed libraries.
-
-    Args:
-        changed: read the files again.
-    """
-    if not _known_code or changed:
-        files = (file for part in ("core", "curation") for file in sorted((PACKAGE / part).rglob("*")) if "__pycache__" not in file.parts)
-        own = [value for file in files if file.is_file() for value in (str(file.relative_to(PACKAGE)), file.read_bytes())]
-        libraries = sorted({entry.name for path in sys.path if Path(path).is_dir() for entry in Path(path).glob("*.dist-info")})
-        current = _digest(*own, sys.version, *libraries)
-        if changed:
-            return current
-        _known_code.append(current)
-    return _known_code[0]
-
-
 def _digest(*parts: Any) -> str:
     """Hash of texts and bytes, each with its length, so that no two lists have the same."""
     digest = hashlib.sha256()
@@ -211,3 +194,23 @@ def _digest(*parts: Any) -> str:
         data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
+
+
+def _code(changed: bool = False) -> str:
+    """Hash of the code that facts may depend on: these packages, Python, and the versions of all installed libraries.
+
+    Args:
+        changed: as the files are now; otherwise as they were when this module was imported, with the code that runs.
+    """
+    if not changed:
+        return _CODE_AT_IMPORT
+    files = (file for part in ("core", "curation") for file in sorted((PACKAGE / part).rglob("*")) if "__pycache__" not in file.parts)
+    try:
+        own = [value for file in files if file.is_file() for value in (str(file.relative_to(PACKAGE)), file.read_bytes())]
+    except OSError:  # someone removes a file, or it cannot be read: like no other code
+        return os.urandom(32).hex()
+    libraries = sorted({entry.name for path in sys.path if Path(path).is_dir() for entry in Path(path).glob("*.dist-info")})
+    return _digest(*own, sys.version, *libraries)
+
+
+_CODE_AT_IMPORT = _code(changed=True)
