@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dagster_project.core.errors import CheckFailed, InputError
-from dagster_project.core.hashing import md5_of_bytes
+from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
@@ -260,6 +260,20 @@ def _status(output: Any) -> dict[str, str]:
         return output.status()
     except FileNotFoundError:
         return {os.path.relpath(output.fs_path): "deleted"}
+    except (KeyError, TypeError, AttributeError):
+        if not _removed_listing(output):
+            raise
+        return output.status()
+
+
+def _removed_listing(output: Any) -> bool:
+    """Remove an output's listing from the cache if it does not match its name, as DVC itself does if it is not JSON. Returns whether it was so."""
+    listing = Path(output.cache.oid_to_path(output.hash_info.value))
+    if not listing.is_file() or md5_of_file(listing) == output.hash_info.value.removesuffix(".dir"):
+        return False
+    listing.unlink()
+    log.warning(f"deleted {listing}, a damaged object of DVC's cache: the listing of {output}")
+    return True
 
 
 def _source_problem(root: Path, stage: Any, out: Any) -> str:

@@ -39,6 +39,8 @@ def explained(error: Exception, root: Path) -> InputError | None:
         )
     if isinstance(error, UnicodeEncodeError) and (name := _name_that_is_not_utf8(root / "data")):
         return InputError(f"{name!r}: the name of this file is not UTF-8, and DVC cannot record it", "rename the file")
+    if isinstance(error, private_module("dvc.config").ConfigError):
+        return InputError(f"{root / '.dvc/config'}: {error}", "restore it with `git checkout HEAD .dvc/config`, or correct it")
     if isinstance(error, exceptions.NotDvcRepoError):
         return InputError(f"{root} is not a DVC project", "run `make run` once, or `dvc init`, in the project's folder")
     if isinstance(error, private_module("dvc.scm").SCMError) and "not a git repository" in str(error):

@@ -76,6 +76,12 @@ def _damaged(name: str, kind: str) -> Callable[[Play], None]:
             path.chmod(mode)
         said = "".join(at_work.explained(at_work.run("pedigree", *words)).text for words in _looks(name))
         first = at_work.explained(at_work.run("pedigree", "run", "--all"))
+        if name.startswith("data/pages/"):  # views, which no stage makes again
+            at_work.run("pedigree", "render")
+        elif _is_source(name) and first.code == 0:  # other data: a run of its own
+            at_work.also += [".dvc/cache/", "data/pages/"]
+        elif kind == "link":  # DVC writes through the link
+            at_work.also.append((path.parent / "nowhere").relative_to(at_work.root).as_posix())
         if name.startswith(".dagster/"):
             _rebuilt(at_work, said)
         elif first.code != 0 or _is_source(name):  # not ours to repair: git has it, and the message names it
@@ -107,7 +113,11 @@ def _looks(name: str) -> list[tuple[str, ...]]:
 
 def _is_source(name: str) -> bool:
     """Whether a file is input by people: changed content is not damage to the pipeline, but other data."""
-    return name in TOP or name.startswith((".dvc/config", ".dvc/.gitignore", "data/sources/", "data/keys/")) or name.endswith(".gitkeep")
+    return (
+        name in TOP
+        or name.startswith((".dvc/config", ".dvc/.gitignore", "data/sources/", "data/keys/", "data/expectations/"))
+        or name.endswith(".gitkeep")
+    )
 
 
 def _remove(path: Path) -> None:
