@@ -117,7 +117,10 @@ def check_what_was_trained(site: Site, data: Data, variant: str) -> int:
         assert found == data.questions_in("train")
         test = "".join(json.dumps(row) for row in pl.read_parquet(f"{project}/data/splits/test/*.parquet").to_dicts())
         assert {question for question in data.questions if question in test} == data.questions_in("test")
-    expected = len(data.questions_in("train"))  # 28 of 40: also the default shares, test 20 % and validation 10 %
+        expected = len(data.questions_in("train"))
+    else:
+        shares = {"test": 0.2, "validation": 0.1} | json.loads((project / "params.yaml").read_text()).get("splits", {})
+        expected = len(data.questions) - sum(round(len(data.questions) * shares[name]) for name in ("test", "validation"))
     assert len(found) == len(seen) == expected
     return expected
 

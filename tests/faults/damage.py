@@ -76,8 +76,9 @@ def _damaged(name: str, kind: str) -> Callable[[Play], None]:
             path.chmod(mode)
         said = "".join(at_work.explained(at_work.run("pedigree", *words)).text for words in _looks(name))
         first = at_work.explained(at_work.run("pedigree", "run", "--all"))
-        if name.startswith("data/pages/"):  # views, which no stage makes again
+        if name.startswith("data/pages/"):  # views, which nothing reads again
             at_work.run("pedigree", "render")
+            at_work.also.append(name)
         elif _is_source(name) and first.code == 0:  # other data: a run of its own
             at_work.also += [".dvc/cache/", "data/pages/"]
         elif kind == "link":  # DVC writes through the link
