@@ -174,13 +174,16 @@ def _spans(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int
                 spans.append((start, end, rank))
         except _TooManyError as stop:
             limits.append((rank, stop.position))
-    merged = _merged([span for span in spans if text[span[0] : span[1]].strip("[]")])
+    merged = _merged([span for span in spans if _UNMASKED.search(text, span[0], span[1])])
     for secret in (True, False):
         if len(one_kind := [span for span in merged if rules[span[2]].secret is secret]) > MOST_VALUES:
             limits.append((one_kind[MOST_VALUES][2], one_kind[MOST_VALUES][0]))
     for rank, position in sorted(limits):
         merged = _with_the_rest(text, merged, position, rank)
     return merged
+
+
+_UNMASKED = re.compile(r"[^\[\]]")
 
 
 def _with_the_rest(text: str, spans: Sequence[tuple[int, int, int]], position: int, rank: int) -> list[tuple[int, int, int]]:
