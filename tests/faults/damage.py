@@ -81,7 +81,7 @@ def _damaged(name: str, kind: str) -> Callable[[Play], None]:
             at_work.also.append(name)
         elif _is_source(name) and first.code == 0:  # other data: a run of its own
             at_work.also += [".dvc/cache/", "data/pages/"]
-        elif kind == "link":  # DVC writes through the link
+        if kind == "link":  # DVC writes through the link
             at_work.also.append((path.parent / "nowhere").relative_to(at_work.root).as_posix())
         if name.startswith(".dagster/"):
             _rebuilt(at_work, said)
