@@ -268,6 +268,8 @@ def _status(output: Any) -> dict[str, str]:
 
 def _removed_listing(output: Any) -> bool:
     """Remove an output's listing from the cache if it does not match its name, as DVC itself does if it is not JSON. Returns whether it was so."""
+    if not output.hash_info:
+        return False
     listing = Path(output.cache.oid_to_path(output.hash_info.value))
     if not listing.is_file() or md5_of_file(listing) == output.hash_info.value.removesuffix(".dir"):
         return False
