@@ -33,6 +33,8 @@ NUMBER = re.compile(rb'\{"source_row":\d+,')
 """Beginning of an encoded row whose number in its source is not part of its identity."""
 KEYS = ("key_0", "key_1")
 PACKAGE = Path(__file__).resolve().parents[2]
+LIBRARIES = tuple(Path(path) for path in sys.path)
+"""Folders of installed libraries. Later entries of `sys.path` do not count: setuptools appends its own copies of libraries when it is imported."""
 
 _folder: ContextVar[Path | None] = ContextVar("row_cache", default=None)
 
@@ -209,7 +211,7 @@ def _code(changed: bool = False) -> str:
         own = [value for file in files if file.is_file() for value in (str(file.relative_to(PACKAGE)), file.read_bytes())]
     except OSError:  # someone removes a file, or it cannot be read: like no other code
         return os.urandom(32).hex()
-    libraries = sorted({entry.name for path in sys.path if Path(path).is_dir() for entry in Path(path).glob("*.dist-info")})
+    libraries = sorted({entry.name for path in LIBRARIES if path.is_dir() for entry in path.glob("*.dist-info")})
     return _digest(*own, sys.version, *libraries)
 
 
