@@ -293,7 +293,7 @@ def _code(subject: Subject) -> dict[str, Any]:
     """The code behind a run, stage by stage, and whether the commit that first recorded the run of each stage contains its code.
 
     Returns:
-        {"commit": the first that records this run of the model, "lineage_at": the first that also records all runs that it was made from, "clean", "files": {path: md5} as in `code_in`, "stages": {address: {"commit", "clean"}}}. Where
+        {"commit": the first that records this run of the model, "lineage_at": the first that also records all stages before it (None: no commit does), "clean", "files": {path: md5} as in `code_in`, "stages": {address: {"commit", "clean"}}}. Where
         applicable also "differs" (paths with other content in the commit of their stage, also per stage), "uncommitted" (stages whose run no commit
         contains), "same_bytes_at" (an earlier commit, in which another run gave the same bytes), "after" (the commit that uncommitted work is based
         on), and "package" (`code_lock.compare`), if the package is installed and not part of the project.
@@ -315,7 +315,7 @@ def _code(subject: Subject) -> dict[str, Any]:
     uncommitted = [name for name, stage in stages.items() if stage["commit"] is None]
     return {
         **_commit_facts(index, run),
-        "lineage_at": run.commit,
+        "lineage_at": index.first_commit_with_all(order),
         "clean": all(stage["clean"] for stage in stages.values()),
         **({"differs": differs} if differs else {}),
         **({"uncommitted": uncommitted, "after": commit_of(index.root, "HEAD")} if uncommitted else {}),
