@@ -112,7 +112,7 @@ def _draw(documents: Documents) -> None:
 
 def _rests_on_all(values: Mapping[str, Any]) -> frozenset[str]:
     """With a use policy, `release` may not judge reports on other data than the model was made from."""
-    return frozenset() if values["raw_examples"].get("use_policy") is None else frozenset({"release"})
+    return frozenset() if (values.get("raw_examples") or {}).get("use_policy") is None else frozenset({"release"})
 
 
 PEDIGREE = Pipeline(

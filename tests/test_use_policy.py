@@ -15,7 +15,7 @@ import pytest
 from builders.files import jsonl
 from builders.history import Project, md5
 from builders.small_pipeline import PIPELINE, published
-from conftest import pedigree
+from conftest import dvc, pedigree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -303,14 +303,24 @@ def test_with_a_policy_the_release_waits_for_all_stages_before_it(root: Path) ->
     """Else it would judge reports on other data than the model was made from."""
     assert PEDIGREE.rests_on_all({"raw_examples": {}}) == frozenset()
     assert PEDIGREE.rests_on_all({"raw_examples": {"use_policy": {}}}) == {"release"}
-    strict = replace(PIPELINE, rests_on_all=lambda values: frozenset({"cmp"}))
-    run_stage(root, "cmp", strict)
+    script = root / "small_pipeline.py"
+    loose = script.read_text()
+    script.write_text(loose.replace("    _values,\n)", '    _values,\n    rests_on_all=lambda values: frozenset({"cmp"}),\n)'))
+    assert script.read_text() != loose
+    (root / "code/cmp.py").write_text("V = 1\n")
+    assert dvc(root, "repro", "--single-item", "cmp").returncode == 0, "all stages before it are up to date"
     before = published(root, "cmp")
     (root / "data/sources/g.txt").write_text("r1")
-    with pytest.raises(CheckFailed, match=r"(?s)not up to date:\nraw: data/sources/g.txt changed") as caught:
-        run_stage(root, "cmp", strict)
-    assert "dvc repro cmp" in caught.value.hint and published(root, "cmp") == before
-    run_stage(root, "cmp", PIPELINE)
+    (root / "code/cmp.py").write_text("V = 2\n")
+    assert dvc(root, "repro", "--single-item", "raw").returncode == 0
+    refused = dvc(root, "repro", "--single-item", "cmp")
+    assert refused.returncode and "not up to date:\ninst: data/raw changed" in refused.stderr and "run `dvc repro cmp`" in refused.stderr
+    assert published(root, "cmp") == before
+    assert dvc(root, "repro", "cmp").returncode == 0 and published(root, "cmp") != before
+    (root / "data/sources/g.txt").write_text("r2")
+    script.write_text(loose)
+    (root / "code/cmp.py").write_text("V = 3\n")
+    assert dvc(root, "repro", "--single-item", "cmp").returncode == 0, "without a policy nothing changes"
 
 
 def judged_history(tmp_path: Path) -> Project:
@@ -354,6 +364,7 @@ def test_a_waiver_counts_until_its_last_day() -> None:
         {"check": "use_policy", "reason": "asked", "expires": "2027-01-31"},
         {"check": "pii", "reason": "x", "expires": "2999-01-01"},
     ]
+    stated[0]["use_policy"]["as_of"] = "2027-06-01"  # the gate takes a waiver until its own last day, whatever the policy is judged for
     days = {None: True, date(2027, 1, 31): True, date(2027, 2, 1): False}
     assert {day: "waiver" in use_policy.judged(stated, waivers, day)["use_policy"] for day in days} == days
     assert use_policy.judged([{"sources": {}}], waivers) == {}

@@ -62,7 +62,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
                 before = _verified_inputs(root, address)  # before any of these files is read
                 # the driver of a worker has validated them, and the worker has only the sources that this stage reads
                 values = params.read(root) if os.environ.get(VARIABLE) == WORKER else pipeline.validate(root)
-            if stage in pipeline.rests_on_all(values) and os.environ.get(VARIABLE) != WORKER and INNER not in os.environ:
+            if os.environ.get(VARIABLE) != WORKER and INNER not in os.environ and stage in pipeline.rests_on_all(values):
                 _refuse_outdated(root, address)
             executor = executor or _executor(values, address, pipeline)
             names = tuple(pipeline.stages)

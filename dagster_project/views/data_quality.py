@@ -351,7 +351,7 @@ def _sources(reading: Mapping[str, Any]) -> dict[str, Any]:
     check = reading.get("checks", {}).get("use_policy", {}) if "use_policy" in reading else {}
     return {
         "table": declared_table(reading["sources"]),
-        "policy": f"{'passed' if check['passed'] else 'not passed'}: {check['note']}" if check else "",
+        "policy": f"{'passed' if check['passed'] else 'not passed'}: {check.get('note', '')}" if check else "",
         "violations": violations_table(check["violations"]) if check.get("violations") else None,
     }
 

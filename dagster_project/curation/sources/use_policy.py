@@ -130,14 +130,14 @@ def judged(
         waivers: of checks, as in params.yaml.
         as_of: the day for which `retain_until` is judged, instead of the policy's.
     Returns:
-        {"use_policy": of `judge`, with "waiver" if one is valid on the day}; empty if no policy was stated.
+        {"use_policy": of `judge`, with "waiver" if there is one that has not expired by `as_of`}; empty if no policy was stated.
     """
     policy = recorded_policy(reports)
     if policy is None:
         return {}
     if as_of:
         policy = policy.model_copy(update={"as_of": as_of})
-    valid = [one for one in waivers if one["check"] == NAME and (policy.as_of is None or str(one["expires"]) >= str(policy.as_of))]
+    valid = [one for one in waivers if one.get("check") == NAME and (as_of is None or str(one.get("expires")) >= str(as_of))]
     return {NAME: {**judge(policy, reports), **({"waiver": dict(valid[0])} if valid else {})}}
 
 
