@@ -159,7 +159,7 @@ def test_one_check_counts_the_failed_and_blocks_if_one_is_critical(tmp_path: Pat
     short = expect("expect_column_max_to_be_between", "info", "Short.", column="prompt_words", max_value=2)
 
     def checked(*entries: Any) -> Any:
-        return expectations.check(expectations.run(frame, suite(tmp_path, *entries)), places=["a:0", "a:1", "b:0", "a:2"])
+        return expectations.check(expectations.run(frame, suite(tmp_path, *entries)), places={0: "a:0", 1: "a:1", 2: "b:0", 3: "a:2"})
 
     failed = checked(holds, short, latin, many)
     assert (failed.name, failed.passed, failed.severity, failed.blocking, failed.count) == ("expectations", False, "error", True, 3)

@@ -201,15 +201,16 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 @uncollected
-def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None) -> None:
+def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None, rich: bool | None = None) -> None:
     """Write a data set to a folder of shards, records-00000.parquet and so on, in the given order. Default schema: the canonical record.
 
     Args:
-        rows: read twice from the start; only one shard of them is kept in memory.
+        rows: only one shard of them is kept in memory.
+        rich: whether any of them `is_rich`; None: look at all of them before they are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     schema = schema or record_schema()
-    rich = any(is_rich(row) for row in rows)
+    rich = any(is_rich(row) for row in rows) if rich is None else rich
     schema = rich_schema(schema) if rich else schema
     for number, shard in enumerate(_shards(rows, lambda row: row["example_id"]) if len(rows) else [[]]):
         write_table(_shard_path(folder, number), [_stored(row) for row in shard] if rich else shard, schema)

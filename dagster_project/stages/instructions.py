@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.frames import placed_records
 from dagster_project.core.params import inside
 from dagster_project.core.records import (
     CheckResult,
     Report,
-    ignored_in,
-    iter_ledger,
-    iter_records,
     iter_table,
     uncollected,
     write_json,
@@ -74,8 +72,9 @@ def produce(
     """
     held_out = [item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)]
     decisions = read_decisions(inside(root, params.review, "instructions.review")) if params.review else []
-    placed = zip(iter_records(raw_examples), iter_ledger(raw_examples), strict=True)
-    records = StoredRows(({"source_row": entry["source_row"], **record, **ignored_in(entry)} for record, entry in placed), out.parent)
+    records = StoredRows(folder=out.parent)
+    for line in placed_records(raw_examples):
+        records.append_encoded(line)
 
     judged = judge(records, held_out, params, tokens_of(base_model), decisions)
     left = [i for i, reason in enumerate(judged.reason) if reason is None]
@@ -89,11 +88,11 @@ def produce(
             expectations.table(Selected(judged.records, left), _groups(judged, left), read=len(records)), suite,
             pages / "data_docs" if params.data_docs else None, params.expectations,
         )  # fmt: skip
-        places = [findings.place(record) for record in kept]
+        places = {i: findings.place(kept[i]) for one in outcome.expectations for i in one.rows}
         checks.append(expectations.check(outcome, places))
         write_json(pages / "expectations.json", expectations.document(outcome, places))
 
-    write_records(out, kept)
+    write_records(out, kept, rich=any(judged.reason[i] is None for i in judged.rich))
     write_ledger(out, _ledger(judged), repaired=any(judged.repaired.values()))
     account.write_account("instructions", judged, held_out, out, pages, previous, partial(_read_kept, out.parent))
 

@@ -17,7 +17,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -109,11 +109,11 @@ class Outcome:
         return [one for one in self.expectations if not one.passed]
 
 
-def check(outcome: Outcome, places: Sequence[str] = ()) -> CheckResult:
+def check(outcome: Outcome, places: Mapping[int, str] | None = None) -> CheckResult:
     """The check of a stage: it counts failed expectations and blocks if one of them is critical.
 
     Args:
-        places: "source:row" of each row of the table, to name rows that violate an expectation.
+        places: row of the table -> "source:row", for the `ExpectationResult.rows`; None: violating rows are not named.
     """
     order = ("error", "warn", "info")
     failed = sorted(outcome.failed, key=lambda one: order.index(one.severity))
@@ -130,11 +130,11 @@ def check(outcome: Outcome, places: Sequence[str] = ()) -> CheckResult:
     )
 
 
-def document(outcome: Outcome, places: Sequence[str]) -> dict[str, Any]:
+def document(outcome: Outcome, places: Mapping[int, str]) -> dict[str, Any]:
     """expectations.json, from which the data-quality page is drawn.
 
     Args:
-        places: "source:row" of each row of the table.
+        places: as for `check`.
     """
     judged = [
         {"type": one.type, "words": one.words, "passed": one.passed, "severity": one.severity, "seen": one.seen,
