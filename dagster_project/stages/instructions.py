@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.frames import placed_records
@@ -28,6 +28,9 @@ from dagster_project.curation.checks.review import read_decisions, refuse_missin
 from dagster_project.curation.checks.token_counts import tokens_of
 from dagster_project.curation.sources.benchmarks import read_items
 from dagster_project.curation.sources.reading import locate
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CHECK_DESCRIPTIONS = {**{name: check.description for name, check in checks_of("examples").items()}, "expectations": expectations.TRUTH}
 """The checks of this stage -> their descriptions."""
@@ -118,12 +121,14 @@ def _grouped(judged: Judgement, i: int, record: dict[str, Any]) -> dict[str, Any
     return {**record, "group_id": record["example_id"] if first == i else judged.records[first]["example_id"]}
 
 
-def _groups(judged: Judgement, rows: Sequence[int]) -> list[Any]:
-    """For each of some rows a value that it shares with those that get the same `group_id`."""
+def _groups(judged: Judgement, rows: Sequence[int]) -> np.ndarray:
+    """For each of some rows a number that it shares with those that get the same `group_id`."""
     import numpy as np
+    import polars as pl
 
     assert judged.identities is not None
-    return judged.identities[np.array(judged.cluster, np.int64)[np.array(rows, np.int64)]].rows()
+    identities = judged.identities[np.array(judged.cluster, np.int64)[np.array(rows, np.int64)]]
+    return identities.with_row_index("row").select(pl.col("row").first().over(identities.columns)).to_series().to_numpy()
 
 
 def _ledger(judged: Judgement) -> Iterator[dict[str, Any]]:

@@ -33,6 +33,7 @@ from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.profile import count_words, scripts
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd  # type: ignore[import-untyped]
     import polars as pl
 
@@ -144,7 +145,7 @@ def document(outcome: Outcome, places: Mapping[int, str]) -> dict[str, Any]:
     return {"suite": outcome.suite, "rows": outcome.rows, "expectations": judged}
 
 
-def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | None = None, read: int | None = None) -> pd.DataFrame:
+def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | np.ndarray | None = None, read: int | None = None) -> pd.DataFrame:
     """The table that expectations are evaluated on: `COLUMNS`, one row per kept record, in order.
 
     Args:
@@ -157,7 +158,7 @@ def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | None = No
 
     stored = records if isinstance(records, StoredRows | Selected) else StoredRows(records)
     frame = _as_pandas(row_cache.facts(_measure_block, None, stored, ()))
-    groups = pd.Series(list(clusters), dtype=object) if clusters is not None else frame["group_id"]
+    groups = pd.Series(clusters) if clusters is not None else frame["group_id"]
     source = pd.Categorical(frame["source"])
     names = {name: mask(name) for name in frame["category"].dropna().unique()}
     category = pd.Categorical(frame["category"].map(names))
