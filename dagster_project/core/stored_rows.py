@@ -194,6 +194,14 @@ def encode(row: dict[str, Any]) -> bytes:
     return line
 
 
+def encode_finite(row: dict[str, Any]) -> bytes:
+    """As `encode`, in a fifth of the time, of a row without infinite numbers. Text is not escaped."""
+    try:
+        return orjson.dumps(row)
+    except orjson.JSONEncodeError:
+        return encode(row)
+
+
 def decode(line: bytes) -> dict[str, Any]:
     row: dict[str, Any]
     if not line.endswith(b" "):

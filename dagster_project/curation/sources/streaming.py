@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dagster_project.core import workers
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import is_rich
-from dagster_project.core.stored_rows import StoredRows, decode, encode
+from dagster_project.core.stored_rows import StoredRows, decode, encode, encode_finite
 from dagster_project.core.strings import Strings
 from dagster_project.curation.sources.call_texts import Think
 from dagster_project.curation.sources.detection import SPLITS, Shapes, shapes_of, split_of_file
@@ -181,7 +181,9 @@ def parse(_: None, item: tuple[int, Block | InputError | None]) -> ParsedBlock:
         rows = block.rows()
     except InputError as error:
         return ParsedBlock(file, error=error)
-    lines = [encode({"value": row.value, "problem": row.problem, "line": row.line}) for row in rows]
+    lines = [
+        encode_finite({"value": row.value, "problem": row.problem, "line": row.line}) for row in rows
+    ]  # no reader yields infinite numbers
     return ParsedBlock(file, lines, shapes_of(rows), rows[0].problem if rows else "")
 
 
@@ -299,7 +301,9 @@ def convert(_: None, part: Part) -> ConvertedPart:
     ignored = {index: record["ignored"] for index, record in enumerate(records) if "ignored" in record}
     rich = {index for index, record in enumerate(records) if is_rich(record)}
     rows, ids = [record["source_row"] for record in records], [record.get("example_id", "") for record in records]
-    return ConvertedPart(part.file, [*map(encode, records)], rows, ids, ignored, rich, distinct, fields, halves, problems)
+    plain = set() if part.how.pairs else {*range(len(records))} - rich  # all values are texts and integers
+    lines = [encode_finite(record) if index in plain else encode(record) for index, record in enumerate(records)]
+    return ConvertedPart(part.file, lines, rows, ids, ignored, rich, distinct, fields, halves, problems)
 
 
 def _row(number: int, line: bytes) -> Row:
