@@ -93,6 +93,7 @@ class StoredRows(Sequence[dict[str, Any]]):
         """Args:
         folder: for the scratch file; None: the folder for temporary files.
         """
+        self.folder = folder
         self._lines = Scratch(folder)
         self.extend(rows)
 
@@ -297,7 +298,7 @@ class Texts(Sequence[str]):
 class SelectedTexts(Sequence[str]):
     """Some texts of a sequence, read when they are used."""
 
-    def __init__(self, texts: Sequence[str], indices: Sequence[int]) -> None:
+    def __init__(self, texts: Sequence[str], indices: Sequence[int] | np.ndarray) -> None:
         self._texts, self._indices = texts, indices
 
     def __len__(self) -> int:
