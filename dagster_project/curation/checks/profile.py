@@ -285,29 +285,18 @@ def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
 
 
 @cache
-def _known_letters() -> np.ndarray:
-    """Code point -> index into `_SCRIPTS`, or `_UNKNOWN`: looking up all of them would take as long as thousands of rows."""
-    import numpy as np
-
-    return np.full(0x110000, _UNKNOWN, np.uint8)
-
-
-_UNKNOWN = 255
-
-
-def _letters(codes: np.ndarray) -> np.ndarray:
-    """Index into `_SCRIPTS` of each code point; 0 if it is not a letter. The Unicode name of a letter begins with its script's."""
+def _letters() -> np.ndarray[Any, Any]:
+    """Code point -> index into `_SCRIPTS`. The Unicode name of a letter begins with its script's."""
     import unicodedata
 
     import numpy as np
 
-    table = _known_letters()
-    new = np.zeros(len(table), np.bool_)
-    new[codes] = True
-    for code in np.flatnonzero(new & (table == _UNKNOWN)).tolist():
-        name = unicodedata.name(chr(code), "").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ").split(" ")[0]
-        table[code] = _SCRIPTS.index(_NAMES.get(name, "other")) if unicodedata.category(chr(code))[0] == "L" else 0
-    return table[codes]
+    table = np.zeros(0x110000, np.uint8)
+    for code in range(0x32000):  # no letters beyond
+        if unicodedata.category(chr(code))[0] == "L":
+            name = unicodedata.name(chr(code), "").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ").split(" ")[0]
+            table[code] = _SCRIPTS.index(_NAMES.get(name, "other"))
+    return table
 
 
 def count_words(texts: Sequence[str]) -> pl.Series:
@@ -327,7 +316,7 @@ def scripts(texts: Sequence[str]) -> list[str]:
     codes = np.frombuffer("".join(beginnings).encode("utf-32-le"), np.uint32)
     row = np.repeat(np.arange(len(mixed)), [len(text) for text in beginnings])
     size = len(_SCRIPTS)
-    counts = np.bincount(row * size + _letters(codes), minlength=len(mixed) * size).reshape(-1, size)
+    counts = np.bincount(row * size + _letters()[codes], minlength=len(mixed) * size).reshape(-1, size)
     counts[:, 0] = 0  # not a letter
     han, kana = _SCRIPTS.index("Han"), _SCRIPTS.index("Kana")
     counts[:, kana] += np.where(counts[:, kana] * 5 >= counts[:, han], counts[:, han], 0)  # Japanese is written in both

@@ -300,10 +300,10 @@ def convert(_: None, part: Part) -> ConvertedPart:
     problems = {index: _problem(record) for index, record in enumerate(records) if _is_empty(record)}
     ignored = {index: record["ignored"] for index, record in enumerate(records) if "ignored" in record}
     rich = {index for index, record in enumerate(records) if is_rich(record)}
-    rows, ids = [record["source_row"] for record in records], [record.get("example_id", "") for record in records]
+    numbers, ids = [record["source_row"] for record in records], [record.get("example_id", "") for record in records]
     plain = set() if part.how.pairs else {*range(len(records))} - rich  # all values are texts and integers
     lines = [encode_finite(record) if index in plain else encode(record) for index, record in enumerate(records)]
-    return ConvertedPart(part.file, lines, rows, ids, ignored, rich, distinct, fields, halves, problems)
+    return ConvertedPart(part.file, lines, numbers, ids, ignored, rich, distinct, fields, halves, problems)
 
 
 def _row(number: int, line: bytes) -> Row:
