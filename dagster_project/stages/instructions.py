@@ -3,6 +3,7 @@ with its reason."""
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -80,7 +81,7 @@ def produce(
         records.append_encoded(line)
 
     judged = judge(records, held_out, params, tokens_of(base_model), decisions)
-    left = [i for i, reason in enumerate(judged.reason) if reason is None]
+    left = array("q", (i for i, reason in enumerate(judged.reason) if reason is None))
     kept = Selected(judged.records, left, partial(_grouped, judged))
     checks = [findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()]
     if params.expectations is None or not len(kept):
