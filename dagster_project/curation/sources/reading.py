@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 from dagster_project.core.params import Section, inside
-from dagster_project.core.stored_rows import StoredRows
 from dagster_project.curation.sources import formats, s3
 from dagster_project.curation.sources.declarations import Declared
 from dagster_project.curation.sources.files import Block, as_parsed, files_of, read_blocks, size_of
@@ -127,7 +126,7 @@ class Reading(Section):
 
 def read_sources(
     root: Path, sources: Sequence[Source], reading: Reading, section: str, pairs: bool, scratch: Path
-) -> tuple[StoredRows, dict[str, dict[str, Any]]]:
+) -> tuple[Records, dict[str, dict[str, Any]]]:
     """Read every row of every source, in order.
 
     Args:
@@ -163,7 +162,7 @@ def read_sources(
             **origin,
             "fields": found.fields.shown(),
         }
-    return records.rows(), facts
+    return records, facts
 
 
 def _from_path(records: Records, source: Source, how: How, limit: int | None, path: Path) -> tuple[Facts, dict[str, Any]]:
