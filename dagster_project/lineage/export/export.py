@@ -11,9 +11,11 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.lineage.export import registry
+from dagster_project.lineage.export.data_sets import data_sets
 from dagster_project.lineage.export.summary import from_reports, published_parameters
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, document, find, unrecorded
+from dagster_project.lineage.provider import provider
 from dagster_project.lineage.runs import StageRun
 
 MODELS = ("adapter", "aligned", "reward_model", "merged", "merged_aligned", "release")
@@ -48,6 +50,10 @@ def summarize(subject: Subject) -> dict[str, Any]:
         "watched": list(audit["watched"]["stages"]),
         "parameters": published_parameters(audit["parameters"]),
         "code": audit["code"],
+        "outcomes": {path: source["outcomes"] for path, source in audit["sources"].items()},
+        "checks": {name: stage.get("checks", {}) for name, stage in audit["stages"].items()},
+        "records": audit["records"],
+        "other_files": audit["other_files"],
     }
 
 
@@ -97,17 +103,18 @@ def export(root: Path, model: str, form: str, rev: str | None = None, issued: da
     Raises:
         InputError: unknown model, a stage that the format cannot describe, or a model whose lineage is not recorded completely.
     """
-    write, any_stage = registry.find(form)
+    chosen = registry.find(form)
     subject = find(Index(root), model, rev)
     address = subject.run.address
-    if not any_stage and address.partition("@")[0] not in MODELS:
+    if not chosen.any_stage and address.partition("@")[0] not in MODELS:
         raise InputError(
             f"{address} is not a model that this project trained: {form} cannot describe it",
             f"name one of {', '.join(MODELS)}, or use openlineage",
         )
-    if not any_stage:
+    if not chosen.any_stage or chosen.data_sets:
         _refuse_unknown_lineage(subject, model)
-    return write(summarize(subject), issued or issue_date(subject))
+    tables = {"data_sets": data_sets(subject)} if chosen.data_sets else {}
+    return chosen.write(summarize(subject) | tables | {"provider": provider(root, rev)}, issued or issue_date(subject))
 
 
 def _refuse_unknown_lineage(subject: Subject, model: str) -> None:
