@@ -28,6 +28,8 @@ class Provider(Section):
     """Name and version under which the model is published."""
     download_url: str | None = Field(default=None, pattern=r"^https?://\S+$")
     """Where the model can be downloaded."""
+    base_model_summary: str | None = Field(default=None, min_length=1)
+    """Where the public summary of the base model's training content is."""
     placed_on_market: str | None = None
     """Date on which the model was placed on the market of the European Union, in quotes: `"2026-09-01"`."""
     continuous_training: bool | None = None

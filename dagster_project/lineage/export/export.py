@@ -10,6 +10,7 @@ from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
+from dagster_project.lineage import code_lock
 from dagster_project.lineage.export import registry
 from dagster_project.lineage.export.data_sets import data_sets
 from dagster_project.lineage.export.summary import from_reports, published_parameters
@@ -39,7 +40,12 @@ def summarize(subject: Subject) -> dict[str, Any]:
     summary = from_reports(address, reports, reports[address].get("variant", "") if address == "release" else "")
     commits = audit["code"]["stages"]
     stages = {
-        name: {**stage, **{key: audit["stages"][name][key] for key in ("output", "md5", "inputs")}, **_recorded(index, commits.get(name))}
+        name: {
+            **stage,
+            **{key: audit["stages"][name][key] for key in ("output", "md5", "inputs")},
+            **_recorded(index, commits.get(name)),
+            **_ran(index, contributing[name]),
+        }
         for name, stage in summary["stages"].items()
         if name in audit["stages"]
     }
@@ -76,6 +82,15 @@ def _recorded(index: Index, code: Mapping[str, Any] | None) -> dict[str, Any]:
     """The first commit that contains a stage's run, and its date."""
     commit = code["commit"] if code else None
     return {"commit": commit, "date": _date_of(index.root, commit) if commit else None, "clean": code["clean"] if code else None}
+
+
+def _ran(index: Index, run: StageRun) -> dict[str, Any]:
+    """The command of a stage, and the parameters that it read."""
+    entry = index.lock_entry(run)
+    read = {file: found for file, found in entry.get("params", {}).items() if file != code_lock.FILE}
+    values = {key: value for found in read.values() for key, value in (found or {}).items()}
+    command = {"cmd": entry["cmd"]} if isinstance(entry.get("cmd"), str) else {}
+    return {**command, "parameters": published_parameters(values)}
 
 
 @cache

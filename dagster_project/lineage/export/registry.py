@@ -12,7 +12,7 @@ from typing import Any
 Write = Callable[[Mapping[str, Any], date], str]
 """(`export.summarize` of a model, issue date) -> text of the file. The same input gives the same text."""
 
-NOT_FORMATS = {"__init__", "data_sets", "export", "licenses", "registry", "responsible", "summary"}
+NOT_FORMATS = {"__init__", "answers", "data_sets", "export", "formulation", "licenses", "registry", "responsible", "summary"}
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def failed_checks(summary: Mapping[str, Any]) -> list[str]:
 
 def uses(summary: Mapping[str, Any]) -> list[str]:
     """What each split is for."""
-    purpose = {"train": "training", "validation": "choosing when to stop", "test": "measuring, not trained on"}
+    purpose = {"train": "training", "validation": "measuring during training", "test": "measuring the model"}
     return [
         f"{address}, {table}: {facts['rows']} records for {purpose[table]}"
         for address, found in summary["data_sets"].items()

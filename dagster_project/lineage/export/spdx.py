@@ -11,6 +11,7 @@ from typing import Any
 
 from dagster_project import __version__
 from dagster_project.lineage.export.cyclonedx import SUM
+from dagster_project.lineage.export.formulation import parents_of
 from dagster_project.lineage.export.responsible import UNKNOWN, processing
 from dagster_project.lineage.export.summary import identity, limits, results
 
@@ -37,15 +38,9 @@ def spdx(summary: Mapping[str, Any], issued: date) -> str:
     graph.relate(model, "dependsOn", libraries)
     for name, stage in summary["stages"].items():
         if "rows_in" in stage:
-            parents = [packages[f"stage:{one}"] for one in _parents(name, summary)]
+            parents = [packages[f"stage:{one}"] for one in parents_of(name, summary["stages"]) if f"stage:{one}" in packages]
             graph.relate(packages[f"stage:{name}"], "descendantOf", [*parents, *(packages[f"source:{path}"] for path in stage.get("sources", ()))])
     return graph.text(model)
-
-
-def _parents(name: str, summary: Mapping[str, Any]) -> list[str]:
-    """The stages with rows whose outputs a stage read."""
-    read = summary["stages"][name]["inputs"]
-    return [one for one, stage in summary["stages"].items() if "rows_in" in stage and read.get(stage["output"]) == stage["md5"]]
 
 
 @dataclass

@@ -1,0 +1,90 @@
+"""Answers of documents that people read: numbers of the lineage, values of `provider`, what sources declare; and `missing` where nothing records an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dagster_project.core.text import markdown
+
+MISSING = "*missing*"
+NAMED = 3
+"""Sources that an answer names."""
+CATEGORIES = ("public", "licensed", "third_party", "crawled", "user", "synthetic")
+
+
+def missing(where: str = "") -> str:
+    """Args:
+    where: what would answer it, as a key of params.yaml; empty: nothing in the project would.
+    """
+    return f"{MISSING}: `{where}` in params.yaml" if where else f"{MISSING}: nothing records it"
+
+
+def given(provider: Mapping[str, Any], key: str) -> str:
+    """A value of the section `provider`, or that it is missing."""
+    value = provider.get(key)
+    if value is None:
+        return missing(f"provider.{key}")
+    return "yes" if value is True else "no" if value is False else markdown(str(value))
+
+
+def declared(sources: Mapping[str, Mapping[str, Any]], key: str) -> tuple[dict[str, Any], list[str]]:
+    """(source -> what it declares, sources that do not declare it)."""
+    found = {path: facts[key] for path, facts in sources.items() if facts.get(key) not in (None, [], {})}
+    return found, [path for path in sources if path not in found]
+
+
+def lacking(key: str, paths: Sequence[str]) -> str:
+    """That sources do not declare a key. The first of them are named."""
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return f"{MISSING}: `{key}` of {', '.join(map(markdown, paths[:NAMED]))}{more}"
+
+
+def uses_category(sources: Mapping[str, Mapping[str, Any]], category: str) -> tuple[str, list[str]]:
+    """Whether data of a category was used, and the sources that declare it. "No" needs a declaration of every source."""
+    found, unknown = declared(sources, "category")
+    paths = [path for path, one in found.items() if one == category]
+    if paths:
+        return f"yes: {', '.join(map(markdown, paths))}" + (f" ({lacking('category', unknown)})" if unknown else ""), paths
+    if not sources:
+        return missing(), []
+    return (lacking("category", unknown) if unknown else "no"), []
+
+
+def period(value: Any) -> str:
+    """A period of collection, `{from, to}`."""
+    if not isinstance(value, Mapping):
+        return markdown(str(value))
+    return f"{value.get('from') or MISSING} to {value.get('to') or MISSING}"
+
+
+def latest_collection(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """The last day of collection of all sources."""
+    ends = {path: str(facts["collected"]["to"]) for path, facts in sources.items() if (facts.get("collected") or {}).get("to")}
+    unknown = [path for path in sources if path not in ends]
+    if not ends:
+        return lacking("collected", unknown) if unknown else missing()
+    return max(ends.values()) + (f" among those that declare it ({lacking('collected', unknown)})" if unknown else "")
+
+
+def training_records(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Source -> its rows in training splits."""
+    return {
+        path: sum(outcomes.get(stage, {}).get("train", 0) for stage in ("splits", "preferences"))
+        for path, outcomes in summary["outcomes"].items()
+    }
+
+
+def scripts(summary: Mapping[str, Any]) -> list[str]:
+    """One line for each data set whose stage counted its records by script."""
+    return [
+        f"{stage}: main script of the letters: {', '.join(f'{markdown(name)} {n}' for name, n in found['profile']['scripts'].items())} records. "
+        "Scripts are counted, languages are not."
+        for stage, found in summary["data_sets"].items()
+        if found["profile"].get("scripts")
+    ]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
