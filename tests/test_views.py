@@ -135,7 +135,7 @@ def quality(text: Text, tmp_path: Path) -> str:
         "previous": text("HEAD"), "rows": {}, "examples": {kind: [entry] for kind in ("added", "removed", "changed")},
         "findings": {kind: [{"check": text("pii"), "count": 1, "before": 1, "after": 2}] for kind in ("new", "gone", "changed")},
     }  # fmt: skip
-    return data_quality_page(found, changes)
+    return data_quality_page(found, changes, sources={text("a"): {"rows": 1, "license": text("MIT"), "declared": declared(text)}})
 
 
 def training(text: Text, tmp_path: Path) -> str:
@@ -191,12 +191,17 @@ def comparison(text: Text, tmp_path: Path) -> str:
     return comparison_page(document, [Sample(text("prompt"), text("reference"), text("category"), answers)], {})
 
 
+def declared(text: Text) -> dict[str, Any]:
+    return {"category": "public", "collected": {"from": text("2024")}, "generator": text("model"), "purposes": [text("one"), text("two")]}
+
+
 def lineage(text: Text, tmp_path: Path) -> str:
     source = {
         "rows": 1,
         "format": text("alpaca"),
         "license": text("MIT"),
         "origin": text("web"),
+        "declared": declared(text),
         "outcomes": {text("kept"): {text("kept"): 1}},
     }
     check = {"passed": False, "severity": text("error"), "count": 1, "note": text("note")}

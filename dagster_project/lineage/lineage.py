@@ -14,6 +14,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
+from dagster_project.curation.sources.declarations import NAMES, UNKNOWN, declared_of, with_unknown
 from dagster_project.lineage import code_lock, tables
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists, refuse_lost_entries
@@ -189,7 +190,7 @@ def document(subject: Subject) -> dict[str, Any]:
     """The lineage of one output.
 
     Returns:
-        "model"; "sources" of rows with sha256, rows, license and row outcomes; "other_files" that contributed; "base_model"; "stages" in flow order,
+        "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "other_files" that contributed; "base_model"; "stages" in flow order,
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "records" it was
         trained on; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "waivers"; "chat_template"; "code" with commit and file hashes,
         also per stage; "environment"; "machine" of each stage that records one; "metrics"; "missing" outputs that leave something unknown;
@@ -252,7 +253,7 @@ def _sources(
 ) -> dict[str, dict[str, Any]]:
     """The sources that reports name, with the outcomes of their rows in every stage."""
     ledgers = {stage: _ledger_counts(index, stage) for stage in reports if not stage.is_model}
-    sources = {name: with_license(facts) for report in reports.values() for name, facts in report.get("sources", {}).items()}
+    sources = {name: with_unknown(facts, name) for report in reports.values() for name, facts in report.get("sources", {}).items()}
     for name, facts in sources.items():
         facts["outcomes"] = {
             names[stage.path, stage.md5]: counts
@@ -574,9 +575,17 @@ def _sources_text(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for path, source in sources.items():
         origin = f", {source['origin']}" if source.get("origin") else ""
         lines.append(f"  {path}  {source['rows']} rows, {source['format']}, {source['license']}{origin}, sha256 {source['sha256'][:16]}")
+        lines.append(f"    {_declared_text(declared_of(source, path).shown)}")
         if flow := "; ".join(f"{stage}: {_counts_text(outcomes)}" for stage, outcomes in source["outcomes"].items()):
             lines.append(f"    {flow}")
     return lines
+
+
+def _declared_text(shown: Mapping[str, str]) -> str:
+    """What is declared of a source, then what is unknown."""
+    known = [f"{NAMES[field]} {value}" for field, value in shown.items() if value != UNKNOWN]
+    unknown = [NAMES[field] for field, value in shown.items() if value == UNKNOWN]
+    return "; ".join([*known, *([f"unknown: {', '.join(unknown)}"] if unknown else [])])
 
 
 def _other_files_text(files: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -181,7 +181,9 @@ def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase]
         return [], {}
     path = inside(root, settings.paraphrases, "splits.augment.paraphrases")
     paraphrases = read_paraphrases(path)
-    facts = {"format": FORMAT, "rows": len(paraphrases), "sha256": sha256_of_file(path), "license": settings.license}
+    facts = {
+        "format": FORMAT, "rows": len(paraphrases), "sha256": sha256_of_file(path), "license": settings.license, **settings.given
+    }  # fmt: skip
     return paraphrases, {settings.paraphrases: facts}
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from dagster_project.core.text import commit_text, number
+from dagster_project.views.declared import declared_table
 from dagster_project.views.html import Figure, Plot, Table, cut, label, render, shape
 
 ROW, BOX = 76, 44
@@ -26,7 +27,7 @@ def lineage_page(document: Mapping[str, Any], records: Sequence[Mapping[str, Any
     metrics = {f"{stage}, {name}": value for stage, figures in document["metrics"].items() for name, value in figures.items()}
     sections = {
         "Lineage": _diagram(document),
-        "Sources": _nonempty(_sources(document), _other_files(document)),
+        "Sources": _nonempty(_sources(document), declared_table(document["sources"]), _other_files(document)),
         "Rows": _nonempty(*_rows(document)),
         "Watched": _nonempty(_watched(document)),
         "Records": _records(document, records) if document["records"] else None,

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID, uuid5
 
 from dagster_project.core.records import learns_from_reward_model, with_license
+from dagster_project.curation.sources.declarations import with_unknown
 from dagster_project.lineage.export.licenses import summarize_licenses
 
 NAMESPACE = UUID("6f1d7c1e-2f0b-5f5e-9a53-0f0c6b1f2a90")
@@ -31,7 +32,7 @@ def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], release
     tuned = [report for name, report in reports.items() if "environment" in report]
     measured = {name: report for name, report in reports.items() if name.startswith("evaluation") and name.partition("@")[2] == variant}
     base, own = with_license(reports.get("base_model", {})), reports.get(address, {})
-    sources = {path: with_license(facts) for report in reports.values() for path, facts in report.get("sources", {}).items()}
+    sources = {path: with_unknown(facts, path) for report in reports.values() for path, facts in report.get("sources", {}).items()}
     return {
         "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": own.get("merged", address == "release")},
         "sources": sources,
