@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dagster_project.core.text import markdown
+from dagster_project.curation.sources.declarations import DECLARED, UNKNOWN
+from dagster_project.lineage.index import PARAPHRASES
 
 MISSING = "*missing*"
 NAMED = 3
@@ -30,8 +32,8 @@ def given(provider: Mapping[str, Any], key: str) -> str:
 
 def declared(sources: Mapping[str, Mapping[str, Any]], key: str) -> tuple[dict[str, Any], list[str]]:
     """(source -> what it declares, sources that do not declare it)."""
-    found = {path: facts[key] for path, facts in sources.items() if facts.get(key) not in (None, [], {})}
-    return found, [path for path in sources if path not in found]
+    values = {path: facts.get(DECLARED, {}).get(key, UNKNOWN) for path, facts in sources.items()}
+    return {path: value for path, value in values.items() if value != UNKNOWN}, [path for path, value in values.items() if value == UNKNOWN]
 
 
 def lacking(key: str, paths: Sequence[str]) -> str:
@@ -44,6 +46,13 @@ def uses_category(sources: Mapping[str, Mapping[str, Any]], category: str) -> tu
     """Whether data of a category was used, and the sources that declare it. "No" needs a declaration of every source."""
     found, unknown = declared(sources, "category")
     paths = [path for path, one in found.items() if one == category]
+    if category == "synthetic":  # a source with a generator is synthetic, whatever its category
+        made = {
+            *paths,
+            *declared(sources, "generator")[0],
+            *(path for path, facts in sources.items() if facts.get("format") == PARAPHRASES),
+        }
+        paths, unknown = [path for path in sources if path in made], [path for path in unknown if path not in made]
     if paths:
         return f"yes: {', '.join(map(markdown, paths))}" + (f" ({lacking('category', unknown)})" if unknown else ""), paths
     if not sources:
@@ -52,15 +61,13 @@ def uses_category(sources: Mapping[str, Mapping[str, Any]], category: str) -> tu
 
 
 def period(value: Any) -> str:
-    """A period of collection, `{from, to}`."""
-    if not isinstance(value, Mapping):
-        return markdown(str(value))
+    """A period of collection, `{from, to}`, either of which may be missing."""
     return f"{value.get('from') or MISSING} to {value.get('to') or MISSING}"
 
 
 def latest_collection(sources: Mapping[str, Mapping[str, Any]]) -> str:
     """The last day of collection of all sources."""
-    ends = {path: str(facts["collected"]["to"]) for path, facts in sources.items() if (facts.get("collected") or {}).get("to")}
+    ends = {path: value["to"] for path, value in declared(sources, "collected")[0].items() if value.get("to")}
     unknown = [path for path in sources if path not in ends]
     if not ends:
         return lacking("collected", unknown) if unknown else missing()

@@ -8,8 +8,9 @@ from datetime import date
 from typing import Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.curation.sources.declarations import UNKNOWN, declared_of
 from dagster_project.lineage.export.data_sets import LIST, STAGES
-from dagster_project.lineage.export.responsible import responsible_ai
+from dagster_project.lineage.export.responsible import collection, responsible_ai
 from dagster_project.lineage.export.summary import identity
 
 ANY_STAGE = True
@@ -67,7 +68,9 @@ def croissant(summary: Mapping[str, Any], issued: date) -> str:
     """
     model, sets = summary["model"], summary["data_sets"]
     if not sets:
-        raise InputError(f"{model['stage']} was made from no checked data set: croissant describes those", f"name {', '.join(STAGES)} or a model")
+        raise InputError(
+            f"{model['stage']} was made from no checked data set: croissant describes those", f"name {', '.join(STAGES)} or a model"
+        )
     name, provider = ", ".join(sets), summary["provider"]
     document = {
         "@context": CONTEXT,
@@ -77,7 +80,7 @@ def croissant(summary: Mapping[str, Any], issued: date) -> str:
         "name": f"{name} of {model['stage']}",
         "description": _description(summary),
         "datePublished": issued.isoformat(),
-        "creator": {"@type": "sc:Organization", "name": provider.get("legal_name", "unknown")},
+        "creator": {"@type": "sc:Organization", "name": provider.get("legal_name", UNKNOWN)},
         "license": _licenses(summary),
         "prov:wasDerivedFrom": [_source(path, facts) for path, facts in summary["sources"].items()],
         "prov:wasGeneratedBy": [_activity(address, summary) for address in summary["stages"] if address in {*sets, "raw_examples", "raw_preferences"}],
@@ -100,7 +103,7 @@ def _licenses(summary: Mapping[str, Any]) -> list[str]:
     """The licenses of the sources, each once: as the address in SPDX's list if it is in it."""
     from cyclonedx.spdx import fixup_id, is_supported_id
 
-    found = dict.fromkeys(facts.get("license") or "unknown" for facts in summary["sources"].values())
+    found = dict.fromkeys(facts.get("license") or UNKNOWN for facts in summary["sources"].values())
     known = {license: fixup_id(license) if not is_supported_id(license) else license for license in found}
     return [f"https://spdx.org/licenses/{known[license]}.html" if known[license] else license for license in found]
 
@@ -111,8 +114,8 @@ def _source(path: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "@id": f"source:{_id(path)}",
         "name": path,
         "sha256": facts["sha256"],
-        "license": facts.get("license") or "unknown",
-        "description": f"{facts['rows']} rows, layout {facts['format']}",
+        "license": facts.get("license") or UNKNOWN,
+        "description": f"{facts['rows']} rows, layout {facts['format']}; {collection(declared_of(facts, path))}",
     }
 
 
@@ -121,7 +124,12 @@ def _activity(address: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     stage = summary["stages"][address]
     rows = f"{stage['rows_in']} rows in, {stage['rows_out']} out" if "rows_in" in stage else "report unknown"
     commit = f"commit {stage['commit']}" if stage.get("commit") else "not committed"
-    return {"@type": "prov:Activity", "@id": f"stage:{address}", "name": address, "description": f"{rows}; output md5 {stage['md5']}; {commit}"}
+    return {
+        "@type": "prov:Activity",
+        "@id": f"stage:{address}",
+        "name": address,
+        "description": f"{rows}; output md5 {stage['md5']}; {commit}",
+    }
 
 
 def _id(text: str) -> str:
@@ -163,7 +171,9 @@ def _record_set(address: str, table: str, found: Mapping[str, Any]) -> dict[str,
     name, *others = facts["files"]
     origin = {"fileSet": {"@id": f"{ref}-files"}} if others else {"fileObject": {"@id": _id(f"{found['path']}/{name}")}}
     keyed = {} if table == "ledger" else {"key": {"@id": f"{ref}/example_id"}}
-    about = "What became of every row of the sources, with the record that was made from it." if table == "ledger" else f"Records of {table}."
+    about = (
+        "What became of every row of the sources, with the record that was made from it." if table == "ledger" else f"Records of {table}."
+    )
     return {
         "@type": "cr:RecordSet",
         "@id": ref,

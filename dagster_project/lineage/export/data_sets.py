@@ -44,9 +44,9 @@ def _data_set(subject: Subject, run: StageRun) -> dict[str, Any]:
     listing = index.files(run.md5)
     grouped: dict[str, dict[str, str]] = {}
     for name, md5 in sorted((listing or {}).items()):
-        path = PurePosixPath(name)
-        if _SHARD.fullmatch(path.name):
-            grouped.setdefault(path.parent.name or "records", {})[name] = md5
+        inside = PurePosixPath(name)
+        if _SHARD.fullmatch(inside.name):
+            grouped.setdefault(inside.parent.name or "records", {})[name] = md5
         elif name == LEDGER:
             grouped["ledger"] = {name: md5}
     found = {}

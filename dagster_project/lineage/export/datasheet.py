@@ -8,7 +8,17 @@ from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.text import markdown
-from dagster_project.lineage.export.answers import declared, given, lacking, missing, period, scripts, table, training_records
+from dagster_project.lineage.export.answers import (
+    declared,
+    given,
+    lacking,
+    missing,
+    period,
+    scripts,
+    table,
+    training_records,
+    uses_category,
+)
 from dagster_project.lineage.export.data_sets import STAGES
 from dagster_project.lineage.export.licenses import summarize_licenses
 from dagster_project.lineage.export.responsible import failed_checks, missing_data, personal_data, processing, uses
@@ -27,7 +37,9 @@ def datasheet(summary: Mapping[str, Any], issued: date) -> str:
     """
     sets, model = summary["data_sets"], summary["model"]
     if not sets:
-        raise InputError(f"{model['stage']} was made from no checked data set: a datasheet describes those", f"name {', '.join(STAGES)} or a model")
+        raise InputError(
+            f"{model['stage']} was made from no checked data set: a datasheet describes those", f"name {', '.join(STAGES)} or a model"
+        )
     parts = [
         f"# Datasheet: {markdown(', '.join(sets))}",
         f"The data of {markdown(model['stage'])} (md5 {model['md5']}), issued {issued.isoformat()}. Numbers are those of its ledgers and reports; "
@@ -116,7 +128,9 @@ def _labels(summary: Mapping[str, Any]) -> str:
         for stage, found in summary["data_sets"].items()
         if found["profile"].get("categories")
     ]
-    return _escaped(["The assistant's turns are what a model learns; the column `category` holds labels of the source.".replace("`", ""), *lines])
+    return _escaped(
+        ["The assistant's turns are what a model learns; the column `category` holds labels of the source.".replace("`", ""), *lines]
+    )
 
 
 def _checks(*names: str) -> Answer:
@@ -141,7 +155,11 @@ def _splits(summary: Mapping[str, Any]) -> str:
 
 
 def _errors(summary: Mapping[str, Any]) -> str:
-    return _escaped([*(failed_checks(summary) or ["every check of the data passed"])]) + "\n\n" + _checks("exact_duplicates", "near_duplicates")(summary)
+    return (
+        _escaped([*(failed_checks(summary) or ["every check of the data passed"])])
+        + "\n\n"
+        + _checks("exact_duplicates", "near_duplicates")(summary)
+    )
 
 
 def _sources(summary: Mapping[str, Any]) -> str:
@@ -154,7 +172,11 @@ def _code(summary: Mapping[str, Any]) -> str:
     code = summary["code"]
     if not code.get("commit"):
         return f"No commit contains the run: {missing()}"
-    return f"The project at commit {code['commit']}" + ("" if code["clean"] else ", which does not contain all code and parameters that ran") + "."
+    return (
+        f"The project at commit {code['commit']}"
+        + ("" if code["clean"] else ", which does not contain all code and parameters that ran")
+        + "."
+    )
 
 
 def _used_for(summary: Mapping[str, Any]) -> str:
@@ -170,6 +192,11 @@ def _licenses(summary: Mapping[str, Any]) -> str:
 
 def _creators(summary: Mapping[str, Any]) -> str:
     return f"The checked data set: {given(summary['provider'], 'legal_name')}. The sources: {missing()}"
+
+
+def _generators(summary: Mapping[str, Any]) -> str:
+    answer, paths = uses_category(summary["sources"], "synthetic")
+    return _of_sources("generator")({"sources": {path: summary["sources"][path] for path in paths}}) if paths else answer
 
 
 def _mechanisms(summary: Mapping[str, Any]) -> str:
@@ -217,7 +244,7 @@ SECTIONS: dict[str, dict[str, Answer]] = {
     },
     "Preprocessing, cleaning, labeling": {
         "Was preprocessing, cleaning or labeling done?": lambda summary: _escaped(processing(summary)),
-        "Which models generated or rewrote data?": _of_sources("generator"),
+        "Which models generated or rewrote data?": _generators,
         "Was the raw data saved?": _sources,
         "Is the software available?": _code,
     },

@@ -7,9 +7,21 @@ from datetime import date
 from typing import Any
 
 from dagster_project.core.text import markdown
+from dagster_project.curation.sources.declarations import UNKNOWN
 from dagster_project.lineage.export.answers import (
-    CATEGORIES, MISSING, declared, given, lacking, latest_collection, missing, period, scripts, table, training_records, uses_category,
-)  # fmt: skip
+    CATEGORIES,
+    MISSING,
+    declared,
+    given,
+    lacking,
+    latest_collection,
+    missing,
+    period,
+    scripts,
+    table,
+    training_records,
+    uses_category,
+)
 from dagster_project.lineage.export.responsible import personal_data, processing
 from dagster_project.lineage.export.summary import identity
 
@@ -43,7 +55,11 @@ def _lines(answers: Mapping[str, str]) -> str:
 
 def _general(summary: Mapping[str, Any]) -> list[str]:
     provider, model, base = summary["provider"], summary["model"], summary["base_model"]
-    name = given(provider, "model_name") if provider.get("model_name") else f"{markdown(model['stage'])} (a name for publication is {missing('provider.model_name')})"
+    name = (
+        given(provider, "model_name")
+        if provider.get("model_name")
+        else f"{markdown(model['stage'])} (a name for publication is {missing('provider.model_name')})"
+    )
     origin = f"{markdown(base['origin'])}, license {markdown(base.get('license') or 'unknown')}" if base.get("origin") else missing()
     return [
         "## 1. General information",
@@ -105,7 +121,10 @@ def _used(summary: Mapping[str, Any]) -> str:
     records = summary["records"]
     if records is None:
         return f"{MISSING}: nothing records which records the training steps used"
-    parts = [f"{model}: {part['records']:,} records, {part['views']:,} times in {part['steps']:,} steps" for model, part in records["learnt_by"].items()]
+    parts = [
+        f"{model}: {part['records']:,} records, {part['views']:,} times in {part['steps']:,} steps"
+        for model, part in records["learnt_by"].items()
+    ]
     return f"used by training steps: {'; '.join(parts)}"
 
 
@@ -145,10 +164,11 @@ def _sources(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _row(path: str, facts: Mapping[str, Any], training: Mapping[str, int]) -> list[Any]:
-    category, collected = facts.get("category"), facts.get("collected")
+    own = {key: found.get(path) for key in ("category", "collected") for found, _ in [declared({path: facts}, key)]}
+    license = facts.get("license") or UNKNOWN
     return [
-        markdown(path), facts["rows"], training.get(path, 0), markdown(facts.get("license") or "unknown"),
-        markdown(category) if category else MISSING, period(collected) if collected else MISSING, f"`{facts['sha256']}`",
+        markdown(path), facts["rows"], training.get(path, 0), MISSING if license == UNKNOWN else markdown(license),
+        markdown(own["category"]) if own["category"] else MISSING, period(own["collected"]) if own["collected"] else MISSING, f"`{facts['sha256']}`",
     ]  # fmt: skip
 
 
@@ -156,24 +176,21 @@ def _details(sources: Mapping[str, Mapping[str, Any]], paths: list[str]) -> dict
     """Of the sources of one category: modality, size and period."""
     if not paths:
         return {}
-    shown = [f"{markdown(path)} ({sources[path]['rows']} rows, collected {period(sources[path].get('collected') or {})})" for path in paths]
+    periods = declared(sources, "collected")[0]
+    shown = [f"{markdown(path)} ({sources[path]['rows']} rows, collected {period(periods.get(path, {}))})" for path in paths]
     return {"Modality": "text", "Datasets": "; ".join(shown)}
 
 
 def _synthetic(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Synthetic data is declared, or known: paraphrases are."""
+    """Which data a model wrote, and which model."""
     answer, paths = uses_category(sources, "synthetic")
-    generators, _ = declared(sources, "generator")
-    made = dict.fromkeys([*paths, *generators, *(path for path, facts in sources.items() if facts.get("format") == "paraphrases")])
-    if not made:
+    if not paths:
         return {"Used": answer}
-    unknown = [path for path in made if path not in generators]
-    named = [f"{markdown(str(generators[path]))} for {markdown(path)}" for path in made if path in generators]
-    return {
-        "Used": f"yes: {', '.join(map(markdown, made))}",
-        "Modality": "text",
-        "Models that generated it": "; ".join([*named, *([lacking("generator", unknown)] if unknown else [])]),
-    }
+    generators = declared(sources, "generator")[0]
+    unknown = [path for path in paths if path not in generators]
+    named = [f"{markdown(generators[path])} for {markdown(path)}" for path in paths if path in generators]
+    models = "; ".join([*named, *([lacking("generator", unknown)] if unknown else [])])
+    return {"Used": answer, "Models that generated it": models, **_details(sources, paths)}
 
 
 def _processing(summary: Mapping[str, Any]) -> list[str]:

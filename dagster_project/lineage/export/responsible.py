@@ -5,27 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-UNKNOWN = "unknown"
+from dagster_project.curation.sources.declarations import UNKNOWN, Declared, declared_sources
 
 
 def responsible_ai(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Term -> its value."""
-    sources = summary["sources"]
+    sources, declared = summary["sources"], declared_sources(summary)
     raw = [f"{path}: {facts['rows']} rows, layout {facts['format']}, sha256 {facts['sha256']}" for path, facts in sources.items()]
+    days = sorted({str(day) for one in declared.values() if one.collected for day in (one.collected.start, one.collected.end) if day})
     return {
-        "rai:dataCollection": f"{UNKNOWN}: nothing records how the sources were collected",
-        "rai:dataCollectionType": [f"{path}: {UNKNOWN}" for path in sources],
-        "rai:dataCollectionRawData": "; ".join(raw),
+        "rai:dataCollection": "; ".join(f"{path}: {collection(one)}" for path, one in declared.items()) or UNKNOWN,
+        "rai:dataCollectionType": [f"{path}: {one.shown['category']}" for path, one in declared.items()] or [UNKNOWN],
+        "rai:dataCollectionRawData": "; ".join(raw) or UNKNOWN,
+        **({"rai:dataCollectionTimeFrame": [days[0], *days[1:][-1:]]} if days else {}),
         "rai:dataCollectionMissingData": missing_data(summary),
         "rai:dataPreprocessingProtocol": processing(summary),
         "rai:dataAnnotationProtocol": f"{UNKNOWN}: nothing records who wrote answers and labels",
+        "rai:machineAnnotationTools": [f"{path}: written by {one.shown['generator']}" for path, one in declared.items()] or [UNKNOWN],
         "rai:personalSensitiveInformation": personal_data(summary),
         "rai:dataBiases": f"{UNKNOWN}: biases were not measured",
         "rai:dataLimitations": failed_checks(summary) or ["Every check of the data passed."],
-        "rai:dataUseCases": uses(summary),
+        "rai:dataUseCases": [*uses(summary), *(f"{path}: declared purposes: {one.shown['purposes']}" for path, one in declared.items())],
         "rai:dataSocialImpact": f"{UNKNOWN}: nothing records it",
         "rai:dataReleaseMaintenancePlan": f"{UNKNOWN}: nothing records it",
     }
+
+
+def collection(declared: Declared) -> str:
+    """What is declared of how a source was collected. It is not verified."""
+    shown = declared.shown
+    return f"declared, not verified: category {shown['category']}, collected {shown['collected']}, permission {shown['permission']}, retain until {shown['retain_until']}"
 
 
 def processing(summary: Mapping[str, Any]) -> list[str]:

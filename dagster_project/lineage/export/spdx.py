@@ -10,9 +10,10 @@ from datetime import UTC, date, datetime, time
 from typing import Any
 
 from dagster_project import __version__
+from dagster_project.curation.sources.declarations import UNKNOWN, declared_of
 from dagster_project.lineage.export.cyclonedx import SUM
 from dagster_project.lineage.export.formulation import parents_of
-from dagster_project.lineage.export.responsible import UNKNOWN, processing
+from dagster_project.lineage.export.responsible import collection, processing
 from dagster_project.lineage.export.summary import identity, limits, results
 
 SPEC = "3.0.1"
@@ -39,7 +40,9 @@ def spdx(summary: Mapping[str, Any], issued: date) -> str:
     for name, stage in summary["stages"].items():
         if "rows_in" in stage:
             parents = [packages[f"stage:{one}"] for one in parents_of(name, summary["stages"]) if f"stage:{one}" in packages]
-            graph.relate(packages[f"stage:{name}"], "descendantOf", [*parents, *(packages[f"source:{path}"] for path in stage.get("sources", ()))])
+            graph.relate(
+                packages[f"stage:{name}"], "descendantOf", [*parents, *(packages[f"source:{path}"] for path in stage.get("sources", ()))]
+            )
     return graph.text(model)
 
 
@@ -83,11 +86,18 @@ class _Graph:
         if whole:
             made.append(self.types.Hash(algorithm=algorithm.other, hashValue=whole, comment=SUM))
         if md5:
-            made.append(self.types.Hash(algorithm=algorithm.md5, hashValue=md5.removesuffix(".dir"), comment="as in dvc.lock; of a folder over DVC's listing"))
+            made.append(
+                self.types.Hash(
+                    algorithm=algorithm.md5, hashValue=md5.removesuffix(".dir"), comment="as in dvc.lock; of a folder over DVC's listing"
+                )
+            )
         return made
 
     def entries(self, values: Mapping[str, Any]) -> list[Any]:
-        return [self.types.DictionaryEntry(key=key, value=value if isinstance(value, str) else json.dumps(value)) for key, value in values.items()]
+        return [
+            self.types.DictionaryEntry(key=key, value=value if isinstance(value, str) else json.dumps(value))
+            for key, value in values.items()
+        ]
 
     def model(self) -> Any:
         summary, types = self.summary, self.types
@@ -125,9 +135,11 @@ class _Graph:
         return element
 
     def source(self, path: str, facts: Mapping[str, Any]) -> Any:
+        declared = declared_of(facts, path)
         element = self.package(
             f"source:{path}", path, self.released, self.unknown, facts["rows"], self.hashes(file=facts["sha256"]),
-            dataset_dataCollectionProcess=f"{UNKNOWN}: nothing records how it was collected", summary=f"layout {facts['format']}",
+            dataset_dataCollectionProcess=collection(declared), summary=f"layout {facts['format']}",
+            dataset_intendedUse=f"declared purposes: {declared.shown['purposes']}", software_sourceInfo=f"written by: {declared.shown['generator']}",
         )  # fmt: skip
         self.license(element, facts.get("license"))
         return element
@@ -159,7 +171,9 @@ class _Graph:
 
         declared: Any = NO_LICENSE
         if name and name.lower() != UNKNOWN:
-            expression = fixup_id(name) or (name if is_expression(name) else f"LicenseRef-{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-') or 'unnamed'}")
+            expression = fixup_id(name) or (
+                name if is_expression(name) else f"LicenseRef-{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-') or 'unnamed'}"
+            )
             declared = self._license_elements().get(expression) or self.add(
                 self.types.simplelicensing_LicenseExpression, "license", expression, name, simplelicensing_licenseExpression=expression
             )
