@@ -21,7 +21,7 @@ def formulation(summary: Mapping[str, Any], refs: set[str]) -> list[Json]:
     dependencies = [{"ref": _task_ref(name), "dependsOn": [_task_ref(one) for one in parents_of(name, stages)]} for name in stages]
     workflow = {
         "bom-ref": "workflow",
-        "uid": model["md5"],
+        "uid": model.get("md5") or model["stage"],
         "name": model["stage"],
         "description": "Recorded in dvc.lock. Times are not recorded.",
         "taskTypes": ["build"],
@@ -78,7 +78,7 @@ def citations(document: Mapping[str, Any], summary: Mapping[str, Any], issued: d
         run = name if kind == "stage" else readers.get(name) if kind == "source" else kind if kind == "base_model" else None
         if run is not None and run in summary["stages"]:
             found.append(_citation(f"/components/{position}", run, issued, TYPED if "licenses" in part else ""))
-    hashed = "hashes" in document["metadata"]["component"]
+    hashed = "hashes" in document["metadata"]["component"] and summary["model"]["stage"] in summary["stages"]
     return [*found, *([_citation("/metadata/component/hashes", summary["model"]["stage"], issued, "")] if hashed else [])]
 
 
