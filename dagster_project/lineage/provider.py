@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section
+from dagster_project.curation.sources.declarations import Date
 from dagster_project.lineage.history import Revision
 
 
@@ -30,7 +30,7 @@ class Provider(Section):
     """Where the model can be downloaded."""
     base_model_summary: str | None = Field(default=None, min_length=1)
     """Where the public summary of the base model's training content is."""
-    placed_on_market: str | None = None
+    placed_on_market: Date | None = None
     """Date on which the model was placed on the market of the European Union, in quotes: `"2026-09-01"`."""
     continuous_training: bool | None = None
     """Whether the model is trained on new data continuously."""
@@ -45,11 +45,6 @@ class Provider(Section):
     user_services: str | None = Field(default=None, min_length=1)
     """Services or products from which sources of category `user` were collected."""
 
-    @field_validator("placed_on_market")
-    @classmethod
-    def _is_date(cls, value: str | None) -> str | None:
-        return None if value is None else datetime.date.fromisoformat(value).isoformat()
-
 
 def provider(root: Path, rev: str | None) -> dict[str, Any]:
     """The values given in the section: in the workspace, or at a revision. They are statements about the publication, not part of the lineage.
@@ -57,7 +52,7 @@ def provider(root: Path, rev: str | None) -> dict[str, Any]:
     Raises:
         InputError: params.yaml cannot be read, or the section is invalid.
     """
-    return params.parse(Provider, _values(root, rev).get("provider"), "provider").model_dump(exclude_none=True)
+    return params.parse(Provider, _values(root, rev).get("provider"), "provider").model_dump(mode="json", exclude_none=True)
 
 
 def _values(root: Path, rev: str | None) -> dict[str, Any]:
