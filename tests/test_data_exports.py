@@ -22,7 +22,7 @@ from conftest import dvc, edit_params, tool
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
 from dagster_project.curation.sources.declarations import NAMES, Declared, declared_sources
-from dagster_project.lineage.export.answers import uses_category
+from dagster_project.lineage.export.answers import training_records, uses_category
 from dagster_project.lineage.export.croissant import croissant
 from dagster_project.lineage.export.data_sets import data_sets
 from dagster_project.lineage.export.datasheet import SECTIONS, datasheet
@@ -286,7 +286,10 @@ def test_the_summary_has_the_headings_of_the_template_and_the_numbers_of_the_fil
     assert re.findall(r"(?m)^#{2,4} (.+)$", text) == TEMPLATE
     tokens = sum(sum(lengths) for lengths in pq.read_table(finished / "data/tokenized/train.parquet")["lengths"].to_pylist())
     train = tables(finished)["splits-train"]
-    assert f"less than 1 billion tokens; splits: {len(train)} training records, {tokens:,} tokens" in text
+    assert (
+        f"| text | less than 1 billion tokens; splits: {len(train)} training records; tokenized: {len(train)} examples with {tokens:,} tokens"
+        in text
+    )
     counted = Counter(row["source"] for row in train)
     for name in SOURCES[:3]:
         assert f"| data/sources/{name} | 40 | {counted[f'data/sources/{name}']} | Apache-2.0 |" in text
@@ -334,6 +337,16 @@ def test_a_category_is_denied_only_if_every_source_declares_another() -> None:
     assert uses_category({"a": {"format": "paraphrases"}}, "synthetic")[0] == "yes: a"
     many = {f"s{number}": {} for number in range(10)}
     assert uses_category(many, "public")[0] == "*missing*: `category` of s0, s1, s2 and 7 more"
+
+
+def test_augmented_copies_count_for_the_source_of_their_prompt_and_for_the_file_of_paraphrases() -> None:
+    outcomes = {
+        "a": {"splits": {"train": 5, "test": 2, "augmented:typos": 3, "augmented:paraphrase": 1}},
+        "b": {"preferences": {"train": 4}},
+        "p": {},
+    }
+    summary = {"outcomes": outcomes, "sources": {"a": {"format": "messages"}, "b": {"format": "pairs"}, "p": {"format": "paraphrases"}}}
+    assert training_records(summary) == {"a": 9, "b": 4, "p": 1}
 
 
 def test_the_datasheet_answers_every_question_once_and_counts_the_files(finished: Path) -> None:

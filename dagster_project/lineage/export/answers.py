@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dagster_project.core.text import markdown
 from dagster_project.curation.sources.declarations import DECLARED, UNKNOWN
-from dagster_project.lineage.index import PARAPHRASES
+from dagster_project.lineage.index import PARAPHRASED, PARAPHRASES
 
 MISSING = "*missing*"
+AUGMENTED = "augmented:"
+"""Beginning of the outcome, in the ledger of `splits`, of a copy with another prompt."""
 NAMED = 3
 """Sources that an answer names."""
 CATEGORIES = ("public", "licensed", "third_party", "crawled", "user", "synthetic")
@@ -75,11 +78,15 @@ def latest_collection(sources: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def training_records(summary: Mapping[str, Any]) -> dict[str, int]:
-    """Source -> its rows in training splits."""
-    return {
-        path: sum(outcomes.get(stage, {}).get("train", 0) for stage in ("splits", "preferences"))
-        for path, outcomes in summary["outcomes"].items()
+    """Source -> the records in training splits that were made from its rows, augmented copies included."""
+    split = {path: Counter(outcomes.get("splits", {})) for path, outcomes in summary["outcomes"].items()}
+    copies = {path: sum(n for outcome, n in counts.items() if outcome.startswith(AUGMENTED)) for path, counts in split.items()}
+    found = {
+        path: counts["train"] + copies[path] + summary["outcomes"][path].get("preferences", {}).get("train", 0)
+        for path, counts in split.items()
     }
+    rewritten = sum(counts[AUGMENTED + PARAPHRASED] for counts in split.values())
+    return found | {path: rewritten for path, facts in summary["sources"].items() if facts.get("format") == PARAPHRASES}
 
 
 def scripts(summary: Mapping[str, Any]) -> list[str]:

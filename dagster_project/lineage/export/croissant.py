@@ -191,6 +191,10 @@ def _record_set(address: str, table: str, found: Mapping[str, Any]) -> dict[str,
     }
 
 
+def _type(kind: Any) -> str:
+    return TYPES.get(kind.replace(LIST, ""), TYPES["text"]) if isinstance(kind, str) else TYPES["text"]
+
+
 def _field(ref: str, column: str, kind: Any, origin: Mapping[str, Any]) -> dict[str, Any]:
     about = COLUMNS.get(column) or ("Turns of the conversation." if isinstance(kind, Mapping) else None)
     field = {"@type": "cr:Field", "@id": ref, "name": column, **({"description": about} if about else {})}
@@ -204,7 +208,7 @@ def _field(ref: str, column: str, kind: Any, origin: Mapping[str, Any]) -> dict[
                     "@type": "cr:Field",
                     "@id": f"{ref}/{name}",
                     "name": name,
-                    "dataType": TYPES[inner],
+                    "dataType": _type(inner),
                     "source": {**origin, "extract": {"column": column}, "transform": {"jsonPath": name}},
                 }
                 for name, inner in kind.items()
@@ -217,6 +221,6 @@ def _field(ref: str, column: str, kind: Any, origin: Mapping[str, Any]) -> dict[
         **field,
         **array,
         **derived,
-        "dataType": [TYPES[kind.removesuffix(LIST)], *split] if split else TYPES[kind.removesuffix(LIST)],
+        "dataType": [_type(kind), *split] if split else _type(kind),
         "source": {**origin, "extract": {"column": column}},
     }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 STAGES = ("instructions", "splits", "preferences")
 """Stages whose outputs are checked records. Their ledgers name the source row of each record."""
 FINDINGS = "findings.json"
-PROFILE = ("scripts", "categories", "lengths")
+PROFILE = ("scripts", "categories")
 """Parts of the findings' profile that quote no text."""
 _SHARD = re.compile(r"records-\d{5,}\.parquet")
 LIST = "[]"
@@ -68,7 +68,7 @@ def _profile(subject: Subject, run: StageRun, written: bool) -> dict[str, Any]:
     if path is None:
         raise _unavailable(run)
     profile = read_document(path, f"{run.path}/{FINDINGS}", f"`dvc checkout --force {run.path}` restores it").get("profile", {})
-    return {key: profile[key] for key in PROFILE if key in profile}
+    return {key: profile[key] for key in PROFILE if isinstance(profile, dict) and isinstance(profile.get(key), dict)}
 
 
 def _kind(kind: pl.DataType) -> Any:

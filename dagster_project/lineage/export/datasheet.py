@@ -139,7 +139,7 @@ def _checks(*names: str) -> Answer:
     def answer(summary: Mapping[str, Any]) -> str:
         return _escaped(
             [
-                f"{stage}, check {name}: {'passed' if facts['passed'] else 'did not pass'}, {facts.get('count', 'unknown')} findings"
+                f"{stage}, check {name}: {'passed' if facts.get('passed') else 'did not pass'}, {facts.get('count', 'unknown')} findings"
                 + (f", {facts['dropped']} rows dropped" if facts.get("dropped") else "")
                 for stage, checks in summary["checks"].items()
                 for name, facts in checks.items()

@@ -94,16 +94,18 @@ def _general(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _sizes(summary: Mapping[str, Any]) -> list[str]:
-    """The range of the template where all tokens are counted, and the records of each training split."""
+    """The range of the template where all tokens are counted, the records of each training split, and what `tokenized` made of them."""
     tokenized = summary["stages"].get("tokenized", {}).get("train")
-    tokens = tokenized.get("tokens") if isinstance(tokenized, Mapping) else None
-    lines = []
-    for stage, found in summary["data_sets"].items():
-        if "train" in found["tables"]:
-            counted = f", {tokens:,} tokens" if stage == "splits" and tokens is not None else ""
-            lines.append(f"{stage}: {found['tables']['train']['rows']:,} training records{counted}")
-    if tokens is not None and "preferences" not in summary["data_sets"]:
-        lines.insert(0, next((label for limit, label in SIZES if tokens < limit), "more than 10 trillion tokens"))
+    lines = [
+        f"{stage}: {found['tables']['train']['rows']:,} training records"
+        for stage, found in summary["data_sets"].items()
+        if "train" in found["tables"]
+    ]
+    if isinstance(tokenized, Mapping) and "tokens" in tokenized:
+        tokens = tokenized["tokens"]
+        lines.append(f"tokenized: {tokenized.get('examples', MISSING)} examples with {tokens:,} tokens of the base model's tokenizer")
+        if "preferences" not in summary["data_sets"]:
+            lines.insert(0, next((label for limit, label in SIZES if tokens < limit), "more than 10 trillion tokens"))
     return lines or [missing()]
 
 

@@ -91,7 +91,7 @@ def failed_checks(summary: Mapping[str, Any]) -> list[str]:
         for stage, checks in summary["checks"].items()
         if "rows_in" in summary["stages"].get(stage, {})
         for name, facts in checks.items()
-        if not facts["passed"]
+        if not facts.get("passed")
     ]
 
 

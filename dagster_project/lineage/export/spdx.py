@@ -20,7 +20,7 @@ SPEC = "3.0.1"
 NO_ASSERTION = "https://spdx.org/rdf/3.0.1/terms/Core/NoAssertionElement"
 NO_LICENSE = "https://spdx.org/rdf/3.0.1/terms/ExpandedLicensing/NoAssertionLicense"
 MISSING_SUPPLIER = "missing: provider.legal_name in params.yaml"
-BUILT = "builtTime is the date of the commit that recorded it, or the issue date: no later time is known, because runs record no times"
+BUILT = "builtTime is the date of the commit that recorded it, or else the issue date: runs record no times"
 INPUTS = ("splits", "preferences")
 """Stages whose records models are trained and tested on."""
 
@@ -34,7 +34,7 @@ def spdx(summary: Mapping[str, Any], issued: date) -> str:
     libraries = [graph.library(name, version) for name, version in summary["environment"].items()]
     trained = [packages[f"stage:{name}"] for name in INPUTS if f"stage:{name}" in packages]
     graph.relate(model, "trainedOn", trained)
-    graph.relate(model, "testedOn", trained if summary["metrics"] else [])
+    graph.relate(model, "testedOn", [packages["stage:splits"]] if summary["metrics"] and "stage:splits" in packages else [])
     graph.relate(model, "descendantOf", [base] if base else [])
     graph.relate(model, "dependsOn", libraries)
     for name, stage in summary["stages"].items():
