@@ -17,9 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import small_pipeline
+from builders.files import flip
 from conftest import dvc, edit_params, tool
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from dagster_project.__main__ import main
+from dagster_project.commands.sign import sign
+from dagster_project.commands.verify_signatures import verify_signatures
 from dagster_project.core.errors import InputError
 from dagster_project.curation.sources.declarations import NAMES, Declared, declared_sources
 from dagster_project.lineage.export.answers import training_records, uses_category
@@ -28,6 +33,7 @@ from dagster_project.lineage.export.data_sets import data_sets
 from dagster_project.lineage.export.datasheet import SECTIONS, datasheet
 from dagster_project.lineage.export.eu_summary import eu_summary
 from dagster_project.lineage.export.export import export, summarize
+from dagster_project.lineage.export.registry import formats
 from dagster_project.lineage.export.spdx import spdx
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find
@@ -432,3 +438,39 @@ def test_each_declared_field_is_in_the_datasheet(finished: Path) -> None:
     for shown in ("synthetic", "2024-01-01 to *missing*", "Model 9", "form 3", "2027-12-31", "support"):
         assert f"{first}: {shown}" in text
     assert "support" in croissant(summary, ISSUED) and declared_sources(summary)[first].category == "synthetic"
+
+
+# --- all together
+
+
+def test_all_papers_are_in_one_folder_with_a_page_that_names_each_by_its_hash(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool("spdx_python_model")
+    folder = finished.parent / "papers"
+    arguments = ["export", MODEL, "--papers", str(folder), "--issued", "2026-01-31", "--project", str(finished)]
+    assert main([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    page = files.pop("papers.html").decode()
+    assert {one["format"] for one in document["papers"]} == set(formats()) and set(files) == {one["file"] for one in document["papers"]}
+    for one in document["papers"]:
+        assert one["sha256"] == hashlib.sha256(files[one["file"]]).hexdigest() and one["sha256"] in page
+        assert files[one["file"]].decode() == export(finished, MODEL, one["format"], issued=ISSUED) and one["shows"] and one["shows_not"]
+    assert "http" not in page.replace("http-equiv", "") and str(finished) not in page
+    assert main(arguments) == 0 and (folder / "papers.html").read_text() == page
+    assert main([*arguments, "--out", "x"]) == 2 and "--out cannot be combined" in capsys.readouterr().err
+
+
+def test_a_stranger_verifies_a_signed_folder_of_papers(finished: Path) -> None:
+    tool("spdx_python_model")
+    folder, key, public = finished.parent / "papers", finished.parent / "key.pem", finished.parent / "key.pub"
+    assert main(["export", MODEL, "--papers", str(folder), "--issued", "2026-01-31", "--project", str(finished)]) == 0
+    private = ed25519.Ed25519PrivateKey.generate()
+    key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    sign(finished, str(folder), str(key))
+    elsewhere = Path(shutil.move(folder, finished.parent / "stranger"))
+    shutil.rmtree(finished)
+    assert verify_signatures(elsewhere, str(elsewhere), str(public))["verdict"] == "verified"
+    flip(elsewhere / "training-content.md")
+    found = verify_signatures(elsewhere, str(elsewhere), str(public))
+    assert found["verdict"] == "altered" and "training-content.md" in json.dumps(found)

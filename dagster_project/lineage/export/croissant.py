@@ -15,6 +15,9 @@ from dagster_project.lineage.export.summary import identity
 
 ANY_STAGE = True
 DATA_SETS = True
+FILE = "croissant.json"
+SHOWS = "the checked records and splits by file and md5, and the source row of each record"
+SHOWS_NOT = "the records themselves: readers need the data"
 
 CROISSANT, RAI, PROV = "http://mlcommons.org/croissant/", "http://mlcommons.org/croissant/RAI/", "http://www.w3.org/ns/prov#"
 TERMS = (

@@ -10,6 +10,9 @@ from typing import Any
 from dagster_project.lineage.export.formulation import citations, formulation
 from dagster_project.lineage.export.summary import identity, limits, results
 
+FILE = "bom.cdx.json"
+SHOWS = "all parts with hashes and licenses, the command of each stage, and which run states each part"
+SHOWS_NOT = "that the parts are safe, or their licenses valid"
 SUM = "sha256 over the lines '<sha256 of file> <path>' of all its files"
 
 

@@ -25,6 +25,9 @@ from dagster_project.lineage.export.responsible import failed_checks, missing_da
 
 ANY_STAGE = True
 DATA_SETS = True
+FILE = "datasheet.md"
+SHOWS = "the questions of a datasheet with the answers that records give; what is missing is marked"
+SHOWS_NOT = "that declarations of sources are true"
 
 Answer = Callable[[Mapping[str, Any]], str]
 

@@ -26,6 +26,9 @@ from dagster_project.lineage.export.responsible import personal_data, processing
 from dagster_project.lineage.export.summary import identity
 
 DATA_SETS = True
+FILE = "training-content.md"
+SHOWS = "what the modification was trained on, in the order of the Commission's template; what is missing is marked"
+SHOWS_NOT = "compliance with the AI Act, or what the base model was trained on"
 BILLION = 1_000_000_000
 SIZES = ((BILLION, "less than 1 billion tokens"), (10_000 * BILLION, "1 billion to 10 trillion tokens"))
 

@@ -120,7 +120,16 @@ def export(root: Path, model: str, form: str, rev: str | None = None, issued: da
     """
     chosen = registry.find(form)
     subject = find(Index(root), model, rev)
-    address = subject.run.address
+    refuse(subject, model, form)
+    tables = {"data_sets": data_sets(subject)} if chosen.data_sets else {}
+    return chosen.write(summarize(subject) | tables | {"provider": provider(root, rev)}, issued or issue_date(subject))
+
+
+def refuse(subject: Subject, model: str, form: str) -> None:
+    """Raises:
+    InputError: the format cannot describe the stage, or the lineage is not recorded completely.
+    """
+    chosen, address = registry.find(form), subject.run.address
     if not chosen.any_stage and address.partition("@")[0] not in MODELS:
         raise InputError(
             f"{address} is not a model that this project trained: {form} cannot describe it",
@@ -128,8 +137,6 @@ def export(root: Path, model: str, form: str, rev: str | None = None, issued: da
         )
     if not chosen.any_stage or chosen.data_sets:
         _refuse_unknown_lineage(subject, model)
-    tables = {"data_sets": data_sets(subject)} if chosen.data_sets else {}
-    return chosen.write(summarize(subject) | tables | {"provider": provider(root, rev)}, issued or issue_date(subject))
 
 
 def _refuse_unknown_lineage(subject: Subject, model: str) -> None:

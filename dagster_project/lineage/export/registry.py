@@ -12,7 +12,7 @@ from typing import Any
 Write = Callable[[Mapping[str, Any], date], str]
 """(`export.summarize` of a model, issue date) -> text of the file. The same input gives the same text."""
 
-NOT_FORMATS = {"__init__", "answers", "data_sets", "export", "formulation", "licenses", "registry", "responsible", "summary"}
+NOT_FORMATS = {"__init__", "answers", "data_sets", "export", "formulation", "licenses", "papers", "registry", "responsible", "summary"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,12 @@ class Format:
     """`ANY_STAGE`: it describes any stage. Other formats describe trained models only."""
     data_sets: bool
     """`DATA_SETS`: it describes tables of records, so the summary has their files and columns (`data_sets.data_sets`)."""
+    file: str
+    """`FILE`: name of its file in a folder of all formats."""
+    shows: str
+    """`SHOWS`: what a reader learns from it, in words."""
+    shows_not: str
+    """`SHOWS_NOT`: what it must not be taken for."""
 
 
 def formats() -> list[str]:
@@ -35,4 +41,9 @@ def formats() -> list[str]:
 def find(name: str) -> Format:
     """A format by its name."""
     module = import_module(f"{__package__}.{name.replace('-', '_')}")
-    return Format(getattr(module, name.replace("-", "_")), getattr(module, "ANY_STAGE", False), getattr(module, "DATA_SETS", False))
+    return Format(
+        getattr(module, name.replace("-", "_")),
+        getattr(module, "ANY_STAGE", False),
+        getattr(module, "DATA_SETS", False),
+        *(getattr(module, attribute, default) for attribute, default in (("FILE", f"{name}.txt"), ("SHOWS", ""), ("SHOWS_NOT", ""))),
+    )

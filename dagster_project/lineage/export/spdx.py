@@ -16,6 +16,9 @@ from dagster_project.lineage.export.formulation import parents_of
 from dagster_project.lineage.export.responsible import collection, processing
 from dagster_project.lineage.export.summary import identity, limits, results
 
+FILE = "model.spdx.json"
+SHOWS = "the model, its base, sources and data sets as packages, with hashes and how they depend on each other"
+SHOWS_NOT = "a license of the model: none was concluded"
 SPEC = "3.0.1"
 NO_ASSERTION = "https://spdx.org/rdf/3.0.1/terms/Core/NoAssertionElement"
 NO_LICENSE = "https://spdx.org/rdf/3.0.1/terms/ExpandedLicensing/NoAssertionLicense"
