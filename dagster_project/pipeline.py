@@ -6,6 +6,7 @@ dvc.yaml says when a stage runs and what it reads; params.yaml says how. Stages 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,11 @@ def _draw(documents: Documents) -> None:
     draw(documents)
 
 
+def _rests_on_all(values: Mapping[str, Any]) -> frozenset[str]:
+    """With a use policy, `release` may not judge reports on other data than the model was made from."""
+    return frozenset() if (values.get("raw_examples") or {}).get("use_policy") is None else frozenset({"release"})
+
+
 PEDIGREE = Pipeline(
     {name: lambda ctx: module_of(ctx.stage).run(ctx) for name in STAGES},
     VARIANTS_OF,
@@ -124,4 +130,5 @@ PEDIGREE = Pipeline(
     _forecast,
     _draw,
     FLOATING_POINT,
+    _rests_on_all,
 )

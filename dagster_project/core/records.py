@@ -453,6 +453,8 @@ class CheckResult:
     """Rows that violated it and were repaired and kept."""
     matches: list[dict[str, Any]] = field(default_factory=list)
     """The first overlaps, each with both texts (curation/checks/findings.py)."""
+    violations: list[dict[str, Any]] = field(default_factory=list)
+    """Violated rules of the use policy: source, rows, rule and why (curation/sources/use_policy.py)."""
 
 
 @dataclass

@@ -10,10 +10,11 @@ from pydantic import Field
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.records import READ, Report, ledger_line, uncollected, write_ledger, write_records
-from dagster_project.curation.sources import fields
+from dagster_project.curation.sources import fields, use_policy
 from dagster_project.curation.sources.reading import Reading, Source, locate_sources, read_sources
+from dagster_project.curation.sources.use_policy import Policy
 
-CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION}
+CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION, use_policy.NAME: use_policy.DESCRIPTION}
 
 
 class Params(Reading):
@@ -21,6 +22,9 @@ class Params(Reading):
 
     sources: list[Source] = Field(min_length=1)
     """Files, folders, objects in S3 and data sets on the Hub, in order."""
+    use_policy: Policy | None = None
+    """What a release may rest on: judged here for these sources, as a warning, and by `release` for all that the model was made
+    from. null: anything."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -42,7 +46,10 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     write_records(out, rows)
     ignored = fields.IgnoredFields()
     write_ledger(out, _ledger(rows, ignored), repaired=False)
-    return Report(rows_in=len(rows), rows_out=len(rows), metrics={"sources": sources}, checks=[ignored.check()])
+    policy, metrics = params.use_policy, {"sources": sources}
+    stated = {} if policy is None else {use_policy.NAME: policy.given}
+    judged = use_policy.check(None if policy is None else use_policy.judge(policy, [metrics]))
+    return Report(rows_in=len(rows), rows_out=len(rows), metrics={**metrics, **stated}, checks=[ignored.check(), judged])
 
 
 def _ledger(rows: Iterable[dict[str, Any]], ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
-"""What is declared of each source, as a table. Audits and the page of a data set have it."""
+"""What is declared of each source, and what of it violates the use policy, as tables. Audits and the page of a data set have them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dagster_project.views.html import Table
@@ -31,6 +31,12 @@ def declared_table(sources: Mapping[str, Mapping[str, Any]]) -> Table:
     ]
     columns = ["source", "rows", "license", *COLUMNS.values()]
     return Table("Declared by the project", columns, rows, folded=False, region="What is declared of the sources")
+
+
+def violations_table(violations: Sequence[Mapping[str, Any]]) -> Table:
+    """A row per violated rule of the use policy."""
+    rows = [(one["source"], one["rows"], one["rule"], one["why"]) for one in violations]
+    return Table("Violations of the use policy", ["source", "rows", "rule", "why"], rows, folded=False)
 
 
 def _words(value: Any) -> str:

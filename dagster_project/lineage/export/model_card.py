@@ -8,6 +8,7 @@ from datetime import date
 from typing import Any
 
 from dagster_project.core.text import markdown
+from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, declared_sources
 from dagster_project.lineage.export.licenses import most_restrictive
 from dagster_project.lineage.export.summary import limits, results
@@ -100,6 +101,8 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
                 ["license", "kind", "of"], [[markdown(one["license"]), one["family"], markdown(", ".join(one["of"]))] for one in listed]
             ),
         ]
+    if policy := use_policy.lines(summary.get(use_policy.NAME)):
+        parts += ["The use policy of the project:", "\n".join(f"- {markdown(line)}" for line in policy)]
     rows = [
         [
             name,
