@@ -71,7 +71,7 @@ def _general(summary: Mapping[str, Any]) -> list[str]:
             {
                 "Provider name": given(provider, "legal_name"),
                 "Contact details": given(provider, "contact"),
-                "Authorised representative, name and contact details": given(provider, "representative"),
+                "Authorized representative, name and contact details": given(provider, "representative"),
             }
         ),
         "### 1.2. Model identification",
@@ -113,7 +113,7 @@ def _sizes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _content(summary: Mapping[str, Any]) -> str:
-    layouts = dict.fromkeys(facts["format"] for facts in summary["sources"].values())
+    layouts = dict.fromkeys(markdown(facts["format"]) for facts in summary["sources"].values())
     categories = {
         name: n for found in summary["data_sets"].values() for name, n in found["profile"].get("categories", {}).items() if name != "(none)"
     }
