@@ -6,7 +6,6 @@ dvc.yaml says when a stage runs and what it reads; params.yaml says how. Stages 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -101,10 +100,6 @@ def validate_values(root: Path, values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_descriptions(stage: str) -> dict[str, str]:
-    return dict(getattr(module_of(stage), "CHECK_DESCRIPTIONS", {}))
-
-
 def _forecast(ctx: StageContext) -> Any:
     from dagster_project.training.planning.hints import forecast
 
@@ -117,18 +112,13 @@ def _draw(documents: Documents) -> None:
     draw(documents)
 
 
-def _rests_on_all(values: Mapping[str, Any]) -> frozenset[str]:
-    """With a use policy, `release` may not judge reports on other data than the model was made from."""
-    return frozenset() if (values.get("raw_examples") or {}).get("use_policy") is None else frozenset({"release"})
-
-
 PEDIGREE = Pipeline(
     {name: lambda ctx: module_of(ctx.stage).run(ctx) for name in STAGES},
     VARIANTS_OF,
-    _check_descriptions,
+    lambda stage: dict(getattr(module_of(stage), "CHECK_DESCRIPTIONS", {})),
     validate,
     _forecast,
     _draw,
     FLOATING_POINT,
-    _rests_on_all,
+    {"release": "raw_examples.use_policy"},
 )

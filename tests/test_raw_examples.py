@@ -290,7 +290,7 @@ def test_fields_that_are_not_used_are_a_check_a_line_of_the_ledger_and_a_finding
         assert (found["severity"], found["rows"], found["note"]) == ("warn", [1, 2], "messages[].id 1, loss 1")
         assert document.get("fields", fields_of(report)) == fields_of(report)
     jsonl(root / "data/sources/a.jsonl", {"messages": [asked, {**said, "id": 7}]})
-    assert [check.severity for check in read(root, "data/sources/a.jsonl").checks] == ["info"], "an id changes nothing that is trained"
+    assert read(root, "data/sources/a.jsonl").checks[0].severity == "info", "an id changes nothing that is trained"
 
 
 def test_names_of_fields_in_a_report_are_few_and_short(root: Path) -> None:

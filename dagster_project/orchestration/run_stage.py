@@ -19,6 +19,7 @@ from dagster_project.core.text import visible
 from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, Workers
 from dagster_project.execution import VARIABLE, WORKER, placement
 from dagster_project.lineage import code_lock
+from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import refuse_lost_entries
 from dagster_project.orchestration import dvc, integrity, locks, processes
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
@@ -62,7 +63,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
                 before = _verified_inputs(root, address)  # before any of these files is read
                 # the driver of a worker has validated them, and the worker has only the sources that this stage reads
                 values = params.read(root) if os.environ.get(VARIABLE) == WORKER else pipeline.validate(root)
-            if os.environ.get(VARIABLE) != WORKER and INNER not in os.environ and stage in pipeline.rests_on_all(values):
+            if (key := pipeline.rests_on_all.get(stage)) and value_at(values, key) is not None and not _is_inner():
                 _refuse_outdated(root, address)
             executor = executor or _executor(values, address, pipeline)
             names = tuple(pipeline.stages)
@@ -141,6 +142,11 @@ def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
         refuse_lost_entries(root)
         raise CheckFailed("\n".join(f"{address}: {what}" for what, _ in before.conflicts), before.conflicts[0][1])
     return before.now
+
+
+def _is_inner() -> bool:
+    """Whether this is a worker, whose driver has compared all stages, or the scratch copy of `verify`, which has only the inputs of its stage."""
+    return os.environ.get(VARIABLE) == WORKER or INNER in os.environ
 
 
 def _refuse_outdated(root: Path, address: str) -> None:
