@@ -188,8 +188,8 @@ def targets(found: dict[str, list[Any]], kind: str) -> dict[str, list[Any]]:
 
 
 def test_spdx_is_read_by_its_library_and_names_every_source_with_hash_and_license(finished: Path) -> None:
-    text = export(finished, MODEL, "spdx", issued=ISSUED)
-    _, found = elements(text)
+    tool("spdx_python_model")
+    _, found = elements(export(finished, MODEL, "spdx", issued=ISSUED))
     data = {one.name: one for one in found["dataset_DatasetPackage"]}
     sizes = {name: len(json.loads(text)) if name.endswith(".json") else len(text.splitlines()) for name in SOURCES for text in [(finished / "data/sources" / name).read_text()]}  # fmt: skip
     declared = targets(found, "hasDeclaredLicense")
@@ -206,6 +206,7 @@ def test_spdx_is_read_by_its_library_and_names_every_source_with_hash_and_licens
 
 
 def test_spdx_has_what_its_ai_and_dataset_profiles_require(finished: Path) -> None:
+    tool("spdx_python_model")
     _, found = elements(export(finished, MODEL, "spdx", issued=ISSUED))
     [document] = found["SpdxDocument"]
     assert {one.rpartition("/")[2] for one in document.profileConformance} >= {"core", "software", "ai", "dataset"}
