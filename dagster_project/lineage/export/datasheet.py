@@ -173,13 +173,10 @@ def _sources(summary: Mapping[str, Any]) -> str:
 
 def _code(summary: Mapping[str, Any]) -> str:
     code = summary["code"]
-    if not code.get("commit"):
+    commit = code.get("lineage_at") or code.get("commit")
+    if not commit:
         return f"No commit contains the run: {missing()}"
-    return (
-        f"The project at commit {code['commit']}"
-        + ("" if code["clean"] else ", which does not contain all code and parameters that ran")
-        + "."
-    )
+    return f"The project at commit {commit}" + ("" if code["clean"] else ", which does not contain all code and parameters that ran") + "."
 
 
 def _used_for(summary: Mapping[str, Any]) -> str:

@@ -41,5 +41,5 @@ def papers(root: Path, model: str, rev: str | None = None, issued: date | None =
         facts = {"file": chosen.file, "sha256": sha256_of_text(text), "shows": chosen.shows, "shows_not": chosen.shows_not}
         listed.append({"format": form, **facts})
     code = summary["code"]
-    commit = code["commit"] if code["clean"] else None
+    commit = code.get("lineage_at") if code["clean"] else None
     return texts, {"model": summary["model"], "issued": day.isoformat(), "commit": commit, "papers": listed}
