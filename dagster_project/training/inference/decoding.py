@@ -34,7 +34,8 @@ def decode(
 ) -> list[list[int]]:
     """Generate the answer to each prompt.
 
-    Prompts are padded on the left; a CPU reads a few at a time. Finished answers are removed once they are a quarter of the batch.
+    Prompts are padded on the left; a CPU reads a few at a time, and each of equal prompts once. Finished answers are removed once they are a
+    quarter of the batch.
 
     Args:
         model: causal language model of transformers.
@@ -114,10 +115,15 @@ def _read_all(model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: i
     if not _has_plain_layers(start):
         hidden, cache = run(range(len(prompts)))
         return hidden, mask, cache
+    equal: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        equal.setdefault(tuple(prompt), []).append(i)
+    distinct = list(equal.values())
     cache, states = DynamicCache(), dict[int, torch.Tensor]()
-    for group in groups([len(prompt) for prompt in prompts], len(prompts), model.device.type):
-        last, part = run(group)
-        states |= dict(zip(group, last, strict=True))
+    for group in groups([len(prompt) for prompt in equal], len(prompts), model.device.type):
+        last, part = run([distinct[k][0] for k in group])
+        rows, sources = map(list, zip(*((i, n) for n, k in enumerate(group) for i in distinct[k]), strict=True))
+        states |= {i: last[n] for i, n in zip(rows, sources, strict=True)}
         first = not cache.layers
         for k in range(len(part.layers)):
             filled, part.layers[k] = part.layers[k], None  # so that only one layer at a time exists twice
@@ -125,8 +131,8 @@ def _read_all(model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: i
                 cache.layers.append(_preallocated_layer()(filled, *mask.shape, longest))
             layer, gap = cache.layers[k], mask.shape[1] - filled.keys.shape[2]
             for target, source in ((layer.keys, filled.keys), (layer.values, filled.values)):
-                target[group, :, :before] = source[:, :, :before]
-                target[group, :, before + gap :] = source[:, :, before:]
+                target[rows, :, :before] = source[sources, :, :before]
+                target[rows, :, before + gap :] = source[sources, :, before:]
     return torch.stack([states[i] for i in range(len(prompts))]), mask, cache
 
 

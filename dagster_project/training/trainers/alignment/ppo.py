@@ -36,7 +36,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.progress import Progress
 from dagster_project.core.rendering import end_ids
-from dagster_project.training.inference.decoding import Choose, decode
+from dagster_project.training.inference.decoding import decode
+from dagster_project.training.inference.sampling import sampled, uniform_numbers
 from dagster_project.training.methods.attention import attention_for, attention_of
 from dagster_project.training.methods.build import causal
 from dagster_project.training.tokens.collators import SIZES, collate_packed
@@ -460,12 +461,8 @@ def roll_out(
     def sample() -> None:
         for number, batch in enumerate(_parts(order, settings.rollout_batch_size)):
             if here.does(number):
-                dice = [random.Random(f"{seed} answer {e}") for e in batch]
-                uniform = [[die.random() for _ in range(longest)] for die in dice]
-                batch_answers = decode(
-                    causal(model), [prompts[e] for e in batch], sampled(uniform, settings.temperature), longest, ends,
-                    tokenizer.pad_token_id,
-                )  # fmt: skip
+                choose = sampled(uniform_numbers(seed, batch, longest), settings.temperature)
+                batch_answers = decode(causal(model), [prompts[e] for e in batch], choose, longest, ends, tokenizer.pad_token_id)
                 for e, answer in zip(batch, batch_answers, strict=True):
                     tokens[e, : len(answer)] = torch.tensor(answer, device=device)
                     lengths[e] = len(answer)
@@ -477,21 +474,6 @@ def roll_out(
     finished = torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], torch.tensor(sorted(ends), device=device))
     answers = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
     return Rollout(rows, prompts, answers, mask, finished)
-
-
-def sampled(uniform: Sequence[Sequence[float]], temperature: float) -> Choose:
-    """Tokens sampled at these numbers in [0, 1), one for each prompt and position."""
-    return lambda logits, rows, place: draw(logits, [uniform[row][place] for row in rows], temperature)
-
-
-def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float) -> list[int]:
-    """The token at which each row's distribution function exceeds its number. On the CPU: a cumulative sum on a GPU is
-    not reproducible."""
-    import torch
-
-    upto = (wide(logits.cpu()) / temperature).softmax(-1).double().cumsum(-1)
-    chosen = torch.searchsorted(upto, torch.tensor(uniform, dtype=torch.float64)[:, None] * upto[:, -1:], right=True)
-    return [int(token) for token in chosen[:, 0].clamp(max=logits.shape[-1] - 1)]
 
 
 # ---- 2. reward --------------------------------------------------------------------------------------------------------------------------
