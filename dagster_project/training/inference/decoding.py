@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.training.inference.packed_weights import packed_weights
+
 if TYPE_CHECKING:
     import torch
 
@@ -51,7 +53,7 @@ def decode(
 
     answers: list[list[int]] = [[] for _ in prompts]
     rows, ended = list(range(len(prompts))), set[int]()
-    with torch.no_grad():
+    with torch.no_grad(), packed_weights(model):
         hidden, mask, cache = _read_all(model, prompts, longest, pad or 0, prefix)
         for position in range(longest):
             head = model.get_output_embeddings()

@@ -70,8 +70,8 @@ class Settings(Section):
     batch_size: int = Field(default=64, ge=2)
     """Answers per iteration: sampled from one policy, then trained on."""
     rollout_batch_size: int = Field(default=32, ge=1)
-    """Answers generated at the same time. Affects speed and memory only, because each answer has its own random
-    numbers."""
+    """Answers generated at the same time, for speed and memory. Each answer has its own random numbers, so in float32
+    the answers do not depend on it; in bfloat16 rounding can change some."""
     mini_batch_size: int = Field(default=8, ge=1)
     """Answers per forward pass of scoring and training."""
     gradient_accumulation_steps: int = Field(default=2, ge=1)
