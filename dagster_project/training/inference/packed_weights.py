@@ -50,7 +50,7 @@ def _layers(model: Any) -> list[Any]:
     import torch
 
     kernels = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[attr-defined]
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return []
     names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")  # private: without them everything is as before
     if not (all(hasattr(kernels, name) for name in names) and kernels._is_mkldnn_bf16_supported()):

@@ -125,7 +125,7 @@ def collate_answers(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence
     order = sorted(range(len(prompts)), key=lambda row: (prompts[row], answers[row]))
     groups = [list(rows) for _, rows in groupby(order, lambda row: prompts[row])]
     packed, placed = collate_shared([[[*prompts[row], *answers[row]] for row in rows] for rows in groups])
-    predicts, targets, slots = [], [], []
+    predicts, targets, slots = list[int](), list[int](), list[int]()
     for rows, place in zip(groups, placed, strict=True):
         for text, row in enumerate(rows):
             before = len(prompts[row]) - 1
