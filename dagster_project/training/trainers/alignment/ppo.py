@@ -340,7 +340,7 @@ class Training:
         scores = rewarded(self.reward, rollout, texts, settings, first=step == 1)
         policy = evaluate(model, self.head, rollout, settings, shared)
         with model.disable_adapter():
-            reference = evaluate(model, self.head, rollout, settings, shared).log_probs
+            reference = evaluate(model, self.head, rollout, settings, shared, with_entropy=False).log_probs
         kl = kl_per_answer(policy.log_probs, reference)
         if step == 1:
             refuse_other_reference(policy.log_probs, reference, rollout.mask, model.dtype)
@@ -374,7 +374,7 @@ class Training:
         rate = learning_rate(step, self.total, settings)
         figures = update(model, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed, self.shared)
         if step == self.total:  # no later rollout measures how far the policy moved
-            moved = evaluate(model, head, rollout, settings, self.shared).log_probs
+            moved = evaluate(model, head, rollout, settings, self.shared, with_entropy=False).log_probs
             refuse_explosion(kl_per_answer(policy.log_probs, moved), settings)
         return {**figures, "learning_rate": rate}
 
@@ -556,12 +556,15 @@ def forward(
     return -cross_entropy(logits, labels[counted], reduction="none"), head(wide(hidden))[:, 0], logits
 
 
-def evaluate(model: Any, head: Any, rollout: Rollout, settings: Settings, shared: ShardedModel | None = None) -> TokenValues:
+def evaluate(
+    model: Any, head: Any, rollout: Rollout, settings: Settings, shared: ShardedModel | None = None, with_entropy: bool = True
+) -> TokenValues:
     """Evaluation of every token by the policy, or by the reference while the adapter is disabled. Both use the same
     passes, so equal policies give equal bits.
 
     Args:
         shared: the model, if it is divided among the processes.
+        with_entropy: otherwise it is 0, which takes less time.
     """
     import torch
 
@@ -573,7 +576,9 @@ def evaluate(model: Any, head: Any, rollout: Rollout, settings: Settings, shared
         for episodes in _parts(range(len(rollout.rows)), settings.mini_batch_size):
             if mine := episodes[here.rank :: here.size]:
                 log_probs, values, logits = forward(model, head, rollout, mine, settings.temperature)
-                entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+                entropy = torch.zeros_like(values)
+                if with_entropy:
+                    entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
                 part = torch.zeros_like(evaluated[:, mine])
                 part[:, rollout.mask[mine]] = torch.stack((log_probs, values, entropy))
                 evaluated[:, mine] = part
