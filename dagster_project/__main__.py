@@ -136,10 +136,10 @@ def _run_all(options: argparse.Namespace) -> int:
 def sweep(options: argparse.Namespace) -> int:
     """Run every combination of some parameter values as a DVC experiment, and compare parameters and metrics."""
     from dagster_project.commands import sweep as module
-    from dagster_project.pipeline import VARIANTS_OF, validate_values
+    from dagster_project.pipeline import VARIANTS_OF, validate
 
     document = module.sweep(
-        _project(options), options.section, options.set, options.jobs, options.to, VARIANTS_OF, validate_values
+        _project(options), options.section, options.set, options.jobs, options.to, VARIANTS_OF, validate
     )  # fmt: skip
     _print(options, document, module.as_text)
     return 130 if document["interrupted"] else 0 if document["passed"] else 1

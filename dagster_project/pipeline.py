@@ -67,18 +67,13 @@ def sections() -> dict[str, type[Section]]:
     return {"compute": Compute, **UNREAD, **{stage: one for stage, one in own.items() if one.model_fields}}
 
 
-def validate(root: Path) -> dict[str, Any]:
-    """All of params.yaml, after every section has been checked and every file it names has been found.
+def validate(root: Path, values: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All of params.yaml, or other values, after every section has been checked and every file it names has been found.
 
     Raises:
         InputError: unknown section, unknown key, wrong value, missing file, or file outside the project. Nothing has been changed.
     """
-    return validate_values(root, params.read(root))
-
-
-def validate_values(root: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """These values of params.yaml, after the same checks."""
-    known = sections()
+    values, known = params.read(root) if values is None else values, sections()
     if unknown := sorted(set(values) - set(known)):
         raise InputError("\n".join(f"params.yaml: {name}: unknown section" for name in unknown), f"sections: {', '.join(known)}")
     params.parse(Compute, values.get("compute"), "compute")
@@ -86,8 +81,7 @@ def validate_values(root: Path, values: dict[str, Any]) -> dict[str, Any]:
     params.parse(Provider, values.get("provider"), "provider")
     places = [
         (section, place)
-        for section in known
-        if section not in {"compute", *UNREAD}
+        for section in list(known)[1 + len(UNREAD) :]
         for place in (
             [f"{section}.{name}" for name in params.variant_names(values, section, required=section == "adapter")]
             if section in VARIANTS_OF.values()

@@ -26,7 +26,7 @@ from conftest import ROOT
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import write_records
-from dagster_project.pipeline import validate_values
+from dagster_project.pipeline import validate
 from dagster_project.stages import aligned, reward_model
 from dagster_project.training.trainers.alignment import ppo, preference
 from dagster_project.training.trainers.alignment import reward_model as reward
@@ -340,7 +340,7 @@ def test_what_is_not_supported_is_refused(change: dict[str, Any], processes: int
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     values["compute"]["processes"] = processes
     with pytest.raises(InputError, match=re.escape(f"params.yaml: {message}")):
-        validate_values(ROOT, {**values, **change})
+        validate(ROOT, {**values, **change})
 
 
 def test_without_sharding_and_quantization_they_are_not_among_the_settings() -> None:
