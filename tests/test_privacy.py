@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from phonenumbers import PhoneNumberFormat, PhoneNumberType, example_number_for_type, format_number
 from stdnum import iban, luhn
 
-from dagster_project.curation.checks import privacy
+from dagster_project.curation.checks import personal_data, privacy, text_search
 from dagster_project.curation.checks.privacy import _find, mask, scan
 
 LETTERS, ALNUM = string.ascii_letters, string.ascii_letters + string.digits
@@ -274,7 +274,7 @@ def test_values_near_masked_ones_are_found_as_by_searching_everything_again(seed
     dice = random.Random(seed)
     text = "".join(dice.choices(PIECES, k=200))
     whole = privacy._find(text)
-    monkeypatch.setattr(privacy, "LONG", 0)
+    monkeypatch.setattr(text_search, "LONG", 0)
     monkeypatch.setattr(privacy, "NEAR", 300)
     assert privacy._find(text) == whole
     assert privacy.mask(privacy.mask(text)) == privacy.mask(text)
@@ -322,7 +322,7 @@ def test_a_key_behind_thousands_of_other_values_is_found_as_a_key() -> None:
 
 
 def test_a_text_with_too_many_candidates_counts_as_a_value_from_there_on() -> None:
-    text = "DE12 " * 3 * privacy.MOST_LOOKED_UP + f"{KEY} end"
+    text = "DE12 " * 3 * personal_data.MOST_LOOKED_UP + f"{KEY} end"
     found = privacy.scan([text])
     assert [hit.kind for hit in found if not hit.secret] == ["iban"] * 2
     assert [text[hit.start : hit.end] for hit in found if hit.secret] == [KEY]
