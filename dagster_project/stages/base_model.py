@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -110,7 +111,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
             "a complete GGUF file" if options else "config.json, a tokenizer and complete safetensors files"
         ):
             if options:
-                _refuse_impossible_counts(folder / options["gguf_file"])
+                _refuse_more_weights_than_stored(folder, options, _stored_numbers(folder / options["gguf_file"]))
             else:
                 _refuse_more_layers_than_weights(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
@@ -305,14 +306,18 @@ class _GgufFields:
         return 0
 
 
-def _refuse_impossible_counts(path: Path) -> None:
-    """Read the fields of a GGUF file first. Its reader goes on behind the end of the file for as many elements as an array says that it has, and a
-    model is built with as many layers as a field says.
+MOST_DIMENSIONS = 8
+"""Of a weight in a GGUF file, which has up to 4."""
+
+
+def _stored_numbers(path: Path) -> int:
+    """How many numbers the weights of a GGUF file consist of. Its fields are read before its reader does, which goes on behind the end of the file for
+    as many elements as an array says that it has, and before a model is built, with as many layers as a field says.
 
     Raises:
         ValueError: as `_GgufFields`, or it has fewer weights than layers.
     """
-    layers = 0
+    layers = numbers = 0
     with path.open("rb") as file:
         fields = _GgufFields(file, path.stat().st_size)
         fields.skip(4)
@@ -323,8 +328,33 @@ def _refuse_impossible_counts(path: Path) -> None:
             name, value = fields.text(), fields.value(fields.number(4))
             if name.endswith(b".block_count"):
                 layers = max(layers, value)
-    if layers > weights:
-        raise ValueError(f"block_count is {layers}, but there are {weights} weights")
+        if layers > weights:
+            raise ValueError(f"block_count is {layers}, but there are {weights} weights")
+        for _ in range(weights):
+            name, dimensions = fields.text(), fields.number(4)
+            if dimensions > MOST_DIMENSIONS:
+                raise ValueError(f"a weight has {dimensions} dimensions")
+            numbers += math.prod(fields.number(8) for _ in range(dimensions))
+            fields.skip(12)  # type and place
+    return numbers
+
+
+def _refuse_more_weights_than_stored(folder: Path, options: Mapping[str, Any], stored: int) -> None:
+    """Check that a model is not built with larger weights than a GGUF file has: transformers fills weights that no file has with random numbers.
+
+    Args:
+        stored: numbers in the weights of the file.
+    Raises:
+        ValueError: as described.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
+    if (needed := sum(weight.numel() for weight in weights)) > stored:
+        raise ValueError(f"the model has {needed:,} weights, but the file {stored:,}")
 
 
 def _is_file_of(folder: Path, name: str) -> bool:

@@ -68,7 +68,7 @@ def _trained(projects: project.Projects) -> tuple[int, list[str]]:
     place = projects.copy(project.DONE, "training")
     yaml = YAML(typ="safe")
     pipeline = json.loads((place.root / "dvc.yaml").read_text())
-    pipeline["stages"][STAGE] = DEFINITION
+    pipeline["stages"]["adapter"] = {"foreach": ["lora"], "do": DEFINITION}
     (place.root / "dvc.yaml").write_text(json.dumps(pipeline, indent=1))
     params = yaml.load((place.root / "params.yaml").read_text())
     (place.root / "params.yaml").write_text(json.dumps({**params, "adapter": {"lora": PARAMS}}, indent=1))
