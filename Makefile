@@ -33,8 +33,8 @@ test-projects: $(VENV)/ok ## make a project with the installed wheel from each l
 	@$(MAKE) --no-print-directory setup-dvc
 	$(BIN)/python -m pytest -q tests/test_projects.py
 
-test-latest:     ## run all tests with the newest versions that pyproject.toml allows, in an environment of their own
-	@$(MAKE) --no-print-directory VENV=.venv-latest LOCK= test
+test-latest: $(or $(UV),build/uv/bin/uv) ## run all tests with the newest versions that pyproject.toml allows, in an environment of their own
+	@$(MAKE) --no-print-directory VENV=.venv-latest LOCK= UV=$(abspath $<) test
 
 test-places: $(VENV)/ok ## run the small pipeline in odd places, each by itself: paths, repositories, environments, users, file systems, versions of Python
 	@$(MAKE) --no-print-directory setup-dvc
@@ -79,9 +79,11 @@ fuzz: $(VENV)/ok ## random and damaged input for every reader, 16,500 cases; SUR
 faults: $(VENV)/ok ## break one thing at a time in a small real project (kills, full disks, damaged files, ...) and compare with an undisturbed run; ONLY=kill: one class or case
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m faults --jobs $(or $(JOBS),2) $(if $(ONLY),--only $(ONLY)) $(if $(SHARE),--share $(SHARE))
 
-lock:            ## write requirements.lock: locked versions that still fit pyproject.toml stay; UPGRADE=--upgrade: the newest allowed
-	$(if $(UV),,$(PYTHON) -m venv build/uv && build/uv/bin/python -m pip install --quiet uv)
-	$(or $(UV),build/uv/bin/uv) pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --no-header \
+build/uv/bin/uv: # pip tries versions one by one, for longer than 20 minutes, where uv needs seconds
+	$(PYTHON) -m venv build/uv && build/uv/bin/python -m pip install --quiet uv
+
+lock: $(or $(UV),build/uv/bin/uv) ## write requirements.lock: locked versions that still fit pyproject.toml stay; UPGRADE=--upgrade: the newest allowed
+	$< pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --no-header \
 	  $(UPGRADE) --output-file requirements.lock pyproject.toml
 	@{ printf '%s\n' '# Written by `make lock`: exact versions of all that pyproject.toml names with [dev], for each platform and Python from 3.11.' \
 	  '# CUDA and triton are not here: each build of torch names its own, and the installer adds them.'; \

@@ -173,7 +173,7 @@ def test_an_audit_lists_every_record_with_step_and_source_row(made: Project) -> 
     ]
 
 
-def test_the_commit_of_a_model_is_the_first_with_its_hash_in_dvc_lock(made: Project) -> None:
+def test_the_commit_of_a_model_is_the_first_with_its_run_in_dvc_lock(made: Project) -> None:
     lock = made.lock(ROWS)
     first = made.commit(lock)
     later = made.commit({**lock, "splits": {**lock["splits"], "cmd": "another command, the same bytes"}})
@@ -181,7 +181,9 @@ def test_the_commit_of_a_model_is_the_first_with_its_hash_in_dvc_lock(made: Proj
     made.commit({}, "notes")
     assert audit(made.root, "adapter@lora")["code"]["commit"] == first
     found = audit(made.root, "splits")["code"]
-    assert (found["commit"], found["made_again"]) == (first, later)
+    assert (found["commit"], found["same_bytes_at"]) == (later, first)
+    found = audit(made.root, "adapter@lora")["code"]
+    assert (found["commit"], found["lineage_at"]) == (first, later), "its own run is that of the first commit, that of its data is not"
 
 
 def test_a_commit_that_does_not_hold_the_code_that_ran_is_dirty(made: Project) -> None:

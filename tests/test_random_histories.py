@@ -369,7 +369,7 @@ def audit_problems(reach: Reach, found: dict[str, Any], subject: Any, chain: Cha
 
 
 def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) -> list[str]:
-    """The commit holds the model, and it is clean exactly if its code and parameters are those that ran."""
+    """The commit holds the model and its run, and it is clean exactly if its code and parameters are those that ran."""
     md5 = out_of(next(iter(chain.values())))[1]
     holders = reach.holders(md5)
     commit = code["commit"]
@@ -380,6 +380,12 @@ def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) 
     if commit not in holders:
         return [f"commit: says {commit}, but its dvc.lock does not hold the model"]
     problems = []
+    own = reach.holders_of_entry(next(iter(chain.values())))
+    if set(own) & reach.reachable and commit not in own:
+        problems.append(f"commit: says {commit}, but the run of the model is in {own}")
+    whole = set.intersection(*(set(reach.holders_of_entry(entry)) for entry in chain.values()))
+    if code["lineage_at"] is not None and code["lineage_at"] not in whole:
+        problems.append(f"lineage_at: says {code['lineage_at']}, but all runs are in {whole}")
     clean = True
     for address, entry in chain.items():
         if address not in code["stages"]:

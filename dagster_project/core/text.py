@@ -80,7 +80,7 @@ def commit_text(code: Mapping[str, Any]) -> str:
     if code["commit"] is None:
         return f"uncommitted, after {code['after'][:12]}" if code.get("after") else "uncommitted"
     earlier = " or earlier (this clone is shallow: `git fetch --unshallow` brings the rest)" if code.get("or_earlier") else ""
-    again = f"; the same bytes again at {code['made_again'][:12]}" if code.get("made_again") else ""
+    same = f"; the same bytes before, at {code['same_bytes_at'][:12]}" if code.get("same_bytes_at") else ""
     differs = code.get("differs", [])
     clean = "clean" if not differs else f"dirty: it contains {', '.join(differs[:5])}{' and more' if len(differs) > 5 else ''} otherwise"
-    return f"commit {code['commit'][:12]}{earlier}, {clean}{again}"
+    return f"commit {code['commit'][:12]}{earlier}, {clean}{same}"

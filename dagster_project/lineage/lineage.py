@@ -276,21 +276,27 @@ def _stage_names(upstream: Iterable[StageRun]) -> dict[tuple[str, str], str]:
 
 
 def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
-    """The first commit whose dvc.lock contains this output's hash, and what is unknown of the history before it."""
-    commit = index.first_commit_with(run)
+    """The first commit that records this run, and what is unknown of the history before it; without one, the first that has the same bytes.
+
+    Returns:
+        {"commit"}. Where applicable also "same_bytes_at" (an earlier commit, in which another run gave the same output), "or_earlier", and "unknown".
+    """
+    first = index.first_commit_with(run)
+    commit = index.first_commit(run) or first
+    same = {"same_bytes_at": first} if first != commit else {}
     earlier = {"or_earlier": True} if commit in index.history.boundary else {}
     is_lost = index.history.unreadable if commit is None else commit in index.history.moved
-    return {"commit": commit, **earlier, **({"unknown": index.history.lost} if is_lost else {})}
+    return {"commit": commit, **same, **earlier, **({"unknown": index.history.lost} if is_lost else {})}
 
 
 def _code(subject: Subject) -> dict[str, Any]:
     """The code behind a run, stage by stage, and whether the commit that first recorded the run of each stage contains its code.
 
     Returns:
-        {"commit": the first with the model's hash, "clean", "files": {path: md5} as in `code_in`, "stages": {address: {"commit", "clean"}}}. Where
+        {"commit": the first that records this run of the model, "lineage_at": the first that also records all runs that it was made from, "clean", "files": {path: md5} as in `code_in`, "stages": {address: {"commit", "clean"}}}. Where
         applicable also "differs" (paths with other content in the commit of their stage, also per stage), "uncommitted" (stages whose run no commit
-        contains), "made_again" (a later commit, whose code produced the same bytes), "after" (the commit that uncommitted work is based on), and
-        "package" (`code_lock.compare`), if the package is installed and not part of the project.
+        contains), "same_bytes_at" (an earlier commit, in which another run gave the same bytes), "after" (the commit that uncommitted work is based
+        on), and "package" (`code_lock.compare`), if the package is installed and not part of the project.
     """
     by_commit: dict[str | None, dict[str, dict[str, Any]]] = {}
     index, run, order = subject.index, subject.run, subject.upstream
@@ -307,13 +313,12 @@ def _code(subject: Subject) -> dict[str, Any]:
         stages[name] = {"commit": commit, "clean": commit is not None and not differing, **({"differs": differing} if differing else {})}
     differs = sorted({path for _, _, differing in code.values() for path in differing})
     uncommitted = [name for name, stage in stages.items() if stage["commit"] is None]
-    first = index.first_recorded(run.md5)
     return {
         **_commit_facts(index, run),
+        "lineage_at": run.commit,
         "clean": all(stage["clean"] for stage in stages.values()),
         **({"differs": differs} if differs else {}),
         **({"uncommitted": uncommitted, "after": commit_of(index.root, "HEAD")} if uncommitted else {}),
-        **({"made_again": run.commit} if first.commit is not None and run.commit not in {None, first.commit} else {}),
         "files": dict(sorted(files.items())),
         "stages": stages,
         **({"package": code_lock.compare(index.root, recorded)} if any(recorded.values()) else {}),
