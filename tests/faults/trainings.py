@@ -17,7 +17,7 @@ from faults.case import Case, Play, Violation
 from faults.kills import Calls
 
 STAGE, BEFORE = "adapter@lora", "untrained"
-PARAMS = {"method": "lora", "num_train_epochs": 4, "save_strategy": "steps", "save_steps": 1}
+PARAMS = {"method": "lora", "max_steps": 12, "save_strategy": "steps", "save_steps": 2}
 DEFINITION = {
     "cmd": f"python -m dagster_project run {STAGE}", "deps": ["data/tokenized", "data/base_model"], "params": ["adapter.lora", "compute"],
     "outs": ["data/adapter/lora"], "plots": [{"data/plots/loss/lora.csv": {"x": "step", "y": "loss"}}],
