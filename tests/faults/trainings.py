@@ -92,7 +92,11 @@ def _killed(fault_in: Callable[[Play], Callable[[], None]]) -> Callable[[Play], 
         ended = at_work.run("dvc", "repro", STAGE, in_stage=fault_in(at_work))
         if ended.code == 0:
             raise Violation(f"nothing was killed: {ended.text}")
-        at_work.recovers(STAGE)
+        again = at_work.run("dvc", "repro", STAGE)
+        if again.code:
+            raise Violation(f"the run after the kill:\n{again.text[-3000:]}")
+        at_work.clear_temporary_files()
+        at_work.is_undisturbed(STAGE)
 
     return play
 
