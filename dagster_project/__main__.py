@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dagster_project.commands import ending, own_process
-from dagster_project.core.errors import DamagedIndex, InputError, Interrupted, PedigreeError
+from dagster_project.core.errors import INNER, DamagedIndex, InputError, Interrupted, PedigreeError
 from dagster_project.core.imports import lean_imports
 
 if TYPE_CHECKING:
@@ -224,9 +224,9 @@ def audit(options: argparse.Namespace) -> int:
 
     root = _project(options)
     if options.diff:
-        if options.model or options.html or options.records or options.where:
+        if options.model or options.html or options.records or options.where or options.as_of:
             raise InputError(
-                "--diff cannot be combined with MODEL, --html, --records or --where", "leave these out: --diff names both models"
+                "--diff cannot be combined with MODEL, --html, --records, --where or --as-of", "leave these out: --diff names both models"
             )
         before, after = options.diff
         _print(options, diff(root, before, after, options.rev, options.against_rev), as_text)
@@ -237,7 +237,7 @@ def audit(options: argparse.Namespace) -> int:
         if name:
             _require_suffix(option, name, suffixes)
     subject = lineage.find(Index(root), options.model, options.rev)
-    document = lineage.document(subject)
+    document = lineage.document(subject, options.as_of)
     if options.json or options.html or options.records:
         records, _ = lineage.trained_on(subject)
         listed = lineage.listed(records) if options.json or options.html else []
@@ -250,7 +250,8 @@ def audit(options: argparse.Namespace) -> int:
     if options.where:
         document["where"] = module.where(root, document["stages"])
     _print(options, document, lambda found: "\n".join([lineage.as_text(found), *(module.as_text(found["where"]) if options.where else ())]))
-    return 0
+    verdict = document["use_policy"] if options.as_of else {}
+    return 1 if verdict.get("violations") and "waiver" not in verdict else 0
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -639,6 +640,12 @@ def _add_lineage_commands(commands: Any) -> None:
     add("--rev", help=workspace)
     add("--html", metavar="FILE.html", help="also write one self-contained page")
     add("--records", metavar="FILE", help="also write every record the model was trained on, with step and epoch: .csv or .parquet")
+    add(
+        "--as-of",
+        type=_date,
+        metavar="YYYY-MM-DD",
+        help="judge the use policy for this day instead of its own, and end with exit code 1 if it is violated and not waived",
+    )
     add("--where", action="store_true", help="also show where each stage ran on a cluster: node, resources, times and cost")
     add("--diff", nargs=2, metavar=("A", "B"), help="instead: differences between two models, each as MODEL or REV:MODEL")
     add("--against-rev", metavar="REV", help="with --diff: the revision of B, as --rev is that of A")
@@ -772,7 +779,7 @@ def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
         explained = ending.explained(error, interrupts, options.command, Path(getattr(options, "project", ".")).absolute())
         if explained is None:
             raise
-        if not (isinstance(error, KeyboardInterrupt) and ending.INNER in os.environ):
+        if not (isinstance(error, KeyboardInterrupt) and INNER in os.environ):
             log.error(str(explained) if isinstance(explained, Interrupted) else f"error: {explained}")
         return explained.exit_code
     finally:

@@ -93,10 +93,6 @@ def validate_values(root: Path, values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_descriptions(stage: str) -> dict[str, str]:
-    return dict(getattr(module_of(stage), "CHECK_DESCRIPTIONS", {}))
-
-
 def _forecast(ctx: StageContext) -> Any:
     from dagster_project.training.planning.hints import forecast
 
@@ -112,9 +108,10 @@ def _draw(documents: Documents) -> None:
 PEDIGREE = Pipeline(
     {name: lambda ctx: module_of(ctx.stage).run(ctx) for name in STAGES},
     VARIANTS_OF,
-    _check_descriptions,
+    lambda stage: dict(getattr(module_of(stage), "CHECK_DESCRIPTIONS", {})),
     validate,
     _forecast,
     _draw,
     FLOATING_POINT,
+    {"release": "raw_examples.use_policy"},
 )

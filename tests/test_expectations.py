@@ -137,6 +137,30 @@ def test_every_expectation_fails_on_an_empty_table() -> None:
     assert [one.passed for one in outcome.expectations] == [False] * len(outcome.expectations)
 
 
+def test_statistics_are_imported_by_the_expectations_that_need_them(tmp_path: Path) -> None:
+    weights = {"bins": [0, 10, 20], "weights": [0.5, 0.5]}
+    divergent = {"column": "prompt_words", "partition_object": weights, "threshold": 9.0}
+    suites = []
+    for kind, kwargs in (
+        ("expect_table_row_count_to_equal", {"value": 4}),
+        ("expect_column_kl_divergence_to_be_less_than", divergent),
+    ):
+        (tmp_path / kind).mkdir()
+        suites.append(str(suite(tmp_path / kind, expect(kind, **kwargs))))
+    code = f"""import sys
+from pathlib import Path
+import pandas as pd
+from dagster_project.curation.checks import expectations
+frame = pd.DataFrame({{"prompt_words": [1, 2, 11, 12], "category": "a", "source": "b"}})
+for path in {suites!r}:
+    (one,) = expectations.run(frame, Path(path)).expectations
+    print(one.passed, "scipy.stats" in sys.modules)
+import scipy
+print(type(scipy.stats).__name__)"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[:3] == ["True False", "True True", "module"], done.stderr
+
+
 def test_every_row_is_evaluated_and_the_table_is_not_changed(tmp_path: Path) -> None:
     frame = expectations.table([record(f"kite {i}", "{}" if i else "no") for i in range(150_000)])
     before = frame.copy(deep=True)
@@ -159,7 +183,7 @@ def test_one_check_counts_the_failed_and_blocks_if_one_is_critical(tmp_path: Pat
     short = expect("expect_column_max_to_be_between", "info", "Short.", column="prompt_words", max_value=2)
 
     def checked(*entries: Any) -> Any:
-        return expectations.check(expectations.run(frame, suite(tmp_path, *entries)), places=["a:0", "a:1", "b:0", "a:2"])
+        return expectations.check(expectations.run(frame, suite(tmp_path, *entries)), places={0: "a:0", 1: "a:1", 2: "b:0", 3: "a:2"})
 
     failed = checked(holds, short, latin, many)
     assert (failed.name, failed.passed, failed.severity, failed.blocking, failed.count) == ("expectations", False, "error", True, 3)

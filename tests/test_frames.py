@@ -13,6 +13,8 @@ import pytest
 
 from dagster_project.core import frames
 from dagster_project.core.errors import InputError
+from dagster_project.core.records import IGNORED, ledger_line, write_ledger, write_records
+from dagster_project.core.stored_rows import decode
 from dagster_project.lineage import tables
 from dagster_project.lineage.search import Pattern, normalized
 
@@ -52,6 +54,33 @@ def test_a_column_of_nulls_has_the_type_of_this_project_and_others_are_refused(t
         tables.read(path, ["step"])
     with pytest.raises(InputError, match=r"t\.parquet: damaged.*no column epoch"):
         tables.read(path, ["epoch"])
+
+
+@pytest.mark.parametrize("kind", ["plain", "ignored", "tools"])
+def test_records_are_placed_by_their_ledger(kind: str, tmp_path: Path) -> None:
+    texts = ["Hi", "caf\u00e9 \U0001f600", 'a "quote"\n\x00\u2028', ""]
+    records = [
+        {
+            "example_id": f"{i:032x}", "source": "a.jsonl", "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Ho"}],
+            **({"tools": [{"name": "find"}]} if kind == "tools" and i == 1 else {}), "category": None, "group_id": None, "meta": "{}",
+        }
+        for i, text in enumerate(texts * 100)
+    ]  # fmt: skip
+    names = [["images", "x"] if kind == "ignored" and i == 3 else [] for i in range(len(records))]
+    write_records(tmp_path, records)
+    lines = [
+        {**ledger_line(record, 2 * i, "read", IGNORED + ", ".join(ignored) if ignored else "")}
+        for i, (record, ignored) in enumerate(zip(records, names, strict=True))
+    ]
+    write_ledger(tmp_path, lines, repaired=False)
+    expected = [
+        {"source_row": 2 * i, **record, **({"ignored": ignored} if ignored else {})}
+        for i, (record, ignored) in enumerate(zip(records, names, strict=True))
+    ]
+    assert [*map(decode, frames.placed_records(tmp_path))] == expected
+    write_ledger(tmp_path, [*lines, lines[-1]], repaired=False)
+    with pytest.raises(ValueError, match="400 records, and 401 lines"):
+        list(frames.placed_records(tmp_path))
 
 
 def test_damage_is_a_value_error_or_reads_as_arrow_does(tmp_path: Path) -> None:

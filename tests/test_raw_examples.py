@@ -12,6 +12,7 @@ import pytest
 from builders.files import jsonl
 from builders.layouts import LAYOUT_ROWS
 
+from dagster_project.core import frames
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
 from dagster_project.core.records import Report, read_ledger, read_records
@@ -99,6 +100,18 @@ def test_the_same_sources_give_the_same_bytes(root: Path) -> None:
 def test_a_limit_applies_to_each_source(root: Path) -> None:
     report = read(root, "data/sources/a.jsonl", "data/sources/mine", limit=1)
     assert [source["rows"] for source in report.metrics["sources"].values()] == [1, 1]
+
+
+def test_columns_of_a_set_are_those_that_its_rows_within_the_limit_need(root: Path) -> None:
+    traced = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "reasoning_content": "Hm."}]}
+    jsonl(root / "data/sources/a.jsonl", {"messages": traced["messages"][:1]}, {**traced, "weight": 2}, {"messages": [], "source_row": 7})
+    columns = []
+    for limit in (1, 2, 3):
+        read(root, "data/sources/a.jsonl", limit=limit, max_malformed=1.0)
+        columns.append("tools" in frames.read_schema(root / "out/records-00000.parquet"))
+    assert columns == [False, True, True]
+    assert [row["source_row"] for row in read_ledger(root / "out")] == [0, 1, 2]
+    assert [row["why"] for row in read_ledger(root / "out")] == ["", "ignored: weight", ""]
 
 
 def test_the_split_of_a_source_labels_its_rows(root: Path) -> None:
@@ -280,7 +293,7 @@ def test_fields_that_are_not_used_are_a_check_a_line_of_the_ledger_and_a_finding
     asked, said = CHAT["messages"]
     jsonl(root / "data/sources/a.jsonl", CHAT, {"messages": [asked, {**said, "id": 7, "note": None}]}, {**CHAT, "loss": 0.3, "images": []})
     report = read(root, "data/sources/a.jsonl")
-    (check,) = report.checks
+    check, _ = report.checks
     assert (check.name, check.passed, check.severity, check.count, check.blocking) == ("ignored_fields", False, "warn", 2, False)
     assert (check.rows, check.note) == (["data/sources/a.jsonl:1", "data/sources/a.jsonl:2"], "messages[].id 1, loss 1")
     assert [row["why"] for row in read_ledger(root / "out")] == ["", "ignored: messages[].id", "ignored: loss"]
@@ -290,7 +303,7 @@ def test_fields_that_are_not_used_are_a_check_a_line_of_the_ledger_and_a_finding
         assert (found["severity"], found["rows"], found["note"]) == ("warn", [1, 2], "messages[].id 1, loss 1")
         assert document.get("fields", fields_of(report)) == fields_of(report)
     jsonl(root / "data/sources/a.jsonl", {"messages": [asked, {**said, "id": 7}]})
-    assert [check.severity for check in read(root, "data/sources/a.jsonl").checks] == ["info"], "an id changes nothing that is trained"
+    assert read(root, "data/sources/a.jsonl").checks[0].severity == "info", "an id changes nothing that is trained"
 
 
 def test_names_of_fields_in_a_report_are_few_and_short(root: Path) -> None:

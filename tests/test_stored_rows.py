@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import polars as pl
 import psutil
 import pytest
 from conftest import ROOT
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from dagster_project.core import workers
 from dagster_project.core.errors import PedigreeError
-from dagster_project.core.stored_rows import BLOCK, Chained, Selected, StoredRows, Texts, encode
+from dagster_project.core.stored_rows import BLOCK, Chained, Selected, StoredRows, Texts, decode, encode, encode_finite, encoded
 from dagster_project.core.workers import AHEAD, LocalProcesses, ThisProcess
 
 texts = st.text(st.characters(), max_size=20)  # unpaired surrogates included
@@ -42,6 +44,31 @@ def test_stored_rows_are_a_list(plain: list[dict[str, object]], start: int, stop
         else:
             with pytest.raises(IndexError):
                 stored[i]
+
+
+@given(rows)
+def test_rows_are_decoded_as_json_does(plain: list[dict[str, object]]) -> None:
+    for row in plain:
+        assert repr(decode(encode(row))) == repr(json.loads(json.dumps(row))), "types of numbers included"
+        if "Infinity" not in json.dumps(row):
+            assert repr(decode(encode_finite(row))) == repr(decode(encode(row)))
+
+
+paired = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**40), paired, paired | st.none(), st.lists(st.tuples(paired, paired), max_size=3)), max_size=5))
+def test_rows_of_a_table_are_encoded_as_their_values(given_rows: list[tuple[int, str, str | None, list[tuple[str, str]]]]) -> None:
+    named = [
+        {"source_row": number, "meta": meta, "category": category, "messages": [{"role": role, "content": text} for role, text in turns]}
+        for number, meta, category, turns in given_rows
+    ]
+    message = pl.Struct({"role": pl.String, "content": pl.String})
+    schema = {"source_row": pl.Int64, "meta": pl.String, "category": pl.String, "messages": pl.List(message)}
+    lines = encoded(pl.DataFrame(named, schema))
+    assert [*map(decode, lines)] == named and [list(decode(line)) for line in lines] == [list(row) for row in named]
+    plain = [i for i, row in enumerate(named) if encode(row).decode() == json.dumps(row, ensure_ascii=False, separators=(",", ":"))]
+    assert [lines[i] for i in plain if b"\\" not in lines[i]] == [encode(named[i]) for i in plain if b"\\" not in lines[i]]
 
 
 def test_rows_can_be_added_between_reads(tmp_path: Path) -> None:

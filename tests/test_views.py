@@ -135,7 +135,11 @@ def quality(text: Text, tmp_path: Path) -> str:
         "previous": text("HEAD"), "rows": {}, "examples": {kind: [entry] for kind in ("added", "removed", "changed")},
         "findings": {kind: [{"check": text("pii"), "count": 1, "before": 1, "after": 2}] for kind in ("new", "gone", "changed")},
     }  # fmt: skip
-    return data_quality_page(found, changes)
+    reading = {
+        "sources": {text("a"): {"rows": 1, "license": text("MIT"), "declared": declared(text)}}, "use_policy": {},
+        "checks": {"use_policy": {"passed": False, "note": text("no"), "violations": [violation(text)]}},
+    }  # fmt: skip
+    return data_quality_page(found, changes, reading=reading)
 
 
 def training(text: Text, tmp_path: Path) -> str:
@@ -191,12 +195,21 @@ def comparison(text: Text, tmp_path: Path) -> str:
     return comparison_page(document, [Sample(text("prompt"), text("reference"), text("category"), answers)], {})
 
 
+def declared(text: Text) -> dict[str, Any]:
+    return {"category": "public", "collected": {"from": text("2024")}, "generator": text("model"), "purposes": [text("one"), text("two")]}
+
+
+def violation(text: Text) -> dict[str, Any]:
+    return {"source": text("a"), "rows": 3, "rule": "licenses", "why": text("license MIT is not allowed")}
+
+
 def lineage(text: Text, tmp_path: Path) -> str:
     source = {
         "rows": 1,
         "format": text("alpaca"),
         "license": text("MIT"),
         "origin": text("web"),
+        "declared": declared(text),
         "outcomes": {text("kept"): {text("kept"): 1}},
     }
     check = {"passed": False, "severity": text("error"), "count": 1, "note": text("note")}
@@ -213,6 +226,9 @@ def lineage(text: Text, tmp_path: Path) -> str:
         "code": {"commit": None, "after": text("abc"), "files": {text("a.py"): text("abc")}}, "environment": {text("torch"): text("2")},
         "base_model": {"origin": text("hub"), "license": text("MIT"), "sha256": {"model.safetensors": text("abc")}},
         "chat_template": {"name": text("chatml"), "sha256": text("abc")},
+    }  # fmt: skip
+    found["use_policy"] = {
+        "policy": {"as_of": text("2026-01-01")}, "violations": [violation(text)], "waiver": {"expires": text("2027"), "reason": text("why")}
     }  # fmt: skip
     record = {"example_id": text("abc"), "source": text("a.json"), "source_row": 1, "model": text("adapter"), "steps": [1], "epochs": [1]}
     return lineage_page(found, [record])

@@ -25,6 +25,7 @@ from dagster_project.commands.upgrade import RESULTS
 from dagster_project.core.params import Section
 from dagster_project.curation.checks.checks import CHECKS, Rules
 from dagster_project.curation.checks.row_checks import ROW_CHECKS
+from dagster_project.curation.sources.declarations import Declared
 from dagster_project.lineage.code_lock import TEMPLATE
 from dagster_project.pipeline import PEDIGREE, STAGES, VARIANTS_OF, sections
 from dagster_project.training.methods.build import OWN
@@ -102,6 +103,9 @@ def params_schema() -> Schema:
     root["properties"]["adapter"]["minProperties"] = 1
     for model in sections().values():
         _inherited_last(model, definitions[_name_of(model, definitions)])
+    for name in {_name_of(model, definitions) for model in _subclasses(Declared)} & definitions.keys():
+        keys = definitions[name]["properties"]
+        definitions[name]["properties"] = {key: keys[key] for key in sorted(keys, key=lambda key: key in Declared.model_fields)}
     for name, (key, by_method) in METHOD_KEYS.items():
         _definition(root["properties"][name]["additionalProperties"], definitions)["allOf"] = [
             {

@@ -19,8 +19,6 @@ from dagster_project.core import faults
 from dagster_project.core.errors import InputError, Interrupted, PedigreeError
 
 INTERRUPTED = "interrupted; nothing was recorded"
-INNER = "PEDIGREE_INNER_COMMAND"
-"""Environment variable of a command that another one has started: that one prints the line."""
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
 

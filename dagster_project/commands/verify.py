@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands import elsewhere
-from dagster_project.commands.ending import INNER
 from dagster_project.commands.outputs import Outputs, ancestors
 from dagster_project.core import params
-from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.errors import INNER, CheckFailed, InputError
 from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.layout import RECORD_KEY, REPORTS, is_code, report_of

@@ -20,12 +20,11 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from dagster_project.commands.ending import INNER
 from dagster_project.commands.installer import install, paths_of_packages
 from dagster_project.commands.outputs import ancestors
 from dagster_project.commands.requirements import Wheel, versions_in
 from dagster_project.core.documents import damage, restoring
-from dagster_project.core.errors import InputError
+from dagster_project.core.errors import INNER, InputError
 from dagster_project.core.layout import report_of
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import Revision, resolve

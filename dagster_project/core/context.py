@@ -210,6 +210,9 @@ class Pipeline:
     """Draws a stage's pages from its documents (views/render.py)."""
     floating_point: frozenset[str] = frozenset()
     """Stages that compute with floating-point numbers. Their reports record the machine (orchestration/machine.py)."""
+    rests_on_all: Mapping[str, str] = field(default_factory=dict)
+    """Stage -> key of params.yaml. If the key is given, the stage runs only if every stage upstream is up to date, because it judges the
+    reports of all of them."""
 
     def split_address(self, address: str) -> tuple[str, str | None]:
         """ "adapter@lora" -> ("adapter", "lora").

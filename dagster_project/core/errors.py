@@ -4,6 +4,9 @@ from __future__ import annotations
 
 LONGEST = 20_000
 """Characters of a message that are shown, whatever it quotes."""
+INNER = "PEDIGREE_INNER_COMMAND"
+"""Environment variable of a command that another one has started, e.g. of a stage in the scratch copy of `verify`: that one prints the
+last line of an interruption."""
 
 
 class PedigreeError(Exception):

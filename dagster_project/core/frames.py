@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dagster_project.core.records import LEDGER, loaded, uncollected, with_source_rows
+from dagster_project.core.records import IGNORED, LEDGER, ignored_in, loaded, uncollected, with_source_rows
+from dagster_project.core.stored_rows import encode, encoded
 
 if TYPE_CHECKING:
     import polars as pl
@@ -61,6 +62,29 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """As `records.read_records`. Raises as `read_frame`."""
     return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_rows(shard)]
+
+
+def placed_records(folder: Path) -> Iterator[bytes]:
+    """The output of `raw_examples`: each record with its `source_row` and the `ignored` fields that its ledger lists, as `stored_rows` encodes it.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is damaged, or the ledger has other rows.
+    """
+    import polars as pl
+
+    ledger, start = read_frame(folder / LEDGER, ["source_row", "why"]), 0
+    for shard in sorted(folder.glob("records-*.parquet")):
+        records = read_frame(shard)
+        lines = ledger[start : start + len(records)]
+        start += len(records)
+        if "tools" in records.columns or lines["why"].str.starts_with(IGNORED).any():
+            placed = zip(records.iter_rows(named=True), lines.iter_rows(named=True), strict=True)
+            yield from (encode({"source_row": line["source_row"], **loaded(record), **ignored_in(line)}) for record, line in placed)
+        else:
+            yield from encoded(pl.concat([lines.select("source_row"), records], how="horizontal", strict=True))
+    if start != len(ledger):
+        raise ValueError(f"{folder}: {start} records, and {len(ledger)} lines in the ledger")
 
 
 @uncollected

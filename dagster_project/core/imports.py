@@ -6,6 +6,10 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
 
 @contextmanager
@@ -42,3 +46,25 @@ def hidden(*names: str) -> Iterator[None]:
     finally:
         for name in added:
             sys.modules.pop(name, None)
+
+
+class _Deferred(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self.__name__), name)
+
+
+@contextmanager
+def deferred(package: str, name: str) -> Iterator[None]:
+    """While open, `from package import name` gives a module that is imported when it is first used. Nothing is changed if it was imported before, or
+    if there is no such package."""
+    full = f"{package}.{name}"
+    if full in sys.modules or find_spec(package) is None:
+        yield
+        return
+    within = import_module(package).__dict__
+    within[name] = stand_in = _Deferred(full)
+    try:
+        yield
+    finally:
+        if within.get(name) is stand_in:  # otherwise it was imported meanwhile
+            del within[name]

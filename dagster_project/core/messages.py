@@ -23,6 +23,8 @@ Tools = Sequence[Mapping[str, Any]] | None
 FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name", "weight")
 """Optional keys of a message, in their order."""
 
+_FIELDS = frozenset(FIELDS)
+
 JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 """Keeps the order of keys, because a chat template writes arguments in their order."""
 
@@ -38,7 +40,7 @@ class Call(NamedTuple):
 
 def is_plain(messages: Messages) -> bool:
     """Whether no message has any of the optional keys."""
-    return not any(field in message for message in messages for field in FIELDS)
+    return all(map(_FIELDS.isdisjoint, messages))
 
 
 def is_trained(message: Mapping[str, Any]) -> bool:
@@ -74,7 +76,7 @@ def identity_parts(messages: Messages, tools: Tools = None) -> list[Any]:
     """
     parts: list[Any] = []
     for message in messages:
-        more = {field: message[field] for field in FIELDS if field in message}
+        more = {} if _FIELDS.isdisjoint(message) else {field: message[field] for field in FIELDS if field in message}
         parts.append([message["role"], message["content"], *([more] if more else [])])
     return [*parts, {"tools": list(tools)}] if tools else parts
 

@@ -15,6 +15,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
+import orjson
+
 from dagster_project.core import messages as message_fields
 from dagster_project.core import workers
 from dagster_project.core.chat import is_text
@@ -117,8 +119,21 @@ def example_id(messages: Messages, tools: Tools = None, plain_text: bool = False
     parts = message_fields.identity_parts(messages, tools)
     if not plain_text and [message["role"] for message in messages] == ["assistant"]:
         parts.append({"kind": "conversation"})
-    canonical = CANONICAL.encode(parts)
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return hashlib.sha256(_canonical(parts, is_plain=not tools and message_fields.is_plain(messages))).hexdigest()[:32]
+
+
+def _canonical(parts: list[Any], is_plain: bool) -> bytes:
+    """Canonical JSON in UTF-8.
+
+    Args:
+        is_plain: whether all values are texts, which orjson writes as `CANONICAL` does.
+    """
+    if is_plain:
+        try:
+            return orjson.dumps(parts)
+        except orjson.JSONEncodeError:  # an unpaired surrogate
+            pass
+    return CANONICAL.encode(parts).encode("utf-8", "surrogatepass")
 
 
 def pair_id(prompt: Messages, chosen: Messages, rejected: Messages, tools: Tools = None) -> str:
@@ -201,15 +216,16 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 @uncollected
-def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None) -> None:
+def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None, rich: bool | None = None) -> None:
     """Write a data set to a folder of shards, records-00000.parquet and so on, in the given order. Default schema: the canonical record.
 
     Args:
-        rows: read twice from the start; only one shard of them is kept in memory.
+        rows: only one shard of them is kept in memory.
+        rich: whether any of them `is_rich`; None: look at all of them before they are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     schema = schema or record_schema()
-    rich = any(is_rich(row) for row in rows)
+    rich = any(is_rich(row) for row in rows) if rich is None else rich
     schema = rich_schema(schema) if rich else schema
     for number, shard in enumerate(_shards(rows, lambda row: row["example_id"]) if len(rows) else [[]]):
         write_table(_shard_path(folder, number), [_stored(row) for row in shard] if rich else shard, schema)
@@ -453,6 +469,8 @@ class CheckResult:
     """Rows that violated it and were repaired and kept."""
     matches: list[dict[str, Any]] = field(default_factory=list)
     """The first overlaps, each with both texts (curation/checks/findings.py)."""
+    violations: list[dict[str, Any]] = field(default_factory=list)
+    """Violated rules of the use policy: source, rows, rule and why (curation/sources/use_policy.py)."""
 
 
 @dataclass

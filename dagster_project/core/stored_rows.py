@@ -13,8 +13,11 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, overload
 
+import orjson
+
 if TYPE_CHECKING:
     import numpy as np
+    import polars as pl
 
 BLOCK = 8192
 """Rows in one item for `Workers`."""
@@ -90,6 +93,7 @@ class StoredRows(Sequence[dict[str, Any]]):
         """Args:
         folder: for the scratch file; None: the folder for temporary files.
         """
+        self.folder = folder
         self._lines = Scratch(folder)
         self.extend(rows)
 
@@ -181,13 +185,43 @@ ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def encode(row: dict[str, Any]) -> bytes:
-    """JSON in ASCII, which can represent unpaired surrogates."""
-    return ENCODER.encode(row).encode()
+    """JSON in ASCII, which can represent unpaired surrogates. It ends with a space if orjson cannot represent the row: the largest integers, which it
+    would read as floats."""
+    line = ENCODER.encode(row).encode()
+    try:
+        orjson.dumps(row)
+    except orjson.JSONEncodeError:
+        return line + b" "
+    return line
+
+
+def encode_finite(row: dict[str, Any]) -> bytes:
+    """As `encode`, in a fifth of the time, of a row without infinite numbers. Text is not escaped."""
+    try:
+        return orjson.dumps(row)
+    except orjson.JSONEncodeError:
+        return encode(row)
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    row: dict[str, Any] = json.loads(line.decode("ascii"))  # json.loads would detect the encoding of bytes
+    row: dict[str, Any]
+    if not line.endswith(b" "):
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:  # infinity, or an unpaired surrogate
+            pass
+        else:
+            return row
+    row = json.loads(line.decode())  # json.loads would detect the encoding of bytes
     return row
+
+
+def encoded(table: pl.DataFrame) -> list[bytes]:
+    """As `encode` of each row of a table of texts, integers and lists and objects of them, without Python objects for the values. Text is not
+    escaped."""
+    import polars as pl
+
+    return [line.encode() for line in table.select(pl.struct(pl.all()).struct.json_encode()).to_series().to_list()]
 
 
 class Selected(Sequence[dict[str, Any]]):
@@ -226,10 +260,16 @@ class Selected(Sequence[dict[str, Any]]):
         )
         return map(self._change, self._indices, rows) if self._change else rows
 
+    @property
+    def stored(self) -> tuple[StoredRows, Sequence[int] | np.ndarray] | None:
+        """The rows and indices, if they are stored and not changed."""
+        return (self._rows, self._indices) if isinstance(self._rows, StoredRows) and not self._change else None
+
     def blocks(self) -> Iterator[list[bytes]]:
         """As `StoredRows.blocks`."""
-        if isinstance(self._rows, StoredRows) and not self._change:
-            yield from self._rows.blocks_at(self._indices)
+        if self.stored:
+            rows, indices = self.stored
+            yield from rows.blocks_at(indices)
         else:
             for start in range(0, len(self), BLOCK):
                 yield [encode(row) for row in self[start : start + BLOCK]]
@@ -258,7 +298,7 @@ class Texts(Sequence[str]):
 class SelectedTexts(Sequence[str]):
     """Some texts of a sequence, read when they are used."""
 
-    def __init__(self, texts: Sequence[str], indices: Sequence[int]) -> None:
+    def __init__(self, texts: Sequence[str], indices: Sequence[int] | np.ndarray) -> None:
         self._texts, self._indices = texts, indices
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
+from dagster_project.curation.sources import use_policy
+from dagster_project.curation.sources.declarations import NAMES, UNKNOWN, declared_of, with_unknown
 from dagster_project.lineage import code_lock, tables
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists, refuse_lost_entries
@@ -185,15 +188,19 @@ def audit(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:
     return document(find(Index(root), model, rev))
 
 
-def document(subject: Subject) -> dict[str, Any]:
+def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     """The lineage of one output.
 
+    Args:
+        as_of: the day for which the use policy is judged, instead of its own.
     Returns:
-        "model"; "sources" of rows with sha256, rows, license and row outcomes; "other_files" that contributed; "base_model"; "stages" in flow order,
+        "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "other_files" that contributed; "base_model"; "stages" in flow order,
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "records" it was
-        trained on; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "waivers"; "chat_template"; "code" with commit and file hashes,
+        trained on; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,
         also per stage; "environment"; "machine" of each stage that records one; "metrics"; "missing" outputs that leave something unknown;
         "shallow".
+    Raises:
+        InputError: `as_of` is given, and the model has no use policy.
     """
     index, run, upstream = subject.index, subject.run, subject.upstream
     reports = {stage: index.report(stage) for stage in upstream}
@@ -208,6 +215,10 @@ def document(subject: Subject) -> dict[str, Any]:
     made_from = {stage: reports[stage] for stage in contributing}
     watched_sources = _sources(index, {stage: reports[stage] for stage in watched}, names)
     sources = _sources(index, made_from, names)
+    waivers = [waiver for value in parameters.values() if isinstance(value, dict) for waiver in value.get("waivers") or []]
+    judged = use_policy.judged([*made_from.values()], waivers, as_of)
+    if as_of and not judged:
+        raise InputError(f"{run.address}: its data was read without a use policy", "set raw_examples.use_policy and run `dvc repro`")
     own_names = {(stage.path, stage.md5): names[stage.path, stage.md5] for stage in contributing}
     return {
         "model": {"stage": run.address, "path": run.path, "md5": run.md5},
@@ -226,7 +237,8 @@ def document(subject: Subject) -> dict[str, Any]:
             {"stage": stage.address, "path": stage.path, "md5": stage.md5, **_commit_facts(index, stage)} for stage in subject.models[:-1]
         ],
         "parameters": parameters,
-        "waivers": [waiver for value in parameters.values() if isinstance(value, dict) for waiver in value.get("waivers") or []],
+        "waivers": waivers,
+        **judged,
         "chat_template": next((r["template"] for r in reversed(made_from.values()) if "template" in r), None),
         "code": _code(subject),
         "environment": next((r["environment"] for r in reversed(made_from.values()) if "environment" in r), {}),
@@ -252,7 +264,7 @@ def _sources(
 ) -> dict[str, dict[str, Any]]:
     """The sources that reports name, with the outcomes of their rows in every stage."""
     ledgers = {stage: _ledger_counts(index, stage) for stage in reports if not stage.is_model}
-    sources = {name: with_license(facts) for report in reports.values() for name, facts in report.get("sources", {}).items()}
+    sources = {name: with_unknown(facts, name) for report in reports.values() for name, facts in report.get("sources", {}).items()}
     for name, facts in sources.items():
         facts["outcomes"] = {
             names[stage.path, stage.md5]: counts
@@ -293,7 +305,7 @@ def _code(subject: Subject) -> dict[str, Any]:
     """The code behind a run, stage by stage, and whether the commit that first recorded the run of each stage contains its code.
 
     Returns:
-        {"commit": the first that records this run of the model, "lineage_at": the first that also records all runs that it was made from, "clean", "files": {path: md5} as in `code_in`, "stages": {address: {"commit", "clean"}}}. Where
+        {"commit": the first that records this run of the model, "lineage_at": the first that also records all stages before it (None: no commit does), "clean", "files": {path: md5} as in `code_in`, "stages": {address: {"commit", "clean"}}}. Where
         applicable also "differs" (paths with other content in the commit of their stage, also per stage), "uncommitted" (stages whose run no commit
         contains), "same_bytes_at" (an earlier commit, in which another run gave the same bytes), "after" (the commit that uncommitted work is based
         on), and "package" (`code_lock.compare`), if the package is installed and not part of the project.
@@ -315,7 +327,7 @@ def _code(subject: Subject) -> dict[str, Any]:
     uncommitted = [name for name, stage in stages.items() if stage["commit"] is None]
     return {
         **_commit_facts(index, run),
-        "lineage_at": run.commit,
+        "lineage_at": index.first_commit_with_all(order),
         "clean": all(stage["clean"] for stage in stages.values()),
         **({"differs": differs} if differs else {}),
         **({"uncommitted": uncommitted, "after": commit_of(index.root, "HEAD")} if uncommitted else {}),
@@ -563,6 +575,7 @@ def as_text(audited: dict[str, Any]) -> str:
         lines += ["", "compared with it or only watched: nothing was learned from these", *_sources_text(watched["sources"])]
         lines += _other_files_text(watched["other_files"])
         lines += [_stage_text(name, stage) for name, stage in watched["stages"].items()]
+    lines += [f"use policy {line}" for line in use_policy.lines(audited.get(use_policy.NAME))]
     lines += [f"waived     {json.dumps(waiver, ensure_ascii=False)}" for waiver in audited["waivers"]]
     lines += ["", "parameters"]
     lines += [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in audited["parameters"].items()]
@@ -579,9 +592,17 @@ def _sources_text(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for path, source in sources.items():
         origin = f", {source['origin']}" if source.get("origin") else ""
         lines.append(f"  {path}  {source['rows']} rows, {source['format']}, {source['license']}{origin}, sha256 {source['sha256'][:16]}")
+        lines.append(f"    {_declared_text(declared_of(source, path).shown)}")
         if flow := "; ".join(f"{stage}: {_counts_text(outcomes)}" for stage, outcomes in source["outcomes"].items()):
             lines.append(f"    {flow}")
     return lines
+
+
+def _declared_text(shown: Mapping[str, str]) -> str:
+    """What is declared of a source, then what is unknown."""
+    known = [f"{NAMES[field]} {value}" for field, value in shown.items() if value != UNKNOWN]
+    unknown = [NAMES[field] for field, value in shown.items() if value == UNKNOWN]
+    return "; ".join([*known, *([f"unknown: {', '.join(unknown)}"] if unknown else [])])
 
 
 def _other_files_text(files: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -337,6 +337,12 @@ class RunIndex(Database):
     def first_commit(self, run: StageRun) -> str | None:
         """The first commit whose dvc.lock contains the run's entry, whatever its lineage; None if no commit does."""
         return self._first_commits.get(run.entry.id)
+
+    def first_commit_with_all(self, runs: Iterable[StageRun]) -> str | None:
+        """The first commit whose dvc.lock contains the entries of all these runs; None if no commit does."""
+        common = set.intersection(*(run.locks for run in runs))
+        commits = (self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in common))
+        return next((commit for commit in commits if commit), None)
 
     def lock_entry(self, run: StageRun) -> dict[str, Any]:
         """The complete entry of dvc.lock; empty if nothing records the run."""

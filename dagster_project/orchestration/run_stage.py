@@ -11,7 +11,7 @@ from typing import Any
 
 from dagster_project.core import faults, params
 from dagster_project.core.context import StageContext
-from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
+from dagster_project.core.errors import INNER, Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.records import remove, write_json
@@ -19,6 +19,7 @@ from dagster_project.core.text import visible
 from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, Workers
 from dagster_project.execution import VARIABLE, WORKER, placement
 from dagster_project.lineage import code_lock
+from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import refuse_lost_entries
 from dagster_project.orchestration import dvc, integrity, locks, processes
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
@@ -62,6 +63,8 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
                 before = _verified_inputs(root, address)  # before any of these files is read
                 # the driver of a worker has validated them, and the worker has only the sources that this stage reads
                 values = params.read(root) if os.environ.get(VARIABLE) == WORKER else pipeline.validate(root)
+            if (key := pipeline.rests_on_all.get(stage)) and value_at(values, key) is not None and not _is_inner():
+                _refuse_outdated(root, address)
             executor = executor or _executor(values, address, pipeline)
             names = tuple(pipeline.stages)
             ctx = StageContext(
@@ -139,6 +142,31 @@ def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
         refuse_lost_entries(root)
         raise CheckFailed("\n".join(f"{address}: {what}" for what, _ in before.conflicts), before.conflicts[0][1])
     return before.now
+
+
+def _is_inner() -> bool:
+    """Whether this is a worker, whose driver has compared all stages, or the scratch copy of `verify`, which has only the inputs of its stage."""
+    return os.environ.get(VARIABLE) == WORKER or INNER in os.environ
+
+
+def _refuse_outdated(root: Path, address: str) -> None:
+    """Raises:
+    CheckFailed: a stage upstream is not up to date: what the stage reads may have been made from other data than reports state.
+    """
+    states = dvc.read_stages(root)
+    upstream, pending = {address}, [address]
+    while pending:
+        new = {i.producer for i in states[pending.pop()].inputs if i.producer} - upstream
+        upstream |= new
+        pending += new
+    outdated = [f"{name}: {'; '.join(states[name].changed)}" for name in states if name in upstream - {address} and states[name].changed]
+    if outdated:
+        raise CheckFailed(
+            "\n".join(
+                [f"{address} judges the use policy by the reports of all stages before it, and these are not up to date:", *outdated]
+            ),
+            f"run `dvc repro {address}`, without --single-item",
+        )
 
 
 def _pass_gate(root: Path, ctx: StageContext, result: StageResult) -> Mapping[str, Any]:

@@ -3,20 +3,19 @@ with its reason."""
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.frames import placed_records
 from dagster_project.core.params import inside
 from dagster_project.core.records import (
     CheckResult,
     Report,
-    ignored_in,
-    iter_ledger,
-    iter_records,
     iter_table,
     uncollected,
     write_json,
@@ -30,6 +29,9 @@ from dagster_project.curation.checks.review import read_decisions, refuse_missin
 from dagster_project.curation.checks.token_counts import tokens_of
 from dagster_project.curation.sources.benchmarks import read_items
 from dagster_project.curation.sources.reading import locate
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CHECK_DESCRIPTIONS = {**{name: check.description for name, check in checks_of("examples").items()}, "expectations": expectations.TRUTH}
 """The checks of this stage -> their descriptions."""
@@ -74,11 +76,12 @@ def produce(
     """
     held_out = [item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)]
     decisions = read_decisions(inside(root, params.review, "instructions.review")) if params.review else []
-    placed = zip(iter_records(raw_examples), iter_ledger(raw_examples), strict=True)
-    records = StoredRows(({"source_row": entry["source_row"], **record, **ignored_in(entry)} for record, entry in placed), out.parent)
+    records = StoredRows(folder=out.parent)
+    for line in placed_records(raw_examples):
+        records.append_encoded(line)
 
     judged = judge(records, held_out, params, tokens_of(base_model), decisions)
-    left = [i for i, reason in enumerate(judged.reason) if reason is None]
+    left = array("q", (i for i, reason in enumerate(judged.reason) if reason is None))
     kept = Selected(judged.records, left, partial(_grouped, judged))
     checks = [findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()]
     if params.expectations is None or not len(kept):
@@ -89,11 +92,11 @@ def produce(
             expectations.table(Selected(judged.records, left), _groups(judged, left), read=len(records)), suite,
             pages / "data_docs" if params.data_docs else None, params.expectations,
         )  # fmt: skip
-        places = [findings.place(record) for record in kept]
+        places = {i: findings.place(kept[i]) for one in outcome.expectations for i in one.rows}
         checks.append(expectations.check(outcome, places))
         write_json(pages / "expectations.json", expectations.document(outcome, places))
 
-    write_records(out, kept)
+    write_records(out, kept, rich=any(judged.reason[i] is None for i in judged.rich))
     write_ledger(out, _ledger(judged), repaired=any(judged.repaired.values()))
     account.write_account("instructions", judged, held_out, out, pages, previous, partial(_read_kept, out.parent))
 
@@ -119,12 +122,14 @@ def _grouped(judged: Judgement, i: int, record: dict[str, Any]) -> dict[str, Any
     return {**record, "group_id": record["example_id"] if first == i else judged.records[first]["example_id"]}
 
 
-def _groups(judged: Judgement, rows: Sequence[int]) -> list[Any]:
-    """For each of some rows a value that it shares with those that get the same `group_id`."""
+def _groups(judged: Judgement, rows: Sequence[int]) -> np.ndarray:
+    """For each of some rows a number that it shares with those that get the same `group_id`."""
     import numpy as np
+    import polars as pl
 
     assert judged.identities is not None
-    return judged.identities[np.array(judged.cluster, np.int64)[np.array(rows, np.int64)]].rows()
+    identities = judged.identities[np.array(judged.cluster, np.int64)[np.array(rows, np.int64)]]
+    return identities.with_row_index("row").select(pl.col("row").first().over(identities.columns)).to_series().to_numpy()
 
 
 def _ledger(judged: Judgement) -> Iterator[dict[str, Any]]:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from dagster_project.core.context import StageContext, ValidationContext
-from dagster_project.core.records import READ, Report, ledger_line, uncollected, write_ledger, write_records
-from dagster_project.curation.sources import fields
+from dagster_project.core.records import (
+    READ,
+    Report,
+    StoredPart,
+    ledger_line,
+    record_schema,
+    uncollected,
+    write_ledger,
+    write_stored_records,
+)
+from dagster_project.curation.sources import fields, use_policy
 from dagster_project.curation.sources.reading import Reading, Source, locate_sources, read_sources
+from dagster_project.curation.sources.streaming import Records
+from dagster_project.curation.sources.use_policy import Policy
 
-CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION}
+CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION, use_policy.NAME: use_policy.DESCRIPTION}
 
 
 class Params(Reading):
@@ -21,6 +32,9 @@ class Params(Reading):
 
     sources: list[Source] = Field(min_length=1)
     """Files, folders, objects in S3 and data sets on the Hub, in order."""
+    use_policy: Policy | None = None
+    """What a release may rest on: judged here for these sources, as a warning, and by `release` for all that the model was made
+    from. null: anything."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -38,14 +52,20 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     Args:
         root: the project's folder; source paths are relative to it.
     """
-    rows, sources = read_sources(root, params.sources, params, "raw_examples", pairs=False, scratch=out.parent)
-    write_records(out, rows)
+    records, sources = read_sources(root, params.sources, params, "raw_examples", pairs=False, scratch=out.parent)
+    count = len(records)
+    write_stored_records(records.rows(), records.ids, record_schema(), [StoredPart(out, range(count), records.is_rich, {})])
     ignored = fields.IgnoredFields()
-    write_ledger(out, _ledger(rows, ignored), repaired=False)
-    return Report(rows_in=len(rows), rows_out=len(rows), metrics={"sources": sources}, checks=[ignored.check()])
+    write_ledger(out, _ledger(records, ignored), repaired=False)
+    policy, metrics = params.use_policy, {"sources": sources}
+    stated = {} if policy is None else {use_policy.NAME: policy.given}
+    judged = use_policy.check(None if policy is None else use_policy.judge(policy, [metrics]))
+    return Report(rows_in=count, rows_out=count, metrics={**metrics, **stated}, checks=[ignored.check(), judged])
 
 
-def _ledger(rows: Iterable[dict[str, Any]], ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:
-    for row in rows:
+def _ledger(records: Records, ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:
+    for number, ((source, source_row), identity) in enumerate(zip(records.places(), records.ids, strict=True)):
+        names = {"ignored": records.ignored[number]} if number in records.ignored else {}
+        row = {"source": source, "source_row": source_row, "example_id": identity, **names}
         ignored.add(row)
-        yield ledger_line(row, row["source_row"], READ, fields.why(row))
+        yield ledger_line(row, source_row, READ, fields.why(row))

@@ -36,8 +36,9 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     Args:
         root: the project's folder; source paths are relative to it.
     """
-    pairs, sources = read_sources(root, params.sources, params, "raw_preferences", pairs=True, scratch=out.parent)
-    write_records(out, pairs, pair_schema())
+    records, sources = read_sources(root, params.sources, params, "raw_preferences", pairs=True, scratch=out.parent)
+    pairs = records.rows()
+    write_records(out, pairs, pair_schema(), records.is_rich)
     ignored = fields.IgnoredFields()
     write_ledger(out, _ledger(pairs, ignored))
     return Report(rows_in=len(pairs), rows_out=len(pairs), metrics={"sources": sources}, checks=[ignored.check()])

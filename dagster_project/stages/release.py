@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from dagster_project.core.records import CheckResult, Report, write_json, write_
 from dagster_project.core.rendering import render
 from dagster_project.core.text import NAMES
 from dagster_project.curation.checks.review import Exemption, check_waivers
+from dagster_project.curation.sources import use_policy
 from dagster_project.evaluation.comparison import FEWEST, gain
 from dagster_project.lineage.export.model_card import model_card
 from dagster_project.lineage.export.summary import from_reports
@@ -29,6 +30,7 @@ CHECK_DESCRIPTIONS = {
     "kept_its_knowledge": "Benchmark accuracy is at most `max_forgetting` below the base model's.",
     "test_is_unseen": "No example of the test split, nor a near-copy of one, was trained on.",
     "loads_in_transformers": "Plain transformers loads the folder from safetensors only, and its output equals the merged model's.",
+    use_policy.NAME: use_policy.DESCRIPTION,
     "own_key": "The key of published record ids is the project's own: the sample project's is public, and protects only the sample's own data.",
 }
 
@@ -46,7 +48,7 @@ PROBES = ("What is the capital of France?", "My parcel arrived damaged. What can
 class Waiver(Exemption):
     """An exemption of a check, with a reason."""
 
-    check: Literal["better_than_baselines", "kept_its_knowledge", "test_is_unseen", "loads_in_transformers"]
+    check: Literal["better_than_baselines", "kept_its_knowledge", "test_is_unseen", "loads_in_transformers", "use_policy"]
     """Name of the check."""
 
 
@@ -108,7 +110,8 @@ def produce(
         note = f"comparison recommends no variant: {recommended['why']} To release one anyway, name it in release.variant"
         return Report(checks=[CheckResult("better_than_baselines", passed=False, blocking=True, count=1, note=note)])
     shutil.copytree(merged[variant], out, ignore=shutil.ignore_patterns(TABLES), dirs_exist_ok=True)
-    provenance = from_reports("release", reports, variant)
+    waivers = [waiver.model_dump(mode="json") for waiver in params.waivers]
+    provenance = from_reports("release", reports, variant, waivers)
     compared = board["compared"][variant]
     outcomes = {
         "better_than_baselines": _better(board["shown"][0], compared, board["test"]),
@@ -116,14 +119,17 @@ def produce(
         "test_is_unseen": _unseen(board["test"]),
         "loads_in_transformers": _loads(out, merged[variant], compute),
     }
+    if verdict := provenance.get(use_policy.NAME):
+        outcomes[use_policy.NAME] = _keeps_to_policy(verdict)
     checks = [_as_check_result(name, outcome, params) for name, outcome in outcomes.items()]
+    checks += [] if verdict else [use_policy.check(None)]
     checks.append(_own_key(key, provenance["sources"]))
     names = [waiver.check for waiver in params.waivers]
     document = {
         "variant": variant,
         "recommended": recommended,
         "checks": {check.name: {"passed": check.passed, "note": check.note} for check in checks},
-        "waivers": [waiver.model_dump(mode="json") for waiver in params.waivers],
+        "waivers": waivers,
         "scores": board["scores"].get(variant, {}),
         "costs": board["costs"][variant],
         "files": {str(path.relative_to(out)): sha256_of_file(path) for path in sorted(out.rglob("*")) if path.is_file()},
@@ -164,6 +170,9 @@ class _CheckOutcome:
     passed: bool
     note: str
     remedy: str = ""
+    count: int = 1
+    violations: list[dict[str, Any]] = field(default_factory=list)
+    """Of the use policy."""
 
 
 def _as_check_result(name: str, outcome: _CheckOutcome, params: Params) -> CheckResult:
@@ -173,9 +182,11 @@ def _as_check_result(name: str, outcome: _CheckOutcome, params: Params) -> Check
     waiver = next((waiver for waiver in params.waivers if waiver.check == name), None)
     if waiver:
         note = f"{outcome.note}; waived until {waiver.expires}: {waiver.reason}"
-        return CheckResult(name, passed=False, severity="warn", count=1, waived=1, note=note)
+        return CheckResult(
+            name, passed=False, severity="warn", count=outcome.count, waived=outcome.count, note=note, violations=outcome.violations
+        )
     note = f"{outcome.note}; {outcome.remedy}, or waive the check in release.waivers"
-    return CheckResult(name, passed=False, blocking=True, count=1, note=note)
+    return CheckResult(name, passed=False, blocking=True, count=outcome.count, note=note, violations=outcome.violations)
 
 
 def _better(decides: str, compared: Mapping[str, Any], test: Mapping[str, int]) -> _CheckOutcome:
@@ -209,6 +220,15 @@ def _kept_knowledge(retention: Mapping[str, Any], max_forgetting: float) -> _Che
 def _unseen(test: Mapping[str, int]) -> _CheckOutcome:
     note = f"{test['seen']} of {test['examples']} test examples have a near-copy in what was trained on"
     return _CheckOutcome(test["examples"] > 0 and not test["seen"], note, "split again")
+
+
+def _keeps_to_policy(verdict: Mapping[str, Any]) -> _CheckOutcome:
+    """Args:
+    verdict: on the reports of the runs that the released model was made from.
+    """
+    violations = verdict["violations"]
+    remedy = "use other sources or another base model, or declare what is missing if it is true (docs/sources.md)"
+    return _CheckOutcome(not violations, use_policy.in_words(verdict), remedy, max(1, verdict["refused_rows"]), violations)
 
 
 def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:

@@ -20,19 +20,19 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Section, inside
 from dagster_project.core.records import (
+    LEDGER,
     CheckResult,
     Report,
     StoredPart,
     is_rich,
     iter_ledger,
-    iter_table,
+    loaded,
     record_schema,
-    subject_text,
     uncollected,
     write_ledger,
     write_stored_records,
 )
-from dagster_project.core.stored_rows import Selected, SelectedTexts, StoredRows, StoredTexts, encode
+from dagster_project.core.stored_rows import Selected, SelectedTexts, StoredRows, StoredTexts, encode, encoded
 from dagster_project.core.strings import StringIndex, Strings
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources.reading import locate
@@ -47,6 +47,7 @@ from dagster_project.curation.splitting.split import (
     find_copies,
     joined,
     renamed,
+    subject_texts,
     verify_splits,
 )
 
@@ -142,8 +143,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     if params.augment:
         held_out = SelectedTexts(read.texts, [i for name in SPLITS[1:] for i in rows[name]])
         added = augment(params.augment, seed, Selected(read.records, rows[TRAIN]), held_out, copies.index, paraphrases)
-    repaired = any(line.get("repaired") for line in _kept_lines(instructions))
-    write_ledger(out, _ledger(read, _kept_lines(instructions), dealt, rows[TRAIN], added), repaired)
+    write_ledger(out, _ledger(read, _kept_lines(instructions), dealt, rows[TRAIN], added), _repaired(instructions))
     known = StringIndex(read.ids)
     for _, _, record in added.rows:
         rows[TRAIN].append(len(read.records))
@@ -181,7 +181,9 @@ def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase]
         return [], {}
     path = inside(root, settings.paraphrases, "splits.augment.paraphrases")
     paraphrases = read_paraphrases(path)
-    facts = {"format": FORMAT, "rows": len(paraphrases), "sha256": sha256_of_file(path), "license": settings.license}
+    facts = {
+        "format": FORMAT, "rows": len(paraphrases), "sha256": sha256_of_file(path), "license": settings.license, **settings.given
+    }  # fmt: skip
     return paraphrases, {settings.paraphrases: facts}
 
 
@@ -231,20 +233,33 @@ def _read(params: Params, instructions: Path, scratch: Path) -> Rows:
 
 def _facts(params: Params, shard: bytes) -> list[Facts]:
     """The rows of a shard, given as the bytes of its file."""
+    import polars as pl
+    import pyarrow.parquet as pq
+
     stratify_by = "none" if params.by in {"source", "category"} else params.stratify_by
+    table = pq.read_table(io.BytesIO(shard))
+    if "tools" in table.column_names:
+        rows = [*map(loaded, table.to_pylist())]
+        lines, rich = [*map(encode, rows)], [*map(is_rich, rows)]
+    else:
+        frame = pl.from_arrow(table)
+        assert isinstance(frame, pl.DataFrame)
+        lines, rich = encoded(frame), [False] * len(table)
+    columns = {name: table[name].to_pylist() for name in ("example_id", "source", "category", "group_id", "meta")}
+    values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return [
         Facts(
-            encode(record),
-            subject_text(record["messages"]),
-            record["example_id"],
-            record["group_id"],
-            record["source"],
-            str(record[stratify_by]) if stratify_by != "none" else "",
-            _key(params, record),
-            _label(params, record),
-            is_rich(record),
+            line,
+            text,
+            row["example_id"],
+            row["group_id"],
+            row["source"],
+            str(row[stratify_by]) if stratify_by != "none" else "",
+            _key(params, row),
+            _label(params, row),
+            rich_row,
         )
-        for record in iter_table(io.BytesIO(shard))
+        for line, text, row, rich_row in zip(lines, subject_texts(table["messages"]), values, rich, strict=True)
     ]
 
 
@@ -286,6 +301,13 @@ def _text(value: Any) -> str | None:
 def _label(params: Params, record: dict[str, Any]) -> str | None:
     label = json.loads(record["meta"]).get("split") if params.keep_labels and '"split"' in record["meta"] else None
     return label if label in SPLITS else None
+
+
+def _repaired(instructions: Path) -> bool:
+    """Whether any of the kept rows was repaired."""
+    import pyarrow.parquet as pq
+
+    return "repaired" in pq.read_schema(instructions / LEDGER).names and any(line.get("repaired") for line in _kept_lines(instructions))
 
 
 def _kept_lines(instructions: Path) -> Iterator[dict[str, Any]]:

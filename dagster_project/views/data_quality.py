@@ -7,16 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dagster_project.core.context import Documents
+from dagster_project.core.layout import report_of
 from dagster_project.core.records import write_text
 from dagster_project.core.severity import Shown, shown
 from dagster_project.core.text import many, number, visible
 from dagster_project.views.conversations import conversation
+from dagster_project.views.declared import declared_table, violations_table
 from dagster_project.views.html import SHORT, Figure, Plot, Shape, Table, brief, cut, label, render, shape, share
 
 PAGE = 20
 """Pairs shown at once; without JavaScript, pairs shown of each finding. data_quality.js has the same number."""
 WHOLE, AROUND, INSIDE = 2_400, 400, 1_200
 """Characters: texts up to WHOLE are shown in full, longer ones with AROUND before and after the shared words, and INSIDE of them."""
+READ_BY = {"instructions": "raw_examples", "preferences": "raw_preferences"}
+"""Stage that checks rows -> the one that reads their sources."""
 BARS = 10
 """Bars in a chart. Its table has all values."""
 LISTED = 20
@@ -47,11 +51,15 @@ def draw_data_quality(documents: Documents) -> None:
     document = documents.read(documents.out / "findings.json")
     if document is not None:
         changes, expectations = (documents.read(documents.pages / f"{name}.json") for name in ("changes", "expectations"))
-        write_text(documents.pages / "report.html", data_quality_page(document, changes, expectations))
+        reading = documents.read(documents.root / report_of(READ_BY[documents.stage]))
+        write_text(documents.pages / "report.html", data_quality_page(document, changes, expectations, reading))
 
 
 def data_quality_page(
-    document: Mapping[str, Any], changes: Mapping[str, Any] | None = None, expectations: Mapping[str, Any] | None = None
+    document: Mapping[str, Any],
+    changes: Mapping[str, Any] | None = None,
+    expectations: Mapping[str, Any] | None = None,
+    reading: Mapping[str, Any] | None = None,
 ) -> str:
     """The page of a data set. The same documents give the same bytes.
 
@@ -59,6 +67,7 @@ def data_quality_page(
         document: the check document.
         changes: differences from the previous version; None if there is none.
         expectations: results of the owner's Great Expectations suite (curation/checks/expectations.py); None if there is no suite.
+        reading: report of the stage that read the rows, with what is declared of their sources; None if there is none.
     """
     findings = sorted(document["findings"], key=lambda finding: (RANK[_shown_severity(finding)], -finding["count"]))
     judged = sorted([*findings, *_expectation_findings(expectations)], key=lambda finding: RANK[_shown_severity(finding)])
@@ -70,6 +79,7 @@ def data_quality_page(
         "Expectations": _expectations(expectations) if expectations else None,
         "Similarity": _similarity(document.get("similarity") or {}),
         "Pairs": _pairs(findings),
+        "Sources": _sources(reading) if reading and reading.get("sources") else None,
         "Profile": _profile(document.get("profile") or {}, document["kept"]),
     }
     return render(
@@ -334,6 +344,16 @@ def _bars(title: str, note: str, counts: Mapping[str, int], whole: int, unit: st
     words = f"{title}: bars of {len(counts)} names, the largest {cut(first)} with {number(count)}"
     table = Table(title, ["", unit, "share"], [(name, number(n), share(n, whole)) for name, n in counts.items()])
     return Figure(title, f"{note}{more}", Plot(words, 36 * min(BARS, len(counts)), body), table)
+
+
+def _sources(reading: Mapping[str, Any]) -> dict[str, Any]:
+    """What is declared of the sources, and the verdict of the use policy if there is one."""
+    check = reading.get("checks", {}).get("use_policy", {}) if "use_policy" in reading else {}
+    return {
+        "table": declared_table(reading["sources"]),
+        "policy": f"{'passed' if check['passed'] else 'not passed'}: {check.get('note', '')}" if check else "",
+        "violations": violations_table(check["violations"]) if check.get("violations") else None,
+    }
 
 
 def _profile(profile: Mapping[str, Any], kept: int) -> dict[str, Any] | None:

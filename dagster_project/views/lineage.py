@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from dagster_project.core.text import commit_text, number
+from dagster_project.core.text import commit_text, many, number
+from dagster_project.views.declared import declared_table, violations_table
 from dagster_project.views.html import Figure, Plot, Table, cut, label, render, shape
 
 ROW, BOX = 76, 44
@@ -26,7 +27,12 @@ def lineage_page(document: Mapping[str, Any], records: Sequence[Mapping[str, Any
     metrics = {f"{stage}, {name}": value for stage, figures in document["metrics"].items() for name, value in figures.items()}
     sections = {
         "Lineage": _diagram(document),
-        "Sources": _nonempty(_sources(document), _other_files(document)),
+        "Sources": _nonempty(
+            _sources(document),
+            declared_table(document["sources"]),
+            violations_table(document.get("use_policy", {}).get("violations", [])),
+            _other_files(document),
+        ),
         "Rows": _nonempty(*_rows(document)),
         "Watched": _nonempty(_watched(document)),
         "Records": _records(document, records) if document["records"] else None,
@@ -79,9 +85,19 @@ def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("base model", f"{base['origin']}, {base.get('license', 'unknown')}{f', sha256 {digest}' if digest else ''}"))
     if template := document["chat_template"]:
         facts.append(("chat template", f"{template['name']}, sha256 {template['sha256']}"))
+    if policy := document.get("use_policy"):
+        facts.append(("use policy", _policy(policy)))
     if document["environment"]:
         facts.append(("environment", ", ".join(f"{name} {version}" for name, version in document["environment"].items())))
     return [*facts, ("verify with", f"pedigree verify {model['stage']}")]
+
+
+def _policy(verdict: Mapping[str, Any]) -> str:
+    """The verdict in words."""
+    day, waiver = verdict["policy"].get("as_of"), verdict.get("waiver")
+    words = f"not passed: {many(len(verdict['violations']), 'violation')}" if verdict["violations"] else "passed"
+    waived = f"; waived until {waiver['expires']}: {waiver['reason']}" if waiver and verdict["violations"] else ""
+    return f"{words}{f', as of {day}' if day else ''}{waived}"
 
 
 def _diagram(document: Mapping[str, Any]) -> Figure:

@@ -4,6 +4,7 @@ of pages."""
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -41,7 +42,7 @@ def write_account(
     write_table(out / "overlaps.parquet", _overlaps(judged), overlap_schema())
     document = findings.document(name, "canonical records", judged, held_out)
     write_json(out / "findings.json", document)
-    kept = Selected(judged.records, [i for i, reason in enumerate(judged.reason) if reason is None])
+    kept = Selected(judged.records, array("q", (i for i, reason in enumerate(judged.reason) if reason is None)))
     pages.mkdir(parents=True, exist_ok=True)
     write_json(pages / "changes.json", _changes(previous, kept_of, kept, document))
     (pages / "review.csv").write_text(queue(judged.records, judged.waiting), encoding="utf-8", newline="")

@@ -339,14 +339,11 @@ def _near_copies(overlaps: Overlaps, waived: Waived, reason: Sequence[str | None
 
 
 def _check_set(
-    kept: Sequence[dict[str, Any]], near_copies: int, rules: Rules, tokens: Tokens, kind: Kind
+    kept: Selected, near_copies: int, rules: Rules, tokens: Tokens, kind: Kind
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Profile of the kept records, and notes and failures (check -> reason) of the checks on the set."""
-    counts = (
-        tokens.count([conversation_text(r["messages"], r.get("tools")) for r in kept])
-        if kept and len(kept) <= COUNTED and not tokens.estimated
-        else None
-    )
+    is_counted = 0 < len(kept) <= COUNTED and not tokens.estimated
+    counts = row_cache.facts(_count_block, tokens, kept, tokens.identity and [tokens.identity])["tokens"] if is_counted else None
     profile = profiles.profile(kept, counts)
     failures = profiles.failures(profile, rules, near_copies) if kept else {"schema": "no rows are left"}
     notes = profiles.notes(profile, rules, near_copies) | failures
@@ -385,6 +382,14 @@ def _severity(name: str, rules: Rules, rows: Sequence[int], facts: _RowFacts) ->
     copied = {link.row for link in overlaps.links["benchmark_leakage"] if not link.partial} if name == "benchmark_leakage" else set()
     decided = decided or name != "benchmark_leakage"
     return rules.severity_of(name) if decided or not rows or not copied.isdisjoint(rows) else "warn"
+
+
+def _count_block(tokens: Tokens, lines: Sequence[bytes]) -> pl.DataFrame:
+    """`tokens`: those of each conversation, without a template."""
+    import polars as pl
+
+    texts = [conversation_text(record["messages"], record.get("tools")) for record in map(decode, lines)]
+    return pl.DataFrame({"tokens": pl.Series(tokens.count(texts) if texts else [], dtype=pl.Int64)})
 
 
 COUNTED = 50_000

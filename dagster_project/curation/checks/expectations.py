@@ -17,14 +17,14 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.imports import lean_imports
+from dagster_project.core.imports import deferred, lean_imports
 from dagster_project.core.messages import calls, is_trained
 from dagster_project.core.records import CheckResult, prompt_text, response_text
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
@@ -33,6 +33,7 @@ from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.profile import count_words, scripts
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd  # type: ignore[import-untyped]
     import polars as pl
 
@@ -109,11 +110,11 @@ class Outcome:
         return [one for one in self.expectations if not one.passed]
 
 
-def check(outcome: Outcome, places: Sequence[str] = ()) -> CheckResult:
+def check(outcome: Outcome, places: Mapping[int, str] | None = None) -> CheckResult:
     """The check of a stage: it counts failed expectations and blocks if one of them is critical.
 
     Args:
-        places: "source:row" of each row of the table, to name rows that violate an expectation.
+        places: row of the table -> "source:row", for the `ExpectationResult.rows`; None: violating rows are not named.
     """
     order = ("error", "warn", "info")
     failed = sorted(outcome.failed, key=lambda one: order.index(one.severity))
@@ -130,11 +131,11 @@ def check(outcome: Outcome, places: Sequence[str] = ()) -> CheckResult:
     )
 
 
-def document(outcome: Outcome, places: Sequence[str]) -> dict[str, Any]:
+def document(outcome: Outcome, places: Mapping[int, str]) -> dict[str, Any]:
     """expectations.json, from which the data-quality page is drawn.
 
     Args:
-        places: "source:row" of each row of the table.
+        places: as for `check`.
     """
     judged = [
         {"type": one.type, "words": one.words, "passed": one.passed, "severity": one.severity, "seen": one.seen,
@@ -144,7 +145,7 @@ def document(outcome: Outcome, places: Sequence[str]) -> dict[str, Any]:
     return {"suite": outcome.suite, "rows": outcome.rows, "expectations": judged}
 
 
-def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | None = None, read: int | None = None) -> pd.DataFrame:
+def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | np.ndarray | None = None, read: int | None = None) -> pd.DataFrame:
     """The table that expectations are evaluated on: `COLUMNS`, one row per kept record, in order.
 
     Args:
@@ -157,7 +158,7 @@ def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | None = No
 
     stored = records if isinstance(records, StoredRows | Selected) else StoredRows(records)
     frame = _as_pandas(row_cache.facts(_measure_block, None, stored, ()))
-    groups = pd.Series(list(clusters), dtype=object) if clusters is not None else frame["group_id"]
+    groups = pd.Series(clusters) if clusters is not None else frame["group_id"]
     source = pd.Categorical(frame["source"])
     names = {name: mask(name) for name in frame["category"].dropna().unique()}
     category = pd.Categorical(frame["category"].map(names))
@@ -289,7 +290,8 @@ def _silenced() -> Iterator[None]:
 
 def _load(path: Path, name: str, columns: list[str]) -> tuple[Any, list[Any]]:
     """The suite and its expectations, each with its index as `id`."""
-    with lean_imports("rfc3987_syntax", "boto3"):  # for addresses in schemas of charts, and for data in S3
+    # for addresses in schemas of charts, for data in S3, and for three of its expectations, which load it when they are evaluated
+    with lean_imports("rfc3987_syntax", "boto3"), deferred("scipy", "stats"):
         import great_expectations as gx
 
     try:

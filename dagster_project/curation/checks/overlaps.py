@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.records import response_text, subject_text
-from dagster_project.core.stored_rows import Chained, Texts
+from dagster_project.core.stored_rows import Chained, SelectedTexts, StoredRows, StoredTexts, Texts
 from dagster_project.curation.checks.check import DataSet, part_text
 from dagster_project.curation.similarity.overlap import Comparison, Pair, Rule, clusters, compare, words
 from dagster_project.curation.similarity.wording import is_instruction_only, is_near_duplicate, leak_severity
@@ -73,11 +73,12 @@ def find_overlaps(data: DataSet) -> Overlaps:
     compared_rows = data.features.table["present"].to_numpy().copy()
     compared_rows[[*repeats]] = False
     first = np.flatnonzero(compared_rows)
-    compared = compare(Texts(records, first, _subject), count_words=True)
+    texts = _ComparedTexts(records)
+    compared = compare(SelectedTexts(texts.subjects, first), count_words=True)
     near = [Pair(int(first[p.left]), int(first[p.right]), p.similarity, p.rule) for p in compared.pairs]
     copies = [Pair(j, i, 1.0) for i, j in repeats.items()]
     reported, grouped = _reported(near, records, compared.frequency, least)
-    leaks, common_frames = _leaks(data)
+    leaks, common_frames = _leaks(data, texts)
     split = _split_leaks(near + copies, labels)
     for part, indices in data.features.long.items():
         if not len(indices):
@@ -211,7 +212,18 @@ def _last_question(record: dict[str, Any]) -> str:
     return next((m["content"] for m in reversed(record["messages"]) if m["role"] == "user"), "")
 
 
-def _leaks(data: DataSet) -> tuple[list[Link], int]:
+class _ComparedTexts:
+    """Texts of all records, in scratch files: each record is decoded once for several comparisons."""
+
+    def __init__(self, records: StoredRows) -> None:
+        self.subjects, self.responses = StoredTexts(records.folder), StoredTexts(records.folder)
+        """The text by which each record is compared, and its response, "" if that is too short to be compared."""
+        for record in records:
+            self.subjects.append(_subject(record))
+            self.responses.append(_long_response(record))
+
+
+def _leaks(data: DataSet, texts: _ComparedTexts) -> tuple[list[Link], int]:
     """Prompts that overlap a held-out question, and responses, reasoning and arguments that overlap its answer or the
     question itself. Also returns the number of overlaps that are only a common phrase."""
     held_out, records = data.held_out, data.records
@@ -221,7 +233,7 @@ def _leaks(data: DataSet) -> tuple[list[Link], int]:
     answers = [item.text if is_long(item.text) else "" for item in held_out]
     more = [(int(i), part) for part, rows in data.features.long.items() for i in rows]
     fields = (Texts(records, rows, partial(part_text, part=part)) for part, rows in data.features.long.items())
-    mine = Chained(Texts(records, range(size), _subject), Texts(records, range(size), _long_response), *fields)
+    mine = Chained(texts.subjects, texts.responses, *fields)
     theirs = [*_questions(held_out), *answers]
     compared = compare(mine, theirs, count_words=True)
     links, frames = [], 0

@@ -137,7 +137,7 @@ OF_RECORD = ("rows_with_tools", "rows", "calls", "traced", "traces", "results", 
 """Of `_Counts.others`, as `_counted` lists them."""
 
 
-def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = None) -> dict[str, Any]:
+def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | pl.Series | None = None) -> dict[str, Any]:
     """The statistics of a set.
 
     Args:

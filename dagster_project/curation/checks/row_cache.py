@@ -16,11 +16,13 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from dagster_project.core import workers
 from dagster_project.core.stored_rows import Selected, StoredRows
 
 if TYPE_CHECKING:
+    import numpy as np
     import polars as pl
 
 S = TypeVar("S")
@@ -37,6 +39,8 @@ LIBRARIES = tuple(Path(path) for path in sys.path)
 """Folders of installed libraries. Later entries of `sys.path` do not count: setuptools appends its own copies of libraries when it is imported."""
 
 _folder: ContextVar[Path | None] = ContextVar("row_cache", default=None)
+_known: WeakKeyDictionary[StoredRows | Selected, np.ndarray] = WeakKeyDictionary()
+"""Hashes of rows that are in use: several kinds of facts are about the same rows, which can be appended to, and not changed."""
 
 
 @contextmanager
@@ -107,12 +111,25 @@ def _keys(rows: StoredRows | Selected) -> pl.DataFrame:
     import numpy as np
     import polars as pl
 
-    hashes = bytearray()
-    for block in rows.blocks():
-        for line in block:
-            hashes += hashlib.blake2b(unnumbered(line), digest_size=16).digest()
-    words = np.frombuffer(bytes(hashes), "<u8").reshape(-1, 2)
-    return pl.DataFrame({name: words[:, i] for i, name in enumerate(KEYS)})
+    if isinstance(rows, Selected) and rows.stored:
+        base, indices = rows.stored
+        hashes = _hashes(base)[np.asarray(indices, np.int64)]
+    else:
+        hashes = _hashes(rows)
+    return pl.DataFrame({name: hashes[:, i] for i, name in enumerate(KEYS)})
+
+
+def _hashes(rows: StoredRows | Selected) -> np.ndarray:
+    """(rows, 2) uint64."""
+    import numpy as np
+
+    if (known := _known.get(rows)) is None or len(known) != len(rows):
+        hashes = bytearray()
+        for block in rows.blocks():
+            for line in block:
+                hashes += hashlib.blake2b(unnumbered(line), digest_size=16).digest()
+        known = _known[rows] = np.frombuffer(bytes(hashes), "<u8").reshape(-1, 2)
+    return known
 
 
 class _Store:

@@ -11,9 +11,9 @@ from pydantic import Field, field_validator, model_validator
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
-from dagster_project.core.params import Licensed, Section, inside
-from dagster_project.core.stored_rows import StoredRows
+from dagster_project.core.params import Section, inside
 from dagster_project.curation.sources import formats, s3
+from dagster_project.curation.sources.declarations import Declared
 from dagster_project.curation.sources.files import Block, as_parsed, files_of, read_blocks, size_of
 from dagster_project.curation.sources.hub import HubSplit, RowsDigest, held_out_label, split_blocks
 from dagster_project.curation.sources.s3 import Reader as S3Reader
@@ -21,7 +21,7 @@ from dagster_project.curation.sources.s3 import S3Object, require_revision
 from dagster_project.curation.sources.streaming import Facts, How, Records, SourceFile
 
 
-class Source(Licensed):
+class Source(Declared):
     """A file, a folder, objects in S3 or a data set on the Hugging Face Hub. Exactly one of `path` and `hub`."""
 
     FIELDS: ClassVar[Mapping[str, bool]] = formats.RECORD_FIELDS
@@ -51,8 +51,6 @@ class Source(Licensed):
     """Traces of reasoning at the beginning of answers. `auto` moves `<think>...</think>` and OpenThoughts'
     `<|begin_of_thought|>` spans to `reasoning_content`; `split` also moves what is before a `</think>` without an opening
     tag; `keep` leaves all of it in the text."""
-    license: str = "unknown"
-    """License of the text. Audits and model cards show it."""
     origin: str = ""
     """Where the text came from, in words."""
 
@@ -128,7 +126,7 @@ class Reading(Section):
 
 def read_sources(
     root: Path, sources: Sequence[Source], reading: Reading, section: str, pairs: bool, scratch: Path
-) -> tuple[StoredRows, dict[str, dict[str, Any]]]:
+) -> tuple[Records, dict[str, dict[str, Any]]]:
     """Read every row of every source, in order.
 
     Args:
@@ -160,10 +158,11 @@ def read_sources(
             **counts,
             **details,
             "license": source.license,
+            **source.given,
             **origin,
             "fields": found.fields.shown(),
         }
-    return records.rows(), facts
+    return records, facts
 
 
 def _from_path(records: Records, source: Source, how: How, limit: int | None, path: Path) -> tuple[Facts, dict[str, Any]]:

@@ -7,12 +7,15 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dagster_project.core import workers
 from dagster_project.core.errors import InputError
-from dagster_project.core.stored_rows import StoredRows, decode, encode
+from dagster_project.core.records import is_rich
+from dagster_project.core.stored_rows import StoredRows, decode, encode, encode_finite
+from dagster_project.core.strings import Strings
 from dagster_project.curation.sources.call_texts import Think
 from dagster_project.curation.sources.detection import SPLITS, Shapes, shapes_of, split_of_file
 from dagster_project.curation.sources.fields import FieldCounts, Fields, numbered
@@ -70,7 +73,7 @@ class Facts:
 
 
 class Records:
-    """Records of several sources in a scratch file."""
+    """Records of several sources in a scratch file, and in memory what their ledger says."""
 
     def __init__(self, folder: Path) -> None:
         """Args:
@@ -81,6 +84,18 @@ class Records:
         self._second: dict[int, int] = {}
         """Number of a half of a pair -> number of the half that forms a pair with it."""
         self._has_halves = False
+        self.is_rich = False
+        """Whether any of them needs the columns of `rich_schema`."""
+        self.ids = Strings()
+        """`example_id` of each record; empty for a half of a pair."""
+        self.ignored: dict[int, list[str]] = {}
+        """Number of a record -> its fields that are ignored."""
+        self._sources: list[tuple[int, str]] = []
+        """Number of the first record of each file, and the source of its rows."""
+        self._source_rows = array("Q")
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
     def rows(self) -> StoredRows:
         """All records, in order. Halves of pairs are joined."""
@@ -93,6 +108,23 @@ class Records:
             if number not in others
         )
         return StoredRows(pairs, self._folder)
+
+    def places(self) -> Iterator[tuple[str, int]]:
+        """Source and source row of each record, in order."""
+        ends = chain((start for start, _ in self._sources[1:]), [len(self)])
+        for (start, source), end in zip(self._sources, ends, strict=False):
+            for number in range(start, end):
+                yield source, self._source_rows[number]
+
+    def add(self, part: ConvertedPart, index: int) -> None:
+        """Store a record of a part, or a half of a pair, in order."""
+        number = len(self._stored)
+        self._stored.append_encoded(part.lines[index])
+        self._source_rows.append(part.rows[index])
+        self.ids.append(part.ids[index])
+        self.is_rich |= index in part.rich
+        if index in part.ignored:
+            self.ignored[number] = part.ignored[index]
 
     def read(self, files: Sequence[SourceFile], how: How, limit: int | None) -> Facts:
         """Add the records of a source.
@@ -108,8 +140,10 @@ class Records:
             raise InputError(f"{how.name}: no file name contains a split", f"use the names {', '.join(SPLITS)}, or leave split out")
         facts = Facts(", ".join(dict.fromkeys(each.layout for each in conversions)))
         pool = workers.current() if parsed.size >= SMALL else workers.THIS_PROCESS
-        adding = _Adding(self._stored, self._second, facts, limit)
+        adding = _Adding(self, self._second, facts, limit)
         for part in pool.map(convert, None, parsed.parts(conversions)):
+            if not self._sources or self._sources[-1][1] != conversions[part.file].source:
+                self._sources.append((len(self._source_rows), conversions[part.file].source))
             adding.add(part, conversions[part.file])
             self._has_halves |= bool(part.halves)
             if adding.is_full and not how.pairs:  # a later half may belong to an earlier one
@@ -147,7 +181,9 @@ def parse(_: None, item: tuple[int, Block | InputError | None]) -> ParsedBlock:
         rows = block.rows()
     except InputError as error:
         return ParsedBlock(file, error=error)
-    lines = [encode({"value": row.value, "problem": row.problem, "line": row.line}) for row in rows]
+    lines = [
+        encode_finite({"value": row.value, "problem": row.problem, "line": row.line}) for row in rows
+    ]  # no reader yields infinite numbers
     return ParsedBlock(file, lines, shapes_of(rows), rows[0].problem if rows else "")
 
 
@@ -240,6 +276,12 @@ class ConvertedPart(NamedTuple):
     """Encoded."""
     rows: list[int]
     """Number of the source row of each."""
+    ids: list[str]
+    """`example_id` of each; empty for a half of a pair."""
+    ignored: dict[int, list[str]]
+    """Index of a record -> its fields that are ignored."""
+    rich: set[int]
+    """Indices of the records that need the columns of `rich_schema`."""
     distinct: list[Fields]
     fields: list[list[int]]
     """Of each record: indices in `distinct`."""
@@ -256,9 +298,12 @@ def convert(_: None, part: Part) -> ConvertedPart:
     distinct, fields = numbered(records)
     halves = {index: record[HALF] for index, record in enumerate(records) if HALF in record}
     problems = {index: _problem(record) for index, record in enumerate(records) if _is_empty(record)}
-    return ConvertedPart(
-        part.file, [*map(encode, records)], [record["source_row"] for record in records], distinct, fields, halves, problems
-    )
+    ignored = {index: record["ignored"] for index, record in enumerate(records) if "ignored" in record}
+    rich = {index for index, record in enumerate(records) if is_rich(record)}
+    numbers, ids = [record["source_row"] for record in records], [record.get("example_id", "") for record in records]
+    plain = set() if part.how.pairs else {*range(len(records))} - rich  # all values are texts and integers
+    lines = [encode_finite(record) if index in plain else encode(record) for index, record in enumerate(records)]
+    return ConvertedPart(part.file, lines, numbers, ids, ignored, rich, distinct, fields, halves, problems)
 
 
 def _row(number: int, line: bytes) -> Row:
@@ -278,8 +323,8 @@ def _problem(record: Mapping[str, Any]) -> tuple[bool, str]:
 class _Adding:
     """Adds the records of one source."""
 
-    def __init__(self, stored: StoredRows, second: dict[int, int], facts: Facts, limit: int | None) -> None:
-        self._stored, self._second, self._facts, self._limit = stored, second, facts, limit
+    def __init__(self, records: Records, second: dict[int, int], facts: Facts, limit: int | None) -> None:
+        self._records, self._second, self._facts, self._limit = records, second, facts, limit
         self._halves, self._file, self._last = Halves(), -1, -1
 
     @property
@@ -290,8 +335,8 @@ class _Adding:
         if part.file != self._file:
             self._halves, self._file, self._last = Halves(), part.file, -1
         shapes: Counter[int] = Counter()
-        for index, (line, row) in enumerate(zip(part.lines, part.rows, strict=True)):
-            if not self._keep(line, part.halves.get(index)):
+        for index, row in enumerate(part.rows):
+            if not self._keep(part, index):
                 continue
             shapes.update(part.fields[index])
             if row != self._last:
@@ -302,17 +347,17 @@ class _Adding:
         for index, rows in shapes.items():
             self._facts.fields.add(part.distinct[index], rows)
 
-    def _keep(self, line: bytes, half: dict[str, str] | None) -> bool:
+    def _keep(self, part: ConvertedPart, index: int) -> bool:
         """Store a record, or a half of a pair, unless it is beyond the limit. The number of a half that is not stored is -1."""
-        number = -1 if self.is_full else len(self._stored)
+        number, half = -1 if self.is_full else len(self._records), part.halves.get(index)
         partner = self._halves.partner(half, number) if half else None
         if partner is None and number >= 0:
             self._facts.records += 1
         elif partner is not None and partner >= 0:
-            self._second[partner] = len(self._stored)
+            self._second[partner] = len(self._records)
         else:
             return False
-        self._stored.append_encoded(line)
+        self._records.add(part, index)
         return True
 
     def _refused(self, is_unsupported: bool, problem: str) -> None:

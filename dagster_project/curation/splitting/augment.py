@@ -19,9 +19,9 @@ from pydantic import Field, field_validator
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import field_texts
-from dagster_project.core.params import Licensed
 from dagster_project.core.records import example_id, prompt_text, response_text
 from dagster_project.curation.similarity.overlap import near_pairs, words
+from dagster_project.curation.sources.declarations import UNKNOWN, Declared
 from dagster_project.curation.sources.files import read_rows
 
 PARAPHRASES = PurePosixPath("data/sources/paraphrases")
@@ -30,7 +30,7 @@ FORMAT = "paraphrases"
 """Format of such a file in reports."""
 
 
-class Augment(Licensed):
+class Augment(Declared):
     """Copies of train rows with a changed prompt. See docs/splits.md."""
 
     typos: float = Field(default=0.0, ge=0, le=1)
@@ -40,8 +40,8 @@ class Augment(Licensed):
     paraphrases: str | None = None
     """File inside data/sources/paraphrases/. Each row is {"example_id" or "prompt": ..., "paraphrase": ...} and adds a
     copy with that last user turn."""
-    license: str = "unknown"
-    """License of the paraphrases. Audits and model cards show it."""
+    license: str = UNKNOWN
+    """License of the paraphrases; what is declared below is of them, too. Audits and model cards show it."""
 
     @field_validator("paraphrases")
     @classmethod

@@ -15,6 +15,7 @@ from dagster_project.curation.similarity.overlap import near_pairs
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
@@ -388,15 +389,20 @@ def verify_splits(folder: Path, copies: Copies, known: StringIndex, elsewhere: P
 
 
 def _read(shard: Path) -> tuple[list[str], list[str], list[str]]:
-    """example_id, group_id and prompt text of each row.
-
-    Read by column, because building a dict for every message would take most of the time.
-    """
+    """example_id, group_id and prompt text of each row."""
     import pyarrow.parquet as pq
 
     column = "messages" if "messages" in pq.read_schema(shard).names else "prompt"
-    table = pq.read_table(shard, columns=["example_id", "group_id", column]).combine_chunks()
-    messages = table[column].combine_chunks()
+    table = pq.read_table(shard, columns=["example_id", "group_id", column])
+    return table["example_id"].to_pylist(), table["group_id"].to_pylist(), subject_texts(table[column])
+
+
+def subject_texts(column: pa.ChunkedArray) -> list[str]:
+    """`records.subject_text` of each row of a column with messages.
+
+    Read by column, because building a dict for every message would take most of the time.
+    """
+    messages = column.combine_chunks()
     turns = messages.flatten()
     roles, contents = (turns.field(name).to_pylist() for name in ("role", "content"))
     texts, end = [], 0
@@ -404,7 +410,7 @@ def _read(shard: Path) -> tuple[list[str], list[str], list[str]]:
         start, end = end, end + length
         prompt = "\n".join([contents[k] for k in range(start, end) if roles[k] == "user"])
         texts.append(prompt or (contents[end - 1] if length and roles[end - 1] == "assistant" else ""))
-    return table["example_id"].to_pylist(), table["group_id"].to_pylist(), texts
+    return texts
 
 
 def _rows_of(column: Sequence[Any], values: set[Any]) -> dict[Any, list[int]]:

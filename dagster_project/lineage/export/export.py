@@ -34,7 +34,7 @@ def summarize(subject: Subject) -> dict[str, Any]:
     contributing = dict(zip(audit["stages"], subject.contributing, strict=True))
     reports = {name: index.report(run) for name, run in contributing.items()}
     reports |= {run.address: index.report(run) for run in measuring(subject) if run not in contributing.values()}
-    summary = from_reports(address, reports, reports[address].get("variant", "") if address == "release" else "")
+    summary = from_reports(address, reports, reports[address].get("variant", "") if address == "release" else "", audit["waivers"])
     commits = audit["code"]["stages"]
     stages = {
         name: {**stage, **{key: audit["stages"][name][key] for key in ("output", "md5", "inputs")}, **_recorded(index, commits.get(name))}

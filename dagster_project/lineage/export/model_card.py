@@ -8,6 +8,8 @@ from datetime import date
 from typing import Any
 
 from dagster_project.core.text import markdown
+from dagster_project.curation.sources import use_policy
+from dagster_project.curation.sources.declarations import NAMES, declared_sources
 from dagster_project.lineage.export.licenses import most_restrictive
 from dagster_project.lineage.export.summary import limits, results
 
@@ -86,6 +88,8 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
             ],
         ),
     ]
+    if summary["sources"]:
+        parts += ["What the project declares of its sources; it is not verified.", _declarations(summary)]
     listed = summary["licenses"]["listed"]
     if listed:
         parts += [
@@ -94,6 +98,8 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
                 ["license", "kind", "of"], [[markdown(one["license"]), one["family"], markdown(", ".join(one["of"]))] for one in listed]
             ),
         ]
+    if policy := use_policy.lines(summary.get(use_policy.NAME)):
+        parts += ["The use policy of the project:", "\n".join(f"- {markdown(line)}" for line in policy)]
     rows = [
         [
             name,
@@ -140,6 +146,11 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         f"makes it again from the sources and compares the bytes; `pedigree audit {model['stage']}` names every row and parameter."
     )
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _declarations(summary: Mapping[str, Any]) -> str:
+    declared = {path: one.shown for path, one in declared_sources(summary).items()}
+    return _table(["source", *NAMES.values()], [[markdown(path), *map(markdown, shown.values())] for path, shown in declared.items()])
 
 
 def _results(summary: Mapping[str, Any]) -> str:

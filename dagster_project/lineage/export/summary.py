@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID, uuid5
 
 from dagster_project.core.records import learns_from_reward_model, with_license
+from dagster_project.curation.sources.declarations import with_unknown
+from dagster_project.curation.sources.use_policy import judged
 from dagster_project.lineage.export.licenses import summarize_licenses
 
 NAMESPACE = UUID("6f1d7c1e-2f0b-5f5e-9a53-0f0c6b1f2a90")
 """Of all ids in exports: uuid5 of the content, so that the same thing has the same id in every export."""
 
 
-def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], released: str = "") -> dict[str, Any]:
+def from_reports(
+    address: str, reports: Mapping[str, Mapping[str, Any]], released: str = "", waivers: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """The lineage of a model as recorded in reports: a stage has these, but neither git nor dvc.lock.
 
     Args:
         address: the model's stage, e.g. merged@lora.
         reports: in flow order, the report of every stage upstream of the model, its own if it exists yet, and those of its evaluation.
         released: for a release, its variant; stages of other variants are left out.
+        waivers: of checks of the release.
     Returns:
-        {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics", "untuned", "advice"}, as in `export.summarize`.
+        {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics", "untuned", "advice"}, as in `export.summarize`;
+        and "use_policy", the verdict, if the project has a use policy.
     """
     variant = released or address.partition("@")[2]
     if released:
@@ -31,7 +37,7 @@ def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], release
     tuned = [report for name, report in reports.items() if "environment" in report]
     measured = {name: report for name, report in reports.items() if name.startswith("evaluation") and name.partition("@")[2] == variant}
     base, own = with_license(reports.get("base_model", {})), reports.get(address, {})
-    sources = {path: with_license(facts) for report in reports.values() for path, facts in report.get("sources", {}).items()}
+    sources = {path: with_unknown(facts, path) for report in reports.values() for path, facts in report.get("sources", {}).items()}
     return {
         "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": own.get("merged", address == "release")},
         "sources": sources,
@@ -45,6 +51,7 @@ def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], release
         "metrics": {name: {key: value for key, value in report.items() if key not in NOT_METRICS} for name, report in measured.items()},
         "untuned": reports.get("baselines", {}).get("base", {}),
         "advice": reports.get("comparison", {}).get("advice", []),
+        **judged([report for name, report in reports.items() if name not in measured], waivers),
     }
 
 

@@ -132,11 +132,15 @@ def pages(root: Path, address: str) -> dict[str, Path]:
     return {name: folder / file for name, file in PAGES.items() if (folder / file).is_file()}
 
 
+def _cell(value: Any) -> str | float:
+    return visible(value) if isinstance(value, str) else value
+
+
 def _overlap_cell(match: Mapping[str, Any], column: str) -> str | float:
     """A cell of the table of overlapping rows; the shared span is in brackets."""
     value = match[column]
     if column not in {"text", "other_text"}:
-        return visible(value) if isinstance(value, str) else value
+        return _cell(value)
     start, end = match["span" if column == "text" else "other_span"]
     return visible(f"{value[:start]}⟦{value[start:end]}⟧{value[end:]}")
 
@@ -156,6 +160,10 @@ def check_metadata(root: Path, address: str, check: Mapping[str, Any]) -> dict[s
         columns = ("place", "other", "part", "rule", "score", "text", "other_text")
         metadata["pairs"] = dg.MetadataValue.table(
             [dg.TableRecord({c: _overlap_cell(match, c) for c in columns}) for match in check["matches"]]
+        )
+    if "violations" in check:
+        metadata["violations"] = dg.MetadataValue.table(
+            [dg.TableRecord({name: _cell(one[name]) for name in ("source", "rows", "rule", "why")}) for one in check["violations"]]
         )
     if "rows" in check:
         excerpts = check.get("examples", [])
