@@ -325,15 +325,34 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write a model's lineage for other tools: model card, CycloneDX, OpenLineage."""
+    """Write a model's lineage for other tools and readers: cards, bills of materials, descriptions of its data."""
     from dagster_project.lineage.export.export import export as export_model
 
+    if options.papers:
+        return _export_papers(options)
     text = export_model(_project(options), options.model, options.format, options.rev, options.issued)
     if options.out:
         _write("--out", Path(options.out), text)
         log.info(f"{options.format}: {options.out}")
     document = {"format": options.format, "file": options.out, "text": text}
     _print(options, document, lambda _: "" if options.out else text.rstrip(), safe=not sys.stdout.isatty())
+    return 0
+
+
+def _export_papers(options: argparse.Namespace) -> int:
+    """Write all formats, and a page that lists them."""
+    from dagster_project.lineage.export.papers import PAGE, papers
+    from dagster_project.views.papers import papers_page
+
+    if options.out:
+        raise InputError("--out cannot be combined with --papers", "leave it out: --papers names the folder")
+    texts, document = papers(_project(options), options.model, options.rev, options.issued)
+    folder = Path(options.papers)
+    for name, text in {**texts, PAGE: papers_page(document)}.items():
+        _write("--papers", folder / name, text)
+    _print(
+        options, {**document, "folder": options.papers, "page": PAGE}, lambda _: "\n".join(str(folder / name) for name in [*texts, PAGE])
+    )
     return 0
 
 
@@ -681,10 +700,13 @@ def _add_lineage_commands(commands: Any) -> None:
     )
     add("--key", metavar="PUB", help="with --signatures: the public key to trust (default: the one beside the signatures)")
     _add_signing_commands(commands)
-    add = _add_command(commands, export).add_argument
+    command = _add_command(commands, export)
+    add = command.add_argument
     add("model", metavar="MODEL", help="path, name of a stage, or content hash")
-    add("--format", required=True, choices=formats())
-    add("--out", metavar="FILE", help="default: standard output")
+    form = command.add_mutually_exclusive_group(required=True)
+    form.add_argument("--format", choices=formats())
+    form.add_argument("--papers", metavar="FOLDER", help="write all formats to a folder, with a page that lists them")
+    add("--out", metavar="FILE", help="with --format (default: standard output)")
     add("--rev", help=workspace)
     add("--issued", type=_date, metavar="YYYY-MM-DD", help="default: the date of the commit that recorded the model")
 

@@ -16,6 +16,7 @@ from dagster_project.core.context import Documents, StageContext, ValidationCont
 from dagster_project.core.context import Pipeline as Pipeline
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section
+from dagster_project.lineage.provider import Provider
 
 STAGES = {
     "base_model": "base_model",
@@ -56,10 +57,14 @@ def module_of(stage: str) -> Any:
     return import_module(f"dagster_project.stages.{STAGES[stage]}")
 
 
+UNREAD: dict[str, type[Section]] = {"execution": execution.Execution, "provider": Provider}
+"""Sections of params.yaml that no stage reads, so that a change makes nothing stale. Both may be left out."""
+
+
 def sections() -> dict[str, type[Section]]:
     """Section of params.yaml, in flow order -> its class; of a section with variants the class of one variant."""
     own = {stage: module_of(stage).Params for stage, module in STAGES.items() if stage == module}
-    return {"compute": Compute, "execution": execution.Execution, **{stage: one for stage, one in own.items() if one.model_fields}}
+    return {"compute": Compute, **UNREAD, **{stage: one for stage, one in own.items() if one.model_fields}}
 
 
 def validate(root: Path) -> dict[str, Any]:
@@ -78,9 +83,11 @@ def validate_values(root: Path, values: dict[str, Any]) -> dict[str, Any]:
         raise InputError("\n".join(f"params.yaml: {name}: unknown section" for name in unknown), f"sections: {', '.join(known)}")
     params.parse(Compute, values.get("compute"), "compute")
     execution.parse(values, STAGES, VARIANTS_OF)
+    params.parse(Provider, values.get("provider"), "provider")
     places = [
         (section, place)
-        for section in list(known)[2:]
+        for section in known
+        if section not in {"compute", *UNREAD}
         for place in (
             [f"{section}.{name}" for name in params.variant_names(values, section, required=section == "adapter")]
             if section in VARIANTS_OF.values()

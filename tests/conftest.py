@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -229,6 +230,15 @@ def quick(folder: Path, model: Path) -> Path:
 
     edit_params(folder, change)
     return folder
+
+
+def tool(name: str) -> ModuleType:
+    """A package of the extra `dev`. CI must have it."""
+    return (
+        __import__(name, fromlist=["_"])
+        if os.environ.get("CI")
+        else pytest.importorskip(name, reason=f"{name} (extra dev) is not installed")
+    )
 
 
 def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:

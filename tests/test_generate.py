@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from dagster_project.core.records import example_id, write_records
-from dagster_project.training.inference import decoding
+from dagster_project.training.inference import decoding, packed_weights
 from dagster_project.training.inference.generate import generate
 
 TOKENS = 12
@@ -106,7 +106,43 @@ def test_no_prompts_have_no_answers(model: Any, tiny_tokenizer: Any) -> None:
     assert generate(model, tiny_tokenizer, [], TOKENS, 4, "test") == []
 
 
-def test_the_benchmark_gives_both_implementations_the_same_prompts(
+def test_prepared_weights_give_the_same_bits_and_leave_no_trace(tiny_model: Path) -> None:
+    from dagster_project.training.methods.build import causal
+    from dagster_project.training.trainers.alignment import preference
+
+    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.5}
+    whole = preference.policy(tiny_model, settings, torch.device("cpu"), torch.bfloat16, "aligned.mine", "lora").model.eval()
+    for weight in whole.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    policy = causal(whole)
+
+    def logits(rows: int, seq: int) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = policy(torch.arange(rows * seq).view(rows, seq) % 250).logits
+        return found
+
+    shapes = [(1, 1), (3, 1), (8, 1), (33, 1), (2, 40)]
+    plain = [logits(*shape) for shape in shapes]
+    before = {name: vars(module).get("forward") for name, module in policy.named_modules()}
+    with packed_weights.packed_weights(policy):
+        changed = {name for name, module in policy.named_modules() if vars(module).get("forward") != before[name]}
+        assert all(torch.equal(logits(*shape), one) for shape, one in zip(shapes, plain, strict=True))
+    assert {name: vars(module).get("forward") for name, module in policy.named_modules()} == before
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert {
+            "lm_head",
+            "model.layers.0.mlp.up_proj",
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.0.self_attn.q_proj.base_layer",
+        } <= changed
+    whole.train()
+    with packed_weights.packed_weights(policy):  # dropout stays on
+        assert vars(policy.model.layers[0].self_attn.q_proj)["forward"] == before["model.layers.0.self_attn.q_proj"]
+    with packed_weights.packed_weights(policy.float()):
+        assert "forward" not in vars(policy.lm_head)
+
+
+def test_the_benchmark_gives_all_implementations_the_same_prompts(
     model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for part in (model, tiny_tokenizer):
@@ -120,17 +156,16 @@ def test_the_benchmark_gives_both_implementations_the_same_prompts(
             {"example_id": example_id(m), "source": "s", "messages": m, "category": None, "group_id": None, "meta": None} for m in turns
         ]
         write_records(tmp_path / "data/splits" / split, records)
-    given = {"--project": tmp_path, "--rows": 6, "--many": 8, "--rounds": 1, "--max-new-tokens": 3, "--out": tmp_path / "table.md"}
-    monkeypatch.setattr("sys.argv", ["evaluation.py", *(str(word) for pair in given.items() for word in pair)])
+    given = {"--project": tmp_path, "--rows": 6, "--rounds": 1, "--max-new-tokens": 3, "--out": tmp_path / "table.md"}
+    monkeypatch.setattr("sys.argv", ["answers.py", *(str(word) for pair in given.items() for word in pair)])
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    runpy.run_path(str(ROOT / "benchmarks/evaluation.py"), run_name="__main__")
-    begin, said, _, head, _, *rows, end = (tmp_path / "table.md").read_text().splitlines()
-    assert (begin, end) == ("<!-- evaluation: begin -->", "<!-- evaluation: end -->")
-    assert (
-        said.startswith("6 prompts, at most 3 new tokens each, on a cpu, float32, 1 thread(s), batches of 4; ")
-        and "seconds for 8 rows" in head
-    )
+    runpy.run_path(str(ROOT / "benchmarks/answers.py"), run_name="__main__")
+    begin, text, _, _, _, *rows, _, shares, _, _, _, first, second, third, end = (tmp_path / "table.md").read_text().splitlines()
+    assert (begin, end) == ("<!-- answers: begin -->", "<!-- answers: end -->")
+    assert text.startswith("6 prompts, at most 3 new tokens each, float32, batches of 4, 1 thread(s), ")
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[0] for row in cells] == ["`zero_shot`", "`few_shot`", "`retrieved`"]
     assert all(row[-1] == "100 %" for row in cells), "in float32 they answer alike"
     assert float(cells[0][1]) < float(cells[2][1]) < float(cells[1][1]), "worked examples make prompts longer"
+    assert shares == "Share of 6 prompts with the same answer in batches of 1 and of 16:"
+    assert all(row.endswith("| 100 % |") for row in (first, second, third)), "in float32 the batch changes no answer"

@@ -20,7 +20,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.published_ids import read_key
 from dagster_project.curation.check_files import check_paths
 from dagster_project.orchestration import dvc
-from dagster_project.pipeline import sections, validate
+from dagster_project.pipeline import UNREAD, sections, validate
 
 HEAVY = ("torch", "transformers", "dagster", "dvc", "datasets", "trl", "peft", "great_expectations", "sklearn", "ray")
 
@@ -46,7 +46,7 @@ def chats(answers: list[str], **more: Any) -> list[dict[str, Any]]:
 def test_every_layout_of_examples_gives_valid_parameters_that_state_what_check_finds(layout: str, tmp_path: Path) -> None:
     folder, document, values = make(tmp_path, {"mine.json": [LAYOUT_ROWS[layout][0]]})
     checked = check_paths([str(tmp_path / "mine.json")])
-    assert list(values) == [name for name in sections() if name != "execution"]
+    assert list(values) == [name for name in sections() if name not in UNREAD]
     assert values["raw_examples"]["sources"] == [{"path": "data/sources/mine.json", "license": "MIT"}]
     assert document["sources"] == [{"path": "data/sources/mine.json", "kind": "examples", "layout": checked["format"], "rows": 1}]
     assert checked["format"] == layout

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, evaluate
 
+from dagster_project.commands.elsewhere import BOUNDS, judge
 from dagster_project.core.errors import InputError
-from dagster_project.core.params import Compute
+from dagster_project.core.params import Compute, parse
 from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation.custom_metrics import custom_measures
-from dagster_project.evaluation.evaluator import Settings, select_questions, slices, thirds
+from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, select_questions, slices, thirds
 from dagster_project.evaluation.metrics import Task
+from dagster_project.lineage.tolerance import Deviation
 from dagster_project.stages import baselines, evaluation
 
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
@@ -166,6 +169,17 @@ def test_a_task_has_every_baseline_and_batches_change_no_score(tiny_model: Path,
     rows = read_table(tmp_path / "1/baselines/results.parquet")
     longest = {name: max(r["prompt_tokens"] or 0 for r in rows if r["system"] == name) for name in one["baselines"]}
     assert longest["tfidf_logistic"] == 0 < longest["zero_shot"] < longest["system_prompt"] < longest["few_shot"]
+
+
+def test_models_are_scored_in_the_format_of_the_evaluation_or_else_of_the_computation(tiny_model: Path) -> None:
+    other = COMPUTE.model_copy(update={"dtype": "bfloat16"})
+    found = [EvaluatedModel(tiny_model, other, Settings(dtype=dtype)).model.dtype for dtype in (None, "bfloat16", "float32")]
+    assert found == [torch.bfloat16, torch.bfloat16, torch.float32]
+    with pytest.raises(InputError, match=r"evaluation\.dtype"):
+        parse(Settings, {"dtype": "float16"}, "evaluation")
+    told = {"compute": {"dtype": "auto"}, "evaluation": {"dtype": "float32"}}
+    [on_another_machine], _ = judge("evaluation", told, [Deviation("results.parquet", "answers", 0.1, "answer")])
+    assert on_another_machine["bound"] == BOUNDS["evaluation", "float32"]["answers"]
 
 
 def test_a_benchmark_without_its_answers_is_refused_before_a_model_is_read(tmp_path: Path) -> None:

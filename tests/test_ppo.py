@@ -28,6 +28,7 @@ from conftest import ROOT
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.training.inference.decoding import decode
+from dagster_project.training.inference.sampling import draw, sampled
 from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
@@ -232,11 +233,11 @@ def test_sampling_frequencies_match_the_probabilities() -> None:
     logits = torch.tensor([[0.0, 2.0, -torch.inf, 1.0, -1.0]])
     numbers = [(i + 0.5) / 1000 for i in range(1000)]
     for temperature in (1.0, 2.0):
-        drawn = ppo.draw(logits.expand(1000, -1), numbers, temperature)
+        tokens = draw(logits.expand(1000, -1), numbers, temperature)
         wanted = (1000 * (logits[0] / temperature).softmax(-1)).tolist()
-        assert [drawn.count(token) for token in range(5)] == pytest.approx(wanted, abs=1)
-        assert 2 not in drawn
-    assert ppo.draw(logits, [1 - 1e-16], 1.0) == [4]
+        assert [tokens.count(token) for token in range(5)] == pytest.approx(wanted, abs=1)
+        assert 2 not in tokens
+    assert draw(logits, [1 - 1e-16], 1.0) == [4]
 
 
 @pytest.mark.parametrize("changes", [{"rollout_batch_size": 1}, {"rollout_batch_size": 3}, {"response_length": 5}], ids=str)
@@ -259,12 +260,12 @@ def test_sampled_answers_do_not_depend_on_batch_padding_or_length_limit(
 def test_sampling_matches_the_logits_without_cache_or_padding(tiny_model: Path, tiny_tokenizer: Any) -> None:
     model, prompts = policy(tiny_model).eval(), prompts_of(tiny_tokenizer)
     numbers = [[0.1, 0.9, 0.5, 0.3, 0.7]] * 4
-    found = decode(model.get_base_model(), prompts, ppo.sampled(numbers, 1.3), 5, (), 0)
+    found = decode(model.get_base_model(), prompts, sampled(numbers, 1.3), 5, (), 0)
     for prompt, answer in zip(prompts, found, strict=True):
         for t, token in enumerate(answer):
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + answer[:t]])).logits[:, -1]
-            assert ppo.draw(logits, [numbers[0][t]], 1.3) == [token]
+            assert draw(logits, [numbers[0][t]], 1.3) == [token]
 
 
 def test_values_of_a_sample_do_not_depend_on_other_samples_or_padding(tiny_model: Path, tiny_tokenizer: Any) -> None:

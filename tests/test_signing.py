@@ -13,13 +13,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from builders import small_pipeline
 from builders.files import flip
-from conftest import pedigree, run
+from conftest import pedigree, run, tool
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
 
@@ -31,15 +30,6 @@ from dagster_project.lineage.signing.envelope import SignatureError
 from dagster_project.lineage.signing.keys import public_key_of
 
 KINDS = {"ed25519": ed25519.Ed25519PrivateKey.generate, "p256": lambda: ec.generate_private_key(ec.SECP256R1())}
-
-
-def tool(name: str) -> ModuleType:
-    """A package of the extra `dev`. CI must have it."""
-    return (
-        __import__(name, fromlist=["_"])
-        if os.environ.get("CI")
-        else pytest.importorskip(name, reason=f"{name} (extra dev) is not installed")
-    )
 
 
 def write_keys(folder: Path, kind: str, name: str = "key") -> tuple[str, str]:

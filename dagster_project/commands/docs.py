@@ -27,7 +27,7 @@ from dagster_project.curation.checks.checks import CHECKS, Rules
 from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.sources.declarations import Declared
 from dagster_project.lineage.code_lock import TEMPLATE
-from dagster_project.pipeline import PEDIGREE, STAGES, VARIANTS_OF, sections
+from dagster_project.pipeline import PEDIGREE, STAGES, UNREAD, VARIANTS_OF, sections
 from dagster_project.training.methods.build import OWN
 from dagster_project.training.trainers.alignment.preference import METHODS
 from dagster_project.training.trainers.harness.params import AUTO, OrAuto
@@ -90,7 +90,7 @@ def params_schema() -> Schema:
     for name, model in sections().items():
         optional = not any(field.is_required() for field in model.model_fields.values())
         one = model | None if optional else model
-        fields[name] = (dict[str, model] if name in VARIANTS_OF.values() else one, None if name == "execution" else ...)  # type: ignore[valid-type]
+        fields[name] = (dict[str, model] if name in VARIANTS_OF.values() else one, None if name in UNREAD else ...)  # type: ignore[valid-type]
     whole = create_model("params", __base__=Section, **fields)
     models: list[type[BaseModel]] = [whole, *OWN.values(), *METHODS.values()]
     _, document = models_json_schema([(model, "validation") for model in dict.fromkeys(models)], schema_generator=_Generator)
@@ -197,7 +197,7 @@ def parameters_page(schema: Schema) -> str:
     parts = [
         "# Parameters",
         "Every key of `params.yaml`. Unknown keys and wrong types are refused before anything runs. Each section belongs to one stage, except "
-        "`compute` and `evaluation`, which several stages read, and `execution`, which no stage reads. This page is generated from the code by `make docs`; "
+        "`compute` and `evaluation`, which several stages read, and `execution` and `provider`, which no stage reads. This page is generated from the code by `make docs`; "
         "`dagster_project/params.schema.json` has the same content, for editors.",
     ]
     for name, section in schema["properties"].items():

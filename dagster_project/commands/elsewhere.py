@@ -71,8 +71,8 @@ def judge(stage: str, parameters: Mapping[str, Any], found: Iterable[Deviation])
     Returns:
         Every measured difference with its bound; and one line for each that exceeds it.
     """
-    compute = parameters.get("compute") or {}
-    dtype = "float32" if compute.get("dtype") == "float32" else "bfloat16"
+    compute, evaluation = (parameters.get(section) or {} for section in ("compute", "evaluation"))
+    dtype = "float32" if (evaluation.get("dtype") or compute.get("dtype")) == "float32" else "bfloat16"
     bounds = BOUNDS[KIND_OF_STAGE[stage], dtype]
     listed = [{**vars(one), "bound": bounds.get(one.measure, 0.0)} for one in found if one.value]
     reasons = [

@@ -17,7 +17,7 @@ PACKAGES = {
     "ray": ("ray",),
     "s3": ("dvc_s3", "s3fs", "botocore"),
     "cluster": ("dagster_postgres",),
-    "trust": ("cryptography",),
+    "trust": ("cryptography", "spdx_python_model"),
 }  # fmt: skip
 """Extra of pyproject.toml -> packages that it installs and that this project imports."""
 

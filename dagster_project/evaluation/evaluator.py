@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -103,6 +103,9 @@ class Settings(Section):
     """Longest answer, in tokens."""
     batch_size: int = Field(default=40, ge=1)
     """Prompts that are answered at the same time."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Number format of models that are scored. null: that of `compute.dtype`. In float32 answers do not depend on
+    `batch_size`; in bfloat16, which is faster, some do."""
 
 
 class EvaluatedModel:
@@ -112,7 +115,7 @@ class EvaluatedModel:
         """Args:
         folder: a complete model; or an adapter or a classification head, which needs `base_model`.
         """
-        device, dtype = prepare(compute)
+        device, dtype = prepare(compute.model_copy(update={"dtype": settings.dtype or compute.dtype}))
         from transformers import AutoTokenizer
 
         alone = base_model is None or not (feature_extraction.is_head(folder) or (folder / "adapter_config.json").is_file())

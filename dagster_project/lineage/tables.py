@@ -26,7 +26,7 @@ def column_names(path: Path) -> list[str]:
     Raises:
         InputError: it is not a table.
     """
-    return list(_schema(path))
+    return list(schema(path))
 
 
 def read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
@@ -37,11 +37,11 @@ def read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     """
     import polars as pl
 
-    schema = _schema(path)
+    types = schema(path)
     for name in columns:
-        if name not in schema:
+        if name not in types:
             raise _damaged(path, f"no column {name}")
-        kind = schema[name]
+        kind = types[name]
         expected = NUMBERS if kind.is_integer() else TEXTS if kind == pl.String else set()
         if name in NUMBERS | TEXTS and name not in expected and kind != pl.Null:
             raise _damaged(path, f"column {name} has type {kind}")
@@ -50,7 +50,7 @@ def read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
     return table.with_columns(pl.col(pl.Null).cast(pl.String)).cast(
-        {name: pl.Int64 for name in NUMBERS & {*columns} if schema[name] == pl.Null}
+        {name: pl.Int64 for name in NUMBERS & {*columns} if types[name] == pl.Null}
     )
 
 
@@ -78,7 +78,12 @@ def flattened(column: pl.Series) -> tuple[np.ndarray, dict[str, pl.Series]]:
     ) else {}
 
 
-def _schema(path: Path) -> dict[str, pl.DataType]:
+def schema(path: Path) -> dict[str, pl.DataType]:
+    """Column -> type.
+
+    Raises:
+        InputError: it is not a table.
+    """
     _refuse_altered(path)
     try:
         return frames.read_schema(path)

@@ -1,4 +1,4 @@
-"""CycloneDX 1.6, a bill of materials for machine learning: the model with its card, its training data and the libraries in use."""
+"""CycloneDX 1.7, a bill of materials for machine learning: the model with its card, its training data and the libraries in use, and how they were made."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime, time
 from typing import Any
 
+from dagster_project.lineage.export.formulation import citations, formulation
 from dagster_project.lineage.export.summary import identity, limits, results
 
+FILE = "bom.cdx.json"
+SHOWS = "all parts with hashes and licenses, the command of each stage, and which run states each part"
+SHOWS_NOT = "that the parts are safe, or their licenses valid"
 SUM = "sha256 over the lines '<sha256 of file> <path>' of all its files"
 
 
 def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
     """The document as JSON, validated against the official schema.
 
-    The library has no classes for `modelCard` and `data` yet, so these two are added to its JSON.
+    The library has no classes for `modelCard`, `data`, `formulation` and `citations` yet, so these are added to its JSON.
     """
     from cyclonedx.factory.license import LicenseFactory
     from cyclonedx.model import HashAlgorithm, HashType, Property
     from cyclonedx.model.bom import Bom, BomMetaData
     from cyclonedx.model.component import Component, ComponentType
-    from cyclonedx.output.json import JsonV1Dot6
+    from cyclonedx.output.json import JsonV1Dot7
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
 
@@ -58,14 +62,16 @@ def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
         components=parts,
     )
     document.register_dependency(whole, parts)
-    written = json.loads(JsonV1Dot6(document).output_as_string())
+    written = json.loads(JsonV1Dot7(document).output_as_string())
     written["metadata"]["component"]["modelCard"] = _card(summary)
     for part in written["components"]:
         if part["type"] == "data":
             part["data"] = [{"type": "dataset", "name": part["name"], "description": _description(summary, part["bom-ref"])}]
+    written["formulation"] = formulation(summary, {part["bom-ref"] for part in written["components"]})
+    written["citations"] = citations(written, summary, issued)
     text = json.dumps(written, indent=1, ensure_ascii=False) + "\n"
-    if (error := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)) is not None:
-        raise AssertionError(f"not CycloneDX 1.6: {error}")
+    if (error := JsonStrictValidator(SchemaVersion.V1_7).validate_str(text)) is not None:
+        raise AssertionError(f"not CycloneDX 1.7: {error}")
     return text
 
 

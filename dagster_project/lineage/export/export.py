@@ -10,10 +10,13 @@ from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
+from dagster_project.lineage import code_lock
 from dagster_project.lineage.export import registry
+from dagster_project.lineage.export.data_sets import data_sets
 from dagster_project.lineage.export.summary import from_reports, published_parameters
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, document, find, unrecorded
+from dagster_project.lineage.provider import provider
 from dagster_project.lineage.runs import StageRun
 
 MODELS = ("adapter", "aligned", "reward_model", "merged", "merged_aligned", "release")
@@ -37,7 +40,12 @@ def summarize(subject: Subject) -> dict[str, Any]:
     summary = from_reports(address, reports, reports[address].get("variant", "") if address == "release" else "", audit["waivers"])
     commits = audit["code"]["stages"]
     stages = {
-        name: {**stage, **{key: audit["stages"][name][key] for key in ("output", "md5", "inputs")}, **_recorded(index, commits.get(name))}
+        name: {
+            **stage,
+            **{key: audit["stages"][name][key] for key in ("output", "md5", "inputs")},
+            **_recorded(index, commits.get(name)),
+            **_ran(index, contributing[name]),
+        }
         for name, stage in summary["stages"].items()
         if name in audit["stages"]
     }
@@ -48,6 +56,10 @@ def summarize(subject: Subject) -> dict[str, Any]:
         "watched": list(audit["watched"]["stages"]),
         "parameters": published_parameters(audit["parameters"]),
         "code": audit["code"],
+        "outcomes": {path: source["outcomes"] for path, source in audit["sources"].items()},
+        "checks": {name: stage.get("checks", {}) for name, stage in audit["stages"].items()},
+        "records": audit["records"],
+        "other_files": audit["other_files"],
     }
 
 
@@ -70,6 +82,15 @@ def _recorded(index: Index, code: Mapping[str, Any] | None) -> dict[str, Any]:
     """The first commit that contains a stage's run, and its date."""
     commit = code["commit"] if code else None
     return {"commit": commit, "date": _date_of(index.root, commit) if commit else None, "clean": code["clean"] if code else None}
+
+
+def _ran(index: Index, run: StageRun) -> dict[str, Any]:
+    """The command of a stage, and the parameters that it read."""
+    entry = index.lock_entry(run)
+    read = {file: found for file, found in entry.get("params", {}).items() if file != code_lock.FILE}
+    values = {key: value for found in read.values() for key, value in (found or {}).items()}
+    command = {"cmd": entry["cmd"]} if isinstance(entry.get("cmd"), str) else {}
+    return {**command, "parameters": published_parameters(values)}
 
 
 @cache
@@ -97,17 +118,25 @@ def export(root: Path, model: str, form: str, rev: str | None = None, issued: da
     Raises:
         InputError: unknown model, a stage that the format cannot describe, or a model whose lineage is not recorded completely.
     """
-    write, any_stage = registry.find(form)
+    chosen = registry.find(form)
     subject = find(Index(root), model, rev)
-    address = subject.run.address
-    if not any_stage and address.partition("@")[0] not in MODELS:
+    refuse(subject, model, form)
+    tables = {"data_sets": data_sets(subject)} if chosen.data_sets else {}
+    return chosen.write(summarize(subject) | tables | {"provider": provider(root, rev)}, issued or issue_date(subject))
+
+
+def refuse(subject: Subject, model: str, form: str) -> None:
+    """Raises:
+    InputError: the format cannot describe the stage, or the lineage is not recorded completely.
+    """
+    chosen, address = registry.find(form), subject.run.address
+    if not chosen.any_stage and address.partition("@")[0] not in MODELS:
         raise InputError(
             f"{address} is not a model that this project trained: {form} cannot describe it",
             f"name one of {', '.join(MODELS)}, or use openlineage",
         )
-    if not any_stage:
+    if not chosen.any_stage or chosen.data_sets:
         _refuse_unknown_lineage(subject, model)
-    return write(summarize(subject), issued or issue_date(subject))
 
 
 def _refuse_unknown_lineage(subject: Subject, model: str) -> None:

@@ -13,6 +13,9 @@ from dagster_project.curation.sources.declarations import NAMES, declared_source
 from dagster_project.lineage.export.licenses import most_restrictive
 from dagster_project.lineage.export.summary import limits, results
 
+FILE = "README.md"
+SHOWS = "how the model was made, measured and checked, as people read it"
+SHOWS_NOT = "that its numbers are right: that takes making the model again"
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 

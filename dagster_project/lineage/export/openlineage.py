@@ -16,6 +16,9 @@ from dagster_project.lineage.export.summary import identity
 
 NAMESPACE = "pedigree"
 ANY_STAGE = True
+FILE = "lineage.jsonl"
+SHOWS = "the run of each stage with its inputs and outputs by hash"
+SHOWS_NOT = "when the stages ran: times are not recorded"
 
 
 @attr.define

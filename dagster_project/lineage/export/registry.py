@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-Format = Callable[[Mapping[str, Any], date], str]
+Write = Callable[[Mapping[str, Any], date], str]
 """(`export.summarize` of a model, issue date) -> text of the file. The same input gives the same text."""
 
-NOT_FORMATS = {"__init__", "export", "licenses", "registry", "summary"}
+NOT_FORMATS = {"__init__", "answers", "data_sets", "export", "formulation", "licenses", "papers", "registry", "responsible", "summary"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format, as its module declares it."""
+
+    write: Write
+    any_stage: bool
+    """`ANY_STAGE`: it describes any stage. Other formats describe trained models only."""
+    data_sets: bool
+    """`DATA_SETS`: it describes tables of records, so the summary has their files and columns (`data_sets.data_sets`)."""
+    file: str
+    """`FILE`: name of its file in a folder of all formats."""
+    shows: str
+    """`SHOWS`: what a reader learns from it, in words."""
+    shows_not: str
+    """`SHOWS_NOT`: what it must not be taken for."""
 
 
 def formats() -> list[str]:
@@ -20,7 +38,12 @@ def formats() -> list[str]:
     return sorted(name.replace("_", "-") for name in modules)
 
 
-def find(name: str) -> tuple[Format, bool]:
-    """A format, and whether it describes any stage: its module then sets `ANY_STAGE = True`. Other formats describe trained models only."""
+def find(name: str) -> Format:
+    """A format by its name."""
     module = import_module(f"{__package__}.{name.replace('-', '_')}")
-    return getattr(module, name.replace("-", "_")), getattr(module, "ANY_STAGE", False)
+    return Format(
+        getattr(module, name.replace("-", "_")),
+        getattr(module, "ANY_STAGE", False),
+        getattr(module, "DATA_SETS", False),
+        *(getattr(module, attribute, default) for attribute, default in (("FILE", f"{name}.txt"), ("SHOWS", ""), ("SHOWS_NOT", ""))),
+    )

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.training.inference.packed_weights import packed_weights
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,7 +36,8 @@ def decode(
 ) -> list[list[int]]:
     """Generate the answer to each prompt.
 
-    Prompts are padded on the left; a CPU reads a few at a time. Finished answers are removed once they are a quarter of the batch.
+    Prompts are padded on the left; a CPU reads a few at a time, and each of equal prompts once. Finished answers are removed once they are a
+    quarter of the batch.
 
     Args:
         model: causal language model of transformers.
@@ -50,7 +53,7 @@ def decode(
 
     answers: list[list[int]] = [[] for _ in prompts]
     rows, ended = list(range(len(prompts))), set[int]()
-    with torch.no_grad():
+    with torch.no_grad(), packed_weights(model):
         hidden, mask, cache = _read_all(model, prompts, longest, pad or 0, prefix)
         for position in range(longest):
             head = model.get_output_embeddings()
@@ -114,10 +117,15 @@ def _read_all(model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: i
     if not _has_plain_layers(start):
         hidden, cache = run(range(len(prompts)))
         return hidden, mask, cache
+    equal: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        equal.setdefault(tuple(prompt), []).append(i)
+    distinct = list(equal.values())
     cache, states = DynamicCache(), dict[int, torch.Tensor]()
-    for group in groups([len(prompt) for prompt in prompts], len(prompts), model.device.type):
-        last, part = run(group)
-        states |= dict(zip(group, last, strict=True))
+    for group in groups([len(prompt) for prompt in equal], len(prompts), model.device.type):
+        last, part = run([distinct[k][0] for k in group])
+        rows, sources = map(list, zip(*((i, n) for n, k in enumerate(group) for i in distinct[k]), strict=True))
+        states |= {i: last[n] for i, n in zip(rows, sources, strict=True)}
         first = not cache.layers
         for k in range(len(part.layers)):
             filled, part.layers[k] = part.layers[k], None  # so that only one layer at a time exists twice
@@ -125,8 +133,8 @@ def _read_all(model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: i
                 cache.layers.append(_preallocated_layer()(filled, *mask.shape, longest))
             layer, gap = cache.layers[k], mask.shape[1] - filled.keys.shape[2]
             for target, source in ((layer.keys, filled.keys), (layer.values, filled.values)):
-                target[group, :, :before] = source[:, :, :before]
-                target[group, :, before + gap :] = source[:, :, before:]
+                target[rows, :, :before] = source[sources, :, :before]
+                target[rows, :, before + gap :] = source[sources, :, before:]
     return torch.stack([states[i] for i in range(len(prompts))]), mask, cache
 
 

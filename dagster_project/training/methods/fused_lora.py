@@ -5,6 +5,7 @@ It is registered with torch, so torch.compile does not trace into it. Importing 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -31,6 +32,27 @@ def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> t
     result = layer.base_layer(x, *arguments, **keywords)
     a, b, scaling = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
     return update(result, x.to(result.dtype), a, b, scaling, dropout)[0]
+
+
+def is_applied(module: Any) -> bool:
+    """Whether a module is a layer of `fuse` whose update has an effect, without dropout."""
+    if getattr(vars(module).get("forward"), "__func__", None) is not _forward or module.disable_adapters or module.merged:
+        return False
+    return not (module.training and any(getattr(dropout, "p", 0.0) for dropout in module.lora_dropout.values()))
+
+
+def applied(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The layer's forward pass with its present weights, without gradients: the same operations, with weights that are cast once."""
+    (adapter,) = layer.lora_A
+    dtype = layer.base_layer.weight.dtype
+    a, b = (matrices[adapter].weight.detach().to(dtype).T for matrices in (layer.lora_A, layer.lora_B))
+    scaling = layer.scaling[adapter]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        result = layer.base_layer(x)
+        return torch.addmm(_flat(result), _flat(x) @ a, b, alpha=scaling).view(result.shape)
+
+    return forward
 
 
 @torch.library.custom_op("pedigree::lora_update", mutates_args=())

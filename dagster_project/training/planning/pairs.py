@@ -95,4 +95,5 @@ def lengths_of(pair: Pair) -> tuple[int, int, int]:
     """Tokens with which both texts of a pair begin, of the rest of the chosen and of the rest of the rejected one."""
     prompt, chosen, rejected = pair
     _, (place,) = collate_shared([(prompt + chosen, prompt + rejected)])
-    return place.lengths
+    shared, first, second = place.lengths
+    return shared, first, second

@@ -36,7 +36,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.progress import Progress
 from dagster_project.core.rendering import end_ids
-from dagster_project.training.inference.decoding import Choose, decode
+from dagster_project.training.inference.decoding import decode
+from dagster_project.training.inference.sampling import sampled, uniform_numbers
 from dagster_project.training.methods.attention import attention_for, attention_of
 from dagster_project.training.methods.build import causal
 from dagster_project.training.tokens.collators import SIZES, collate_packed
@@ -69,8 +70,8 @@ class Settings(Section):
     batch_size: int = Field(default=64, ge=2)
     """Answers per iteration: sampled from one policy, then trained on."""
     rollout_batch_size: int = Field(default=32, ge=1)
-    """Answers generated at the same time. Affects speed and memory only, because each answer has its own random
-    numbers."""
+    """Answers generated at the same time, for speed and memory. Each answer has its own random numbers, so in float32
+    the answers do not depend on it; in bfloat16 rounding can change some."""
     mini_batch_size: int = Field(default=8, ge=1)
     """Answers per forward pass of scoring and training."""
     gradient_accumulation_steps: int = Field(default=2, ge=1)
@@ -339,7 +340,7 @@ class Training:
         scores = rewarded(self.reward, rollout, texts, settings, first=step == 1)
         policy = evaluate(model, self.head, rollout, settings, shared)
         with model.disable_adapter():
-            reference = evaluate(model, self.head, rollout, settings, shared).log_probs
+            reference = evaluate(model, self.head, rollout, settings, shared, with_entropy=False).log_probs
         kl = kl_per_answer(policy.log_probs, reference)
         if step == 1:
             refuse_other_reference(policy.log_probs, reference, rollout.mask, model.dtype)
@@ -373,7 +374,7 @@ class Training:
         rate = learning_rate(step, self.total, settings)
         figures = update(model, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed, self.shared)
         if step == self.total:  # no later rollout measures how far the policy moved
-            moved = evaluate(model, head, rollout, settings, self.shared).log_probs
+            moved = evaluate(model, head, rollout, settings, self.shared, with_entropy=False).log_probs
             refuse_explosion(kl_per_answer(policy.log_probs, moved), settings)
         return {**figures, "learning_rate": rate}
 
@@ -460,12 +461,8 @@ def roll_out(
     def sample() -> None:
         for number, batch in enumerate(_parts(order, settings.rollout_batch_size)):
             if here.does(number):
-                dice = [random.Random(f"{seed} answer {e}") for e in batch]
-                uniform = [[die.random() for _ in range(longest)] for die in dice]
-                batch_answers = decode(
-                    causal(model), [prompts[e] for e in batch], sampled(uniform, settings.temperature), longest, ends,
-                    tokenizer.pad_token_id,
-                )  # fmt: skip
+                choose = sampled(uniform_numbers(seed, batch, longest), settings.temperature)
+                batch_answers = decode(causal(model), [prompts[e] for e in batch], choose, longest, ends, tokenizer.pad_token_id)
                 for e, answer in zip(batch, batch_answers, strict=True):
                     tokens[e, : len(answer)] = torch.tensor(answer, device=device)
                     lengths[e] = len(answer)
@@ -477,21 +474,6 @@ def roll_out(
     finished = torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], torch.tensor(sorted(ends), device=device))
     answers = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
     return Rollout(rows, prompts, answers, mask, finished)
-
-
-def sampled(uniform: Sequence[Sequence[float]], temperature: float) -> Choose:
-    """Tokens sampled at these numbers in [0, 1), one for each prompt and position."""
-    return lambda logits, rows, place: draw(logits, [uniform[row][place] for row in rows], temperature)
-
-
-def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float) -> list[int]:
-    """The token at which each row's distribution function exceeds its number. On the CPU: a cumulative sum on a GPU is
-    not reproducible."""
-    import torch
-
-    upto = (wide(logits.cpu()) / temperature).softmax(-1).double().cumsum(-1)
-    chosen = torch.searchsorted(upto, torch.tensor(uniform, dtype=torch.float64)[:, None] * upto[:, -1:], right=True)
-    return [int(token) for token in chosen[:, 0].clamp(max=logits.shape[-1] - 1)]
 
 
 # ---- 2. reward --------------------------------------------------------------------------------------------------------------------------
@@ -574,12 +556,15 @@ def forward(
     return -cross_entropy(logits, labels[counted], reduction="none"), head(wide(hidden))[:, 0], logits
 
 
-def evaluate(model: Any, head: Any, rollout: Rollout, settings: Settings, shared: ShardedModel | None = None) -> TokenValues:
+def evaluate(
+    model: Any, head: Any, rollout: Rollout, settings: Settings, shared: ShardedModel | None = None, with_entropy: bool = True
+) -> TokenValues:
     """Evaluation of every token by the policy, or by the reference while the adapter is disabled. Both use the same
     passes, so equal policies give equal bits.
 
     Args:
         shared: the model, if it is divided among the processes.
+        with_entropy: otherwise it is 0, which takes less time.
     """
     import torch
 
@@ -591,7 +576,9 @@ def evaluate(model: Any, head: Any, rollout: Rollout, settings: Settings, shared
         for episodes in _parts(range(len(rollout.rows)), settings.mini_batch_size):
             if mine := episodes[here.rank :: here.size]:
                 log_probs, values, logits = forward(model, head, rollout, mine, settings.temperature)
-                entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+                entropy = torch.zeros_like(values)
+                if with_entropy:
+                    entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
                 part = torch.zeros_like(evaluated[:, mine])
                 part[:, rollout.mask[mine]] = torch.stack((log_probs, values, entropy))
                 evaluated[:, mine] = part

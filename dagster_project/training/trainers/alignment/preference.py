@@ -38,6 +38,7 @@ from dagster_project.training.tokens.preference_pairs import both, prompt_ids, r
 from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.alignment.reward_model import Rewards
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
+from dagster_project.training.trainers.alignment.trl_trainers.answer_groups import group_trainer
 from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.history import TrainingHistory
@@ -294,7 +295,7 @@ class GroupMethod(TrlMethod):
             )
 
     def trl_classes(self) -> tuple[type, type]:
-        """TRL's trainer and the class of its arguments."""
+        """The trainer and the class of its arguments."""
         raise NotImplementedError
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
@@ -302,7 +303,7 @@ class GroupMethod(TrlMethod):
             return run.reward(row, completions, completion_ids)
 
         arguments = {**self.model_dump(), "steps_per_generation": 1}
-        return TrainerSpec(self.name, *self.trl_classes(), arguments, self.metrics, {"reward_funcs": reward})
+        return TrainerSpec(self.name, *self.trl_classes(), arguments, self.metrics, {"reward_funcs": reward}, answers_in_groups=True)
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [{"prompt": prompt_ids(tokenizer, pair), "pair": i} for i, pair in enumerate(pairs)]
@@ -320,7 +321,7 @@ class Rloo(GroupMethod):
     def trl_classes(self) -> tuple[type, type]:
         import trl
 
-        return trl.RLOOTrainer, trl.RLOOConfig
+        return group_trainer(trl.RLOOTrainer, gives_log_probs=False), trl.RLOOConfig
 
 
 class Grpo(GroupMethod):
@@ -329,7 +330,7 @@ class Grpo(GroupMethod):
     def trl_classes(self) -> tuple[type, type]:
         import trl
 
-        return trl.GRPOTrainer, trl.GRPOConfig
+        return group_trainer(trl.GRPOTrainer, gives_log_probs=True), trl.GRPOConfig
 
 
 class Ppo(AlignmentMethod, ppo.Settings):

@@ -1,4 +1,4 @@
-"""Attention for pairs of texts whose common beginning is in a packed row once (`shared_prompts.collate_shared`)."""
+"""Attention for pairs and groups of texts whose common beginning is in a packed row once (`shared_prompts.collate_shared`)."""
 
 from __future__ import annotations
 
@@ -31,6 +31,17 @@ def attending_by_pair(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+@contextmanager
+def attending_plainly(model: Any) -> Iterator[None]:
+    """While open, a transformers model reads texts with a cache, and padded ones."""
+    before = attention_of(model)
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def can_attend_by_pair(model: Any) -> bool:
     """Whether a transformers model computes the same for a batch of `collate_shared` as for its texts one by one: tokens meet only in
     attention, which `_attend_by_pair` computes, and their order is known only from their positions."""
@@ -54,12 +65,12 @@ def _attend_by_pair(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each text of pairs whose common beginning is stored once, computed in float32, whose backward pass is
+    """Causal attention within each text of groups whose common beginning is stored once, computed in float32, whose backward pass is
     twice as fast as bfloat16 on a CPU.
 
     Args:
         query: (1, heads, seq, head size); key and value may have fewer heads.
-        pair_lengths: for each pair the tokens of the beginning, of the rest of the first text and of that of the second, in this order.
+        pair_lengths: for each pair or larger group the tokens of the beginning and of the rest of each text, in this order.
     Returns:
         (1, seq, heads, head size) in the dtype of `query`, and None for the attention weights.
     """
@@ -68,15 +79,18 @@ def _attend_by_pair(
 
     assert all(others.get(name) is None for name in ("softcap", "s_aux")), "can_attend_by_pair"
     key, value = (repeat_kv(states, getattr(module, "num_key_value_groups", 1)) for states in (key, value))
-    sizes = [size for shared, first, second in pair_lengths for size in (shared + first, second)]
-    q, k, v = (states.float().split(sizes, 2) for states in (query, key, value))
+    sizes = [size for shared, first, *others_own in pair_lengths for size in (shared + first, *others_own)]
+    parts = zip(*(states.float().split(sizes, 2) for states in (query, key, value)), strict=True)
     outputs = []
-    for pair, (shared, _, second) in enumerate(pair_lengths):
-        one, other = 2 * pair, 2 * pair + 1
-        outputs.append(_causal(q[one], k[one], v[one], scaling, dropout, sliding_window))
-        if second:
-            keys, values = (torch.cat((states[one][:, :, :shared], states[other]), 2) for states in (k, v))
-            outputs.append(_causal(q[other], keys, values, scaling, dropout, sliding_window))
+    for shared, _, *others_own in pair_lengths:
+        q, k, v = next(parts)
+        outputs.append(_causal(q, k, v, scaling, dropout, sliding_window))
+        beginning = k[:, :, :shared], v[:, :, :shared]
+        for own in others_own:
+            q, *own_states = next(parts)
+            if own:
+                keys, values = (torch.cat(states, 2) for states in zip(beginning, own_states, strict=True))
+                outputs.append(_causal(q, keys, values, scaling, dropout, sliding_window))
     return torch.cat(outputs, 2).to(query.dtype).transpose(1, 2).contiguous(), None
 
 

@@ -1,4 +1,5 @@
-"""Pairs -> what TRL's losses need of the model, from one forward pass without padding that reads what two answers have in common once.
+"""Pairs, and groups of answers to a prompt -> what TRL's losses need of the model, from one forward pass without padding that reads what
+the answers have in common once.
 
 TRL's trainers read prompts twice, pad to the longest text, and compute logits at every position. Here the model gets one packed row, logits
 are computed where a token of an answer is predicted, and what remains of them is the log-probability and its gradient.
@@ -9,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.training.methods.build import causal
 from dagster_project.training.tokens.collators import SIZES
 from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import can_attend_by_pair
+
+if TYPE_CHECKING:
+    import torch
 
 CHUNK = 256
 """Positions whose logits exist at the same time."""
@@ -41,41 +46,42 @@ def reads_prompts_once(model: Any, device: str) -> bool:
 
 
 @dataclass(frozen=True)
-class SharedPair:
-    """Where the tokens of two texts with a common beginning are in a packed row: the beginning, the rest of the first, that of the second."""
+class SharedTexts:
+    """Where the tokens of texts with a common beginning are in a packed row: the beginning, and the rest of each text in turn."""
 
     start: int
-    """Index of its first token in the row."""
-    lengths: tuple[int, int, int]
+    """Index of the first token in the row."""
+    lengths: tuple[int, ...]
 
-    def place(self, side: int, i: int) -> int:
-        """Index in the row of token i of the first text (side 0) or the second (side 1)."""
-        shared, first, _ = self.lengths
-        return self.start + i + (first if side and i >= shared else 0)
+    def place(self, text: int, i: int) -> int:
+        """Index in the row of token i of a text, numbered from 0."""
+        shared, *own = self.lengths
+        return self.start + i + (sum(own[:text]) if i >= shared else 0)
 
 
-def collate_shared(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[dict[str, Any], list[SharedPair]]:
-    """Collate pairs of texts into one row without padding between them; tokens with which both texts of a pair begin are in it once.
+def collate_shared(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[dict[str, Any], list[SharedTexts]]:
+    """Collate pairs or larger groups of texts into one row without padding between them; tokens with which all texts of a group begin are in
+    it once.
 
         [5, 6, 7] and [5, 6, 8, 9]  ->  packed_ids [5, 6, 7, 8, 9], packed_positions [0, 1, 2, 2, 3], pair_lengths [(2, 1, 2)]
 
     Returns:
         The arguments of the model for `attending_by_pair`: packed_ids, packed_positions (1, seq) int64, pair_lengths;
-        and the places of each pair. The row is padded to a multiple of SIZES tokens by a text of its own at the end.
+        and the places of each group. The row is padded to a multiple of SIZES tokens by a text of its own at the end.
     """
     import torch
 
     ids: list[int] = []
     positions: list[int] = []
-    placed: list[SharedPair] = []
-    for first, second in pairs:
-        most = min(len(first), len(second)) - 1  # each keeps a token of its own
-        shared = next((i for i in range(most) if first[i] != second[i]), most)
-        placed.append(SharedPair(len(ids), (shared, len(first) - shared, len(second) - shared)))
-        ids += [*first, *second[shared:]]
-        positions += [*range(len(first)), *range(shared, len(second))]
+    placed: list[SharedTexts] = []
+    for texts in groups:
+        first, most = texts[0], min(map(len, texts)) - 1  # each keeps a token of its own
+        shared = next((i for i in range(most) if any(text[i] != first[i] for text in texts)), most)
+        placed.append(SharedTexts(len(ids), (shared, *(len(text) - shared for text in texts))))
+        ids += [*first, *(token for text in texts[1:] for token in text[shared:])]
+        positions += [*range(len(first)), *(i for text in texts[1:] for i in range(shared, len(text)))]
     spare = -len(ids) % SIZES
-    lengths = [pair.lengths for pair in placed] + ([(spare, 0, 0)] if spare else [])
+    lengths = [group.lengths for group in placed] + ([(spare, 0, 0)] if spare else [])
     row = {"packed_ids": torch.tensor([ids + [0] * spare]), "packed_positions": torch.tensor([[*positions, *range(spare)]])}
     return {**row, "pair_lengths": lengths}, placed
 
@@ -92,7 +98,7 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     prompts = [len(row.get("prompt_ids", ())) for row in rows]
     texts = [[[*row.get("prompt_ids", ()), *row[f"{side}_ids"]] for side in ("chosen", "rejected")] for row in rows]
-    packed, placed = collate_shared([(chosen, rejected) for chosen, rejected in texts])
+    packed, placed = collate_shared(texts)
     width = max(len(text) for pair in texts for text in pair) - 1
     last, predicts, targets, slots = [], [], [], []
     for side in (0, 1):
@@ -104,6 +110,29 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             slots += [(side * len(rows) + n) * width + i - 1 for i in own if i]
     indices = {"last_token": last, "predicts": predicts, "target": targets, "slot": slots}
     return {**packed, **{name: torch.tensor(values) for name, values in indices.items()}}
+
+
+def collate_answers(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
+    """Collate answers into one row, in which those to the same prompt are a group. The row does not depend on the order of the answers, so
+    equal models give equal bits for it.
+
+    Returns:
+        The arguments of the model as in `collate_shared`, and as in `collate_pairs` indices of the tokens of answers, `predicts` and `target`;
+        `slot` is the place of each in a table (answers, width).
+    """
+    import torch
+
+    order = sorted(range(len(prompts)), key=lambda row: (prompts[row], answers[row]))
+    groups = [list(rows) for _, rows in groupby(order, lambda row: prompts[row])]
+    packed, placed = collate_shared([[[*prompts[row], *answers[row]] for row in rows] for rows in groups])
+    predicts, targets, slots = list[int](), list[int](), list[int]()
+    for rows, place in zip(groups, placed, strict=True):
+        for text, row in enumerate(rows):
+            before = len(prompts[row]) - 1
+            predicts += [place.place(text, before + i) for i in range(len(answers[row]))]
+            targets += answers[row]
+            slots += [row * width + i for i in range(len(answers[row]))]
+    return {**packed, **{name: torch.tensor(values) for name, values in {"predicts": predicts, "target": targets, "slot": slots}.items()}}
 
 
 def hidden_states(model: Any, inputs: Mapping[str, Any], at: str) -> Any:
@@ -125,11 +154,31 @@ def log_probabilities(model: Any, **inputs: Any) -> Any:
 
     head = causal(model).get_output_embeddings()
     hidden = hidden_states(model, inputs, "predicts").to(head.weight.dtype)
-    found = _log_probability_class().apply(hidden, head.weight, inputs["target"])
+    found, _ = _log_probability_class().apply(hidden, head.weight, inputs["target"], 1.0, False)
     shape = inputs["input_ids"].shape[0], inputs["input_ids"].shape[1] - 1
     padded = found.new_zeros(shape[0] * shape[1]).index_copy(0, inputs["slot"], found).view(shape)
     nothing = torch.zeros(shape)
     return FusedCausalLMOutput(log_probs=padded, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+
+
+def of_answers(
+    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], width: int, temperature: float, with_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probability of each token of answers, and the entropy in nats of the distribution that it is from, (answers, width) float32, 0 after
+    the end of an answer.
+
+    Args:
+        prompts, answers: token ids; no answer is empty.
+        width: tokens of the longest answer, or more.
+    """
+    inputs, head = collate_answers(prompts, answers, width), causal(model).get_output_embeddings()
+    hidden = hidden_states(model, inputs, "predicts").to(head.weight.dtype)
+    found, entropy = _log_probability_class().apply(hidden, head.weight, inputs["target"], temperature, with_entropy)
+
+    def table(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(len(answers) * width).index_copy(0, inputs["slot"], values).view(len(answers), width)
+
+    return table(found), table(entropy) if with_entropy else None
 
 
 def rewards(model: Any, **inputs: Any) -> Any:
@@ -144,31 +193,41 @@ def _log_probability_class() -> Any:
     import torch
 
     class LogProbability(torch.autograd.Function):
-        """Log-probability (n) float32 of each target under hidden states (n, hidden) times an output layer (vocabulary, hidden) that is frozen.
+        """Log-probability (n) float32 of each target under hidden states (n, hidden) times an output layer (vocabulary, hidden) that is frozen,
+        at a temperature; and the entropy (n) float32 of each distribution in nats, without a gradient, or (0) if it is not needed.
 
         Its gradient by the hidden state, weight[target] - softmax . weight, is computed with it, so that no logits are kept or computed
         again. Rounding is that of logits computed in the dtype of the layer, and of the softmax in float32.
         """
 
         @staticmethod
-        def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        def forward(
+            ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, with_entropy: bool
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+            entropy = found.new_empty(len(hidden) if with_entropy else 0)
             gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             for start in range(0, len(hidden), CHUNK):
                 some = slice(start, start + CHUNK)
                 scores = (hidden[some] @ weight.T).float()
+                if temperature != 1:
+                    scores /= temperature
                 scores -= scores.logsumexp(-1, keepdim=True)
                 found[some] = scores.gather(-1, targets[some, None])[:, 0]
+                if with_entropy:
+                    entropy[some] = -torch.linalg.vecdot(scores.exp(), scores)
                 if gradient is not None:
                     scores.exp_().scatter_add_(-1, targets[some, None], scores.new_full((1, 1), -1).expand(len(scores), 1))
                     gradient[some] = scores.neg_().to(weight.dtype) @ weight
             if gradient is not None:
                 ctx.save_for_backward(gradient)
-            return found
+            ctx.temperature = temperature
+            ctx.mark_non_differentiable(entropy)
+            return found, entropy
 
         @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
             (by_hidden,) = ctx.saved_tensors
-            return (gradients[0][:, None] * by_hidden).to(by_hidden.dtype), None, None
+            return (gradients[0][:, None] / ctx.temperature * by_hidden).to(by_hidden.dtype), None, None, None, None
 
     return LogProbability

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib.metadata import version
 from itertools import chain, islice, takewhile, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,19 +58,26 @@ class TrainerSpec:
     """Of trainers on pairs: the output of the model for a batch of `shared_prompts.collate_pairs`, as the trainer's loss reads it."""
     has_reference: bool = False
     """Whether the loss of pairs reads log-probabilities under the reference, which are computed once."""
+    answers_in_groups: bool = False
+    """Whether the trainer is one of `answer_groups.group_trainer`."""
 
 
 class TrlSession(SharedSession):
     """A training by one of TRL's trainers. Several processes share its steps if the model is divided among them."""
 
     def __init__(
-        self, spec: TrainerSpec, model: Any, params: PreferenceParams, compute: Compute, checkpoints: Checkpoints | None, live: Path | None
-    ) -> None:
+        self, spec: TrainerSpec, model: Any, tokenizer: Any, params: PreferenceParams, compute: Compute, checkpoints: Checkpoints | None,
+        live: Path | None,
+    ) -> None:  # fmt: skip
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
         super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
-        self.metrics = spec.metrics
-        self.outputs = spec.outputs if spec.outputs and shared_prompts.reads_prompts_once(model, self.device.type) else None
+        self.metrics, self.tokenizer = spec.metrics, tokenizer
+        reads_once = shared_prompts.reads_prompts_once(model, self.device.type)
+        self.outputs = spec.outputs if reads_once else None
         """As in the specification; None if the model cannot read pairs so, or there are none."""
+        has_router = hasattr(causal(model).config.get_text_config(), "output_router_logits")  # TRL adds the router's loss
+        self.reads_groups = spec.answers_in_groups and reads_once and not has_router
+        """Whether a pass reads the answers to a prompt as a group."""
         self.reference: dict[int, tuple[float, float]] = {}
         """Log-probabilities of the chosen and the rejected answer of each row under the reference; validation rows have negative numbers."""
 
@@ -100,10 +106,6 @@ def _trainer_class(base: type) -> type:
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
-
-        def _tokenize_prompts(self, prompts: Any) -> tuple[list[list[int]], None, dict[str, Any]]:
-            """Prompts of online methods are tokenized already: TRL 1.16 would render all of them with the same tools."""
-            return [list(ids) for ids in prompts], None, {}
 
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
             session, history, step, epoch = self.session, self.session.history, self.state.global_step + 1, int(self.state.epoch or 0) + 1
@@ -198,7 +200,7 @@ def train(
         Diverged: a loss or a gradient is not finite. The checkpoints are older.
         PedigreeError: out of memory or disk.
     """
-    session = TrlSession(spec, model.model, params, compute, checkpoints, live)
+    session = TrlSession(spec, model.model, tokenizer, params, compute, checkpoints, live)
     with tempfile.TemporaryDirectory() as scratch, stop_on_request() as session.stop_requested, advice_on_memory():
         with model.kept_in_place():
             trainer = _build_trainer(spec, session, tokenizer, rows, validation_rows, model.device, scratch)
@@ -208,7 +210,7 @@ def train(
         if model.root is not None:
             session.divided(model.root)
         begin()
-        with attending_by_pair(causal(model.model)) if session.outputs else nullcontext():
+        with attending_by_pair(causal(model.model)) if session.outputs or session.reads_groups else nullcontext():
             if spec.has_reference and not session.is_complete():
                 trainer.precompute_ref_logps = True
                 session.reference.update(_reference(session, trainer, len(rows), len(validation_rows)))
@@ -225,8 +227,6 @@ def _build_trainer(
     from datasets import Dataset
 
     params, model = session.params, session.model
-    if "prompt" in rows[0] and not hasattr(spec.trainer, "_tokenize_prompts"):  # a private method, overridden in RowTrainer
-        raise AssertionError(f"trl {version('trl')}: {spec.trainer.__name__} has no _tokenize_prompts, which takes prompts as token ids")
     assert isinstance(params, PreferenceParams)
     arguments = training_arguments(params, session.compute, scratch, device.type, bool(validation_rows))
     own = {

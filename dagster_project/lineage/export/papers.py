@@ -1,0 +1,45 @@
+"""All exports of a model in one folder, with the document of a page that lists them."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.hashing import sha256_of_text
+from dagster_project.lineage.export import registry
+from dagster_project.lineage.export.data_sets import data_sets
+from dagster_project.lineage.export.export import issue_date, refuse, summarize
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import find
+from dagster_project.lineage.provider import provider
+
+PAGE = "papers.html"
+
+
+def papers(root: Path, model: str, rev: str | None = None, issued: date | None = None) -> tuple[dict[str, str], dict[str, Any]]:
+    """Every format of a model.
+
+    Args:
+        issued: default: the date of the first commit that recorded the model.
+    Returns:
+        (file -> text, {"model", "issued", "code": commit or None, "papers": [{"format", "file", "sha256", "shows", "shows_not"}]}).
+    Raises:
+        InputError: as `export`.
+    """
+    subject = find(Index(root), model, rev)
+    for form in registry.formats():
+        refuse(subject, model, form)
+    day = issued or issue_date(subject)
+    summary = summarize(subject) | {"data_sets": data_sets(subject), "provider": provider(root, rev)}
+    texts, listed = {}, []
+    for form in registry.formats():
+        chosen = registry.find(form)
+        if chosen.data_sets and chosen.any_stage and not summary["data_sets"]:  # it describes checked records, and there are none
+            continue
+        texts[chosen.file] = text = chosen.write(summary, day)
+        facts = {"file": chosen.file, "sha256": sha256_of_text(text), "shows": chosen.shows, "shows_not": chosen.shows_not}
+        listed.append({"format": form, **facts})
+    code = summary["code"]
+    commit = code.get("lineage_at") if code["clean"] else None
+    return texts, {"model": summary["model"], "issued": day.isoformat(), "commit": commit, "papers": listed}

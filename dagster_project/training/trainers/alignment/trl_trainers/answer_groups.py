@@ -1,0 +1,110 @@
+"""RLOO and GRPO: TRL's trainers with answers by our own loop, and passes that read each prompt once for all answers to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from dagster_project.core.rendering import end_ids
+from dagster_project.training.inference.decoding import decode
+from dagster_project.training.inference.sampling import sampled, uniform_numbers
+from dagster_project.training.methods.build import causal
+from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
+from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_plainly
+
+if TYPE_CHECKING:
+    import torch
+
+OVERRIDDEN = ("_tokenize_prompts", "_generate_single_turn", "_get_per_token_logps_and_entropies")
+"""Private methods of TRL."""
+
+
+@cache
+def group_trainer(base: type, gives_log_probs: bool) -> type:
+    """TRL's trainer on prompts that are tokenized already.
+
+    Args:
+        base: TRL's RLOOTrainer or GRPOTrainer.
+        gives_log_probs: whether its answers come with log-probabilities, which only vLLM computes.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if missing := [name for name in OVERRIDDEN if not hasattr(base, name)]:
+        raise AssertionError(f"written for trl 1.16: {version('trl')} has no {base.__name__}.{', '.join(missing)}")
+
+    class GroupTrainer(base):
+        session: Any
+        """A TrlSession."""
+        batches = (0, 0)
+        """The current step, and how many batches of answers were generated in it."""
+        kept: tuple[list[Any], torch.Tensor, torch.Tensor] | None = None
+        """Answers, and their log-probabilities and entropies as the policy's first pass computed them, with its graph."""
+
+        def _tokenize_prompts(self, prompts: Any) -> tuple[list[list[int]], None, dict[str, Any]]:
+            """TRL 1.16 would render all of them with the same tools."""
+            return [list(ids) for ids in prompts], None, {}
+
+        def _generate_single_turn(self, prompts: list[list[int]], *_: Any, **__: Any) -> Any:
+            """Sampled answers, without dropout. Random numbers depend only on seed, step and the place of an answer in its step."""
+            step, number = self.state.global_step, 0
+            if self.batches[0] == step:
+                number = self.batches[1]
+            self.batches = step, number + 1
+            model, tokenizer, longest = causal(self.model), self.session.tokenizer, self.max_completion_length
+            self.eos_token_ids = sorted(end_ids(tokenizer))
+            choose = sampled(
+                uniform_numbers(f"{self.args.seed} {step} {number}", range(len(prompts)), longest), self.temperature, self.top_p
+            )
+            trains = self.model.training
+            self.model.eval()
+            with attending_plainly(model):
+                answers = decode(model, prompts, choose, longest, self.eos_token_ids, tokenizer.pad_token_id)
+            self.model.train(trains)
+            return (answers, None) if gives_log_probs else answers
+
+        def _get_per_token_logps_and_entropies(
+            self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, *others: Any,
+            compute_entropy: bool = False, **named: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+            """Log-probabilities and entropies of the answers' tokens, (answers, longest answer) each; and no loss of a router.
+
+            If the weights do not change between answering and learning, the pass before the answers are rewarded is the one that is learned from:
+            its graph is kept.
+            """
+            if not self.session.reads_groups:
+                return super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, *others, compute_entropy=compute_entropy, **named
+                )
+            prompts, answers = _tokens(input_ids, attention_mask, logits_to_keep)
+            rows = list(zip(prompts, answers, strict=True))
+            if torch.is_grad_enabled() and self.kept is not None:
+                known, log_probs, entropies = self.kept
+                self.kept = None
+                order = torch.tensor([known.index(row) for row in rows])
+                return log_probs[order], entropies[order], None
+            is_reference = any(layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+            keeps = not (torch.is_grad_enabled() or is_reference or self.args.gradient_checkpointing)
+            with torch.set_grad_enabled(torch.is_grad_enabled() or keeps):
+                log_probs, entropies = shared_prompts.of_answers(
+                    model, prompts, answers, logits_to_keep, self.temperature, compute_entropy or keeps
+                )
+            if keeps:
+                assert entropies is not None
+                self.kept = rows, log_probs, entropies
+            return log_probs.detach() if keeps else log_probs, entropies, None
+
+    return GroupTrainer
+
+
+def _tokens(ids: torch.Tensor, mask: torch.Tensor, width: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompts, padded on the left, and answers, in the last `width` columns and padded on the right."""
+    halves = ((ids[:, some].tolist(), mask[:, some].bool().tolist()) for some in (slice(-width), slice(-width, None)))
+    prompts, answers = ([_chosen(*row) for row in zip(*half, strict=True)] for half in halves)
+    return prompts, answers
+
+
+def _chosen(ids: Sequence[int], mask: Sequence[bool]) -> list[int]:
+    return [token for token, is_text in zip(ids, mask, strict=True) if is_text]
