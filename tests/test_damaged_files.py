@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import psutil
 import pytest
 from builders import small_pipeline
 from conftest import dvc, pedigree
@@ -181,6 +185,21 @@ def test_dvc_repro_works_again_after_any_command(root: Path) -> None:
     assert dvc(root, "repro").returncode != 0
     read_stages(root)
     assert dvc(root, "repro").returncode == 0
+
+
+def test_a_killed_process_that_its_parent_does_not_collect_locks_nothing(root: Path) -> None:
+    """DVC counts it as running: so it would be busy for ever where nothing collects ended processes, as in many containers."""
+    ended = subprocess.Popen(["true"])
+    while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    zombie, here = {"pid": ended.pid, "cmd": "dagster api grpc"}, {"pid": os.getpid(), "cmd": "pytest"}
+    path = root / ".dvc/tmp/rwlock"
+    path.write_text(json.dumps({"write": {str(root / "data/tok"): zombie}, "read": {str(root / "data/other"): [zombie, here]}}))
+    assert "is busy" in dvc(root, "repro").stderr
+    read_stages(root)
+    assert json.loads(path.read_bytes()) == {"write": {}, "read": {str(root / "data/other"): [here]}}
+    assert dvc(root, "repro").returncode == 0
+    ended.wait()
 
 
 def test_a_damaged_cache_of_dvc_is_named_and_can_be_removed(root: Path) -> None:

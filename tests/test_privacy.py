@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from phonenumbers import PhoneNumberFormat, PhoneNumberType, example_number_for_type, format_number
 from stdnum import iban, luhn
 
-from dagster_project.curation.checks import privacy
+from dagster_project.curation.checks import personal_data, privacy, text_search
 from dagster_project.curation.checks.privacy import _find, mask, scan
 
 LETTERS, ALNUM = string.ascii_letters, string.ascii_letters + string.digits
@@ -274,7 +274,7 @@ def test_values_near_masked_ones_are_found_as_by_searching_everything_again(seed
     dice = random.Random(seed)
     text = "".join(dice.choices(PIECES, k=200))
     whole = privacy._find(text)
-    monkeypatch.setattr(privacy, "LONG", 0)
+    monkeypatch.setattr(text_search, "LONG", 1_000)
     monkeypatch.setattr(privacy, "NEAR", 300)
     assert privacy._find(text) == whole
     assert privacy.mask(privacy.mask(text)) == privacy.mask(text)
@@ -322,7 +322,85 @@ def test_a_key_behind_thousands_of_other_values_is_found_as_a_key() -> None:
 
 
 def test_a_text_with_too_many_candidates_counts_as_a_value_from_there_on() -> None:
-    text = "DE12 " * 3 * privacy.MOST_LOOKED_UP + f"{KEY} end"
+    text = "DE12 " * 3 * personal_data.MOST_LOOKED_UP + f"{KEY} end"
     found = privacy.scan([text])
     assert [hit.kind for hit in found if not hit.secret] == ["iban"] * 2
     assert [text[hit.start : hit.end] for hit in found if hit.secret] == [KEY]
+
+
+def test_patterns_before_the_one_that_found_too_much_are_searched_too() -> None:
+    text = "(212) 555-0123 and then " + "word by word " * 2_000 + "+49 30 1234 " * (personal_data.MOST_LOOKED_UP + 100)
+    first = privacy.scan([text])[0]
+    assert (first.kind, first.start, first.end) == ("phone", 0, 14)
+
+
+def test_a_text_that_needs_too_many_looks_into_numbering_plans_counts_as_a_value_from_there_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [f"call 1234567890{i:03}" for i in range(100)]
+    text = f"{', '.join(numbers)} and Ann"
+    assert privacy.scan([text]) == []
+    monkeypatch.setattr(personal_data, "MOST_LOOK_UPS", 120)
+    [hit] = privacy.scan([text])
+    assert (hit.kind, text[: hit.start].count("call "), hit.end) == ("phone", 11, len(text))
+
+
+LOCAL = [
+    *(value for value in vars(personal_data).values() if isinstance(value, text_search.Local)),
+    *(pattern for pattern, _ in personal_data.national_ids()),
+    text_search.Local("", r"GR1348941[A-Za-z0-9_\-]{20,50}", after=r"\w"),
+]
+
+
+@pytest.mark.parametrize("local", LOCAL, ids=lambda local: local.body[:20])
+def test_long_texts_are_searched_where_a_match_can_begin(local: text_search.Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_search, "PIECE", 30)
+    strategy, found = st.from_regex(local.body, fullmatch=True), 0
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(
+        st.lists(
+            strategy | strategy.map(" {} ".format) | st.sampled_from([*" \n.,+-:[19aAé²Ⅳ٣\u0301\ud800", "\U0001e030", ". 1", "word " * 8]),
+            max_size=30,
+        )
+    )
+    def same(parts: list[str]) -> None:
+        nonlocal found
+        text = "".join(parts)
+        whole = [match.span() for match in local.pattern.finditer(text)]
+        found += len(whole)
+        assert [match.span() for match in text_search.matches(local, text_search.LongText(text))] == whole
+
+    same()
+    assert found > 5
+    widest = re._parser.parse(local.body).getwidth()[1]  # type: ignore[attr-defined]
+    assert widest + 4 <= text_search.REACH
+
+
+def test_no_character_that_python_takes_for_no_letter_is_one_in_hints() -> None:
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    letters = text_search.text_column(characters).str.contains(f"^{text_search._WORD}$")
+    assert letters.sum() > 100_000
+    assert all(re.match(r"\w", characters[i]) for i in letters.arg_true())
+
+
+def test_npm_tokens_are_what_the_pattern_of_the_library_finds() -> None:
+    from detect_secrets.plugins.npm import NpmDetector
+
+    dice, find, tokens = random.Random(1), privacy._npm_tokens(NpmDetector), 0
+    letters = [
+        "//",
+        "/",
+        "/:_authToken=",
+        ":_authToken=",
+        "npm_",
+        "a",
+        " ",
+        "\n",
+        "0123456789ABCDEFabcdef0123456789-abcd",
+        "//a/:_authToken=npm_x",
+    ]
+    for _ in range(5_000):
+        text = "".join(dice.choices(letters, k=dice.randint(1, 12)))
+        expected = [match.span(1) for match in NpmDetector.denylist[0].finditer(text)]
+        assert [*find(text)] == expected, text
+        tokens += len(expected)
+    assert tokens > 500

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def _table(root: Path) -> dict[str, Any] | None:
 
 
 def repair(root: Path) -> None:
-    """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then refuses every command.
+    """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then refuses every command. Remove the entries of ended
+    processes: DVC counts a killed process as running as long as its parent does not collect it, which the first process of a container may never do.
 
     Raises:
         InputError: something else is in the place of one of DVC's locks.
@@ -41,13 +43,29 @@ def repair(root: Path) -> None:
     for lock in (path.with_name("rwlock.lock"), path.with_name("lock")):
         if lock.is_symlink() or lock.is_dir():
             raise InputError(f"{lock} is a {'link' if lock.is_symlink() else 'folder'}, not the file that DVC locks", "remove it")
-    if _table(root) is not None:
+    table = _table(root)
+    if table is not None and _of_running(table) == table:
         return
     make_lock = private_module("dvc.lock").make_lock
     with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), wait=True):
-        if _table(root) is None:  # no other process was writing it
+        table = _table(root)
+        if table is None:  # no other process was writing it
             path.unlink()
             log.warning("deleted .dvc/tmp/rwlock, DVC's table of locked paths, which was invalid")
+        elif (kept := _of_running(table)) != table:
+            path.write_text(json.dumps(kept))
+
+
+def _of_running(table: dict[str, Any]) -> dict[str, Any]:
+    """The table without the entries of ended processes."""
+    running = cache(is_running)
+    write = {path: owner for path, owner in table.get("write", {}).items() if running(owner["pid"])}
+    read = {path: [owner for owner in owners if running(owner["pid"])] for path, owners in table.get("read", {}).items()}
+    return {
+        **table,
+        **({"write": write} if "write" in table else {}),
+        **({"read": {p: o for p, o in read.items() if o}} if "read" in table else {}),
+    }
 
 
 def writer_of(root: Path, paths: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from pydantic import Field, model_validator
 
@@ -106,8 +107,13 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in {".gguf", ".safetensors"})
         _enough_disk(out.parent, int(size * (3.0 if options else 1.2)))
         log.info("base_model: converting to safetensors")
-        with _refuse_what_cannot_be_loaded():
-            _refuse_more_layers_than_weights(folder)
+        with _refuse_what_cannot_be_loaded(
+            "a complete GGUF file" if options else "config.json, a tokenizer and complete safetensors files"
+        ):
+            if options:
+                _refuse_more_weights_than_stored(folder, options, _stored_numbers(folder / options["gguf_file"]))
+            else:
+                _refuse_more_layers_than_weights(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
             if options:
                 from transformers import GgufConfig
@@ -251,15 +257,117 @@ def _refuse_more_layers_than_weights(folder: Path) -> None:
                 raise ValueError(f"config.json: {name} is {str(section[name])[:20]}, but there are {weights} weights")
 
 
+GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Type of a number in GGUF -> its bytes."""
+GGUF_TEXT, GGUF_ARRAY = 8, 9
+MOST_ELEMENTS = 1 << 23
+"""Elements of the arrays of a GGUF file: its reader makes an object of each. Vocabularies have up to half a million tokens."""
+
+
+class _GgufFields:
+    """The fields at the begin of a GGUF file, read one after the other.
+
+    Raises:
+        ValueError: the file is cut short, or says that it has more elements than it can have.
+    """
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size, self.elements = file, size, 0
+        self.order: Literal["little", "big"] = "little"
+
+    def number(self, length: int) -> int:
+        if len(found := self.file.read(length)) < length:
+            raise ValueError("the file is cut short")
+        return int.from_bytes(found, self.order)
+
+    def skip(self, length: int) -> None:
+        if length > self.size - self.file.tell():
+            raise ValueError("the file is cut short")
+        self.file.seek(length, os.SEEK_CUR)
+
+    def text(self) -> bytes:
+        return self.file.read(min(self.number(8), self.size))
+
+    def value(self, kind: int) -> int:
+        """Read a value of this type; of a text or an array 0."""
+        if kind in GGUF_SIZES:
+            return self.number(GGUF_SIZES[kind])
+        if kind == GGUF_TEXT:
+            self.skip(self.number(8))
+        elif kind == GGUF_ARRAY:
+            inner, length = self.number(4), self.number(8)
+            self.elements += length
+            if self.elements > min(MOST_ELEMENTS, self.size):
+                raise ValueError(f"its arrays say that they have {self.elements:,} elements")
+            for _ in range(length):
+                self.value(inner)
+        else:
+            raise ValueError(f"unknown type {kind} of a field")
+        return 0
+
+
+MOST_DIMENSIONS = 8
+"""Of a weight in a GGUF file, which has up to 4."""
+
+
+def _stored_numbers(path: Path) -> int:
+    """How many numbers the weights of a GGUF file consist of. Its fields are read before its reader does, which goes on behind the end of the file for
+    as many elements as an array says that it has, and before a model is built, with as many layers as a field says.
+
+    Raises:
+        ValueError: as `_GgufFields`, or it has fewer weights than layers.
+    """
+    layers = numbers = 0
+    with path.open("rb") as file:
+        fields = _GgufFields(file, path.stat().st_size)
+        fields.skip(4)
+        if fields.number(4) & 0xFFFF == 0:  # the version
+            fields.order = "big"
+        weights, count = fields.number(8), fields.number(8)
+        for _ in range(count):
+            name, value = fields.text(), fields.value(fields.number(4))
+            if name.endswith(b".block_count"):
+                layers = max(layers, value)
+        if layers > weights:
+            raise ValueError(f"block_count is {layers}, but there are {weights} weights")
+        for _ in range(weights):
+            name, dimensions = fields.text(), fields.number(4)
+            if dimensions > MOST_DIMENSIONS:
+                raise ValueError(f"a weight has {dimensions} dimensions")
+            numbers += math.prod(fields.number(8) for _ in range(dimensions))
+            fields.skip(12)  # type and place
+    return numbers
+
+
+def _refuse_more_weights_than_stored(folder: Path, options: Mapping[str, Any], stored: int) -> None:
+    """Check that a model is not built with larger weights than a GGUF file has: transformers fills weights that no file has with random numbers.
+
+    Args:
+        stored: numbers in the weights of the file.
+    Raises:
+        ValueError: as described.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
+    if (needed := sum(weight.numel() for weight in weights)) > stored:
+        raise ValueError(f"the model has {needed:,} weights, but the file {stored:,}")
+
+
 def _is_file_of(folder: Path, name: str) -> bool:
     """Whether a name is that of a file directly in the folder."""
     return Path(name).name == name and name in {path.name for path in folder.iterdir() if path.is_file()}
 
 
 @contextmanager
-def _refuse_what_cannot_be_loaded() -> Iterator[None]:
-    """Raises:
-    InputError: transformers cannot load the files; it says so by many kinds of errors.
+def _refuse_what_cannot_be_loaded(needed: str) -> Iterator[None]:
+    """Args:
+        needed: what a model consists of.
+    Raises:
+        InputError: transformers cannot load the files; it says so by many kinds of errors.
     """
     try:
         yield
@@ -269,7 +377,7 @@ def _refuse_what_cannot_be_loaded() -> Iterator[None]:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
             f"base_model: transformers cannot load the model: {lines[0][:300]}",
-            "it needs config.json, a tokenizer and complete safetensors files of an architecture that transformers has; code in the folder is not run",
+            f"it needs {needed} of an architecture that transformers has; code in the folder is not run",
         ) from None
 
 

@@ -112,6 +112,11 @@ class Play:
             raise Violation(f"the run after the fault fails:\n{done.text[-3000:]}")
         self.is_undisturbed(goal, status)
 
+    def clear_temporary_files(self) -> None:
+        """Remove what libraries leave in the folder for temporary files when their process is killed (docs/faults.md)."""
+        shutil.rmtree(self.place.around / "tmp")
+        (self.place.around / "tmp").mkdir()
+
     def is_undisturbed(self, goal: str = project.DONE, status: bool = True) -> None:
         expected = {path: digest for path, digest in self.projects.states[goal].files.items() if path not in self.removed}
         found = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -71,14 +70,8 @@ def _runs_again(at_work: Play, killed: bool) -> None:
     done = at_work.run("materialize", "instructions", "splits")
     if done.code:
         raise Violation(f"the run after the kill:\n{done.text[-3000:]}")
-    _forget_messages(at_work)
+    at_work.clear_temporary_files()
     at_work.is_undisturbed("splits")
-
-
-def _forget_messages(at_work: Play) -> None:
-    """Dagster Pipes keeps messages in the folder for temporary files, and leaves them when its process is killed."""
-    shutil.rmtree(at_work.place.around / "tmp")
-    (at_work.place.around / "tmp").mkdir()
 
 
 def _cpu(pid: int) -> float:
@@ -111,7 +104,7 @@ def _daemon_killed(alone: bool) -> Callable[[Play], None]:
             _end(second, alone=False)
         _until(lambda: not _runs_in(at_work.root, "grpc"), "a code server without a daemon does not end")
         at_work.run("pedigree", "sync")
-        _forget_messages(at_work)
+        at_work.clear_temporary_files()
         at_work.recovers(project.DONE)
 
     return play

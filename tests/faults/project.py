@@ -93,7 +93,7 @@ class Projects:
             return
         place = self._place("make")
         forked(_make_project, place.root)
-        self.states[""] = self._keep(place, "")
+        self.keep(place, "")
         with warm.modules_noted(modules) as note:
             for stage in STAGES:
                 done = warm.run(place, "dvc", "repro", stage, fault=note, in_stage=note)
@@ -105,7 +105,7 @@ class Projects:
                     assert done.code == 0, done.text
                     git(place.root, "add", "-A")
                     git(place.root, "commit", "-qm", "made")
-                self.states[stage] = self._keep(place, stage)
+                self.keep(place, stage)
                 warm.preload(sorted(set(modules.read_text().splitlines())))  # so that no later process imports them again
 
     def copy(self, state: str, name: str) -> warm.Place:
@@ -123,10 +123,12 @@ class Projects:
             (around / folder).mkdir(parents=True)
         return warm.Place(around / "project", around)
 
-    def _keep(self, place: warm.Place, stage: str) -> State:
-        target = self.base / "states" / (stage or "nothing")
+    def keep(self, place: warm.Place, name: str) -> None:
+        """Add the state of a project to those that cases begin in, or are compared with."""
+        target = self.base / "states" / f"{self.name}{name or 'nothing'}"
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier call
         shutil.copytree(place.root, target, symlinks=True)
-        return State(target)
+        self.states[name] = State(target)
 
     def _preload_model_libraries(self) -> None:
         warm.preload(["torch", "transformers", "tokenizers", "polars", "pandera.polars", "pyarrow.parquet"])

@@ -1,11 +1,17 @@
-"""A model folder of some kilobytes: a byte-level tokenizer with a ChatML template, and a Llama of one layer with zeros as weights."""
+"""A model folder of some kilobytes: a byte-level tokenizer with a ChatML template, and a Llama of one layer with zeros as weights; and its conversion."""
 
 from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 from builders.random_history import tokenizer_files
+
+from dagster_project.core.errors import PedigreeError
+from dagster_project.core.params import parse
+from dagster_project.stages import base_model
 
 HIDDEN, LAYERS, VOCABULARY = 8, 1, 259
 CONFIG = {
@@ -55,3 +61,22 @@ def model_folder() -> dict[str, bytes]:
         "generation_config.json": b'{"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1}',
         "model.safetensors": safetensors(*weights()),
     }
+
+
+def converted(folder: Path, section: dict[str, Any]) -> str:
+    """Convert a model as the stage does: "accepted", or "refused" in one message with its next step.
+
+    Args:
+        section: `base_model` of params.yaml.
+    """
+    (folder / "data").mkdir()
+    out = folder / "data/base_model"
+    try:
+        report = base_model.produce(folder, parse(base_model.Params, section, "base_model"), out)
+    except PedigreeError as error:
+        assert error.exit_code == 2 and error.what and error.hint, f"no next step: {error}"
+        assert len(str(error)) < 5000
+        return "refused"
+    assert report.metrics["parameters"] > 0
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in out.iterdir()}
+    return "accepted"

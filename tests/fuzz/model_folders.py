@@ -9,10 +9,7 @@ from typing import Any
 
 from builders.files import jsonl
 
-from dagster_project.core.errors import PedigreeError
-from dagster_project.core.params import parse
-from dagster_project.stages import base_model
-from fuzz.base_model import CONFIG, model_folder, safetensors, weights
+from fuzz.base_model import CONFIG, converted, model_folder, safetensors, weights
 from fuzz.surface import Case, Surface, answered, as_content, write_files
 from fuzz.values import NUMBERS, TEXTS, damaged, like, scalar, text, value
 
@@ -177,7 +174,7 @@ def play(case: Case, folder: Path) -> str:
     changed = {name: content for name, content in case["files"].items() if f"{name.partition('/')[0]}" not in files or "/" not in name}
     write_files({"files": {**files, **changed}}, model)
     if case["way"] == "produce":
-        return _produce(case, folder)
+        return converted(folder, {**case["section"], "folder": "models/x"})
     if case["way"] == "plan":
         code, document = answered("plan", "--model", str(model), "--device", "cpu")
         return f"plan: exit code {code}"
@@ -186,21 +183,6 @@ def play(case: Case, folder: Path) -> str:
     code, document = answered("check", "a.jsonl", "--base-model", "models/x", "--show", "2")
     assert document is None or document["rows"] == 3
     return f"check: exit code {code}"
-
-
-def _produce(case: Case, folder: Path) -> str:
-    (folder / "data").mkdir()
-    out = folder / "data/base_model"
-    try:
-        params = parse(base_model.Params, {**case["section"], "folder": "models/x"}, "base_model")
-        report = base_model.produce(folder, params, out)
-    except PedigreeError as error:
-        assert error.exit_code == 2 and error.what and error.hint, f"no next step: {error}"
-        assert len(str(error)) < 5000
-        return "refused"
-    assert report.metrics["parameters"] > 0
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in out.iterdir()}
-    return "accepted"
 
 
 SURFACE = Surface("model_folders", 1_000, draw, play)

@@ -12,7 +12,7 @@ from fuzz.__main__ import CORPUS, kept
 from fuzz.engine import Worker, play_all
 from fuzz.surface import MODULES, drawn, surface
 
-CASES = {"data_files": 25, "parameters": 30, "model_folders": 3, "histories": 3, "endpoints": 12}
+CASES = {"data_files": 25, "parameters": 30, "model_folders": 3, "gguf_files": 3, "histories": 3, "endpoints": 12}
 """New cases of each surface: the same ones in every run."""
 
 
@@ -30,7 +30,7 @@ def test_every_case_of_the_corpus_names_its_surface() -> None:
 
 
 def test_a_seed_always_gives_the_same_cases() -> None:
-    for name in ("data_files", "parameters", "histories", "endpoints"):
+    for name in ("data_files", "parameters", "gguf_files", "histories", "endpoints"):
         assert [json.dumps(drawn(surface(name), 7, number)) for number in range(5)] == [
             json.dumps(drawn(surface(name), 7, number)) for number in range(5)
         ]

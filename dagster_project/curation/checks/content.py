@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dagster_project.core.messages import calls
 from dagster_project.curation.checks.check import Action, Check, DataSet, Rows, Values, kinds
 from dagster_project.curation.checks.damage import visible
-from dagster_project.curation.checks.privacy import mask, text_column
+from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.profile import scripts
+from dagster_project.curation.checks.text_search import text_column
 
 if TYPE_CHECKING:
     import polars as pl

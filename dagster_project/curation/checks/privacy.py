@@ -14,24 +14,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import polars as pl
+from dagster_project.curation.checks import text_search
+from dagster_project.curation.checks.personal_data import GAP, addresses, cards, emails, ibans, ids, national_ids, phones
+from dagster_project.curation.checks.text_search import MOST_CANDIDATES, Local, LongText, Span, TooManyError, all_of, matches, text_column
 
-Span = tuple[int, int]
 CONTEXT = 24
 """Characters of masked text on each side of a hit in its excerpt."""
-LONG = 20_000
-"""Characters up to which a text is searched as a whole again after each masked value."""
 MOST_ROUNDS = 64
 """Searches after which the whole lines of the values that are found last count as values: in ordinary texts fewer follow each other."""
 MOST_VALUES = 5_000
 """Keys, and pieces of personal data, in a text after which the rest of it counts as a value: ordinary texts have fewer."""
-MOST_CANDIDATES, MOST_LOOKED_UP = 50_000, 10_000
-"""Candidates of one pattern in a text after which the rest of it counts as a value, so that no text takes long: of all patterns, and of those whose
-candidates take a check of digits or a look into a numbering plan."""
 NEAR, SEEN = 4096, 64
 """Characters around a masked value that are searched again in longer texts, and those of context that rules look at."""
 
@@ -107,16 +101,6 @@ def candidates(texts: Sequence[str], hint: str, literals: Sequence[str] = ()) ->
     return ((found | strings.str.contains_any(list(literals))) if literals else found).arg_true().to_list()
 
 
-def text_column(texts: Sequence[str]) -> pl.Series:
-    """The texts for Polars; half of a surrogate pair, which Arrow cannot hold, becomes U+FFFD."""
-    import polars as pl
-
-    try:
-        return pl.Series(texts, dtype=pl.String)
-    except UnicodeEncodeError:  # Arrow cannot store half of a surrogate pair
-        return pl.Series([re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts], dtype=pl.String)
-
-
 def _split_at_values(text: str, found: Sequence[tuple[int, int, Rule]], name: Callable[[str], str] = "[{}]".format) -> list[str]:
     """The text in pieces: unchanged parts at even indices, kinds of masked values at odd ones."""
     pieces, at = [], 0
@@ -157,14 +141,16 @@ def _find(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int,
             pieces += [text[at:start], "[", "]" * (end - start - 1)]
             at = end
         text = "".join([*pieces, text[at:]])
-        new = _spans(text) if len(text) <= LONG else _spans_near(text, new)
+        new = _spans(text) if len(text) <= text_search.LONG else _spans_near(text, new)
     return [(start, end, rules[rank]) for start, end, rank in found]
 
 
 def _spans(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int, int]]:
     """(start, end, rule) of the matches of rules, by default of all, outside of already masked parts."""
     rules = _rules()
-    which = [i for i, rule in enumerate(rules) if rule.matcher.search(text)] if ranks is None else ranks
+    if len(text) > text_search.LONG:
+        text = LongText(text)
+    which = _ranks(text) if ranks is None else ranks
     spans: list[tuple[int, int, int]] = []
     limits: list[tuple[int, int]] = []
     """(rank, position) of rules that found too much up to this position."""
@@ -172,7 +158,7 @@ def _spans(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int
         try:
             for start, end in rules[rank].find(text):
                 spans.append((start, end, rank))
-        except _TooManyError as stop:
+        except TooManyError as stop:
             limits.append((rank, stop.position))
     merged = _merged([span for span in spans if _UNMASKED.search(text, span[0], span[1])])
     for secret in (True, False):
@@ -181,6 +167,14 @@ def _spans(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int
     for rank, position in sorted(limits):
         merged = _with_the_rest(text, merged, position, rank)
     return merged
+
+
+def _ranks(text: str) -> list[int]:
+    """The rules that can apply to a text."""
+    if isinstance(text, LongText):
+        column = text_column([text])
+        return [rank for rank, rule in enumerate(_rules()) if column.str.contains(rule.hint)[0]]
+    return [rank for rank, rule in enumerate(_rules()) if rule.matcher.search(text)]
 
 
 _UNMASKED = re.compile(r"[^\[\]]")
@@ -196,30 +190,6 @@ def _with_the_rest(text: str, spans: Sequence[tuple[int, int, int]], position: i
             rest.append((at, start, rank))
         at = max(at, end)
     return sorted([*kept, *rest])
-
-
-class _TooManyError(Exception):
-    """A text has too many candidates.
-
-    Args:
-        position: of the first that was not looked at.
-    """
-
-    def __init__(self, position: int) -> None:
-        super().__init__(position)
-        self.position = position
-
-
-def _matches(pattern: re.Pattern[str], text: str, most: int = MOST_CANDIDATES) -> Iterator[re.Match[str]]:
-    """As `pattern.finditer`.
-
-    Raises:
-        _TooManyError: there are more than `most`.
-    """
-    for number, match in enumerate(pattern.finditer(text)):
-        if number == most:
-            raise _TooManyError(match.start())
-        yield match
 
 
 def _whole_lines(text: str, spans: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -272,27 +242,58 @@ _NO_PASSWORD = re.compile(
 def _tokens(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Span]]:
     """Whole matches, extended to the end of the token: a service may use longer ones than the pattern."""
 
-    def find(text: str) -> Iterator[Span]:
-        for pattern in patterns:
-            end = 0  # of the latest token, which is not searched again for each match in it
-            for match in _matches(pattern, text):
-                if match.end() > end:
-                    tail = _AFTER_TOKEN.match(text, match.end())
-                    end = tail.end() if tail else match.end()
-                yield match.start(), end
+    def find(text: str, pattern: re.Pattern[str] | Local) -> Iterator[Span]:
+        end = 0  # of the latest token, which is not searched again for each match in it
+        for match in matches(pattern, text):
+            if match.end() > end:
+                tail = _AFTER_TOKEN.match(text, match.end())
+                end = tail.end() if tail else match.end()
+            yield match.start(), end
 
-    return find
+    searched = [_local(pattern) for pattern in patterns]
+    return lambda text: all_of(find(text, pattern) for pattern in searched)
+
+
+def _local(pattern: re.Pattern[str]) -> re.Pattern[str] | Local:
+    """The same pattern for faster searches, if its only lookaround is at its end, and no match is long."""
+    body = pattern.pattern.removesuffix(r"(?!\w)")
+    is_local = body != pattern.pattern and not re.search(r"\(\?|\\[a-zA-Z]|[*+]|,\}|,[0-9]{3,}\}", body) and pattern.flags == re.UNICODE
+    return Local("", body, after=r"\w") if is_local else pattern
 
 
 def _values(patterns: Iterable[re.Pattern[str]], valid: Callable[[str], bool] = bool) -> Callable[[str], Iterator[Span]]:
     """The first group of each match, if it has one: the value after its keywords."""
 
+    def find(text: str, pattern: re.Pattern[str]) -> Iterator[Span]:
+        group = 1 if pattern.groups else 0
+        return (match.span(group) for match in matches(pattern, text) if valid(match[group]))
+
+    searched = [*patterns]
+    return lambda text: all_of(find(text, pattern) for pattern in searched)
+
+
+_NPM_HEAD, _NPM_NAME = r"\/\/.+\/:_authToken=", "/:_authToken="
+
+
+def _npm_tokens(plugin: Any) -> Callable[[str], Iterator[Span]]:
+    """The first group of each match of the plugin's pattern: an address, the name, a token and the rest of its line. Found line by line from the names
+    in it, because the pattern needs quadratic time for many slashes."""
+    (pattern,) = plugin.denylist
+    assert pattern.pattern.startswith(_NPM_HEAD), "another version of detect-secrets"
+    tail = re.compile(pattern.pattern.removeprefix(_NPM_HEAD))
+
     def find(text: str) -> Iterator[Span]:
-        for pattern in patterns:
-            for match in _matches(pattern, text):
-                group = 1 if pattern.groups else 0
-                if valid(match[group]):
-                    yield match.span(group)
+        at = end = count = 0  # ends of the last match and of the last line, and matches
+        while (name := text.find(_NPM_NAME, end)) >= 0:
+            line, end = max(text.rfind("\n", end, name) + 1, end), text.find("\n", name) + 1 or len(text)
+            address, last = text.find("//", max(at, line), end), end
+            while address >= 0 and (last := text.rfind(_NPM_NAME, address + 3, last)) >= 0:
+                if match := tail.match(text, last + len(_NPM_NAME)):
+                    if count == MOST_CANDIDATES:
+                        raise TooManyError(address)
+                    yield match.span(1)
+                    at, count = match.end(), count + 1
+                    break
 
     return find
 
@@ -303,16 +304,16 @@ _AWS = re.compile("aws", re.IGNORECASE)
 def _aws_secrets(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Span]]:
     """The first group of each match. The patterns begin with the word, and are tried only there, because they look far ahead."""
 
-    def find(text: str) -> Iterator[Span]:
-        for pattern in patterns:
-            end = 0
-            for word in _matches(_AWS, text):
-                match = pattern.match(text, word.start()) if word.start() >= end else None
-                if match:
-                    end = match.end()
-                    yield match.span(1)
+    def find(text: str, pattern: re.Pattern[str]) -> Iterator[Span]:
+        end = 0
+        for word in matches(_AWS, text):
+            match = pattern.match(text, word.start()) if word.start() >= end else None
+            if match:
+                end = match.end()
+                yield match.span(1)
 
-    return find
+    searched = [*patterns]
+    return lambda text: all_of(find(text, pattern) for pattern in searched)
 
 
 _JWT_START = re.compile(r"eyJ(?=[A-Za-z0-9\-_=])")
@@ -326,7 +327,7 @@ def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
 
     def find(text: str) -> Iterator[Span]:
         at = end = 0  # where the next one may begin, and the end of the last one
-        for found in _matches(_JWT_START, text):
+        for found in matches(_JWT_START, text):
             start = found.start()
             first = _JWT_PART.match(text, start) if start >= at else None
             if not first:
@@ -366,33 +367,33 @@ _KEY_END = re.compile(rf"{_KEY_GAP}-{{4,}} ?END [A-Z0-9 ]+-*")
 def _private_keys(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Span]]:
     """Header, body and footer; a header without a body is only a mention of keys."""
 
-    def find(text: str) -> Iterator[Span]:
-        for pattern in patterns:
-            # Of the latest line that is part of a header: its end, and (end of the key after it, whether it has a body).
-            line, at_line = -1, (0, False)
-            body = end = 0  # lines of the last key: another header in them has the same end
-            for header in _matches(pattern, text):
-                if body <= header.start() and header.end() <= end:
-                    continue
-                rest = _KEY_HEADER_END.match(text, header.end())
-                start = rest.end() if rest else header.end()
-                if text[start : start + 1] != ":":
-                    last, has_body = _end_of_key(text, start)
-                else:
-                    if start > line:
-                        found = text.find("\n", start)
-                        line = found if found >= 0 else len(text)
-                        at_line = _end_of_key(text, line)
-                    start, (last, has_body) = line, at_line
-                if last > end:
-                    body, end = start, last
-                if has_body:
-                    first = header.start()
-                    while first and text[first - 1] == "-":
-                        first -= 1
-                    yield first, last
+    def find(text: str, pattern: re.Pattern[str]) -> Iterator[Span]:
+        # Of the latest line that is part of a header: its end, and (end of the key after it, whether it has a body).
+        line, at_line = -1, (0, False)
+        body = end = 0  # lines of the last key: another header in them has the same end
+        for header in matches(pattern, text):
+            if body <= header.start() and header.end() <= end:
+                continue
+            rest = _KEY_HEADER_END.match(text, header.end())
+            start = rest.end() if rest else header.end()
+            if text[start : start + 1] != ":":
+                last, has_body = _end_of_key(text, start)
+            else:
+                if start > line:
+                    found = text.find("\n", start)
+                    line = found if found >= 0 else len(text)
+                    at_line = _end_of_key(text, line)
+                start, (last, has_body) = line, at_line
+            if last > end:
+                body, end = start, last
+            if has_body:
+                first = header.start()
+                while first and text[first - 1] == "-":
+                    first -= 1
+                yield first, last
 
-    return find
+    searched = [*patterns]
+    return lambda text: all_of(find(text, pattern) for pattern in searched)
 
 
 _KEY_HEADER_END = re.compile("[- ]*")
@@ -460,7 +461,7 @@ def _rules() -> tuple[Rule, ...]:
         token("gitlab token", "gl(?:pat|dt|ft|soat|rt|cbt|imt|ptt|agent|oas)-|GR1348941", gitlab_token.GitLabTokenDetector),
         Rule("jwt", "eyJ", _jwts(jwt.JwtTokenDetector), secret=True),
         token("mailchimp key", "[0-9a-z]{32}-us[0-9]", mailchimp.MailchimpDetector),
-        Rule("npm token", "_authToken=", _values(npm.NpmDetector.denylist), secret=True),
+        Rule("npm token", "_authToken=", _npm_tokens(npm.NpmDetector), secret=True),
         Rule("openai key", "T3BlbkFJ", _openai_keys, secret=True),
         token("pypi token", "pypi-A", pypi_token.PypiTokenDetector),
         token("sendgrid key", r"SG\.", sendgrid.SendGridDetector),
@@ -479,196 +480,10 @@ def _rules() -> tuple[Rule, ...]:
             _values([*basic_auth.BasicAuthDetector.denylist, _URL_PASSWORD], password),
             secret=True,
         ),
-        Rule("iban", "[A-Za-z]{2}[0-9]{2}[ -]?[A-Za-z0-9]{4}[ -]?[A-Za-z0-9]{4}", _ibans),
-        Rule("card", "[2-6](?:[ -]?[0-9]){13}", _cards),
-        Rule("national id", "|".join(hint for hint, _, _ in _national_ids()), _ids),
-        Rule("phone", f"[0-9](?:{_GAP}{{0,3}}[0-9]){{6}}", _phones),
-        Rule("e-mail", "[^\\s@]@[^\\s@]", _emails),
-        Rule("ip address", r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]|[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{3}", _addresses),
+        Rule("iban", "[A-Za-z]{2}[0-9]{2}[ -]?[A-Za-z0-9]{4}[ -]?[A-Za-z0-9]{4}", ibans),
+        Rule("card", "[2-6](?:[ -]?[0-9]){13}", cards),
+        Rule("national id", "|".join(pattern.body for pattern, _ in national_ids()), ids),
+        Rule("phone", f"[0-9](?:{GAP}{{0,3}}[0-9]){{6}}", phones),
+        Rule("e-mail", "[^\\s@]@[^\\s@]", emails),
+        Rule("ip address", r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]|[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{3}", addresses),
     )
-
-
-# --- personal data ---------------------------------------------------------------------------------------------------------------
-
-_LOCAL = re.compile(r"[A-Za-z0-9À-ɏ.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
-_AT = re.compile("@")
-_DOMAIN = re.compile(
-    r"[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62})(?:\.[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62}))*?\.(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-zÀ-ɏ]{2,24})(?![A-Za-z0-9À-ɏ-]|\.[A-Za-z0-9])"
-)
-_FILE_ENDINGS = frozenset({"png", "jpg", "jpeg", "gif", "svg", "webp", "ico", "pdf", "js", "css", "ts", "json", "py"})
-
-
-def _emails(text: str) -> Iterator[Span]:
-    """Searched from each @ outwards, which is fast on long texts without spaces."""
-    for at in _matches(_AT, text):
-        domain = _DOMAIN.match(text, at.end())
-        local = _LOCAL.search(text, max(0, at.start() - 64), at.start())
-        if domain is None or local is None:
-            continue
-        name = local.group().lstrip(".!#$%&'*+/=?^`{|}~-")  # allowed in an address, but in prose it is punctuation
-        start = at.start() - len(name)
-        before = text[max(0, start - 64) : start]
-        in_url = re.search(r"://[^\s\"'<>(),;]*\Z", before)  # ftp://ann@host: a host, not a mailbox
-        image = domain.group().rpartition(".")[2].lower() in _FILE_ENDINGS  # icon@2x.png
-        call = text[domain.end() : domain.end() + 1] in {"(", "["}  # W@x.reshape(2)
-        if name and name != "git" and not in_url and not image and not call:
-            yield start, domain.end()
-
-
-_CARD = re.compile(
-    "(?<![0-9.,])(?=([0-9]{14,19}(?![0-9])|[0-9]{4}(?:[ -][0-9]{4}){3}(?![0-9])|[0-9]{4}[ -][0-9]{6}[ -][0-9]{4,5}(?![0-9])))"
-)
-_ISSUED = re.compile(
-    r"4[0-9]{15}(?:[0-9]{3})?|(?:5[1-5][0-9]{4}|2(?:22[1-9]|2[3-9][0-9]|[3-6][0-9]{2}|7[01][0-9]|720)[0-9]{2})[0-9]{10}"
-    r"|3[47][0-9]{13}|3(?:0[0-5]|[689][0-9])[0-9]{11}|(?:6011|65[0-9]{2}|64[4-9][0-9]|35(?:2[89]|[3-8][0-9])|62[0-9]{2})[0-9]{12}"
-)
-"""Leading digits and lengths of Visa, Mastercard, American Express, Diners, Discover, JCB and UnionPay."""
-
-
-def _cards(text: str) -> Iterator[Span]:
-    from stdnum import luhn
-
-    for match in _matches(_CARD, text, MOST_LOOKED_UP):
-        digits = re.sub("[ -]", "", match[1])
-        if _ISSUED.fullmatch(digits) and luhn.is_valid(digits):
-            yield match.span(1)
-
-
-_IBAN = re.compile(r"(?<![A-Za-z0-9])(?=([A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11,30}))")
-
-
-_IBAN_DIGITS = str.maketrans({letter: str(i) for i, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 10)})
-
-
-def _ibans(text: str) -> Iterator[Span]:
-    """The longest run that is a valid account: words may follow after a space."""
-    from stdnum import iban
-
-    def is_valid(written: str) -> bool:
-        compact = written.replace(" ", "").replace("-", "").upper()  # the library does this too, in ten times as long
-        return int((compact[4:] + compact[:4]).translate(_IBAN_DIGITS)) % 97 == 1 and iban.is_valid(written)
-
-    for match in _matches(_IBAN, text, MOST_LOOKED_UP):
-        written = match[1]
-        ends = [m.end() for m in re.finditer("[A-Za-z0-9](?![A-Za-z0-9])", written)]
-        end = next((end for end in reversed(ends) if end >= 15 and is_valid(written[:end])), None)
-        if end:
-            yield match.start(), match.start() + end
-
-
-@cache
-def _national_ids() -> tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...]:
-    """Ids with a distinctive format, or with check digits and a date. Bare runs of 9 to 11 digits are excluded: too
-    many are not ids."""
-    from stdnum.br import cpf
-    from stdnum.cn import ric
-    from stdnum.es import dni, nie
-    from stdnum.fi import hetu
-    from stdnum.fr import nir
-    from stdnum.it import codicefiscale
-    from stdnum.kr import rrn
-    from stdnum.se import personnummer
-    from stdnum.us import ssn
-
-    table: tuple[tuple[str, Callable[[str], bool]], ...] = (
-        ("[0-9]{3}-[0-9]{2}-[0-9]{4}", ssn.is_valid),
-        (r"[0-9]{3}\.[0-9]{3}\.[0-9]{3}-[0-9]{2}", cpf.is_valid),
-        ("[1-9][0-9]{16}[0-9Xx]", ric.is_valid),
-        ("[0-9]{8}[A-Z]", dni.is_valid),
-        ("[XYZ][0-9]{7}[A-Z]", nie.is_valid),
-        ("[0-9]{6}[-+A][0-9]{3}[0-9A-Y]", hetu.is_valid),
-        ("[12] ?[0-9]{2} ?[0-9]{2} ?[0-9][0-9AB] ?[0-9]{3} ?[0-9]{3} ?[0-9]{2}", nir.is_valid),
-        ("[A-Z]{6}[0-9]{2}[A-EHLMPRST][0-9]{2}[A-Z][0-9]{3}[A-Z]", codicefiscale.is_valid),
-        ("[0-9]{6}-[0-9]{7}", rrn.is_valid),
-        ("(?:[0-9]{2})?[0-9]{6}[-+][0-9]{4}", personnummer.is_valid),
-    )
-    return tuple((hint, re.compile(rf"(?<![\w.,-]){hint}(?![\w-]|[.,][0-9])"), valid) for hint, valid in table)
-
-
-def _ids(text: str) -> Iterator[Span]:
-    for _, pattern, valid in _national_ids():
-        yield from (match.span() for match in _matches(pattern, text, MOST_LOOKED_UP) if valid(match.group()))
-
-
-_GAP = "[ .()/\u2010-\u2013\xa0-]"
-_INTERNATIONAL = re.compile(rf"(?<![\w+])\+\(?[1-9](?:{_GAP}{{0,3}}[0-9]){{6,16}}")
-_AMERICAN = re.compile(r"(?<![\w.,+-])(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[.-])[0-9]{3}[.-][0-9]{4}(?![\w-]|[.,][0-9])")
-_ZERO = re.compile(
-    r"(?<![\w.,+-])(?=(\(?0(?:[1-9](?:[ .-][0-9]{2}){4}|[1-9][0-9]{1,3}\)?[ /-][0-9]{3,8}(?:[ -][0-9]{2,5}){0,3})(?![\w-]|[.,][0-9])))"
-)
-_CUE = re.compile(
-    r"(?i:\b(?:tel|phone|telephone|mobile|cell|cellphone|call|fax|whatsapp|sms|telefon|handy|mobil|t[ée]l|t[ée]l[ée]phone|portable"
-    r"|tel[ée]fono|m[óo]vil|telefone|celular|cellulare|telefoon)\b|电话|手机|電話|携帯)[^0-9\n+]{0,24}\Z"
-)
-_AFTER_CUE = re.compile(rf"(?<![\w.,+-])\(?[0-9](?:{_GAP}{{0,2}}[0-9]){{8,13}}(?![\w-]|[.,][0-9])")
-_DATE = re.compile(r"(?<![0-9])(?:[0-9]{1,2}[./-][0-9]{1,2}[./-](?:[0-9]{4}|[0-9]{2})|[0-9]{4}[./-][0-9]{1,2}[./-][0-9]{1,2})(?![0-9])")
-_REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "CN", "JP", "AU")
-"""Countries whose national numbers are recognized after a word such as "phone"."""
-
-
-def _phones(text: str) -> Iterator[Span]:
-    """International numbers; national ones in the usual format of the US, Britain, Germany and France, or after a word
-    for a phone."""
-    for match in _matches(_INTERNATIONAL, text, MOST_LOOKED_UP):
-        yield from _phone(match.group(), match.start(), ("ZZ",))
-    for match in _matches(_AMERICAN, text, MOST_LOOKED_UP):
-        yield from _phone(match.group(), match.start(), ("US",))
-    for match in _matches(_ZERO, text, MOST_LOOKED_UP):
-        if sum(map(str.isdigit, match[1])) > 8 and not _DATE.search(match[1]) and set(match[1]) - set("01 -/.()"):
-            yield from _phone(match[1], match.start(), ("GB", "FR", "DE"))
-    for match in _matches(_AFTER_CUE, text):
-        if _CUE.search(text, max(0, match.start() - 40), match.start()) and not _DATE.search(match.group()):
-            yield from _phone(match.group(), match.start(), _REGIONS)
-
-
-def _phone(written: str, start: int, regions: Sequence[str]) -> Iterator[Span]:
-    """The longest prefix, in whole groups of digits, that is a valid personal number in one of the regions."""
-    ends = [m.end() for m in re.finditer(r"[0-9](?![0-9])", written)]
-    end = next((end for region in regions for end in reversed(ends) if _is_personal_number(written[:end], region)), None)
-    if end:
-        yield start, start + end
-
-
-def _is_personal_number(written: str, region: str) -> bool:
-    from phonenumbers import NumberParseException, PhoneNumberType, is_valid_number, number_type, parse
-
-    try:
-        number = parse(written, region)
-    except NumberParseException:
-        return False
-    if number.country_code == 1 and re.fullmatch("555[0-9]{7}", str(number.national_number)):
-        return True  # an unassigned area code: an example number
-    kinds = PhoneNumberType
-    return is_valid_number(number) and number_type(number) not in {
-        kinds.TOLL_FREE,
-        kinds.PREMIUM_RATE,
-        kinds.SHARED_COST,
-        kinds.UAN,
-        kinds.VOICEMAIL,
-    }
-
-
-_DOCUMENTATION = tuple(map(IPv4Network, ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24")))
-_IPV4 = re.compile(r"(?<![\w.])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?!\w|\.[0-9])")
-_IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{3,34}(?![\w:])")
-_VERSION = re.compile(r"(?i)(?:\bv|\bver|version|release|build|firmware|section|chapter|§)[.:]?\s?\Z")
-
-
-def _addresses(text: str) -> Iterator[Span]:
-    """Public addresses. Four small numbers are excluded, because they may be a version or a section."""
-    for match in _matches(_IPV4, text):
-        try:
-            address = IPv4Address(match.group())
-        except AddressValueError:
-            continue
-        large = sorted(address.packed)[2:]
-        if (large[1] < 100 and large[0] < 32) or _VERSION.search(text, max(0, match.start() - 12), match.start()):
-            continue
-        if (address.is_global and not address.is_multicast) or any(address in network for network in _DOCUMENTATION):
-            yield match.span()
-    for match in _matches(_IPV6, text):
-        try:
-            IPv6Address(match.group())
-        except AddressValueError:
-            continue
-        yield match.span()

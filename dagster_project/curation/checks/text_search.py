@@ -1,0 +1,143 @@
+"""Searches in texts that may be long: texts as a column for Polars' Rust engine, and bounded searches with regular expressions in Python's syntax.
+
+Python's engine needs 15 to 40 ns for each character at which a pattern with a lookbehind can begin, so that a dozen of them would take many seconds for
+the longest texts. Rust's engine has no lookaround and gives no positions, but reads a gigabyte in a second: it finds the pieces of a text that contain
+a match, and only these are searched by Python's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import polars as pl
+
+MOST_CANDIDATES = 50_000
+"""Matches of one pattern in a text after which the rest of it is not looked at, so that no text takes long."""
+LONG = 20_000
+"""Characters up to which a text is searched as a whole."""
+PIECE, REACH = 512, 160
+"""Characters of the pieces of a longer text, and those that a match of a `Local` pattern has at most, with what follows it."""
+_WORD = r"[\p{L}\p{N}_&&\p{Age=14.0}]"
+r"""\w of Python in Rust's syntax, in the oldest version of Unicode of a supported Python: newer ones have more letters, so it finds too many pieces, not
+too few."""
+
+
+Span = tuple[int, int]
+
+
+class TooManyError(Exception):
+    """A text has too many candidates.
+
+    Args:
+        position: of the first that was not looked at.
+    """
+
+    def __init__(self, position: int) -> None:
+        super().__init__(position)
+        self.position = position
+
+
+def all_of(searches: Iterable[Iterable[Span]]) -> Iterator[Span]:
+    """What several searches find.
+
+    Raises:
+        TooManyError: at the end, one of them found too much.
+    """
+    limits = []
+    for search in searches:
+        try:
+            yield from search
+        except TooManyError as stop:
+            limits.append(stop.position)
+    if limits:
+        raise TooManyError(min(limits))
+
+
+@dataclass(frozen=True)
+class Local:
+    r"""A pattern with matches of at most `REACH` characters, given by its parts.
+
+    Args:
+        before: characters that may not stand before a match, as in a class: r"\w."; empty: any may.
+        body: without lookaround, in the syntax that Python and Rust share.
+        after: characters that may not stand after it.
+        decimals: characters that may not stand after it if a digit follows them.
+        overlapping: whether matches are empty, with the body as their first group, so that they may overlap.
+    """
+
+    before: str
+    body: str
+    after: str = ""
+    decimals: str = ""
+    overlapping: bool = False
+    pattern: re.Pattern[str] = field(init=False, compare=False)
+    hint: str = field(init=False, compare=False)
+    """The same in Rust's syntax. A match includes the characters before and after."""
+
+    def __post_init__(self) -> None:
+        behind = f"[{self.after}]" * bool(self.after) + f"|[{self.decimals}][0-9]" * bool(self.decimals)
+        match = f"(?:{self.body})" + f"(?!{behind})" * bool(behind)
+        pattern = f"(?<![{self.before}])" * bool(self.before) + (f"(?=({match}))" if self.overlapping else match)
+        either = f"[^{self.decimals}{self.after}]" + f"|[{self.decimals}][^0-9]" * bool(self.decimals)
+        hint = (f"[^{self.before}]" if self.before else "(?s:.)") + f"(?:{self.body})" + f"(?:{either})" * bool(behind)
+        object.__setattr__(self, "pattern", re.compile(pattern))
+        object.__setattr__(self, "hint", hint.replace(r"\w", _WORD))
+
+
+class LongText(str):
+    """A text, with what searches in it share."""
+
+    @cached_property
+    def pieces(self) -> pl.Series:
+        """Each begins with the character before it, and goes on for `REACH` characters."""
+        framed = f"\n{self}\n\n"
+        return text_column([framed[start : start + PIECE + REACH] for start in range(0, len(self), PIECE)])
+
+    def areas(self, hint: str) -> Iterator[tuple[int, int]]:
+        """First and last position (excluded) of the parts in which matches of a regular expression in Rust's syntax begin, in order. Its first
+        character is one before the match."""
+        found = self.pieces.str.contains(hint).arg_true().to_list()
+        breaks = [0, *(i for i, (one, next) in enumerate(pairwise(found), 1) if next != one + 1), len(found)] if found else []
+        for first, last in pairwise(breaks):
+            yield found[first] * PIECE, (found[last - 1] + 1) * PIECE
+
+
+def text_column(texts: Sequence[str]) -> pl.Series:
+    """The texts for Polars; half of a surrogate pair, which Arrow cannot hold, becomes U+FFFD."""
+    import polars as pl
+
+    try:
+        return pl.Series(texts, dtype=pl.String)
+    except UnicodeEncodeError:  # Arrow cannot store half of a surrogate pair
+        return pl.Series([re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts], dtype=pl.String)
+
+
+def matches(pattern: re.Pattern[str] | Local, text: str, most: int = MOST_CANDIDATES) -> Iterator[re.Match[str]]:
+    """As `pattern.finditer`.
+
+    Raises:
+        TooManyError: there are more than `most`.
+    """
+    if isinstance(pattern, re.Pattern):
+        found = pattern.finditer(text)
+    else:
+        found = _local_matches(pattern, text) if isinstance(text, LongText) else pattern.pattern.finditer(text)
+    for number, match in enumerate(found):
+        if number == most:
+            raise TooManyError(match.start())
+        yield match
+
+
+def _local_matches(local: Local, text: LongText) -> Iterator[re.Match[str]]:
+    at = 0
+    for first, last in text.areas(local.hint):
+        at = max(at, first)
+        while (match := local.pattern.search(text, at, last + REACH)) and match.start() < last:
+            yield match
+            at = match.end() + (match.end() == match.start())
