@@ -28,6 +28,7 @@ from dagster_project.training.tokens.preference_pairs import both, prompt_ids
 from dagster_project.training.trainers.alignment import ppo, preference
 from dagster_project.training.trainers.alignment import reward_model as reward
 from dagster_project.training.trainers.alignment.preference import AlignmentRun
+from dagster_project.training.trainers.alignment.trl_trainers import answer_groups
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 
 Fields = dict[str, Any]
@@ -240,11 +241,9 @@ def align(folder: Path, data: Path, judge: Path, sft: Path, **settings: Any) -> 
 def test_pairs_with_tools_and_traces_train_a_reward_model_and_a_policy(
     method: str, tmp_path: Path, data: Path, judge: Path, hermes_model: Path, hermes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trl
-
     seen: list[list[int]] = []
     owner, name, place = {
-        "rloo": (trl.RLOOTrainer, "_generate_single_turn", 1), "grpo": (trl.GRPOTrainer, "_generate_single_turn", 1), "ppo": (ppo, "roll_out", 3)
+        "rloo": (answer_groups, "decode", 1), "grpo": (answer_groups, "decode", 1), "ppo": (ppo, "roll_out", 3)
     }.get(method, (Policies, "_read", 2))  # fmt: skip
     original = getattr(owner, name)
 

@@ -27,6 +27,7 @@ from conftest import ROOT
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
+from dagster_project.training.inference import sampling
 from dagster_project.training.inference.decoding import decode
 from dagster_project.training.inference.sampling import draw, sampled
 from dagster_project.training.trainers.alignment import ppo
@@ -435,7 +436,7 @@ def test_a_reward_of_too_few_numbers_is_refused(tiny_model: Path, tiny_tokenizer
 
 
 def test_a_policy_with_only_empty_answers_is_refused(tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ppo, "draw", lambda logits, *_: [tiny_tokenizer.eos_token_id] * len(logits))
+    monkeypatch.setattr(sampling, "draw", lambda logits, *_: [tiny_tokenizer.eos_token_id] * len(logits))
     said = refusal(tiny_model, tiny_tokenizer)
     assert said.startswith(
         "ppo: every answer of the first iteration is empty: the policy ends its turn immediately\nhint: look at the SFT adapter"
