@@ -14,22 +14,21 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find
 from dagster_project.lineage.provider import provider
 
-PAGE = "papers.html"
+PAGE = "exports.html"
 
 
-def papers(root: Path, model: str, rev: str | None = None, issued: date | None = None) -> tuple[dict[str, str], dict[str, Any]]:
+def all_formats(root: Path, model: str, rev: str | None = None, issued: date | None = None) -> tuple[dict[str, str], dict[str, Any]]:
     """Every format of a model.
 
     Args:
         issued: default: the date of the first commit that recorded the model.
     Returns:
-        (file -> text, {"model", "issued", "code": commit or None, "papers": [{"format", "file", "sha256", "shows", "shows_not"}]}).
+        (file -> text, {"model", "issued", "code": commit or None, "exports": [{"format", "file", "sha256", "shows", "shows_not"}]}).
     Raises:
         InputError: as `export`.
     """
     subject = find(Index(root), model, rev)
-    for form in registry.formats():
-        refuse(subject, model, form)
+    refuse(subject, model)
     day = issued or issue_date(subject)
     summary = summarize(subject) | {"data_sets": data_sets(subject), "provider": provider(root, rev)}
     texts, listed = {}, []
@@ -42,4 +41,4 @@ def papers(root: Path, model: str, rev: str | None = None, issued: date | None =
         listed.append({"format": form, **facts})
     code = summary["code"]
     commit = code.get("lineage_at") if code["clean"] else None
-    return texts, {"model": summary["model"], "issued": day.isoformat(), "commit": commit, "papers": listed}
+    return texts, {"model": summary["model"], "issued": day.isoformat(), "commit": commit, "exports": listed}
