@@ -350,9 +350,7 @@ def _export_all(options: argparse.Namespace) -> int:
     folder = Path(options.all)
     for name, text in {**texts, PAGE: exports_page(document)}.items():
         _write("--all", folder / name, text)
-    _print(
-        options, {**document, "folder": options.all, "page": PAGE}, lambda _: "\n".join(str(folder / name) for name in [*texts, PAGE])
-    )
+    _print(options, {**document, "folder": options.all, "page": PAGE}, lambda _: "\n".join(str(folder / name) for name in [*texts, PAGE]))
     return 0
 
 

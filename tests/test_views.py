@@ -24,8 +24,8 @@ from dagster_project.views.ballot import ballot_page
 from dagster_project.views.comparison import Sample, comparison_page
 from dagster_project.views.conversations import conversation
 from dagster_project.views.data_quality import data_quality_page
-from dagster_project.views.lineage import lineage_page
 from dagster_project.views.exports import exports_page
+from dagster_project.views.lineage import lineage_page
 from dagster_project.views.trained_examples import Piece, TrainedExample
 from dagster_project.views.training import training_page
 

@@ -150,7 +150,11 @@ def lines(verdict: Mapping[str, Any] | None) -> list[str]:
     waiver = verdict.get("waiver")
     waived = [f"waived until {waiver['expires']}: {waiver['reason']}"] if waiver else []
     day = f", as of {verdict['policy']['as_of']}" if verdict["policy"].get("as_of") else ""
-    return [f"not passed: {_refused(verdict)} not allowed{day}", *(f"{_named(one)}: {one['why']}" for one in verdict["violations"]), *waived]
+    return [
+        f"not passed: {_refused(verdict)} not allowed{day}",
+        *(f"{_named(one)}: {one['why']}" for one in verdict["violations"]),
+        *waived,
+    ]
 
 
 def check(verdict: Mapping[str, Any] | None) -> CheckResult:

@@ -23,7 +23,7 @@ def all_formats(root: Path, model: str, rev: str | None = None, issued: date | N
     Args:
         issued: default: the date of the first commit that recorded the model.
     Returns:
-        (file -> text, {"model", "issued", "code": commit or None, "exports": [{"format", "file", "sha256", "shows", "shows_not"}]}).
+        (file -> text, {"model", "issued", "commit": commit or None, "exports": [{"format", "file", "sha256", "shows", "shows_not"}]}).
     Raises:
         InputError: as `export`.
     """
