@@ -186,6 +186,22 @@ def test_the_commit_of_a_model_is_the_first_with_its_run_in_dvc_lock(made: Proje
     assert (found["commit"], found["lineage_at"]) == (first, later), "its own run is that of the first commit, that of its data is not"
 
 
+def test_no_commit_is_named_for_a_lineage_whose_stages_ran_with_code_of_several_commits(made: Project) -> None:
+    def lock(code: bytes, seed: int) -> dict[str, Any]:
+        found = made.lock(ROWS, seed=seed)
+        found["splits"]["deps"].append({"path": "a.py", "hash": "md5", "md5": hashlib.md5(code).hexdigest()})
+        return found
+
+    (made.root / "a.py").write_bytes(b"V = 1\n")
+    first = made.commit(lock(b"V = 1\n", seed=0))
+    assert audit(made.root, "merged@lora")["code"]["lineage_at"] == first
+    (made.root / "a.py").write_bytes(b"V = 2\n")  # splits did not run again
+    second = made.commit(lock(b"V = 1\n", seed=1))
+    code = audit(made.root, "merged@lora")["code"]
+    assert (code["commit"], code["clean"], code["lineage_at"]) == (second, True, None)
+    assert "git checkout" not in export(made.root, "merged@lora", "model-card")
+
+
 def test_a_commit_that_does_not_hold_the_code_that_ran_is_dirty(made: Project) -> None:
     lock = made.lock(ROWS)
     (made.root / "a.py").write_text("V = 1\n")

@@ -386,6 +386,10 @@ def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) 
     whole = set.intersection(*(set(reach.holders_of_entry(entry)) for entry in chain.values()))
     if code["lineage_at"] is not None and code["lineage_at"] not in whole:
         problems.append(f"lineage_at: says {code['lineage_at']}, but all runs are in {whole}")
+    elif code["lineage_at"] and (
+        other := {name: found for name, entry in chain.items() if (found := differences(reach, entry, code["lineage_at"]))}
+    ):
+        problems.append(f"lineage_at: says {code['lineage_at']}, whose code differs: {other}")
     clean = True
     for address, entry in chain.items():
         if address not in code["stages"]:

@@ -305,7 +305,7 @@ def _code(subject: Subject) -> dict[str, Any]:
     """The code behind a run, stage by stage, and whether the commit that first recorded the run of each stage contains its code.
 
     Returns:
-        {"commit": the first that records this run of the model, "lineage_at": the first that also records all stages before it (None: no commit does), "clean", "files": {path: md5} as in `code_in`, "stages": {address: {"commit", "clean"}}}. Where
+        {"commit": the first that records this run of the model, "lineage_at": the first that also records all stages before it, if it contains the code and parameters of all, else None, "clean", "files": {path: md5} as in `code_in`, "stages": {address: {"commit", "clean"}}}. Where
         applicable also "differs" (paths with other content in the commit of their stage, also per stage), "uncommitted" (stages whose run no commit
         contains), "same_bytes_at" (an earlier commit, in which another run gave the same bytes), "after" (the commit that uncommitted work is based
         on), and "package" (`code_lock.compare`), if the package is installed and not part of the project.
@@ -327,7 +327,7 @@ def _code(subject: Subject) -> dict[str, Any]:
     uncommitted = [name for name, stage in stages.items() if stage["commit"] is None]
     return {
         **_commit_facts(index, run),
-        "lineage_at": index.first_commit_with_all(order),
+        "lineage_at": _commit_with_all(index, {name: entry for entries in by_commit.values() for name, entry in entries.items()}, order),
         "clean": all(stage["clean"] for stage in stages.values()),
         **({"differs": differs} if differs else {}),
         **({"uncommitted": uncommitted, "after": commit_of(index.root, "HEAD")} if uncommitted else {}),
@@ -335,6 +335,14 @@ def _code(subject: Subject) -> dict[str, Any]:
         "stages": stages,
         **({"package": code_lock.compare(index.root, recorded)} if any(recorded.values()) else {}),
     }
+
+
+def _commit_with_all(index: Index, entries: Mapping[str, Mapping[str, Any]], runs: Sequence[StageRun]) -> str | None:
+    """The first commit whose dvc.lock has all these runs, if it contains the code and parameters of all."""
+    commit = index.first_commit_with_all(runs)
+    if commit is None or any(differing for _, differing in code_in(index.root, commit, entries).values()):
+        return None
+    return commit
 
 
 def _stage(index: Index, run: StageRun, report: Mapping[str, Any], names: Mapping[tuple[str, str], str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dagster_project.core import faults, params
 from dagster_project.core.context import StageContext
+from dagster_project.core.documents import read_report
 from dagster_project.core.errors import INNER, Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.layout import measured_path, report_of
@@ -63,7 +64,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
                 before = _verified_inputs(root, address)  # before any of these files is read
                 # the driver of a worker has validated them, and the worker has only the sources that this stage reads
                 values = params.read(root) if os.environ.get(VARIABLE) == WORKER else pipeline.validate(root)
-            if (key := pipeline.rests_on_all.get(stage)) and value_at(values, key) is not None and not _is_inner():
+            if (key := pipeline.rests_on_all.get(stage)) and _is_given(root, values, key) and not _is_inner():
                 _refuse_outdated(root, address)
             executor = executor or _executor(values, address, pipeline)
             names = tuple(pipeline.stages)
@@ -142,6 +143,12 @@ def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
         refuse_lost_entries(root)
         raise CheckFailed("\n".join(f"{address}: {what}" for what, _ in before.conflicts), before.conflicts[0][1])
     return before.now
+
+
+def _is_given(root: Path, values: Mapping[str, Any], key: str) -> bool:
+    """Whether params.yaml has a value at "SECTION.NAME", or the report of that stage states one, as it does after a value was removed."""
+    stage, _, name = key.partition(".")
+    return value_at(values, key) is not None or ((root / report_of(stage)).is_file() and name in read_report(root, stage))
 
 
 def _is_inner() -> bool:

@@ -47,13 +47,23 @@ def repair(root: Path) -> None:
     if table is not None and _of_running(table) == table:
         return
     make_lock = private_module("dvc.lock").make_lock
-    with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), wait=True):
+    with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), hardlink_lock=_hardlink_lock(root), wait=True):
         table = _table(root)
         if table is None:  # no other process was writing it
             path.unlink()
             log.warning("deleted .dvc/tmp/rwlock, DVC's table of locked paths, which was invalid")
         elif (kept := _of_running(table)) != table:
             path.write_text(json.dumps(kept))
+
+
+def _hardlink_lock(root: Path) -> bool:
+    """Which of its kinds of lock DVC uses here."""
+    from dvc.config import Config, ConfigError
+
+    try:
+        return bool(Config(dvc_dir=str(root / ".dvc"))["core"].get("hardlink_lock", False))
+    except ConfigError:  # DVC refuses every command then, so none holds a lock
+        return False
 
 
 def _of_running(table: dict[str, Any]) -> dict[str, Any]:

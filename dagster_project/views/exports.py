@@ -19,7 +19,7 @@ def exports_page(document: Mapping[str, Any]) -> str:
         ("content", f"md5 {model['md5']}"),
         ("sha256", model.get("sha256") or "unknown"),
         ("issued", document["issued"]),
-        ("commit", document["commit"] or "none contains all code and parameters that ran"),
+        ("commit", document["commit"] or "none is known that contains all code and parameters that ran"),
     ]
     exports = [
         (one["file"], one["format"], [("shows", one["shows"]), ("does not show", one["shows_not"]), ("sha256", one["sha256"])])

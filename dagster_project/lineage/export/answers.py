@@ -50,11 +50,7 @@ def uses_category(sources: Mapping[str, Mapping[str, Any]], category: str) -> tu
     found, unknown = declared(sources, "category")
     paths = [path for path, one in found.items() if one == category]
     if category == "synthetic":  # a source with a generator is synthetic, whatever its category
-        made = {
-            *paths,
-            *declared(sources, "generator")[0],
-            *(path for path, facts in sources.items() if facts.get("format") == PARAPHRASES),
-        }
+        made = {*paths, *declared(sources, "generator")[0]}
         paths, unknown = [path for path in sources if path in made], [path for path in unknown if path not in made]
     if paths:
         return f"yes: {', '.join(map(markdown, paths))}" + (f" ({lacking('category', unknown)})" if unknown else ""), paths

@@ -173,10 +173,11 @@ def _sources(summary: Mapping[str, Any]) -> str:
 
 def _code(summary: Mapping[str, Any]) -> str:
     code = summary["code"]
-    commit = code.get("lineage_at") or code.get("commit")
-    if not commit:
+    if code.get("lineage_at"):
+        return f"The project at commit {code['lineage_at']}."
+    if not code.get("commit"):
         return f"No commit contains the run: {missing()}"
-    return f"The project at commit {commit}" + ("" if code["clean"] else ", which does not contain all code and parameters that ran") + "."
+    return f"Commit {code['commit']} recorded the run; no commit is known that contains all code and parameters that ran."
 
 
 def _used_for(summary: Mapping[str, Any]) -> str:

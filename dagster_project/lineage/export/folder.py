@@ -39,6 +39,5 @@ def all_formats(root: Path, model: str, rev: str | None = None, issued: date | N
         texts[chosen.file] = text = chosen.write(summary, day)
         facts = {"file": chosen.file, "sha256": sha256_of_text(text), "shows": chosen.shows, "shows_not": chosen.shows_not}
         listed.append({"format": form, **facts})
-    code = summary["code"]
-    commit = code.get("lineage_at") if code["clean"] else None
+    commit = summary["code"].get("lineage_at")
     return texts, {"model": summary["model"], "issued": day.isoformat(), "commit": commit, "exports": listed}

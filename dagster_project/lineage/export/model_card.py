@@ -140,7 +140,7 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         parts.append(
             f"Compared with it or only used to measure it, so that nothing was learned from them: {markdown(', '.join(summary['watched']))}."
         )
-    checkout = [f"git checkout {code['lineage_at']}"] if code.get("lineage_at") and code["clean"] else []
+    checkout = [f"git checkout {code['lineage_at']}"] if code.get("lineage_at") else []
     parts += [
         "## Proof",
         "\n".join(["```console", *(f"$ {line}" for line in [*checkout, "dvc pull", f"pedigree verify {model['stage']} --deep"]), "```"]),
