@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--setup", nargs="+", choices=["trl", "ours"], default=["trl", "ours"], help="default: both")
     parser.add_argument("--project", type=Path, default=ROOT)
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--episodes", type=int, default=64, help="answers of a run, a multiple of 32 (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=64, help="answers of a run, a multiple of 8, for PPO of 32 (default: %(default)s)")
     parser.add_argument("--trl-with-ppo", help="interpreter of an environment with trl 1.12")
     parser.add_argument("--out", type=Path, help="put the table between the markers of this Markdown file")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)

@@ -328,8 +328,8 @@ def export(options: argparse.Namespace) -> int:
     """Write a model's lineage for other tools and readers: cards, bills of materials, descriptions of its data."""
     from dagster_project.lineage.export.export import export as export_model
 
-    if options.papers:
-        return _export_papers(options)
+    if options.all:
+        return _export_all(options)
     text = export_model(_project(options), options.model, options.format, options.rev, options.issued)
     if options.out:
         _write("--out", Path(options.out), text)
@@ -339,20 +339,18 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _export_papers(options: argparse.Namespace) -> int:
+def _export_all(options: argparse.Namespace) -> int:
     """Write all formats, and a page that lists them."""
-    from dagster_project.lineage.export.papers import PAGE, papers
-    from dagster_project.views.papers import papers_page
+    from dagster_project.lineage.export.folder import PAGE, all_formats
+    from dagster_project.views.exports import exports_page
 
     if options.out:
-        raise InputError("--out cannot be combined with --papers", "leave it out: --papers names the folder")
-    texts, document = papers(_project(options), options.model, options.rev, options.issued)
-    folder = Path(options.papers)
-    for name, text in {**texts, PAGE: papers_page(document)}.items():
-        _write("--papers", folder / name, text)
-    _print(
-        options, {**document, "folder": options.papers, "page": PAGE}, lambda _: "\n".join(str(folder / name) for name in [*texts, PAGE])
-    )
+        raise InputError("--out cannot be combined with --all", "leave it out: --all names the folder")
+    texts, document = all_formats(_project(options), options.model, options.rev, options.issued)
+    folder = Path(options.all)
+    for name, text in {**texts, PAGE: exports_page(document)}.items():
+        _write("--all", folder / name, text)
+    _print(options, {**document, "folder": options.all, "page": PAGE}, lambda _: "\n".join(str(folder / name) for name in [*texts, PAGE]))
     return 0
 
 
@@ -705,7 +703,7 @@ def _add_lineage_commands(commands: Any) -> None:
     add("model", metavar="MODEL", help="path, name of a stage, or content hash")
     form = command.add_mutually_exclusive_group(required=True)
     form.add_argument("--format", choices=formats())
-    form.add_argument("--papers", metavar="FOLDER", help="write all formats to a folder, with a page that lists them")
+    form.add_argument("--all", metavar="FOLDER", help="write all formats to a folder, with a page that lists them")
     add("--out", metavar="FILE", help="with --format (default: standard output)")
     add("--rev", help=workspace)
     add("--issued", type=_date, metavar="YYYY-MM-DD", help="default: the date of the commit that recorded the model")

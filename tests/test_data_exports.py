@@ -452,27 +452,27 @@ def test_each_declared_field_is_in_the_datasheet(finished: Path) -> None:
 # --- all together
 
 
-def test_all_papers_are_in_one_folder_with_a_page_that_names_each_by_its_hash(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_exports_are_in_one_folder_with_a_page_that_names_each_by_its_hash(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tool("spdx_python_model")
-    folder = finished.parent / "papers"
-    arguments = ["export", MODEL, "--papers", str(folder), "--issued", "2026-01-31", "--project", str(finished)]
+    folder = finished.parent / "exports"
+    arguments = ["export", MODEL, "--all", str(folder), "--issued", "2026-01-31", "--project", str(finished)]
     assert main([*arguments, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    page = files.pop("papers.html").decode()
-    assert {one["format"] for one in document["papers"]} == set(formats()) and set(files) == {one["file"] for one in document["papers"]}
-    for one in document["papers"]:
+    page = files.pop("exports.html").decode()
+    assert {one["format"] for one in document["exports"]} == set(formats()) and set(files) == {one["file"] for one in document["exports"]}
+    for one in document["exports"]:
         assert one["sha256"] == hashlib.sha256(files[one["file"]]).hexdigest() and one["sha256"] in page
         assert files[one["file"]].decode() == export(finished, MODEL, one["format"], issued=ISSUED) and one["shows"] and one["shows_not"]
     assert "http" not in page.replace("http-equiv", "") and str(finished) not in page
-    assert main(arguments) == 0 and (folder / "papers.html").read_text() == page
+    assert main(arguments) == 0 and (folder / "exports.html").read_text() == page
     assert main([*arguments, "--out", "x"]) == 2 and "--out cannot be combined" in capsys.readouterr().err
 
 
-def test_a_stranger_verifies_a_signed_folder_of_papers(finished: Path) -> None:
+def test_a_stranger_verifies_a_signed_folder_of_exports(finished: Path) -> None:
     tool("spdx_python_model")
-    folder, key, public = finished.parent / "papers", finished.parent / "key.pem", finished.parent / "key.pub"
-    assert main(["export", MODEL, "--papers", str(folder), "--issued", "2026-01-31", "--project", str(finished)]) == 0
+    folder, key, public = finished.parent / "exports", finished.parent / "key.pem", finished.parent / "key.pub"
+    assert main(["export", MODEL, "--all", str(folder), "--issued", "2026-01-31", "--project", str(finished)]) == 0
     private = ed25519.Ed25519PrivateKey.generate()
     key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     public.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))

@@ -20,7 +20,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.lineage.export.export import export, summarize
 from dagster_project.lineage.export.model_card import model_card
 from dagster_project.lineage.export.registry import formats
-from dagster_project.lineage.export.summary import from_reports
+from dagster_project.lineage.export.summary import from_reports, limits
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit, find
 
@@ -157,9 +157,26 @@ def test_every_format_is_documented() -> None:
     assert FORMATS == formats() == sorted(re.findall(r"(?m)^\| `([a-z-]+)` \|", text))
 
 
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ({"perplexity": 4.2, "n": 120}, ": perplexity on all of them, scores on 120 answers"),
+        ({"perplexity": 4.2}, ": perplexity on all of them"),
+        ({"n": 152}, ": scores on 152 answers"),
+        ({}, ""),
+    ],
+)
+def test_limits_say_on_how_much_each_measure_rests(figures: dict[str, Any], words: str) -> None:
+    summary = {"metrics": {"evaluation@lora": {"test_examples": 152, **figures}}, "untuned": {}, "stages": {}, "licenses": {"problems": []}}
+    assert limits(summary)[0] == f"Measured on 152 test examples from the same sources as the training data{words}. On other data: unknown."
+
+
 def test_a_stage_that_is_not_a_model_has_no_card(finished: Path) -> None:
     done = pedigree(finished, "export", "splits", "--format", "model-card", "--issued", "2026-01-31")
-    assert done.returncode == 2 and "splits is not a model" in done.stderr
+    assert done.returncode == 2 and "splits is not a model" in done.stderr and "model-card cannot describe it" in done.stderr
+    assert "or use --format with one of croissant, datasheet, openlineage" in done.stderr
+    done = pedigree(finished, "export", "splits", "--all", "all", "--issued", "2026-01-31")
+    assert done.returncode == 2 and "--all needs a model" in done.stderr and not (finished / "all").exists()
     done = pedigree(finished, "export", "merged@lora", "--format", "cyclonedx", "--issued", "2026-01-31", "--out", "bom.json", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["text"] == (finished / "bom.json").read_text()
 

@@ -158,6 +158,19 @@ def test_the_share_at_the_border_is_exact() -> None:
     assert refused({"max_synthetic": 0.28}, *sources) == [("0", 29, "max_synthetic")]
 
 
+def test_a_verdict_names_only_what_is_violated_and_counts_synthetic_rows() -> None:
+    rules = policy(licenses=["MIT"], base_licenses=["MIT"])
+    for base, license, words in (
+        ("GPL-3.0-only", "MIT", "the base model is not allowed"),
+        ("MIT", "GPL-3.0-only", "sources with 10 of 10 rows are not allowed"),
+        ("GPL-3.0-only", "GPL-3.0-only", "sources with 10 of 10 rows and the base model are not allowed"),
+    ):
+        verdict = judge(rules, [{"origin": "org/base", "sha256": {}, "license": base}, {"sources": {A: source(10, license)}}])
+        assert use_policy.lines(verdict)[0] == f"not passed: {words}"
+    [violation] = judge(policy(max_synthetic=0.1), [{"sources": {A: source(10)}}])["violations"]
+    assert violation["why"] == "of unknown category, which counts as synthetic: 10 of 10 rows count as synthetic, at most 10 % are allowed"
+
+
 def test_a_source_that_two_stages_read_is_judged_by_what_each_declares_and_its_rows_count_twice() -> None:
     reports = [{"sources": {A: source(10, "GPL-3.0-only")}}, {"sources": {A: source(4, "MIT")}}]
     for order in (reports, reports[::-1]):

@@ -62,9 +62,9 @@ def deferred(package: str, name: str) -> Iterator[None]:
         yield
         return
     within = import_module(package).__dict__
-    within[name] = stand_in = _Deferred(full)
+    within[name] = placeholder = _Deferred(full)
     try:
         yield
     finally:
-        if within.get(name) is stand_in:  # otherwise it was imported meanwhile
+        if within.get(name) is placeholder:  # otherwise it was imported meanwhile
             del within[name]

@@ -104,8 +104,8 @@ class Settings(Section):
     batch_size: int = Field(default=40, ge=1)
     """Prompts that are answered at the same time."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Number format of models that are scored. null: that of `compute.dtype`. In float32 answers do not depend on
-    `batch_size`; in bfloat16, which is faster, some do."""
+    """Number format of models that are scored. null: that of `compute.dtype`. In float32 answers practically do not
+    depend on `batch_size`; in bfloat16, which is faster, some do."""
 
 
 class EvaluatedModel:

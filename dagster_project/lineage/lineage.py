@@ -607,7 +607,7 @@ def _sources_text(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _declared_text(shown: Mapping[str, str]) -> str:
-    """What is declared of a source, then what is unknown."""
+    """What is declared for a source, then what is unknown."""
     known = [f"{NAMES[field]} {value}" for field, value in shown.items() if value != UNKNOWN]
     unknown = [NAMES[field] for field, value in shown.items() if value == UNKNOWN]
     return "; ".join([*known, *([f"unknown: {', '.join(unknown)}"] if unknown else [])])

@@ -265,10 +265,10 @@ MOST_ELEMENTS = 1 << 23
 
 
 class _GgufFields:
-    """The fields at the begin of a GGUF file, read one after the other.
+    """The fields at the beginning of a GGUF file, read one after the other.
 
     Raises:
-        ValueError: the file is cut short, or says that it has more elements than it can have.
+        ValueError: the file is cut short, or declares more elements than it can hold or than are read.
     """
 
     def __init__(self, file: BinaryIO, size: int) -> None:
@@ -298,7 +298,8 @@ class _GgufFields:
             inner, length = self.number(4), self.number(8)
             self.elements += length
             if self.elements > min(MOST_ELEMENTS, self.size):
-                raise ValueError(f"its arrays say that they have {self.elements:,} elements")
+                limit = "the file can hold" if self.elements > self.size else f"the {MOST_ELEMENTS:,} that are read"
+                raise ValueError(f"its arrays declare {self.elements:,} elements, more than {limit}")
             for _ in range(length):
                 self.value(inner)
         else:

@@ -67,7 +67,7 @@ def data_quality_page(
         document: the check document.
         changes: differences from the previous version; None if there is none.
         expectations: results of the owner's Great Expectations suite (curation/checks/expectations.py); None if there is no suite.
-        reading: report of the stage that read the rows, with what is declared of their sources; None if there is none.
+        reading: report of the stage that read the rows, with what is declared for their sources; None if there is none.
     """
     findings = sorted(document["findings"], key=lambda finding: (RANK[_shown_severity(finding)], -finding["count"]))
     judged = sorted([*findings, *_expectation_findings(expectations)], key=lambda finding: RANK[_shown_severity(finding)])
@@ -347,7 +347,7 @@ def _bars(title: str, note: str, counts: Mapping[str, int], whole: int, unit: st
 
 
 def _sources(reading: Mapping[str, Any]) -> dict[str, Any]:
-    """What is declared of the sources, and the verdict of the use policy if there is one."""
+    """What is declared for the sources, and the verdict of the use policy if there is one."""
     check = reading.get("checks", {}).get("use_policy", {}) if "use_policy" in reading else {}
     return {
         "table": declared_table(reading["sources"]),

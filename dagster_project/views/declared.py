@@ -1,4 +1,4 @@
-"""What is declared of each source, and what of it violates the use policy, as tables. Audits and the page of a data set have them."""
+"""What is declared for each source, and what of it violates the use policy, as tables. Audits and the page of a data set have them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def declared_table(sources: Mapping[str, Mapping[str, Any]]) -> Table:
         for path, facts in sources.items()
     ]
     columns = ["source", "rows", "license", *COLUMNS.values()]
-    return Table("Declared by the project", columns, rows, folded=False, region="What is declared of the sources")
+    return Table("Declared by the project", columns, rows, folded=False, region="What is declared for the sources")
 
 
 def violations_table(violations: Sequence[Mapping[str, Any]]) -> Table:

@@ -10,10 +10,10 @@ from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address
 from dagster_project.curation.checks.text_search import Local, Span, TooManyError, all_of, matches
 
 MOST_LOOKED_UP = 10_000
-"""Candidates of one pattern in a text after which the rest of it counts as a value, if they take a check of digits or a look into a numbering plan; of
+"""Candidates of one pattern in a text after which the rest of it counts as a value, if they take a check of digits or a lookup in a numbering plan; of
 all others `MOST_CANDIDATES`."""
 MOST_LOOK_UPS = 25_000
-"""Looks into numbering plans after which the rest of a text counts as a value: for a number, several beginnings in several countries are looked up."""
+"""Lookups in numbering plans after which the rest of a text counts as a value: for a number, several beginnings in several countries are looked up."""
 
 _LOCAL = re.compile(r"[A-Za-z0-9À-ɏ.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
 _AT = re.compile("@")

@@ -64,10 +64,10 @@ class Local:
     r"""A pattern with matches of at most `REACH` characters, given by its parts.
 
     Args:
-        before: characters that may not stand before a match, as in a class: r"\w."; empty: any may.
+        before: characters that must not precede a match, as in a class: r"\w."; empty: any may.
         body: without lookaround, in the syntax that Python and Rust share.
-        after: characters that may not stand after it.
-        decimals: characters that may not stand after it if a digit follows them.
+        after: characters that must not follow it.
+        decimals: characters that must not follow it if a digit follows them.
         overlapping: whether matches are empty, with the body as their first group, so that they may overlap.
     """
 

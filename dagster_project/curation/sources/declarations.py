@@ -1,4 +1,4 @@
-"""What people declare of a source, in params.yaml: license, category, period of collection, generator, permission, retention, purposes.
+"""What people declare for a source, in params.yaml: license, category, period of collection, generator, permission, retention, purposes.
 
 No row depends on it. The report of the stage that reads the source states it, so a model's declarations are those of its own runs.
 """
@@ -67,7 +67,7 @@ class Period(Section):
 
 
 class Declared(Licensed):
-    """What is declared of a source. Nothing of it changes a row; what is left out is unknown."""
+    """What is declared for a source. Nothing of it changes a row; what is left out is unknown."""
 
     license: str = UNKNOWN
     """License of the text, an SPDX expression if it has one. Audits and model cards show it."""
@@ -133,7 +133,7 @@ def with_unknown(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def declared_sources(document: Mapping[str, Any]) -> dict[str, Declared]:
-    """Source -> what is declared of it, of the sources that a model was made from.
+    """Source -> what is declared for it, for the sources that a model was made from.
 
     Args:
         document: of `lineage.document`, `export.summarize` or `summary.from_reports`, whose sources are those that the reports of the

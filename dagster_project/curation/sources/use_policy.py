@@ -1,4 +1,4 @@
-"""The use policy: what a release may rest on. Judges what is declared of the sources that a model was made from, and its base model's license.
+"""The use policy: what a release may rest on. Judges what is declared for the sources that a model was made from, and its base model's license.
 
 `raw_examples` warns, `release` refuses (docs/decisions/032). A date decides only if it is given: nothing here reads the clock.
 """
@@ -22,12 +22,12 @@ from dagster_project.curation.sources.declarations import Date, Declared, Text, 
 
 NAME = "use_policy"
 """Of the check, of the key in params.yaml and of that in reports."""
-DESCRIPTION = "What is declared of the sources, and the base model's license, is what the use policy requires."
+DESCRIPTION = "The declarations of the sources and the license of the base model meet the use policy."
 NO_POLICY = "no use policy is given (raw_examples.use_policy)"
 BASE = "base model"
 """What a violation names instead of a source."""
 LONGEST = 1_000
-"""Characters of a license expression; longer texts are no expressions."""
+"""Characters of a license expression; longer texts are not parsed."""
 OWN_LICENSE = re.compile(r"(DocumentRef-[\w.-]+:)?LicenseRef-[\w.-]+", re.ASCII | re.IGNORECASE)
 LISTED = 5
 """Violations that the note of a check names."""
@@ -52,7 +52,7 @@ class Policy(Section):
     base_licenses: list[Expression] | None = None
     """The same for the license of the base model. null: any."""
     require_permission: bool = False
-    """Whether `permission` must be declared of every source."""
+    """Whether `permission` must be declared for every source."""
     purposes: list[Text] = []
     """Purposes that every source must declare, all of them."""
     max_synthetic: float | None = Field(default=None, ge=0, le=1)
@@ -150,8 +150,11 @@ def lines(verdict: Mapping[str, Any] | None) -> list[str]:
     waiver = verdict.get("waiver")
     waived = [f"waived until {waiver['expires']}: {waiver['reason']}"] if waiver else []
     day = f", as of {verdict['policy']['as_of']}" if verdict["policy"].get("as_of") else ""
-    refused = f"not passed: sources with {verdict['refused_rows']:,} of {verdict['rows']:,} rows, or the base model, are not allowed{day}"
-    return [refused, *(f"{_named(one)}: {one['why']}" for one in verdict["violations"]), *waived]
+    return [
+        f"not passed: {_refused(verdict)} not allowed{day}",
+        *(f"{_named(one)}: {one['why']}" for one in verdict["violations"]),
+        *waived,
+    ]
 
 
 def check(verdict: Mapping[str, Any] | None) -> CheckResult:
@@ -177,13 +180,21 @@ def in_words(verdict: Mapping[str, Any]) -> str:
     return "; ".join([*named, *([f"and {more} more"] if more > 0 else [])])
 
 
+def _refused(verdict: Mapping[str, Any]) -> str:
+    """What is not allowed, with its verb: sources with the number of their rows, the base model, or both."""
+    rules = [one["rule"] == "base_licenses" for one in verdict["violations"]]
+    sources = [] if all(rules) else [f"sources with {verdict['refused_rows']:,} of {verdict['rows']:,} rows"]
+    named = [*sources, *(["the base model"] if any(rules) else [])]
+    return f"{' and '.join(named)} {'are' if sources else 'is'}"
+
+
 def _named(violation: Mapping[str, Any]) -> str:
     name: str = violation["source"]
     return name if name == BASE else f"{name} ({many(violation['rows'], 'row')})"
 
 
 def allows(allowed: Sequence[str], license: str) -> bool:
-    """Whether a license satisfies a list of allowed ones. A text that is no SPDX expression does not."""
+    """Whether a license satisfies a list of allowed ones. A text that is not an SPDX expression does not."""
     tree = _parsed(license)
     known = {_key(expression) for text in allowed if (expression := _parsed(text)) is not None}
     return tree is not None and _satisfied(tree, known)
@@ -255,7 +266,7 @@ def _base_violations(policy: Policy, licenses: Iterable[str]) -> list[dict[str, 
 
 
 def _license_problem(license: str) -> str:
-    return f"license {license} is not allowed" + ("" if _parsed(license) is not None else ", as it is no SPDX expression")
+    return f"license {license} is not allowed" + ("" if _parsed(license) is not None else ", as it is not an SPDX expression")
 
 
 def _lapsed(as_of: datetime.date | None, until: datetime.date) -> str:
@@ -275,7 +286,7 @@ def _excess(policy: Policy, synthetic: int, rows: int) -> str:
     """Why there are too many rows that count as synthetic; empty if there are not."""
     if policy.max_synthetic is None or synthetic <= Fraction(str(policy.max_synthetic)) * rows:
         return ""
-    return f"all such rows are {synthetic:,} of {rows:,}, and at most {100 * policy.max_synthetic:g} % may be"
+    return f"{synthetic:,} of {rows:,} rows count as synthetic, at most {100 * policy.max_synthetic:g} % are allowed"
 
 
 def _violation(source: str, rows: int, rule: str, why: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def lacking(key: str, paths: Sequence[str]) -> str:
 
 
 def uses_category(sources: Mapping[str, Mapping[str, Any]], category: str) -> tuple[str, list[str]]:
-    """Whether data of a category was used, and the sources that declare it. "No" needs a declaration of every source."""
+    """Whether data of a category was used, and the sources that declare it. "No" needs a declaration for every source."""
     found, unknown = declared(sources, "category")
     paths = [path for path, one in found.items() if one == category]
     if category == "synthetic":  # a source with a generator is synthetic, whatever its category

@@ -125,17 +125,19 @@ def export(root: Path, model: str, form: str, rev: str | None = None, issued: da
     return chosen.write(summarize(subject) | tables | {"provider": provider(root, rev)}, issued or issue_date(subject))
 
 
-def refuse(subject: Subject, model: str, form: str) -> None:
-    """Raises:
-    InputError: the format cannot describe the stage, or the lineage is not recorded completely.
+def refuse(subject: Subject, model: str, form: str | None = None) -> None:
+    """Args:
+        form: None for a folder of all formats.
+    Raises:
+        InputError: the format cannot describe the stage, or the lineage is not recorded completely.
     """
-    chosen, address = registry.find(form), subject.run.address
-    if not chosen.any_stage and address.partition("@")[0] not in MODELS:
+    chosen, address = registry.find(form) if form else None, subject.run.address
+    if not (chosen and chosen.any_stage) and address.partition("@")[0] not in MODELS:
         raise InputError(
-            f"{address} is not a model that this project trained: {form} cannot describe it",
-            f"name one of {', '.join(MODELS)}, or use openlineage",
+            f"{address} is not a model that this project trained: {f'{form} cannot describe it' if form else '--all needs a model'}",
+            f"name one of {', '.join(MODELS)}, or use --format with one of {', '.join(registry.of_any_stage())}",
         )
-    if not chosen.any_stage or chosen.data_sets:
+    if not chosen or not chosen.any_stage or chosen.data_sets:
         _refuse_unknown_lineage(subject, model)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 Write = Callable[[Mapping[str, Any], date], str]
 """(`export.summarize` of a model, issue date) -> text of the file. The same input gives the same text."""
 
-NOT_FORMATS = {"__init__", "answers", "data_sets", "export", "formulation", "licenses", "papers", "registry", "responsible", "summary"}
+NOT_FORMATS = {"__init__", "answers", "data_sets", "export", "folder", "formulation", "licenses", "registry", "responsible", "summary"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ def formats() -> list[str]:
     """Names of all formats, without importing any."""
     modules = {path.stem for path in Path(__file__).parent.glob("*.py")} - NOT_FORMATS
     return sorted(name.replace("_", "-") for name in modules)
+
+
+def of_any_stage() -> list[str]:
+    """Names of the formats that describe any stage."""
+    return [name for name in formats() if find(name).any_stage]
 
 
 def find(name: str) -> Format:

@@ -32,7 +32,7 @@ def responsible_ai(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def collection(declared: Declared) -> str:
-    """What is declared of how a source was collected. It is not verified."""
+    """What is declared about how a source was collected. It is not verified."""
     shown = declared.shown
     return f"declared, not verified: category {shown['category']}, collected {shown['collected']}, permission {shown['permission']}, retain until {shown['retain_until']}"
 

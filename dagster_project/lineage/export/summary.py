@@ -138,8 +138,11 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     for figures in summary["metrics"].values():
         if "test_examples" in figures:
+            parts = ["perplexity on all of them"] if "perplexity" in figures else []
+            parts += [f"scores on {figures['n']} answers"] if "n" in figures else []
             lines.append(
-                f"Measured on {figures['test_examples']} test examples from the same sources as the training data. On other data: unknown."
+                f"Measured on {figures['test_examples']} test examples from the same sources as the training data"
+                f"{': ' * bool(parts)}{', '.join(parts)}. On other data: unknown."
             )
         scored = {name: group for name, group in figures.get("by_category", {}).items() if "accuracy" in group}
         if scored:

@@ -71,7 +71,7 @@ class Settings(Section):
     """Answers per iteration: sampled from one policy, then trained on."""
     rollout_batch_size: int = Field(default=32, ge=1)
     """Answers generated at the same time, for speed and memory. Each answer has its own random numbers, so in float32
-    the answers do not depend on it; in bfloat16 rounding can change some."""
+    the answers practically do not depend on it; in bfloat16 rounding can change some."""
     mini_batch_size: int = Field(default=8, ge=1)
     """Answers per forward pass of scoring and training."""
     gradient_accumulation_steps: int = Field(default=2, ge=1)

@@ -8,11 +8,11 @@ from typing import Any
 from dagster_project.views.html import render
 
 
-def papers_page(document: Mapping[str, Any]) -> str:
+def exports_page(document: Mapping[str, Any]) -> str:
     """The page.
 
     Args:
-        document: of `papers.papers`.
+        document: of `folder.all_formats`.
     """
     model = document["model"]
     facts = [
@@ -21,8 +21,8 @@ def papers_page(document: Mapping[str, Any]) -> str:
         ("issued", document["issued"]),
         ("commit", document["commit"] or "none is known that contains all code and parameters that ran"),
     ]
-    papers = [
+    exports = [
         (one["file"], one["format"], [("shows", one["shows"]), ("does not show", one["shows_not"]), ("sha256", one["sha256"])])
-        for one in document["papers"]
+        for one in document["exports"]
     ]
-    return render("papers.jinja", f"Papers of {model['stage']}", {"Papers": papers, "Checks": True}, stage=model["stage"], facts=facts)
+    return render("exports.jinja", f"Exports of {model['stage']}", {"Exports": exports, "Checks": True}, stage=model["stage"], facts=facts)

@@ -14,22 +14,21 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find
 from dagster_project.lineage.provider import provider
 
-PAGE = "papers.html"
+PAGE = "exports.html"
 
 
-def papers(root: Path, model: str, rev: str | None = None, issued: date | None = None) -> tuple[dict[str, str], dict[str, Any]]:
+def all_formats(root: Path, model: str, rev: str | None = None, issued: date | None = None) -> tuple[dict[str, str], dict[str, Any]]:
     """Every format of a model.
 
     Args:
         issued: default: the date of the first commit that recorded the model.
     Returns:
-        (file -> text, {"model", "issued", "code": commit or None, "papers": [{"format", "file", "sha256", "shows", "shows_not"}]}).
+        (file -> text, {"model", "issued", "commit": commit or None, "exports": [{"format", "file", "sha256", "shows", "shows_not"}]}).
     Raises:
         InputError: as `export`.
     """
     subject = find(Index(root), model, rev)
-    for form in registry.formats():
-        refuse(subject, model, form)
+    refuse(subject, model)
     day = issued or issue_date(subject)
     summary = summarize(subject) | {"data_sets": data_sets(subject), "provider": provider(root, rev)}
     texts, listed = {}, []
@@ -41,4 +40,4 @@ def papers(root: Path, model: str, rev: str | None = None, issued: date | None =
         facts = {"file": chosen.file, "sha256": sha256_of_text(text), "shows": chosen.shows, "shows_not": chosen.shows_not}
         listed.append({"format": form, **facts})
     commit = summary["code"].get("lineage_at")
-    return texts, {"model": summary["model"], "issued": day.isoformat(), "commit": commit, "papers": listed}
+    return texts, {"model": summary["model"], "issued": day.isoformat(), "commit": commit, "exports": listed}
