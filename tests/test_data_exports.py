@@ -342,7 +342,7 @@ def test_a_category_is_denied_only_if_every_source_declares_another() -> None:
     assert uses_category({}, "public")[0].startswith("*missing*")
     assert uses_category({"a": declare({}, category="user")}, "public")[0] == "no"
     assert uses_category({"a": declare({}, category="user"), "b": {}}, "public")[0] == "*missing*: `category` of b"
-    assert uses_category({"a": {"format": "paraphrases"}}, "synthetic")[0] == "yes: a"
+    assert uses_category({"a": {"format": "paraphrases"}}, "synthetic")[0] == "*missing*: `category` of a"
     many = {f"s{number}": {} for number in range(10)}
     assert uses_category(many, "public")[0] == "*missing*: `category` of s0, s1, s2 and 7 more"
 
