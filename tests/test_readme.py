@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, run
 from packaging.requirements import Requirement
+from ruamel.yaml import YAML
 
 from dagster_project.__main__ import parser
 
@@ -41,6 +44,37 @@ def test_the_readmes_commands_run_on_the_quick_override(finished: Path) -> None:
         done = run([*program, *words[1:]], finished)
         finds_planted_defects = words[:2] == ["pedigree", "check"]
         assert done.returncode == (1 if finds_planted_defects else 0), (command, done.stderr)
+
+
+def test_the_figures_and_hashes_of_the_tour_are_those_of_the_recorded_run() -> None:
+    lock = YAML(typ="safe").load((ROOT / "dvc.lock").read_text())["stages"]
+    recorded = {address: {out["path"]: out["md5"] for out in stage["outs"]} for address, stage in lock.items()}
+    model = re.search(r"^merged@lora  data/merged/lora  md5 (\S+)$", README, re.MULTILINE).group(1)
+    if model != recorded["merged@lora"]["data/merged/lora"]:
+        pytest.skip("the pipeline ran again in this clone")
+    shown = re.findall(r"^  (\S+) +([0-9a-f]{12})  \S", README, re.MULTILINE)
+    assert len(shown) > 5
+    assert all(recorded[address][f"data/{address.replace('@', '/')}"].startswith(md5) for address, md5 in shown)
+
+    def report(name: str) -> dict[str, Any]:
+        return json.loads((ROOT / f"data/reports/{name}.json").read_text())
+
+    def points(share: float) -> str:
+        return f"{100 * share:+.1f}"
+
+    for variant, address in {"lora": "evaluation/lora", "dpo": "evaluation_aligned/dpo"}.items():
+        scores = report(address)
+        low, high = scores["macro_f1_interval"]
+        row = f"| **{variant}**, tuned | {scores['macro_f1']:.3f} | {low:.3f} to {high:.3f} | {scores['accuracy']:.3f} |"
+        assert row in README
+    systems = {f"{one['macro_f1']:.3f} | {one['accuracy']:.3f}" for one in report("comparison")["scores"].values()}
+    table = re.findall(r"^\| .* \| (\d\.\d{3}) \| \d\.\d{3} to \d\.\d{3} \| (\d\.\d{3}) \|", README, re.MULTILINE)
+    assert {" | ".join(row) for row in table} == systems and len(table) == len(report("comparison")["scores"])
+    reward, aligned = report("reward_model"), report("aligned/dpo")
+    accuracy, gain = aligned["preference"]["accuracy"], aligned["watch"]["reward"]
+    assert f"accuracy {reward['accuracy']:.3f} on {reward['pairs']['test']} held-out pairs" in README
+    assert f"from {accuracy['sft']:.3f} to {accuracy['aligned']:.3f} ({points(accuracy['difference'])} points" in README
+    assert f"by {gain['difference']:.2f} ({gain['interval'][0]:.2f} to {gain['interval'][1]:.2f})" in README
 
 
 def test_the_package_that_the_readme_installs_is_this_one() -> None:
