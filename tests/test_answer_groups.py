@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.gradients import assert_close, trained_gradients
 
 from dagster_project.core.params import Compute
 from dagster_project.training.inference import decoding
@@ -45,18 +46,6 @@ def plain(model: Any, prompt: Sequence[int], answer: Sequence[int], temperature:
     return scores.gather(-1, ids[0, len(prompt) :, None])[:, 0], -(scores.exp() * scores).sum(-1)
 
 
-def gradients_of(model: Any) -> dict[str, torch.Tensor]:
-    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    model.zero_grad()
-    return found
-
-
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
-    scale = max(float(value.abs().max()) for value in expected.values())
-    assert found.keys() == expected.keys() and scale > 0
-    assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < bound * scale
-
-
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_a_group_has_the_log_probabilities_entropies_and_gradients_of_single_answers(
     policy: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
@@ -67,13 +56,13 @@ def test_a_group_has_the_log_probabilities_entropies_and_gradients_of_single_ans
         found, entropies = shared_prompts.of_answers(policy, PROMPTS, ANSWERS, WIDTH, temperature, with_entropy=True)
         assert entropies is not None
         (found * weights).sum().backward()
-    gradients, expected = gradients_of(policy), [plain(policy, p, a, temperature) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    gradients, expected = trained_gradients(policy), [plain(policy, p, a, temperature) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     sum((values * row[: len(values)]).sum() for (values, _), row in zip(expected, weights, strict=True)).backward()  # type: ignore[union-attr]
     for row, (log_probs, entropy) in enumerate(expected):
         rest = [0.0] * (WIDTH - len(entropy))
         assert found[row].tolist() == pytest.approx([*log_probs.tolist(), *rest], abs=1e-4)
         assert entropies[row].tolist() == pytest.approx([*entropy.tolist(), *rest], abs=1e-4)
-    assert_close(gradients, gradients_of(policy), 1e-5)
+    assert_close(gradients, trained_gradients(policy), 1e-5)
 
 
 def test_the_row_has_each_prompt_once_and_does_not_depend_on_the_order_of_answers() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.gradients import assert_close, trained_gradients
 from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -81,18 +82,6 @@ def plain_log_probability(model: Any, prompt: list[int], answer: list[int]) -> t
 def plain_reward(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
     reward: torch.Tensor = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, 0]
     return reward
-
-
-def trained_gradients(model: Any) -> dict[str, torch.Tensor]:
-    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    model.zero_grad()
-    return found
-
-
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
-    scale = max(float(value.abs().max()) for value in expected.values())
-    assert found.keys() == expected.keys() and scale > 0
-    assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < bound * scale
 
 
 def test_a_common_beginning_is_in_the_row_once_and_positions_go_on_from_it() -> None:

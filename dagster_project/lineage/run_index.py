@@ -325,14 +325,10 @@ class RunIndex(Database):
     def _commit_of_lock(self) -> list[str | None]:
         return [commit for _, commit, _ in self._locks]
 
-    def first_recorded(self, md5: str) -> StageRun:
-        """The run of the first commit whose dvc.lock contains an output; if no commit does, the first run that produced it."""
-        runs = self.runs_by_output[md5]
-        return next((run for run in runs if run.commit is not None), runs[0])
-
     def first_commit_with(self, run: StageRun) -> str | None:
         """The first commit whose dvc.lock contains a run's output; one that only the reflog reaches, if the workspace has the output, too."""
-        return self.first_recorded(run.md5).commit or self.first_commit(run)
+        commits = (same.commit for same in self.runs_by_output[run.md5])
+        return next((commit for commit in commits if commit is not None), None) or self.first_commit(run)
 
     def first_commit(self, run: StageRun) -> str | None:
         """The first commit whose dvc.lock contains the run's entry, whatever its lineage; None if no commit does."""
