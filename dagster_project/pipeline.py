@@ -6,6 +6,7 @@ dvc.yaml says when a stage runs and what it reads; params.yaml says how. Stages 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,10 @@ def _forecast(ctx: StageContext) -> Any:
 
 
 def _draw(documents: Documents) -> None:
+    from dagster_project.lineage.quoted_rows import quoted
     from dagster_project.views.render import draw
 
-    draw(documents)
+    draw(replace(documents, quoted=quoted))
 
 
 PEDIGREE = Pipeline(

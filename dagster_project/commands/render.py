@@ -10,7 +10,8 @@ from dagster_project.core.documents import damaged_report, read_report
 from dagster_project.core.errors import InputError
 from dagster_project.core.layout import pages_of, report_of
 from dagster_project.orchestration import dvc
-from dagster_project.views.render import PAGES, draw
+from dagster_project.pipeline import PEDIGREE
+from dagster_project.views.render import PAGES
 
 
 def render(root: Path, address: str | None = None) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
     if not report.get("passed", True):
         return "its latest run failed a blocking check, and its page shows that run", []
     before = _times(pages)
-    draw(Documents(root, address, out, pages, report))
+    PEDIGREE.draw(Documents(root, address, out, pages, report))
     drawn = [str(page.relative_to(root)) for page, time in _times(pages).items() if before.get(page) != time]
     return ("" if drawn else "the documents of its latest run are not on this machine: run it again", drawn)
 

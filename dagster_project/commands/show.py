@@ -11,7 +11,7 @@ from typing import Any, get_args
 from dagster_project.core import chat, named_templates, params
 from dagster_project.core.errors import InputError
 from dagster_project.core.rendering import render, with_constant_date
-from dagster_project.curation.checks import findings
+from dagster_project.curation.checks import findings, quotes, references
 from dagster_project.curation.checks.checks import Judgement
 from dagster_project.curation.checks.light_tokenizer import LightTokenizer
 from dagster_project.curation.checks.token_counts import load_tokenizer
@@ -151,7 +151,7 @@ def show(judged: Judgement, chosen: Sequence[int], by: Renderer) -> list[dict[st
     return [
         {
             "row": numbers[i],
-            "place": findings.place(judged.records[i]),
+            "place": references.place(judged.records[i]),
             "template": by.name,
             "outcome": f"dropped:{judged.reason[i]}" if judged.reason[i] else "kept",
             **_rendered(judged.records[i], by),
@@ -162,7 +162,7 @@ def show(judged: Judgement, chosen: Sequence[int], by: Renderer) -> list[dict[st
 
 def _rendered(record: Mapping[str, Any], by: Renderer) -> dict[str, Any]:
     if not record["messages"]:
-        return {"problem": f"it cannot be read: {findings.excerpt(record)}"}
+        return {"problem": f"it cannot be read: {quotes.excerpt(record)}"}
     try:
         examples = (
             _sides(by.tokenizer, record)

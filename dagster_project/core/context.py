@@ -127,6 +127,8 @@ class Documents:
     """Folder of its pages and of untracked documents about its latest run."""
     report: Mapping[str, Any]
     """The stage's report."""
+    quoted: Callable[[Documents, Mapping[str, Any]], Mapping[str, Any]] = lambda documents, findings: findings
+    """Adds to findings the texts of the rows that they name (lineage/quoted_rows.py)."""
 
     @property
     def stage(self) -> str:

@@ -459,7 +459,8 @@ class CheckResult:
     """Rows that violate the check, including those dropped for it."""
     rows: list[str] = field(default_factory=list)
     """The first offending rows, as "source:row" (0-based)."""
-    examples: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+    """Results in words, e.g. of the owner's expectations. Like `note` it quotes no row: git keeps reports for good."""
     note: str = ""
     dropped: int = 0
     """Rows dropped for this check and not for an earlier one."""
@@ -468,7 +469,7 @@ class CheckResult:
     fixed: int = 0
     """Rows that violated it and were repaired and kept."""
     matches: list[dict[str, Any]] = field(default_factory=list)
-    """The first overlaps, each with both texts (curation/checks/findings.py)."""
+    """The first overlaps, each with the places of both rows (curation/checks/findings.py)."""
     violations: list[dict[str, Any]] = field(default_factory=list)
     """Violated rules of the use policy: source, rows, rule and why (curation/sources/use_policy.py)."""
 

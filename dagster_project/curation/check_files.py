@@ -14,7 +14,7 @@ from dagster_project.core.frames import read_ledger, read_pairs, read_records
 from dagster_project.core.messages import calls
 from dagster_project.core.params import parse
 from dagster_project.core.records import example_id, ignored_in, prompt_text, response_text
-from dagster_project.curation.checks import findings
+from dagster_project.curation.checks import findings, quotes, references
 from dagster_project.curation.checks.checks import Judgement, Rules, judge
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
@@ -94,7 +94,7 @@ def check_paths(
         if before.kind != loaded.kind:
             raise InputError(f"{previous} holds {before.kind}, {name} {loaded.kind}", "use an earlier version of the same data")
         was = judge(before.records, held_out, rules, tokens, kind=before.kind)
-        old = findings.document(previous, before.layout, was, held_out, matches=0)
+        old = findings.references(previous, before.layout, was, held_out, matches=0)
         document["changes"] = {
             **findings.changes(_rename_sources(before.records, since, paths), loaded.records, previous),
             "findings": findings.finding_changes(old["findings"], document["findings"]),
@@ -267,7 +267,7 @@ def _load_output(folder: Path) -> LoadedRecords:
                 {**record, "source_row": entry["source_row"], **ignored_in(entry)} for record, entry in zip(records, kept, strict=True)
             ]
             loaded = LoadedRecords("examples", "canonical records", numbered)
-        if invalid := [findings.place(record) for record in loaded.records if not _is_valid(record)]:
+        if invalid := [references.place(record) for record in loaded.records if not _is_valid(record)]:
             raise ValueError(f"{invalid[0]} is not a canonical record")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
@@ -335,10 +335,10 @@ def _items_of(rows: list[Row], source: str) -> list[Item]:
 def _held_out(found: LoadedRecords) -> list[Item]:
     for record in found.records:
         if not record["messages"]:
-            raise InputError(f"{findings.place(record)}: {findings.excerpt(record)}", "fix the row, or remove it from the held-out data")
+            raise InputError(f"{references.place(record)}: {quotes.excerpt(record)}", "fix the row, or remove it from the held-out data")
     return [
         Item(
-            findings.place(record),
+            references.place(record),
             prompt_text(record["messages"]) or response_text(record["messages"]),
             text=response_text(record["messages"]),
         )
@@ -352,9 +352,9 @@ def _thirteen(records: Sequence[dict[str, Any]], held_out: Sequence[Item]) -> di
     pairs = list(thirteen_gram_pairs(texts, questions))
     matches = []
     for i, j in pairs[: findings.ROWS]:
-        text = mask(texts[i][: 10 * findings.WIDTH])
-        span, _ = shared_span(text, mask(questions[j][: 10 * findings.WIDTH]))
-        matches.append({"place": findings.place(records[i]), "other": held_out[j].place, "shared": text[slice(*span)][:300]})
+        text = mask(texts[i][: 10 * quotes.WIDTH])
+        span, _ = shared_span(text, mask(questions[j][: 10 * quotes.WIDTH]))
+        matches.append({"place": references.place(records[i]), "other": held_out[j].place, "shared": text[slice(*span)][:300]})
     return {"rows": len({i for i, _ in pairs}), "pairs": len(pairs), "matches": matches}
 
 

@@ -23,7 +23,7 @@ from dagster_project.core.records import (
     write_records,
 )
 from dagster_project.core.stored_rows import Selected, StoredRows
-from dagster_project.curation.checks import account, expectations, findings, row_cache
+from dagster_project.curation.checks import account, expectations, findings, references, row_cache
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Rules, checks_of, judge
 from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
 from dagster_project.curation.checks.token_counts import tokens_of
@@ -92,7 +92,7 @@ def produce(
             expectations.table(Selected(judged.records, left), _groups(judged, left), read=len(records)), suite,
             pages / "data_docs" if params.data_docs else None, params.expectations,
         )  # fmt: skip
-        places = {i: findings.place(kept[i]) for one in outcome.expectations for i in one.rows}
+        places = {i: references.place(kept[i]) for one in outcome.expectations for i in one.rows}
         checks.append(expectations.check(outcome, places))
         write_json(pages / "expectations.json", expectations.document(outcome, places))
 

@@ -30,7 +30,7 @@ from dagster_project.core.records import (
 )
 from dagster_project.core.stored_rows import Selected, StoredRows
 from dagster_project.core.strings import StringIndex
-from dagster_project.curation.checks import account, findings, row_cache
+from dagster_project.curation.checks import account, findings, references, row_cache
 from dagster_project.curation.checks.check import Action
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Rules, checks_of, judge
 from dagster_project.curation.checks.overlaps import Link, Overlaps
@@ -135,7 +135,7 @@ def produce(
     write_ledger(out, _ledger(judged, division))
     _check_splits(judged, out, division, rows, test, splits / TEST, params)
 
-    held_out = [*benchmarks, *(Item(findings.place(r), prompt_text(r["messages"]), text=response_text(r["messages"])) for r in test)]
+    held_out = [*benchmarks, *(Item(references.place(r), prompt_text(r["messages"]), text=response_text(r["messages"])) for r in test)]
     account.write_account("preferences", judged, held_out, out, pages, previous, _read_kept)
     dropped = Counter(why for why in judged.reason if why)
     length: dict[str, Any] = {key: judged.profile[key] for key in ("chosen_longer_share", "length_rule_accuracy") if key in judged.profile}
@@ -189,7 +189,7 @@ def _divide(
     groups = [link.get(cluster, cluster) for cluster in clusters]
     labels = [label if label in SPLITS else None for i in kept for label in [json.loads(records[i]["meta"]).get("split")]]
     split_of, because = keep_labels(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])
-    places = [findings.place(record) for record in [*(records[i] for i in kept), *test]]
+    places = [references.place(record) for record in [*(records[i] for i in kept), *test]]
     left = [k for k in range(len(kept)) if split_of[k] != DROPPED]
     dealt = assign_splits(
         [groups[k] for k in left],

@@ -34,7 +34,6 @@ from dagster_project.core.records import (
 )
 from dagster_project.core.stored_rows import Selected, SelectedTexts, StoredRows, StoredTexts, encode, encoded
 from dagster_project.core.strings import StringIndex, Strings
-from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources.reading import locate
 from dagster_project.curation.splitting.augment import FORMAT, AddedRows, Augment, Paraphrase, augment, read_paraphrases
 from dagster_project.curation.splitting.split import (
@@ -339,10 +338,10 @@ def _ledger(
 
 def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, regrouped: int) -> CheckResult:
     because = sorted(dealt.because.items())
-    findings = [(f"{leak.place} and {leak.other}: {leak.why}", leak.text) for leak in verification.leaks]
+    places = [f"{leak.place} and {leak.other}: {leak.why}" for leak in verification.leaks]
     for i, keeper in because[:20]:
         kept = f"{dealt.splits[keeper]}/{read.ids[keeper]}"
-        findings.append((f"{read.labels[i]}/{read.ids[i]} belongs to {kept}: dropped", read.texts[i]))
+        places.append(f"{read.labels[i]}/{read.ids[i]} belongs to {kept}: dropped")
     notes = []
     if verification.leaking:
         notes.append(f"{verification.leaking} rows of the finished splits, or near-copies of them, are in two splits")
@@ -356,8 +355,7 @@ def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, re
         passed=not verification.leaking,
         blocking=True,
         count=verification.leaking + len(because),
-        rows=[location for location, _ in findings[:20]],
-        examples=[mask(" ".join(text.split()))[:120] for _, text in findings[:3]],
+        rows=places[:20],
         note="; ".join(notes),
     )
 

@@ -52,6 +52,7 @@ def draw_data_quality(documents: Documents) -> None:
     if document is not None:
         changes, expectations = (documents.read(documents.pages / f"{name}.json") for name in ("changes", "expectations"))
         reading = documents.read(documents.root / report_of(READ_BY[documents.stage]))
+        document = documents.quoted(documents, document)
         write_text(documents.pages / "report.html", data_quality_page(document, changes, expectations, reading))
 
 

@@ -40,7 +40,7 @@ def write_account(
     none, or that their format differs.
     """
     write_table(out / "overlaps.parquet", _overlaps(judged), overlap_schema())
-    document = findings.document(name, "canonical records", judged, held_out)
+    document = findings.references(name, "canonical records", judged, held_out)
     write_json(out / "findings.json", document)
     kept = Selected(judged.records, array("q", (i for i, reason in enumerate(judged.reason) if reason is None)))
     pages.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from operator import eq, gt
@@ -186,6 +186,10 @@ class Judgement:
     """Indices of the records with tools, or with a message that has more than role and content."""
     identities: pl.DataFrame | None = None
     """Digest of each record's `example_id`, in two columns."""
+    read: Sequence[dict[str, Any]] = ()
+    """The records as they were given, without edits and repairs."""
+    special: Collection[str] = ()
+    """The base model's special tokens."""
 
     @property
     def fixed(self) -> dict[str, int]:
@@ -255,7 +259,7 @@ def judge(
         )  # fmt: skip
     return Judgement(
         records, reason, facts.found, overlaps, verdicts, profile, comments, waiting, repaired.found, facts.features.rich.tolist(),
-        facts.features.table.select("identity_0", "identity_1"),
+        facts.features.table.select("identity_0", "identity_1"), stored, tokens.special,
     )  # fmt: skip
 
 

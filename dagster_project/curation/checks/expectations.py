@@ -126,7 +126,7 @@ def check(outcome: Outcome, places: Mapping[int, str] | None = None) -> CheckRes
         blocking=order[worst] == "error",
         count=len(failed),
         rows=[places[i] for i in dict.fromkeys(i for one in failed for i in one.rows)][:20] if places else [],
-        examples=[f"{one.words} Found: {one.seen}." for one in failed],
+        details=[f"{one.words} Found: {one.seen}." for one in failed],
         note="; ".join([f"{len(outcome.expectations) - len(failed)} of {len(outcome.expectations)} expectations hold", *outcome.foreign]),
     )
 

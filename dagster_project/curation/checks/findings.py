@@ -1,46 +1,64 @@
-"""Results of the checks as one document. The terminal, --json, the report, Dagster and the page all show this
-document."""
+"""Results of the checks as one document. The terminal, --json, the report, Dagster and the page all show this document.
+
+It names rows by their place and content. Texts are added where people read them (quotes.py)."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, islice, takewhile
 from typing import Any
 
 from dagster_project.core.messages import conversation_text
-from dagster_project.core.records import CheckResult, prompt_text
+from dagster_project.core.records import CheckResult
 from dagster_project.core.stored_rows import Selected
-from dagster_project.curation.checks import conversations
-from dagster_project.curation.checks.check import part_text
+from dagster_project.curation.checks import conversations, quotes
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Verdict
-from dagster_project.curation.checks.overlaps import FIELDS, Link
+from dagster_project.curation.checks.overlaps import Link
 from dagster_project.curation.checks.privacy import mask
-from dagster_project.curation.similarity.overlap import BINS, CONTAINMENT, JACCARD, shared_span, words
+from dagster_project.curation.checks.quotes import WIDTH, excerpt
+from dagster_project.curation.checks.references import Reference, place
+from dagster_project.curation.similarity.overlap import BINS, CONTAINMENT, JACCARD
 from dagster_project.curation.sources.benchmarks import Item
 
-ROWS, MATCHES, WIDTH = 20, 200, 2000
-"""Rows listed in a report, which git tracks; overlaps shown for each check; characters shown of a text around the
-shared words."""
-SEARCHED = 4000
-"""Characters of a text that are searched for words shared with a held-out one."""
+ROWS, MATCHES = 20, 200
+"""Rows listed in a report, which git tracks; overlaps named for each check."""
+SHOWN = 3
+"""Rows that views quote for each check."""
 ORDER = {"error": 0, "warn": 1, "info": 2}
 
 
 def document(
     name: str, layout: str, judged: Judgement, held_out: Sequence[Item], matches: int = MATCHES, width: int = WIDTH
 ) -> dict[str, Any]:
-    """The findings, worst first; see docs/checks.md for the form. No secret, address or number is in it: texts are masked.
+    """The findings with the texts of the rows, for the terminal and the page of `pedigree check`. Nothing keeps it.
+
+    Args:
+        name, layout, matches: as for `references`.
+        width: characters per text of an overlap.
+    """
+
+    def find(wanted: set[Reference]) -> quotes.Found:
+        found: dict[Reference, Mapping[str, Any] | Item] = {Reference.of_item(item): item for item in held_out}
+        for records in (judged.records, judged.read):
+            if wanted - found.keys():
+                found |= {reference: record for record in records if (reference := Reference.of(record)) in wanted}
+        return found
+
+    return quotes.quoted(references(name, layout, judged, held_out, matches), find, lambda: judged.special, width)
+
+
+def references(name: str, layout: str, judged: Judgement, held_out: Sequence[Item], matches: int = MATCHES) -> dict[str, Any]:
+    """The findings, worst first, without text of a row; see docs/checks.md for the form.
 
     Args:
         name: of the data set.
         layout: of its rows.
-        matches, width: overlaps per check, and characters per text.
+        matches: overlaps per check.
     """
     items = {item.place: item for item in held_out}
     findings = [
-        finding(verdict, judged, items, matches, width)
+        finding(verdict, judged, items, matches)
         for verdict in judged.verdicts.values()
         if verdict.broken or not verdict.passed or verdict.waived
     ]
@@ -59,14 +77,17 @@ def document(
         "dropped": {check: dropped[check] for check in CHECKS if dropped[check]},
         **({"fixed": judged.fixed} if judged.fixed else {}),
         "findings": sorted(findings, key=lambda f: (ORDER[f["severity"]], -f["count"], f["check"])),
-        **({"conversations": [{"place": place(record), **conversations.shown(record)} for record in rich]} if rich else {}),
+        **({"conversations": [Reference.of(record)._asdict() for record in rich]} if rich else {}),
         "similarity": {
             "gate": {"jaccard": JACCARD, "containment": CONTAINMENT},
             "histogram": [
                 {"from": i / BINS, "to": (i + 1) / BINS, "pairs": apart + near, "near": near}
                 for i, (apart, near) in enumerate(compared.scores)
             ],
-            "boilerplate": [{"text": mask(text), "rows": rows} for text, rows in compared.boilerplate],
+            "boilerplate": [
+                {**_reference(judged, one.row)._asdict(), "start": one.start, "words": one.words, "rows": one.texts}
+                for one in compared.boilerplate
+            ],
         },
         "profile": judged.profile,
         "notes": {verdict.name: verdict.note for verdict in judged.verdicts.values() if verdict.note},
@@ -88,13 +109,11 @@ class RowNumbers:
         return number
 
 
-def finding(
-    verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matches: int, width: int, places: int | None = None
-) -> dict[str, Any]:
+def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matches: int, places: int | None = None) -> dict[str, Any]:
     """The finding of one check; `rows` are indices of records. A failed check on the whole set counts 1.
 
     Args:
-        matches, width: overlaps, and characters per text.
+        matches: overlaps.
         places: number of rows whose places are listed; None: all.
     """
     check, rows, broken = CHECKS[verdict.name], verdict.broken, set(verdict.broken)
@@ -110,117 +129,44 @@ def finding(
         "waived": verdict.waived,
         "rows": rows,
         "places": [place(record) for record in Selected(judged.records, rows[:places])],
-        "examples": [_example(verdict.name, judged, i) for i in rows[:3]],
-        **_conversations([judged.records[i] for i in rows[:3]]),
+        "shown": [_shown(verdict.name, judged, i) for i in rows[:SHOWN]],
         "truth": check.description,
         "note": verdict.note,
         "next": check.hint,
-        "matches": [match(link, judged.records, items, width, verdict.name == "conflicting_responses") for link in links],
+        "matches": [match(link, judged, items) for link in links],
     }
 
 
-def _conversations(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The records of `examples` in full, None for plain-text records; empty if all are plain text."""
-    shown = [conversations.shown(record) if conversations.is_rich(record) else None for record in records]
-    return {"conversations": shown} if any(shown) else {}
+def _shown(check: str, judged: Judgement, i: int) -> dict[str, Any]:
+    """Reference to a row that views quote; where it was repaired for the check, to the row before its repair."""
+    repaired = i in judged.repaired.get(check, {})
+    return {**_reference(judged, i, repaired)._asdict(), **({"repaired": True} if repaired else {})}
 
 
-def _example(check: str, judged: Judgement, i: int) -> str:
-    """The fault of a row as the check quotes it or, if it quotes none, the beginning of the row."""
-    if wrong := judged.repaired.get(check, {}).get(i):
-        return wrong[:200]
-    return str(judged.facts[check][i])[:200] if CHECKS[check].quotes else excerpt(judged.records[i])
+def _reference(judged: Judgement, i: int, as_read: bool = False) -> Reference:
+    """A dropped row is only in the data as they were read, before any repair."""
+    return Reference.of(judged.records[i], as_read or judged.reason[i] is not None)
 
 
 def check_result(verdict: Verdict, judged: Judgement, held_out: Sequence[Item]) -> CheckResult:
     """The finding in short form for a stage's report, which git tracks."""
-    found = finding(verdict, judged, {item.place: item for item in held_out}, matches=5, width=240, places=ROWS)
+    found = finding(verdict, judged, {item.place: item for item in held_out}, matches=5, places=ROWS)
     done = ", ".join(f"{n} {what}" for n, what in ((verdict.dropped, "dropped"), (verdict.fixed, "fixed")) if n)
+    matches = [{key: one[key] for key in ("row", "place", "other", "part", "rule", "score")} for one in found["matches"]]
     return CheckResult(
-        verdict.name, verdict.passed, verdict.severity, verdict.action == "fail", len(verdict.broken), found["places"], found["examples"],
-        "; ".join(part for part in (done, verdict.note) if part), verdict.dropped, verdict.waived, verdict.fixed, found["matches"],
+        verdict.name, verdict.passed, verdict.severity, verdict.action == "fail", len(verdict.broken), found["places"],
+        note="; ".join(part for part in (done, verdict.note) if part), dropped=verdict.dropped, waived=verdict.waived, fixed=verdict.fixed,
+        matches=matches,
     )  # fmt: skip
 
 
-def place(record: Mapping[str, Any]) -> str:
-    return f"{record['source']}:{record['source_row']}"
-
-
-def excerpt(record: Mapping[str, Any], width: int = 120) -> str:
-    """The first words of a record, masked; for a record that could not be read, the reason and its content."""
-    if record["messages"]:
-        text = prompt_text(record["messages"]) or " ".join(m["content"] for m in record["messages"])
-    else:
-        meta = json.loads(record["meta"])
-        text = f"{meta.get('problem', '')}  {json.dumps(meta['row'], ensure_ascii=False) if meta.get('row') else ''}"
-    return " ".join(mask(text[: 20 * width]).split())[:width]
-
-
-def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Item], width: int, answered: bool = False) -> dict[str, Any]:
-    """Both texts of an overlap, with the longest run of words that they share.
-
-    Args:
-        answered: show prompts with their responses, which differ.
-    """
-    record = records[link.row]
-    text = _part(record, link.part, answered)
-    if isinstance(link.other, int):
-        other, theirs = place(records[link.other]), _part(records[link.other], link.part, answered)
-    else:
-        item = items[link.other]
-        other = item.place
-        said = (item.question, item.with_choices) if link.part == "prompt" else (item.text, item.question, item.with_choices)
-        if link.part in FIELDS:
-            text = _most_similar_part(text, "\n".join(said), SEARCHED)
-        theirs = max(said, key=lambda t: _shared(text, t))
-    if link.part in FIELDS:  # reasoning is long
-        text, theirs = _most_similar_part(text, theirs, 10 * width), _most_similar_part(theirs, text, 10 * width)
-    text, theirs = mask(text[: 10 * width]), mask(theirs[: 10 * width])
-    mine_span, other_span = shared_span(text, theirs)
-    text, mine_span = _window(text, mine_span, width)
-    theirs, other_span = _window(theirs, other_span, width)
+def match(link: Link, judged: Judgement, items: Mapping[str, Item]) -> dict[str, Any]:
+    """References to both sides of an overlap, and how they overlap."""
+    other = _reference(judged, link.other) if isinstance(link.other, int) else Reference.of_item(items[link.other])
     return {
-        "row": link.row, "place": place(record), "other": other, "part": link.part, "rule": link.rule, "score": link.score,
-        "text": text, "span": list(mine_span), "other_text": theirs, "other_span": list(other_span),
+        "row": link.row, **_reference(judged, link.row)._asdict(), "other": other.place, "other_id": other.example_id,
+        "part": link.part, "rule": link.rule, "score": link.score,
     }  # fmt: skip
-
-
-def _part(record: Mapping[str, Any], part: str, answered: bool) -> str:
-    text = part_text(record, part)
-    return f"{text}\n\n{conversation_text(record['messages'][-1:])}" if answered else text
-
-
-def _most_similar_part(text: str, other: str, size: int) -> str:
-    """The part of a text, of a given size and masked, with the most three-word shingles in common with another text."""
-    text = mask(text)
-    if len(text) <= size:
-        return text
-    runs = _runs(other)
-    return max(
-        (text[start : start + size] for start in range(0, len(text) - size // 2, size // 2)), key=lambda part: len(_runs(part) & runs)
-    )
-
-
-def _runs(text: str) -> set[tuple[str, ...]]:
-    tokens = words(text)
-    return {*zip(tokens, tokens[1:], tokens[2:], strict=False)}
-
-
-def _shared(a: str, b: str) -> int:
-    (start, end), _ = shared_span(a[:SEARCHED], b[:SEARCHED])
-    return end - start
-
-
-def _window(text: str, span: tuple[int, int], width: int) -> tuple[str, tuple[int, int]]:
-    """At most `width` characters of the text, with the start of the span in them."""
-    if len(text) <= width:
-        return text, span
-    start = max(0, min(span[0] - width // 4, len(text) - width))
-    head = "… " if start else ""
-    tail = " …" if start + width < len(text) else ""
-    cut = text[start : start + width]
-    begin = span[0] - start + len(head)
-    return head + cut + tail, (begin, min(span[1] - start + len(head), len(head) + len(cut)))
 
 
 def changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], previous: str) -> dict[str, Any]:

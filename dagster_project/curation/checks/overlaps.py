@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ class Overlaps:
     cluster: Sequence[int]
     """For each record the first record of its near-duplicate cluster."""
     compared: Comparison
-    """The comparison of all prompts."""
+    """The comparison of all prompts. Rows of its boilerplate are records."""
     links: dict[str, list[Link]] = field(default_factory=dict)
     """Check, or `GROUPED` -> its overlaps, most similar first; without waived ones."""
     waived: dict[str, set[int]] = field(default_factory=dict)
@@ -89,6 +89,8 @@ def find_overlaps(data: DataSet) -> Overlaps:
         alike = [Pair(int(link.other), link.row, link.score, link.rule) for links in found for link in links]
         split += _split_leaks(alike, labels, part)
         near += alike
+    passages = [passage._replace(row=int(first[passage.row])) for passage in compared.boilerplate]
+    compared = replace(compared, boilerplate=passages)
     overlaps = Overlaps(clusters(len(records), near + copies), compared, common_frames=common_frames)
     for name, links in {
         "exact_duplicates": [Link(i, j, "prompt", "equal", 1.0) for i, j in repeats.items()],

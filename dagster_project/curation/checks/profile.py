@@ -21,6 +21,7 @@ from dagster_project.core.records import prompt_text, response_text
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
 from dagster_project.curation.checks import row_cache
 from dagster_project.curation.checks.privacy import mask
+from dagster_project.curation.checks.references import Reference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,7 +178,7 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | pl.Serie
         "singletons": sum(n == 1 for name, n in named.items() if name != NONE),
         "entropy": round(_entropy(named.values()), 4),
         "effective_categories": round(2 ** _entropy(named.values()), 4) if len(records) else 0.0,
-        "diversity": {**_vocabulary(records, rows), **_openings(rows["opening"]), **_responses(records, rows)},
+        "diversity": {**_vocabulary(records, rows), **_openings(records, rows), **_responses(records, rows)},
         "readability": _readability(rows["reading_ease"].drop_nulls()),
         **({"tool_calls": calling} if others["rows_with_tools"] or others["calls"] else {}),
         **({"reasoning": {"rows": others["traced"], "answers": others["traces"]}} if others["traced"] else {}),
@@ -387,24 +388,36 @@ def _vocabulary(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[s
     }
 
 
-def _openings(column: pl.Series) -> dict[str, Any]:
+def _openings(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[str, Any]:
     """The variety of tasks, by the first two words of the last question ("write a", "how do"), as in Wang et al.,
     Self-Instruct (2023), who use verb and noun."""
     import polars as pl
 
-    counted = column.drop_nulls().value_counts().sort(["count", column.name], descending=[True, False])
-    rows = counted["count"].to_list()
+    counted = (
+        rows.select("opening").with_row_index("row").drop_nulls().group_by("opening").agg(pl.len().alias("count"), pl.col("row").min())
+    ).sort(["count", "opening"], descending=[True, False])
+    counts = counted["count"].to_list()
     common = counted.filter(pl.col("count") > 1).head(10)
     return {
         "openings": len(counted),
-        "top_openings": {name[:40]: n for name, n in common.iter_rows()},
-        "top_opening_share": round(max(rows, default=0) / max(1, len(column)), 4),
-        "opening_entropy": round(_entropy(rows), 4),
+        "top_openings": [_named(records[row], n) for row, n in common.select("row", "count").iter_rows()],
+        "top_opening_share": round(max(counts, default=0) / max(1, len(rows)), 4),
+        "opening_entropy": round(_entropy(counts), 4),
     }
 
 
+def _named(record: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The first of several rows that have something in common, and their number."""
+    return {**Reference.of(record)._asdict(), "rows": rows}
+
+
+def opening(record: Mapping[str, Any]) -> str:
+    """The words by which `top_openings` counts a record."""
+    return str(_measure([dict(record)])["opening"][0] or "")[:40]
+
+
 def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[str, Any]:
-    """Responses that occur in many rows, and the most frequent one of `LONG_RESPONSE` words or more."""
+    """Responses that occur in many rows, and the share of the most frequent one of `LONG_RESPONSE` words or more."""
     import polars as pl
 
     counted = (
@@ -416,19 +429,16 @@ def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[st
         .sort(["rows", "example_id"], descending=[True, False])
     )
     repeated = counted.filter(pl.col("rows") >= REPEATED * len(rows))
-    top: Counter[str] = Counter()
-    for row, n in repeated.head(10).select("row", "rows").iter_rows():
-        top[_task_opening(records[row])] += n
-    long = counted.filter(pl.col("response_words") >= LONG_RESPONSE).head(1).select("row", "rows").rows()
+    long = counted.filter(pl.col("response_words") >= LONG_RESPONSE)["rows"].to_list()
     return {
         "repeated_responses": len(repeated),
-        "top_responses": dict(sorted(top.items(), key=lambda item: (-item[1], item[0]))),
-        "top_long_response": _task_opening(records[long[0][0]]) if long else "",
-        "top_response_share": round(long[0][1] / len(rows), 4) if long else 0.0,
+        "top_responses": [_named(records[row], n) for row, n in repeated.head(10).select("row", "rows").iter_rows()],
+        "top_response_share": round(long[0] / len(rows), 4) if long else 0.0,
     }
 
 
-def _task_opening(record: dict[str, Any]) -> str:
+def response_opening(record: Mapping[str, Any]) -> str:
+    """What is shown of a response in `top_responses`."""
     return mask(" ".join(response_text(record["messages"]).split()))[:60]
 
 
@@ -541,8 +551,11 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
     rows, diversity, count = profile["rows"], profile["diversity"], profile["category_count"]
     words = profile["lengths"]["prompt"]["total"] + profile["lengths"]["response"]["total"]
     source, most = _largest(profile["sources"])
-    opening, _ = _largest(diversity["top_openings"])
-    begin = f'{diversity["top_opening_share"]:.0%} of the prompts open with "{opening}"' if opening else "each in one prompt"
+    begin = (
+        f"{diversity['top_opening_share']:.0%} of the prompts open with the same words"
+        if diversity["top_openings"]
+        else "each in one prompt"
+    )
     copies = near_copies or 0
     return {
         "rows": f"{rows:,} {'row' if rows == 1 else 'rows'}, {words:,} words: {_volume(words)}",
@@ -552,8 +565,8 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
         "top_opening_share": f"{diversity['openings']:,} openings, {begin}",
         "distinct_2": f"{diversity['distinct_2']:.0%} of the pairs of words in {diversity['sampled_words']:,} words of prompts are distinct",
         "template_share": f"{diversity['template_share']:.0%} of the pairs of words in prompts stand in more than {TEMPLATE:.0%} of the prompts each",
-        "top_response_share": f'{diversity["top_response_share"]:.0%} of the rows have the response "{diversity["top_long_response"]}"'
-        if diversity["top_long_response"]
+        "top_response_share": f"{diversity['top_response_share']:.0%} of the rows have the same long response"
+        if diversity["top_response_share"]
         else "no long response repeats",
         "near_copy_share": f"{copies:,} prompts ({copies / max(1, rows):.0%}) are nearly those of earlier rows",
         "few": f"not checked below {limits.min_rows_for_diversity} rows",

@@ -383,9 +383,9 @@ def _near_copies_note(data: DataSet, _: Sequence[str]) -> list[str]:
     overlaps = data.shared(find_overlaps)
     note = []
     if overlaps.compared.boilerplate:
-        (text, count), *others = overlaps.compared.boilerplate
+        first, *others = overlaps.compared.boilerplate
         more = f" and {len(others)} more" if others else ""
-        note = [f'boilerplate, which is not compared: "{text}" in {count} prompts{more}']
+        note = [f"boilerplate, which is not compared: {first.words} words in {first.texts} prompts{more}"]
     if grouped := overlaps.links[GROUPED]:
         note.append(f"{len(grouped):,} pairs are less similar, or have another question: they share a group_id and are not reported")
     return note

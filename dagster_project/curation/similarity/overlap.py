@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from dagster_project.curation.similarity.engine import Constants, Found
@@ -64,6 +64,21 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
+class Passage(NamedTuple):
+    """Words that many texts share, by where the first of them has it."""
+
+    row: int
+    """Of the text, counted over both sides."""
+    start: int
+    """Its first word, counted in `words`."""
+    words: int
+    texts: int
+    """Different texts with it."""
+
+    def of(self, text: str) -> str:
+        return " ".join(words(text)[self.start : self.start + self.words])
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Near-copies of a comparison, and statistics."""
@@ -71,8 +86,8 @@ class Comparison:
     pairs: list[Pair]
     scores: list[tuple[int, int]]
     """For each of `BINS` equal steps of containment from 0 to 1: compared pairs that are not near-copies, and near-copies. Complete above half of the thresholds."""
-    boilerplate: list[tuple[str, int]]
-    """Passages in more than `RARE` different texts: the ten most frequent, with the number of texts."""
+    boilerplate: list[Passage]
+    """Passages in more than `RARE` different texts: the ten most frequent."""
     frequency: dict[str, int] = field(default_factory=dict)
     """Word -> number of different texts with it, for the words of near-copies; empty unless requested."""
 
@@ -181,10 +196,7 @@ def _comparison(found: Found, texts: Sequence[str], against: Sequence[str] | Non
         copies = [(int(number[i]), 1.0, 0), *near.get(int(number[i]), ())]
         others = sorted((int(j), similarity, rule) for text, similarity, rule in copies for j in by_text[bounds[text] : bounds[text + 1]])
         pairs += [Pair(int(i), j, similarity, _RULES[rule]) for j, similarity, rule in others if not within or j > i]
-    passages = [
-        (" ".join(word for word, _, _ in _spans(first_row(text))[start : start + length]), count)
-        for text, start, length, count in found.passages
-    ]
+    passages = [Passage(int(found.first[text]), start, length, count) for text, start, length, count in found.passages]
     scores = found.scores[:BINS].copy()
     scores[-1] += found.scores[BINS]
     return Comparison(pairs, [(int(other), int(near)) for other, near in scores], passages, frequency)

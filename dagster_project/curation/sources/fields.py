@@ -234,7 +234,7 @@ class IgnoredFields:
     def __init__(self) -> None:
         self._rows = 0
         self._places: list[str] = []
-        self._examples: list[str] = []
+        self._details: list[str] = []
         self._names: Counter[str] = Counter()
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -244,13 +244,13 @@ class IgnoredFields:
         self._names.update(names)
         if len(self._places) < SHOWN:
             self._places.append(f"{record['source']}:{record['source_row']}")
-        if len(self._examples) < 3:
-            self._examples.append(", ".join(names))
+        if len(self._details) < 3:
+            self._details.append(", ".join(names))
 
     def check(self) -> CheckResult:
         text = _note(self._names)
         return CheckResult(
-            NAME, not self._rows, severity(self._names), count=self._rows, rows=self._places, examples=self._examples, note=text
+            NAME, not self._rows, severity(self._names), count=self._rows, rows=self._places, details=self._details, note=text
         )
 
 

@@ -283,8 +283,6 @@ class Leak:
     """The row of the split that is held out more strictly, as "split/example_id"."""
     other: str
     why: str
-    text: str
-    """The prompt of the row."""
 
 
 @dataclass(frozen=True)
@@ -372,8 +370,7 @@ def verify_splits(folder: Path, copies: Copies, known: StringIndex, elsewhere: P
         strictest, *others = sorted(first, reverse=True)
         for code in others if limit > 0 else ():
             a, b = first[strictest], first[code]
-            text = copies.text(numbers[a]) if numbers[a] >= 0 else ""
-            leaks.append(Leak(f"{names[a]}/{ids[a]}", f"{names[b]}/{ids[b]}", WHYS[why], text))
+            leaks.append(Leak(f"{names[a]}/{ids[a]}", f"{names[b]}/{ids[b]}", WHYS[why]))
 
     rows_of = _rows_of(numbers, {n for pair in sides for n in pair} | {n for _, n in added_copies})
     for k, (n, m) in enumerate(sides):

@@ -136,43 +136,29 @@ def _cell(value: Any) -> str | float:
     return visible(value) if isinstance(value, str) else value
 
 
-def _overlap_cell(match: Mapping[str, Any], column: str) -> str | float:
-    """A cell of the table of overlapping rows; the shared span is in brackets."""
-    value = match[column]
-    if column not in {"text", "other_text"}:
-        return _cell(value)
-    start, end = match["span" if column == "text" else "other_span"]
-    return visible(f"{value[:start]}⟦{value[start:end]}⟧{value[end:]}")
-
-
 def severity_of(check: Mapping[str, Any]) -> str | None:
     """Severity of a check result, the same as on the data-quality page. Dagster has no severity for remarks: they pass."""
     return shown(check["severity"], check["passed"], check["count"])
 
 
 def check_metadata(root: Path, address: str, check: Mapping[str, Any]) -> dict[str, Any]:
-    """Counts of a check in a report, the rows that it found, and a link to the page."""
+    """Counts of a check in a report, the places of the rows that it found, and a link to the page that shows them. Dagster keeps metadata for
+    good, so it never has text of a row, not even where the report of an earlier version quotes one."""
     metadata: dict[str, Any] = {
         **{name: check.get(name, 0) for name in ("count", "dropped", "waived")},
         **({"fixed": check["fixed"]} if check.get("fixed") else {}),
     }
     if "matches" in check:
-        columns = ("place", "other", "part", "rule", "score", "text", "other_text")
-        metadata["pairs"] = dg.MetadataValue.table(
-            [dg.TableRecord({c: _overlap_cell(match, c) for c in columns}) for match in check["matches"]]
-        )
+        columns = ("place", "other", "part", "rule", "score")
+        metadata["pairs"] = dg.MetadataValue.table([dg.TableRecord({c: _cell(match[c]) for c in columns}) for match in check["matches"]])
     if "violations" in check:
         metadata["violations"] = dg.MetadataValue.table(
             [dg.TableRecord({name: _cell(one[name]) for name in ("source", "rows", "rule", "why")}) for one in check["violations"]]
         )
     if "rows" in check:
-        excerpts = check.get("examples", [])
-        metadata["rows"] = dg.MetadataValue.table(
-            [
-                dg.TableRecord({"source row": visible(row), "begins": visible(excerpts[i]) if i < len(excerpts) else ""})
-                for i, row in enumerate(check["rows"])
-            ]
-        )
+        metadata["rows"] = dg.MetadataValue.table([dg.TableRecord({"source row": visible(row)}) for row in check["rows"]])
+    if "details" in check:
+        metadata["details"] = dg.MetadataValue.table([dg.TableRecord({"details": visible(line)}) for line in check["details"]])
     if link := pages(root, address).get("report"):
         metadata["full report"] = page_url(root, link)
     return metadata
