@@ -120,9 +120,9 @@ def dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def draw_pages(address: str, report: Any, out: Path, pages: Path, root: Path | None = None) -> None:
     """Draw a stage's pages from its documents, as the runner does after the stage."""
     from dagster_project.core.context import Documents
-    from dagster_project.views.render import draw
+    from dagster_project.pipeline import PEDIGREE
 
-    draw(Documents(root or out.parent, address, out, pages, report.document()))
+    PEDIGREE.draw(Documents(root or out.parent, address, out, pages, report.document()))
 
 
 def edit_params(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -187,7 +187,7 @@ def test_one_check_counts_the_failed_and_blocks_if_one_is_critical(tmp_path: Pat
 
     failed = checked(holds, short, latin, many)
     assert (failed.name, failed.passed, failed.severity, failed.blocking, failed.count) == ("expectations", False, "error", True, 3)
-    assert failed.examples == [
+    assert failed.details == [
         "Many rows. Found: 4.",
         "Latin only. Found: 2 of 4 rows do not (50 %), such as Cyrillic, Han.",
         "Short. Found: 5.",

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagster_project.core.records import example_id
-from dagster_project.curation.checks.profile import Limits, failures, notes, profile, set_schema, shares
+from dagster_project.curation.checks.profile import Limits, failures, notes, opening, profile, response_opening, set_schema, shares
+from dagster_project.curation.checks.references import Reference
 
 Record = dict[str, Any]
 LIMITS = Limits(min_rows=1)
@@ -21,7 +22,8 @@ LIMITS = Limits(min_rows=1)
 
 def chat(*turns: tuple[str, str], category: str | None = None, source: str = "rows.jsonl") -> Record:
     messages = [{"role": role, "content": content} for role, content in turns]
-    return {"example_id": example_id(messages), "source": source, "messages": messages, "category": category, "meta": "{}"}
+    row = {"source": source, "source_row": 0, "messages": messages, "category": category, "meta": "{}"}
+    return {"example_id": example_id(messages), **row}
 
 
 def ask(prompt: str, answer: str = "Yes.", **more: Any) -> Record:
@@ -173,21 +175,23 @@ def test_openings_are_the_first_two_words_of_the_last_question() -> None:
         ask("?"),
     ]
     found = profile(rows)["diversity"]
-    assert (found["openings"], found["top_openings"], found["top_opening_share"]) == (3, {"write a": 2}, 0.4)
+    assert (found["openings"], found["top_opening_share"]) == (3, 0.4)
+    assert found["top_openings"] == [{**Reference.of(rows[0])._asdict(), "rows": 2}] and opening(rows[0]) == "write a"
     assert found["opening_entropy"] == 1.5
 
 
 def test_numbers_in_openings_are_replaced() -> None:
-    assert profile([ask("555-0100 is mine"), ask("555-0199 is hers")])["diversity"]["top_openings"] == {"# #": 2}
+    rows = [ask("555-0100 is mine"), ask("555-0199 is hers")]
+    assert [one["rows"] for one in profile(rows)["diversity"]["top_openings"]] == [2] and opening(rows[0]) == "# #"
 
 
 def test_repeated_responses_are_named_but_only_long_ones_have_a_share() -> None:
     refusal = "I am sorry, but I do not know the answer."
-    found = profile([*(ask(f"{i}?", refusal) for i in range(2)), *(ask(f"{i}!", "positive") for i in range(7)), ask("Hi", "Hello")])[
-        "diversity"
-    ]
-    assert (found["repeated_responses"], found["top_responses"]) == (2, {"positive": 7, refusal: 2})
-    assert (found["top_long_response"], found["top_response_share"]) == (refusal, 0.2)
+    rows = [*(ask(f"{i}?", refusal) for i in range(2)), *(ask(f"{i}!", "positive") for i in range(7)), ask("Hi", "Hello")]
+    found = profile(rows)["diversity"]
+    assert (found["repeated_responses"], found["top_response_share"]) == (2, 0.2)
+    assert found["top_responses"] == [{**Reference.of(rows[i])._asdict(), "rows": n} for i, n in ((2, 7), (0, 2))]
+    assert [response_opening(rows[i]) for i in (2, 0)] == ["positive", refusal]
 
 
 # Readability
@@ -350,7 +354,7 @@ def test_one_long_response_in_half_of_the_rows_is_not_diverse() -> None:
     same = "I am sorry, but I do not know the answer."
     for row in rows[::2]:
         row["messages"][-1]["content"] = same
-    assert failures(profile(rows), LIMITS) == {"low_diversity": f'50% of the rows have the response "{same}"'}
+    assert failures(profile(rows), LIMITS) == {"low_diversity": "50% of the rows have the same long response"}
 
 
 def test_one_label_in_half_of_the_rows_is_fine() -> None:
@@ -364,7 +368,7 @@ def test_one_opening_in_most_prompts_is_not_diverse() -> None:
     rows = varied(200)
     for row in rows[:130]:
         row["messages"][0]["content"] = f"Please now {row['messages'][0]['content']}"
-    assert failures(profile(rows), LIMITS) == {"low_diversity": '71 openings, 65% of the prompts open with "please now"'}
+    assert failures(profile(rows), LIMITS) == {"low_diversity": "71 openings, 65% of the prompts open with the same words"}
     assert failures(profile(rows[20:]), LIMITS) != {}
     assert failures(profile(rows[20:]), Limits(max_opening_share=0.7)) == {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -267,8 +268,8 @@ def verified(path: Path, all_rows: Sequence[dict[str, Any]] | None = None, **row
 def test_near_copies_in_two_splits_are_found_despite_different_groups(tmp_path: Path) -> None:
     a, b = record(COPY, group="one"), record(NEARLY, group="another")
     found = verified(tmp_path, train=[b, record(OTHERS[0])], test=[a, record(OTHERS[1])])
-    assert [(leak.place, leak.other, leak.why, leak.text) for leak in found.leaks] == [
-        (f"test/{a['example_id']}", f"train/{b['example_id']}", "near-copies", COPY)
+    assert [(leak.place, leak.other, leak.why) for leak in found.leaks] == [
+        (f"test/{a['example_id']}", f"train/{b['example_id']}", "near-copies")
     ]
     assert (found.leaking, found.rows) == (2, {"train": 2, "validation": 0, "test": 2})
 
@@ -412,7 +413,7 @@ def test_splits_by_wrong_groups_do_not_pass_the_gate(tmp_path: Path, monkeypatch
     (failed,) = run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out").failures
     assert (failed.name, failed.count) == ("split_leakage", 40)
     assert failed.rows[0].startswith(("validation/", "test/")) and failed.rows[0].endswith(": near-copies")
-    assert "[e-mail]" in failed.examples[0] and "@" not in "".join(failed.examples)
+    assert "ann" not in json.dumps(asdict(failed))
 
 
 def labeled_row(label: str | None, prompt: str, group: str = "") -> dict[str, Any]:

@@ -13,9 +13,9 @@ import pytest
 from builders.tool_calls import WEATHER, record, weather
 
 from dagster_project.core.params import parse
-from dagster_project.core.records import write_ledger, write_records
+from dagster_project.core.records import read_table, write_ledger, write_records
 from dagster_project.stages import tokenized
-from dagster_project.views.trained_examples import Piece, TrainedExample, legend, pieces, trained_examples
+from dagster_project.views.trained_examples import NO_TOKENIZER, NO_TOKENS, Piece, TrainedExample, legend, pieces, trained_examples
 from dagster_project.views.training import training_page
 
 
@@ -30,14 +30,14 @@ def project(tmp_path: Path, tiny_model: Path) -> Path:
     return tmp_path
 
 
-def tokenize(root: Path, *rows: dict[str, Any], **params: Any) -> list[dict[str, Any]]:
-    """Run the stage `tokenized` on rows of the train split; the examples of its audit."""
+def tokenize(root: Path, *rows: dict[str, Any], **params: Any) -> dict[str, Any]:
+    """Run the stage `tokenized` on rows of the train split; its audit."""
     splits, out = root / "data/splits", root / "data/tokenized"
     for split, records in (("train", rows), ("validation", ())):
         write_records(splits / split, [{key: value for key, value in one.items() if key != "source_row"} for one in records])
     write_ledger(splits, [{**one, "outcome": "train", "why": ""} for one in rows])
     tokenized.produce(root, parse(tokenized.Params, params, "tokenized"), 7, splits, root / "data/base_model", out=out)
-    found: list[dict[str, Any]] = json.loads((out / "audit.json").read_text())["examples"]
+    found: dict[str, Any] = json.loads((out / "audit.json").read_text())
     return found
 
 
@@ -54,29 +54,41 @@ def test_each_token_has_its_weight_in_the_loss(project: Path) -> None:
         ('{"summary": "late ⟦kite⟧", "category": "', 1.0), ("é", 16.0), ('", "note": "', 1.0), ("x", 0.0), ('"}<|im_end|>', 1.0), ("\n", None),
     ]  # fmt: skip
     trained = len(answer.encode()) + 1
-    assert shown.figures == f"{len(audit[0]['input_ids'])} tokens, {trained - 1} in the loss"
+    [packed] = read_table(project / "data/tokenized/train.parquet")
+    assert shown.figures == f"{packed['lengths'][0]} tokens, {trained - 1} in the loss"
     assert legend([shown]) == {0.0: ("w0", "×0, not counted"), 1.0: ("w1", "×1"), 16.0: ("w4", "×16")}
 
 
-def test_without_weights_or_tokenizer_the_spans_of_the_audit_are_marked(project: Path) -> None:
-    audit = tokenize(project, ask("Where?", "Here."), field_weights={})
+def test_the_page_says_what_is_missing_or_is_another_version_in_place_of_a_text(project: Path) -> None:
+    audit = tokenize(project, ask("Where?", "Here."))
     expected = [
         ("<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n", None), ("Here.<|im_end|>", 1.0), ("\n", None),
     ]  # fmt: skip
-    for missing in ("data/tokenized/train.parquet", "data/splits/train", "data/base_model/tokenizer.json"):
-        [shown] = trained_examples(project, audit)
-        assert marked(shown) == expected
-        path = project / missing
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert marked(trained_examples(project, audit)[0]) == expected
+    shutil.rmtree(project / "data/splits/train")
     [shown] = trained_examples(project, audit)
     assert marked(shown) == expected and shown.by_role is None
-    assert marked(trained_examples(project, [{"source": "a", "text": "a ⟦b⟧"}])[0]) == [("a ", None), ("b", 1.0)]
+    tokenizer = project / "data/base_model/tokenizer.json"
+    original = tokenizer.read_text()
+    tokenizer.write_text(original + " ")
+    assert marked(trained_examples(project, audit)[0]) == [(NO_TOKENIZER, None)]
+    tokenizer.unlink()
+    assert marked(trained_examples(project, audit)[0]) == [(NO_TOKENIZER, None)]
+    tokenizer.write_text(original)
+    tokenize(project, ask("Where?", "There."))
+    assert marked(trained_examples(project, audit)[0]) == [(NO_TOKENS, None)]
+    (project / "data/tokenized/train.parquet").unlink()
+    assert marked(trained_examples(project, audit)[0]) == [(NO_TOKENS, None)]
 
 
-def test_another_tokenizer_than_that_of_the_training_is_not_used(project: Path, tiny_tokenizer: Any) -> None:
-    [example] = tokenize(project, ask("Where?", "Here."))
-    shifted = {**example, "input_ids": [token + 1 for token in example["input_ids"]]}
-    assert pieces(tiny_tokenizer.backend_tokenizer, shifted, None) == pieces(None, example, None)
+def test_an_audit_of_an_earlier_version_has_its_texts(project: Path, tiny_tokenizer: Any) -> None:
+    assert marked(trained_examples(project, {"examples": [{"source": "a", "text": "a ⟦b⟧"}]})[0]) == [("a ", None), ("b", 1.0)]
+    tokenize(project, ask("Where?", "Here."))
+    [packed] = read_table(project / "data/tokenized/train.parquet")
+    tokens = {name: packed[name] for name in ("input_ids", "labels")}
+    earlier = {**tokens, "split": "train", "source": "a", "part": 0, "example_id": packed["example_ids"][0], "text": "a ⟦b⟧"}
+    other = {**earlier, "input_ids": [token + 1 for token in packed["input_ids"]]}
+    assert pieces(tiny_tokenizer.backend_tokenizer, other, None) == pieces(None, earlier, None) == [Piece("a ", None), Piece("b", 1.0)]
 
 
 def test_a_character_of_several_tokens_is_not_torn_and_first_spaces_are_kept() -> None:
@@ -97,12 +109,12 @@ def test_a_character_of_several_tokens_is_not_torn_and_first_spaces_are_kept() -
 
 def test_rows_with_calls_reasoning_and_weights_are_among_the_shown_ones_by_role(project: Path) -> None:
     rows = [ask(f"Where is number {i}?", "Here.", i) for i in range(9)]
-    audit = [one | {"split": "train"} for one in tokenize(project, *rows)]
+    audit = tokenize(project, *rows)
     rich = record(weather(), [WEATHER])
     write_records(
         project / "data/splits/train", [{key: value for key, value in one.items() if key != "source_row"} for one in (*rows, rich)]
     )
-    audit.append({**audit[-1], "example_id": rich["example_id"]})
+    audit["examples"].append({**audit["examples"][-1], "example_id": rich["example_id"]})
     shown = trained_examples(project, audit)
     assert len(shown) == 5
     assert [one.by_role.summary for one in shown if one.by_role] == [
@@ -124,7 +136,7 @@ def test_of_a_row_with_several_examples_the_last_is_shown_before_another_one_of_
     ]  # fmt: skip
     many = [record([{**turn, "content": f"{turn['content']} of {i}"} for turn in turns], row=i) for i in range(4)]
     audit = tokenize(project, *many, chat_template="data/templates/rewriting.jinja")
-    assert len({one["example_id"] for one in audit}) == 3
+    assert len({one["example_id"] for one in audit["examples"]}) == 3
     shown = trained_examples(project, audit)
     assert [re.findall(r"example (\d)", one.place) for one in shown] == [["1"], ["2"], ["3"], ["3"], ["3"]]
 

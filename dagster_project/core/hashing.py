@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -28,6 +28,11 @@ def sha256_of_bytes(content: bytes) -> str:
 def sha256_of_text(text: str) -> str:
     """sha256 of a text as UTF-8; lone surrogates are preserved."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def sha256_of_example(input_ids: Sequence[int], labels: Sequence[int]) -> str:
+    """sha256 of a tokenized example: names it without its tokens, which are its text."""
+    return sha256_of_text(json.dumps([[*input_ids], [*labels]]))
 
 
 def md5_of_file(path: Path) -> str:

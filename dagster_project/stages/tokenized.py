@@ -14,7 +14,7 @@ from dagster_project.core import workers
 from dagster_project.core.chat import Reasoning, has_field, is_text
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import sha256_of_text
+from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.params import Section
 from dagster_project.core.records import (
@@ -155,7 +155,13 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
     room = params.packed_length or params.max_length
     written = {"name": params.chat_template or "base_model", "sha256": sha256_of_text(template)} if template else None
     metrics: dict[str, Any] = {"template": written} if written else {}
-    audit: dict[str, Any] = {**metrics, "splits": {}, "examples": []}
+    vocabulary = base_model / "tokenizer.json"
+    audit: dict[str, Any] = {
+        **metrics,
+        **({"tokenizer": sha256_of_file(vocabulary)} if vocabulary.is_file() else {}),
+        "splits": {},
+        "examples": [],
+    }
     for split, tokens in found.items():
         examples, owners = in_order(tokens, copies[split])
         rows = layout(tokens, examples, room if params.packing else None)
@@ -165,7 +171,7 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
         figures = label_audit.statistics(tokens)
         figures["fill_rate"] = rows.fill_rate(room)
         audit["splits"][split] = figures
-        audit["examples"] += label_audit.sample(tokenizer, split, tokens, seed)
+        audit["examples"] += label_audit.sample(split, tokens, seed)
         metrics[split] = {
             "examples": len(examples),
             "rows": len(rows.sizes),

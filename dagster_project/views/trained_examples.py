@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.chat import IGNORE
+from dagster_project.core.hashing import sha256_of_example, sha256_of_file
 from dagster_project.core.records import read_table
 from dagster_project.core.text import many, number
 from dagster_project.views.conversations import Conversation, conversation
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 SHOWN = 5
 LEVELS = 4
 """Shades of marked text."""
+NO_TOKENS = "(text not shown: data/tokenized does not have this example in the version that audit.json names)"
+NO_TOKENIZER = "(text not shown: data/base_model does not have the tokenizer that audit.json names)"
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,16 @@ class TrainedExample:
     by_role: Conversation | None = None
 
 
-def trained_examples(root: Path, audit: Sequence[Mapping[str, Any]]) -> list[TrainedExample]:
+def trained_examples(root: Path, document: Mapping[str, Any]) -> list[TrainedExample]:
     """Some of the examples in the audit of labels: one with calls, one with reasoning, one with weights, and the first ones.
 
-    Weights are those of data/tokenized, turns those of data/splits. Where these files or the tokenizer are missing, the text of the audit
-    is used, whose trained spans are in ⟦ ⟧.
+    The audit names them. Tokens and weights are those of data/tokenized, turns those of data/splits, texts by the tokenizer of data/base_model.
+    Where one of these is missing or another version, the page says so. Audits of earlier versions have texts, with trained spans in ⟦ ⟧.
     """
+    audit = document["examples"]
     records = _records(root / "data" / "splits", audit)
-    chosen = _chosen(audit, records)
-    weights = _weights(root / "data" / "tokenized", chosen)
-    tokenizer = _tokenizer(root / "data" / "base_model" / "tokenizer.json")
+    chosen, weights = _with_tokens(root / "data" / "tokenized", _chosen(audit, records))
+    tokenizer = _tokenizer(root / "data" / "base_model" / "tokenizer.json", document.get("tokenizer"))
     several = {one["example_id"] for one in audit if one.get("part")}
     return [
         TrainedExample(
@@ -67,15 +70,18 @@ def pieces(tokenizer: Tokenizer | None, example: Mapping[str, Any], weights: Seq
     """Runs of tokens of equal weight.
 
     Args:
-        example: `input_ids` and `labels` (tokens,), and `text`.
+        example: `input_ids` and `labels` (tokens,) unless they were not found; `text` in an audit of an earlier version.
         weights: (tokens,), as in data/tokenized; None: unknown, every token in the loss counts the same.
     """
     if tokenizer is not None and "input_ids" in example:
         relative = _relative(example["labels"], weights)
         runs = [(weight, len(list(run))) for weight, run in groupby(relative)]
         texts = _texts(tokenizer, example["input_ids"], [length for _, length in runs])
-        if _marked_text(tokenizer, example["input_ids"], example["labels"]) == example["text"]:  # else it is another tokenizer
+        by_this = "text" not in example or _marked_text(tokenizer, example["input_ids"], example["labels"]) == example["text"]
+        if by_this:  # else it is another tokenizer
             return [Piece(text, weight) for text, (weight, _) in zip(texts, runs, strict=True) if text]
+    if "text" not in example:
+        return [Piece(NO_TOKENIZER if "input_ids" in example else NO_TOKENS, None)]
     return [Piece(text, 1.0 if i % 2 else None) for i, text in enumerate(re.split("[⟦⟧]", example["text"])) if text]
 
 
@@ -116,9 +122,12 @@ def _marked_text(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int]
     return "".join(f"⟦{text}⟧" if trained else text for text, (trained, _) in zip(texts, runs, strict=True))
 
 
-def _tokenizer(path: Path) -> Tokenizer | None:
+def _tokenizer(path: Path, sha256: str | None) -> Tokenizer | None:
+    """The tokenizer, None if it is missing or is not the one with this hash."""
     from tokenizers import Tokenizer
 
+    if sha256 is not None and (not path.is_file() or sha256_of_file(path) != sha256):
+        return None
     try:
         return Tokenizer.from_file(str(path))
     except Exception:  # noqa: BLE001  tokenizers raises nothing narrower
@@ -161,27 +170,30 @@ def _records(splits: Path, audit: Sequence[Mapping[str, Any]]) -> dict[str, dict
     return found
 
 
-def _weights(tokenized: Path, examples: Sequence[Mapping[str, Any]]) -> list[list[float] | None]:
-    """Weight of each token of the examples, (tokens,); None for an example that is not in data/tokenized."""
+def _with_tokens(tokenized: Path, examples: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[list[float] | None]]:
+    """The examples with their `input_ids` and `labels`, and the weight of each token, (tokens,); None for an example that is not in data/tokenized."""
+    complete = [*examples]
     found: list[list[float] | None] = [None] * len(examples)
-    for split in {one["split"] for one in examples if "input_ids" in one}:
+    for split in {one["split"] for one in examples if "sha256" in one or "input_ids" in one}:
         wanted = {i: one for i, one in enumerate(examples) if one.get("split") == split}
-        for identity, ids, weights in _packed(tokenized / f"{split}.parquet", {one["example_id"] for one in wanted.values()}):
+        for identity, ids, labels, weights in _packed(tokenized / f"{split}.parquet", {one["example_id"] for one in wanted.values()}):
             for i, one in wanted.items():
-                if (one["example_id"], one["input_ids"]) == (identity, ids):
-                    found[i] = weights
-    return found
+                if one["example_id"] != identity:
+                    continue
+                if one.get("input_ids") == ids or one.get("sha256") == sha256_of_example(ids, labels):
+                    complete[i], found[i] = {**one, "input_ids": ids, "labels": labels}, weights
+    return complete, found
 
 
-def _packed(path: Path, wanted: set[str]) -> Iterable[tuple[str, list[int], list[float]]]:
-    """(example_id, input_ids, weights) of each wanted example in a split of packed rows. Reads a few rows at a time."""
+def _packed(path: Path, wanted: set[str]) -> Iterable[tuple[str, list[int], list[int], list[float]]]:
+    """(example_id, input_ids, labels, weights) of each wanted example in a split of packed rows. Reads a few rows at a time."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     if not path.is_file():
         return
-    names = ["example_ids", "lengths", "input_ids", "weights"]
+    names = ["example_ids", "lengths", "input_ids", "labels", "weights"]
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=256, columns=names):
             ids = batch.column("example_ids")
@@ -192,5 +204,5 @@ def _packed(path: Path, wanted: set[str]) -> Iterable[tuple[str, list[int], list
                 for identity, length in zip(values["example_ids"], values["lengths"], strict=True):
                     stop = start + length
                     if identity in wanted:
-                        yield identity, values["input_ids"][start:stop], values["weights"][start:stop]
+                        yield identity, *(values[name][start:stop] for name in ("input_ids", "labels", "weights"))
                     start = stop

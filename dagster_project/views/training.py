@@ -25,7 +25,7 @@ def draw_training(documents: Documents) -> None:
     if training is None or run is None or history is None:
         return
     audit = documents.read(documents.root / "data" / "tokenized" / "audit.json") or {"examples": []}
-    examples = trained_examples(documents.root, audit["examples"])
+    examples = trained_examples(documents.root, audit)
     text = training_page(documents.variant, training, history["curve"], run["measured"], run.get("memory"), examples)
     write_text(documents.pages / "training.html", text)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.chat import IGNORE, is_text
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_example
 from dagster_project.core.messages import Message, argument_texts, calls, is_trained
 from dagster_project.core.rendering import end_tokens, render
 from dagster_project.training.tokens.examples import Example, RecordOutcome, spans
@@ -255,8 +256,8 @@ def _share(part: int, whole: int) -> float:
     return round(part / whole, 4) if whole else 0.0
 
 
-def sample(tokenizer: Any, split: str, found: TokenizedSplit, seed: int) -> Iterator[dict[str, Any]]:
-    """The first examples and a random sample of each source: text with trained spans in ⟦ ⟧, ids and labels."""
+def sample(split: str, found: TokenizedSplit, seed: int) -> Iterator[dict[str, Any]]:
+    """The first examples and a random sample of each source, by their place and the sha256 of their tokens. Views show their texts."""
     chosen: dict[int, str] = {}
     drawn: dict[str, list[tuple[bytes, int]]] = defaultdict(list)  # source -> the records with the lowest random numbers
     for i, name in enumerate(found.ids):
@@ -279,16 +280,5 @@ def sample(tokenizer: Any, split: str, found: TokenizedSplit, seed: int) -> Iter
                 "example_id": found.ids[i],
                 "part": part,
                 "why": why,
-                "text": marked(tokenizer, example),
-                "input_ids": example.input_ids.tolist(),
-                "labels": example.labels.tolist(),
+                "sha256": sha256_of_example(example.input_ids.tolist(), example.labels.tolist()),
             }
-
-
-def marked(tokenizer: Any, example: Example) -> str:
-    """The decoded example with each trained span in ⟦ ⟧."""
-    ids, text, at = example.input_ids.tolist(), "", 0
-    for start, stop in spans(example.labels):
-        before, span = decode(tokenizer, [ids[at:start], ids[start:stop]])
-        text, at = f"{text}{before}⟦{span}⟧", stop
-    return text + decode(tokenizer, [ids[at:]])[0]
