@@ -84,10 +84,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> SimpleNam
     root = tmp_path_factory.mktemp("injection")
     jsonl(root / "data/sources" / MARK / f"{NAME}.jsonl", *rows())
     read = parse(raw_examples.Params, {"sources": [{"path": f"data/sources/{MARK}", "license": PAYLOAD}]}, "raw_examples")
-    reports: dict[str, Report] = {"raw_examples": raw_examples.produce(root, read, root / "raw_examples")}
+    reports: dict[str, Report] = {"raw_examples": raw_examples.produce(root, read, root / "data/raw_examples")}
     checked, pages = root / "instructions", root / "pages/instructions"
     rules = parse(instructions.Params, {"policy": {"encoding": "warn"}}, "instructions")  # by default it drops control characters
-    reports["instructions"] = instructions.produce(root, rules, root / "raw_examples", tiny_model, checked, pages, {})
+    reports["instructions"] = instructions.produce(root, rules, root / "data/raw_examples", tiny_model, checked, pages, {})
     draw_pages("instructions", reports["instructions"], checked, pages, root)
     (root / "dealt").mkdir()
     reports["splits"] = splits.produce(root, splits.Params(test=0.4, validation=0.2), 1, checked, root / "dealt/splits")

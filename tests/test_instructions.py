@@ -22,10 +22,12 @@ Record = dict[str, Any]
 def run(folder: Path, model: Path, rows: list[Record], previous: str | None = None, **params: Any) -> Report:
     """Rows through the stage, into `folder`/out and `folder`/pages; `previous` is the folder of an earlier run."""
     rows = placed(rows)
-    write_records(folder / "raw", [{key: value for key, value in row.items() if key != "source_row"} for row in rows])
-    write_ledger(folder / "raw", rows)
+    write_records(folder / "data/raw_examples", [{key: value for key, value in row.items() if key != "source_row"} for row in rows])
+    write_ledger(folder / "data/raw_examples", rows)
     before = {path.name: path for path in Path(previous, "out").iterdir()} if previous else {}
-    report = instructions.produce(folder, instructions.Params(**params), folder / "raw", model, folder / "out", folder / "pages", before)
+    report = instructions.produce(
+        folder, instructions.Params(**params), folder / "data/raw_examples", model, folder / "out", folder / "pages", before
+    )
     draw_pages("instructions", report, folder / "out", folder / "pages")
     return report
 

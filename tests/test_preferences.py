@@ -44,7 +44,7 @@ def read(root: Path, *rows: Any, source: Fields | None = None, **section: Any) -
     """Rows of one file through `raw_preferences`, into `root`/raw."""
     jsonl(root / "data/sources/p.jsonl", *rows)
     values = {"sources": [{"path": "data/sources/p.jsonl", **(source or {})}], **section}
-    return raw_preferences.produce(root, parse(raw_preferences.Params, values, "raw_preferences"), root / "raw")
+    return raw_preferences.produce(root, parse(raw_preferences.Params, values, "raw_preferences"), root / "data/raw_preferences")
 
 
 def run(
@@ -56,11 +56,13 @@ def run(
         examples: the test split of the instructions.
     """
     held_out = [{**row, "source": "e.jsonl", "group_id": row["example_id"]} for row in examples or []]
-    write_records(root / "splits/test", held_out)
-    read(root, *rows) if rows else raw_preferences.produce(root, raw_preferences.Params(), root / "raw")
+    write_records(root / "data/splits/test", held_out)
+    read(root, *rows) if rows else raw_preferences.produce(root, raw_preferences.Params(), root / "data/raw_preferences")
     params = parse(preferences.Params, {"test": 0.0, "validation": 0.0, **section}, "preferences")
     before = {path.relative_to(previous).as_posix(): path for path in previous.rglob("*.*")} if previous else {}
-    report = preferences.produce(root, params, 7, root / "raw", root / "splits", model, root / "out", root / "pages", before)
+    report = preferences.produce(
+        root, params, 7, root / "data/raw_preferences", root / "data/splits", model, root / "out", root / "pages", before
+    )
     draw_pages("preferences", report, root / "out", root / "pages")
     return report
 
@@ -78,7 +80,7 @@ def prompts(root: Path) -> dict[str, set[str]]:
 @pytest.mark.parametrize("layout", PAIR_ROWS)
 def test_a_pair_in_any_layout_becomes_one_canonical_pair(layout: str, tmp_path: Path) -> None:
     report = read(tmp_path, *PAIR_ROWS[layout])
-    (pair,) = read_pairs(tmp_path / "raw")
+    (pair,) = read_pairs(tmp_path / "data/raw_preferences")
     sides = [[{"role": role, "content": said}] for role, said in (("user", "Hi"), ("assistant", "Hello"), ("assistant", "What?"))]
     assert [pair["prompt"], pair["chosen"], pair["rejected"]] == sides and pair["example_id"] == pair_id(*sides)
     assert pair["source_rows"] == [*range(len(PAIR_ROWS[layout]))]
@@ -88,7 +90,7 @@ def test_a_pair_in_any_layout_becomes_one_canonical_pair(layout: str, tmp_path: 
 
 def test_answers_without_any_counterpart_are_pairs_with_one_side(tmp_path: Path) -> None:
     read(tmp_path, {"prompt": "Hi", "completion": "Hello", "label": True}, {"prompt": "Ho", "completion": "What?", "label": False})
-    first, second = read_pairs(tmp_path / "raw")
+    first, second = read_pairs(tmp_path / "data/raw_preferences")
     assert (first["rejected"], second["chosen"]) == ([], []) and first["example_id"] != second["example_id"]
     assert json.loads(first["meta"])["problem"] == "no rejected completion of the same prompt"
 
@@ -96,14 +98,14 @@ def test_answers_without_any_counterpart_are_pairs_with_one_side(tmp_path: Path)
 def test_every_source_row_has_a_line_for_each_pair_it_is_in(tmp_path: Path) -> None:
     labels = [("Hi", "a", True), ("Ho", "b", False), ("Hi", "c", False)]
     read(tmp_path, *({"prompt": prompt, "completion": text, "label": label} for prompt, text, label in labels))
-    lines = [(line["source_row"], line["outcome"]) for line in read_ledger(tmp_path / "raw")]
+    lines = [(line["source_row"], line["outcome"]) for line in read_ledger(tmp_path / "data/raw_preferences")]
     assert lines == [(0, "read"), (2, "joined"), (1, "read")]
-    assert [pair["source_rows"] for pair in read_pairs(tmp_path / "raw")] == [[0, 2], [1]]
+    assert [pair["source_rows"] for pair in read_pairs(tmp_path / "data/raw_preferences")] == [[0, 2], [1]]
 
 
 def test_nothing_is_dropped_and_an_unreadable_row_keeps_its_number(tmp_path: Path) -> None:
     report = read(tmp_path, better(), "broken", better("Ho"), better(chosen=3))
-    pairs = read_pairs(tmp_path / "raw")
+    pairs = read_pairs(tmp_path / "data/raw_preferences")
     assert (report.rows_in, report.rows_out, len(pairs)) == (4, 4, 4)
     assert [pair["source_row"] for pair in pairs if not pair["prompt"]] == [1, 3]
     assert len({pair["example_id"] for pair in pairs}) == 4
@@ -126,14 +128,14 @@ def test_completions_in_different_splits_are_not_paired(tmp_path: Path) -> None:
         for text, label, split in [("a", True, "train"), ("b", False, "dev")]
     ]
     read(tmp_path, *rows, {**rows[0], "completion": "c", "label": False})
-    pairs = read_pairs(tmp_path / "raw")
+    pairs = read_pairs(tmp_path / "data/raw_preferences")
     assert [(pair["source_rows"], json.loads(pair["meta"])["split"]) for pair in pairs] == [([0, 2], "train"), ([1], "validation")]
 
 
 def test_a_mapping_may_name_the_category(tmp_path: Path) -> None:
     mapping = {"prompt": "q", "chosen": "good", "rejected": "bad", "category": "kind"}
     read(tmp_path, {"q": "Hi", "good": "Hello", "bad": "What?", "kind": "tone", "stars": 4}, source={"mapping": mapping})
-    (pair,) = read_pairs(tmp_path / "raw")
+    (pair,) = read_pairs(tmp_path / "data/raw_preferences")
     assert (pair["category"], json.loads(pair["meta"])) == ("tone", {"stars": 4})
 
 
@@ -144,7 +146,7 @@ def test_fields_of_both_rows_of_a_pair_that_are_not_used_reach_the_checks(tmp_pa
     ]
     report = read(tmp_path, *({"messages": one, "label": good} for one, good in zip(turns, (True, False), strict=True)))
     assert report.metrics["sources"]["data/sources/p.jsonl"]["fields"]["ignored"] == {"messages[].audio_id": 1, "messages[].id": 1}
-    assert [pair["ignored"] for pair in read_pairs(tmp_path / "raw")] == [["messages[].id", "messages[].audio_id"]]
+    assert [pair["ignored"] for pair in read_pairs(tmp_path / "data/raw_preferences")] == [["messages[].id", "messages[].audio_id"]]
     assert [check.count for check in report.checks] == [1]
 
 
@@ -158,9 +160,11 @@ def test_a_split_of_the_hub_is_read_as_pairs_and_keeps_its_label(tmp_path: Path,
     monkeypatch.setattr(reading, "split_blocks", lambda named: iter([Block(as_parsed, rows)]))
     source = {"hub": "org/name", "revision": "0123456789" * 4, "split": "test"}
     params = parse(raw_preferences.Params, {"sources": [source], "limit": 2}, "raw_preferences")
-    found = raw_preferences.produce(tmp_path, params, tmp_path / "raw").metrics["sources"]["hub:org/name@012345678901/test"]
+    found = raw_preferences.produce(tmp_path, params, tmp_path / "data/raw_preferences").metrics["sources"][
+        "hub:org/name@012345678901/test"
+    ]
     assert (found["rows"], found["pairs"], found["revision"]) == (2, 2, source["revision"])
-    assert {json.loads(pair["meta"])["split"] for pair in read_pairs(tmp_path / "raw")} == {"test"}
+    assert {json.loads(pair["meta"])["split"] for pair in read_pairs(tmp_path / "data/raw_preferences")} == {"test"}
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real files lie beside the project, not in it")
@@ -172,7 +176,7 @@ def test_ranked_siblings_of_real_trees_are_pairs(tmp_path: Path) -> None:
     assert {key: value for key, value in facts.items() if key != "fields"} | {"sha256": ""} == {
         "format": "oasst", "rows": 100, "pairs": 429, "license": "unknown", "sha256": ""
     }  # fmt: skip
-    assert all(pair["margin"] >= 1 for pair in read_pairs(tmp_path / "raw") if pair["chosen"])
+    assert all(pair["margin"] >= 1 for pair in read_pairs(tmp_path / "data/raw_preferences") if pair["chosen"])
 
 
 # preferences

@@ -316,9 +316,11 @@ def test_each_of_many_planted_pairs_that_are_equal_but_for_form_is_found() -> No
 
 
 def staged(folder: Path, model: Path, rows: list[dict[str, Any]], **params: Any) -> Report:
-    write_records(folder / "raw", rows)
-    write_ledger(folder / "raw", [{**row, "outcome": "read", "why": ""} for row in rows])
-    report = instructions.produce(folder, instructions.Params(**params), folder / "raw", model, folder / "out", folder / "pages", {})
+    write_records(folder / "data/raw_examples", rows)
+    write_ledger(folder / "data/raw_examples", [{**row, "outcome": "read", "why": ""} for row in rows])
+    report = instructions.produce(
+        folder, instructions.Params(**params), folder / "data/raw_examples", model, folder / "out", folder / "pages", {}
+    )
     draw_pages("instructions", report, folder / "out", folder / "pages")
     return report
 

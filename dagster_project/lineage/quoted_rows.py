@@ -10,7 +10,7 @@ from dagster_project.core import params
 from dagster_project.core.context import Documents
 from dagster_project.core.errors import InputError
 from dagster_project.core.frames import read_frame
-from dagster_project.core.records import LEDGER, READ, ignored_in, loaded, prompt_text, response_text
+from dagster_project.core.records import JOINED, LEDGER, ignored_in, loaded, prompt_text, response_text
 from dagster_project.curation.checks import quotes
 from dagster_project.curation.checks.references import Reference
 from dagster_project.curation.checks.token_counts import tokens_of
@@ -49,7 +49,9 @@ def _as_read(folder: Path, wanted: set[Reference]) -> dict[Reference, Mapping[st
 
     found: dict[Reference, Mapping[str, Any]] = {}
     try:
-        ledger = read_frame(folder / LEDGER, ["source", "source_row", "example_id", "outcome", "why"]).filter(pl.col("outcome") == READ)
+        ledger = read_frame(folder / LEDGER, ["source", "source_row", "example_id", "outcome", "why"]).filter(
+            pl.col("outcome").ne_missing(JOINED)
+        )
         lines = ledger.with_row_index("number").filter(pl.col("example_id").is_in([reference.example_id for reference in wanted]))
         named = {line["number"]: line for line in lines.iter_rows(named=True)}
         start = 0

@@ -135,6 +135,10 @@ def _profile_lines(document: Mapping[str, Any]) -> list[str]:
     if boilerplate:
         passages = "; ".join(f'"{_line(passage["text"])}" in {_count_text(passage["rows"], "prompt")}' for passage in boilerplate[:3])
         lines.append(f"boilerplate: {passages}")
+    if any(finding["check"] == "low_diversity" for finding in document["findings"]):
+        for part, name in (("top_openings", "openings"), ("top_responses", "responses")):
+            frequent = [f'"{_line(text, 60)}" {rows:,}' for text, rows in list(profile.get("diversity", {}).get(part, {}).items())[:3]]
+            lines += [f"most frequent {name}: {', '.join(frequent)}"] if frequent else []
     for place, counts in document.get("fields", {}).items():
         shown = [f"{_line(name, 40)} {count:,}" for name, count in list(counts.items())[:FIELDS]]
         more = [f"{len(counts) - FIELDS:,} more"] if len(counts) > FIELDS else []
