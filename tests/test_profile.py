@@ -176,7 +176,8 @@ def test_openings_are_the_first_two_words_of_the_last_question() -> None:
     ]
     found = profile(rows)["diversity"]
     assert (found["openings"], found["top_opening_share"]) == (3, 0.4)
-    assert found["top_openings"] == [{**Reference.of(rows[0])._asdict(), "rows": 2}] and opening(rows[0]) == "write a"
+    first = min(rows[:2], key=lambda row: row["example_id"])
+    assert found["top_openings"] == [{**Reference.of(first)._asdict(), "rows": 2}] and opening(first) == "write a"
     assert found["opening_entropy"] == 1.5
 
 
@@ -190,8 +191,9 @@ def test_repeated_responses_are_named_but_only_long_ones_have_a_share() -> None:
     rows = [*(ask(f"{i}?", refusal) for i in range(2)), *(ask(f"{i}!", "positive") for i in range(7)), ask("Hi", "Hello")]
     found = profile(rows)["diversity"]
     assert (found["repeated_responses"], found["top_response_share"]) == (2, 0.2)
-    assert found["top_responses"] == [{**Reference.of(rows[i])._asdict(), "rows": n} for i, n in ((2, 7), (0, 2))]
-    assert [response_opening(rows[i]) for i in (2, 0)] == ["positive", refusal]
+    first = [min(some, key=lambda row: row["example_id"]) for some in (rows[2:9], rows[:2])]
+    assert found["top_responses"] == [{**Reference.of(row)._asdict(), "rows": n} for row, n in zip(first, (7, 2), strict=True)]
+    assert [response_opening(row) for row in first] == ["positive", refusal]
 
 
 # Readability

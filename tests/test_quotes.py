@@ -40,7 +40,7 @@ def rows() -> list[Fields]:
     """Rows with each kind of finding, and kept ones that are alike."""
     weather = {
         "type": "function",
-        "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}},
     }
     call = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": json.dumps({"town": word("argument")})}}
     tools = [
@@ -115,7 +115,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> SimpleNam
 def planted() -> Iterator[str]:
     text = json.dumps([rows(), pairs()])
     yield from (one for one in {part.strip('".?,:\\}{ ]') for part in text.split()} if one.startswith("qx"))
-    yield from ("zephyr", "ZEPHYR", "nobody knows", "garden kite", "child of ten", "first label", "red planet")
+    yield from ("zephyr", "ZEPHYR", "Thank you", "nobody knows", "garden kite", "child of ten", "first label", "red planet")
 
 
 def test_every_kind_of_finding_is_there(ran: SimpleNamespace) -> None:
@@ -191,8 +191,6 @@ def test_the_pages_show_the_texts_masked(ran: SimpleNamespace) -> None:
         "train",
         "leak",
         "empty",
-        "mojibake",
-        "hidden",
         "roles",
         "malformed",
         "argument",
@@ -200,8 +198,10 @@ def test_the_pages_show_the_texts_masked(ran: SimpleNamespace) -> None:
         "result",
     )
     assert [name for name in shown if word(name) not in page] == []
-    assert "e-mail: " in page and "[e-mail]" in page and "[aws key]" in page and not [one for one in MASKED if one in page]
-    assert "explain to a child of ten years" in page.lower() and "nobody knows" in page and MISSING not in page
+    assert (
+        "cafÃ©" in page and "e-mail: " in page and "[e-mail]" in page and "[aws key]" in page and not [one for one in MASKED if one in page]
+    )
+    assert "explain to a child of ten years" in page.lower() and "Thank you for asking" in page and MISSING not in page
     page = (ran.root / "data/pages/preferences/report.html").read_text(encoding="utf-8")
     assert word("pair") in page and MASKED[0] not in page and MISSING not in page
 

@@ -394,21 +394,32 @@ def _openings(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[str
     import polars as pl
 
     counted = (
-        rows.select("opening").with_row_index("row").drop_nulls().group_by("opening").agg(pl.len().alias("count"), pl.col("row").min())
+        rows.select("example_id", "opening")
+        .with_row_index("row")
+        .drop_nulls("opening")
+        .group_by("opening")
+        .agg(pl.len().alias("count"), _first())
     ).sort(["count", "opening"], descending=[True, False])
     counts = counted["count"].to_list()
     common = counted.filter(pl.col("count") > 1).head(10)
     return {
         "openings": len(counted),
-        "top_openings": [_named(records[row], n) for row, n in common.select("row", "count").iter_rows()],
+        "top_openings": [_named(records, first, n) for first, n in common.select("first", "count").iter_rows()],
         "top_opening_share": round(max(counts, default=0) / max(1, len(rows)), 4),
         "opening_entropy": round(_entropy(counts), 4),
     }
 
 
-def _named(record: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The first of several rows that have something in common, and their number."""
-    return {**Reference.of(record)._asdict(), "rows": rows}
+def _first() -> pl.Expr:
+    """`first`: indices of the rows with the smallest content hash, which do not depend on the order of rows."""
+    import polars as pl
+
+    return pl.col("row").filter(pl.col("example_id") == pl.col("example_id").min()).alias("first")
+
+
+def _named(records: Sequence[dict[str, Any]], first: Sequence[int], rows: int) -> dict[str, Any]:
+    """One of several rows that have something in common, and their number."""
+    return {**min(Reference.of(records[i]) for i in first)._asdict(), "rows": rows}
 
 
 def opening(record: Mapping[str, Any]) -> str:
@@ -424,7 +435,7 @@ def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[st
         rows.with_row_index("row")
         .filter(pl.col("response_words") > 0)
         .group_by("response")
-        .agg(pl.len().alias("rows"), pl.col("row").min(), pl.col("example_id").min(), pl.col("response_words").first())
+        .agg(pl.len().alias("rows"), _first(), pl.col("example_id").min(), pl.col("response_words").first())
         .filter(pl.col("rows") > 1)
         .sort(["rows", "example_id"], descending=[True, False])
     )
@@ -432,7 +443,7 @@ def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[st
     long = counted.filter(pl.col("response_words") >= LONG_RESPONSE)["rows"].to_list()
     return {
         "repeated_responses": len(repeated),
-        "top_responses": [_named(records[row], n) for row, n in repeated.head(10).select("row", "rows").iter_rows()],
+        "top_responses": [_named(records, first, n) for first, n in repeated.head(10).select("first", "rows").iter_rows()],
         "top_response_share": round(long[0] / len(rows), 4) if long else 0.0,
     }
 
