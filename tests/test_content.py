@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from typing import Any
 
 import pytest
 
 from dagster_project.core.records import example_id
+from dagster_project.curation.checks import content
 from dagster_project.curation.checks.checks import CHECKS, Rules, judge
 from dagster_project.curation.checks.content import CONTENT_CHECKS, content_facts
 from dagster_project.curation.checks.findings import document
@@ -290,3 +293,18 @@ def test_findings_are_masked() -> None:
     shown = content_facts([ask(Q, f"I'm sorry, but I can't help with that. Use {key} or ann.lee@kites.co.uk instead")])
     said = json.dumps(shown)
     assert "refusal: " in said and key not in said and "ann.lee" not in said
+
+
+STOP = re.compile(r"(?<!\d)(?<!\b[A-Z])(?<!\bMr)(?<!\bDr)(?<!\bMrs)(?<!\bSt)[.!?…。！？][\"'”’)\]*_]*(?:\s|\Z)")
+CODE = re.compile(r"[{}=\\;|<>]|\b\w+\(|://|^\s{4,}\S|^[^\S\n]*+(?:#|//|import |def |class |SELECT )")
+PARTS = [*"aB1É²._!?…。\"”)]*({=/#-ß\t,:", "Dr", "Mr", "Mrs", "St", "://", "import ", "def ", "    ", "f(", "the"]
+
+
+def test_ends_of_sentences_and_code_are_found_as_defined() -> None:
+    """The patterns in use look at fewer characters than the definitions."""
+    dice = random.Random(1)
+    for size in [2, 8, 40, 100] * 300:
+        line = "".join(dice.choices(dice.sample(PARTS, dice.randint(2, 12)) + [" ", "a"], k=size))
+        assert [m.span() for m in content._STOP.finditer(line)] == [m.span() for m in STOP.finditer(line)], line
+        assert content._is_code(line) == bool(CODE.search(line)), line
+        assert all(content._has_words(line, n) == (len(line.split()) >= n) for n in (1, 3, 30)), line

@@ -482,12 +482,13 @@ _GOES_ON = frozenset(
         "without",
     ]
 )
-_LAST_WORD = re.compile(r"([^\W\d_]+)\Z")
 _BULLET = r"(?:[-*•+–]|\d{1,3}[.)])"
 _EMPTY_ITEM = re.compile(rf"(?:\A|\n)[ \t]*(?:{_BULLET}|#{{1,6}})(?:[ \t]+\*{{1,2}})?\Z")
 _ITEM = re.compile(rf"(?<![ \t])[ \t]*+(?:{_BULLET}|[a-zA-Z][.)]|#{{1,6}}|>|\|)\s*")
-_STOP = re.compile(r"(?<!\d)(?<!\b[A-Z])(?<!\bMr)(?<!\bDr)(?<!\bMrs)(?<!\bSt)[.!?…。！？][\"'”’)\]*_]*(?:\s|\Z)")
-_CODE = re.compile(r"[{}=\\;|<>]|\b\w+\(|://|^\s{4,}\S|^[^\S\n]*+(?:#|//|import |def |class |SELECT )", re.MULTILINE)
+_STOP = re.compile(r"[.!?…。！？](?<!\d.)(?<!\b[A-Z].)(?<!\bMr.)(?<!\bDr.)(?<!\bMrs.)(?<!\bSt.)[\"'”’)\]*_]*(?:\s|\Z)")
+"""Lookbehinds follow the mark: before it, they would be tried at every character."""
+_CODE = (re.compile(r"[{}=\\;|<>]"), re.compile(r"\((?<=\w.)"), re.compile("://"))
+_CODE_LINE = re.compile(r"\s{4,}\S|[^\S\n]*+(?:#|//|import |def |class |SELECT )")
 _SIGNATURE = re.compile(r"\W*[-–—#@~(]|\W*(?:sincerely|regards|love|yours|cheers|best|thanks|thank you)\b", re.IGNORECASE)
 
 
@@ -515,18 +516,19 @@ def _find_cut_end(one: Exchange) -> Match | None:
     if text[-1] not in "}]" and re.match(r'(?:\{\s*"|\[\s*[{\["])', text):
         return "open JSON", tail
     prose = _prose(text).rstrip()
-    if not prose or prose[-1] != text[-1] or len(prose.split()) < 5:
+    if not prose or prose[-1] != text[-1] or not _has_words(prose, 5):
         return None
     if _EMPTY_ITEM.search(prose):
         return "empty list item", tail
     last = prose.rpartition("\n")[2]
-    if _CODE.search(last):
+    if _is_code(last):
         return None
     if prose[-1] in ",(":
         return ("ends with a comma" if prose[-1] == "," else "open bracket"), tail
     if prose[-1] == ":" and _STOP.search(prose):
         return "ends with a colon", tail
-    return ("ends in mid-sentence", tail) if (word := _LAST_WORD.search(prose)) and _is_mid_sentence(prose, last, word[1]) else None
+    word = _WORDS.match(prose.rsplit(None, 1)[-1][::-1])  # from its end: a search for it would begin at every letter
+    return ("ends in mid-sentence", tail) if word and _is_mid_sentence(prose, last, word.group()[::-1]) else None
 
 
 def _is_mid_sentence(prose: str, last: str, word: str) -> bool:
@@ -538,15 +540,25 @@ def _is_mid_sentence(prose: str, last: str, word: str) -> bool:
     """
     if not _STOP.search(prose):
         return False
-    if len(last.split()) >= 3 and word in _GOES_ON:
+    if word in _GOES_ON and _has_words(last, 3):
         return True
-    if len(prose.split()) < LONG:
+    if not _has_words(prose, LONG):
         return False
     sentences = _STOP.split(_ITEM.sub("", last, count=1))
     if len(sentences) > 1:
         return not _SIGNATURE.match(sentences[-1])
-    lines = [line.rstrip() for line in prose.split("\n")[:-1] if len(line.split()) >= PROSE]
-    return len(last.split()) >= PROSE - 2 and len(lines) >= 2 and all(line[-1] in _CLOSED or line[-1] == ":" for line in lines)
+    if not _has_words(last, PROSE - 2):
+        return False
+    lines = [line.rstrip() for line in prose.split("\n")[:-1] if _has_words(line, PROSE)]
+    return len(lines) >= 2 and all(line[-1] in _CLOSED or line[-1] == ":" for line in lines)
+
+
+def _has_words(text: str, least: int) -> bool:
+    return len(text.split(None, least - 1)) >= least
+
+
+def _is_code(line: str) -> bool:
+    return bool(any(pattern.search(line) for pattern in _CODE) or _CODE_LINE.match(line))
 
 
 # --- loops -------------------------------------------------------------------------------------------------------------------------
@@ -609,7 +621,7 @@ def _loop(one: Exchange) -> Match | None:
 
 
 def _is_sentence(text: str) -> bool:
-    return (len(text.split()) >= 3 or len(_TOKEN.findall(text)) >= 6) and not _CODE.search(text)
+    return (_has_words(text, 3) or len(_TOKEN.findall(text)) >= 6) and not _is_code(text)
 
 
 # --- markup ------------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ LONG = 20_000
 """Characters up to which a text is searched as a whole."""
 PIECE, REACH = 512, 160
 """Characters of the pieces of a longer text, and those that a match of a `Local` pattern has at most, with what follows it."""
-_WORD = r"[\p{L}\p{N}_&&\p{Age=14.0}]"
+WORD = r"[\p{L}\p{N}_&&\p{Age=14.0}]"
 r"""\w of Python in Rust's syntax, in the oldest version of Unicode of a supported Python: newer ones have more letters, so it finds too many pieces, not
 too few."""
 
@@ -87,7 +87,7 @@ class Local:
         either = f"[^{self.decimals}{self.after}]" + f"|[{self.decimals}][^0-9]" * bool(self.decimals)
         hint = (f"[^{self.before}]" if self.before else "(?s:.)") + f"(?:{self.body})" + f"(?:{either})" * bool(behind)
         object.__setattr__(self, "pattern", re.compile(pattern))
-        object.__setattr__(self, "hint", hint.replace(r"\w", _WORD))
+        object.__setattr__(self, "hint", hint.replace(r"\w", WORD))
 
 
 class LongText(str):
