@@ -150,7 +150,7 @@ def test_the_base_models_own_tokens_count_even_in_markup() -> None:
     ]
 
 
-BROKEN = [*"éÃÂ©ÐÑ×²³ßÀœ„“”‚Ä€™вЂВГРС\ufffd\x00\x85\xa0\u200bΒβ│═®°Ø…aA1 \n", "Ã©", "â€™", "Ð¿", "a Â ", "×²", "ÿÀ"]
+BROKEN = [*"éÃÂ©ÐÑ×²³ßÀœ„“”‚Ä€™вЂВГРС\ufffd\x00\x85\xa0\u200bΒβ│═®°Ø…aA1 \n", "Ã©", "â€™", "Ð¿", "a Â ", "×²", "éÀ"]
 
 
 def mojibake_line_by_line(text: str) -> list[str | None]:
@@ -180,9 +180,9 @@ def test_mojibake_of_long_texts_is_that_of_each_line(long: int, monkeypatch: pyt
 
 def test_after_many_lines_that_cannot_be_fixed_the_rest_is_not_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(damages, "MOST_UNFIXED", 3)
-    lines = ["ÿÀ a", "ÿÀ b", "ÿÀ a"]
+    lines = ["éÀ a", "éÀ b", "éÀ a"]
     assert damages._mojibake("\n".join([*lines, "cafÃ©"])) == "fÃ©", "equal lines count once"
-    assert damages._mojibake("\n".join([*lines, "ÿÀ c", "cafÃ©"])) is None
+    assert damages._mojibake("\n".join([*lines, "éÀ c", "cafÃ©"])) is None
 
 
 @given(st.text(max_size=10), st.text(min_size=1, max_size=6).filter(str.strip), st.text(max_size=10))

@@ -211,7 +211,7 @@ SLOW: dict[str, Callable[[str], object]] = {
     "PRIVATE KEY": lambda text: answered(text),
     "é": lambda text: damage.damage([text]),
     "<s>a</s>": lambda text: damage.template_marks([text]),
-    "ÿÀ\n": lambda text: damage.damage([text]),
+    "éÀ\n": lambda text: damage.damage([text]),
 }
 
 
