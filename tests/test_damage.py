@@ -169,7 +169,7 @@ def test_mojibake_of_long_texts_is_that_of_each_line(long: int, monkeypatch: pyt
     monkeypatch.setattr(text_search, "LONG", long)
     dice = random.Random(1)
     for size in [3, 20, 200, 1500] * 40:
-        text = "".join(dice.choices(dice.sample(BROKEN, dice.randint(2, 9)) + [" ", "a"], k=size))
+        text = "".join(dice.choices([*dice.sample(BROKEN, dice.randint(2, 9)), " ", "a"], k=size))
         found = mojibake_line_by_line(text)
         assert damages._mojibake(text) == next(filter(None, found), None), text
         lines = [damages._unmojibake(line) if broken else line for line, broken in zip(text.split("\n"), found, strict=True)]

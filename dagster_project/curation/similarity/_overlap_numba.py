@@ -146,7 +146,9 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
     names, counts = np.empty(len(starts), np.int32), np.zeros(PARTS, np.int64)
     _count_parts(hashes, counts)
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), counts[part], names), np.flatnonzero(counts)))
+        list(
+            pool.map(lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), counts[part], names), np.flatnonzero(counts))
+        )
     return names
 
 
