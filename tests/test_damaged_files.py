@@ -242,6 +242,17 @@ def test_a_file_whose_name_is_not_utf8_is_named(root: Path) -> None:
     assert "data/tok/a" in raised.value.what and raised.value.hint == "rename the file"
 
 
+def test_a_damaged_configuration_of_git_is_named(root: Path) -> None:
+    config = root / ".git/config"
+    before = config.read_bytes()
+    config.write_text("[core\n")
+    with pytest.raises(InputError, match=r"\.git/config: git's configuration cannot be read") as raised:
+        read_stages(root)
+    assert raised.value.hint == "correct it: `git config --list` names the line"
+    config.write_bytes(before)
+    assert read_stages(root)["tok"].changed == []
+
+
 def test_line_ends_that_git_changed_are_named(root: Path) -> None:
     path = root / "data/reports/tok.json"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
