@@ -133,7 +133,9 @@ def impact(
     complete = not (unknown or index.unreadable or index.history.shallow)
     looked_at = index.looked_at()
     if complete and not looked_at["models"] and not looked_at["data_sets"]:
-        raise InputError("nothing has been run here: no model and no data set can be looked at", "run it in the project's folder, or `dvc repro` first")
+        raise InputError(
+            "nothing has been run here: no model and no data set can be looked at", "run it in the project's folder, or `dvc repro` first"
+        )
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
         **({"published": {"id": asked["record"], "record": published}} if published else {}),

@@ -10,12 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.history import is_within
 from dagster_project.orchestration.private_api import private_module
-from dagster_project.orchestration.processes import is_running
+from dagster_project.orchestration.processes import runs_one_of
 
 log = logging.getLogger("pedigree")
 
@@ -87,13 +85,7 @@ def _runs(pid: int, cmd: str) -> bool:
     """Whether the process of an entry runs. One with its number can be another program: its command line has neither a word of `OWNERS` nor the
     first of the entry.
     """
-    try:
-        words = psutil.Process(pid).cmdline()
-    except (psutil.NoSuchProcess, ValueError):  # no number of a process
-        return False
-    except psutil.AccessDenied:
-        words = [*OWNERS]
-    return is_running(pid) and any(word in part for part in words for word in (*OWNERS, cmd.partition(" ")[0]))
+    return runs_one_of(pid, (*OWNERS, cmd.partition(" ")[0]))
 
 
 def writer_of(root: Path, paths: Iterable[str]) -> str:

@@ -146,9 +146,8 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
     names, counts = np.empty(len(starts), np.int32), np.zeros(PARTS, np.int64)
     _count_parts(hashes, counts)
     with ThreadPoolExecutor(THREADS) as pool:
-        list(
-            pool.map(lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), counts[part], names), np.flatnonzero(counts))
-        )
+        parts = np.flatnonzero(counts).tolist()
+        list(pool.map(lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), int(counts[part]), names), parts))
     return names
 
 
