@@ -676,7 +676,7 @@ def _markup(one: Exchange) -> Match | None:
     for text in (said, asked):
         for kind, pattern in (("HTML tag", _TAG), ("HTML entity", _ENTITY)):
             if (match := first_match(pattern, text)) and not any(
-                first_match(_ABOUT_MARKUP, pattern.sub("", words)) for words in (before, text)
+                first_match(_ABOUT_MARKUP, pattern.sub("", words)) for words in {before, text}
             ):
                 return kind, match.group()
     return None
