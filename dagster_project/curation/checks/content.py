@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import calls
@@ -141,11 +141,17 @@ def _texts(records: Sequence[Mapping[str, Any]]) -> Texts:
 def _excerpt(one: Exchange, kind: str, phrase: str) -> str:
     """The kind, and the masked text around the phrase unless something in the phrase itself is masked."""
     for text in (one.said, one.asked) if phrase else ():
-        if phrase in text and (at := (shown := mask(text)).find(phrase)) >= 0:
+        if phrase in text and (at := (shown := _masked(text)).find(phrase)) >= 0:
             start, end = max(0, at - AROUND), at + len(phrase) + AROUND
             excerpt = visible(" ".join(shown[start:end].split()))
             return f"{kind}: '{'…' if start else ''}{excerpt}{'…' if end < len(shown) else ''}'"
     return kind
+
+
+@lru_cache(maxsize=1)
+def _masked(text: str) -> str:
+    """A text with several faults is masked once."""
+    return mask(text)
 
 
 def _contains_any(lower: pl.Series, words: Iterable[str]) -> pl.Series:
