@@ -390,7 +390,7 @@ def other_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         pytest.skip(f"no Python {request.param}, or none with venv and ensurepip")
     python = str(folder / "bin/python")
     installed = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "requirements.lock"), f"{ROOT}[pipeline,train]"],
+        [python, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "requirements.lock"), f"{ROOT}[pipeline,train,gx]"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if installed.returncode:
