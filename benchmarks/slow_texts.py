@@ -37,7 +37,7 @@ UNITS = (
 
 
 def _near_duplicates(text: str) -> None:
-    list(overlap.near_pairs([text, text[: len(text) // 2], text[: len(text) // 3]]))
+    list(overlap.near_pairs([text, text[: len(text) // 16]]))
 
 
 def _content(text: str) -> None:
@@ -68,7 +68,7 @@ def main() -> int:
     options = parser.parse_args()
     size = int(options.megabytes * 1e6)
     for check in options.checks:
-        CHECKS[check]("a@b.cd 4111111111111111 I am ")  # loads and compiles
+        CHECKS[check]("a@b.cd 4111111111111111 I am " * (overlap.SMALL // 20))  # loads and compiles
     rows = []
     for unit in options.unit or UNITS:
         text = unit * (size // len(unit.encode("utf-8", "surrogatepass")))

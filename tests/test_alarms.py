@@ -26,6 +26,7 @@ from dagster_project.evaluation.alarms import answers_are_not_empty, answers_dif
 from dagster_project.evaluation.comparison import recommended
 from dagster_project.evaluation.judge import by_reward, by_reward_text
 from dagster_project.evaluation.paired.pairwise import Match, Pair
+from dagster_project.lineage.impact import impact
 from dagster_project.orchestration.integrity import examine
 from dagster_project.stages import raw_examples, reward_model, splits, tokenized
 from dagster_project.training.inference.answers import Answer
@@ -162,6 +163,16 @@ def test_an_examination_that_hashed_nothing_is_refused(tmp_path: Path) -> None:
     (root / "data/sources/d.txt.dvc").unlink()
     with pytest.raises(InputError, match="there is nothing to hash"):
         examine(root)
+
+
+@pytest.mark.parametrize("asked", [{"text": "Why?"}, {"containing": "Why"}, {"record": "0" * 32}, {"text": "Why?", "near": True}])
+def test_an_impact_of_nothing_is_refused(asked: dict[str, Any], tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project")
+    with pytest.raises(InputError, match="nothing has been run here"):
+        impact(root, **asked)
+    (root / "dvc.lock").mkdir()  # damaged before it was ever committed
+    with pytest.raises(InputError, match="nothing has been run here"):
+        impact(root, **asked)
 
 
 def test_a_set_without_a_kept_row_stops_the_stage() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dagster_project.core.records import example_id
+from dagster_project.curation.checks import content, text_search
 from dagster_project.curation.checks.checks import CHECKS, Rules, judge
 from dagster_project.curation.checks.content import CONTENT_CHECKS, content_facts
 from dagster_project.curation.checks.findings import document
@@ -290,3 +294,52 @@ def test_findings_are_masked() -> None:
     shown = content_facts([ask(Q, f"I'm sorry, but I can't help with that. Use {key} or ann.lee@kites.co.uk instead")])
     said = json.dumps(shown)
     assert "refusal: " in said and key not in said and "ann.lee" not in said
+
+
+STOP = re.compile(r"(?<!\d)(?<!\b[A-Z])(?<!\bMr)(?<!\bDr)(?<!\bMrs)(?<!\bSt)[.!?…。！？][\"'”’)\]*_]*(?:\s|\Z)")
+CODE = re.compile(r"[{}=\\;|<>]|\b\w+\(|://|^\s{4,}\S|^[^\S\n]*+(?:#|//|import |def |class |SELECT )")
+PARTS = [*'aB1É²._!?…。"”)]*({=/#-ß\t,:', "Dr", "Mr", "Mrs", "St", "://", "import ", "def ", "    ", "f(", "the"]
+
+
+def test_ends_of_sentences_and_code_are_found_as_defined() -> None:
+    """The patterns in use look at fewer characters than the definitions."""
+    dice = random.Random(1)
+    for size in [2, 8, 40, 100] * 300:
+        line = "".join(dice.choices([*dice.sample(PARTS, dice.randint(2, 12)), " ", "a"], k=size))
+        assert [m.span() for m in content._STOP.finditer(line)] == [m.span() for m in STOP.finditer(line)], line
+        assert content._is_code(line) == bool(CODE.search(line)), line
+        assert all(content._has_words(line, n) == (len(line.split()) >= n) for n in (1, 3, 30)), line
+
+
+SEARCHED = {
+    name: value
+    for name, value in vars(content).items()
+    if isinstance(value, re.Pattern)
+    and (name in {"_TAG", "_ENTITY"} or f"first_match({name}, " in Path(content.__file__).read_text(encoding="utf-8"))
+}
+SPOKEN_WORDS = (
+    "As an a AI language model assistant , . I developed made trained am 'm just chatbot engineer my knowledge cutoff training data up to latest update do not have any personal "
+    "opinions 作为 一个 助手 als KI, como una IA, ChatGPT OpenAI Claude Google by created was the team at Qwen call me this is 我是 ich bin je suis soy your [ < { insert fill in ] > } "
+    'name recipient \'s first [date] ( {{ }} a_b lorem ipsum please xx <div class="x"> </p> <br/> <!-- --> &nbsp; &#39; ; = \x1c \u00a0 é İ ı ſ \u212a \ud800 User: Human: Assistant: '
+    "** > # AI: dialog script repeat echo write translate who are you about yourself times html css code template blank 2.1 \n"
+)
+SPOKEN = [*SPOKEN_WORDS.split(" ")]
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_long_texts_are_searched_as_short_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_search, "LONG", 0)
+    dice = random.Random(name)
+    for size in [5, 20, 60] * 60:
+        text = dice.choice([" ", "", "\n"]).join(dice.choices(dice.sample(SPOKEN, dice.randint(2, 14)), k=size))
+        match, found = SEARCHED[name].search(text), text_search.first_match(SEARCHED[name], text)
+        assert (match and match.span()) == (found and found.span()), text
+
+
+def test_comments_that_are_not_closed_change_no_search() -> None:
+    dice = random.Random(1)
+    for size in [3, 8, 30] * 200:
+        text = "".join(dice.choices(["<!--", "-->", "<br>", "html", "<div a='", ">", " ", "\n", "-"], k=size))
+        closed = content._without_open_comments(text)
+        assert [match.span() for match in content._TAG.finditer(text)] == [match.span() for match in content._TAG.finditer(closed)], text
+        assert content._TAG.sub("", text).replace("<!--", "<!  ") == content._TAG.sub("", closed).replace("<!--", "<!  "), text

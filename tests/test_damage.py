@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
+from ftfy import fix_encoding
 from ftfy.badness import BADNESS_RE, MOJIBAKE_CATEGORIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_project.curation.checks.damage import _damage, _damage_hint, damage, template_marks
+from dagster_project.curation.checks import damage as damages
+from dagster_project.curation.checks import text_search
+from dagster_project.curation.checks.damage import _damage, _damage_hint, damage, repaired_encoding, template_marks
 from dagster_project.curation.checks.privacy import candidates
 
 
@@ -119,6 +125,18 @@ def test_code_markup_and_headings_are_not_templates(text: str) -> None:
     assert template_marks([text]) == [None]
 
 
+def test_a_mark_outside_of_struck_parts_is_the_first() -> None:
+    dice = random.Random(1)
+    for size in [2, 5, 9, 30] * 100:
+        text = "".join(dice.choices(["<s>", "</s>", "a", "<s>b</s>", " ", "\n", "c" * 401], k=size))
+        whole = text.strip()
+        struck = [match.span() for match in damages._STRIKE.finditer(whole)]
+        marks = [match.span() for match in damages._SENTENCE.finditer(whole)]
+        outside = [mark for mark in marks if struck == [(0, len(whole))] or not any(a <= mark[0] < b for a, b in struck)]
+        found = damages._sentence(text)
+        assert (found and found.span()) == (outside[0] if outside else None), text
+
+
 def test_the_base_models_own_tokens_count_even_in_markup() -> None:
     own = ["<s>", "[PAD]", "<unused6>", "a|b*", "", " "]
     texts = ["Price: <s>$20</s> $15", "a [PAD] b", "x<unused61>", "a|b*", "a b", "<unused6>"]
@@ -130,6 +148,41 @@ def test_the_base_models_own_tokens_count_even_in_markup() -> None:
         None,
         "control token: '<unused6>'",
     ]
+
+
+BROKEN = [*"éÃÂ©ÐÑ×²³ßÀœ„“”‚Ä€™вЂВГРС\ufffd\x00\x85\xa0\u200bΒβ│═®°Ø…aA1 \n", "Ã©", "â€™", "Ð¿", "a Â ", "×²", "éÀ"]
+
+
+def mojibake_line_by_line(text: str) -> list[str | None]:
+    """The definition: for each line the first sequence that ftfy detects, where it can fix the line or the word."""
+    found: list[str | None] = []
+    for line in text.split("\n"):
+        line = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd\ufeff]", "", line)
+        match = BADNESS_RE.search(line)
+        word = line[line.rfind(" ", 0, match.start()) + 1 :].partition(" ")[0] if match else ""
+        found.append(match.group() if match and any(fix_encoding(part) != part for part in (line, word)) else None)
+    return found
+
+
+@pytest.mark.parametrize("long", [0, 40, 20_000])
+def test_mojibake_of_long_texts_is_that_of_each_line(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_search, "LONG", long)
+    dice = random.Random(1)
+    for size in [3, 20, 200, 1500] * 40:
+        text = "".join(dice.choices([*dice.sample(BROKEN, dice.randint(2, 9)), " ", "a"], k=size))
+        found = mojibake_line_by_line(text)
+        assert damages._mojibake(text) == next(filter(None, found), None), text
+        lines = [damages._unmojibake(line) if broken else line for line, broken in zip(text.split("\n"), found, strict=True)]
+        assert repaired_encoding(text) == "\n".join(lines), text
+        row = text.replace("\n", " ")
+        assert bool(candidates([row], damages._badness_hint())) == bool(BADNESS_RE.search(row)), row
+
+
+def test_after_many_lines_that_cannot_be_fixed_the_rest_is_not_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(damages, "MOST_UNFIXED", 3)
+    lines = ["éÀ a", "éÀ b", "éÀ a"]
+    assert damages._mojibake("\n".join([*lines, "cafÃ©"])) == "fÃ©", "equal lines count once"
+    assert damages._mojibake("\n".join([*lines, "éÀ c", "cafÃ©"])) is None
 
 
 @given(st.text(max_size=10), st.text(min_size=1, max_size=6).filter(str.strip), st.text(max_size=10))

@@ -23,7 +23,7 @@ from dagster_project.core.documents import read_report, set_aside
 from dagster_project.core.errors import InputError
 from dagster_project.lineage import history, lineage
 from dagster_project.lineage.impact import impact
-from dagster_project.orchestration import integrity
+from dagster_project.orchestration import integrity, rwlock
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dvc import read_stages
@@ -172,12 +172,12 @@ def test_a_damaged_measurement_is_set_aside(root: Path, caplog: pytest.LogCaptur
     assert len(caplog.messages) == 1 and "measured.json.damaged" in caplog.messages[0]
 
 
-@pytest.mark.parametrize("content", [b'{"write": []}', b"[1]", b'{"read": {"x": 3}}', b"\xff"])
+@pytest.mark.parametrize("content", [b'{"write": []}', b"[1]", b'{"read": {"x": 3}}', b'{"write": {"x": {"pid": -1, "cmd": ""}}}', b"\xff"])
 def test_a_table_of_locked_paths_of_another_shape_is_deleted(root: Path, content: bytes) -> None:
     path = root / ".dvc/tmp/rwlock"
     path.write_bytes(content)
     assert read_stages(root)["tok"].changed == []
-    assert not path.exists() or json.loads(path.read_bytes()) == {}
+    assert not path.exists() or not any(json.loads(path.read_bytes()).values())
 
 
 def test_dvc_repro_works_again_after_any_command(root: Path) -> None:
@@ -202,6 +202,22 @@ def test_a_killed_process_that_its_parent_does_not_collect_locks_nothing(root: P
     ended.wait()
 
 
+@pytest.mark.parametrize(("words", "locks"), [("", False), ("dvc repro", True)])
+def test_a_number_that_another_program_got_after_a_restart_locks_nothing(words: str, locks: bool, root: Path) -> None:
+    path = root / ".dvc/tmp/rwlock"
+    with subprocess.Popen(["sh", "-c", f"read line; : {words}"], stdin=subprocess.PIPE) as other:
+        table = {"write": {str(root / "data/tok"): {"pid": other.pid, "cmd": "dvc repro"}}}
+        path.write_text(json.dumps(table))
+        try:
+            assert "is busy" in dvc(root, "repro").stderr
+            assert bool(rwlock.writer_of(root, ["data/tok"])) == locks
+            read_stages(root)
+            assert json.loads(path.read_bytes())["write"] == (table["write"] if locks else {})
+            assert dvc(root, "repro").returncode == (255 if locks else 0)
+        finally:
+            other.kill()
+
+
 def test_a_damaged_cache_of_dvc_is_named_and_can_be_removed(root: Path) -> None:
     site = root / ".dvc" / "site"
     (root / ".dvc" / "config.local").write_text(f"[core]\nsite_cache_dir = {site}\n")
@@ -224,6 +240,17 @@ def test_a_file_whose_name_is_not_utf8_is_named(root: Path) -> None:
     with pytest.raises(InputError, match="not UTF-8") as raised:
         read_stages(root)
     assert "data/tok/a" in raised.value.what and raised.value.hint == "rename the file"
+
+
+def test_a_damaged_configuration_of_git_is_named(root: Path) -> None:
+    config = root / ".git/config"
+    before = config.read_bytes()
+    config.write_text("[core\n")
+    with pytest.raises(InputError, match=r"\.git/config: git's configuration cannot be read") as raised:
+        read_stages(root)
+    assert raised.value.hint == "correct it: `git config --list` names the line"
+    config.write_bytes(before)
+    assert read_stages(root)["tok"].changed == []
 
 
 def test_line_ends_that_git_changed_are_named(root: Path) -> None:

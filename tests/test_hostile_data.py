@@ -17,7 +17,7 @@ import pytest
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import LONGEST, InputError
-from dagster_project.curation.checks import content, privacy
+from dagster_project.curation.checks import content, damage, privacy
 from dagster_project.curation.sources import call_texts, files, table_limits
 from dagster_project.orchestration.dagster import metadata
 
@@ -189,6 +189,11 @@ def cpu_seconds(call: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def answered(text: str) -> object:
+    messages = [{"role": "user", "content": "Where does the river begin?"}, {"role": "assistant", "content": text}]
+    return content.content_facts([{"messages": messages}])
+
+
 SLOW: dict[str, Callable[[str], object]] = {
     "BEGIN ENCRYPTED PRIVATE KEY:": lambda text: privacy.scan([text]),
     "Comment: BEGIN ENCRYPTED PRIVATE KEY\n": lambda text: privacy.scan([text]),
@@ -200,7 +205,16 @@ SLOW: dict[str, Callable[[str], object]] = {
     '"arguments": \'': lambda text: call_texts._with_json_text(text),
     "?": lambda text: content._SENTENCE.split(text),
     "\t": lambda text: content._ITEM.sub("", text, count=1),
-    "\n": lambda text: content._CODE.search(text + "x"),
+    "\n": lambda text: content._is_code(text + "x"),
+    "a ": lambda text: answered(text + "b"),
+    "aa": lambda text: answered(f"```\na\n``` b c d e {text}1"),
+    "PRIVATE KEY": lambda text: answered(text),
+    "As an AI ": lambda text: answered(text),
+    "{{": lambda text: answered(text),
+    "<!--": lambda text: answered("<br>" + text),
+    "é": lambda text: damage.damage([text]),
+    "<s>a</s>": lambda text: damage.template_marks([text]),
+    "éÀ\n": lambda text: damage.damage([text]),
 }
 
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagster_project.curation.similarity import _overlap_numba as compiled
+from dagster_project.curation.similarity import _overlap_python as plain
 from dagster_project.curation.similarity import overlap, rounds
 from dagster_project.curation.similarity.overlap import RARE, Pair, clusters, near_pairs, shared_span, thirteen_gram_pairs, words
 
@@ -261,3 +262,12 @@ def test_identical_texts_always_pair(text: str, rows: list[str]) -> None:
 def test_the_shared_run_is_the_first_of_the_longest(left: list[str], right: list[str]) -> None:
     run = difflib.SequenceMatcher(None, left, right, autojunk=False).find_longest_match()
     assert overlap._longest_run(left, right) == ((run.a, run.b, run.size) if run.size else (0, 0, 0))
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1), st.lists(st.sampled_from("abcd"), min_size=1))
+def test_words_in_the_same_order_are_the_longest_common_subsequence(one: list[str], other: list[str]) -> None:
+    lengths = {(i, j): 0 for i in range(len(one) + 1) for j in range(len(other) + 1)}
+    for i, left in enumerate(one, 1):
+        for j, right in enumerate(other, 1):
+            lengths[i, j] = lengths[i - 1, j - 1] + 1 if left == right else max(lengths[i - 1, j], lengths[i, j - 1])
+    assert plain._in_order(tuple(one), tuple(other)) == lengths[len(one), len(other)] / min(len(one), len(other))

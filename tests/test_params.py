@@ -171,10 +171,11 @@ def test_an_invalid_yaml_value_is_one_message(content: str, tmp_path: Path) -> N
         ("[" * 3000, "is not valid YAML"),
         ("? {a: 1}\n: 2", "is not valid YAML"),
         ("a: &x [1, *x]", "a: an alias contains itself"),
+        (f"a: {{b: 0x{'f' * 5000}}}", "a.b: an integer of 20000 bits"),
         ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
          "params.yaml has 1,234,567,900 values with its aliases written out"),
     ],
-    ids=["number", "null", "truth value", "top", "empty number", "brackets", "mapping as key", "endless", "many"],
+    ids=["number", "null", "truth value", "top", "empty number", "brackets", "mapping as key", "endless", "bits", "many"],
 )  # fmt: skip
 def test_what_yaml_reads_otherwise_than_meant_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(text)

@@ -377,7 +377,7 @@ def test_long_texts_are_searched_where_a_match_can_begin(local: text_search.Loca
 
 def test_no_character_that_python_takes_for_no_letter_is_one_in_hints() -> None:
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    letters = text_search.text_column(characters).str.contains(f"^{text_search._WORD}$")
+    letters = text_search.text_column(characters).str.contains(f"^{text_search.WORD}$")
     assert letters.sum() > 100_000
     assert all(re.match(r"\w", characters[i]) for i in letters.arg_true())
 

@@ -83,7 +83,7 @@ def impact(
         cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was asked for. The verdict is "yes",
         "no" only if everything was looked at, or else "cannot tell".
     Raises:
-        InputError: the question cannot be answered: no such source or hash was ever recorded, or the id is malformed.
+        InputError: the question cannot be answered: no such source or hash was ever recorded, the id is malformed, or there is nothing to look at.
     """
     if text is not None and not text.strip():
         raise InputError("--text: the text is empty", "give the whole text of a message, or a part of it with --containing")
@@ -131,6 +131,11 @@ def impact(
             model |= {name: partly[name] for name in ("missing", "fetch")}
     unknown = [*undecided.values(), *unmapped]
     complete = not (unknown or index.unreadable or index.history.shallow)
+    looked_at = index.looked_at()
+    if complete and not looked_at["models"] and not looked_at["data_sets"]:
+        raise InputError(
+            "nothing has been run here: no model and no data set can be looked at", "run it in the project's folder, or `dvc repro` first"
+        )
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
         **({"published": {"id": asked["record"], "record": published}} if published else {}),
@@ -141,7 +146,7 @@ def impact(
         **({"matches": matches} if containing is not None else {}),
         **({"read_by": read_by} if read_by else {}),
         "unknown": unknown,
-        "looked_at": index.looked_at(),
+        "looked_at": looked_at,
         "unreadable": index.unreadable,
         "shallow": index.history.shallow,
     }

@@ -37,6 +37,8 @@ def explained(error: Exception, root: Path) -> InputError | None:
         return InputError(
             f"your user, {os.getuid()}, has no name, and DVC needs one", "set the environment variable USER, for example to `user`"
         )
+    if isinstance(error, ValueError) and (file := _file_of_git(error)):
+        return InputError(f"{file}: git's configuration cannot be read: {error}", "correct it: `git config --list` names the line")
     if isinstance(error, UnicodeEncodeError) and (name := _name_that_is_not_utf8(root / "data")):
         return InputError(f"{name!r}: the name of this file is not UTF-8, and DVC cannot record it", "rename the file")
     if isinstance(error, private_module("dvc.config").ConfigError):
@@ -74,6 +76,12 @@ def _folder_of_cache(error: sqlite3.DatabaseError) -> str:
         (str(owner.directory) for owner in owners if type(owner).__module__.partition(".")[0] in LIBRARIES and hasattr(owner, "directory")),
         "",
     )
+
+
+def _file_of_git(error: ValueError) -> str:
+    """The file of git's configuration in which DVC's reader found a mistake; empty if the error has another cause."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_globals.get("__name__") == "dulwich.config"]
+    return next((os.fsdecode(path) for frame in reversed(frames) if (path := frame.f_locals.get("path")) is not None), "")
 
 
 def _name_that_is_not_utf8(folder: Path) -> str:

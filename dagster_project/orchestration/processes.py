@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 
 import psutil
 
@@ -29,6 +30,16 @@ def is_running(pid: int, since: float | None = None) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and (since is None or process.create_time() <= since + 1)
     except psutil.NoSuchProcess:
         return False
+
+
+def runs_one_of(pid: int, programs: Iterable[str]) -> bool:
+    """Whether a process exists and one of these words is in its command, or this user may not read that."""
+    try:
+        return is_running(pid) and any(program in word for word in psutil.Process(pid).cmdline() for program in programs)
+    except (psutil.NoSuchProcess, ValueError):  # ValueError: a negative number
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 def descends_from(pid: int) -> bool:

@@ -13,11 +13,13 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.history import is_within
 from dagster_project.orchestration.private_api import private_module
-from dagster_project.orchestration.processes import is_running
+from dagster_project.orchestration.processes import runs_one_of
 
 log = logging.getLogger("pedigree")
 
 TABLE = Path(".dvc", "tmp", "rwlock")
+OWNERS = ("python", "dvc", "pedigree", "dagster")
+"""Words of which one is in the command line of every process that makes entries."""
 
 
 def _table(root: Path) -> dict[str, Any] | None:
@@ -34,7 +36,8 @@ def _table(root: Path) -> dict[str, Any] | None:
 
 def repair(root: Path) -> None:
     """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then refuses every command. Remove the entries of ended
-    processes: DVC counts a killed process as running as long as its parent does not collect it, which the first process of a container may never do.
+    processes: DVC counts a killed process as running as long as its parent does not collect it, which the first process of a container may never do,
+    and after a restart of the machine if another program has its number.
 
     Raises:
         InputError: something else is in the place of one of DVC's locks.
@@ -68,9 +71,9 @@ def _hardlink_lock(root: Path) -> bool:
 
 def _of_running(table: dict[str, Any]) -> dict[str, Any]:
     """The table without the entries of ended processes."""
-    running = cache(is_running)
-    write = {path: owner for path, owner in table.get("write", {}).items() if running(owner["pid"])}
-    read = {path: [owner for owner in owners if running(owner["pid"])] for path, owners in table.get("read", {}).items()}
+    runs = cache(_runs)
+    write = {path: owner for path, owner in table.get("write", {}).items() if runs(**owner)}
+    read = {path: [owner for owner in owners if runs(**owner)] for path, owners in table.get("read", {}).items()}
     return {
         **table,
         **({"write": write} if "write" in table else {}),
@@ -78,11 +81,18 @@ def _of_running(table: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _runs(pid: int, cmd: str) -> bool:
+    """Whether the process of an entry runs. One with its number can be another program: its command line has neither a word of `OWNERS` nor the
+    first of the entry.
+    """
+    return runs_one_of(pid, (*OWNERS, cmd.partition(" ")[0]))
+
+
 def writer_of(root: Path, paths: Iterable[str]) -> str:
     """The process that is writing one of these paths, from DVC's table of locked paths; empty if there is none."""
-    table = _table(root) or {}
+    table = _of_running(_table(root) or {})
     for locked, owner in table.get("write", {}).items():
         uses = any(is_within(locked, str(root / path)) or is_within(str(root / path), locked) for path in paths)
-        if uses and owner["pid"] != os.getpid() and is_running(owner["pid"]):
+        if uses and owner["pid"] != os.getpid():
             return f"process {owner['pid']} ({owner['cmd']})"
     return ""

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import calls
@@ -19,7 +19,7 @@ from dagster_project.curation.checks.check import Action, Check, DataSet, Rows, 
 from dagster_project.curation.checks.damage import visible
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.profile import scripts
-from dagster_project.curation.checks.text_search import text_column
+from dagster_project.curation.checks.text_search import first_match, text_column
 
 if TYPE_CHECKING:
     import polars as pl
@@ -141,11 +141,17 @@ def _texts(records: Sequence[Mapping[str, Any]]) -> Texts:
 def _excerpt(one: Exchange, kind: str, phrase: str) -> str:
     """The kind, and the masked text around the phrase unless something in the phrase itself is masked."""
     for text in (one.said, one.asked) if phrase else ():
-        if phrase in text and (at := (shown := mask(text)).find(phrase)) >= 0:
+        if phrase in text and (at := (shown := _masked(text)).find(phrase)) >= 0:
             start, end = max(0, at - AROUND), at + len(phrase) + AROUND
             excerpt = visible(" ".join(shown[start:end].split()))
             return f"{kind}: '{'…' if start else ''}{excerpt}{'…' if end < len(shown) else ''}'"
     return kind
+
+
+@lru_cache(maxsize=1)
+def _masked(text: str) -> str:
+    """A text with several faults is masked once."""
+    return mask(text)
 
 
 def _contains_any(lower: pl.Series, words: Iterable[str]) -> pl.Series:
@@ -233,7 +239,7 @@ def _refusal(one: Exchange) -> Match | None:
         match = pattern.search(head)
         if match is None or _is_quoted(head, match.start()) or _holds(one.before, " ".join(match.group().split()[-3:])):
             continue
-        if any(match.groupdict().values()) or not _WRITTEN_FOR_OTHERS.search(one.asked):
+        if any(match.groupdict().values()) or not first_match(_WRITTEN_FOR_OTHERS, one.asked):
             return "refusal", match.group().strip()
     return None
 
@@ -264,12 +270,12 @@ _ASKS_WHO = re.compile(
 
 
 def _boilerplate(one: Exchange) -> Match | None:
-    match = _BOILERPLATE.search(_prose(one.said))
+    match = first_match(_BOILERPLATE, _prose(one.said))
     if (
         match is None
         or _is_quoted(one.said, one.said.find(match.group()))
         or _holds(one.before, match.group())
-        or _ASKS_WHO.search(one.asked)
+        or first_match(_ASKS_WHO, one.asked)
     ):
         return None
     return "speaks as an AI", match.group().strip()
@@ -305,7 +311,7 @@ _NAMED = re.compile(rf"{_MODELS}|{_ALSO_WORDS}|{_MAKERS}")
 
 
 def _identity(one: Exchange) -> Match | None:
-    match = _IDENTITY.search(_prose(one.said)) if _FIRST_PERSON.search(one.said) else None
+    match = first_match(_IDENTITY, _prose(one.said)) if first_match(_FIRST_PERSON, one.said) else None
     if match is None or _is_quoted(one.said, one.said.find(match.group())):
         return None
     named = _NAMED.search(match.group())
@@ -362,11 +368,11 @@ def _placeholder(one: Exchange) -> Match | None:
     if _is_only_placeholder(one.said):
         return "nothing but a placeholder", one.said.strip()
     before = one.before
-    if _WANTS_SLOTS.search(before):
+    if first_match(_WANTS_SLOTS, before):
         return None
-    if (match := _SLOT.search(_prose(one.said))) and not _holds(before, match.group()):
+    if (match := first_match(_SLOT, _prose(one.said))) and not _holds(before, match.group()):
         return "slot in the response", match.group()
-    if match := _INSERT.search(_prose(one.asked)):
+    if match := first_match(_INSERT, _prose(one.asked)):
         return "slot in the prompt", match.group()
     return None
 
@@ -401,7 +407,7 @@ def _echo_pretest(texts: Texts) -> Iterable[int]:
 def _echo(one: Exchange) -> Match | None:
     asked, answer = _normalized(one.asked).strip(_AROUND_ECHO), _LABELLED.sub("", one.said, count=1)
     said = _normalized(answer).lstrip(_AROUND_ECHO)
-    if not said.startswith(asked[:ECHO]) or _WANTS_ECHO.search(one.asked):
+    if not said.startswith(asked[:ECHO]) or first_match(_WANTS_ECHO, one.asked):
         return None
     for part in dict.fromkeys((asked, _normalized(one.asked.strip().partition("\n\n")[0]).strip(_AROUND_ECHO))):
         if len(part) < ECHO or part.count(" ") < 2:
@@ -412,7 +418,7 @@ def _echo(one: Exchange) -> Match | None:
             continue
         first_line = _normalized(answer.strip().partition("\n")[0]).strip(_AROUND_ECHO)
         if (part == asked and (part[-1] in "?!.:。？！" or first_line == part)) or (
-            first_line == part and not _WANTS_EDIT.search(one.asked)
+            first_line == part and not first_match(_WANTS_EDIT, one.asked)
         ):
             return "the response begins with the prompt", ""
     return None
@@ -482,12 +488,13 @@ _GOES_ON = frozenset(
         "without",
     ]
 )
-_LAST_WORD = re.compile(r"([^\W\d_]+)\Z")
 _BULLET = r"(?:[-*•+–]|\d{1,3}[.)])"
 _EMPTY_ITEM = re.compile(rf"(?:\A|\n)[ \t]*(?:{_BULLET}|#{{1,6}})(?:[ \t]+\*{{1,2}})?\Z")
 _ITEM = re.compile(rf"(?<![ \t])[ \t]*+(?:{_BULLET}|[a-zA-Z][.)]|#{{1,6}}|>|\|)\s*")
-_STOP = re.compile(r"(?<!\d)(?<!\b[A-Z])(?<!\bMr)(?<!\bDr)(?<!\bMrs)(?<!\bSt)[.!?…。！？][\"'”’)\]*_]*(?:\s|\Z)")
-_CODE = re.compile(r"[{}=\\;|<>]|\b\w+\(|://|^\s{4,}\S|^[^\S\n]*+(?:#|//|import |def |class |SELECT )", re.MULTILINE)
+_STOP = re.compile(r"[.!?…。！？](?<!\d.)(?<!\b[A-Z].)(?<!\bMr.)(?<!\bDr.)(?<!\bMrs.)(?<!\bSt.)[\"'”’)\]*_]*(?:\s|\Z)")
+"""Lookbehinds follow the mark: before it, they would be tried at every character."""
+_CODE = (re.compile(r"[{}=\\;|<>]"), re.compile(r"\((?<=\w.)"), re.compile("://"))
+_CODE_LINE = re.compile(r"\s{4,}\S|[^\S\n]*+(?:#|//|import |def |class |SELECT )")
 _SIGNATURE = re.compile(r"\W*[-–—#@~(]|\W*(?:sincerely|regards|love|yours|cheers|best|thanks|thank you)\b", re.IGNORECASE)
 
 
@@ -515,18 +522,19 @@ def _find_cut_end(one: Exchange) -> Match | None:
     if text[-1] not in "}]" and re.match(r'(?:\{\s*"|\[\s*[{\["])', text):
         return "open JSON", tail
     prose = _prose(text).rstrip()
-    if not prose or prose[-1] != text[-1] or len(prose.split()) < 5:
+    if not prose or prose[-1] != text[-1] or not _has_words(prose, 5):
         return None
     if _EMPTY_ITEM.search(prose):
         return "empty list item", tail
     last = prose.rpartition("\n")[2]
-    if _CODE.search(last):
+    if _is_code(last):
         return None
     if prose[-1] in ",(":
         return ("ends with a comma" if prose[-1] == "," else "open bracket"), tail
     if prose[-1] == ":" and _STOP.search(prose):
         return "ends with a colon", tail
-    return ("ends in mid-sentence", tail) if (word := _LAST_WORD.search(prose)) and _is_mid_sentence(prose, last, word[1]) else None
+    word = _WORDS.match(prose.rsplit(None, 1)[-1][::-1])  # from its end: a search for it would begin at every letter
+    return ("ends in mid-sentence", tail) if word and _is_mid_sentence(prose, last, word.group()[::-1]) else None
 
 
 def _is_mid_sentence(prose: str, last: str, word: str) -> bool:
@@ -538,15 +546,25 @@ def _is_mid_sentence(prose: str, last: str, word: str) -> bool:
     """
     if not _STOP.search(prose):
         return False
-    if len(last.split()) >= 3 and word in _GOES_ON:
+    if word in _GOES_ON and _has_words(last, 3):
         return True
-    if len(prose.split()) < LONG:
+    if not _has_words(prose, LONG):
         return False
     sentences = _STOP.split(_ITEM.sub("", last, count=1))
     if len(sentences) > 1:
         return not _SIGNATURE.match(sentences[-1])
-    lines = [line.rstrip() for line in prose.split("\n")[:-1] if len(line.split()) >= PROSE]
-    return len(last.split()) >= PROSE - 2 and len(lines) >= 2 and all(line[-1] in _CLOSED or line[-1] == ":" for line in lines)
+    if not _has_words(last, PROSE - 2):
+        return False
+    lines = [line.rstrip() for line in prose.split("\n")[:-1] if _has_words(line, PROSE)]
+    return len(lines) >= 2 and all(line[-1] in _CLOSED or line[-1] == ":" for line in lines)
+
+
+def _has_words(text: str, least: int) -> bool:
+    return len(text.split(None, least - 1)) >= least
+
+
+def _is_code(line: str) -> bool:
+    return bool(any(pattern.search(line) for pattern in _CODE) or _CODE_LINE.match(line))
 
 
 # --- loops -------------------------------------------------------------------------------------------------------------------------
@@ -595,7 +613,7 @@ def _loop(one: Exchange) -> Match | None:
     text = _prose(one.said[:LOOKED_THROUGH])
     tokens = _TOKEN.findall(text.casefold())
     shared = [max(Counter(zip(*(tokens[k:] for k in range(size)), strict=False)).values(), default=0) for size in (3, 4)]
-    if shared[0] < LOOPS or _WANTS_LOOPS.search(one.asked):
+    if shared[0] < LOOPS or first_match(_WANTS_LOOPS, one.asked):
         return None
     units = Counter(_COUNTER.sub("", unit).strip() for unit in _SENTENCE.split(text))
     again = {unit: times * len(unit) for unit, times in units.items() if times >= LOOPS and _is_sentence(unit)}
@@ -609,7 +627,7 @@ def _loop(one: Exchange) -> Match | None:
 
 
 def _is_sentence(text: str) -> bool:
-    return (len(text.split()) >= 3 or len(_TOKEN.findall(text)) >= 6) and not _CODE.search(text)
+    return (_has_words(text, 3) or len(_TOKEN.findall(text)) >= 6) and not _is_code(text)
 
 
 # --- markup ------------------------------------------------------------------------------------------------------------------------
@@ -639,7 +657,14 @@ _WANTS_TALK = re.compile(
     r"dialog|conversation|\bchat|transcript|interview|\bscript\b|role|\bskit\b|\bplay\b|discussion|scene|exchange|\bbot\b|debate|human\b|\buser\b|assistant",
     re.IGNORECASE,
 )
+_MENTIONS_TALK = re.compile(r"dialog|conversation|transcript|interview|\bscript\b", re.IGNORECASE)
 _DOCUMENT = re.compile(r"\s*<(?:!doctype|html|\?xml|svg|[a-z]+[ >])", re.IGNORECASE)
+
+
+def _without_open_comments(text: str) -> str:
+    """Comments that are not closed, without their marks: from each of them, a search for its end would go through the whole text."""
+    end = text.rfind("-->") + 1
+    return text[:end] + text[end:].replace("<!--", "<!  ")
 
 
 def _markup_pretest(texts: Texts) -> Iterable[int]:
@@ -647,16 +672,18 @@ def _markup_pretest(texts: Texts) -> Iterable[int]:
 
 
 def _markup(one: Exchange) -> Match | None:
-    said, asked, before = _prose(one.said), _prose(one.asked), one.before
-    if (match := _ROLE_IN_RESPONSE.search(said)) and not _WANTS_TALK.search(before):
+    said, asked, before = map(_without_open_comments, (_prose(one.said), _prose(one.asked), one.before))
+    if (match := first_match(_ROLE_IN_RESPONSE, said)) and not first_match(_WANTS_TALK, before):
         return "role label", match.group().strip()
-    if (match := _ROLE_IN_PROMPT.search(asked)) and not re.search(r"(?i)dialog|conversation|transcript|interview|\bscript\b", asked):
+    if (match := first_match(_ROLE_IN_PROMPT, asked)) and not first_match(_MENTIONS_TALK, asked):
         return "role label", match.group().strip()
-    if _DOCUMENT.match(said) and said.rstrip().endswith(">") and _ABOUT_MARKUP.search(before):
+    if _DOCUMENT.match(said) and said.rstrip().endswith(">") and first_match(_ABOUT_MARKUP, before):
         return None
     for text in (said, asked):
         for kind, pattern in (("HTML tag", _TAG), ("HTML entity", _ENTITY)):
-            if (match := pattern.search(text)) and not any(_ABOUT_MARKUP.search(pattern.sub("", words)) for words in (before, text)):
+            if (match := first_match(pattern, text)) and not any(
+                first_match(_ABOUT_MARKUP, pattern.sub("", words)) for words in {before, text}
+            ):
                 return kind, match.group()
     return None
 
@@ -726,7 +753,7 @@ def _language(one: Exchange) -> Match | None:
         differ = f"{languages[0]} asked, {languages[1]} answered"
     else:
         return None
-    return None if _NAMES_A_LANGUAGE.search(one.before) else (differ, said[:40])
+    return None if first_match(_NAMES_A_LANGUAGE, one.before) else (differ, said[:40])
 
 
 def _languages(asked: str, said: str) -> tuple[str, str] | None:

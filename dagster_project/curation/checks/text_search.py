@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ LONG = 20_000
 """Characters up to which a text is searched as a whole."""
 PIECE, REACH = 512, 160
 """Characters of the pieces of a longer text, and those that a match of a `Local` pattern has at most, with what follows it."""
-_WORD = r"[\p{L}\p{N}_&&\p{Age=14.0}]"
+WORD = r"[\p{L}\p{N}_&&\p{Age=14.0}]"
 r"""\w of Python in Rust's syntax, in the oldest version of Unicode of a supported Python: newer ones have more letters, so it finds too many pieces, not
 too few."""
 
@@ -87,7 +87,7 @@ class Local:
         either = f"[^{self.decimals}{self.after}]" + f"|[{self.decimals}][^0-9]" * bool(self.decimals)
         hint = (f"[^{self.before}]" if self.before else "(?s:.)") + f"(?:{self.body})" + f"(?:{either})" * bool(behind)
         object.__setattr__(self, "pattern", re.compile(pattern))
-        object.__setattr__(self, "hint", hint.replace(r"\w", _WORD))
+        object.__setattr__(self, "hint", hint.replace(r"\w", WORD))
 
 
 class LongText(str):
@@ -116,6 +116,42 @@ def text_column(texts: Sequence[str]) -> pl.Series:
         return pl.Series(texts, dtype=pl.String)
     except UnicodeEncodeError:  # Arrow cannot store half of a surrogate pair
         return pl.Series([re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts], dtype=pl.String)
+
+
+def first_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """As `pattern.search`: in a long text, from where Rust's engine finds the first match of a looser expression."""
+    if len(text) <= LONG or _OTHER_CASES.search(text):
+        return pattern.search(text)
+    at = text_column([text]).str.find(looser(pattern))[0]
+    if at is None:
+        return None
+    return pattern.search(text, at if text.isascii() else len(text.encode("utf-8", "surrogatepass")[:at].decode("utf-8", "surrogatepass")))
+
+
+_OTHER_CASES = re.compile("[\u0130\u0131]")
+"""Letters that Python's engine takes for an i where case is ignored, and Rust's does not."""
+
+
+@cache
+def looser(pattern: re.Pattern[str]) -> str:
+    r"""An expression in Rust's syntax that matches, if not more, where a pattern does: without \b and (?!...), and with what (?=...) holds."""
+    parts, at, source = [], 0, pattern.pattern.replace(r"\b", "").replace(r"\Z", r"\z").replace("(?=", "(?:")
+    while (start := source.find("(?!", at)) >= 0:
+        parts.append(source[at:start])
+        at = _closing(source, start)
+    source = "".join([*parts, source[at:]]).replace(r"\w", WORD).replace(r"\s", r"[\s\x1c-\x1f]")
+    flags = "i" * bool(pattern.flags & re.IGNORECASE) + "s" * bool(pattern.flags & re.DOTALL) + "m" * bool(pattern.flags & re.MULTILINE)
+    return f"(?{flags}){source}" if flags else source
+
+
+def _closing(source: str, start: int) -> int:
+    """The position after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for part in re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()]", re.DOTALL).finditer(source, start):
+        depth += {"(": 1, ")": -1}.get(part.group(), 0)
+        if not depth:
+            return part.end()
+    raise ValueError(f"not closed: {source[start:]}")
 
 
 def matches(pattern: re.Pattern[str] | Local, text: str, most: int = MOST_CANDIDATES) -> Iterator[re.Match[str]]:

@@ -99,11 +99,14 @@ def hash_spans(values: Array, starts: Array, lengths: Array) -> Array:
 
 
 @compiled
-def _name_part(hashes: Array, values: Array, starts: Array, lengths: Array, part: np.uint64, names: Array) -> None:
-    """Name the spans whose hash belongs to `part`, in a table by linear probing of (half a hash, first span + 1)."""
-    count = 0
+def _count_parts(hashes: Array, counts: Array) -> None:
     for k in range(len(hashes)):
-        count += hashes[k] >> _SHIFT == part
+        counts[hashes[k] >> _SHIFT] += 1
+
+
+@compiled
+def _name_part(hashes: Array, values: Array, starts: Array, lengths: Array, part: np.uint64, count: int, names: Array) -> None:
+    """Name the `count` spans whose hash belongs to `part`, in a table by linear probing of (half a hash, first span + 1)."""
     size = count + count // 2 + 1
     table = np.zeros(size, np.uint64)
     for k in range(len(hashes)):
@@ -140,9 +143,11 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
     if len(starts) > MOST:
         raise InputError(f"{len(starts)} words: at most {MOST} can be compared at once", "compare the files in parts")
     hashes = hash_spans(values, starts, lengths)
-    names = np.empty(len(starts), np.int32)
+    names, counts = np.empty(len(starts), np.int32), np.zeros(PARTS, np.int64)
+    _count_parts(hashes, counts)
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), names), range(PARTS)))
+        parts = np.flatnonzero(counts).tolist()
+        list(pool.map(lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), int(counts[part]), names), parts))
     return names
 
 
