@@ -148,6 +148,20 @@ def impact(
     }
 
 
+def exposed_models(index: Index, ids: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`models` and `unknown` of `impact`, for any of some records and what was made from them.
+
+    Args:
+        index: whose records were read.
+        ids: `example_id` of each record.
+    """
+    query = _ImpactQuery(index)
+    query.match_records([record_key(one) for one in ids], {record_key(one): one for one in ids}, derived=True)
+    models = query.models()
+    decided = {model["md5"] for model in models}
+    return models, [model for model in query.unknown() if model["md5"] not in decided]
+
+
 def _known_source(index: Index, source: str) -> str:
     """A source as records name it.
 
