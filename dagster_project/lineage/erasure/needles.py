@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 LONGEST, SHORTEST = 24, 12
 """Bytes of text in a pattern are those of this many characters. A quotation of at least twice LONGEST contains one of them whole."""
@@ -34,7 +34,6 @@ class Needles:
     """32 hexadecimal digits: `example_id` of each record, and the ids under which releases published it."""
     unsearchable: int = 0
     """Texts without a fragment of their own: short, or shared with records that stay. Their records are found by id only."""
-    _patterns: tuple[tuple[str, ...], ...] = field(default=(), compare=False, repr=False)
 
     def patterns(self) -> tuple[list[str], list[str]]:
         """(of texts, of ids), as bytes in Latin-1, which `extract_many` of polars searches for all at once."""

@@ -136,7 +136,7 @@ class Found:
     made: list[str] = field(default_factory=list)
     """Ids of records that the pipeline made from them: they end with them."""
     tombstones: list[dict[str, Any]] = field(default_factory=list)
-    needles: Needles = Needles()
+    needles: Needles = field(default_factory=Needles)
 
     @property
     def rows(self) -> dict[str, set[int]]:

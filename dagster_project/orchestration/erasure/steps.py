@@ -28,8 +28,8 @@ from dagster_project.orchestration.run_all import run_all
 
 log = logging.getLogger("pedigree")
 
-OWN_SCRATCH = ("set_aside", "checkpoints", "scratch")
-"""Folders of .dvc/tmp/pedigree that may hold tokens or weights of a run with the record: deleted as a whole."""
+OWN_SCRATCH = ("set_aside", "checkpoints", "scratch", "rows")
+"""Folders of .dvc/tmp/pedigree that may hold tokens, weights or hashes of a run with the record: deleted as a whole."""
 DELETED = ("pages", "scratch files")
 """Places whose files are deleted: they are drawn again, or are of no use."""
 
