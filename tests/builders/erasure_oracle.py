@@ -61,9 +61,7 @@ def holds(column: Any, sequence: Sequence[int]) -> bool:
     if not pa.types.is_list(column.type) or not pa.types.is_integer(column.type.value_type):
         return False
     sought = list(sequence)
-    return any(
-        row[i : i + len(sought)] == sought for row in column.to_pylist() if row for i in range(len(row)) if row[i] == sought[0]
-    )
+    return any(row[i : i + len(sought)] == sought for row in column.to_pylist() if row for i in range(len(row)) if row[i] == sought[0])
 
 
 def blobs_with(folder: Path, word: str) -> set[str]:

@@ -109,3 +109,21 @@ def read_erased(root: Path) -> Erased | None:
             )
         marks |= found
     return Erased(key, frozenset(marks))
+
+
+def erased_on(root: Path, keys: Iterable[bytes], example_id: str) -> str | None:
+    """The day on which a record was erased; None if it was not, or no key is the one of its tombstone.
+
+    Args:
+        keys: of the project, now and before.
+    """
+    path = root / TOMBSTONES
+    marks = {record_mark(key, example_id) for key in keys} if path.is_file() else set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if marks else ():
+        try:
+            entry = json.loads(line)
+            if entry["record"] in marks:
+                return str(entry["date"])
+        except (ValueError, TypeError, KeyError):  # `raw_examples` refuses the file, and says where it is damaged
+            continue
+    return None
