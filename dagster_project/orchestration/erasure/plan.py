@@ -60,6 +60,9 @@ def load(root: Path) -> dict[str, Any] | None:
 
 
 def save(root: Path, plan: Mapping[str, Any]) -> None:
+    """Only the owner may enter the folder of the plan, which holds the text."""
+    (root / PLAN).mkdir(parents=True, exist_ok=True)
+    (root / PLAN).chmod(0o700)
     write_json(root / FILE, plan)
 
 
