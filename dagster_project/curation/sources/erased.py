@@ -42,7 +42,7 @@ def text_marks(key: bytes, record: Mapping[str, Any]) -> list[str]:
     if "prompt" in record:
         sides = [[*record["prompt"], *(record[side] or ())] for side in ("chosen", "rejected")]
     else:
-        sides = [record["messages"] or ()]
+        sides = [[*(record["messages"] or ())]]
     texts = ["\0".join(map(_normalized, side)) for side in map(_turns, sides) if side]
     return list(dict.fromkeys(hmac.digest(key, b"erased text\0" + text.encode("utf-8", "surrogatepass"), "sha256").hex() for text in texts))
 

@@ -46,7 +46,7 @@ class Search:
     unreadable: list[str] = field(default_factory=list)
 
     def document(self, root: Path) -> dict[str, object]:
-        found = {
+        found: dict[str, object] = {
             place: {"files": len(hits), "bytes": sum(hit.size for hit in hits), "paths": [_shown(root, hit.path) for hit in hits]}
             for place, hits in self.places.items()
         }

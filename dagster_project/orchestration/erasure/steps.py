@@ -21,8 +21,8 @@ from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.history import Objects
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration.erasure import event_log, objects
-from dagster_project.orchestration.erasure.places import CACHE, EVENT_LOG, Search, search
-from dagster_project.orchestration.erasure.plan import PLAN, found_in_models, models_now, needles_in, save
+from dagster_project.orchestration.erasure.places import CACHE, EVENT_LOG, PLAN, Search, search
+from dagster_project.orchestration.erasure.plan import found_in_models, models_now, needles_in, save
 from dagster_project.orchestration.erasure.remotes import needed_objects, remotes_of, removers
 from dagster_project.orchestration.run_all import run_all
 
