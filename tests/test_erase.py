@@ -27,6 +27,7 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import record_key
 from dagster_project.orchestration.erasure import event_log
 from dagster_project.orchestration.erasure.objects import to_remove
+from dagster_project.orchestration.erasure.plan import models_of
 from dagster_project.stages import raw_examples, raw_preferences
 
 KEY = "5f" * 32
@@ -96,6 +97,12 @@ def test_a_text_is_found_in_every_container_and_another_text_in_none(tmp_path: P
     other = "Somebody else of Larkspur Lane says it was fine, in every way"
     assert [name for name, path in hidden(tmp_path / "without", other).items() if scanner.file(path)] == []
     assert scanner.unreadable == []
+
+
+def test_an_archive_that_cannot_be_opened_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not a table")
+    scanner = Scanner(needles_of([SECRET], [], []))
+    assert scanner.file(tmp_path / "a.parquet") == set() and scanner.unreadable == [str(tmp_path / "a.parquet")]
 
 
 def test_an_excerpt_is_found() -> None:
@@ -205,7 +212,28 @@ def test_the_index_forgets_a_record_and_nothing_else(tmp_path: Path) -> None:
     assert {t: len(again.record_uses([record_key(identity(t))])) for t in texts} == {
         t: 0 if identity(t) in gone else n for t, n in before.items()
     }
-    assert all(bool(again.records_with_text(text)) != (identity(text) in gone) for text in texts)
+    assert all(bool(again.records_with_text(f"All about {text}.")) != (identity(text) in gone) for text in texts)
+
+
+def test_models_that_were_trained_on_a_record_are_retired_with_what_was_made_from_them(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    source = "data/sources/a.jsonl"
+    old = toy.lock([("secret", "train", source), ("common", "train", source)])
+    tested = toy.lock([("secret", "test", source), ("common", "train", source)], seed=1)
+    new = toy.lock([("common", "train", source), ("more", "train", source)])
+    for lock in (old, tested, new):
+        toy.commit(lock)
+    index = Index(tmp_path)
+    index.read_records()
+    models, unknown, retired = models_of(index, [identity("secret")])
+    assert unknown == []
+    md5 = {(name, when): lock[name]["outs"][0]["md5"] for when, lock in (("old", old), ("tested", tested), ("new", new)) for name in lock}
+    fates = {model["md5"]: model["fate"] for model in models}
+    assert fates == {
+        md5[name, when]: fate for when, fate in (("old", "retire"), ("tested", "keep")) for name in ("adapter@lora", "merged@lora")
+    }
+    assert retired == {md5["adapter@lora", "old"], md5["merged@lora", "old"]}
+    assert {model["fate"] for model in models_of(index, [identity("more")])[0]} == {"remake"}
 
 
 def test_objects_that_the_workspace_or_other_outputs_need_stay() -> None:

@@ -84,7 +84,7 @@ def leave_behind(root: Path, ids: list[str]) -> None:
 def made(project: Path) -> Path:
     plant(project)
     (project / ".gitignore").open("a").write("\n/store\n")
-    assert dvc(project, "remote", "add", "-d", "store", "../store").returncode == 0
+    assert dvc(project, "remote", "add", "-d", "store", "store").returncode == 0
     git(project, "add", "-A")
     git(project, "commit", "-qm", "planted")
     done = dvc(project, "repro", *STAGES)

@@ -160,11 +160,19 @@ class Finder:
 
     @cached_property
     def raws(self) -> list[Raw]:
-        """Current ones first."""
+        """Current ones first; of earlier versions only those that no later one has, for memory."""
         runs = {run.md5: run for run in self.index.runs.values() if run.address in (EXAMPLES, PAIRS)}
         current = {run.md5 for run in self.index.runs.values() if run.in_workspace and run.address in (EXAMPLES, PAIRS)}
         ordered = sorted(runs.values(), key=lambda run: (run.md5 not in current, run.id))
-        return [raw for run in ordered for raw in self._of(run, run.md5 in current)]
+        known: set[tuple[Any, ...]] = set()
+        found = []
+        for run in ordered:
+            for raw in self._of(run, run.md5 in current):
+                what = (raw.stage, raw.source, raw.example_id, raw.record.get("meta"))
+                if raw.current or what not in known:
+                    found.append(raw)
+                    known.add(what)
+        return found
 
     def _of(self, run: StageRun, current: bool) -> Iterator[Raw]:
         shards = [

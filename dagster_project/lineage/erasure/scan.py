@@ -18,6 +18,8 @@ BLOCK = 16 * 2**20
 """Bytes that are searched at once."""
 DEEPEST = 3
 """Archives in archives that are opened."""
+MOST = 2**30
+"""Bytes that a part of an archive may have when it is decompressed; a larger one counts as unreadable."""
 TEXT, ID = "text", "id"
 
 
@@ -77,13 +79,21 @@ def _is_packed(head: bytes) -> bool:
 
 def _unpacked(data: bytes) -> Iterator[bytes]:
     if data.startswith(b"\x1f\x8b"):
-        yield gzip.decompress(data)
+        with gzip.open(io.BytesIO(data)) as file:
+            yield _bounded(file.read(MOST + 1))
     elif data.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for entry in archive.infolist():
-                yield archive.read(entry)
+                with archive.open(entry) as file:
+                    yield _bounded(file.read(MOST + 1))
     else:
         yield from _table_texts(data)
+
+
+def _bounded(content: bytes) -> bytes:
+    if len(content) > MOST:
+        raise ValueError("too large")
+    return content
 
 
 def _table_texts(data: bytes) -> Iterator[bytes]:

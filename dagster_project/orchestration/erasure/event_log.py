@@ -38,8 +38,10 @@ def clean(path: Path, scanner: Scanner) -> int:
             db.execute("VACUUM")
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             return rows
-    except sqlite3.OperationalError as error:
-        raise Busy(f"{path}: {error}", "stop Dagster (`pedigree ui`, its daemon and runs), then run the same command again") from None
+    except sqlite3.DatabaseError as error:  # locked, or damaged
+        raise Busy(
+            f"{path} cannot be cleaned: {error}", "stop Dagster (`pedigree ui`, its daemon and runs), then run the same command again"
+        ) from None
 
 
 def _clean_table(db: sqlite3.Connection, name: str, scanner: Scanner) -> int:

@@ -111,12 +111,9 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     sources |= {
         path: _change(root, path, numbers, path.startswith("data/sources/review/")) for path, numbers in sorted(found.notes.items())
     }
-    models, unknown = exposed_models(index, found.ids) if found.ids else ([], [])
+    models, unknown, retired = models_of(index, found.ids)
     remotes = remotes_of(root)
     places = search(root, Scanner(found.needles), remotes)
-    workspace = {run.md5 for run in index.runs.values() if run.in_workspace}
-    models = [_fate(model, workspace) for model in models]
-    retired = {model["md5"] for model in models if model["fate"] != KEEP}
     return {
         "request": fingerprint(request, chosen, key),
         "key": key_id(key),
@@ -131,7 +128,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "tombstones": found.tombstones,
         "models": models,
         "unknown": [{name: model[name] for name in ("stage", "md5", "found_in", "fetch")} for model in unknown],
-        "retired": sorted(retired | _made_from(index, retired)),
+        "retired": sorted(retired),
         "stages": [address for address, state in states.items() if state.recorded],
         "before": _outputs(index),
         "places": places.document(root),
@@ -147,9 +144,9 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
 def _change(root: Path, path: str, rows: Iterable[int], may_be_empty: bool) -> dict[str, Any]:
     """What a file is before and after some rows are taken out."""
     file = root / path
-    if "://" in path or not file.is_file():
+    if "://" in path or not file.is_file() or not file.resolve().is_relative_to((root / "data" / "sources").resolve()):
         raise InputError(
-            f"{path}: not a file of this project, so rows cannot be taken out", "erase them where it is kept, and set its new `revision`"
+            f"{path}: not a file in data/sources, so rows cannot be taken out", "erase them where it is kept, and set its new `revision`"
         )
     numbers = sorted(rows)
     content = removal.without(file, {*numbers}, path, may_be_empty)
@@ -175,6 +172,16 @@ def _names(waivers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for waiver in waivers:
         yield from map(str, waiver.get("rows") or ())
         yield from (str(name) for pair in waiver.get("pairs") or () for name in pair)
+
+
+def models_of(index: Index, ids: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], set[str]]:
+    """Models that saw any of some records, each with its `fate`; those of which it is unknown; and hashes of the outputs to retire: of models, and of
+    everything that was made from them."""
+    models, unknown = exposed_models(index, ids) if ids else ([], [])
+    workspace = {run.md5 for run in index.runs.values() if run.in_workspace}
+    models = [_fate(model, workspace) for model in models]
+    retired = {model["md5"] for model in models if model["fate"] != KEEP}
+    return models, unknown, retired | _made_from(index, retired)
 
 
 def _fate(model: Mapping[str, Any], workspace: set[str]) -> dict[str, Any]:
