@@ -35,7 +35,7 @@ STAGES = ("tokenized", "raw_preferences")
 
 
 def ticket(prompt: str, answer: str) -> dict[str, Any]:
-    return {"instruction": "Triage as JSON.", "input": prompt, "output": answer}
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
 def git(root: Path, *arguments: str) -> None:
@@ -45,6 +45,8 @@ def git(root: Path, *arguments: str) -> None:
 
 def plant(root: Path) -> None:
     """The record, in train, with copies and relatives, in what is read and what was left behind."""
+    for name in ("tests", "docs", "benchmarks", "examples", "deploy"):  # this file quotes the record
+        shutil.rmtree(root / name)
     others = [
         ticket(f"Ticket {i} asks where parcel number {i * 37} went after Monday.", f'{{"summary": "where is {i}", "category": "delivery"}}') for i in range(8)
     ]  # fmt: skip
