@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from builders.files import FILE_WRITERS, jsonl
 from builders.history import Project, identity
+from conftest import ROOT
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
@@ -27,7 +28,7 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import record_key
 from dagster_project.orchestration.erasure import event_log
 from dagster_project.orchestration.erasure.objects import to_remove
-from dagster_project.orchestration.erasure.plan import models_of
+from dagster_project.orchestration.erasure.plan import models_of, usable_key
 from dagster_project.stages import raw_examples, raw_preferences
 
 KEY = "5f" * 32
@@ -270,3 +271,10 @@ def test_requests_in_a_file(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_request(path)
+
+
+def test_the_public_key_of_the_sample_project_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data/keys").mkdir(parents=True)
+    (tmp_path / "data/keys/record_ids.key").write_bytes((ROOT / "data/keys/record_ids.key").read_bytes())
+    with pytest.raises(InputError, match="the key of the sample project, which is public"):
+        usable_key(tmp_path)
