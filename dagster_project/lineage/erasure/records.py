@@ -15,7 +15,7 @@ from dagster_project.core.messages import argument_texts, calls
 from dagster_project.core.published_ids import parse_key, published_id
 from dagster_project.core.records import LEDGER, iter_table, with_source_rows
 from dagster_project.core.text import visible
-from dagster_project.curation.sources.erased import record_mark, text_marks
+from dagster_project.curation.sources.erased import key_id, record_mark, text_marks
 from dagster_project.curation.sources.files import READERS, read_rows, suffix_of
 from dagster_project.lineage import tables
 from dagster_project.lineage.erasure.needles import Needles, needles_of
@@ -156,7 +156,7 @@ class Finder:
     """Finds the records of a request in all available versions of the raw data sets."""
 
     def __init__(self, index: Index, key: bytes) -> None:
-        self.index, self.root, self.key = index, index.root, key
+        self.index, self.root, self.key, self.key_id = index, index.root, key, key_id(key)
 
     @cached_property
     def raws(self) -> list[Raw]:

@@ -15,7 +15,6 @@ from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.core.published_ids import CREATE, SAMPLE_KEY, read_key
 from dagster_project.core.records import write_json
-from dagster_project.curation.sources.erased import key_id
 from dagster_project.lineage.erasure import removal
 from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import Needles
@@ -116,7 +115,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     places = search(root, Scanner(found.needles), remotes)
     return {
         "request": fingerprint(request, chosen, key),
-        "key": key_id(key),
+        "key": finder.key_id,
         "date": datetime.date.today().isoformat(),
         "reason": reason,
         "asked": found.asked,

@@ -3,7 +3,6 @@ erasure goes on with the same lists, and ends in the same state and certificate.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -13,10 +12,9 @@ from typing import Any
 
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
-from dagster_project.core.records import remove, write_text
-from dagster_project.curation.sources.erased import TOMBSTONES
+from dagster_project.core.records import remove
 from dagster_project.lineage.database import INDEX_FILE
-from dagster_project.lineage.erasure import removal
+from dagster_project.lineage.erasure import removal, tombstones
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.history import Objects
 from dagster_project.lineage.index import Index
@@ -73,13 +71,8 @@ class Erasure:
 
     def tombstones(self) -> None:
         """Write keyed hashes of the records, by which a later import is refused."""
-        path = self.root / TOMBSTONES
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        known = {json.loads(line)["record"] for line in lines}
-        facts = {"key": self.plan["key"], "date": self.plan["date"], **({"reason": self.plan["reason"]} if self.plan["reason"] else {})}
-        lines += [json.dumps({**stone, **facts}) for stone in self.plan["tombstones"] if stone["record"] not in known]
-        if lines:
-            write_text(path, "".join(f"{line}\n" for line in lines))
+        reason = {"reason": self.plan["reason"]} if self.plan["reason"] else {}
+        tombstones.add(self.root, self.plan["tombstones"], {"key": self.plan["key"], "date": self.plan["date"], **reason})
 
     def pipeline(self) -> None:
         """Make all stages again that had run."""
