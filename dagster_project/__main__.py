@@ -311,6 +311,25 @@ def attest(options: argparse.Namespace) -> int:
     return 0
 
 
+def erase(options: argparse.Namespace) -> int:
+    """Erase records: from the sources, and from everything that was made from them, with a certificate."""
+    from dagster_project.commands import erase as module
+    from dagster_project.pipeline import validate
+
+    root = _project(options)
+    given = (options.record, options.containing, options.source, options.file)
+    if options.resume and options.dry_run:
+        raise InputError("--resume cannot be combined with --dry-run", "leave one out")
+    request = None if options.resume else module.request_of(*given)
+    if options.dry_run:
+        assert request is not None
+        _print(options, module.dry_run(root, request, options.also, options.declined, options.reason), module.dry_run_text)
+        return 0
+    document = module.erase(root, request, options.also, options.declined, options.reason, options.key, validate, options.verify)
+    _print(options, document, module.as_text)
+    return module.exit_code(document)
+
+
 def compare(options: argparse.Namespace) -> int:
     """Show the comparison table: every variant, the baselines, and which system to use."""
     from dagster_project.core.documents import read_document
@@ -583,6 +602,7 @@ def parser() -> argparse.ArgumentParser:
     _add_init(commands)
     _add_pipeline_commands(commands)
     _add_lineage_commands(commands)
+    _add_erase(commands)
     _add_evaluation_commands(commands)
     _add_chat(commands)
     _add_ui(commands)
@@ -746,6 +766,33 @@ def _add_signing_commands(commands: Any) -> None:
                 action="store_true",
                 help="first make all stages again from the sources, as `verify --deep`, and state the result",
             )
+
+
+def _add_erase(commands: Any) -> None:
+    from dagster_project.lineage.erasure.kinds import KINDS
+
+    command = _add_command(commands, erase)
+    query = command.add_mutually_exclusive_group(required=True)
+    query.add_argument("--record", metavar="ID", help="a record, by its example_id or the id that a release gives it")
+    query.add_argument(
+        "--containing", metavar="TEXT", help="every record with this part of a message, such as a name, between word boundaries"
+    )
+    query.add_argument("--source", metavar="PATH[:ROW]", help="a row of a source, or all rows of a file or folder")
+    query.add_argument("--file", metavar="REQUEST.csv", help="several requests, in columns record, containing and source")
+    query.add_argument("--resume", action="store_true", help="go on with an interrupted erasure, as the same command does")
+    add = command.add_argument
+    add("--dry-run", action="store_true", help="print the plan: rows, relatives, places, models and cost; change nothing")
+    kinds = "; ".join(f"{kind}: {about}" for kind, about in KINDS.items())
+    add("--also", action="append", default=[], choices=[*KINDS], metavar="KIND", help=f"erase these relatives too; repeatable. {kinds}")
+    add("--not", dest="declined", action="append", default=[], choices=[*KINDS], metavar="KIND",
+        help="leave these relatives; repeatable (default: near)")  # fmt: skip
+    add("--reason", default="", help="why, for the certificate; it should not repeat the text")
+    add("--key", metavar="FILE", help="sign the certificate with this private key (PEM)")
+    add(
+        "--verify",
+        action="store_true",
+        help="afterwards make every model again from the sources, as `verify --deep`, and compare the bytes",
+    )
 
 
 def _add_evaluation_commands(commands: Any) -> None:

@@ -19,7 +19,7 @@ from dagster_project.core.text import visible
 from dagster_project.lineage import tables
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.index import Index, RecordUse
-from dagster_project.lineage.published import missing_keys, record_of
+from dagster_project.lineage.published import erasure_of, missing_keys, record_of
 from dagster_project.lineage.rows import record_key
 from dagster_project.lineage.runs import StageRun, fetch_hint
 from dagster_project.lineage.search import search
@@ -78,10 +78,11 @@ def impact(
         containing: part of a message (lineage/search.py).
         regex: `containing` is a regular expression.
     Returns:
-        {"asked", "published", "verdict", "records", "models", "near", "matches", "read_by", "unknown", "looked_at", "unreadable", "shallow"}. `models`, in the order of
-        history, have the splits and training steps, the parent that saw the record, and the commits at which this holds; `unknown` lists models that
-        cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was asked for. The verdict is "yes",
-        "no" only if everything was looked at, or else "cannot tell".
+        {"asked", "published", "erased", "verdict", "records", "models", "near", "matches", "read_by", "unknown", "looked_at", "unreadable", "shallow"}.
+        `models`, in the order of history, have the splits and training steps, the parent that saw the record, and the commits at which this holds;
+        `unknown` lists models that cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was asked
+        for; `erased`: the day, if it was erased: models that were deleted then are not listed. The verdict is "yes", "no" only if everything was
+        looked at, or else "cannot tell".
     Raises:
         InputError: the question cannot be answered: no such source or hash was ever recorded, the id is malformed, or there is nothing to look at.
     """
@@ -102,6 +103,7 @@ def impact(
     copies: list[dict[str, Any]] = []
     matches: list[dict[str, Any]] = []
     published = None
+    erased = erasure_of(index, record.lower()) if record is not None else None
     read_by: list[str] = []
     unmapped: list[dict[str, Any]] = []
     if source is not None:
@@ -139,6 +141,7 @@ def impact(
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
         **({"published": {"id": asked["record"], "record": published}} if published else {}),
+        **({"erased": erased} if erased else {}),
         "verdict": "yes" if models else "no" if complete else "cannot tell",
         "records": query.record_ids,
         "models": models,
@@ -150,6 +153,20 @@ def impact(
         "unreadable": index.unreadable,
         "shallow": index.history.shallow,
     }
+
+
+def exposed_models(index: Index, ids: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`models` and `unknown` of `impact`, for any of some records and what was made from them.
+
+    Args:
+        index: whose records were read.
+        ids: `example_id` of each record.
+    """
+    query = _ImpactQuery(index)
+    query.match_records([record_key(one) for one in ids], {record_key(one): one for one in ids}, derived=True)
+    models = query.models()
+    decided = {model["md5"] for model in models}
+    return models, [model for model in query.unknown() if model["md5"] not in decided]
 
 
 def _known_source(index: Index, source: str) -> str:
@@ -614,6 +631,10 @@ def as_text(result: Mapping[str, Any]) -> str:
         "cannot tell": "no model is known to have seen it, but not everything could be looked at",
     }
     lines.append(answers[result["verdict"]])
+    if "erased" in result:
+        lines.append(
+            f"it was erased on {result['erased']}: data/erasures lists the models that had seen it, and which of them were deleted"
+        )
     lines.append(
         f"looked at {seen['models']} models and {seen['data_sets']} data sets ({seen['rows']:,} rows) in {seen['commits']} commits with a dvc.lock, "
         f"{seen['commits_in_reflog']} more in the reflog, the workspace and {seen['cached_runs']} entries of DVC's run cache"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -298,6 +298,46 @@ class Index(RunIndex):
             found[parent] = [(child, frozenset(where)) for child, where in sorted(outs.items())]
             pending += outs
         return {parent: children for parent, children in found.items() if children}
+
+    def forget(self, ids: Iterable[str]) -> int:
+        """Delete everything about some records, and rewrite the file, so that no free page has it. Returns the number of rows."""
+        keys = [record_key(one) for one in ids]
+        self._db.execute("PRAGMA secure_delete = ON")
+        with self._transaction():
+            rows = sum(
+                self._forget_chunks(table, by, others, keys)
+                for table, by, others in (("record", "keys", ("contents", "steps", "epochs")), ("text_record", "ids", ("keys",)))
+            )
+            for table, column in (("credit", "key"), ("derived", "parent"), ("derived", "child")):
+                rows += self._db.executemany(f"DELETE FROM {table} WHERE {column} = ?", [(key,) for key in keys]).rowcount
+        self._db.execute("VACUUM")
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return rows
+
+    def _forget_chunks(self, table: str, by: str, others: Sequence[str], keys: Sequence[bytes]) -> int:
+        """Delete the entries of some records from the chunks of a table, by the column with the keys of records."""
+        import numpy as np
+
+        columns, rows = [by, *others], 0
+        for number, *values in self._db.execute(f"SELECT rowid, {', '.join(columns)} FROM {table}").fetchall():
+            gone = np.zeros(len(values[0]) // 16, np.bool_)
+            for key in keys:
+                gone |= equal(values[0], key)
+            if not gone.any():
+                continue
+            rows += int(gone.sum())
+            kept = {
+                name: np.frombuffer(value, np.dtype((np.void, len(value) // len(gone))))[~gone].tobytes()
+                for name, value in zip(columns, values, strict=True)
+            }
+            if not kept["keys"]:
+                self._db.execute(f"DELETE FROM {table} WHERE rowid = ?", (number,))
+                continue
+            changes = {"first": kept["keys"][:8], **kept}
+            self._db.execute(
+                f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in changes)} WHERE rowid = ?", (*changes.values(), number)
+            )
+        return rows
 
     def looked_at(self) -> dict[str, int]:
         """What a negative answer rests on."""

@@ -10,6 +10,7 @@ from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.core.published_ids import parse_key
+from dagster_project.curation.sources.erased import erased_on
 from dagster_project.lineage.history import blobs, is_within
 from dagster_project.lineage.index import Index
 
@@ -32,6 +33,11 @@ def record_of(index: Index, published: str) -> str | None:
                 if hmac.digest(key, identity.encode(), "sha256")[:16] == requested:
                     return identity
     return None
+
+
+def erasure_of(index: Index, identity: str) -> str | None:
+    """The day on which `pedigree erase` removed a record; None if it did not. Published ids are not recognized: the record that would map them is gone."""
+    return erased_on(index.root, filter(None, map(parse_key, key_files(index.root))), identity)
 
 
 def missing_keys(index: Index) -> list[dict[str, Any]]:

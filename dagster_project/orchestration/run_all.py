@@ -102,8 +102,11 @@ def remaining(
 class RunAll:
     """One `pedigree run --all`."""
 
-    def __init__(self, root: Path, jobs: int, force: bool) -> None:
-        self.root, self.jobs, self.force = root, jobs, force
+    def __init__(self, root: Path, jobs: int, force: bool, only: Collection[str] | None = None) -> None:
+        """Args:
+        only: addresses of the stages to bring up to date; None: all.
+        """
+        self.root, self.jobs, self.force, self.only = root, jobs, force, only
         self.outcomes: dict[str, Outcome] = {}
         self.running: dict[str, Running] = {}
         self.waiting: set[str] = set()
@@ -115,8 +118,8 @@ class RunAll:
         """Outcome of every stage, in flow order. An interrupt ends the running ones."""
         remove_leftovers(self.root)
         self._record_sources()
-        self.states = self._read()
-        self.above = parents(self.states)
+        self.states = {address: state for address, state in self._read().items() if self.only is None or address in self.only}
+        self.above = {address: above & self.states.keys() for address, above in parents(self.states).items()}
         self.seconds = {address: value for address in self.states if (value := last_seconds(self.root, address)) is not None}
         try:
             while True:
@@ -322,18 +325,19 @@ def last_seconds(root: Path, address: str) -> float | None:
     return float(value) if value else None
 
 
-def run_all(root: Path, jobs: int, force: bool, validate: Callable[[Path], Any]) -> dict[str, Any]:
+def run_all(root: Path, jobs: int, force: bool, validate: Callable[[Path], Any], only: Collection[str] | None = None) -> dict[str, Any]:
     """Bring all stages up to date by DVC, up to `jobs` independent ones at once. After a failure no other stage is started; running ones finish.
 
     Args:
         validate: refuses bad parameters before anything runs.
+        only: as for `RunAll`.
     Returns:
         Document with the outcome of every stage.
     """
     began = time.monotonic()
     code_lock.refuse_other_code(root)
     validate(root)
-    whole = RunAll(root, jobs, force)
+    whole = RunAll(root, jobs, force, only)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the stages as Ctrl-C does
     try:
         outcomes = whole.run()

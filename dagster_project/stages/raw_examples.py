@@ -19,12 +19,12 @@ from dagster_project.core.records import (
     write_ledger,
     write_stored_records,
 )
-from dagster_project.curation.sources import fields, use_policy
+from dagster_project.curation.sources import erased, fields, use_policy
 from dagster_project.curation.sources.reading import Reading, Source, locate_sources, read_sources
 from dagster_project.curation.sources.streaming import Records
 from dagster_project.curation.sources.use_policy import Policy
 
-CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION, use_policy.NAME: use_policy.DESCRIPTION}
+CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION, use_policy.NAME: use_policy.DESCRIPTION, **erased.DESCRIPTIONS}
 
 
 class Params(Reading):
@@ -53,14 +53,15 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         root: the project's folder; source paths are relative to it.
     """
     records, sources = read_sources(root, params.sources, params, "raw_examples", pairs=False, scratch=out.parent)
-    count = len(records)
+    count, tombstones = len(records), erased.read_erased(root)
+    returned = [] if tombstones is None else [tombstones.check(records.rows())]
     write_stored_records(records.rows(), records.ids, record_schema(), [StoredPart(out, range(count), records.is_rich, {})])
     ignored = fields.IgnoredFields()
     write_ledger(out, _ledger(records, ignored), repaired=False)
     policy, metrics = params.use_policy, {"sources": sources}
     stated = {} if policy is None else {use_policy.NAME: policy.given}
     judged = use_policy.check(None if policy is None else use_policy.judge(policy, [metrics]))
-    return Report(rows_in=count, rows_out=count, metrics={**metrics, **stated}, checks=[ignored.check(), judged])
+    return Report(rows_in=count, rows_out=count, metrics={**metrics, **stated}, checks=[ignored.check(), judged, *returned])
 
 
 def _ledger(records: Records, ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:

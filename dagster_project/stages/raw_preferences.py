@@ -8,10 +8,10 @@ from typing import Any
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.records import JOINED, READ, Report, ledger_line, pair_schema, uncollected, write_ledger, write_records
-from dagster_project.curation.sources import fields
+from dagster_project.curation.sources import erased, fields
 from dagster_project.curation.sources.reading import PairSource, Reading, locate_sources, read_sources
 
-CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION}
+CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION, **erased.DESCRIPTIONS}
 
 
 class Params(Reading):
@@ -37,11 +37,12 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         root: the project's folder; source paths are relative to it.
     """
     records, sources = read_sources(root, params.sources, params, "raw_preferences", pairs=True, scratch=out.parent)
-    pairs = records.rows()
+    pairs, tombstones = records.rows(), erased.read_erased(root)
+    returned = [] if tombstones is None else [tombstones.check(_with_first_row(pairs))]
     write_records(out, pairs, pair_schema(), records.is_rich)
     ignored = fields.IgnoredFields()
     write_ledger(out, _ledger(pairs, ignored))
-    return Report(rows_in=len(pairs), rows_out=len(pairs), metrics={"sources": sources}, checks=[ignored.check()])
+    return Report(rows_in=len(pairs), rows_out=len(pairs), metrics={"sources": sources}, checks=[ignored.check(), *returned])
 
 
 def _ledger(pairs: Iterable[dict[str, Any]], ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:
@@ -51,3 +52,8 @@ def _ledger(pairs: Iterable[dict[str, Any]], ignored: fields.IgnoredFields) -> I
         yield ledger_line(pair, first, READ, fields.why(pair))
         for row in others:
             yield ledger_line(pair, row, JOINED, f"the other half of the pair that row {first} begins")
+
+
+def _with_first_row(pairs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for pair in pairs:
+        yield {**pair, "source_row": pair["source_rows"][0]}

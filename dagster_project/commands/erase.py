@@ -1,0 +1,164 @@
+"""`pedigree erase`: take records out of the sources, make everything again that was made from them, and remove what is left of them (docs/erase.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.erase_certificate import certificate, certificate_text, write
+from dagster_project.core.errors import InputError
+from dagster_project.lineage.erasure.kinds import KINDS
+from dagster_project.lineage.erasure.records import Request, read_request
+from dagster_project.lineage.signing.keys import private_key
+from dagster_project.orchestration.erasure import plan as plans
+from dagster_project.orchestration.erasure.steps import Erasure, finish
+from dagster_project.orchestration.run_all import last_seconds
+
+SHOWN = 12
+PRIVATE = ("needles", "ids", "request", "tombstones", "retired", "done", "key")
+"""Keys of a plan that are not shown: they hold text, or serve only to go on."""
+
+
+def request_of(record: str | None, containing: str | None, source: str | None, file: str | None) -> Request:
+    """The request of a command line.
+
+    Raises:
+        InputError: an empty text, or an invalid file.
+    """
+    if file is not None:
+        return read_request(Path(file))
+    for name, value in (("record", record), ("containing", containing), ("source", source)):
+        if value is not None and not value.strip():
+            raise InputError(f"--{name}: empty", "see `pedigree erase --help`")
+    return Request(*((value,) if value is not None else () for value in (record, containing, source)))
+
+
+def dry_run(root: Path, request: Request, also: Sequence[str], declined: Sequence[str], reason: str) -> dict[str, Any]:
+    """What `erase` would do. Nothing is changed."""
+    plan = plans.make(root, request, plans.chosen_kinds(also, declined), reason)
+    return {**_shown(plan), "cost": _cost(root, plan)}
+
+
+def _shown(plan: Mapping[str, Any]) -> dict[str, Any]:
+    needles = plan["needles"]
+    return {
+        **{name: value for name, value in plan.items() if name not in PRIVATE},
+        "outputs to retire": len(plan["retired"]),
+        "searched by": {"texts": len(needles["texts"]), "ids": len(needles["ids"]), "texts too short or shared": needles["unsearchable"]},
+        "tombstones": len(plan["tombstones"]),
+    }
+
+
+def _cost(root: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds that each stage took the last time, and the predictions of `pedigree plan` for the trainings; null where unknown."""
+    seconds = {address: last_seconds(root, address) for address in plan["stages"]}
+    trained = [address.partition("@")[2] for address in plan["stages"] if address.partition("@")[0] in {"adapter", "aligned"}]
+    predictions: Any = None
+    if trained:
+        from dagster_project.commands.plan import plan_variants
+
+        try:
+            predictions = plan_variants(root, trained)["variants"]
+        except InputError as error:
+            predictions = {"unknown": error.what}
+    return {"seconds": seconds, "training": predictions}
+
+
+def erase(
+    root: Path,
+    request: Request | None,
+    also: Sequence[str],
+    declined: Sequence[str],
+    reason: str,
+    key_file: str | None,
+    validate: Callable[[Path], Any],
+    verified: bool,
+) -> dict[str, Any]:
+    """Carry an erasure out, or go on with an unfinished one.
+
+    Args:
+        request: None: that of the unfinished erasure.
+        key_file: private key to sign the certificate with; None: not signed.
+        validate: refuses bad parameters before the pipeline runs.
+        verified: also make every model of the workspace again, from the sources, and compare the bytes.
+    Returns:
+        The certificate, with the paths of its files.
+    Raises:
+        InputError: another erasure is unfinished, or there is none to go on with.
+    """
+    key = None if key_file is None else private_key(key_file)
+    plan = plans.load(root)
+    if request is None and plan is None:
+        raise InputError("--resume: there is no unfinished erasure", "name what to erase")
+    if request is not None:
+        chosen = plans.chosen_kinds(also, declined)
+        if plan is not None and plan["request"] != plans.fingerprint(request, chosen, plans.usable_key(root)):
+            raise InputError(
+                f"another erasure, of {plan['date']}, is unfinished", "go on with it: `pedigree erase --resume`, or the same command again"
+            )
+        if plan is None:
+            plan = plans.make(root, request, chosen, reason)
+            plans.save(root, plan)
+    assert plan is not None
+    Erasure(root, plan, validate).run()
+    if verified and "verify" not in plan:
+        plan["verify"] = _verify(root, plan["after"])
+        plans.save(root, plan)
+    document = certificate(plan)
+    written = write(root, document, key)
+    finish(root)
+    return {**document, "files": written}
+
+
+def _verify(root: Path, models: Mapping[str, str]) -> dict[str, str]:
+    """Verdict of `pedigree verify --deep` for each model of the workspace."""
+    from dagster_project.commands.verify import verify
+
+    return {address: str(verify(root, address, deep=True)["verdict"]) for address in models}
+
+
+def exit_code(document: Mapping[str, Any]) -> int:
+    """0: nothing is left but what git history holds; 1: something is left, a model of the workspace saw the record, or `verify` found a difference."""
+    remains = {place for place in document["left"] if place != "git history"}
+    return 1 if remains or document["impact"] != "no" or "different" in (document["verify"] or {}).values() else 0
+
+
+def dry_run_text(document: Mapping[str, Any]) -> str:
+    """The plan for the terminal."""
+    lines = [f"{document['records']} records to erase, and {document['made']} that the pipeline made from them", ""]
+    lines += [f"  {path}: {_count(change['rows'], 'row')}" for path, change in document["sources"].items()]
+    lines += ["", "relatives:"]
+    for kind, names in document["relatives"].items():
+        state = "erased too" if kind in document["chosen"] or kind == "same row" else f"declined; --also {kind} erases them"
+        about = KINDS.get(kind, "other records of the same source row")
+        lines.append(f"  {kind:<12} {len(names):>4}  {about}" + (f" ({state}): {_some(names)}" if names else ""))
+    lines += ["", "places that hold their text or ids:"]
+    for place, found in document["places"].items():
+        size = f"{found['files']} files, {found['bytes']:,} bytes" if "files" in found else f"{len(found['blobs'])} blobs"
+        lines.append(f"  {place:<14} {size}")
+    by = document["searched by"]
+    lines.append(
+        f"  (searched for {by['texts']} parts of texts and {by['ids']} ids; {by['texts too short or shared']} texts are too short, or other"
+    )
+    lines.append("  records have them too: these are found by the id of their record only)")
+    lines += ["", "models that saw them:"]
+    lines += [f"  {model['fate']:<7} {model['stage']} {model['md5'][:12]}  {', '.join(model['splits'])}" for model in document["models"]]
+    lines += [f"  unknown {model['stage']} {model['md5'][:12]}  {model['fetch']}" for model in document["unknown"]]
+    lines += [] if document["models"] or document["unknown"] else ["  none"]
+    known = {address: value for address, value in document["cost"]["seconds"].items() if value}
+    lines += ["", f"{len(document['stages'])} stages are made again; {len(known)} of them took {sum(known.values()):.0f} s the last time"]
+    lines += [f"not reached: DVC remotes {', '.join(document['remotes elsewhere'])}"] if document["remotes elsewhere"] else []
+    return "\n".join([*lines, "nothing was changed; the same command without --dry-run carries this out"])
+
+
+def _count(values: Sequence[object], noun: str) -> str:
+    return f"{len(values)} {noun}{'' if len(values) == 1 else 's'}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    return certificate_text(document) + "\n" + "\n".join(f"{name}: {path}" for name, path in document["files"].items())

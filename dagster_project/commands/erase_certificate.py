@@ -1,0 +1,161 @@
+"""The certificate of an erasure: what was asked, found, removed, and what was not reached. It names no text and no id, only keyed hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.records import write_json, write_text
+from dagster_project.curation.sources.erased import TOMBSTONES
+from dagster_project.lineage.signing.envelope import STATEMENT_TYPE, canonical, seal
+from dagster_project.lineage.signing.keys import PrivateKey
+from dagster_project.orchestration.erasure.places import GIT
+from dagster_project.orchestration.erasure.plan import KEEP, REMAKE, RETIRE
+
+FOLDER = "data/erasures"
+PREDICATE_TYPE = "urn:pedigree:erasure:1"
+NEVER_REACHED = (
+    "other clones of the repository, and what was pushed from this one",
+    "copies of models that were deployed, released or downloaded",
+    "caches outside the project: of the Hugging Face Hub, of other projects, of backups and file systems",
+    "logs and exports that were copied elsewhere",
+)
+
+
+def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The certificate of a plan that was carried out. The same erasure gives the same one, interrupted or not."""
+    fates = {fate: [_model(model) for model in plan["models"] if model["fate"] == fate] for fate in (REMAKE, RETIRE, KEEP)}
+    searched = plan["searched"]
+    removed = plan["removed"]
+    not_reached = [*NEVER_REACHED, *(f"the DVC remote {name}" for name in plan["remotes elsewhere"])]
+    not_reached += (
+        ["DVC's cache, which is outside the project and may be shared: nothing was removed from it"] if plan["shared cache"] else []
+    )
+    not_reached += [f"git history, until it is rewritten: {len(plan['blobs'])} blobs"] if plan["blobs"] else []
+    return {
+        "type": PREDICATE_TYPE,
+        "date": plan["date"],
+        "reason": plan["reason"],
+        "key": plan["key"],
+        "requests": plan["asked"],
+        "erased": {
+            "records": plan["records"],
+            "made from them": plan["made"],
+            "rows": {path: len(change["rows"]) for path, change in plan["sources"].items()},
+            # not the hash of before: who has all other rows of a file could test a guess by it
+            "sources": {path: change["after"] for path, change in plan["sources"].items()},
+        },
+        "relatives": {
+            kind: {"rows": len(names), "erased": kind in plan["chosen"] or kind == "same row"} for kind, names in plan["relatives"].items()
+        },
+        "tombstones": [stone["record"] for stone in plan["tombstones"]],
+        "found": _places(plan["places"]),
+        "removed": {
+            "objects of DVC's cache": len(removed["objects"]),
+            "entries of its run cache": len(removed["runs"]),
+            "objects of remotes": {name: len(oids) for name, oids in removed["remotes"].items()},
+            "pages and scratch files": len(plan["files"]),
+            "files of Dagster, cleaned or deleted": len(plan["dagster"]),
+        },
+        "models": {
+            "made again": [{**model, "after": plan["after"].get(model["stage"])} for model in fates[REMAKE]],
+            "retired": fates[RETIRE],
+            "kept, tested on it only": fates[KEEP],
+            "unknown": [{name: model[name] for name in ("stage", "md5")} for model in plan["unknown"]],
+        },
+        "impact": "yes: " + ", ".join(plan["seen by"]) if plan["seen by"] else "no",
+        "verify": plan.get("verify"),
+        "left": _places(plan["left"]),
+        "not searched": {
+            "files of weights": searched["weights"],
+            "archives that cannot be opened": len(searched["unreadable"]),
+            "texts too short, or shared with other records": plan["needles"]["unsearchable"],
+        },
+        "not reached": not_reached,
+        "not measured": ["membership: the loss of erased records under the new models"],
+        "git": {"blobs": len(plan["blobs"]), "objects searched": searched["git objects"]},
+        "blobs": plan["blobs"],
+    }
+
+
+def _model(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {"stage": model["stage"], "before": model["md5"]}
+
+
+def _places(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Place -> files and bytes, without the names of the files, which can say what they hold."""
+    return {
+        place: {"blobs": len(facts["blobs"])} if place == GIT else {"files": facts["files"], "bytes": facts["bytes"]}
+        for place, facts in sorted(found.items())
+    }
+
+
+def write(root: Path, document: Mapping[str, Any], key: PrivateKey | None) -> dict[str, str]:
+    """Write the certificate, as JSON and text, the recipe for git's history, and the signature if there is a key. Returns the paths."""
+    public = {name: value for name, value in document.items() if name != "blobs"}
+    name = hashlib.sha256(canonical([public["date"], public["tombstones"], public["requests"]])).hexdigest()[:12]
+    base = f"{FOLDER}/{name}"
+    paths = {"certificate": f"{base}.json", "as text": f"{base}.txt"}
+    write_json(root / paths["certificate"], public)
+    write_text(root / paths["as text"], certificate_text(public) + "\n")
+    if document["blobs"]:
+        paths["blobs of git history"] = f"{base}.blobs"
+        write_text(root / paths["blobs of git history"], "".join(f"{blob}\n" for blob in sorted(document["blobs"])))
+    if key is not None:
+        digest = hashlib.sha256((root / paths["certificate"]).read_bytes()).hexdigest()
+        statement = {
+            "_type": STATEMENT_TYPE,
+            "subject": [{"name": paths["certificate"], "digest": {"sha256": digest}}],
+            "predicateType": PREDICATE_TYPE,
+            "predicate": public,
+        }
+        paths["signature"] = f"{base}.dsse.json"
+        write_text(root / paths["signature"], json.dumps(seal(statement, key, key.public.fingerprint), separators=(",", ":")) + "\n")
+    return paths
+
+
+def certificate_text(document: Mapping[str, Any]) -> str:
+    """The certificate for a reader."""
+    erased, models = document["erased"], document["models"]
+    lines = [f"Erasure of {document['date']}" + (f": {document['reason']}" if document["reason"] else ""), ""]
+    lines += [
+        f"{erased['records']} records were taken out of the sources, and {erased['made from them']} that the pipeline had made from them."
+    ]
+    lines += [f"  {path}: {rows} rows" for path, rows in erased["rows"].items()]
+    lines += [
+        f"  {kind}: {one['rows']} rows, {'erased too' if one['erased'] else 'NOT erased'}"
+        for kind, one in document["relatives"].items()
+        if one["rows"]
+    ]
+    lines += ["", f"{len(document['tombstones'])} keyed hashes in {TOMBSTONES} refuse the same text in a later import."]
+    lines += ["", "Found before:", *_place_lines(document["found"]), "Removed:"]
+    for what, count in document["removed"].items():
+        shown = ", ".join(f"{name} {n}" for name, n in count.items()) if isinstance(count, Mapping) else str(count)
+        lines.append(f"  {what}: {shown or 'none'}")
+    lines += ["Left:", *_place_lines(document["left"])]
+    lines += ["", "Models:"]
+    lines += [f"  made again: {one['stage']} {one['before'][:12]} -> {(one['after'] or 'not made')[:12]}" for one in models["made again"]]
+    for kind, listed in models.items():
+        lines += [f"  {kind}: {one['stage']} {(one.get('before') or one.get('md5'))[:12]}" for one in listed if kind != "made again"]
+    lines += ["  none"] if not any(models.values()) else []
+    lines += [f"Did a model of the workspace see them? {document['impact']}"]
+    verdicts = document["verify"]
+    lines += [
+        "Made again from the sources and compared: "
+        + (", ".join(f"{a} {v}" for a, v in verdicts.items()) if verdicts else "not done (--verify)")
+    ]
+    lines += ["", "Not searched: " + ", ".join(f"{what} {n}" for what, n in document["not searched"].items())]
+    lines += ["Not measured: " + "; ".join(document["not measured"])]
+    lines += ["Not reached:", *(f"  {what}" for what in document["not reached"])]
+    if document["git"]["blobs"]:
+        lines += ["", "To rewrite git history (everyone then clones again): commit, then",
+                  f"  git filter-repo --strip-blobs-with-ids {FOLDER}/<this file>.blobs"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _place_lines(places: Mapping[str, Any]) -> list[str]:
+    lines = [f"  {place}: " + ", ".join(f"{count:,} {what}" for what, count in facts.items()) for place, facts in places.items()]
+    return lines or ["  nothing"]

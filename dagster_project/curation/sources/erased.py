@@ -1,0 +1,129 @@
+"""Records that were erased: data/sources/erasures.jsonl has keyed hashes of them, and a row that would bring one back is refused (docs/erase.md).
+
+The file is in data/sources/, a dependency of the stages that read sources: it becomes one of their inputs when it exists, and changes nothing before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.layout import RECORD_KEY
+from dagster_project.core.published_ids import read_key
+from dagster_project.core.records import CheckResult
+
+TOMBSTONES = "data/sources/erasures.jsonl"
+NAME = "erased_record"
+DESCRIPTION = "No row is a record that was erased (data/sources/erasures.jsonl). Reported only if a record was erased."
+DESCRIPTIONS = {NAME: DESCRIPTION}
+SHOWN = 20
+
+
+def key_id(key: bytes) -> str:
+    """Identifies the key of a tombstone without revealing it."""
+    return hashlib.sha256(b"pedigree erasure key\0" + key).hexdigest()[:16]
+
+
+def record_mark(key: bytes, example_id: str) -> str:
+    """Keyed hash of an id. It differs from the id under which a release publishes the record, so the two cannot be matched without the key."""
+    return hmac.digest(key, b"erased record\0" + example_id.encode(), "sha256").hex()
+
+
+def text_marks(key: bytes, record: Mapping[str, Any]) -> list[str]:
+    """Keyed hashes of the text of a record, or of both sides of a pair: of all turns of user and assistant, without differences of case, compatible
+    characters (NFKC) and white space."""
+    if "prompt" in record:
+        sides = [[*record["prompt"], *(record[side] or ())] for side in ("chosen", "rejected")]
+    else:
+        sides = [[*(record["messages"] or ())]]
+    texts = ["\0".join(map(_normalized, side)) for side in map(_turns, sides) if side]
+    return list(dict.fromkeys(hmac.digest(key, b"erased text\0" + text.encode("utf-8", "surrogatepass"), "sha256").hex() for text in texts))
+
+
+def _turns(messages: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Texts of the turns; empty if the assistant says nothing in words: many records may share a prompt."""
+    turns = [message for message in messages if message["role"] != "system" and (message["content"] or "").strip()]
+    return [message["content"] for message in turns] if any(message["role"] == "assistant" for message in turns) else []
+
+
+def _normalized(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+@dataclass(frozen=True)
+class Erased:
+    """The tombstones of a project, and the key to compare with them."""
+
+    key: bytes
+    marks: frozenset[str]
+
+    def includes(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record or pair is one that was erased."""
+        return record_mark(self.key, record["example_id"]) in self.marks or any(mark in self.marks for mark in text_marks(self.key, record))
+
+    def check(self, records: Iterable[Mapping[str, Any]]) -> CheckResult:
+        """The blocking check of the stages that read sources.
+
+        Args:
+            records: records or pairs, with `source` and `source_row`.
+        """
+        places = [f"{record['source']}:{record['source_row']}" for record in records if self.includes(record)]
+        return CheckResult(
+            NAME,
+            not places,
+            blocking=True,
+            count=len(places),
+            rows=places[:SHOWN],
+            note=f"erased before: take the rows out again; {TOMBSTONES} has their keyed hashes" if places else "",
+        )
+
+
+def read_erased(root: Path) -> Erased | None:
+    """The tombstones of the project; None if nothing was erased.
+
+    Raises:
+        InputError: the file is damaged, or the project's key is not the one of the tombstones.
+    """
+    path = root / TOMBSTONES
+    if not path.exists():
+        return None
+    key = read_key(root)
+    marks: set[str] = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            found, of_key = {entry["record"], *entry["texts"]}, entry["key"]
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{TOMBSTONES}, line {number}: not a tombstone", f"restore it: `git checkout {TOMBSTONES}`") from None
+        if of_key != key_id(key):
+            raise InputError(
+                f"{TOMBSTONES}, line {number}: made with another key than {RECORD_KEY}, so erased records cannot be recognized",
+                f"restore the key with which records were erased: `git log -- {RECORD_KEY}` lists its versions",
+            )
+        marks |= found
+    return Erased(key, frozenset(marks))
+
+
+def erased_on(root: Path, keys: Iterable[bytes], example_id: str) -> str | None:
+    """The day on which a record was erased; None if it was not, or no key is the one of its tombstone.
+
+    Args:
+        keys: of the project, now and before.
+    """
+    path = root / TOMBSTONES
+    marks = {record_mark(key, example_id) for key in keys} if path.is_file() else set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if marks else ():
+        try:
+            entry = json.loads(line)
+            if entry["record"] in marks:
+                return str(entry["date"])
+        except (ValueError, TypeError, KeyError):  # `raw_examples` refuses the file, and says where it is damaged
+            continue
+    return None

@@ -1,0 +1,89 @@
+"""Texts and ids of erased records -> byte patterns that find them in any file. Reports where they were found, never the text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+LONGEST, SHORTEST = 24, 12
+"""Bytes of text in a pattern are those of this many characters. A quotation of at least twice LONGEST contains one of them whole."""
+PIECES = re.compile(r"[^\x00-\x1f\x7f\"\\<>&'`\ud800-\udfff]+")
+"""Runs of characters that JSON, HTML and CSV leave as they are. JSON may escape those beyond ASCII, which is searched for too."""
+
+
+def fragments(text: str) -> list[str]:
+    """Parts of a text that are searched for: consecutive pieces of LONGEST characters; shorter runs of at least SHORTEST as they are."""
+    found: list[str] = []
+    for run in (part.strip() for piece in PIECES.findall(text) for part in re.split(r"\s{2,}", piece)):
+        if len(run) >= LONGEST:
+            found += [run[start : start + LONGEST] for start in range(0, len(run) - LONGEST + 1, LONGEST)]
+            found.append(run[-LONGEST:])
+        elif len(run) >= SHORTEST:
+            found.append(run)
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Needles:
+    """What to search for."""
+
+    texts: tuple[str, ...] = ()
+    """Fragments that no other record contains."""
+    ids: tuple[str, ...] = ()
+    """32 hexadecimal digits: `example_id` of each record, and the ids under which releases published it."""
+    unsearchable: int = 0
+    """Texts without a fragment of their own: short, or shared with records that stay. Their records are found by id only."""
+
+    def patterns(self) -> tuple[list[str], list[str]]:
+        """(of texts, of ids), as bytes in Latin-1, which `extract_many` of polars searches for all at once."""
+        texts = [shown for text in self.texts for shown in _encoded(text)]
+        ids = [shown for one in self.ids for shown in (one, one.upper(), bytes.fromhex(one).decode("latin-1"))]
+        return list(dict.fromkeys(texts)), list(dict.fromkeys(ids))
+
+    def document(self) -> dict[str, object]:
+        return {"texts": list(self.texts), "ids": list(self.ids), "unsearchable": self.unsearchable}
+
+
+def _encoded(text: str) -> Iterator[str]:
+    yield text.encode().decode("latin-1")
+    if not text.isascii():
+        escaped = text.encode("ascii", "backslashreplace").decode()  # "\xe9" for Latin-1, which JSON writes as \u00e9
+        escaped = re.sub(r"\\x([0-9a-f]{2})", r"\\u00\1", escaped)
+        yield re.sub(r"\\U([0-9a-f]{8})", lambda found: _surrogates(int(found[1], 16)), escaped)
+
+
+def _surrogates(code: int) -> str:
+    high, low = divmod(code - 0x10000, 0x400)
+    return f"\\u{0xD800 + high:04x}\\u{0xDC00 + low:04x}"
+
+
+def needles_of(texts: Iterable[str], ids: Iterable[str], others: Iterable[str]) -> Needles:
+    """Args:
+    texts: all texts of the records, and of what was made from them.
+    ids: of all of them.
+    others: the texts of all records that stay: a fragment that one of them contains finds nothing.
+    """
+    import polars as pl
+
+    by_text = {text: fragments(text) for text in dict.fromkeys(texts)}
+    wanted = list(dict.fromkeys(one for parts in by_text.values() for one in parts))
+    shared: set[str] = set()
+    if wanted:
+        for start in _batches(others):
+            found = pl.Series(start, dtype=pl.String).str.extract_many(wanted, overlapping=True)
+            shared.update(found.explode().drop_nulls().to_list())
+    own = {text: [one for one in parts if one not in shared] for text, parts in by_text.items()}
+    unsearchable = sum(not parts for text, parts in own.items() if text.strip())
+    return Needles(tuple(dict.fromkeys(one for parts in own.values() for one in parts)), tuple(dict.fromkeys(ids)), unsearchable)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text.encode("utf-8", "replace").decode())
+        if len(batch) >= 50_000:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,389 @@
+"""A request for erasure -> the rows of sources that it means, their relatives, and the texts and ids by which they are found again."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.messages import argument_texts, calls
+from dagster_project.core.published_ids import parse_key, published_id
+from dagster_project.core.records import LEDGER, iter_table, with_source_rows
+from dagster_project.core.text import visible
+from dagster_project.curation.sources.erased import key_id, record_mark, text_marks
+from dagster_project.curation.sources.files import READERS, read_rows, suffix_of
+from dagster_project.lineage import tables
+from dagster_project.lineage.erasure.needles import Needles, needles_of
+from dagster_project.lineage.history import is_within
+from dagster_project.lineage.impact import RECORD_ID
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.published import key_files, record_of
+from dagster_project.lineage.rows import AUGMENTED, COPY_OF, OVERLAPS, record_key
+from dagster_project.lineage.runs import StageRun
+from dagster_project.lineage.search import Pattern
+
+EXAMPLES, PAIRS = "raw_examples", "raw_preferences"
+COLUMNS = ("record", "containing", "source")
+"""Columns of a file of requests, of which each row fills one."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to erase."""
+
+    records: tuple[str, ...] = ()
+    """By `example_id`, or by the id that a release gives it."""
+    containing: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    """PATH or PATH:ROW."""
+
+    @property
+    def asked(self) -> list[tuple[str, str]]:
+        kinds = (("record", self.records), ("containing", self.containing), ("source", self.sources))
+        return [(kind, value) for kind, values in kinds for value in values]
+
+
+def read_request(path: Path) -> Request:
+    """A CSV file with the columns `record`, `containing` and `source`, or some of them.
+
+    Raises:
+        InputError: it has other columns, or a row that fills not exactly one.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            names, rows = [*(reader.fieldnames or [])], [*reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read: {error}", "give a CSV file in UTF-8") from None
+    if not names or not {*names} <= {*COLUMNS}:
+        raise InputError(f"{path}: its columns are {', '.join(map(visible, names)) or 'missing'}", f"use {', '.join(COLUMNS)}")
+    found: dict[str, list[str]] = {name: [] for name in COLUMNS}
+    for number, row in enumerate(rows, 2):
+        filled = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
+        if len(filled) != 1:
+            raise InputError(f"{path}, line {number}: {len(filled)} columns are filled", "fill exactly one in each row")
+        for name, value in filled.items():
+            found[name].append(value)
+    if not rows:
+        raise InputError(f"{path}: no request in it", f"give one in each row, in a column {', '.join(COLUMNS)}")
+    return Request(tuple(found["record"]), tuple(found["containing"]), tuple(found["source"]))
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A record or pair as a source gave it."""
+
+    stage: str
+    source: str
+    rows: tuple[int, ...]
+    """Of the source: a pair can have two."""
+    record: Mapping[str, Any]
+    current: bool
+    """Whether the workspace's output has it, so that the rows are those of the file as it is."""
+
+    @property
+    def example_id(self) -> str:
+        return str(self.record["example_id"])
+
+    @property
+    def texts(self) -> list[str]:
+        return [*texts_of(self.record)]
+
+
+def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
+    """All texts of a record or pair: of its messages and calls, and of the other fields of its source row."""
+    for part in ("messages", "prompt", "chosen", "rejected"):
+        for message in _messages(record.get(part)):
+            yield from (text for name in ("content", "reasoning_content") if isinstance(text := message.get(name), str))
+            given = message.get("tool_calls")
+            for call in calls({"tool_calls": json.loads(given) if isinstance(given, str) else given or []}):
+                yield from (
+                    [call.arguments] if isinstance(call.arguments, str) else _strings([text for _, text in argument_texts(call.arguments)])
+                )
+    meta = record.get("meta")
+    yield from _strings(json.loads(meta)) if isinstance(meta, str) else ()
+
+
+def _messages(part: Any) -> list[Mapping[str, Any]]:
+    return [{"content": part}] if isinstance(part, str) else list(part or [])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(one)
+
+
+@dataclass
+class Found:
+    """What a request means."""
+
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    """{"kind", "mark": keyed hash of the request, "records": number that it means}."""
+    meant: list[Raw] = field(default_factory=list)
+    """Records to erase: requested, or chosen relatives; of every version that is available."""
+    relatives: dict[str, list[str]] = field(default_factory=dict)
+    """Kind -> "source:row" of each relative, chosen or not."""
+    notes: dict[str, set[int]] = field(default_factory=dict)
+    """File of paraphrases or of review -> rows to take out."""
+    made: list[str] = field(default_factory=list)
+    """Ids of records that the pipeline made from them: they end with them."""
+    tombstones: list[dict[str, Any]] = field(default_factory=list)
+    needles: Needles = field(default_factory=Needles)
+
+    @property
+    def rows(self) -> dict[str, set[int]]:
+        """File -> rows to take out, of sources."""
+        found: dict[str, set[int]] = {}
+        for raw in self.meant:
+            if raw.current:
+                found.setdefault(raw.source, set()).update(raw.rows)
+        return found
+
+    @property
+    def ids(self) -> list[str]:
+        return list(dict.fromkeys(raw.example_id for raw in self.meant if raw.example_id))
+
+
+class Finder:
+    """Finds the records of a request in all available versions of the raw data sets."""
+
+    def __init__(self, index: Index, key: bytes) -> None:
+        self.index, self.root, self.key, self.key_id = index, index.root, key, key_id(key)
+
+    @cached_property
+    def raws(self) -> list[Raw]:
+        """Current ones first; of earlier versions only those that no later one has, for memory."""
+        runs = {run.md5: run for run in self.index.runs.values() if run.address in (EXAMPLES, PAIRS)}
+        current = {run.md5 for run in self.index.runs.values() if run.in_workspace and run.address in (EXAMPLES, PAIRS)}
+        ordered = sorted(runs.values(), key=lambda run: (run.md5 not in current, run.id))
+        known: set[tuple[Any, ...]] = set()
+        found = []
+        for run in ordered:
+            for raw in self._of(run, run.md5 in current):
+                what = (raw.stage, raw.source, raw.example_id, raw.record.get("meta"))
+                if raw.current or what not in known:
+                    found.append(raw)
+                    known.add(what)
+        return found
+
+    def _of(self, run: StageRun, current: bool) -> Iterator[Raw]:
+        shards = [
+            path
+            for name in sorted(self.index.files(run.md5) or {})
+            if name.endswith(".parquet") and name != LEDGER and (path := self.index.file_path(run.md5, name))
+        ]
+        ledger = self.index.file_path(run.md5, LEDGER)
+        if not shards or ledger is None:
+            return
+        records = (row for shard in shards for row in iter_table(shard))
+        for row in with_source_rows(records, iter_table(ledger)):
+            yield Raw(run.address, row["source"], tuple(row["source_rows"]), row, current)
+
+    def find(self, request: Request, chosen: Sequence[str]) -> Found:
+        """Args:
+        chosen: kinds of relatives to erase too.
+        Raises:
+            InputError: a part of the request means no record.
+        """
+        found = Found()
+        meant: dict[int, Raw] = {}
+        for kind, value in request.asked:
+            matched = self._matched(kind, value)
+            if not matched:
+                raise InputError(
+                    f"--{kind} {visible(value) if kind != 'containing' else 'TEXT'}: no record in any available version of the sources as they were read",
+                    "see `pedigree impact`; a source in data/ is read by `dvc repro raw_examples raw_preferences`",
+                )
+            found.asked.append(
+                {"kind": kind, "mark": record_mark(self.key, f"{kind} {value}"), "records": len({raw.example_id for raw in matched})}
+            )
+            meant |= {id(raw): raw for raw in matched}
+        found.meant = [*meant.values()]
+        self._add_relatives(found, chosen)
+        self._describe(found)
+        return found
+
+    def _matched(self, kind: str, value: str) -> list[Raw]:
+        if kind == "record":
+            ids = self._raw_ids(value)
+            return [raw for raw in self.raws if raw.example_id in ids]
+        if kind == "containing":
+            return self._containing(value)
+        path, _, row = value.removeprefix("./").rpartition(":")
+        if not (path and row.isdigit()):
+            path, row = value.removeprefix("./").rstrip("/"), ""
+        return [raw for raw in self.raws if is_within(raw.source, path) and (not row or (raw.current and int(row) in raw.rows))]
+
+    def _containing(self, text: str) -> list[Raw]:
+        import polars as pl
+
+        owners, texts = [], []
+        for raw in self.raws:
+            for one in raw.texts:
+                owners.append(raw)
+                texts.append(one.encode("utf-8", "replace").decode())
+        matching = Pattern(text, False).matches_of(pl.Series(texts, dtype=pl.String))
+        return list({id(owners[i]): owners[i] for i in matching}.values())
+
+    def _raw_ids(self, asked: str) -> set[str]:
+        """Ids of the rows from which a record was made, or its own."""
+        if not RECORD_ID.fullmatch(asked):
+            raise InputError(f"--record {visible(asked)}: not the id of a record", "an example_id has 32 hexadecimal digits")
+        identity = asked.lower()
+        own = {raw.example_id for raw in self.raws}
+        if identity not in own and not self.index.knows_record(record_key(identity)):
+            identity = record_of(self.index, identity) or identity
+        ids, pending = set[str](), [identity]
+        parents = self._parents
+        while pending:
+            one = pending.pop()
+            if one not in ids:
+                ids.add(one)
+                pending += parents.get(one, ())
+        return ids
+
+    @cached_property
+    def _parents(self) -> dict[str, list[str]]:
+        """Id of a record -> ids of those that it was made from, by every ledger that is available."""
+        found: dict[str, list[str]] = {}
+        for run in {run.md5: run for run in self.index.runs.values() if not run.is_model}.values():
+            if (path := self.index.file_path(run.md5, LEDGER)) is None:
+                continue
+            names = tables.column_names(path)
+            for row in tables.read(path, ["example_id", "outcome", "why", *(["source_id"] if "source_id" in names else [])]).iter_rows(
+                named=True
+            ):
+                if row.get("source_id"):
+                    found.setdefault(row["example_id"], []).append(row["source_id"])
+                if (row["outcome"] or "").startswith(AUGMENTED) and (row["why"] or "").startswith(COPY_OF):
+                    found.setdefault(row["example_id"], []).append(row["why"].removeprefix(COPY_OF))
+        return found
+
+    def _add_relatives(self, found: Found, chosen: Sequence[str]) -> None:
+        meant = {id(raw) for raw in found.meant}
+        near = self._near({raw.example_id for raw in found.meant} | {*self._children(found.ids)})
+        for kind in ("near", "copies", "pairs"):  # near-copies have copies too
+            marks = {mark for raw in found.meant for mark in self._marks(raw)}
+            prompts = {prompt for raw in found.meant for prompt in [_prompt(raw.record)] if prompt}
+            relatives = [
+                raw
+                for raw in self.raws
+                if id(raw) not in meant
+                and (
+                    raw.example_id in near if kind == "near"
+                    else not marks.isdisjoint(self._marks(raw)) if kind == "copies"
+                    else raw.stage == PAIRS and _prompt(raw.record) in prompts
+                )
+            ]  # fmt: skip
+            found.relatives[kind] = [f"{raw.source}:{raw.rows[0]}" for raw in relatives if raw.current]
+            if kind in chosen:
+                found.meant += relatives
+                meant |= {id(raw) for raw in relatives}
+        rows = {(raw.source, row) for raw in found.meant if raw.current for row in raw.rows}
+        same_row = [raw for raw in self.raws if raw.current and id(raw) not in meant and any((raw.source, row) in rows for row in raw.rows)]
+        found.relatives["same row"] = [f"{raw.source}:{raw.rows[0]}" for raw in same_row]
+        found.meant += same_row
+        for kind, folder, columns in (
+            ("paraphrases", "data/sources/paraphrases", ("prompt",)),
+            ("review", "data/sources/review", ("prompt",)),
+        ):
+            notes = self._notes(found, folder, columns)
+            found.relatives[kind] = [f"{path}:{row}" for path, numbers in notes.items() for row in sorted(numbers)]
+            found.notes |= notes if kind in chosen else {}
+
+    def _marks(self, raw: Raw) -> list[str]:
+        known = self._known_marks
+        if id(raw) not in known:
+            own = [record_mark(self.key, raw.example_id)] if raw.example_id else []
+            known[id(raw)] = [*own, *text_marks(self.key, raw.record)]
+        return known[id(raw)]
+
+    @cached_property
+    def _known_marks(self) -> dict[int, list[str]]:
+        return {}
+
+    def _children(self, ids: Iterable[str]) -> list[str]:
+        keys = [record_key(one) for one in ids]
+        derived = self.index.derivations(keys)
+        return list(dict.fromkeys(child.hex() for children in derived.values() for child, _ in children if child not in keys))
+
+    def _near(self, ids: set[str]) -> set[str]:
+        """Ids, as they were read, of the rows that the current tables of overlaps pair with these."""
+        others: set[str] = set()
+        for run in self.index.runs.values():
+            path = self.index.file_path(run.md5, OVERLAPS) if run.in_workspace else None
+            for row in tables.read(path, ["check", "example_id", "other"]).iter_rows(named=True) if path else ():
+                pair = {row["example_id"], row["other"]}
+                if row["check"] != "exact_duplicates" and pair & ids:
+                    others |= {one for other in pair - ids if other for one in (other, *self._parents.get(other, ()))}
+        return others
+
+    def _notes(self, found: Found, folder: str, columns: Sequence[str]) -> dict[str, set[int]]:
+        """Rows of files in a folder that name one of the records, or have its prompt."""
+        ids = {*found.ids, *self._children(found.ids)}
+        prompts = {
+            message["content"].strip() for raw in found.meant for message in _prompt_messages(raw.record) if message["role"] == "user"
+        }
+        notes: dict[str, set[int]] = {}
+        for path in sorted((self.root / folder).rglob("*")):
+            if not path.is_file() or suffix_of(path) not in READERS or path.suffix in {".txt"} or not path.stat().st_size:
+                continue
+            try:
+                rows = read_rows(path)
+            except InputError:  # a file without rows has nothing to take out; the scan at the end reads every byte
+                continue
+            numbers = {
+                row.source_row
+                for row in rows
+                if row.value
+                and (row.value.get("example_id") in ids or any(str(row.value.get(name)).strip() in prompts for name in columns))
+            }
+            if numbers:
+                notes[path.relative_to(self.root).as_posix()] = numbers
+        return notes
+
+    def _describe(self, found: Found) -> None:
+        """Add tombstones, and what to search for."""
+        meant = {id(raw) for raw in found.meant}
+        stays = [raw for raw in self.raws if raw.current and id(raw) not in meant]
+        kept_marks = {mark for raw in stays for mark in self._marks(raw)}
+        stones: dict[str, dict[str, Any]] = {}
+        for raw in found.meant:
+            if raw.example_id and kept_marks.isdisjoint(own := self._marks(raw)):
+                stones.setdefault(own[0], {"record": own[0], "texts": own[1:]})
+        found.tombstones = [stones[name] for name in sorted(stones)]
+        found.made = self._children(found.ids)
+        kept_ids = {raw.example_id for raw in stays}
+        ids = [one for one in (*found.ids, *found.made) if one not in kept_ids]
+        keys = [key for key in map(parse_key, key_files(self.root)) if key]
+        published = [published_id(key, one) for key in keys for one in ids]
+        texts = [text for raw in found.meant for text in raw.texts] + [*self._texts_made({*found.made} - kept_ids)]
+        others = (text for raw in stays for text in raw.texts)
+        found.needles = needles_of(texts, [one for one in (*ids, *published) if RECORD_ID.fullmatch(one)], others)
+
+    def _texts_made(self, ids: set[str]) -> Iterator[str]:
+        """Texts of records that the pipeline made, from every shard that is available."""
+        import polars as pl
+
+        for path in self.index.shard_paths().values() if ids else ():
+            names = tables.column_names(path)
+            columns = [name for name in ("example_id", "messages", "prompt", "chosen", "rejected") if name in names]
+            for row in tables.read(path, columns).filter(pl.col("example_id").is_in(sorted(ids))).iter_rows(named=True):
+                yield from texts_of(row)
+
+
+def _prompt_messages(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [*(record["prompt"] if "prompt" in record else record.get("messages") or ())]
+
+
+def _prompt(record: Mapping[str, Any]) -> str:
+    """The user's turns, without differences of case and white space."""
+    return " ".join(" ".join(message["content"] for message in _prompt_messages(record) if message["role"] == "user").casefold().split())

@@ -1,0 +1,163 @@
+"""Takes rows out of a file of examples. All other rows keep their bytes, and reading the result is compared with reading the file."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from dagster_project.core.errors import InputError
+from dagster_project.curation.sources.files import LENIENT, MMLU_COLUMNS, read_blocks, rows_of, suffix_of
+
+Rows = Collection[int]
+
+
+def without(path: Path, rows: Rows, name: str, may_be_empty: bool = False) -> bytes:
+    """The content of a file without some rows.
+
+    Args:
+        rows: as a ledger numbers them (`source_row`).
+        name: of the file, for messages.
+        may_be_empty: whether a file without rows can be read.
+    Raises:
+        InputError: the file type is not supported, no row would be left, or the result would not have exactly the other rows.
+    """
+    suffix = suffix_of(path)
+    if suffix not in WRITERS:
+        raise InputError(
+            f"{name}: rows cannot be taken out of a file of type {suffix}", "write it as .jsonl or .parquet, and run the pipeline"
+        )
+    before = rows_of(read_blocks(path))
+    if outside := sorted(row for row in rows if row >= len(before)):
+        raise InputError(f"{name} has {len(before)} rows, and no row {outside[0]}", "run the pipeline, then ask again")
+    kept = [row for row in before if row.source_row not in rows]
+    if not kept and not may_be_empty:
+        raise InputError(
+            f"{name}: all of its rows would be taken out",
+            "take the source out of params.yaml and delete the file, run the pipeline, then ask again",
+        )
+    content = WRITERS[suffix](path.read_bytes(), rows)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        copy.write_bytes(content)
+        after = rows_of(read_blocks(copy))
+    if [row.value for row in after] != [row.value for row in kept]:
+        raise InputError(
+            f"{name}: its rows cannot be taken out without a change of others", "take them out by hand, run the pipeline, then ask again"
+        )
+    return content
+
+
+def _unzipped(writer: Callable[[bytes, Rows], bytes]) -> Callable[[bytes, Rows], bytes]:
+    return lambda content, rows: gzip.compress(writer(gzip.decompress(content), rows), mtime=0)
+
+
+def _is_blank(line: bytes) -> bool:
+    try:
+        return not line.removeprefix(codecs.BOM_UTF8).decode().strip()
+    except UnicodeDecodeError:
+        return False
+
+
+def _json_lines(content: bytes, rows: Rows) -> bytes:
+    kept, number = [], -1
+    for line in _by_newline(content):
+        number += not _is_blank(line)
+        if _is_blank(line) or number not in rows:
+            kept.append(line)
+    return b"".join(kept)
+
+
+def _by_newline(content: bytes) -> Iterator[bytes]:
+    """Lines as the reader has them: only a newline ends one."""
+    yield from io.BytesIO(content)
+
+
+def _json_list(content: bytes, rows: Rows) -> bytes:
+    """Elements of a list, each with the comma and the white space before the next one; of the last ones with those after the one before."""
+    text = content.removeprefix(codecs.BOM_UTF8).decode()
+    spans: list[tuple[int, int]] = []
+    at = _next(text, _next(text, 0) + 1)
+    while text[at] != "]":
+        _, end = LENIENT.raw_decode(text, at)
+        spans.append((at, end))
+        at = _next(text, end)
+        at = _next(text, at + 1) if text[at] == "," else at
+    kept = [span for number, span in enumerate(spans) if number not in rows]
+    if not kept:
+        return content
+    between = [text[end:start] for (_, end), (start, _) in pairwise(spans)]
+    numbers = [number for number in range(len(spans)) if number not in rows]
+    parts = [text[: spans[0][0]], text[slice(*kept[0])]]
+    for before, number in pairwise(numbers):
+        parts += [between[before], text[slice(*spans[number])]]
+    return b"".join([codecs.BOM_UTF8 if content.startswith(codecs.BOM_UTF8) else b"", "".join([*parts, text[spans[-1][1] :]]).encode()])
+
+
+def _next(text: str, at: int) -> int:
+    """Position of the next character that is not white space."""
+    while text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _csv(content: bytes, rows: Rows) -> bytes:
+    lines = [*_by_newline(content)]
+    first = lines[0].removeprefix(codecs.BOM_UTF8) if lines else b""
+    reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in [first, *lines[1:]]), strict=True)
+    records, start = [], 0
+    for fields in reader:
+        if fields:
+            records.append((start, reader.line_num, fields))
+        start = reader.line_num
+    has_header = not (records and all(_is_mmlu(fields) for _, _, fields in records[:2]))
+    removed = {
+        line for number, (begin, end, _) in enumerate(records[has_header:]) if number in rows for line in range(begin, end)
+    }  # fmt: skip
+    return b"".join(line for number, line in enumerate(lines) if number not in removed)
+
+
+def _is_mmlu(fields: list[str]) -> bool:
+    return len(fields) == len(MMLU_COLUMNS) and fields[-1] in MMLU_COLUMNS[1:5]
+
+
+def _paragraphs(content: bytes, rows: Rows) -> bytes:
+    """Paragraphs with the blank lines after them."""
+    kept, number, inside = [], -1, False
+    for line in _by_newline(content):
+        blank = _is_blank(line)
+        number += not blank and not inside
+        inside = not blank
+        if number not in rows:
+            kept.append(line)
+    return b"".join(kept)
+
+
+def _parquet(content: bytes, rows: Rows) -> bytes:
+    """The table without the rows, with its schema, and the compression of its first column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(pa.BufferReader(content))
+    table = file.read()
+    mask = pa.array([number not in rows for number in range(table.num_rows)], pa.bool_())
+    packed = file.metadata.row_group(0).column(0).compression.lower() if file.metadata.num_row_groups else "zstd"
+    sink = io.BytesIO()
+    pq.write_table(table.filter(mask).combine_chunks(), sink, compression="none" if packed == "uncompressed" else packed)
+    return sink.getvalue()
+
+
+WRITERS: dict[str, Callable[[bytes, Rows], bytes]] = {
+    ".json": _json_list,
+    ".json.gz": _unzipped(_json_list),
+    ".jsonl": _json_lines,
+    ".jsonl.gz": _unzipped(_json_lines),
+    ".csv": _csv,
+    ".txt": _paragraphs,
+    ".parquet": _parquet,
+}

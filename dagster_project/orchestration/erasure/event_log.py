@@ -1,0 +1,59 @@
+"""Takes what holds an erased record out of Dagster's home: rows of its SQLite files, and log files. The event log is a view, which a sync fills again."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from dagster_project.core.errors import Busy
+from dagster_project.lineage.erasure.scan import Scanner
+
+MAGIC = b"SQLite format 3\0"
+LONGEST_WAIT = 30.0
+"""Seconds to wait for another process that writes."""
+ENDINGS = ("-wal", "-shm", "-journal")
+SCHEMA = {"dagster.yaml", "pedigree_project"}
+"""Files in Dagster's home that stay: settings."""
+
+
+def is_database(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def clean(path: Path, scanner: Scanner) -> int:
+    """Delete the rows that hold something of a record from a SQLite file, and rewrite it, so that no free page does. Returns the number of rows.
+
+    Raises:
+        Busy: another process uses it.
+    """
+    try:
+        with closing(sqlite3.connect(path, timeout=LONGEST_WAIT, isolation_level=None)) as db:
+            db.execute("PRAGMA secure_delete = ON")
+            db.execute("BEGIN IMMEDIATE")
+            tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")]
+            rows = sum(_clean_table(db, name, scanner) for name in tables)
+            db.execute("COMMIT")
+            db.execute("VACUUM")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return rows
+    except sqlite3.DatabaseError as error:  # locked, or damaged
+        raise Busy(
+            f"{path} cannot be cleaned: {error}", "stop Dagster (`pedigree ui`, its daemon and runs), then run the same command again"
+        ) from None
+
+
+def _clean_table(db: sqlite3.Connection, name: str, scanner: Scanner) -> int:
+    quoted = name.replace('"', '""')
+    try:
+        table = db.execute(f'SELECT rowid, * FROM "{quoted}"')
+    except sqlite3.OperationalError:  # WITHOUT ROWID: keys of counters
+        return 0
+    found = [(row[0],) for row in table if scanner.content(b"\n".join(filter(None, map(_bytes, row[1:]))))]
+    db.executemany(f'DELETE FROM "{quoted}" WHERE rowid = ?', found)
+    return len(found)
+
+
+def _bytes(value: object) -> bytes:
+    return value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass") if isinstance(value, str) else b""

@@ -1,0 +1,181 @@
+"""Carries out the plan of an erasure, step by step. What a step removes is written to the plan before anything is removed, so that an interrupted
+erasure goes on with the same lists, and ends in the same state and certificate."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
+from dagster_project.core.records import remove
+from dagster_project.lineage.database import INDEX_FILE
+from dagster_project.lineage.erasure import removal, tombstones
+from dagster_project.lineage.erasure.scan import Scanner
+from dagster_project.lineage.history import Objects
+from dagster_project.lineage.index import Index
+from dagster_project.orchestration.erasure import event_log, objects
+from dagster_project.orchestration.erasure.places import CACHE, EVENT_LOG, PLAN, Search, search
+from dagster_project.orchestration.erasure.plan import found_in_models, models_now, needles_in, save
+from dagster_project.orchestration.erasure.remotes import needed_objects, remotes_of, removers
+from dagster_project.orchestration.run_all import run_all
+
+log = logging.getLogger("pedigree")
+
+OWN_SCRATCH = ("set_aside", "checkpoints", "scratch", "rows")
+"""Folders of .dvc/tmp/pedigree that may hold tokens, weights or hashes of a run with the record: deleted as a whole."""
+DELETED = ("pages", "scratch files")
+"""Places whose files are deleted: they are drawn again, or are of no use."""
+
+
+class Erasure:
+    """One erasure, by its plan."""
+
+    def __init__(self, root: Path, plan: dict[str, Any], validate: Callable[[Path], Any]) -> None:
+        """Args:
+        validate: refuses bad parameters before the pipeline runs.
+        """
+        self.root, self.plan, self.validate = root, plan, validate
+        self.scanner = Scanner(needles_in(plan))
+
+    def run(self) -> None:
+        """All steps that are not done yet."""
+        steps = (self.sources, self.tombstones, self.pipeline, self.cache, self.files, self.index, self.dagster, self.left)
+        for step in steps:
+            if step.__name__ not in self.plan["done"]:
+                log.info(f"erase: {(step.__doc__ or '').partition('.')[0].strip()}")
+                step()
+                self.plan["done"].append(step.__name__)
+                save(self.root, self.plan)
+
+    def sources(self) -> None:
+        """Take the rows out of the sources."""
+        for path, change in self.plan["sources"].items():
+            file = self.root / path
+            now = sha256_of_file(file) if file.is_file() else "missing"
+            if now == change["after"]:
+                continue
+            if now != change["before"]:
+                raise InputError(f"{path} was changed since the erasure began", "undo the change, then run the same command again")
+            content = removal.without(file, {*change["rows"]}, path, change["may_be_empty"])
+            if sha256_of_bytes(content) != change["after"]:
+                raise AssertionError(f"{path}: another result than planned")
+            scratch = file.with_name(f".{file.name}.{os.getpid()}")
+            scratch.write_bytes(content)
+            shutil.copymode(file, scratch)
+            scratch.replace(file)
+
+    def tombstones(self) -> None:
+        """Write keyed hashes of the records, by which a later import is refused."""
+        reason = {"reason": self.plan["reason"]} if self.plan["reason"] else {}
+        tombstones.add(self.root, self.plan["tombstones"], {"key": self.plan["key"], "date": self.plan["date"], **reason})
+
+    def pipeline(self) -> None:
+        """Make all stages again that had run."""
+        done = run_all(self.root, 1, False, self.validate, only=self.plan["stages"])
+        if done["interrupted"]:
+            raise KeyboardInterrupt
+        if not done["passed"]:
+            failed = [address for address, stage in done["stages"].items() if stage["outcome"] == "failed"]
+            raise CheckFailed(
+                f"the rows are out of the sources, but {', '.join(failed)} failed, so nothing else was removed yet",
+                "fix the error above, then run the same command again: it goes on",
+            )
+
+    def cache(self) -> None:
+        """Remove objects of DVC's cache and of remotes in folders that hold the records, or were made from them."""
+        if "removed" not in self.plan:
+            self._plan_objects()
+            save(self.root, self.plan)
+        removed = self.plan["removed"]
+        folder = Objects(self.root).cache
+        for name in removed["objects"]:
+            (folder / name[:2] / name[2:]).unlink(missing_ok=True)
+        for path in removed["runs"]:
+            Path(self.root, path).unlink(missing_ok=True)
+        with removers(self.root) as by_remote:
+            for name, oids in removed["remotes"].items():
+                for oid in oids:
+                    by_remote[name](oid)
+
+    def _plan_objects(self) -> None:
+        remotes = remotes_of(self.root)
+        found = search(self.root, self.scanner, remotes)
+        needed = needed_objects(self.root)
+        cache = Objects(self.root).cache
+        is_own = cache.resolve().is_relative_to(self.root.resolve())
+        oids = self._oids(found, CACHE, cache, needed)
+        on_remotes = {
+            name: self._oids(found, f"remote {name}", folder / "files" / "md5", needed) for name, folder in remotes.folders.items()
+        }
+        everything = oids.union(*on_remotes.values())
+        runs = [
+            *objects.runs_naming(self.root, everything),
+            *(p for f in remotes.folders.values() for p in objects.files_naming(f, everything)),
+        ]
+        self.plan["removed"] = {
+            "objects": sorted(oids) if is_own else [],
+            "runs": [os.path.relpath(path, self.root) for path in runs],
+            "remotes": {name: sorted(of) for name, of in on_remotes.items()},
+        }
+        self.plan["shared cache"] = not is_own
+        self.plan["files"] = sorted(
+            os.path.relpath(hit.path, self.root) for place in DELETED for hit in found.places.get(place, ()) if hit.path.is_file()
+        )
+
+    def _oids(self, found: Search, place: str, folder: Path, needed: set[str]) -> set[str]:
+        """Hashes of the objects of a cache or remote to remove."""
+        if not folder.is_dir():
+            return set()
+        holding = {name for hit in found.places.get(place, ()) if hit.path.is_relative_to(folder) and (name := objects.name_of(hit.path))}
+        gone = objects.to_remove(objects.listings(folder), holding, {*self.plan["retired"]}, needed)
+        return {name for name in gone if (folder / name[:2] / name[2:]).is_file()}
+
+    def files(self) -> None:
+        """Remove pages and scratch files that hold them."""
+        for path in self.plan["files"]:
+            Path(self.root, path).unlink(missing_ok=True)
+        for name in OWN_SCRATCH:
+            remove(self.root / ".dvc" / "tmp" / "pedigree" / name)
+
+    def index(self) -> None:
+        """Remove the records from the index of audits."""
+        if "seen by" not in self.plan:
+            self.plan["seen by"] = found_in_models(self.root, self.plan["ids"])
+            save(self.root, self.plan)
+        Index(self.root).forget(self.plan["ids"])
+        damaged = self.root / INDEX_FILE
+        damaged.with_name(f"{damaged.name}.damaged").unlink(missing_ok=True)
+
+    def dagster(self) -> None:
+        """Remove what holds them from Dagster's event log and log files."""
+        found = search(self.root, self.scanner, remotes_of(self.root))
+        paths = [hit.path for hit in found.places.get(EVENT_LOG, ())]
+        known = self.plan.setdefault("dagster", [])
+        self.plan["dagster"] = sorted({*known, *(os.path.relpath(path, self.root) for path in paths)})
+        save(self.root, self.plan)
+        for path in paths:
+            base = path.with_name(path.name.removesuffix("-wal").removesuffix("-shm").removesuffix("-journal"))
+            if base.is_file() and event_log.is_database(base):
+                event_log.clean(base, self.scanner)
+            elif path.is_file() and path.name not in event_log.SCHEMA:
+                path.unlink()
+
+    def left(self) -> None:
+        """Search every place again."""
+        found = search(self.root, self.scanner, remotes_of(self.root))
+        self.plan["left"] = found.document(self.root)
+        self.plan["blobs"] = found.blobs
+        self.plan["searched"] = {
+            "files": found.files, "git objects": found.objects, "weights": found.weights, "unreadable": found.unreadable,
+        }  # fmt: skip
+        self.plan["after"] = models_now(self.root)
+
+
+def finish(root: Path) -> None:
+    """Delete the plan, which holds the text."""
+    remove(root / PLAN)

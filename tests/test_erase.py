@@ -1,0 +1,280 @@
+"""`pedigree erase`, in parts: rows leave files of every type, a scan finds what was hidden in any container, tombstones refuse what comes back."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import sqlite3
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.files import FILE_WRITERS, jsonl
+from builders.history import Project, identity
+from conftest import ROOT
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import parse
+from dagster_project.core.records import Report, example_id
+from dagster_project.curation.sources import erased
+from dagster_project.curation.sources.files import read_rows
+from dagster_project.lineage.erasure.needles import Needles, fragments, needles_of
+from dagster_project.lineage.erasure.records import read_request
+from dagster_project.lineage.erasure.removal import WRITERS, without
+from dagster_project.lineage.erasure.scan import Scanner
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.rows import record_key
+from dagster_project.orchestration.erasure import event_log
+from dagster_project.orchestration.erasure.objects import to_remove
+from dagster_project.orchestration.erasure.plan import models_of, usable_key
+from dagster_project.stages import raw_examples, raw_preferences
+
+KEY = "5f" * 32
+SECRET = "Zephyrine Okonkwo of Larkspur Lane says \"no\" to the <lantern> & sends it back, été"  # fmt: skip
+
+
+def rows(n: int = 6) -> list[dict[str, Any]]:
+    return [{"text": f'Line {i}, "quoted", with a comma\nand a second line'} for i in range(n)]
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("gone", [{0}, {5}, {2, 3}, {0, 1, 4, 5}])
+def test_rows_leave_a_file_of_any_type_and_the_others_stay(tmp_path: Path, suffix: str, gone: set[int]) -> None:
+    path = tmp_path / f"a{suffix}"
+    FILE_WRITERS[suffix](path, rows())
+    before = [row.value for row in read_rows(path)]
+    path.write_bytes(without(path, gone, "a"))
+    assert [row.value for row in read_rows(path)] == [value for i, value in enumerate(before) if i not in gone]
+
+
+def test_other_lines_keep_their_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a":  1}\r\n\r\n{"a": 2}\n \n{"a" : 3}')
+    assert without(path, {1}, "a") == b'\xef\xbb\xbf{"a":  1}\r\n\r\n \n{"a" : 3}'
+    path = tmp_path / "a.json"
+    path.write_text('[ {"a": 1} ,\n  {"a": 2},{"a":3} ]\n')
+    assert without(path, {1}, "a") == b'[ {"a": 1} ,\n  {"a":3} ]\n'
+    assert without(path, {2}, "a") == b'[ {"a": 1} ,\n  {"a": 2} ]\n'
+
+
+def test_what_cannot_be_done_whole_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", *rows(2))
+    with pytest.raises(InputError, match="all of its rows"):
+        without(path, {0, 1}, "a.jsonl")
+    with pytest.raises(InputError, match="no row 7"):
+        without(path, {7}, "a.jsonl")
+    FILE_WRITERS[".feather"](tmp_path / "a.feather", rows())
+    with pytest.raises(InputError, match=r"of type \.feather"):
+        without(tmp_path / "a.feather", {0}, "a.feather")
+
+
+def hidden(path: Path, text: str) -> dict[str, Path]:
+    """The same text in files of many kinds."""
+    import pandas as pd
+
+    pd.DataFrame({"m": [[{"content": text}], []]}).to_parquet(path / "a.parquet", compression="zstd")
+    (path / "a.json").write_text(json.dumps([{"inner": json.dumps(text)}]))
+    (path / "a.html").write_text(text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&#34;"))
+    (path / "a.gz").write_bytes(gzip.compress(gzip.compress(text.encode())))
+    with zipfile.ZipFile(path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("inner", text)
+    with sqlite3.connect(path / "a.db") as db:
+        db.execute("CREATE TABLE t (x)")
+        db.execute("INSERT INTO t VALUES (?)", (text,))
+    FILE_WRITERS[".feather"](path / "a.feather", [{"t": text}])
+    big = io.BytesIO(b"." * (16 * 2**20 - 20))  # the text crosses the end of what is searched at once
+    (path / "a.bin").write_bytes(big.getvalue() + text.encode())
+    return {file.name: file for file in sorted(path.iterdir())}
+
+
+def test_a_text_is_found_in_every_container_and_another_text_in_none(tmp_path: Path) -> None:
+    needles = needles_of([SECRET], [], ["Somebody else of Larkspur Lane says it was fine"])
+    for folder in ("with", "without"):
+        (tmp_path / folder).mkdir()
+    scanner = Scanner(needles)
+    assert [name for name, path in hidden(tmp_path / "with", SECRET).items() if not scanner.file(path)] == []
+    other = "Somebody else of Larkspur Lane says it was fine, in every way"
+    assert [name for name, path in hidden(tmp_path / "without", other).items() if scanner.file(path)] == []
+    assert scanner.unreadable == []
+
+
+def test_an_archive_that_cannot_be_opened_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not a table")
+    scanner = Scanner(needles_of([SECRET], [], []))
+    assert scanner.file(tmp_path / "a.parquet") == set() and scanner.unreadable == [str(tmp_path / "a.parquet")]
+
+
+def test_an_excerpt_is_found() -> None:
+    text = "The quick brown fox jumps over the lazy dog and then naps under the old oak tree until noon."
+    scanner = Scanner(needles_of([text], [], []))
+    found = [bool(scanner.content(text[start : start + 48].encode())) for start in range(len(text) - 48)]
+    assert all(found)
+
+
+def test_ids_are_found_as_text_and_as_bytes(tmp_path: Path) -> None:
+    scanner = Scanner(Needles(ids=("0123456789abcdef0123456789abcdef",)))
+    assert scanner.content(b'"0123456789abcdef0123456789abcdef"') == {"id"}
+    assert scanner.content(b"..\x01\x23\x45\x67\x89\xab\xcd\xef\x01\x23\x45\x67\x89\xab\xcd\xef..") == {"id"}
+    assert scanner.content(b"0123456789abcdef0123456789abcdee") == set()
+
+
+def test_what_other_records_say_too_is_not_searched_for() -> None:
+    assert needles_of(["You are a helpful assistant."], [], ["You are a helpful assistant."]).texts == ()
+    assert needles_of(["You are a helpful assistant.", "ok"], [], ["You are a helpful assistant."]).unsearchable == 2
+    assert fragments("short") == []
+
+
+def conversation(prompt: str, answer: str, system: str | None = None) -> dict[str, Any]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return {"messages": [*first, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project from which one record was erased."""
+    (tmp_path / "data/keys").mkdir(parents=True)
+    (tmp_path / "data/keys/record_ids.key").write_text(KEY)
+    record = conversation("Where is my lantern?", "On its way to you.")
+    mark = {"record": erased.record_mark(bytes.fromhex(KEY), example_id(record["messages"])),
+            "texts": erased.text_marks(bytes.fromhex(KEY), record)}  # fmt: skip
+    jsonl(tmp_path / erased.TOMBSTONES, {**mark, "key": erased.key_id(bytes.fromhex(KEY)), "date": "2026-01-01"})
+    return tmp_path
+
+
+def read(root: Path, *records: Any) -> Report:
+    jsonl(root / "data/sources/a.jsonl", *records)
+    return raw_examples.produce(
+        root, parse(raw_examples.Params, {"sources": [{"path": "data/sources/a.jsonl"}]}, "raw_examples"), root / "out"
+    )
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        conversation("Where is my lantern?", "On its way to you."),
+        conversation("where is  my LANTERN?", "On its way\nto you.", "Be kind."),
+        {"instruction": "Where is my lantern?", "input": "", "output": "On its way to you."},
+    ],
+)
+def test_an_erased_record_is_refused_when_it_comes_back(root: Path, again: dict[str, Any]) -> None:
+    other = (
+        {"instruction": "Where is my kite?", "input": "", "output": "On its way."} if "output" in again else conversation("Kite?", "Here.")
+    )
+    assert read(root, other).failures == []
+    failures = read(root, other, again).failures
+    assert [(check.name, check.count, check.rows) for check in failures] == [("erased_record", 1, ["data/sources/a.jsonl:1"])]
+    assert read(root, conversation("Where is my lantern?", "It was lost.")).failures == []
+
+
+def test_an_erased_record_is_refused_as_a_side_of_a_pair(root: Path) -> None:
+    jsonl(root / "data/sources/p.jsonl", {"prompt": "Where is my lantern?", "chosen": "On its way to you.", "rejected": "What?"})
+    params = parse(raw_preferences.Params, {"sources": [{"path": "data/sources/p.jsonl"}]}, "raw_preferences")
+    assert [check.rows for check in raw_preferences.produce(root, params, root / "pairs").failures] == [["data/sources/p.jsonl:0"]]
+
+
+def test_without_tombstones_nothing_changes(root: Path) -> None:
+    (root / erased.TOMBSTONES).unlink()
+    (root / "data/keys/record_ids.key").unlink()
+    assert "erased_record" not in {check.name for check in read(root, conversation("Where is my lantern?", "On its way to you.")).checks}
+
+
+def test_tombstones_with_another_key_or_damaged_are_refused(root: Path) -> None:
+    (root / "data/keys/record_ids.key").write_text("60" * 32)
+    with pytest.raises(InputError, match="another key"):
+        read(root, conversation("a", "b"))
+    (root / erased.TOMBSTONES).write_text("{}\n")
+    with pytest.raises(InputError, match="line 1: not a tombstone"):
+        read(root, conversation("a", "b"))
+
+
+def test_a_tombstone_cannot_be_tested_without_the_key(root: Path) -> None:
+    text = (root / erased.TOMBSTONES).read_text()
+    plain = example_id(conversation("Where is my lantern?", "On its way to you.")["messages"])
+    other = erased.record_mark(bytes.fromhex("60" * 32), plain)
+    assert plain not in text and other not in text and "lantern" not in text
+
+
+def test_the_index_forgets_a_record_and_nothing_else(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    texts = [f"text number {i} of many" for i in range(700)]
+    toy.commit(toy.lock([(text, "train", "data/sources/a.jsonl") for text in texts]))
+    index = Index(tmp_path)
+    index.read_records()
+    gone = [identity(texts[i]) for i in (0, 1, 350, 699)]
+    before = {text: len(index.record_uses([record_key(identity(text))])) for text in texts}
+    assert index.forget(gone) == 4 * 4  # in a shard, in the evidence of the model, and its two texts
+    path = tmp_path / ".dvc/tmp/pedigree/index.sqlite3"
+    content = b"".join(file.read_bytes() for file in path.parent.glob("index.sqlite3*"))
+    assert not any(record_key(one) in content or record_key(one)[:8] in content for one in gone)
+    again = Index(tmp_path)
+    again.read_records()
+    assert {t: len(again.record_uses([record_key(identity(t))])) for t in texts} == {
+        t: 0 if identity(t) in gone else n for t, n in before.items()
+    }
+    assert all(bool(again.records_with_text(f"All about {text}.")) != (identity(text) in gone) for text in texts)
+
+
+def test_models_that_were_trained_on_a_record_are_retired_with_what_was_made_from_them(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    source = "data/sources/a.jsonl"
+    old = toy.lock([("secret", "train", source), ("common", "train", source)])
+    tested = toy.lock([("secret", "test", source), ("common", "train", source)], seed=1)
+    new = toy.lock([("common", "train", source), ("more", "train", source)])
+    for lock in (old, tested, new):
+        toy.commit(lock)
+    index = Index(tmp_path)
+    index.read_records()
+    models, unknown, retired = models_of(index, [identity("secret")])
+    assert unknown == []
+    md5 = {(name, when): lock[name]["outs"][0]["md5"] for when, lock in (("old", old), ("tested", tested), ("new", new)) for name in lock}
+    fates = {model["md5"]: model["fate"] for model in models}
+    assert fates == {
+        md5[name, when]: fate for when, fate in (("old", "retire"), ("tested", "keep")) for name in ("adapter@lora", "merged@lora")
+    }
+    assert retired == {md5["adapter@lora", "old"], md5["merged@lora", "old"]}
+    assert {model["fate"] for model in models_of(index, [identity("more")])[0]} == {"remake"}
+
+
+def test_objects_that_the_workspace_or_other_outputs_need_stay() -> None:
+    folders = {"old.dir": frozenset({"shard", "same", "ledger"}), "new.dir": frozenset({"shard2", "same"}), "model.dir": frozenset({"w", "tok"}),
+               "other.dir": frozenset({"tok"})}  # fmt: skip
+    gone = to_remove(folders, {"shard", "single"}, {"model.dir"}, {"new.dir", "shard2", "same"})
+    assert gone == {"old.dir", "shard", "ledger", "single", "model.dir", "w"}
+
+
+def test_rows_of_an_event_log_go_and_no_page_of_the_file_keeps_them(tmp_path: Path) -> None:
+    scanner = Scanner(needles_of([SECRET], [], []))
+    path = tmp_path / "index.db"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE event_logs (id INTEGER PRIMARY KEY, event TEXT)")
+        db.executemany("INSERT INTO event_logs (event) VALUES (?)", [(json.dumps({"n": i, "t": SECRET * 200 if i % 50 == 7 else "fine"}),) for i in range(300)])  # fmt: skip
+        db.commit()
+        db.execute("DELETE FROM event_logs WHERE id = 8")  # deleted before: its pages still have it
+    db.close()
+    assert event_log.clean(path, scanner) == 5
+    assert scanner.file(path) == set() and b"Larkspur" not in path.read_bytes()
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT count(*) FROM event_logs").fetchone() == (294,)
+
+
+def test_requests_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("record,containing\n,Zephyrine\n0123,\n")
+    assert read_request(path).asked == [("record", "0123"), ("containing", "Zephyrine")]
+    for text, message in (
+        ("a,b\n1,2\n", "its columns are a, b"),
+        ("record,source\nx,y\n", "line 2: 2 columns"),
+        ("record\n", "no request"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_request(path)
+
+
+def test_the_public_key_of_the_sample_project_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data/keys").mkdir(parents=True)
+    (tmp_path / "data/keys/record_ids.key").write_bytes((ROOT / "data/keys/record_ids.key").read_bytes())
+    with pytest.raises(InputError, match="the key of the sample project, which is public"):
+        usable_key(tmp_path)
