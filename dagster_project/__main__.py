@@ -417,6 +417,31 @@ def judge(options: argparse.Namespace) -> int:
     return 1 if document["alarm"] else 0
 
 
+def chat(options: argparse.Namespace) -> int:
+    """Talk to a model in the terminal, or ask it one question."""
+    from dagster_project.commands import chat as module
+
+    if options.json and options.once is None:
+        raise InputError("--json: only for one question", "add --once TEXT")
+    if not 0 <= options.temperature < float("inf"):
+        raise InputError(f"--temperature {options.temperature:g}: cannot be negative or infinite", "0 gives the most likely answer")
+    root, tools = _project(options), module.read_tools(options.tools and Path(options.tools))
+    names = [options.model, *([options.compare] if options.compare else [])]
+    for name in names:
+        module.find_model(root, name)
+    decoding = module.Decoding(options.max_new_tokens, options.temperature, options.seed)
+    speakers = [module.load(root, name) for name in names]
+    system = module.trained_system_prompt(root) if options.system is None else options.system
+    for speaker in speakers:
+        speaker.messages = [{"role": "system", "content": system}] if system else []
+    if options.once is not None:
+        answers = module.once(root, speakers, options.once, tools, decoding)
+        _print(options, {"question": options.once, "system": system or None, "answers": answers}, module.once_text)
+        return 0
+    module.start(root, speakers, tools, decoding, system if options.system is None else None)
+    return 0
+
+
 def ui(options: argparse.Namespace) -> int:
     """Serve the Dagster UI and the project's pages on this machine's loopback address."""
     from dagster_project.orchestration.dagster import pages
@@ -559,6 +584,7 @@ def parser() -> argparse.ArgumentParser:
     _add_pipeline_commands(commands)
     _add_lineage_commands(commands)
     _add_evaluation_commands(commands)
+    _add_chat(commands)
     _add_ui(commands)
     return whole
 
@@ -749,6 +775,23 @@ def _add_systems(command: argparse.ArgumentParser) -> None:
     add("systems", nargs="*", metavar="SYSTEM", help="variants or baselines (default: the best variant and the best prompted baseline)")
     add("--n", type=_count, default=40, help="maximum number of pairs (default: %(default)s)")
     add("--seed", type=int, help="for the choice and the order of the pairs and the answers (default: compute.seed)")
+
+
+def _add_chat(commands: Any) -> None:
+    add = _add_command(commands, chat).add_argument
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="release, merged@VARIANT, ... or a folder (default: the release, else the recommended variant, else the base model)",
+    )
+    add("--compare", metavar="OTHER", help="another model that answers the same questions")
+    add("--system", metavar="TEXT", help="system prompt; '' for none (default: that of the training records, if all have the same)")
+    add("--tools", metavar="FILE.json", help="functions to offer, as OpenAI writes them; calls are shown, not executed")
+    add("--once", metavar="TEXT", help="ask this, print the answer and end")
+    add("--max-new-tokens", type=_count, default=256, metavar="N", help="longest answer, in tokens (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, the most likely answer, as in evaluation)")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")
 
 
 def _add_ui(commands: Any) -> None:

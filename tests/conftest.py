@@ -31,6 +31,8 @@ os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the many processes of tests need not compile the project each
 os.environ.pop("DAGSTER_HOME", None)  # the home of whoever runs the tests is not that of their projects
+for _name in ("MAKEFLAGS", "MFLAGS", "VENV", "LOCK", "UV"):  # what `make test-latest` sets is not for `make` in projects of tests
+    os.environ.pop(_name, None)
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,6 +25,7 @@ from dagster_project.training.tokens.preference_pairs import answered, both
 from dagster_project.training.trainers.alignment import preference
 from dagster_project.training.trainers.alignment import reward_model as reward
 from dagster_project.training.trainers.harness import launch
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted
 
@@ -60,7 +61,9 @@ def judged(tmp_path_factory: pytest.TempPathFactory, preferences: Path, tiny_mod
     return folder / "reward_model", train_reward(folder, preferences, tiny_model)
 
 
-def align_it(folder: Path, preferences: Path, judge: Path, sft: Path, compute: Compute = COMPUTE, **settings: Any) -> Report:
+def align_it(
+    folder: Path, preferences: Path, judge: Path, sft: Path, compute: Compute = COMPUTE, functions: Path | None = None, **settings: Any
+) -> Report:
     params = aligned.Params(
         **{
             "adapter": "lora",
@@ -84,6 +87,7 @@ def align_it(folder: Path, preferences: Path, judge: Path, sft: Path, compute: C
         folder / "checkpoints",
         folder / "live",
         folder / "pages",
+        functions,
     )
     draw_pages("aligned@mine", report, folder / "out", folder / "pages")
     return report
@@ -257,6 +261,27 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
     assert seen and {row["example_id"] for row in seen} <= known
     assert len(read_table(tmp_path / "out" / "samples.parquet")) == 4
     assert "<script" not in (tmp_path / "pages" / "alignment.html").read_text() and any((tmp_path / "live").glob("*.csv"))
+
+
+def test_a_policy_learns_from_a_function_of_the_project_whose_code_is_part_of_its_checkpoints(
+    tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions = tmp_path / "project/data/rewards"
+    functions.mkdir(parents=True)
+    (functions / "own.py").write_text("def short(prompts, answers, records):\n    return [-float(len(answer)) for answer in answers]\n")
+    settings = {**METHODS["grpo"], "method": "grpo", "rewards": {"data/rewards/own.py:short": 1.0}, "functions": functions}
+    report = align_it(tmp_path, preferences, weak[0], tiny_model, **settings)
+    assert not report.failures, [check.note for check in report.failures]
+    assert (report.metrics["rewards"], report.metrics["loss_type"]) == ({"data/rewards/own.py:short": 1.0}, "dapo")
+    assert all(point["reward"] < 0 for point in json.loads((tmp_path / "pages/history.json").read_text())["curve"])
+    assert "grpo, loss dapo, on lora" in (tmp_path / "pages/alignment.html").read_text()
+    found: list[dict[str, str]] = []
+    monkeypatch.setattr(aligned, "Checkpoints", lambda folder, identity, *_, **__: found.append(identity) or Checkpoints(folder, identity))
+    for content in ("    return [1.0] * 9\n", "    return [1.0]\n"):
+        (functions / "own.py").write_text(f"def short(prompts, answers, records):\n{content}")
+        with pytest.raises(InputError, match=r"aligned\.mine\.rewards: data/rewards/own\.py:short returns \d numbers for \d answers"):
+            align_it(tmp_path, preferences, weak[0], tiny_model, **settings)
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == {"reward functions"}
 
 
 def test_dpo_starts_at_a_loss_of_ln_2_and_learns_the_preferences(
@@ -446,6 +471,22 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "exo_pair"}}}}, "exo_pair needs it above 0"),
         ({"aligned": {"x": {"method": "rloo", "adapter": "lora", "per_device_train_batch_size": 6}}}, "cannot be divided into groups of 4"),
         ({"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"pretty": 1.0}}}}, "aligned.x.rewards: unknown: pretty"),
+        (
+            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"data/rewards/none.py:f": 1.0}}}},
+            "aligned.x.rewards: data/rewards/none.py does not exist",
+        ),
+        (
+            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"importance_sampling_level": "sequence"}}}},
+            "with ratios of whole answers, dapo would weight each answer by its length",
+        ),
+        (
+            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"loss_type": "luspo"}}}},
+            "importance_sampling_level: luspo is defined for ratios of a sequence",
+        ),
+        (
+            {"aligned": {"x": {"method": "kto", "adapter": "lora", "reward_seconds": 9}}},
+            "aligned.x.reward_seconds: kto learns from pairs alone",
+        ),
         (
             {"aligned": {"x": {"method": "dpo", "adapter": "lora", "rewards": {"brief": 1.0}}}},
             "aligned.x.rewards: dpo learns from pairs alone",

@@ -118,38 +118,56 @@ class Rewarded:
         return rewards
 
 
-def loss_of(method: str, model: Any, batch: list[tuple[int, list[int], float]], old: list[torch.Tensor] | None, beta: float) -> Any:
-    """Loss of a batch of answers, two to a prompt, and the log-probabilities of the policy (RLOO arXiv 2402.14740; GRPO 2402.03300 with the
-    normalization of DAPO 2503.14476)."""
+LOSSES: dict[str, dict[str, Any]] = {
+    "rloo": {},
+    "grpo": {},
+    "grpo of the paper": {"loss_type": "grpo", "epsilon_high": 0.28},
+    "Dr. GRPO": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "GSPO": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+}
+"""Name -> options. TRL's default loss is that of DAPO."""
+
+
+def loss_of(name: str, model: Any, batch: list[tuple[int, list[int], float]], old: list[torch.Tensor] | None, beta: float) -> Any:
+    """Loss of a batch of answers, two to a prompt, and the log-probabilities of the policy (RLOO arXiv 2402.14740; GRPO 2402.03300; DAPO
+    2503.14476; Dr. GRPO 2503.20783; GSPO 2507.18071)."""
+    options = LOSSES[name]
     log_probs = [plain(model, ROWS[row]["prompt"], answer, 1.0)[0] for row, answer, _ in batch]  # type: ignore[arg-type]
     with torch.no_grad(), model.disable_adapter():
         reference = [plain(model, ROWS[row]["prompt"], answer, 1.0)[0] for row, answer, _ in batch]  # type: ignore[arg-type]
     now = [values.detach() for values in log_probs]
     old = old or now
     rewards = torch.tensor([reward for _, _, reward in batch])
-    if method == "rloo":
+    if name == "rloo":
         rewards = rewards - beta * torch.stack([(a - b).sum() for a, b in zip(old, reference, strict=True)])
         others = rewards.view(-1, 2).flip(1).reshape(-1)
         ratios = torch.stack([(new - was).sum().exp() for new, was in zip(log_probs, old, strict=True)])
         advantages = rewards - others
         return -torch.minimum(ratios * advantages, ratios.clamp(0.8, 1.2) * advantages).mean(), now
     groups = rewards.view(-1, 2)
-    advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
-    total = torch.zeros(())
-    for new, was, ref, advantage in zip(log_probs, old, reference, advantages, strict=True):
-        ratio = (new - was).exp()
+    advantages = groups - groups.mean(1, keepdim=True)
+    if options.get("scale_rewards") != "none":
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
+    losses = []
+    for new, was, ref, advantage in zip(log_probs, old, reference, advantages.view(-1), strict=True):
+        ratio = (new - was).mean().exp() if name == "GSPO" else (new - was).exp()
         kl = ((ref - new).exp() - (ref - new) - 1) * ratio  # TRL's default, arXiv 2512.02556
-        total = total + (-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) + beta * kl).sum()
-    return total / sum(len(answer) for _, answer, _ in batch), now
+        clipped = ratio.clamp(0.8, 1 + options.get("epsilon_high", 0.2))
+        losses.append(-torch.minimum(ratio * advantage, clipped * advantage) + beta * kl)
+    if options.get("loss_type") == "grpo":
+        return torch.stack([loss.mean() for loss in losses]).mean(), now
+    total = torch.cat(losses).sum()
+    return total / (len(batch) * LONGEST if options else sum(len(answer) for _, answer, _ in batch)), now
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
-@pytest.mark.parametrize("method", ["rloo", "grpo"])
-def test_training_is_that_of_a_plain_loop(method: str, iterations: int, policy: Any, tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize("name", LOSSES)
+def test_training_is_that_of_a_plain_loop(name: str, iterations: int, policy: Any, tiny_tokenizer: Any) -> None:
     assert shared_prompts.reads_prompts_once(policy, "cpu")
     other, run, beta = copy.deepcopy(policy), Rewarded(), 0.3
     options = {"num_generations": 2, "max_completion_length": LONGEST, "beta": beta, "num_iterations": iterations}
-    spec = preference.METHODS[method](**options).trainer_spec(run)  # type: ignore[attr-defined]
+    method = preference.METHODS["rloo" if name == "rloo" else "grpo"]
+    spec = method(**options, **LOSSES[name]).trainer_spec(run)  # type: ignore[attr-defined]
     params = PreferenceParams(
         learning_rate=3e-3, lr_scheduler_type="constant", warmup_ratio=0, per_device_train_batch_size=4, max_steps=4, weight_decay=0
     )
@@ -162,7 +180,7 @@ def test_training_is_that_of_a_plain_loop(method: str, iterations: int, policy: 
     for batch in run.batches:
         old = None
         for _ in range(iterations):
-            loss, now = loss_of(method, other, batch, old, beta)
+            loss, now = loss_of(name, other, batch, old, beta)
             old = old or now
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(weights, params.max_grad_norm)

@@ -265,8 +265,9 @@ def test_parameters_and_code_of_one_stage_are_told_apart(project: Path) -> None:
     assert [name for name in last if last[name].definition_now != after[name].definition_now] == ["splits"]
 
 
-def test_dvc_yaml_of_an_earlier_version_is_replaced(site: Path, project: Path) -> None:
+def test_dvc_yaml_of_an_earlier_version_is_replaced_and_folders_that_it_lacked_are_made(site: Path, project: Path) -> None:
     path, text = project / "dvc.yaml", pipeline_text()
+    shutil.rmtree(folder := project / "data/sources/paraphrases")
     earlier = text.replace("deps: [data/sources/paraphrases, data/instructions]", "deps: [data/instructions]").replace(
         "Train, validation", "Train"
     )
@@ -277,6 +278,7 @@ def test_dvc_yaml_of_an_earlier_version_is_replaced(site: Path, project: Path) -
     assert path.read_text() == text and code_lock.read(project) == lock
     assert document["changed"] == [] and document["stale"]["splits"] == "its definition in dvc.yaml changed"
     assert {"base_model", "raw_examples", "instructions", "raw_preferences"} == set(document["current"])
+    assert [file.name for file in folder.iterdir()] == [".gitkeep"], "DVC refuses a stage that reads a missing folder"
 
 
 def test_an_edited_dvc_yaml_is_kept_and_named(site: Path, project: Path) -> None:

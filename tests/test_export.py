@@ -124,7 +124,7 @@ def test_every_stage_has_a_start_and_a_complete_event_with_its_inputs(finished: 
     made: dict[str, str] = {}
     for event in events[1::2]:
         for read in event["inputs"]:
-            if not read["name"].startswith(("data/sources", "data/expectations", "data/templates", "data/trainers")):
+            if not read["name"].startswith(("data/sources", "data/expectations", "data/templates", "data/trainers", "data/rewards")):
                 assert read["facets"]["contentHash"]["md5"] == made[read["name"]]
         [out] = event["outputs"]
         made[out["name"]] = out["facets"]["contentHash"]["md5"]

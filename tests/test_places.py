@@ -86,7 +86,19 @@ def _based(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(
         _finished, root, symlinks=True, ignore=lambda folder, names: unneeded(folder, names) if "dagster_project" not in folder else set()
     )
-    kept = {"base_model", "base_model.json", "reports", "sources", "templates", "metrics", "keys", "trainers", "expectations", ".gitignore"}
+    kept = {
+        "base_model",
+        "base_model.json",
+        "reports",
+        "sources",
+        "templates",
+        "metrics",
+        "keys",
+        "trainers",
+        "rewards",
+        "expectations",
+        ".gitignore",
+    }
     for path in [*(root / "data").iterdir(), *(root / "data/reports").iterdir()]:
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

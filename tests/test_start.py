@@ -62,6 +62,13 @@ print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}} & {LA
     assert json.loads(done.stdout) == []
 
 
+def test_a_question_about_records_loads_no_definitions_of_parameters() -> None:
+    code = """import sys
+from dagster_project.lineage.impact import impact
+print(sorted({"pydantic", "jsonschema", "polars"} & sys.modules.keys()))"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_a_model_is_given_adapters_without_bitsandbytes_which_remains_available(tiny_model: Path) -> None:
     code = f"""import sys
 from pathlib import Path

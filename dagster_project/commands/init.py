@@ -16,7 +16,7 @@ from typing import Any
 from dagster_project.commands.init_data import Found, examine, read
 from dagster_project.commands.init_params import CONTEXT, PLACEHOLDER, SAMPLE_MODEL, params_text
 from dagster_project.commands.init_template import examine_for
-from dagster_project.commands.pipeline_file import current_lock, pipeline_text
+from dagster_project.commands.pipeline_file import KEEP, current_lock, folders, pipeline_text
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.layout import RECORD_KEY
@@ -27,7 +27,6 @@ from dagster_project.pipeline import VARIANTS_OF
 
 log = logging.getLogger("pedigree")
 
-KEEP = ".gitkeep"
 LARGE = 10_000_000
 """Bytes of a file or folder above which DVC tracks it, and not git."""
 INSTALL = f"pip install '{code_lock.DISTRIBUTION}[all]'"
@@ -132,7 +131,7 @@ def _context_of(folder: Path) -> int:
 
 def _files(found: Found, params: str, name: str) -> dict[str, str]:
     """Path in the project -> content."""
-    outputs, inputs = _paths()
+    outputs, inputs = folders()
     optional = [stage for stage, section in VARIANTS_OF.items() if section == "aligned"]  # read as whole folders, even without variants
     kept = [f"data/{stage}" for stage in optional] + [f"data/reports/{stage}" for stage in optional] + ["data/live"]
     return {
@@ -147,19 +146,6 @@ def _files(found: Found, params: str, name: str) -> dict[str, str]:
         RECORD_KEY: secrets.token_hex(32) + "\n",
         **{f"{folder}/{KEEP}": "" for folder in sorted({*inputs, *kept})},
     }
-
-
-def _paths() -> tuple[list[str], list[str]]:
-    """Folders of the stages' outputs, and folders that stages read and none writes."""
-    stages = code_lock.template_stages().values()
-    outputs = [str(path).partition("/${")[0] for stage in stages for path in stage["outs"]]
-    deps = {
-        dep
-        for stage in stages
-        for dep in stage["deps"]
-        if dep.startswith("data/") and not dep.startswith("data/reports/") and "$" not in dep
-    }
-    return outputs, sorted(dep for dep in deps if not any(dep == out or dep.startswith(f"{out}/") for out in outputs))
 
 
 GITATTRIBUTES = "# DVC hashes bytes: git must not change line ends in a checkout\n* -text\n"

@@ -13,6 +13,8 @@ from dagster_project.core.layout import is_code
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code_lock import CodeLock
 
+KEEP = ".gitkeep"
+"""File by which git keeps an empty folder."""
 HEADER = """\
 # The pipeline, written by `pedigree init`. `dvc repro` runs what has changed; Dagster's assets are derived from this file.
 # Stages depend on their entries of code.lock.yaml, i.e. on the code of the installed package that they use. `pedigree upgrade` updates both files.
@@ -45,6 +47,19 @@ def pipeline_text() -> str:
     return HEADER + text.getvalue()
 
 
+def folders() -> tuple[list[str], list[str]]:
+    """Folders of the stages' outputs, and folders that stages read and none writes."""
+    stages = code_lock.template_stages().values()
+    outputs = [str(path).partition("/${")[0] for stage in stages for path in stage["outs"]]
+    deps = {
+        dep
+        for stage in stages
+        for dep in stage["deps"]
+        if dep.startswith("data/") and not dep.startswith("data/reports/") and "$" not in dep
+    }
+    return outputs, sorted(dep for dep in deps if not any(dep == out or dep.startswith(f"{out}/") for out in outputs))
+
+
 def current_lock() -> CodeLock:
     """code.lock.yaml for the installed package, with a dvc.yaml that it wrote."""
     return CodeLock(__version__, code_lock.installed(), sha256_of_text(pipeline_text()))
@@ -69,6 +84,10 @@ def update_pipeline(root: Path, recorded: CodeLock) -> Update:
     if sha256_of_text(present) == recorded.pipeline:
         if present != text:
             path.write_text(text, encoding="utf-8")
+            for folder in (root / name for name in folders()[1]):
+                if not folder.exists():  # this version reads it, the earlier one did not
+                    folder.mkdir(parents=True)
+                    (folder / KEEP).touch()
         return Update(lock, _differing(*(_without_notes(_stages(one)) for one in (present, text))), [])
     return Update(replace(lock, pipeline=recorded.pipeline), [], _differing(_stages(present), _stages(text)))
 

@@ -10,9 +10,9 @@ from typing import Any
 from dagster_project.core.text import visible
 from dagster_project.lineage import tables
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.lineage import NON_METRICS, Subject, document, fetch_hint, find, unrecorded
+from dagster_project.lineage.lineage import NON_METRICS, Subject, document, find, unrecorded
 from dagster_project.lineage.run_index import SPLIT
-from dagster_project.lineage.runs import StageRun
+from dagster_project.lineage.runs import StageRun, fetch_hint
 
 SHOWN = 20
 """Most records of a kind shown in the terminal; `--json` lists all."""

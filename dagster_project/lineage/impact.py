@@ -19,10 +19,9 @@ from dagster_project.core.text import visible
 from dagster_project.lineage import tables
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.index import Index, RecordUse
-from dagster_project.lineage.lineage import fetch_hint
 from dagster_project.lineage.published import missing_keys, record_of
 from dagster_project.lineage.rows import record_key
-from dagster_project.lineage.runs import StageRun
+from dagster_project.lineage.runs import StageRun, fetch_hint
 from dagster_project.lineage.search import search
 from dagster_project.lineage.sources import stages_reading
 

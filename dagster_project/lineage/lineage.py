@@ -23,7 +23,7 @@ from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import EVIDENCE, LEDGER, ORDER_UNKNOWN, record_key
 from dagster_project.lineage.run_index import WEIGHTS
-from dagster_project.lineage.runs import StageRun, is_input
+from dagster_project.lineage.runs import StageRun, fetch_hint, is_input
 from dagster_project.lineage.sources import other_files
 
 if TYPE_CHECKING:
@@ -464,14 +464,6 @@ def unrecorded(index: Index, runs: Iterable[StageRun]) -> list[dict[str, str]]:
             lost = {f"the model that {run.path} is a copy of": min(index.weights(run.md5))}
         found |= {(path, md5): {"stage": run.address, "path": path, "md5": md5, "fetch": NOTHING_RECORDS_IT} for path, md5 in lost.items()}
     return list(found.values())
-
-
-def fetch_hint(runs: Sequence[StageRun]) -> str:
-    """Commands that restore outputs which are not in the cache."""
-    commit = next((run.commit for run in reversed(runs) if run.commit), None)
-    checkout = f"`git checkout {commit[:12]}`, then " if commit and not all(run.in_workspace for run in runs) else ""
-    names = " ".join(dict.fromkeys(run.address for run in runs))
-    return f"{checkout}`dvc pull {names}`, or `dvc repro {names}` if no remote has it"
 
 
 def _training_counts(records: pl.DataFrame | None) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Any, Literal
@@ -366,3 +366,11 @@ def address_in(command: str, path: str) -> str:
     """The stage that a command of DVC's run cache runs, which does not record its name: `... run adapter@lora` -> adapter@lora."""
     match = re.search(r"\brun ([\w@.-]+)\s*$", command)
     return match.group(1) if match else path
+
+
+def fetch_hint(runs: Sequence[StageRun]) -> str:
+    """Commands that restore outputs which are not in the cache."""
+    commit = next((run.commit for run in reversed(runs) if run.commit), None)
+    checkout = f"`git checkout {commit[:12]}`, then " if commit and not all(run.in_workspace for run in runs) else ""
+    names = " ".join(dict.fromkeys(run.address for run in runs))
+    return f"{checkout}`dvc pull {names}`, or `dvc repro {names}` if no remote has it"

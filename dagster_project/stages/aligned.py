@@ -29,6 +29,7 @@ from dagster_project.training.trainers.alignment.preference import (
     AlignmentRun,
     StoppedHistory,
 )
+from dagster_project.training.trainers.alignment.reward_functions import FOLDER, TIME_KEY, is_function, sha256_of_functions, started
 from dagster_project.training.trainers.alignment.reward_model import MODEL, RewardModel, Rewards, failed_checks, tokenizer_of
 from dagster_project.training.trainers.alignment.trl_trainers.training import document_of, preference_identity
 from dagster_project.training.trainers.harness import sharding, weight_audit
@@ -84,7 +85,10 @@ class Params(PreferenceParams):
     rewards: dict[str, float] = {MODEL: 1.0}
     """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
     distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words. These
-    rules score an answer's content and its calls, as JSON, without the trace."""
+    rules score an answer's content and its calls, as JSON, without the trace. A function of yours:
+    data/rewards/FILE.py:FUNCTION."""
+    reward_seconds: float = Field(default=60.0, gt=0, le=86_400)
+    """Longest time that a function in data/rewards may take for the answers of one call, in seconds."""
     samples: int = Field(default=64, ge=1)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
@@ -102,6 +106,8 @@ class Sources:
     preferences: Path
     reward_model: Path
     sft: Path
+    functions: Path | None = None
+    """Folder of reward functions, if the method calls any."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -119,9 +125,11 @@ def validate(params: Params, ctx: ValidationContext) -> None:
         )
     sharding.check(params, ctx.compute, where, "lora", "adamw_torch" if "optim" in method.ignored_params else None)
     if method.learns_from_rewards:
-        reward.check(params.rewards, f"{where}.rewards")
+        reward.check(params.rewards, f"{where}.rewards", ctx.root)
     elif "rewards" in ctx.value:
         raise InputError(f"params.yaml: {where}.rewards: {params.method} learns from pairs alone", "leave it out")
+    elif TIME_KEY in ctx.value:
+        raise InputError(f"params.yaml: {where}.{TIME_KEY}: {params.method} learns from pairs alone", "leave it out")
 
 
 def run(ctx: StageContext) -> Report:
@@ -138,6 +146,7 @@ def run(ctx: StageContext) -> Report:
         checkpoints=ctx.checkpoints,
         live=ctx.live,
         pages=ctx.pages,
+        functions=ctx.root / FOLDER if any(map(is_function, params.rewards)) else None,
     )
 
 
@@ -153,20 +162,22 @@ def produce(
     checkpoints: Path,
     live: Path | None = None,
     pages: Path | None = None,
+    functions: Path | None = None,
 ) -> Report:
     """Args:
     sft: the standalone model of the SFT variant.
+    functions: folder of reward functions, if the rewards name any.
     checkpoints: the variant's folder, which survives a killed run. It is removed unless a check blocks.
     """
     where = f"aligned.{variant}"
     if compute.processes > 1 and (params.sharding or params.parsed_method(where).shares_processes) and place().size == 1:
         folders = {
             "preferences": preferences, "reward_model": reward_model, "sft": sft, "out": out, "curve_file": curve_file,
-            "checkpoints": checkpoints, "live": live, "pages": pages,
+            "checkpoints": checkpoints, "live": live, "pages": pages, "functions": functions,
         }  # fmt: skip
         return _produce_in_processes(variant, params, compute, folders)
     import_libraries()
-    sources = Sources(preferences, reward_model, sft)
+    sources = Sources(preferences, reward_model, sft, functions)
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     method = params.parsed_method(where)
     _refuse(pairs, params, sft, where)
@@ -174,6 +185,7 @@ def produce(
     usable, reliable = _examine(reward_model, sft, params, method, where)
     if reliable.blocking and not reliable.passed:
         return Report(checks=[reliable])
+    called = started(functions, params.rewards, params.reward_seconds, f"{where}.rewards")
     claim_gpu()
     device, dtype = prepare(compute)
     reuse_large_blocks()
@@ -191,7 +203,7 @@ def produce(
     audit = WeightAudit(prepared.model, checkpoints)
     identity = _identity(params, compute, method, sources, device, dtype)
     kept = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
-    inputs = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items()}
+    inputs = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items() if path}
     start_others({**_shared(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__)
 
     def load_judge() -> RewardModel | None:
@@ -199,7 +211,7 @@ def produce(
             return RewardModel(reward_model, device, dtype, params.sharding) if usable else None
 
     judge = load_judge() if method.learns_from_rewards else None
-    rewards = Rewards(params.rewards, judge) if method.learns_from_rewards else None
+    rewards = Rewards(params.rewards, judge, called) if method.learns_from_rewards else None
     try:
         history = method.train(
             AlignmentRun(shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing)
@@ -250,7 +262,8 @@ def _identity(
     params: Params, compute: Compute, method: AlignmentMethod, sources: Sources, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
     models = {"SFT model": sources.sft, **({"reward model": sources.reward_model} if method.learns_from_rewards else {})}
-    return preference_identity(params, compute, device, dtype, sources.preferences, models, Path(__file__))
+    functions = {"reward functions": sha256_of_functions(sources.functions)} if sources.functions else {}
+    return functions | preference_identity(params, compute, device, dtype, sources.preferences, models, Path(__file__))
 
 
 def _shared(params: Params, compute: Compute) -> dict[str, Any]:
@@ -291,7 +304,8 @@ def other_process(work: Mapping[str, Any]) -> None:
         return RewardModel(sources.reward_model, device, dtype, params.sharding) if scores else None
 
     judge = load_judge() if method.learns_from_rewards else None
-    rewards = Rewards(params.rewards, judge) if method.learns_from_rewards else None
+    called = started(sources.functions, params.rewards, params.reward_seconds, "aligned: rewards")
+    rewards = Rewards(params.rewards, judge, called) if method.learns_from_rewards else None
     pairs = {split: read_preferences(sources.preferences / split) for split in ("train", "validation")}
 
     def begin() -> None:
@@ -323,6 +337,7 @@ def _metrics(params: Params, method: AlignmentMethod, history: TrainingHistory, 
         "method": params.method,
         "adapter": params.adapter,
         **({"rewards": params.rewards} if method.learns_from_rewards else {}),
+        **({"loss_type": method.loss_type} if isinstance(method, preference.Grpo) else {}),
         "steps": history.step,
         **({"stopped": history.stopped} if isinstance(history, StoppedHistory) else {}),
         "tokens": history.tokens,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.documents import read_document
 from dagster_project.core.errors import InputError
 from dagster_project.lineage import tables
-from dagster_project.lineage.lineage import Subject, fetch_hint
+from dagster_project.lineage.lineage import Subject
 from dagster_project.lineage.rows import LEDGER
-from dagster_project.lineage.runs import StageRun
+from dagster_project.lineage.runs import StageRun, fetch_hint
 
 if TYPE_CHECKING:
     import polars as pl

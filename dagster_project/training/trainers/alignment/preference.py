@@ -325,7 +325,36 @@ class Rloo(GroupMethod):
 
 
 class Grpo(GroupMethod):
+    """Options of grpo."""
+
     name = "grpo"
+
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
+    """How the losses of tokens become one loss, as named by TRL: grpo is the mean of each answer's mean (the paper's), dapo
+    the mean over all tokens of a step, bnpo over those of a forward pass, dr_grpo the sum divided by answers times
+    max_completion_length; cispo, sapo, luspo and vespo change the clipping, too."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Standard deviation that advantages are divided by: of the group (the paper's), of the batch, or none (Dr. GRPO)."""
+    epsilon_high: float | None = Field(default=None, gt=0)
+    """Upper end of the clipping range; by default epsilon. DAPO uses 0.28; with cispo, its paper 5."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Whether a ratio of probabilities is of a token, or of a whole answer (GSPO)."""
+    mask_truncated_completions: bool = False
+    """Leave unfinished answers out of the loss (DAPO)."""
+
+    def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
+        super().refuse_contradictions(params, where)
+        level, needed = self.importance_sampling_level, {"luspo": "sequence", "vespo": "token"}.get(self.loss_type)
+        if needed and level != needed:
+            raise InputError(
+                f"params.yaml: {where}.options.importance_sampling_level: {self.loss_type} is defined for ratios of a {needed}",
+                f"set it to {needed}",
+            )
+        if level == "sequence" and self.loss_type in {"bnpo", "dr_grpo", "dapo", "cispo"}:
+            raise InputError(
+                f"params.yaml: {where}.options.loss_type: with ratios of whole answers, {self.loss_type} would weight each answer by its length",
+                "use grpo, which makes it GSPO, sapo or luspo",
+            )
 
     def trl_classes(self) -> tuple[type, type]:
         import trl

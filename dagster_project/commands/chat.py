@@ -1,0 +1,464 @@
+"""`pedigree chat`: a conversation with a model in the terminal, as it was trained and measured: its own template, tokens and decoding."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core import params
+from dagster_project.core.chat import encode_prompt
+from dagster_project.core.documents import read_report
+from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages, Tools
+from dagster_project.core.params import Compute
+from dagster_project.core.records import prompt_text, read_records, response_text
+from dagster_project.core.rendering import end_ids
+from dagster_project.core.text import visible
+from dagster_project.evaluation.baselines import bm25
+from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import find, trained_on
+from dagster_project.pipeline import VARIANTS_OF
+from dagster_project.training.inference.answers import read_answer
+from dagster_project.training.inference.decoding import Choose, decode
+from dagster_project.training.inference.sampling import sampled, uniform_numbers
+from dagster_project.training.methods.load import VirtualTokenModel
+
+HELP = """\
+/reset        begin a new conversation, with the same system prompt
+/system TEXT  begin a new conversation with this system prompt; without TEXT, with none
+/data [N]     the N training records (3) whose prompts are most like the last question
+/save FILE    append the conversation to a JSONL file that `pedigree check` reads
+/quit         end; so does Ctrl-D. Ctrl-C stops an answer"""
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer writes for the first bytes of a character whose last ones are in later tokens."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0: the most likely token, as in evaluation."""
+    seed: int = 0
+
+    def choose(self, number: int) -> Choose:
+        """Args:
+        number: of the answer in the conversation: each draws random numbers of its own.
+        """
+        if not self.temperature:
+            return lambda logits, *_: [int(token) for token in logits.argmax(-1)]
+        return sampled(uniform_numbers(f"{self.seed} {number}", [0], self.max_new_tokens), self.temperature)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer to the last question."""
+
+    message: dict[str, Any]
+    """The canonical message: content, and trace and calls if there are any."""
+    tokens: int
+    seconds: float
+    finished: bool
+    """Whether the model ended it."""
+
+
+@dataclass
+class Speaker:
+    """A model in a conversation of its own."""
+
+    name: str
+    folder: Path
+    model: EvaluatedModel
+    messages: Messages = field(default_factory=list)
+
+    def ask(self, question: str, tools: Tools, decoding: Decoding, write: Callable[[str], None]) -> Reply:
+        """Answer a question, and add both to the conversation. Ctrl-C ends the answer early; what was written stays.
+
+        Args:
+            tools: functions that are offered.
+            write: gets the parts of the answer's text while it is generated.
+        Raises:
+            InputError: the conversation does not fit into the model's context, or its template refuses it.
+        """
+        asked = [*self.messages, {"role": "user", "content": question}]
+        tokenizer = self.model.tokenizer
+        prompt = encode_prompt(tokenizer, asked, tools)
+        room = tokenizer.model_max_length - len(prompt)
+        if room < 1:
+            raise InputError(
+                f"{self.name}: the conversation has {len(prompt):,} tokens and leaves no room for an answer", "/reset begins anew"
+            )
+        text = _Text(tokenizer, write)
+        choose = decoding.choose(len(self.messages))
+
+        def chosen(*given: Any) -> list[int]:
+            tokens = choose(*given)
+            text.add(tokens[0])
+            return tokens
+
+        causal, prefix = self.model.model, None
+        if isinstance(causal, VirtualTokenModel):
+            causal, prefix = causal.causal, causal.new_cache(1)
+        ends, start = end_ids(tokenizer), time.perf_counter()
+        with suppress(KeyboardInterrupt):
+            decode(causal, [prompt], chosen, min(room, decoding.max_new_tokens), ends, tokenizer.pad_token_id, prefix)
+        seconds = time.perf_counter() - start
+        text.end()
+        message = read_answer(tokenizer, prompt, text.tokens, tools).message
+        self.messages = [*asked, message]
+        return Reply(message, len(text.tokens), seconds, bool(text.tokens) and text.tokens[-1] in ends)
+
+
+class _Text:
+    """The text of tokens, as they come."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        self.tokenizer, self.write = tokenizer, write
+        self.tokens: list[int] = []
+        self.written = ""
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if not text.endswith(UNFINISHED) and text.startswith(self.written):
+            self._write(text)
+
+    def end(self) -> None:
+        self._write(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+
+    def _write(self, text: str) -> None:
+        if new := text[len(self.written) :]:
+            self.write(visible(new))
+            self.written = text
+
+
+def find_model(root: Path, name: str | None) -> tuple[str, Path]:
+    """Name and folder of a model: a stage, such as release or merged@lora, or a folder.
+
+    Args:
+        name: None for the release, else the variant that `comparison` recommends, else the base model.
+    Raises:
+        InputError: there is no model that generates text.
+    """
+    if name is None:
+        name = next((one for one in _usual(root) if _has_model(_folder(root, one))), None)
+        if name is None:
+            raise InputError(
+                "no model was made here yet", "`pedigree run --all` makes one, `dvc repro base_model` at least fetches the base model"
+            )
+    folder = _folder(root, name)
+    if _has_model(folder):
+        return name, folder
+    stage, _, variant = name.partition("@")
+    if stage not in _MODELS:
+        known = ", ".join(
+            [*(one for one in _MODELS if one not in VARIANTS_OF), *(f"{one}@VARIANT" for one in _MODELS if one in VARIANTS_OF)]
+        )
+        raise InputError(f"{name}: there is no such folder with a model", f"give a folder, or one of {known}")
+    if stage in VARIANTS_OF and not variant:
+        names = ", ".join(f"{stage}@{one}" for one in params.variant_names(params.read(root), VARIANTS_OF[stage], False))
+        raise InputError(f"{name}: which variant?", f"give one of {names}")
+    raise InputError(f"{name}: there is no model in {shown(root, folder)}", f"`dvc repro {name}` makes it, `dvc pull {name}` fetches it")
+
+
+_MODELS = ("release", "base_model", "merged", "merged_aligned", "adapter")
+"""Stages with models that answer. An adapter is used on the base model; one of `aligned` only once it is merged."""
+
+
+def _usual(root: Path) -> Iterator[str]:
+    yield "release"
+    try:
+        variant = read_report(root, "comparison")["recommended"]["variant"]
+    except (InputError, KeyError, OSError):
+        variant = None
+    yield from (f"{stage}@{variant}" for stage in ("merged_aligned", "merged") if variant)
+    yield "base_model"
+
+
+def _folder(root: Path, name: str) -> Path:
+    stage, _, variant = name.partition("@")
+    if stage in _MODELS and "/" not in name and (not variant or params.is_variant_name(variant)):
+        return root / "data" / stage / variant
+    return Path(name)
+
+
+def shown(root: Path, folder: Path) -> str:
+    """A folder for a message, relative to the project if it is in it."""
+    full = folder.resolve()
+    return full.relative_to(root).as_posix() if full.is_relative_to(root) else str(folder)
+
+
+def _has_model(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+
+
+def load(root: Path, name: str | None) -> Speaker:
+    """Raises: InputError: there is no such model, or it is a classifier."""
+    values = params.read(root)
+    name, folder = find_model(root, name)
+    settings = params.parse(Settings, values.get("evaluation"), "evaluation")
+    model = EvaluatedModel(folder, params.parse(Compute, values.get("compute"), "compute"), settings, root / "data/base_model")
+    if not model.writes:
+        raise InputError(
+            f"{name} is a classifier: it answers with one of its labels and cannot talk", "`pedigree compare` shows its scores"
+        )
+    return Speaker(name, folder, model)
+
+
+def trained_system_prompt(root: Path) -> str | None:
+    """The system prompt that all training records begin with, if it is one and the same."""
+    folder = root / "data/splits/train"
+    found = {next((m["content"] for m in record["messages"][:1] if m["role"] == "system"), None) for record in _records(folder)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return read_records(folder) if folder.is_dir() else []
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Training records of a model whose prompts are most like a question."""
+
+    records: list[dict[str, Any]]
+    """Each with score, source, source_row, steps, prompt and response; the most similar first."""
+    note: str
+    """What is not known, else empty."""
+
+
+def nearest(root: Path, speaker: Speaker, question: str, count: int) -> Nearest:
+    """Records that the model was trained on, by BM25 of their prompts.
+
+    Raises:
+        InputError: the lineage of the model is not recorded.
+    """
+    seen, missing = trained_on(find(Index(root), speaker.name if speaker.name.partition("@")[0] in _MODELS else str(speaker.folder)))
+    if seen is None:
+        if missing:
+            return Nearest([], f"what it was trained on is not here: {missing[0]['path']}; {missing[0]['fetch']}")
+        return Nearest([], f"{speaker.name} was not trained on records of this project")
+    steps: dict[str, dict[str, Any]] = {}
+    for row in seen.iter_rows(named=True):
+        known = steps.setdefault(row["example_id"], {"source": row["source"], "source_row": row["source_row"], "steps": []})
+        known["steps"].append(row["step"])
+    here = {record["example_id"]: record for record in _records(root / "data/splits/train") if record["example_id"] in steps}
+    texts = {name: prompt_text(record["messages"]) for name, record in here.items()}
+    lost = len(steps) - len(here)
+    note = (
+        f"{lost} of the {len(steps)} records that it was trained on are not in data/splits/train (pairs, or records of other runs)"
+        if lost
+        else ""
+    )
+    if not here:
+        return Nearest([], note)
+    names = list(here)
+    scores = next(bm25([texts[name] for name in names], [question]))
+    best = [i for i in (-scores).argsort(kind="stable")[:count] if scores[i] > 0]
+    return Nearest(
+        [
+            {
+                "score": round(float(scores[i]), 2),
+                "example_id": names[i],
+                **steps[names[i]],
+                "prompt": texts[names[i]],
+                "response": response_text(here[names[i]]["messages"]),
+            }
+            for i in best
+        ],
+        note,
+    )
+
+
+def nearest_text(found: Nearest) -> str:
+    """The records for the terminal."""
+    lines = [] if found.records or found.note else ["no training record has a word of the question"]
+    for record in found.records:
+        place = f"{record['source']}:{record['source_row']}" if record["source"] else "source unknown"
+        steps = ", ".join(map(str, record["steps"][:5])) + (", ..." if len(record["steps"]) > 5 else "")
+        lines += [f"{record['score']:.2f}  {place}  step {steps}", f"  {_cut(record['prompt'])}", f"  -> {_cut(record['response'])}"]
+    return "\n".join([*lines, *([found.note] if found.note else [])])
+
+
+def _cut(text: str, most: int = 300) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= most else f"{words[:most]} ..."
+
+
+def read_tools(path: Path | None) -> Tools:
+    """Tools of a JSON file: a list of functions as OpenAI writes them.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if path is None:
+        return None
+    try:
+        tools = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--tools {path}: {error}", "give a JSON file with a list of tools") from None
+    if not (isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools)):
+        raise InputError(
+            f"--tools {path}: not a list of tools", 'give [{"type": "function", "function": {"name": ..., "parameters": ...}}]'
+        )
+    return tools
+
+
+def once(root: Path, speakers: Sequence[Speaker], question: str, tools: Tools, decoding: Decoding) -> list[dict[str, Any]]:
+    """The answers to one question."""
+    answers = []
+    for speaker in speakers:
+        reply = speaker.ask(question, tools, decoding, lambda _: None)
+        answers.append(
+            {
+                "model": speaker.name,
+                "folder": shown(root, speaker.folder),
+                "answer": reply.message,
+                "tokens": reply.tokens,
+                "finished": reply.finished,
+            }
+        )
+    return answers
+
+
+def once_text(document: Mapping[str, Any]) -> str:
+    """The answers for the terminal; with two models, each below its name."""
+    answers = document["answers"]
+    lines = []
+    for answer in answers:
+        lines += [f"[{answer['model']}]"] if len(answers) > 1 else []
+        lines += [text for text in (answer["answer"]["content"],) if text]
+        lines += [call_text(call) for call in answer["answer"].get("tool_calls", [])]
+    return "\n".join(lines)
+
+
+def call_text(call: Mapping[str, Any]) -> str:
+    """A line for a call of a tool."""
+    function = call["function"]
+    arguments = function["arguments"]
+    return f"call: {function['name']}({arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)})"
+
+
+def start(root: Path, speakers: Sequence[Speaker], tools: Tools, decoding: Decoding, system: str | None) -> None:
+    """The conversation on this terminal.
+
+    Args:
+        system: the system prompt to announce, which was found in the training records.
+    """
+    with suppress(ImportError):
+        import readline  # noqa: F401  input() then edits lines and remembers them
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    write(f"{' and '.join(f'{one.name} ({shown(root, one.folder)})' for one in speakers)}. /help lists the commands, Ctrl-D ends.\n")
+    if system:
+        write(visible(f"System prompt, as in all training records: {_cut(system)}\n"))
+    Chat(root, speakers, tools, decoding, lambda: input("> "), write).talk()
+
+
+class Chat:
+    """The conversation at the terminal."""
+
+    def __init__(
+        self,
+        root: Path,
+        speakers: Sequence[Speaker],
+        tools: Tools,
+        decoding: Decoding,
+        read: Callable[[], str],
+        write: Callable[[str], None],
+    ) -> None:
+        """Args:
+        read: the next line; EOFError at the end.
+        write: gets text.
+        """
+        self.root, self.speakers, self.tools, self.decoding = root, speakers, tools, decoding
+        self.read, self.write = read, write
+        self.question = ""
+
+    def talk(self) -> None:
+        """Read lines until the end."""
+        while True:
+            try:
+                line = self.read().strip()
+            except EOFError:
+                self.write("\n")
+                return
+            except KeyboardInterrupt:
+                self.write("\n")
+                continue
+            if line in {"/quit", "/exit"}:
+                return
+            try:
+                if line.startswith("/"):
+                    self._command(line)
+                elif line:
+                    self._ask(line)
+            except InputError as error:
+                self.write(visible(f"{error}\n"))
+
+    def _ask(self, question: str) -> None:
+        self.question = question
+        for speaker in self.speakers:
+            if len(self.speakers) > 1:
+                self.write(f"[{speaker.name}]\n")
+            reply = speaker.ask(question, self.tools, self.decoding, self.write)
+            self.write("\n")
+            for call in reply.message.get("tool_calls", []):
+                self.write(visible(f"{call_text(call)}\n"))
+            end = "" if reply.finished else ", not finished"
+            self.write(f"({reply.tokens} tokens, {reply.tokens / max(reply.seconds, 1e-9):.0f} a second{end})\n")
+
+    def _command(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/reset":
+            self._begin([message for message in self.speakers[0].messages[:1] if message["role"] == "system"])
+        elif name == "/system":
+            self._begin([{"role": "system", "content": rest}] if rest else [])
+        elif name == "/data":
+            self._data(rest)
+        elif name == "/save":
+            self._save(rest)
+        elif name == "/help":
+            self.write(f"{HELP}\n")
+        else:
+            raise InputError(f"{name}: unknown", "/help lists what there is")
+
+    def _begin(self, messages: Messages) -> None:
+        for speaker in self.speakers:
+            speaker.messages = list(messages)
+        self.write("a new conversation\n")
+
+    def _data(self, rest: str) -> None:
+        if not self.question:
+            raise InputError("/data: nothing was asked yet", "ask something first")
+        if rest and not (rest.isascii() and rest.isdecimal() and int(rest)):
+            raise InputError(f"/data {rest}: not a number of records", "e.g. /data 5")
+        for speaker in self.speakers:
+            if len(self.speakers) > 1:
+                self.write(f"[{speaker.name}]\n")
+            self.write(visible(nearest_text(nearest(self.root, speaker, self.question, int(rest or 3))) + "\n"))
+
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise InputError("/save: no file", "e.g. /save conversations.jsonl")
+        lines = [self._row(speaker) for speaker in self.speakers if any(m["role"] == "assistant" for m in speaker.messages)]
+        if not lines:
+            raise InputError("/save: there is no conversation yet", "ask something first")
+        try:
+            with Path(rest).expanduser().open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        except OSError as error:
+            raise InputError(f"/save {rest}: {error.strerror}", "give a file that can be written") from None
+        self.write(visible(f"appended {len(lines)} conversation{'s' * (len(lines) > 1)} to {rest}\n"))
+
+    def _row(self, speaker: Speaker) -> Mapping[str, Any]:
+        return {"messages": speaker.messages, **({"tools": self.tools} if self.tools else {}), "model": speaker.name}

@@ -1,0 +1,181 @@
+"""Rewards of one's own: functions of Python files in data/rewards/, each called in a process of its own, with a time limit.
+
+A function gets the prompts, the answers and the records of a batch, and returns a number for each answer. See docs/alignment.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import math
+import os
+import re
+import selectors
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_files
+from dagster_project.core.params import inside
+from dagster_project.training.trainers.alignment import reward_process
+
+FOLDER = "data/rewards"
+"""A dependency in dvc.yaml: editing a function trains again."""
+FORM = re.compile(rf"({FOLDER}/[\w/-]+\.py):([^\W\d]\w*)")
+HINT = f"fix it in {FOLDER}/"
+TIME_KEY = "reward_seconds"
+"""Key of an entry of `aligned` with the time limit."""
+
+
+def is_function(name: str) -> bool:
+    """Whether the name of a reward is that of a function in a file, `data/rewards/exact.py:correct`."""
+    return ":" in name or name.startswith(FOLDER)
+
+
+def check(root: Path, name: str, where: str) -> None:
+    """Check that a file defines a function, without running the file.
+
+    Args:
+        name: of the reward in params.yaml.
+        where: dotted path of the rewards in params.yaml.
+    Raises:
+        InputError: it does not.
+    """
+    path, function = _parts(root, name, where)
+    relative = name.partition(":")[0]
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise InputError(f"{relative} is not Python: {error}", f"fix the file, or remove it from {where}") from None
+    except OSError as error:
+        raise InputError(f"{relative} cannot be read: {error.strerror}", "name a Python file") from None
+    defined = {name.id for node in ast.walk(tree) if isinstance(node, ast.Assign) for name in node.targets if isinstance(name, ast.Name)}
+    defined |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined |= {
+        alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
+    }
+    if function not in defined:
+        raise InputError(f"params.yaml: {where}: {relative} has no function {function!r}", "define it there, or name another function")
+
+
+def sha256_of_functions(folder: Path) -> str:
+    """sha256 over all files that functions may read: those of the folder except notes (.md)."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts)
+    return sha256_of_files(sorted(files))
+
+
+def _parts(root: Path, name: str, where: str) -> tuple[Path, str]:
+    """The file and the name of the function."""
+    found = FORM.fullmatch(name)
+    if not found:
+        raise InputError(f"params.yaml: {where}: {name!r} is not a reward", f"name a function of a Python file: {FOLDER}/exact.py:correct")
+    return inside(root, found[1], where), found[2]
+
+
+class RewardFunction:
+    """A function of the project, in its process, which starts with the first call and ends with this object."""
+
+    def __init__(self, folder: Path, name: str, seconds: float, where: str) -> None:
+        """Args:
+        folder: `FOLDER` in the project.
+        name: as in params.yaml.
+        seconds: wall time that loading the file, or the answers of one call, may take.
+        where: dotted path of the rewards in params.yaml, for messages.
+        Raises:
+            InputError: there is no such function, or its file raises an exception.
+        """
+        self.name, self.seconds, self.where = name, seconds, where
+        self.repeats = True
+        root = folder.resolve().parents[1]
+        path, function = _parts(root, name, where)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", reward_process.__file__, str(path), function, str(seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},  # DVC watches the folder
+            cwd=root,
+        )
+        weakref.finalize(self, _end, self.process)
+        if problem := self._reply("its file").get("problem"):
+            raise InputError(f"{name.partition(':')[0]} {problem}", f"fix the file, or remove it from params.yaml: {where}")
+
+    def __call__(
+        self, prompts: Sequence[Sequence[Mapping[str, Any]]], answers: Sequence[str], records: Sequence[Mapping[str, Any]]
+    ) -> list[float]:
+        """The reward of each answer. The first call is made twice: equal answers must get equal rewards, or nothing could be made again.
+
+        Raises:
+            InputError: the function fails, takes too long, or does not return a finite number for each answer.
+        """
+        scores = self._scores(prompts, answers, records)
+        if self.repeats:
+            self.repeats = False
+            again = self._scores(prompts, answers, records)
+            if changed := [number for number, (one, two) in enumerate(zip(scores, again, strict=True)) if one != two]:
+                first = changed[0]
+                self._refuse(f"gave {scores[first]:g} and then {again[first]:g} for the same answer", records, answers, first)
+        return scores
+
+    def _scores(
+        self, prompts: Sequence[Sequence[Mapping[str, Any]]], answers: Sequence[str], records: Sequence[Mapping[str, Any]]
+    ) -> list[float]:
+        request = {"prompts": prompts, "answers": answers, "records": records}
+        assert self.process.stdin
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the missing reply says so
+        reply = self._reply(f"{len(answers)} answers")
+        if problem := reply.get("problem"):
+            self._refuse(f"fails: {problem}", records, answers, reply.get("example"))
+        scores: list[float] = reply["scores"]
+        if len(scores) != len(answers):
+            self._refuse(f"returns {len(scores)} numbers for {len(answers)} answers", records, answers, None)
+        if wrong := [number for number, score in enumerate(scores) if not math.isfinite(score)]:
+            self._refuse(f"returns {scores[wrong[0]]}, which is not a finite number", records, answers, wrong[0])
+        return scores
+
+    def _refuse(self, problem: str, records: Sequence[Mapping[str, Any]], answers: Sequence[str], example: int | None) -> None:
+        which = "" if example is None else f"; for the answer {answers[example][:80]!r} to example {records[example].get('example_id')}"
+        raise InputError(f"{self.where}: {self.name} {problem}{which}", HINT)
+
+    def _reply(self, work: str) -> dict[str, Any]:
+        """The next line of the process, within the time limit."""
+        assert self.process.stdout
+        end, line = time.monotonic() + self.seconds, b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(max(0.0, end - time.monotonic())):
+                    self.process.kill()
+                    raise InputError(
+                        f"{self.where}: {self.name} took longer than {self.seconds:g} s for {work}", f"make it faster, or raise {TIME_KEY}"
+                    )
+                part = os.read(self.process.stdout.fileno(), 1 << 16)
+                if not part:
+                    code = self.process.wait()
+                    raise InputError(f"{self.where}: {self.name} ended its process (exit code {code})", HINT)
+                line += part
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+
+def started(folder: Path | None, rewards: Mapping[str, float], seconds: float, where: str) -> list[RewardFunction]:
+    """The functions among rewards, each with its process. For the arguments, see `RewardFunction`."""
+    return [RewardFunction(folder, name, seconds, where) for name, weight in rewards.items() if weight and folder and is_function(name)]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        assert stream
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
