@@ -15,12 +15,12 @@ from dagster_project.commands import own_process
 from dagster_project.pipeline import STAGES
 
 COMPUTES = {"torch", "transformers", "datasets"}
-TRAINS = {*COMPUTES, "peft", "trl"}
+TRAINS = {*COMPUTES, "peft", "trl", "pandas"}
 CHECKS = {"polars", "pandera"}
 NEEDED: dict[str, set[str]] = {
     "base_model": COMPUTES,
     "raw_examples": set(),
-    "instructions": {*CHECKS, "great_expectations"},
+    "instructions": {*CHECKS, "great_expectations", "pandas"},
     "splits": CHECKS,
     "tokenized": {"transformers"},
     "adapter": TRAINS,
@@ -30,14 +30,17 @@ NEEDED: dict[str, set[str]] = {
     "reward_model": TRAINS,
     "aligned": TRAINS,
     "merged_aligned": {*COMPUTES, "peft"},
-    "baselines": {*COMPUTES, "peft", "sklearn"},
+    "baselines": {*COMPUTES, "peft", "sklearn", "scipy"},
     "evaluation": {*COMPUTES, "peft"},
     "evaluation_aligned": {*COMPUTES, "peft"},
     "comparison": set(),
     "release": {*COMPUTES, "peft"},
 }
 """Libraries that take long to import and that a stage of the quick project uses."""
-LARGE = {*TRAINS, "sklearn", *CHECKS, "great_expectations", "bitsandbytes", "dagster", "matplotlib", "ray", "rfc3987_syntax"}
+LARGE = {
+    *TRAINS, *CHECKS, "great_expectations", "sklearn", "scipy", "bitsandbytes", "boto3", "sqlalchemy", "psycopg2", "grpc", "dagster", "matplotlib",
+    "ray", "rfc3987_syntax",
+}  # fmt: skip
 
 
 def test_no_stage_loads_a_large_library_that_it_does_not_need(_finished: Path) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
@@ -30,6 +30,8 @@ from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import command_of_dvc, interrupt_command
 
 log = logging.getLogger("pedigree")
+
+T = TypeVar("T")
 
 MISSING = "missing"
 FORCED = "PEDIGREE_FORCED"
@@ -175,20 +177,40 @@ def read_stages(root: Path, is_definition: Callable[[str], bool] = _is_definitio
         is_definition: whether a dependency, by path, is part of a stage's definition. All others are its inputs.
     """
     with open_repo(root) as repo:
-        all_stages = declared_stages(repo)
-        stages = [stage for stage in all_stages if not stage.is_data_source and Path(stage.path) == Path(repo.root_dir, "dvc.yaml")]
-        problems = {
-            os.path.relpath(out.fs_path, root): _source_problem(root, stage, out)
-            for stage in all_stages
-            if stage.is_data_source
-            for out in stage.outs
-        }
-        producers = {path_of(root, out): stage.name for stage in stages for out in stage.outs}
-        versions = {stage.name: _version(root, _main_outputs(stage)) for stage in stages}
-        paths = {stage.name: next((path_of(root, out) for out in _main_outputs(stage)), "") for stage in stages}
-        states = {stage.name: _state(root, stage, Surroundings(producers, paths, versions, problems, is_definition)) for stage in stages}
-    order = _flow_order({address: [i.producer for i in state.inputs if i.producer] for address, state in states.items()})
-    return {address: states[address] for address in order}
+        names, states = _states(root, declared_stages(repo), repo, is_definition)
+        found = {name: states[name] for name in names}
+    order = _flow_order({address: [i.producer for i in state.inputs if i.producer] for address, state in found.items()})
+    return {address: found[address] for address in order}
+
+
+class _OnDemand(dict[str, T]):
+    """Address -> a value that is computed when it is first asked for."""
+
+    def __init__(self, compute: Callable[[str], T]) -> None:
+        self._compute = compute
+
+    def __missing__(self, address: str) -> T:
+        self[address] = found = self._compute(address)
+        return found
+
+
+def _states(
+    root: Path, all_stages: Sequence[Any], repo: Any, is_definition: Callable[[str], bool]
+) -> tuple[list[str], _OnDemand[StageState]]:
+    """Addresses of the stages of the project's dvc.yaml, and their states."""
+    file = Path(repo.root_dir, "dvc.yaml")
+    stages = {stage.name: stage for stage in all_stages if not stage.is_data_source and Path(stage.path) == file}
+    sources = [(stage, out) for stage in all_stages if stage.is_data_source for out in stage.outs]
+    others = Surroundings(
+        producers={path_of(root, out): stage.name for stage in stages.values() for out in stage.outs},
+        paths={name: next((path_of(root, out) for out in _main_outputs(stage)), "") for name, stage in stages.items()},
+        versions=_OnDemand(lambda name: _version(root, _main_outputs(stages[name]))),
+        problems={os.path.relpath(out.fs_path, root): _source_problem(root, stage, out) for stage, out in sources},
+        # the same for all stages of a file, which DVC would parse once for each of them
+        variables=tuple(next(iter(stages.values())).dvcfile.resolver.context.imports) if stages else (),
+        is_definition=is_definition,
+    )
+    return list(stages), _OnDemand(lambda name: _state(root, stages[name], others))
 
 
 @dataclass(frozen=True)
@@ -203,6 +225,8 @@ class Surroundings:
     """Content hash on disk of the outputs of every stage, by address."""
     problems: Mapping[str, str]
     """How each source differs from its .dvc file, by path."""
+    variables: Sequence[str]
+    """Files with variables of all stages."""
     is_definition: Callable[[str], bool]
 
 
@@ -335,13 +359,13 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
         output_problem=problem,
         in_cache=known and not any(out.use_cache and out.changed_cache() for out in stage.outs),
         code=tuple(code),
-        files=(*(path_of(root, item) for item in [*stage.deps, *stage.outs] if item.protocol == "local"), *_variables(root, stage)),
+        files=(*(path_of(root, item) for item in [*stage.deps, *stage.outs] if item.protocol == "local"), *_variables(root, stage, others)),
     )
 
 
-def _variables(root: Path, stage: Any) -> list[str]:
+def _variables(root: Path, stage: Any, others: Surroundings) -> list[str]:
     """Files with variables of all stages, and with those that this stage uses. DVC gives their paths relative to the current folder."""
-    return sorted({os.path.relpath(path, root) for path in [*stage.dvcfile.resolver.context.imports, *stage.tracked_vars]})
+    return sorted({os.path.relpath(path, root) for path in [*others.variables, *stage.tracked_vars]})
 
 
 def _dependency_hashes(root: Path, stage: Any) -> tuple[dict[str, str], dict[str, str | None]]:
@@ -533,25 +557,45 @@ def fingerprint(root: Path, address: str) -> Fingerprint:
         InputError: no such stage.
     """
     with open_repo(root) as repo:
+        return _fingerprint(root, address, declared_stages(repo))
+
+
+def verified_fingerprint(root: Path, address: str, refuse: Callable[[Sequence[StageState]], None]) -> Fingerprint:
+    """As `fingerprint`. DVC reads the project's files once for both.
+
+    Args:
+        refuse: called before with the states of the stages whose outputs the stage reads.
+    Raises:
+        InputError: no such stage.
+    """
+    with open_repo(root) as repo:
         all_stages = declared_stages(repo)
-        stages = {stage.name: stage for stage in all_stages if not stage.is_data_source}
-        if address not in stages:
-            raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(stages)}")
-        now, _ = _dependency_hashes(root, stages[address])
-        values, _ = _parameters(stages[address])
-        conflicts: list[tuple[str, str]] = []
-        for other in all_stages:
-            for out in other.outs:
-                path = os.path.relpath(out.fs_path, root)
-                if not any(overlap(path, dependency) for dependency in now):
-                    continue
-                if other.is_data_source:
-                    if problem := _source_problem(root, other, out):
-                        what, _, how = problem.partition("; ")
-                        conflicts.append((what, how))
-                elif other.name != address and _status(out):
-                    what = f"{path} is not what {other.name} recorded in dvc.lock"
-                    conflicts.append((what, f"run `dvc repro {other.name}` first, or `dvc checkout {path}`"))
+        names, states = _states(root, all_stages, repo, _is_definition)
+        if address not in names:
+            raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(names)}")
+        refuse([states[i.producer] for i in states[address].inputs if i.producer])
+        return _fingerprint(root, address, all_stages)
+
+
+def _fingerprint(root: Path, address: str, all_stages: Sequence[Any]) -> Fingerprint:
+    stages = {stage.name: stage for stage in all_stages if not stage.is_data_source}
+    if address not in stages:
+        raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(stages)}")
+    now, _ = _dependency_hashes(root, stages[address])
+    values, _ = _parameters(stages[address])
+    conflicts: list[tuple[str, str]] = []
+    for other in all_stages:
+        for out in other.outs:
+            path = os.path.relpath(out.fs_path, root)
+            if not any(overlap(path, dependency) for dependency in now):
+                continue
+            if other.is_data_source:
+                if problem := _source_problem(root, other, out):
+                    what, _, how = problem.partition("; ")
+                    conflicts.append((what, how))
+            elif other.name != address and _status(out):
+                what = f"{path} is not what {other.name} recorded in dvc.lock"
+                conflicts.append((what, f"run `dvc repro {other.name}` first, or `dvc checkout {path}`"))
     return Fingerprint({**now, "params.yaml": digest(values)}, conflicts)
 
 

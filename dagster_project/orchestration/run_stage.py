@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,13 +132,12 @@ def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
         InputError: no such stage.
         CheckFailed: an input differs.
     """
-    states = dvc.read_stages(root)
-    if address not in states:
-        raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(states)}")
-    producers = [states[i.producer] for i in states[address].inputs if i.producer]
-    if tampered := integrity.set_tampered_aside(root, producers, "DVC_STAGE" in os.environ):
-        raise CheckFailed("\n".join(tampered), f"run `dvc repro {address}` again")
-    before = dvc.fingerprint(root, address)
+
+    def refuse(producers: Sequence[dvc.StageState]) -> None:
+        if tampered := integrity.set_tampered_aside(root, producers, "DVC_STAGE" in os.environ):
+            raise CheckFailed("\n".join(tampered), f"run `dvc repro {address}` again")
+
+    before = dvc.verified_fingerprint(root, address, refuse)
     if before.conflicts:
         refuse_lost_entries(root)
         raise CheckFailed("\n".join(f"{address}: {what}" for what, _ in before.conflicts), before.conflicts[0][1])

@@ -69,6 +69,8 @@ _DECODE = json.JSONDecoder().raw_decode
 _NOT_KWARGS = {"id", "meta", "notes", "description", "severity", "rendered_content", "windows", "batch_id", "catch_exceptions"}
 _NOT_KWARGS |= {"result_format", "condition_parser"}
 """Fields of an expectation that are not supported in its `kwargs`; a condition given as text would be run as code."""
+_OTHER_PLACES = ("sqlalchemy", "psycopg2", "google", "grpc", "boto3", "botocore")
+"""Optional libraries by which Great Expectations reads tables of data bases and clouds. `table` is a data frame."""
 _GALLERY = "https://greatexpectations.io/expectations"
 
 
@@ -290,8 +292,8 @@ def _silenced() -> Iterator[None]:
 
 def _load(path: Path, name: str, columns: list[str]) -> tuple[Any, list[Any]]:
     """The suite and its expectations, each with its index as `id`."""
-    # for addresses in schemas of charts, for data in S3, and for three of its expectations, which load it when they are evaluated
-    with lean_imports("rfc3987_syntax", "boto3"), deferred("scipy", "stats"):
+    # scipy.stats: three of its expectations load it when they are evaluated
+    with lean_imports(*_OTHER_PLACES, "rfc3987_syntax", "chardet"), deferred("scipy", "stats"):
         import great_expectations as gx
 
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.imports import hidden, lean_imports
+from dagster_project.core.imports import NOT_FOR_TEXT, hidden, lean_imports
 from dagster_project.core.params import Compute
 from dagster_project.core.versions import require_version
 
@@ -51,7 +51,8 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
 
 def import_libraries() -> None:
     """Import torch, transformers and PEFT in less time than their first use would take."""
-    with lean_imports("bitsandbytes"):  # PEFT imports it for a function that is not used here; quantization imports it itself
+    # PEFT imports bitsandbytes for a function that is not used here; quantization imports it itself
+    with lean_imports("bitsandbytes", *NOT_FOR_TEXT):
         import peft  # noqa: F401
         import transformers.trainer_utils  # noqa: F401
 
