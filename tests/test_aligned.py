@@ -24,6 +24,7 @@ from dagster_project.stages import aligned, reward_model
 from dagster_project.training.tokens.preference_pairs import answered, both
 from dagster_project.training.trainers.alignment import preference
 from dagster_project.training.trainers.alignment import reward_model as reward
+from dagster_project.training.trainers.alignment.rewards import Rewards
 from dagster_project.training.trainers.harness import launch
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.history import TrainingHistory
@@ -419,7 +420,7 @@ def test_online_methods_refuse_a_reward_model_with_another_tokenizer(
 
 
 def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
-    rewards = reward.Rewards({"valid_json": 2.0, "distinct": 1.0}, None)
+    rewards = Rewards({"valid_json": 2.0, "distinct": 1.0}, None)
     assert rewards([{}, {}], [{"role": "assistant", "content": text} for text in ('{"a": 1}', "no no no no")]) == [3.0, 0.5]
 
 

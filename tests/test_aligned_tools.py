@@ -28,6 +28,7 @@ from dagster_project.training.tokens.preference_pairs import both, prompt_ids
 from dagster_project.training.trainers.alignment import ppo, preference
 from dagster_project.training.trainers.alignment import reward_model as reward
 from dagster_project.training.trainers.alignment.preference import AlignmentRun
+from dagster_project.training.trainers.alignment.rewards import Rewards
 from dagster_project.training.trainers.alignment.trl_trainers import answer_groups
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 
@@ -183,7 +184,7 @@ def test_a_generated_answer_is_rewarded_as_the_message_that_it_is(text: str, num
 def test_rules_score_content_and_calls_without_the_trace() -> None:
     assert reward.judged_text(THOUGHT) == "It is cold."
     assert json.loads(reward.judged_text(OSLO)) == {"name": "weather", "arguments": {"city": "Oslo"}}
-    assert reward.Rewards({"valid_json": 1.0}, None)(PAIRS, [OSLO, {**OSLO, "reasoning_content": "Hm."}, THOUGHT]) == [1.0, 1.0, 0.0]
+    assert Rewards({"valid_json": 1.0}, None)(PAIRS, [OSLO, {**OSLO, "reasoning_content": "Hm."}, THOUGHT]) == [1.0, 1.0, 0.0]
 
 
 def test_the_reward_of_a_generated_answer_is_that_of_the_conversation_with_its_tools(judge: Path) -> None:
@@ -214,7 +215,7 @@ PIECES = [
 def test_whatever_a_policy_writes_can_be_rewarded(hermes: Any, text: str) -> None:
     ids = hermes(text, add_special_tokens=False)["input_ids"]
     encoded: list[Any] = []
-    judge = reward.Rewards({"valid_json": 1.0, "distinct": 1.0, "brief": 1.0}, None)
+    judge = Rewards({"valid_json": 1.0, "distinct": 1.0, "brief": 1.0}, None)
     run = run_on(
         PAIRS, hermes, lambda pairs, answers: encoded.extend(map(reward._generated, [hermes], pairs, answers)) or judge(pairs, answers)
     )

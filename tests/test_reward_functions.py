@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT
 
 from dagster_project.core.errors import InputError
-from dagster_project.training.trainers.alignment import reward_model as reward
 from dagster_project.training.trainers.alignment.reward_functions import FOLDER, RewardFunction, check, sha256_of_functions, started
+from dagster_project.training.trainers.alignment.rewards import Rewards
+from dagster_project.training.trainers.alignment.rewards import check as check_rewards
 
 PAIRS = [
     {
@@ -40,7 +41,7 @@ def scores(folder: Path, content: str, name: str = "correct", seconds: float = 6
     (folder / "own.py").write_text(content)
     check(folder.parents[1], f"{FOLDER}/own.py:{name}", "aligned.x.rewards")
     function = RewardFunction(folder, f"{FOLDER}/own.py:{name}", seconds, "aligned.x.rewards")
-    return reward.Rewards({function.name: 2.0, "brief": 1.0}, None, [function])(PAIRS, ANSWERS)
+    return Rewards({function.name: 2.0, "brief": 1.0}, None, [function])(PAIRS, ANSWERS)
 
 
 def test_a_function_scores_answers_and_its_weight_counts_beside_that_of_a_rule(folder: Path) -> None:
@@ -53,7 +54,7 @@ def test_a_function_gets_the_whole_answer_and_may_import_its_neighbors(folder: P
     traced = [{**answer, "reasoning_content": "I think"} for answer in ANSWERS]
     (folder / "own.py").write_text("import words\ndef f(p, a, r): return [words.GOOD in one['answer']['reasoning_content'] for one in r]")
     function = RewardFunction(folder, f"{FOLDER}/own.py:f", 60.0, "aligned.x.rewards")
-    assert reward.Rewards({function.name: 1.0}, None, [function])(PAIRS, traced) == [1.0] * 3
+    assert Rewards({function.name: 1.0}, None, [function])(PAIRS, traced) == [1.0] * 3
 
 
 def test_what_it_prints_and_its_forks_do_not_reach_the_scores(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +108,7 @@ def test_a_name_is_refused_before_anything_runs(folder: Path, tmp_path_factory: 
     (folder / "far.py").symlink_to(far)
     (folder / "own.py").write_text("raise RuntimeError('a check of parameters runs no code')")
     with pytest.raises(InputError, match=message):
-        reward.check({name: 1.0}, "aligned.x.rewards", folder.parents[1])
+        check_rewards({name: 1.0}, "aligned.x.rewards", folder.parents[1])
 
 
 def test_every_file_of_the_folder_but_notes_is_part_of_the_identity(folder: Path) -> None:

@@ -23,14 +23,14 @@ from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import preference
-from dagster_project.training.trainers.alignment import reward_model as reward
 from dagster_project.training.trainers.alignment.preference import (
     AlignmentMethod,
     AlignmentRun,
     StoppedHistory,
 )
 from dagster_project.training.trainers.alignment.reward_functions import FOLDER, TIME_KEY, is_function, sha256_of_functions, started
-from dagster_project.training.trainers.alignment.reward_model import MODEL, RewardModel, Rewards, failed_checks, tokenizer_of
+from dagster_project.training.trainers.alignment.reward_model import MODEL, RewardModel, failed_checks, tokenizer_of
+from dagster_project.training.trainers.alignment.rewards import Rewards, check
 from dagster_project.training.trainers.alignment.trl_trainers.training import document_of, preference_identity
 from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
@@ -125,7 +125,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
         )
     sharding.check(params, ctx.compute, where, "lora", "adamw_torch" if "optim" in method.ignored_params else None)
     if method.learns_from_rewards:
-        reward.check(params.rewards, f"{where}.rewards", ctx.root)
+        check(params.rewards, f"{where}.rewards", ctx.root)
     elif "rewards" in ctx.value:
         raise InputError(f"params.yaml: {where}.rewards: {params.method} learns from pairs alone", "leave it out")
     elif TIME_KEY in ctx.value:

@@ -36,7 +36,7 @@ from dagster_project.training.methods import build
 from dagster_project.training.methods.build import PreparedModel, Quantization
 from dagster_project.training.tokens.preference_pairs import both, prompt_ids, reply
 from dagster_project.training.trainers.alignment import ppo
-from dagster_project.training.trainers.alignment.reward_model import Rewards
+from dagster_project.training.trainers.alignment.rewards import Rewards
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
 from dagster_project.training.trainers.alignment.trl_trainers.answer_groups import group_trainer
 from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec

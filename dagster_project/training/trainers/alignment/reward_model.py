@@ -1,4 +1,4 @@
-"""Rewards: one number for an answer, from a reward model trained on people's preferences, from rules, or from functions of the project.
+"""One number for an answer: by a reward model trained on people's preferences, or by a rule.
 
 A reward model is a language model whose output layer is a single number, read at the last token (Bradley-Terry model of pairs: the probability
 that one answer is preferred is sigmoid of the difference of their rewards; Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +22,12 @@ from dagster_project.training.methods.hardware import adding_adapters
 from dagster_project.training.methods.load import frozen_4bit, nf4_config
 from dagster_project.training.tokens.collators import pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered
-from dagster_project.training.trainers.alignment.reward_functions import FOLDER, RewardFunction, is_function
-from dagster_project.training.trainers.alignment.reward_functions import check as check_function
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
 from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness.params import Sharding
 from dagster_project.training.trainers.harness.session import put
-from dagster_project.training.trainers.harness.sharding import ShardedModel, in_step
+from dagster_project.training.trainers.harness.sharding import ShardedModel
 from dagster_project.training.trainers.harness.weight_audit import trainable
 
 if TYPE_CHECKING:
@@ -251,45 +248,3 @@ def brief(answer: str) -> float:
 
 RULES: dict[str, Callable[[str], float]] = {"valid_json": valid_json, "distinct": distinct, "brief": brief}
 """Rules: name -> reward of an answer."""
-
-
-def check(rewards: Mapping[str, float], where: str, root: Path) -> None:
-    """Raises: InputError: a reward is unknown, or there is none."""
-    functions = {name for name in rewards if is_function(name)}
-    unknown = sorted(rewards.keys() - RULES.keys() - {MODEL} - functions)
-    if unknown or not any(rewards.values()):
-        what = f"unknown: {', '.join(unknown)}" if unknown else "there is no reward"
-        raise InputError(
-            f"params.yaml: {where}: {what}",
-            f"rewards, each with its weight: {', '.join([MODEL, *RULES])}, or a function of yours, {FOLDER}/FILE.py:FUNCTION",
-        )
-    for name in sorted(functions):
-        check_function(root, name, where)
-
-
-class Rewards:
-    """A weighted sum of a reward model, rules, and functions of the project."""
-
-    def __init__(self, weights: Mapping[str, float], model: RewardModel | None, functions: Sequence[RewardFunction] = ()) -> None:
-        """Args:
-        weights: name -> weight, as in an entry of params.yaml. Rewards with weight 0 are left out.
-        model: required if they name it.
-        functions: those that they name.
-        """
-        self.weights, self.model = {name: weight for name, weight in weights.items() if weight}, model
-        self.functions = {function.name: function for function in functions}
-
-    def __call__(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message]) -> list[float]:
-        """The reward of generated answers, which are messages of the assistant, to the prompts of these pairs."""
-        total = [0.0] * len(answers)
-        for name, weight in self.weights.items():
-            if name == MODEL:
-                assert self.model
-                found = in_step([self.model.shared], partial(self.model.of_answers, pairs, answers))
-            elif name in self.functions:
-                records = [{**pair, "answer": answer} for pair, answer in zip(pairs, answers, strict=True)]
-                found = self.functions[name]([pair["prompt"] for pair in pairs], [judged_text(answer) for answer in answers], records)
-            else:
-                found = [RULES[name](judged_text(answer)) for answer in answers]
-            total = [so_far + weight * value for so_far, value in zip(total, found, strict=True)]
-        return total
