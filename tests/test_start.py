@@ -15,30 +15,31 @@ from dagster_project.commands import own_process
 from dagster_project.pipeline import STAGES
 
 COMPUTES = {"torch", "transformers", "datasets"}
-TRAINS = {*COMPUTES, "peft", "trl", "pandas"}
+SCORES = {*COMPUTES, "peft", "scipy"}
+TRAINS = {*SCORES, "trl", "pandas"}
 CHECKS = {"polars", "pandera"}
 NEEDED: dict[str, set[str]] = {
     "base_model": COMPUTES,
     "raw_examples": set(),
-    "instructions": {*CHECKS, "great_expectations", "pandas"},
+    "instructions": {*CHECKS, "great_expectations", "pandas", "scipy"},
     "splits": CHECKS,
     "tokenized": {"transformers"},
     "adapter": TRAINS,
-    "merged": {*COMPUTES, "peft"},
+    "merged": SCORES,
     "raw_preferences": set(),
     "preferences": CHECKS,
     "reward_model": TRAINS,
     "aligned": TRAINS,
-    "merged_aligned": {*COMPUTES, "peft"},
-    "baselines": {*COMPUTES, "peft", "sklearn", "scipy"},
-    "evaluation": {*COMPUTES, "peft"},
-    "evaluation_aligned": {*COMPUTES, "peft"},
+    "merged_aligned": SCORES,
+    "baselines": {*SCORES, "sklearn"},
+    "evaluation": SCORES,
+    "evaluation_aligned": SCORES,
     "comparison": set(),
-    "release": {*COMPUTES, "peft"},
+    "release": SCORES,
 }
 """Libraries that take long to import and that a stage of the quick project uses."""
 LARGE = {
-    *TRAINS, *CHECKS, "great_expectations", "sklearn", "scipy", "bitsandbytes", "boto3", "sqlalchemy", "psycopg2", "grpc", "dagster", "matplotlib",
+    *TRAINS, *CHECKS, "great_expectations", "sklearn", "bitsandbytes", "boto3", "sqlalchemy", "psycopg2", "grpc", "dagster", "matplotlib",
     "ray", "rfc3987_syntax",
 }  # fmt: skip
 
