@@ -12,6 +12,7 @@ import pytest
 from conftest import LOADED, ROOT, run
 
 from dagster_project.commands import own_process
+from dagster_project.orchestration import dvc
 from dagster_project.pipeline import STAGES
 
 COMPUTES = {"torch", "transformers", "datasets"}
@@ -106,3 +107,15 @@ def test_a_wait_policy_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     own_process.prepare(["check", "data.jsonl"])
     assert os.environ["OMP_WAIT_POLICY"] == "active"
+
+
+def test_the_guard_of_a_stage_parses_the_pipeline_as_often_as_one_stage_needs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvc.utils import strictyaml
+
+    states, parsed, producers = dvc.read_stages(root), list[str](), list[dvc.StageState]()
+    load = strictyaml.load
+    monkeypatch.setattr(strictyaml, "load", lambda path, *args, **kwargs: [parsed.append(Path(path).name), load(path, *args, **kwargs)][1])
+    found = dvc.verified_fingerprint(root, "tok", producers.extend)
+    assert parsed.count("dvc.yaml") == 2  # the index of all stages, and the files with variables
+    assert producers == [states[i.producer] for i in states["tok"].inputs if i.producer] and producers
+    assert found == dvc.fingerprint(root, "tok")
