@@ -18,11 +18,11 @@ from dagster_project.pipeline import STAGES
 COMPUTES = {"torch", "transformers", "datasets"}
 SCORES = {*COMPUTES, "peft", "scipy"}
 TRAINS = {*SCORES, "trl", "pandas"}
-CHECKS = {"polars", "pandera"}
+CHECKS = {"polars", "pandera", "pandas"}
 NEEDED: dict[str, set[str]] = {
     "base_model": COMPUTES,
     "raw_examples": set(),
-    "instructions": {*CHECKS, "great_expectations", "pandas", "scipy"},
+    "instructions": {*CHECKS, "great_expectations", "scipy"},
     "splits": CHECKS,
     "tokenized": {"transformers"},
     "adapter": TRAINS,
@@ -32,11 +32,11 @@ NEEDED: dict[str, set[str]] = {
     "reward_model": TRAINS,
     "aligned": TRAINS,
     "merged_aligned": SCORES,
-    "baselines": {*SCORES, "sklearn"},
-    "evaluation": SCORES,
-    "evaluation_aligned": SCORES,
-    "comparison": set(),
-    "release": SCORES,
+    "baselines": {*SCORES, "sklearn", "pandas"},
+    "evaluation": {*SCORES, "pandas"},
+    "evaluation_aligned": {*SCORES, "pandas"},
+    "comparison": {"pandas"},
+    "release": {*SCORES, "pandas"},
 }
 """Libraries that take long to import and that a stage of the quick project uses."""
 LARGE = {

@@ -14,11 +14,8 @@ spinning threads take the CPU from the thread they wait for. What is computed do
 ONLY_TOKENIZERS = frozenset({"tokenized"})
 """Stages that use tokenizers of transformers, which imports torch wherever it is installed."""
 
-WITHOUT_PANDAS = frozenset(
-    {"raw_examples", "splits", "tokenized", "raw_preferences", "preferences", "baselines", "evaluation", "evaluation_aligned", "comparison",
-     "release"}
-)  # fmt: skip
-"""Stages that write tables with pyarrow, which imports pandas wherever it is installed, and have no data frame of pandas."""
+WITHOUT_PANDAS = frozenset({"raw_examples", "raw_preferences", "tokenized"})
+"""Stages that write tables with pyarrow, which imports pandas wherever it is installed, and import nothing else that uses it."""
 
 
 def prepare(arguments: Sequence[str]) -> None:
@@ -29,7 +26,7 @@ def prepare(arguments: Sequence[str]) -> None:
     """
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
-    if arguments[:1] == ["run"] and WITHOUT_PANDAS & {name.partition("@")[0] for name in arguments}:
+    if arguments[:1] == ["run"] and WITHOUT_PANDAS & {*arguments}:
         with suppress(AttributeError), lean_imports("pandas"):  # pyarrow finds None, fails to read its version, and does not look again
             import pyarrow as pa
 

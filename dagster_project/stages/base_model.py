@@ -93,6 +93,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     # for losses of object detection, and for a command of accelerate
     with lean_imports("scipy", "boto3"):
         import torch
+        import transformers.modeling_utils  # noqa: F401  (otherwise the first model imports it)
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as hf_logging
 
