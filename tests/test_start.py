@@ -17,8 +17,8 @@ from dagster_project.pipeline import STAGES
 
 COMPUTES = {"torch", "transformers", "datasets"}
 SCORES = {*COMPUTES, "peft", "scipy"}
-TRAINS = {*SCORES, "trl", "pandas"}
-CHECKS = {"polars", "pandera", "pandas"}
+TRAINS = {*SCORES, "trl"}
+CHECKS = {"polars", "pandera"}
 NEEDED: dict[str, set[str]] = {
     "base_model": COMPUTES,
     "raw_examples": set(),
@@ -32,11 +32,11 @@ NEEDED: dict[str, set[str]] = {
     "reward_model": TRAINS,
     "aligned": TRAINS,
     "merged_aligned": SCORES,
-    "baselines": {*SCORES, "sklearn", "pandas"},
-    "evaluation": {*SCORES, "pandas"},
-    "evaluation_aligned": {*SCORES, "pandas"},
-    "comparison": {"pandas"},
-    "release": {*SCORES, "pandas"},
+    "baselines": {*SCORES, "sklearn"},
+    "evaluation": SCORES,
+    "evaluation_aligned": SCORES,
+    "comparison": set(),
+    "release": SCORES,
 }
 """Libraries that take long to import and that a stage of the quick project uses."""
 LARGE = {
