@@ -51,11 +51,9 @@ def change(folder: Path, share: float, count: int | None) -> None:
 
 
 def run_stage(stage: str, base_model: Path, root: Path, data: Path, kept: bool) -> dict[str, float]:
-    from dagster_project.commands import own_process
     from dagster_project.curation.checks import row_cache
     from dagster_project.stages import raw_examples
 
-    own_process.prepare(["run", stage])
     with row_cache.using(root, "instructions") if kept else nullcontext():
         if stage == "raw_examples":
             params = raw_examples.Params.model_validate({"sources": [{"path": f"data/sources/{name}"} for name in SOURCES]})

@@ -12,33 +12,35 @@ import pytest
 from conftest import LOADED, ROOT, run
 
 from dagster_project.commands import own_process
+from dagster_project.orchestration import dvc
 from dagster_project.pipeline import STAGES
 
 COMPUTES = {"torch", "transformers", "datasets"}
-TRAINS = {*COMPUTES, "peft", "trl", "pandas"}
+SCORES = {*COMPUTES, "peft", "scipy"}
+TRAINS = {*SCORES, "trl"}
 CHECKS = {"polars", "pandera"}
 NEEDED: dict[str, set[str]] = {
     "base_model": COMPUTES,
     "raw_examples": set(),
-    "instructions": {*CHECKS, "great_expectations", "pandas"},
+    "instructions": {*CHECKS, "great_expectations", "scipy"},
     "splits": CHECKS,
     "tokenized": {"transformers"},
     "adapter": TRAINS,
-    "merged": {*COMPUTES, "peft"},
+    "merged": SCORES,
     "raw_preferences": set(),
     "preferences": CHECKS,
     "reward_model": TRAINS,
     "aligned": TRAINS,
-    "merged_aligned": {*COMPUTES, "peft"},
-    "baselines": {*COMPUTES, "peft", "sklearn", "scipy"},
-    "evaluation": {*COMPUTES, "peft"},
-    "evaluation_aligned": {*COMPUTES, "peft"},
+    "merged_aligned": SCORES,
+    "baselines": {*SCORES, "sklearn"},
+    "evaluation": SCORES,
+    "evaluation_aligned": SCORES,
     "comparison": set(),
-    "release": {*COMPUTES, "peft"},
+    "release": SCORES,
 }
 """Libraries that take long to import and that a stage of the quick project uses."""
 LARGE = {
-    *TRAINS, *CHECKS, "great_expectations", "sklearn", "scipy", "bitsandbytes", "boto3", "sqlalchemy", "psycopg2", "grpc", "dagster", "matplotlib",
+    *TRAINS, *CHECKS, "great_expectations", "sklearn", "bitsandbytes", "boto3", "sqlalchemy", "psycopg2", "grpc", "dagster", "matplotlib",
     "ray", "rfc3987_syntax",
 }  # fmt: skip
 
@@ -105,3 +107,15 @@ def test_a_wait_policy_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     own_process.prepare(["check", "data.jsonl"])
     assert os.environ["OMP_WAIT_POLICY"] == "active"
+
+
+def test_the_guard_of_a_stage_parses_the_pipeline_as_often_as_one_stage_needs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvc.utils import strictyaml
+
+    states, parsed, producers = dvc.read_stages(root), list[str](), list[dvc.StageState]()
+    load = strictyaml.load
+    monkeypatch.setattr(strictyaml, "load", lambda path, *args, **kwargs: [parsed.append(Path(path).name), load(path, *args, **kwargs)][1])
+    found = dvc.verified_fingerprint(root, "tok", producers.extend)
+    assert parsed.count("dvc.yaml") == 2  # the index of all stages, and the files with variables
+    assert producers == [states[i.producer] for i in states["tok"].inputs if i.producer] and producers
+    assert found == dvc.fingerprint(root, "tok")

@@ -14,12 +14,6 @@ spinning threads take the CPU from the thread they wait for. What is computed do
 ONLY_TOKENIZERS = frozenset({"tokenized"})
 """Stages that use tokenizers of transformers, which imports torch wherever it is installed."""
 
-WITHOUT_PANDAS = frozenset(
-    {"raw_examples", "splits", "tokenized", "raw_preferences", "preferences", "baselines", "evaluation", "evaluation_aligned", "comparison",
-     "release"}
-)  # fmt: skip
-"""Stages that write tables with pyarrow, which imports pandas wherever it is installed, and have no data frame of pandas."""
-
 
 def prepare(arguments: Sequence[str]) -> None:
     """Prepare this process for its command.
@@ -29,11 +23,6 @@ def prepare(arguments: Sequence[str]) -> None:
     """
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
-    if arguments[:1] == ["run"] and WITHOUT_PANDAS & {name.partition("@")[0] for name in arguments}:
-        with suppress(AttributeError), lean_imports("pandas"):  # pyarrow finds None, fails to read its version, and does not look again
-            import pyarrow as pa
-
-            pa.array([None])
     if arguments[:1] == ["run"] and ONLY_TOKENIZERS & {*arguments}:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it does without torch
         with suppress(ModuleNotFoundError), lean_imports("torch"):

@@ -11,9 +11,6 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-NOT_FOR_TEXT = ("scipy", "boto3")
-"""Optional libraries of transformers, for losses of object detection, and of accelerate, for its command that configures a cloud."""
-
 
 @contextmanager
 def lean_imports(*unused: str) -> Iterator[None]:

@@ -23,7 +23,7 @@ from dagster_project.core import faults
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
-from dagster_project.core.imports import NOT_FOR_TEXT, lean_imports
+from dagster_project.core.imports import lean_imports
 from dagster_project.core.named_templates import written_for
 from dagster_project.core.params import Licensed, inside
 from dagster_project.core.records import Report
@@ -90,8 +90,10 @@ def run(ctx: StageContext) -> Report:
 
 def produce(root: Path, params: Params, out: Path) -> Report:
     """Fetch, verify and convert the model; write it to `out`."""
-    with lean_imports(*NOT_FOR_TEXT):
+    # for losses of object detection, and for a command of accelerate
+    with lean_imports("scipy", "boto3"):
         import torch
+        import transformers.modeling_utils  # noqa: F401  (otherwise the first model imports it)
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as hf_logging
 

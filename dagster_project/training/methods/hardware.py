@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.imports import NOT_FOR_TEXT, hidden, lean_imports
+from dagster_project.core.imports import hidden, lean_imports
 from dagster_project.core.params import Compute
 from dagster_project.core.versions import require_version
 
@@ -51,8 +51,9 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
 
 def import_libraries() -> None:
     """Import torch, transformers and PEFT in less time than their first use would take."""
-    # PEFT imports bitsandbytes for a function that is not used here; quantization imports it itself
-    with lean_imports("bitsandbytes", *NOT_FOR_TEXT):
+    # PEFT imports bitsandbytes for a function that is not used here (quantization imports it itself), accelerate boto3 for a command.
+    # transformers' import of scipy stays: its BLAS is part of the recorded machine.
+    with lean_imports("bitsandbytes", "boto3"):
         import peft  # noqa: F401
         import transformers.trainer_utils  # noqa: F401
 
