@@ -174,10 +174,11 @@ def test_an_erased_record_is_refused_as_a_side_of_a_pair(root: Path) -> None:
     assert [check.rows for check in raw_preferences.produce(root, params, root / "pairs").failures] == [["data/sources/p.jsonl:0"]]
 
 
-def test_without_tombstones_nothing_changes(root: Path) -> None:
+def test_without_tombstones_every_record_passes_and_no_key_is_needed(root: Path) -> None:
     (root / erased.TOMBSTONES).unlink()
     (root / "data/keys/record_ids.key").unlink()
-    assert "erased_record" not in {check.name for check in read(root, conversation("Where is my lantern?", "On its way to you.")).checks}
+    checks = {check.name: check for check in read(root, conversation("Where is my lantern?", "On its way to you.")).checks}
+    assert checks["erased_record"].passed and checks["erased_record"].blocking
 
 
 def test_tombstones_with_another_key_or_damaged_are_refused(root: Path) -> None:

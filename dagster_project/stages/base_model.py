@@ -90,8 +90,8 @@ def run(ctx: StageContext) -> Report:
 
 def produce(root: Path, params: Params, out: Path) -> Report:
     """Fetch, verify and convert the model; write it to `out`."""
-    # for losses of object detection, and for a command of accelerate
-    with lean_imports("scipy", "boto3"):
+    # scipy is for losses of object detection, boto3 for a command of accelerate; once loaded, transformers relies on what it found
+    with lean_imports(*(() if "transformers" in sys.modules else ("scipy", "boto3"))):
         import torch
         import transformers.modeling_utils  # noqa: F401  (otherwise the first model imports it)
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -53,15 +53,14 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         root: the project's folder; source paths are relative to it.
     """
     records, sources = read_sources(root, params.sources, params, "raw_examples", pairs=False, scratch=out.parent)
-    count, tombstones = len(records), erased.read_erased(root)
-    returned = [] if tombstones is None else [tombstones.check(records.rows())]
+    count, returned = len(records), erased.read_erased(root).check(records.rows())
     write_stored_records(records.rows(), records.ids, record_schema(), [StoredPart(out, range(count), records.is_rich, {})])
     ignored = fields.IgnoredFields()
     write_ledger(out, _ledger(records, ignored), repaired=False)
     policy, metrics = params.use_policy, {"sources": sources}
     stated = {} if policy is None else {use_policy.NAME: policy.given}
     judged = use_policy.check(None if policy is None else use_policy.judge(policy, [metrics]))
-    return Report(rows_in=count, rows_out=count, metrics={**metrics, **stated}, checks=[ignored.check(), judged, *returned])
+    return Report(rows_in=count, rows_out=count, metrics={**metrics, **stated}, checks=[ignored.check(), returned, judged])
 
 
 def _ledger(records: Records, ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:

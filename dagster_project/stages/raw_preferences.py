@@ -37,12 +37,12 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         root: the project's folder; source paths are relative to it.
     """
     records, sources = read_sources(root, params.sources, params, "raw_preferences", pairs=True, scratch=out.parent)
-    pairs, tombstones = records.rows(), erased.read_erased(root)
-    returned = [] if tombstones is None else [tombstones.check(_with_first_row(pairs))]
+    pairs = records.rows()
+    returned = erased.read_erased(root).check(_with_first_row(pairs))
     write_records(out, pairs, pair_schema(), records.is_rich)
     ignored = fields.IgnoredFields()
     write_ledger(out, _ledger(pairs, ignored))
-    return Report(rows_in=len(pairs), rows_out=len(pairs), metrics={"sources": sources}, checks=[ignored.check(), *returned])
+    return Report(rows_in=len(pairs), rows_out=len(pairs), metrics={"sources": sources}, checks=[ignored.check(), returned])
 
 
 def _ledger(pairs: Iterable[dict[str, Any]], ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:

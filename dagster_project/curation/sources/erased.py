@@ -21,7 +21,7 @@ from dagster_project.core.records import CheckResult
 
 TOMBSTONES = "data/sources/erasures.jsonl"
 NAME = "erased_record"
-DESCRIPTION = "No row is a record that was erased (data/sources/erasures.jsonl). Reported only if a record was erased."
+DESCRIPTION = "No row is a record that was erased (data/sources/erasures.jsonl)."
 DESCRIPTIONS = {NAME: DESCRIPTION}
 SHOWN = 20
 
@@ -74,7 +74,8 @@ class Erased:
         Args:
             records: records or pairs, with `source` and `source_row`.
         """
-        places = [f"{record['source']}:{record['source_row']}" for record in records if self.includes(record)]
+        compared = records if self.marks else ()
+        places = [f"{record['source']}:{record['source_row']}" for record in compared if self.includes(record)]
         return CheckResult(
             NAME,
             not places,
@@ -85,15 +86,15 @@ class Erased:
         )
 
 
-def read_erased(root: Path) -> Erased | None:
-    """The tombstones of the project; None if nothing was erased.
+def read_erased(root: Path) -> Erased:
+    """The tombstones of the project; without any, no key is needed.
 
     Raises:
         InputError: the file is damaged, or the project's key is not the one of the tombstones.
     """
     path = root / TOMBSTONES
     if not path.exists():
-        return None
+        return Erased(b"", frozenset())
     key = read_key(root)
     marks: set[str] = set()
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
