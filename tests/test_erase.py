@@ -27,7 +27,7 @@ from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import record_key
 from dagster_project.orchestration.erasure import event_log
-from dagster_project.orchestration.erasure.objects import to_remove
+from dagster_project.orchestration.erasure.objects import Own, to_remove
 from dagster_project.orchestration.erasure.plan import models_of, usable_key
 from dagster_project.stages import raw_examples, raw_preferences
 
@@ -115,8 +115,8 @@ def test_an_excerpt_is_found() -> None:
 
 def test_ids_are_found_as_text_and_as_bytes(tmp_path: Path) -> None:
     scanner = Scanner(Needles(ids=("0123456789abcdef0123456789abcdef",)))
-    assert scanner.content(b'"0123456789abcdef0123456789abcdef"') == {"id"}
-    assert scanner.content(b"..\x01\x23\x45\x67\x89\xab\xcd\xef\x01\x23\x45\x67\x89\xab\xcd\xef..") == {"id"}
+    assert scanner.content(b'"0123456789abcdef0123456789abcdef"') == {"id", "sure"}
+    assert scanner.content(b"..\x01\x23\x45\x67\x89\xab\xcd\xef\x01\x23\x45\x67\x89\xab\xcd\xef..") == {"id", "sure"}
     assert scanner.content(b"0123456789abcdef0123456789abcdee") == set()
 
 
@@ -240,7 +240,8 @@ def test_models_that_were_trained_on_a_record_are_retired_with_what_was_made_fro
 def test_objects_that_the_workspace_or_other_outputs_need_stay() -> None:
     folders = {"old.dir": frozenset({"shard", "same", "ledger"}), "new.dir": frozenset({"shard2", "same"}), "model.dir": frozenset({"w", "tok"}),
                "other.dir": frozenset({"tok"})}  # fmt: skip
-    gone = to_remove(folders, {"shard", "single"}, {"model.dir"}, {"new.dir", "shard2", "same"})
+    own = Own(frozenset({"old.dir", "single"}), frozenset({"shard", "same", "ledger"}), frozenset())
+    gone = to_remove(folders, {"shard", "single"}, {"model.dir"}, {"new.dir", "shard2", "same"}, own)
     assert gone == {"old.dir", "shard", "ledger", "single", "model.dir", "w"}
 
 
@@ -253,7 +254,7 @@ def test_rows_of_an_event_log_go_and_no_page_of_the_file_keeps_them(tmp_path: Pa
         db.commit()
         db.execute("DELETE FROM event_logs WHERE id = 8")  # deleted before: its pages still have it
     db.close()
-    assert event_log.clean(path, scanner) == 5
+    event_log.clean(path, scanner)
     assert scanner.file(path) == set() and b"Larkspur" not in path.read_bytes()
     with sqlite3.connect(path) as db:
         assert db.execute("SELECT count(*) FROM event_logs").fetchone() == (294,)

@@ -24,7 +24,9 @@ from dagster_project.lineage.impact import exposed_models
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.runs import StageRun
 from dagster_project.orchestration import dvc
-from dagster_project.orchestration.erasure.places import PLAN, search
+from dagster_project.orchestration.erasure.layout import PLAN
+from dagster_project.orchestration.erasure.objects import own_objects
+from dagster_project.orchestration.erasure.places import search
 from dagster_project.orchestration.erasure.remotes import remotes_of
 
 FILE = PLAN / "plan.json"
@@ -128,10 +130,11 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "models": models,
         "unknown": [{name: model[name] for name in ("stage", "md5", "found_in", "fetch")} for model in unknown],
         "retired": sorted(retired),
+        "own": sorted(own_objects(index, (), with_run_cache=False).outputs),
         "stages": [address for address, state in states.items() if state.recorded],
         "before": _outputs(index),
-        "places": places.document(root),
-        "searched": {"files": places.files, "git objects": places.objects, "weights": places.weights, "unreadable": places.unreadable},
+        "places": places.document(),
+        "searched": places.searched(),
         "blobs": places.blobs,
         "remotes elsewhere": remotes.elsewhere,
         "needles": found.needles.document(),
@@ -208,7 +211,7 @@ def _outputs(index: Index) -> dict[str, str]:
 
 def needles_in(plan: Mapping[str, Any]) -> Needles:
     saved = plan["needles"]
-    return Needles(tuple(saved["texts"]), tuple(saved["ids"]), saved["unsearchable"])
+    return Needles(tuple(saved["texts"]), tuple(map(tuple, saved["groups"])), tuple(saved["ids"]), saved["unsearchable"])
 
 
 def models_now(root: Path) -> dict[str, str]:
