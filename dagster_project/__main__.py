@@ -320,6 +320,11 @@ def erase(options: argparse.Namespace) -> int:
     given = (options.record, options.containing, options.source, options.file)
     if options.resume and options.dry_run:
         raise InputError("--resume cannot be combined with --dry-run", "leave one out")
+    if options.resume and (options.also or options.declined or options.reason):
+        raise InputError(
+            "--resume cannot be combined with --also, --not and --reason: those of the unfinished erasure hold",
+            "leave them out; --key and --verify must be given again",
+        )
     request = None if options.resume else module.request_of(*given)
     if options.dry_run:
         assert request is not None

@@ -229,12 +229,12 @@ def test_models_that_were_trained_on_a_record_are_retired_with_what_was_made_fro
     models, unknown, retired = models_of(index, [identity("secret")])
     assert unknown == []
     md5 = {(name, when): lock[name]["outs"][0]["md5"] for when, lock in (("old", old), ("tested", tested), ("new", new)) for name in lock}
-    fates = {model["md5"]: model["fate"] for model in models}
-    assert fates == {
-        md5[name, when]: fate for when, fate in (("old", "retire"), ("tested", "keep")) for name in ("adapter@lora", "merged@lora")
+    outcomes = {model["md5"]: model["outcome"] for model in models}
+    assert outcomes == {
+        md5[name, when]: outcome for when, outcome in (("old", "retire"), ("tested", "keep")) for name in ("adapter@lora", "merged@lora")
     }
     assert retired == {md5["adapter@lora", "old"], md5["merged@lora", "old"]}
-    assert {model["fate"] for model in models_of(index, [identity("more")])[0]} == {"remake"}
+    assert {model["outcome"] for model in models_of(index, [identity("more")])[0]} == {"remake"}
 
 
 def test_objects_that_the_workspace_or_other_outputs_need_stay() -> None:
