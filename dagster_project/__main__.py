@@ -784,14 +784,14 @@ def _add_erase(commands: Any) -> None:
     )
     query.add_argument("--source", metavar="PATH[:ROW]", help="a row of a source, or all rows of a file or folder")
     query.add_argument("--file", metavar="REQUEST.csv", help="several requests, in columns record, containing and source")
-    query.add_argument("--resume", action="store_true", help="go on with an interrupted erasure, as the same command does")
+    query.add_argument("--resume", action="store_true", help="go on with an interrupted erasure; give --key and --verify again")
     add = command.add_argument
     add("--dry-run", action="store_true", help="print the plan: rows, relatives, places, models and cost; change nothing")
     kinds = "; ".join(f"{kind}: {about}" for kind, about in KINDS.items())
     add("--also", action="append", default=[], choices=[*KINDS], metavar="KIND", help=f"erase these relatives too; repeatable. {kinds}")
     add("--not", dest="declined", action="append", default=[], choices=[*KINDS], metavar="KIND",
         help="leave these relatives; repeatable (default: near)")  # fmt: skip
-    add("--reason", default="", help="why, for the certificate; it should not repeat the text")
+    add("--reason", default="", help="why, for the certificate and the tombstones, as given; it must not repeat the text")
     add("--key", metavar="FILE", help="sign the certificate with this private key (PEM)")
     add(
         "--verify",

@@ -31,7 +31,7 @@ WIDTH = 2000
 """Characters shown of a text around the shared words."""
 SEARCHED = 4000
 """Characters of a text that are searched for words shared with a held-out one."""
-MISSING = "(text not shown: the data that this finding names is not here in this version)"
+MISSING = "(text not shown: the project's data have no row with this place and content)"
 
 
 def quoted(document: Mapping[str, Any], find: Callable[[set[Reference]], Found], special: Special, width: int = WIDTH) -> dict[str, Any]:
