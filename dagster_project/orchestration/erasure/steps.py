@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dagster_project.lineage.erasure import removal, tombstones
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration.erasure import event_log
+from dagster_project.orchestration.erasure.exclusive import no_stage_runs
 from dagster_project.orchestration.erasure.layout import CACHE, EVENT_LOG, PLAN, SCRATCH
 from dagster_project.orchestration.erasure.objects import Own, listings, name_of, own_objects, runs_naming, to_remove
 from dagster_project.orchestration.erasure.places import Search, search
@@ -47,12 +49,13 @@ class Erasure:
         self.scanner = Scanner(needles_in(plan))
 
     def run(self) -> None:
-        """All steps that are not done yet."""
-        steps = (self.sources, self.tombstones, self.pipeline, self.cache, self.files, self.index, self.dagster, self.left)
+        """All steps that are not done yet. `left` comes after all that the command does."""
+        steps = (self.sources, self.tombstones, self.pipeline, self.cache, self.files, self.index, self.dagster)
         for step in steps:
             if step.__name__ not in self.plan["done"]:
                 log.info(f"erase: {(step.__doc__ or '').partition('.')[0].strip()}")
-                step()
+                with nullcontext() if step == self.pipeline else no_stage_runs(self.root, self.plan["stages"], waits=True):
+                    step()
                 self.plan["done"].append(step.__name__)
                 save(self.root, self.plan)
 
@@ -176,7 +179,7 @@ class Erasure:
                 path.unlink(missing_ok=True)
 
     def left(self) -> None:
-        """Search every place again."""
+        """Search every place again, also if an interrupted command has done so."""
         found = search(self.root, self.scanner, remotes_of(self.root))
         self.plan["left"] = found.document()
         self.plan["blobs"] = found.blobs
