@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import sqlite3
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,27 @@ def test_a_home_of_dagster_around_the_project_makes_no_file_of_the_project_its_o
     monkeypatch.setattr(steps, "remotes_of", lambda root: Remotes(root / ".dvc/cache"))
     erasure.dagster()
     assert all(path.is_file() for path in kept) and not own.exists()
+
+
+def test_rows_of_an_event_log_that_projects_share_go_only_if_they_are_surely_of_the_record(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = [SECRET, "theirs: Zephyrine Okonkwo of Larkspur", "fine"]
+    left = {}
+    for name, home in (("shared", tmp_path / "home"), ("own", bare / ".dagster")):
+        path = write(home / "history/index.db", "")
+        log = write(home / "storage/a.err", events[1])
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TABLE event_logs (id INTEGER PRIMARY KEY, event TEXT)")
+            db.executemany("INSERT INTO event_logs (event) VALUES (?)", [(event,) for event in events])
+        db.close()
+        monkeypatch.setenv("DAGSTER_HOME", str(home))
+        monkeypatch.setattr(steps, "remotes_of", lambda root: Remotes(root / ".dvc/cache"))
+        Erasure(bare, plan(), lambda _: None).dagster()
+        with sqlite3.connect(path) as db:
+            left[name] = [event for (event,) in db.execute("SELECT event FROM event_logs")], log.exists()
+        db.close()
+    assert left == {"shared": (events[1:], True), "own": (["fine"], False)}
 
 
 def test_paths_are_compared_resolved(bare: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from dagster_project.core.errors import Busy
-from dagster_project.lineage.erasure.scan import Scanner
+from dagster_project.lineage.erasure.scan import SURE, Scanner
 
 MAGIC = b"SQLite format 3\0"
 LONGEST_WAIT = 30.0
@@ -23,12 +23,15 @@ def database_of(path: Path) -> Path | None:
     try:
         with base.open("rb") as file:
             return base if file.read(len(MAGIC)) == MAGIC else None
-    except OSError:
+    except FileNotFoundError:
         return None
 
 
-def clean(path: Path, scanner: Scanner) -> None:
+def clean(path: Path, scanner: Scanner, only_sure: bool) -> None:
     """Delete the rows that hold something of a record from a SQLite file, and rewrite it, so that no free page does.
+
+    Args:
+        only_sure: leave rows with no more than one short fragment of a text: projects that share a file can have them by chance.
 
     Raises:
         Busy: another process uses it.
@@ -39,7 +42,7 @@ def clean(path: Path, scanner: Scanner) -> None:
             db.execute("BEGIN IMMEDIATE")
             tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")]
             for name in tables:
-                _clean_table(db, name, scanner)
+                _clean_table(db, name, scanner, only_sure)
             db.execute("COMMIT")
             db.execute("VACUUM")
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -49,13 +52,17 @@ def clean(path: Path, scanner: Scanner) -> None:
         ) from None
 
 
-def _clean_table(db: sqlite3.Connection, name: str, scanner: Scanner) -> None:
+def _clean_table(db: sqlite3.Connection, name: str, scanner: Scanner, only_sure: bool) -> None:
     quoted = name.replace('"', '""')
     try:
         table = db.execute(f'SELECT rowid, * FROM "{quoted}"')
     except sqlite3.OperationalError:  # WITHOUT ROWID: keys of counters
         return
-    found = [(row[0],) for row in table if scanner.content(b"\n".join(filter(None, map(_bytes, row[1:]))))]
+    found = []
+    for row in table:
+        kinds = scanner.content(b"\n".join(filter(None, map(_bytes, row[1:]))))
+        if SURE in kinds or (kinds and not only_sure):
+            found.append((row[0],))
     db.executemany(f'DELETE FROM "{quoted}" WHERE rowid = ?', found)
 
 

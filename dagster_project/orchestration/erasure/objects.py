@@ -59,7 +59,7 @@ def own_objects(index: Index, known: Collection[str], with_run_cache: bool) -> O
         known: outputs that are known to be the project's, from before the sources changed.
         with_run_cache: also what the run cache names. Not if projects share it.
     """
-    runs = [run for run in index.runs.values() if with_run_cache or run.place in RECORDED]
+    runs = {run.entry.id: run for run in index.runs.values() if with_run_cache or run.place in RECORDED}.values()
     outputs, others = {*known, *_tracked_sources(index.root)}, set[str]()
     paths = _with_rows(runs)
     for run in runs:

@@ -168,13 +168,14 @@ class Erasure:
     def dagster(self) -> None:
         """Remove what holds them from Dagster's event log and log files."""
         found = search(self.root, self.scanner, remotes_of(self.root))
-        paths = [hit.path for hit in found.places.get(EVENT_LOG, ())]
+        shared = not found.layout.home.is_relative_to(self.root)
+        paths = [hit.path for hit in found.places.get(EVENT_LOG, ()) if hit.sure or not shared]
         known = self.plan.setdefault("dagster", [])
         self.plan["dagster"] = sorted({*known, *(os.path.relpath(path, self.root) for path in paths)})
         save(self.root, self.plan)
         for path in paths:
             if database := event_log.database_of(path):
-                event_log.clean(database, self.scanner)
+                event_log.clean(database, self.scanner, only_sure=shared)
             else:
                 path.unlink(missing_ok=True)
 
