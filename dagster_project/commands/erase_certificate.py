@@ -79,7 +79,7 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
             "files of weights": searched["weights"],
             "archives that cannot be opened": len(searched["unreadable"]),
             "texts too short, or shared with other records": plan["needles"]["unsearchable"],
-            **searched["not"],
+            **searched["unsearched"],
         },
         "not reached": not_reached,
         "not measured": ["membership: the loss of erased records under the new models"],

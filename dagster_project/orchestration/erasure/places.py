@@ -58,7 +58,7 @@ class Search:
             "git objects": self.objects,
             "weights": self.weights,
             "unreadable": self.unreadable,
-            "not": self.unsearched,
+            "unsearched": self.unsearched,
         }
 
     def _shown(self, path: Path) -> str:
