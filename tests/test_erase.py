@@ -312,7 +312,7 @@ def test_of_a_model_that_nobody_can_decide_the_certificate_says_so(tmp_path: Pat
 PLAN: dict[str, Any] = {
     "date": "2026-01-01", "reason": "request 7", "key": "k", "asked": [], "records": 1, "made": 0, "sources": {}, "relatives": {}, "tombstones": [],
     "places": {}, "files": [], "dagster": [], "models": [], "unknown": [], "after": {}, "left": {}, "remotes elsewhere": [], "shared cache": False,
-    "blobs": ["0" * 40], "needles": {"unsearchable": 0}, "searched": {"weights": 0, "unreadable": [], "git objects": 1},
+    "blobs": ["0" * 40], "needles": {"unsearchable": 0}, "searched": {"weights": 0, "unreadable": [], "git objects": 1, "not": {}},
     "removed": {"objects": [], "runs": [], "remotes": {}}, "seen by": {"yes": [], "unknown": []}, "event log elsewhere": False,
 }  # fmt: skip
 
