@@ -449,20 +449,17 @@ def chat(options: argparse.Namespace) -> int:
         raise InputError("--json: only for one question", "add --once TEXT")
     if not 0 <= options.temperature < float("inf"):
         raise InputError(f"--temperature {options.temperature:g}: cannot be negative or infinite", "0 gives the most likely answer")
-    root, tools = _project(options), module.read_tools(options.tools and Path(options.tools))
-    names = [options.model, *([options.compare] if options.compare else [])]
-    for name in names:
-        module.find_model(root, name)
-    decoding = module.Decoding(options.max_new_tokens, options.temperature, options.seed)
-    speakers = [module.load(root, name) for name in names]
-    system = module.trained_system_prompt(root) if options.system is None else options.system
-    for speaker in speakers:
-        speaker.messages = [{"role": "system", "content": system}] if system else []
-    if options.once is not None:
-        answers = module.once(root, speakers, options.once, tools, decoding)
-        _print(options, {"question": options.once, "system": system or None, "answers": answers}, module.once_text)
-        return 0
-    module.start(root, speakers, tools, decoding, system if options.system is None else None)
+    asked = module.Options(
+        [options.model, *([options.compare] if options.compare else [])],
+        options.system,
+        module.read_tools(options.tools and Path(options.tools)),
+        module.Decoding(options.max_new_tokens, options.temperature, options.seed),
+    )
+    root = _project(options)
+    if options.once is None:
+        module.talk(root, asked)
+    else:
+        _print(options, module.once(root, asked, options.once), module.once_text)
     return 0
 
 

@@ -13,6 +13,7 @@ from conftest import pedigree
 
 from dagster_project.commands import chat
 from dagster_project.commands.chat import Chat, Decoding, Speaker
+from dagster_project.commands.nearest_records import TrainingRecords, nearest_text
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_records, read_table, write_records
@@ -38,7 +39,7 @@ def talk(speakers: list[Speaker], *lines: str, root: Path = Path(), **how: Any) 
             raise EOFError
         return line
 
-    Chat(root, speakers, None, Decoding(LONGEST, **how), read, shown.append).talk()
+    Chat(TrainingRecords(root), speakers, None, Decoding(LONGEST, **how), read, shown.append).talk()
     return "".join(shown)
 
 
@@ -164,17 +165,16 @@ def test_the_release_talks_and_names_the_rows_that_it_was_trained_on(finished: P
     for row in read_table(finished / "data/adapter/lora/examples.parquet"):
         trained[row["example_id"]].add(row["step"])
     record = next(record for record in records if record["example_id"] in trained)
-    speaker = Speaker("merged@lora", finished / "data/merged/lora", None)  # type: ignore[arg-type]
-    found = chat.nearest(finished, speaker, next(m["content"] for m in record["messages"] if m["role"] == "user"), 3)
+    question = next(m["content"] for m in record["messages"] if m["role"] == "user")
+    found = TrainingRecords(finished).nearest("merged@lora", question, 3)
     best = found.records[0]
     assert best["example_id"] == record["example_id"] and set(best["steps"]) == trained[record["example_id"]]
     source = json.loads((finished / best["source"]).read_text())
     assert source[best["source_row"]]["instruction"] in best["prompt"]
     assert {one["example_id"] for one in found.records} <= trained.keys()
     shutil.rmtree(finished / "data/splits/train")
-    assert "are not in data/splits/train" in chat.nearest_text(chat.nearest(finished, speaker, "parcel", 3))
-    base = Speaker("base_model", finished / "data/base_model", None)  # type: ignore[arg-type]
-    assert "was not trained on records of this project" in chat.nearest_text(chat.nearest(finished, base, "parcel", 3))
+    assert "are not in data/splits/train" in nearest_text(TrainingRecords(finished).nearest("merged@lora", "parcel", 3))
+    assert "was not trained on records of this project" in nearest_text(TrainingRecords(finished).nearest("base_model", "parcel", 3))
 
 
 def test_the_system_prompt_of_all_training_records_is_the_default(project: Path) -> None:
@@ -189,6 +189,6 @@ def test_the_system_prompt_of_all_training_records_is_the_default(project: Path)
     ):
         shutil.rmtree(project / "data/splits", ignore_errors=True)
         write_records(project / "data/splits/train", records)
-        assert chat.trained_system_prompt(project) == expected
+        assert TrainingRecords(project).system_prompt() == expected
     shutil.rmtree(project / "data/splits")
-    assert chat.trained_system_prompt(project) is None
+    assert TrainingRecords(project).system_prompt() is None

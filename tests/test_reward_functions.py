@@ -1,9 +1,10 @@
-"""Rewards of one's own: what a function gets, what it may return, and that a bad one is one message with its place."""
+"""Custom rewards: what a function gets, what it may return, and that a bad one is one message with its place."""
 
 from __future__ import annotations
 
 import ast
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from dagster_project.core.errors import InputError
+from dagster_project.training.trainers.alignment import reward_functions
 from dagster_project.training.trainers.alignment.reward_functions import FOLDER, RewardFunction, check, sha256_of_functions, started
 from dagster_project.training.trainers.alignment.rewards import Rewards
 from dagster_project.training.trainers.alignment.rewards import check as check_rewards
@@ -71,12 +73,12 @@ def test_what_it_prints_and_its_forks_do_not_reach_the_scores(folder: Path, capf
         ("import nothing_like_it\ndef correct(): pass", r"own\.py fails: ModuleNotFoundError: No module named 'nothing_like_it'"),
         ("raise SystemExit(0)\ndef correct(): pass", r"own\.py fails: SystemExit: 0"),
         ("correct = 1", r"own\.py has no function 'correct'"),
-        ("def correct(p, a, r): return [1 / (len(x) - 1 + (x != '5')) for x in a]", r"fails: ZeroDivisionError.*; for the answer '5' to example id1"),
+        ("def correct(p, a, r): return [1 / (len(x) - 1 + (x != '5')) for x in a]", r"fails: ZeroDivisionError.*; for the answer to example id1"),
         ("def correct(p, a, r): return [1.0]", "returns 1 numbers for 3 answers"),
         ("def correct(p, a, r): return None", "fails: TypeError"),
-        ("def correct(p, a, r): return [0, float('nan'), 1]", "returns nan, which is not a finite number; for the answer '5' to example id1"),
-        ("def correct(p, a, r): return ['high'] * 3", "fails: ValueError.*for the answer '1' to example id0"),
-        ("import random\ndef correct(p, a, r): return [random.random() for x in a]", "and then .* for the same answer; for the answer '1' to example id0"),
+        ("def correct(p, a, r): return [0, float('nan'), 1]", "returns nan, which is not a finite number; for the answer to example id1"),
+        ("def correct(p, a, r): return ['high'] * 3", "fails: ValueError.*for the answer to example id0"),
+        ("import random\ndef correct(p, a, r): return [random.random() for x in a]", "and then .* for the same answer; for the answer to example id0"),
         ("import os\ndef correct(p, a, r): os._exit(3)", r"ended its process \(exit code 3\)"),
     ],
 )  # fmt: skip
@@ -119,6 +121,19 @@ def test_every_file_of_the_folder_but_notes_is_part_of_the_identity(folder: Path
         before, now = len(found), sha256_of_functions(folder)
         found.add(now)
         assert (len(found) > before) is counts, name
+
+
+def test_the_time_between_calls_does_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "own.py").write_text(EXACT)
+    process = Path(reward_functions.reward_process.__file__).read_text().replace("GRACE = 5.0", "GRACE = 0.0")
+    assert "GRACE = 0.0" in process
+    (folder.parent / "process.py").write_text(process)
+    monkeypatch.setattr(reward_functions.reward_process, "__file__", str(folder.parent / "process.py"))
+    function = RewardFunction(folder, f"{FOLDER}/own.py:correct", 2.0, "aligned.x.rewards")
+    rewards = Rewards({function.name: 1.0}, None, [function])
+    for _ in range(2):
+        time.sleep(2.2)
+        assert rewards(PAIRS, ANSWERS) == [1.0, 0.0, 1.0]
 
 
 def test_a_process_ends_with_the_training(folder: Path) -> None:

@@ -10,19 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands.nearest_records import TrainingRecords, cut, nearest_text
 from dagster_project.core import params
 from dagster_project.core.chat import encode_prompt
 from dagster_project.core.documents import read_report
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.params import Compute
-from dagster_project.core.records import prompt_text, read_records, response_text
 from dagster_project.core.rendering import end_ids
 from dagster_project.core.text import visible
-from dagster_project.evaluation.baselines import bm25
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
-from dagster_project.lineage.index import Index
-from dagster_project.lineage.lineage import find, trained_on
 from dagster_project.pipeline import VARIANTS_OF
 from dagster_project.training.inference.answers import read_answer
 from dagster_project.training.inference.decoding import Choose, decode
@@ -199,10 +196,13 @@ def _has_model(folder: Path) -> bool:
     return folder.is_dir() and any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
 
 
-def load(root: Path, name: str | None) -> Speaker:
-    """Raises: InputError: there is no such model, or it is a classifier."""
+def load(root: Path, name: str, folder: Path) -> Speaker:
+    """Args:
+        name, folder: of a model, as `find_model` gives them.
+    Raises:
+        InputError: it is a classifier.
+    """
     values = params.read(root)
-    name, folder = find_model(root, name)
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
     model = EvaluatedModel(folder, params.parse(Compute, values.get("compute"), "compute"), settings, root / "data/base_model")
     if not model.writes:
@@ -210,85 +210,6 @@ def load(root: Path, name: str | None) -> Speaker:
             f"{name} is a classifier: it answers with one of its labels and cannot talk", "`pedigree compare` shows its scores"
         )
     return Speaker(name, folder, model)
-
-
-def trained_system_prompt(root: Path) -> str | None:
-    """The system prompt that all training records begin with, if it is one and the same."""
-    folder = root / "data/splits/train"
-    found = {next((m["content"] for m in record["messages"][:1] if m["role"] == "system"), None) for record in _records(folder)}
-    return found.pop() if len(found) == 1 else None
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    return read_records(folder) if folder.is_dir() else []
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """Training records of a model whose prompts are most like a question."""
-
-    records: list[dict[str, Any]]
-    """Each with score, source, source_row, steps, prompt and response; the most similar first."""
-    note: str
-    """What is not known, else empty."""
-
-
-def nearest(root: Path, speaker: Speaker, question: str, count: int) -> Nearest:
-    """Records that the model was trained on, by BM25 of their prompts.
-
-    Raises:
-        InputError: the lineage of the model is not recorded.
-    """
-    seen, missing = trained_on(find(Index(root), speaker.name if speaker.name.partition("@")[0] in _MODELS else str(speaker.folder)))
-    if seen is None:
-        if missing:
-            return Nearest([], f"what it was trained on is not here: {missing[0]['path']}; {missing[0]['fetch']}")
-        return Nearest([], f"{speaker.name} was not trained on records of this project")
-    steps: dict[str, dict[str, Any]] = {}
-    for row in seen.iter_rows(named=True):
-        known = steps.setdefault(row["example_id"], {"source": row["source"], "source_row": row["source_row"], "steps": []})
-        known["steps"].append(row["step"])
-    here = {record["example_id"]: record for record in _records(root / "data/splits/train") if record["example_id"] in steps}
-    texts = {name: prompt_text(record["messages"]) for name, record in here.items()}
-    lost = len(steps) - len(here)
-    note = (
-        f"{lost} of the {len(steps)} records that it was trained on are not in data/splits/train (pairs, or records of other runs)"
-        if lost
-        else ""
-    )
-    if not here:
-        return Nearest([], note)
-    names = list(here)
-    scores = next(bm25([texts[name] for name in names], [question]))
-    best = [i for i in (-scores).argsort(kind="stable")[:count] if scores[i] > 0]
-    return Nearest(
-        [
-            {
-                "score": round(float(scores[i]), 2),
-                "example_id": names[i],
-                **steps[names[i]],
-                "prompt": texts[names[i]],
-                "response": response_text(here[names[i]]["messages"]),
-            }
-            for i in best
-        ],
-        note,
-    )
-
-
-def nearest_text(found: Nearest) -> str:
-    """The records for the terminal."""
-    lines = [] if found.records or found.note else ["no training record has a word of the question"]
-    for record in found.records:
-        place = f"{record['source']}:{record['source_row']}" if record["source"] else "source unknown"
-        steps = ", ".join(map(str, record["steps"][:5])) + (", ..." if len(record["steps"]) > 5 else "")
-        lines += [f"{record['score']:.2f}  {place}  step {steps}", f"  {_cut(record['prompt'])}", f"  -> {_cut(record['response'])}"]
-    return "\n".join([*lines, *([found.note] if found.note else [])])
-
-
-def _cut(text: str, most: int = 300) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= most else f"{words[:most]} ..."
 
 
 def read_tools(path: Path | None) -> Tools:
@@ -310,11 +231,42 @@ def read_tools(path: Path | None) -> Tools:
     return tools
 
 
-def once(root: Path, speakers: Sequence[Speaker], question: str, tools: Tools, decoding: Decoding) -> list[dict[str, Any]]:
-    """The answers to one question."""
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
+
+    models: Sequence[str | None]
+    """One or two; None for the usual one."""
+    system: str | None
+    """None: that of the training records, if all have the same."""
+    tools: Tools
+    decoding: Decoding
+
+
+def begin(root: Path, options: Options) -> tuple[list[Speaker], TrainingRecords, str | None]:
+    """The models, each at the beginning of its conversation; the training records; and the system prompt.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    found = [find_model(root, name) for name in options.models]  # all, before one of them is loaded
+    speakers, records = [load(root, name, folder) for name, folder in found], TrainingRecords(root)
+    system = records.system_prompt() if options.system is None else options.system
+    for speaker in speakers:
+        speaker.messages = [{"role": "system", "content": system}] if system else []
+    return speakers, records, system or None
+
+
+def once(root: Path, options: Options, question: str) -> dict[str, Any]:
+    """The answers to one question.
+
+    Returns:
+        {"question", "system", "answers": for each model {"model", "folder", "answer": the message, "tokens", "finished"}}.
+    """
+    speakers, _, system = begin(root, options)
     answers = []
     for speaker in speakers:
-        reply = speaker.ask(question, tools, decoding, lambda _: None)
+        reply = speaker.ask(question, options.tools, options.decoding, lambda _: None)
         answers.append(
             {
                 "model": speaker.name,
@@ -324,7 +276,7 @@ def once(root: Path, speakers: Sequence[Speaker], question: str, tools: Tools, d
                 "finished": reply.finished,
             }
         )
-    return answers
+    return {"question": question, "system": system, "answers": answers}
 
 
 def once_text(document: Mapping[str, Any]) -> str:
@@ -345,22 +297,20 @@ def call_text(call: Mapping[str, Any]) -> str:
     return f"call: {function['name']}({arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)})"
 
 
-def start(root: Path, speakers: Sequence[Speaker], tools: Tools, decoding: Decoding, system: str | None) -> None:
-    """The conversation on this terminal.
-
-    Args:
-        system: the system prompt to announce, which was found in the training records.
-    """
+def talk(root: Path, options: Options) -> None:
+    """The conversation on this terminal."""
     with suppress(ImportError):
         import readline  # noqa: F401  input() then edits lines and remembers them
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
 
-    write(f"{' and '.join(f'{one.name} ({shown(root, one.folder)})' for one in speakers)}. /help lists the commands, Ctrl-D ends.\n")
-    if system:
-        write(visible(f"System prompt, as in all training records: {_cut(system)}\n"))
-    Chat(root, speakers, tools, decoding, lambda: input("> "), write).talk()
+    speakers, records, system = begin(root, options)
+    names = " and ".join(f"{speaker.name} ({shown(root, speaker.folder)})" for speaker in speakers)
+    write(f"{names}. /help lists the commands, Ctrl-D ends.\n")
+    if system and options.system is None:
+        write(visible(f"System prompt, as in all training records: {cut(system)}\n"))
+    Chat(records, speakers, options.tools, options.decoding, lambda: input("> "), write).talk()
 
 
 class Chat:
@@ -368,7 +318,7 @@ class Chat:
 
     def __init__(
         self,
-        root: Path,
+        records: TrainingRecords,
         speakers: Sequence[Speaker],
         tools: Tools,
         decoding: Decoding,
@@ -379,7 +329,7 @@ class Chat:
         read: the next line; EOFError at the end.
         write: gets text.
         """
-        self.root, self.speakers, self.tools, self.decoding = root, speakers, tools, decoding
+        self.records, self.speakers, self.tools, self.decoding = records, speakers, tools, decoding
         self.read, self.write = read, write
         self.question = ""
 
@@ -394,7 +344,7 @@ class Chat:
             except KeyboardInterrupt:
                 self.write("\n")
                 continue
-            if line in {"/quit", "/exit"}:
+            if line == "/quit":
                 return
             try:
                 if line.startswith("/"):
@@ -445,7 +395,8 @@ class Chat:
         for speaker in self.speakers:
             if len(self.speakers) > 1:
                 self.write(f"[{speaker.name}]\n")
-            self.write(visible(nearest_text(nearest(self.root, speaker, self.question, int(rest or 3))) + "\n"))
+            model = speaker.name if speaker.name.partition("@")[0] in _MODELS else str(speaker.folder)
+            self.write(visible(nearest_text(self.records.nearest(model, self.question, int(rest or 3))) + "\n"))
 
     def _save(self, rest: str) -> None:
         if not rest:

@@ -100,11 +100,13 @@ def _values_in(value: Any, where: str, known: dict[int, int | None]) -> int:
     Args:
         known: number by identity of the parts counted so far; None while it is counted.
     Raises:
-        InputError: an alias contains itself; a key is a number, date, truth value or nothing: YAML reads `16:` and `null:` so; or a number has
-            more than 64 bits, which nothing can store, nor print if it has thousands.
+        InputError: an alias contains itself; a key is a number, date, truth value or nothing: YAML reads `16:` and `null:` so; or an
+            integer is outside of ±(2^63 - 1), the range of stored numbers.
     """
     if isinstance(value, int) and value.bit_length() > 63:
-        raise InputError(f"params.yaml: {where}: an integer of {value.bit_length()} bits", f"use at most {2**63 - 1}, or quotes for a text")
+        raise InputError(
+            f"params.yaml: {where}: an integer of {value.bit_length()} bits", f"use at most {2**63 - 1}, or quote it, if it is a text"
+        )
     if not isinstance(value, dict | list):
         return 1
     if id(value) in known:

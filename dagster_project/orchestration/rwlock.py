@@ -72,8 +72,10 @@ def _hardlink_lock(root: Path) -> bool:
 def _of_running(table: dict[str, Any]) -> dict[str, Any]:
     """The table without the entries of ended processes."""
     runs = cache(_runs)
-    write = {path: owner for path, owner in table.get("write", {}).items() if runs(**owner)}
-    read = {path: [owner for owner in owners if runs(**owner)] for path, owners in table.get("read", {}).items()}
+    write = {path: owner for path, owner in table.get("write", {}).items() if runs(owner["pid"], str(owner.get("cmd", "")))}
+    read = {
+        path: [owner for owner in owners if runs(owner["pid"], str(owner.get("cmd", "")))] for path, owners in table.get("read", {}).items()
+    }
     return {
         **table,
         **({"write": write} if "write" in table else {}),
@@ -82,9 +84,8 @@ def _of_running(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _runs(pid: int, cmd: str) -> bool:
-    """Whether the process of an entry runs. One with its number can be another program: its command line has neither a word of `OWNERS` nor the
-    first of the entry.
-    """
+    """Whether the process of an entry runs. If another program has its number now, its command line has neither a word of `OWNERS` nor the first
+    word of the entry."""
     return runs_one_of(pid, (*OWNERS, cmd.partition(" ")[0]))
 
 

@@ -85,7 +85,7 @@ class Params(PreferenceParams):
     rewards: dict[str, float] = {MODEL: 1.0}
     """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
     distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words. These
-    rules score an answer's content and its calls, as JSON, without the trace. A function of yours:
+    rules score an answer's content and its calls, as JSON, without the trace. Your own function:
     data/rewards/FILE.py:FUNCTION."""
     reward_seconds: float = Field(default=60.0, gt=0, le=86_400)
     """Longest time that a function in data/rewards may take for the answers of one call, in seconds."""

@@ -338,7 +338,8 @@ class Grpo(GroupMethod):
     epsilon_high: float | None = Field(default=None, gt=0)
     """Upper end of the clipping range; by default epsilon. DAPO uses 0.28; with cispo, its paper 5."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Whether a ratio of probabilities is of a token, or of a whole answer (GSPO)."""
+    """Whether a ratio of probabilities is of a token, or of a whole answer: sequence requires the loss_type grpo, which makes
+    it GSPO, sapo or luspo; luspo requires it."""
     mask_truncated_completions: bool = False
     """Leave unfinished answers out of the loss (DAPO)."""
 

@@ -1,4 +1,4 @@
-"""Rewards of one's own: functions of Python files in data/rewards/, each called in a process of its own, with a time limit.
+"""Custom rewards: functions of Python files in data/rewards/, each called in a process of its own, with a time limit.
 
 A function gets the prompts, the answers and the records of a batch, and returns a number for each answer. See docs/alignment.md.
 """
@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_files
@@ -119,7 +119,7 @@ class RewardFunction:
             again = self._scores(prompts, answers, records)
             if changed := [number for number, (one, two) in enumerate(zip(scores, again, strict=True)) if one != two]:
                 first = changed[0]
-                self._refuse(f"gave {scores[first]:g} and then {again[first]:g} for the same answer", records, answers, first)
+                self._refuse(f"gave {scores[first]:g} and then {again[first]:g} for the same answer", records, first)
         return scores
 
     def _scores(
@@ -134,16 +134,16 @@ class RewardFunction:
             pass  # the missing reply says so
         reply = self._reply(f"{len(answers)} answers")
         if problem := reply.get("problem"):
-            self._refuse(f"fails: {problem}", records, answers, reply.get("example"))
+            self._refuse(f"fails: {problem}", records, reply.get("example"))
         scores: list[float] = reply["scores"]
         if len(scores) != len(answers):
-            self._refuse(f"returns {len(scores)} numbers for {len(answers)} answers", records, answers, None)
+            self._refuse(f"returns {len(scores)} numbers for {len(answers)} answers", records, None)
         if wrong := [number for number, score in enumerate(scores) if not math.isfinite(score)]:
-            self._refuse(f"returns {scores[wrong[0]]}, which is not a finite number", records, answers, wrong[0])
+            self._refuse(f"returns {scores[wrong[0]]}, which is not a finite number", records, wrong[0])
         return scores
 
-    def _refuse(self, problem: str, records: Sequence[Mapping[str, Any]], answers: Sequence[str], example: int | None) -> None:
-        which = "" if example is None else f"; for the answer {answers[example][:80]!r} to example {records[example].get('example_id')}"
+    def _refuse(self, problem: str, records: Sequence[Mapping[str, Any]], example: int | None) -> NoReturn:
+        which = "" if example is None else f"; for the answer to example {records[example].get('example_id')}"
         raise InputError(f"{self.where}: {self.name} {problem}{which}", HINT)
 
     def _reply(self, work: str) -> dict[str, Any]:
@@ -169,7 +169,11 @@ class RewardFunction:
 
 def started(folder: Path | None, rewards: Mapping[str, float], seconds: float, where: str) -> list[RewardFunction]:
     """The functions among rewards, each with its process. For the arguments, see `RewardFunction`."""
-    return [RewardFunction(folder, name, seconds, where) for name, weight in rewards.items() if weight and folder and is_function(name)]
+    names = [name for name, weight in rewards.items() if weight and is_function(name)]
+    if not names:
+        return []
+    assert folder, "the stage gives the folder if a reward is a function"
+    return [RewardFunction(folder, name, seconds, where) for name in names]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -25,7 +25,7 @@ def _load(path: Path, name: str) -> tuple[Callable[..., Any] | None, str]:
     sys.path.insert(0, str(path.parent))
     try:
         function = runpy.run_path(str(path)).get(name)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  the project's code may raise anything; the user is told
+    except (Exception, SystemExit) as error:  # noqa: BLE001  the project's code may raise anything; the error is reported
         return None, f"fails: {type(error).__name__}: {error}"
     return (function, "") if callable(function) else (None, f"has no function {name!r}")
 
@@ -55,7 +55,7 @@ def main(path: Path, name: str, seconds: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end of the pipe closes
     me = os.getpid()
 
-    def say(reply: Mapping[str, Any]) -> None:
+    def send(reply: Mapping[str, Any]) -> None:
         if os.getpid() != me:  # the function forked, and its child returned
             os._exit(0)
         replies.write(json.dumps(reply) + "\n")
@@ -64,13 +64,16 @@ def main(path: Path, name: str, seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds + GRACE)
     function, problem = _load(path, name)
     if function is None:
-        say({"problem": problem})
+        send({"problem": problem})
         return
-    say({})
-    for line in requests:
-        signal.setitimer(signal.ITIMER_REAL, seconds + GRACE)
-        say(_reply(function, json.loads(line)))
+    send({})
+    while True:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        line = requests.readline()
+        if not line:
+            return
+        signal.setitimer(signal.ITIMER_REAL, seconds + GRACE)
+        send(_reply(function, json.loads(line)))
 
 
 if __name__ == "__main__":

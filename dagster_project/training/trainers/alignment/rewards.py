@@ -23,7 +23,7 @@ def check(rewards: Mapping[str, float], where: str, root: Path) -> None:
         what = f"unknown: {', '.join(unknown)}" if unknown else "there is no reward"
         raise InputError(
             f"params.yaml: {where}: {what}",
-            f"rewards, each with its weight: {', '.join([MODEL, *RULES])}, or a function of yours, {FOLDER}/FILE.py:FUNCTION",
+            f"rewards, each with its weight: {', '.join([MODEL, *RULES])}, or your own function, {FOLDER}/FILE.py:FUNCTION",
         )
     for name in sorted(functions):
         check_function(root, name, where)

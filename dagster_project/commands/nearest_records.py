@@ -1,0 +1,101 @@
+"""Training records of a model that are most like a question, for `pedigree chat`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.records import prompt_text, read_records, response_text
+from dagster_project.evaluation.baselines import bm25
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import find, trained_on
+
+TRAIN = "data/splits/train"
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Training records of a model whose prompts are most like a question."""
+
+    records: list[dict[str, Any]]
+    """Each with score, example_id, source, source_row, steps, prompt and response; the most similar first."""
+    notes: list[str]
+    """What is not known."""
+
+
+class TrainingRecords:
+    """The training split of a project, and which of its records a model was trained on."""
+
+    def __init__(self, root: Path) -> None:
+        """Args:
+        root: the project's folder.
+        """
+        self.root = root
+
+    @cached_property
+    def _index(self) -> Index:
+        return Index(self.root)
+
+    @cached_property
+    def _records(self) -> list[dict[str, Any]]:
+        folder = self.root / TRAIN
+        return read_records(folder) if folder.is_dir() else []
+
+    def system_prompt(self) -> str | None:
+        """The system prompt that all records begin with, if it is one and the same."""
+        found = {next((m["content"] for m in record["messages"][:1] if m["role"] == "system"), None) for record in self._records}
+        return found.pop() if len(found) == 1 else None
+
+    def nearest(self, model: str, question: str, count: int) -> Nearest:
+        """Records that a model was trained on, by BM25 of their prompts.
+
+        Args:
+            model: its name or folder, as for `pedigree audit`.
+        Raises:
+            InputError: the lineage of the model is not recorded.
+        """
+        seen, missing = trained_on(find(self._index, model))
+        notes = [f"what it was trained on is only partly known, without {one['path']}: {one['fetch']}" for one in missing]
+        if seen is None:
+            return Nearest([], notes or [f"{model} was not trained on records of this project"])
+        places: dict[str, dict[str, Any]] = {}
+        for row in seen.iter_rows(named=True):
+            known = places.setdefault(row["example_id"], {"source": row["source"], "source_row": row["source_row"], "steps": []})
+            known["steps"].append(row["step"])
+        here = [record for record in self._records if record["example_id"] in places]
+        if lost := len(places) - len(here):
+            notes.append(f"{lost} of the {len(places)} records that it was trained on are not in {TRAIN} (pairs, or records of other runs)")
+        if not here:
+            return Nearest([], notes)
+        prompts = [prompt_text(record["messages"]) for record in here]
+        scores = next(bm25(prompts, [question]))
+        best = [i for i in (-scores).argsort(kind="stable")[:count] if scores[i] > 0]
+        found = [
+            {
+                "score": round(float(scores[i]), 2),
+                "example_id": here[i]["example_id"],
+                **places[here[i]["example_id"]],
+                "prompt": prompts[i],
+                "response": response_text(here[i]["messages"]),
+            }
+            for i in best
+        ]
+        return Nearest(found, notes if found else [*notes, "no training record has a word of the question"])
+
+
+def nearest_text(found: Nearest) -> str:
+    """The records for the terminal."""
+    lines = []
+    for record in found.records:
+        place = f"{record['source']}:{record['source_row']}" if record["source"] else "source unknown"
+        steps = ", ".join(map(str, record["steps"][:5])) + (", ..." if len(record["steps"]) > 5 else "")
+        lines += [f"{record['score']:.2f}  {place}  step {steps}", f"  {cut(record['prompt'])}", f"  -> {cut(record['response'])}"]
+    return "\n".join([*lines, *found.notes])
+
+
+def cut(text: str, most: int = 300) -> str:
+    """A text in one line, cut to `most` characters."""
+    words = " ".join(text.split())
+    return words if len(words) <= most else f"{words[:most]} ..."
