@@ -18,7 +18,6 @@ from dagster_project.core.errors import InputError
 from dagster_project.lineage.erasure.needles import needles_of
 from dagster_project.lineage.erasure.removal import without
 from dagster_project.lineage.erasure.scan import SURE, Scanner
-from dagster_project.lineage.history import Objects
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration.erasure import git_objects, objects, steps
 from dagster_project.orchestration.erasure.layout import layout_of
@@ -195,7 +194,14 @@ def test_paths_are_compared_resolved(bare: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(real)
     layout = layout_of(bare, Remotes((tmp_path / "link").resolve(), {}))
     assert layout.place(real / "files/md5/ab/c") == "DVC cache" and not layout.owns_cache
-    assert Objects(bare).run_cache() == []
+
+
+def test_the_cache_is_the_one_that_dvc_uses(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Project(bare)
+    assert remotes_of(bare).cache == bare / ".dvc/cache"
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "config"))
+    write(tmp_path / "config/config", f"[cache]\n    dir = {tmp_path}/x/../everyones\n")
+    assert remotes_of(bare).cache == tmp_path / "everyones"
 
 
 def test_a_git_that_fails_is_an_error_and_no_clean_history(bare: Path) -> None:
