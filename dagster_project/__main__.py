@@ -320,6 +320,11 @@ def erase(options: argparse.Namespace) -> int:
     given = (options.record, options.containing, options.source, options.file)
     if options.resume and options.dry_run:
         raise InputError("--resume cannot be combined with --dry-run", "leave one out")
+    if options.resume and (options.also or options.declined or options.reason):
+        raise InputError(
+            "--resume cannot be combined with --also, --not and --reason: those of the unfinished erasure hold",
+            "leave them out; --key and --verify must be given again",
+        )
     request = None if options.resume else module.request_of(*given)
     if options.dry_run:
         assert request is not None
@@ -776,14 +781,14 @@ def _add_erase(commands: Any) -> None:
     )
     query.add_argument("--source", metavar="PATH[:ROW]", help="a row of a source, or all rows of a file or folder")
     query.add_argument("--file", metavar="REQUEST.csv", help="several requests, in columns record, containing and source")
-    query.add_argument("--resume", action="store_true", help="go on with an interrupted erasure, as the same command does")
+    query.add_argument("--resume", action="store_true", help="go on with an interrupted erasure; give --key and --verify again")
     add = command.add_argument
     add("--dry-run", action="store_true", help="print the plan: rows, relatives, places, models and cost; change nothing")
     kinds = "; ".join(f"{kind}: {about}" for kind, about in KINDS.items())
     add("--also", action="append", default=[], choices=[*KINDS], metavar="KIND", help=f"erase these relatives too; repeatable. {kinds}")
     add("--not", dest="declined", action="append", default=[], choices=[*KINDS], metavar="KIND",
         help="leave these relatives; repeatable (default: near)")  # fmt: skip
-    add("--reason", default="", help="why, for the certificate; it should not repeat the text")
+    add("--reason", default="", help="why, for the certificate and the tombstones, as given; it must not repeat the text")
     add("--key", metavar="FILE", help="sign the certificate with this private key (PEM)")
     add(
         "--verify",

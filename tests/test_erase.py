@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 import sqlite3
 import zipfile
 from pathlib import Path
@@ -12,23 +13,31 @@ from typing import Any
 
 import pytest
 from builders.files import FILE_WRITERS, jsonl
-from builders.history import Project, identity
+from builders.history import Project, entry, identity, messages, table
 from conftest import ROOT
 
-from dagster_project.core.errors import InputError
+from dagster_project.__main__ import main
+from dagster_project.commands.erase import exit_code
+from dagster_project.commands.erase_certificate import EVENT_LOG_ELSEWHERE, certificate, write
+from dagster_project.core.errors import Busy, InputError
+from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import parse
-from dagster_project.core.records import Report, example_id
+from dagster_project.core.records import READ, Report, example_id, ledger_schema, record_schema
 from dagster_project.curation.sources import erased
 from dagster_project.curation.sources.files import read_rows
 from dagster_project.lineage.erasure.needles import Needles, fragments, needles_of
-from dagster_project.lineage.erasure.records import read_request
+from dagster_project.lineage.erasure.records import Finder, Found, Raw, Request, read_request
 from dagster_project.lineage.erasure.removal import WRITERS, without
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import record_key
+from dagster_project.orchestration import locks
+from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.erasure import event_log
-from dagster_project.orchestration.erasure.objects import to_remove
-from dagster_project.orchestration.erasure.plan import models_of, usable_key
+from dagster_project.orchestration.erasure import plan as plans
+from dagster_project.orchestration.erasure.exclusive import LOCK, no_stage_runs, one_erasure
+from dagster_project.orchestration.erasure.objects import Own, to_remove
+from dagster_project.orchestration.erasure.plan import found_in_models, models_of, usable_key
 from dagster_project.stages import raw_examples, raw_preferences
 
 KEY = "5f" * 32
@@ -115,8 +124,8 @@ def test_an_excerpt_is_found() -> None:
 
 def test_ids_are_found_as_text_and_as_bytes(tmp_path: Path) -> None:
     scanner = Scanner(Needles(ids=("0123456789abcdef0123456789abcdef",)))
-    assert scanner.content(b'"0123456789abcdef0123456789abcdef"') == {"id"}
-    assert scanner.content(b"..\x01\x23\x45\x67\x89\xab\xcd\xef\x01\x23\x45\x67\x89\xab\xcd\xef..") == {"id"}
+    assert scanner.content(b'"0123456789abcdef0123456789abcdef"') == {"id", "sure"}
+    assert scanner.content(b"..\x01\x23\x45\x67\x89\xab\xcd\xef\x01\x23\x45\x67\x89\xab\xcd\xef..") == {"id", "sure"}
     assert scanner.content(b"0123456789abcdef0123456789abcdee") == set()
 
 
@@ -230,18 +239,19 @@ def test_models_that_were_trained_on_a_record_are_retired_with_what_was_made_fro
     models, unknown, retired = models_of(index, [identity("secret")])
     assert unknown == []
     md5 = {(name, when): lock[name]["outs"][0]["md5"] for when, lock in (("old", old), ("tested", tested), ("new", new)) for name in lock}
-    fates = {model["md5"]: model["fate"] for model in models}
-    assert fates == {
-        md5[name, when]: fate for when, fate in (("old", "retire"), ("tested", "keep")) for name in ("adapter@lora", "merged@lora")
+    outcomes = {model["md5"]: model["outcome"] for model in models}
+    assert outcomes == {
+        md5[name, when]: outcome for when, outcome in (("old", "retire"), ("tested", "keep")) for name in ("adapter@lora", "merged@lora")
     }
     assert retired == {md5["adapter@lora", "old"], md5["merged@lora", "old"]}
-    assert {model["fate"] for model in models_of(index, [identity("more")])[0]} == {"remake"}
+    assert {model["outcome"] for model in models_of(index, [identity("more")])[0]} == {"remake"}
 
 
 def test_objects_that_the_workspace_or_other_outputs_need_stay() -> None:
     folders = {"old.dir": frozenset({"shard", "same", "ledger"}), "new.dir": frozenset({"shard2", "same"}), "model.dir": frozenset({"w", "tok"}),
                "other.dir": frozenset({"tok"})}  # fmt: skip
-    gone = to_remove(folders, {"shard", "single"}, {"model.dir"}, {"new.dir", "shard2", "same"})
+    own = Own(frozenset({"old.dir", "single"}), frozenset({"shard", "same", "ledger"}), frozenset())
+    gone = to_remove(folders, {"shard", "single"}, {"model.dir"}, {"new.dir", "shard2", "same"}, own)
     assert gone == {"old.dir", "shard", "ledger", "single", "model.dir", "w"}
 
 
@@ -254,7 +264,7 @@ def test_rows_of_an_event_log_go_and_no_page_of_the_file_keeps_them(tmp_path: Pa
         db.commit()
         db.execute("DELETE FROM event_logs WHERE id = 8")  # deleted before: its pages still have it
     db.close()
-    assert event_log.clean(path, scanner) == 5
+    event_log.clean(path, scanner, only_sure=True)
     assert scanner.file(path) == set() and b"Larkspur" not in path.read_bytes()
     with sqlite3.connect(path) as db:
         assert db.execute("SELECT count(*) FROM event_logs").fetchone() == (294,)
@@ -279,3 +289,181 @@ def test_the_public_key_of_the_sample_project_is_refused(tmp_path: Path) -> None
     (tmp_path / "data/keys/record_ids.key").write_bytes((ROOT / "data/keys/record_ids.key").read_bytes())
     with pytest.raises(InputError, match="the key of the sample project, which is public"):
         usable_key(tmp_path)
+
+
+def test_of_a_model_that_nobody_can_decide_the_certificate_says_so(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    source = "data/sources/a.jsonl"
+    lock = toy.lock([("secret", "train", source), ("common", "train", source)])
+    toy.commit(lock)
+    toy.write(lock)
+    assert found_in_models(tmp_path, [identity("secret")]) == {"yes": ["adapter@lora", "merged@lora"], "unknown": []}
+    assert found_in_models(tmp_path, [identity("other")]) == {"yes": [], "unknown": []}
+    for stage in ("splits", "adapter@lora"):
+        out = toy.object(lock[stage]["outs"][0]["md5"])
+        for file in json.loads(out.read_bytes()):
+            toy.object(file["md5"]).unlink(missing_ok=True)
+        out.unlink()
+    shutil.rmtree(tmp_path / ".dvc/tmp")
+    found = found_in_models(tmp_path, [identity("secret")])
+    assert found == {"yes": [], "unknown": ["adapter@lora", "merged@lora"]}
+    document = certificate({**PLAN, "seen by": found})
+    assert document["impact"] == "cannot tell: adapter@lora, merged@lora" and exit_code(document) == 2
+
+
+PLAN: dict[str, Any] = {
+    "date": "2026-01-01", "reason": "request 7", "key": "k", "asked": [], "records": 1, "made": 0, "sources": {}, "relatives": {}, "tombstones": [],
+    "places": {}, "files": [], "dagster": [], "models": [], "unknown": [], "after": {}, "left": {}, "remotes elsewhere": [], "shared cache": False,
+    "blobs": ["0" * 40], "needles": {"unsearchable": 0}, "searched": {"weights": 0, "unreadable": [], "unsearched": {}, "git objects": 1},
+    "removed": {"objects": [], "runs": [], "remotes": {}}, "seen by": {"yes": [], "unknown": []}, "event log elsewhere": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("facts", "code"),
+    [
+        ({}, 0),
+        ({"left": {"git history": {"blobs": ["0"]}}}, 0),
+        ({"left": {"outputs": {"files": 1, "bytes": 1}}}, 1),
+        ({"seen by": {"yes": ["a"], "unknown": ["b"]}}, 1),
+        ({"verify": {"a": "different"}}, 1),
+        ({"seen by": {"yes": [], "unknown": ["b"]}}, 2),
+    ],
+)
+def test_exit_codes(facts: dict[str, Any], code: int) -> None:
+    assert exit_code(certificate({**PLAN, **facts})) == code
+
+
+def test_hashes_of_git_blobs_stay_outside_what_git_tracks(tmp_path: Path) -> None:
+    paths = write(tmp_path, certificate(PLAN), None)
+    listed = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file() and "0" * 40 in path.read_text()]
+    assert listed == [paths["blobs of git history"]] and listed[0].startswith(".dvc/tmp/")
+
+
+@pytest.mark.parametrize(
+    ("settings", "elsewhere"), [(None, False), ("telemetry: {enabled: false}", False), ("storage: {postgres: {}}", True), ("a: [", True)]
+)
+def test_an_event_log_elsewhere_is_named_as_not_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str | None, elsewhere: bool
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    if settings is not None:
+        (tmp_path / "dagster.yaml").write_text(settings)
+    found = plans._has_event_log_elsewhere(tmp_path)
+    assert found == elsewhere
+    assert (EVENT_LOG_ELSEWHERE in certificate({**PLAN, "event log elsewhere": found})["not reached"]) == elsewhere
+
+
+def test_a_source_that_was_changed_after_its_rows_were_read_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "data/sources/more"
+    folder.mkdir(parents=True)
+    for path in (jsonl(tmp_path / "data/sources/a.jsonl", *rows(3)), jsonl(folder / "b.jsonl", *rows(3))):
+        name = path.relative_to(tmp_path).as_posix()
+        digest = sha256_of_file(path)
+        facts = {"data/sources/a.jsonl": {"sha256": digest}} if path.parent.name == "sources" else {"data/sources/more": {"files": {"b.jsonl": {"sha256": digest}}}}  # fmt: skip
+        (tmp_path / "data/reports").mkdir(exist_ok=True)
+        (tmp_path / "data/reports/raw_examples.json").write_text(json.dumps({"sources": facts}))
+        read = plans._hashes_when_read(tmp_path)
+        assert plans._change(tmp_path, name, [1], False, read)["before"] == digest
+        jsonl(path, {"text": "a row before all others"}, *rows(3))
+        with pytest.raises(InputError, match="was changed after its rows were read"):
+            plans._change(tmp_path, name, [1], False, read)
+
+
+def test_a_source_that_is_a_link_to_the_cache_can_be_cut_and_another_link_cannot(tmp_path: Path) -> None:
+    (tmp_path / ".dvc/cache/files/md5/ab").mkdir(parents=True)
+    (tmp_path / "data/sources").mkdir(parents=True)
+    stored = jsonl(tmp_path / ".dvc/cache/files/md5/ab/cdef", *rows(3))
+    other = jsonl(tmp_path / "data/other.jsonl", *rows(3))
+    for target in (stored, other):
+        link = tmp_path / f"data/sources/{target.stem}.jsonl"
+        link.symlink_to(target)
+        read = {f"data/sources/{link.name}": sha256_of_file(target)}
+        if target == stored:
+            assert plans._change(tmp_path, f"data/sources/{link.name}", [1], False, read)["rows"] == [1]
+        else:
+            with pytest.raises(InputError, match="not a file in data/sources"):
+                plans._change(tmp_path, f"data/sources/{link.name}", [1], False, read)
+
+
+def test_preferences_that_were_never_read_are_refused(tmp_path: Path) -> None:
+    fresh = {"recorded": False, "address": "raw_preferences"}
+    never = StageState(**{**dict.fromkeys(StageState.__dataclass_fields__), **fresh})
+    (tmp_path / "params.yaml").write_text("raw_preferences: {sources: []}")
+    plans._refuse_outdated(tmp_path, {"raw_preferences": never})
+    (tmp_path / "params.yaml").write_text("raw_preferences: {sources: [{path: data/sources/p.jsonl}]}")
+    with pytest.raises(InputError, match=r"raw_preferences is not up to date .never run."):
+        plans._refuse_outdated(tmp_path, {"raw_preferences": never})
+
+
+@pytest.mark.parametrize(
+    "reason", ["zephyrine  OKONKWO asked", "she said: Where is my lantern?", "0123456789ABCDEF0123456789abcdef", "of a5" + "a" * 30]
+)
+def test_a_reason_that_repeats_the_text_is_refused(reason: str) -> None:
+    raw = Raw("raw_examples", "a", (0,), {"example_id": "0123456789abcdef" * 2, **conversation("Where is my lantern?", "ok")}, True)
+    found = Found(meant=[raw], made=["a5" + "a" * 30])
+    plans._refuse_reason("request 7: ok", Request(containing=("Zephyrine Okonkwo",)), found)
+    with pytest.raises(InputError, match="--reason: it repeats"):
+        plans._refuse_reason(reason, Request(containing=("Zephyrine Okonkwo",)), found)
+
+
+@pytest.mark.parametrize("options", [["--also", "near"], ["--not", "copies"], ["--reason", "x"]])
+def test_options_of_the_plan_are_refused_with_resume(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["erase", "--resume", *options, "--project", str(ROOT)]) == 2
+    assert "--resume cannot be combined with --also, --not and --reason" in capsys.readouterr().err
+
+
+def test_one_erasure_at_a_time_and_stages_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Project(tmp_path)
+    monkeypatch.setattr("sys.argv", ["pedigree", "erase", "--containing", SECRET])
+
+    def refuse(holder: str) -> None:
+        raise Busy(holder, "")
+
+    with one_erasure(toy.root), no_stage_runs(toy.root, ["adapter@lora"], waits=False):
+        for name in (LOCK, "adapter@lora"):
+            with pytest.raises(Busy, match=r"process \d+ .pedigree erase."), locks.hold(toy.root, name, refuse):
+                pass
+        with pytest.raises(Busy, match="another erasure"), one_erasure(toy.root):
+            pass
+        assert not any("Larkspur" in path.read_text() for path in (toy.root / locks.LOCKS).iterdir())
+    with (
+        locks.hold(toy.root, "adapter@lora", refuse),
+        pytest.raises(Busy, match="adapter@lora is being run"),
+        no_stage_runs(toy.root, ["merged@lora", "adapter@lora"], waits=False),
+    ):
+        pass
+    with one_erasure(toy.root), no_stage_runs(toy.root, ["adapter@lora"], waits=False):
+        pass
+
+
+def test_ids_that_a_row_that_stays_has_too_are_not_those_of_the_erased_record(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    texts = ["same", "same", "raw  one", "raw one", "alone"]  # rows 2 and 3 are repaired to "fixed", row 4 to "better"
+    repaired = {2: "fixed", 3: "fixed", 4: "better"}
+    ledger = [
+        {"source": "data/sources/a.jsonl", "source_row": i, "example_id": identity(text), "outcome": READ, "why": ""}
+        for i, text in enumerate(texts)
+    ]
+    records = [{"example_id": identity(text), "source": "data/sources/a.jsonl", "messages": messages(text), "meta": "{}"} for text in texts]
+    raw = {"records-00000.parquet": table(records, record_schema()), "ledger.parquet": table(ledger, ledger_schema())}
+    changed = [
+        {
+            **line,
+            "outcome": "kept",
+            "source_id": identity(texts[i]) if i in repaired else None,
+            "example_id": identity(repaired.get(i, text)),
+        }
+        for i, (line, text) in enumerate(zip(ledger, texts, strict=True))
+    ]
+    fixed = [{**records[i], "example_id": identity(text), "messages": messages(text)} for i, text in repaired.items()]
+    made = {"records-00000.parquet": table(fixed, record_schema()), "ledger.parquet": table(changed, ledger_schema(repaired=True))}
+    lock = {"raw_examples": entry("raw_examples", {"data/sources": "1" * 32 + ".dir"}, toy.put(raw))}
+    lock["instructions"] = entry("instructions", {"data/raw_examples": lock["raw_examples"]["outs"][0]["md5"]}, toy.put(made))
+    toy.commit(lock)
+    index = Index(tmp_path)
+    index.read_records()
+    for row, ids, children in ((0, [], []), (2, ["raw  one"], []), (4, ["alone", "better"], ["better"])):
+        found = Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"data/sources/a.jsonl:{row}",)), [])
+        assert found.own_ids == [*map(identity, ids)] == [*found.needles.ids], row
+        assert found.made == [*map(identity, children)], row

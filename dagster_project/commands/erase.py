@@ -6,17 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.erase_certificate import certificate, certificate_text, write
+from dagster_project.commands.erase_certificate import BLOBS, certificate, certificate_text, write
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.erasure.kinds import KINDS
 from dagster_project.lineage.erasure.records import Request, read_request
-from dagster_project.lineage.signing.keys import private_key
+from dagster_project.lineage.signing.keys import PrivateKey, private_key
+from dagster_project.orchestration import dvc
 from dagster_project.orchestration.erasure import plan as plans
+from dagster_project.orchestration.erasure.exclusive import no_stage_runs, one_erasure
+from dagster_project.orchestration.erasure.places import GIT
 from dagster_project.orchestration.erasure.steps import Erasure, finish
 from dagster_project.orchestration.run_all import last_seconds
 
 SHOWN = 12
-PRIVATE = ("needles", "ids", "request", "tombstones", "retired", "done", "key")
+PRIVATE = ("needles", "ids", "request", "tombstones", "retired", "own", "done", "key")
 """Keys of a plan that are not shown: they hold text, or serve only to go on."""
 
 
@@ -86,25 +89,41 @@ def erase(
         The certificate, with the paths of its files.
     Raises:
         InputError: another erasure is unfinished, or there is none to go on with.
+        Busy: another process erases records or runs a stage.
     """
     key = None if key_file is None else private_key(key_file)
+    with one_erasure(root):
+        return _erase(root, request, plans.chosen_kinds(also, declined), reason, key, validate, verified)
+
+
+def _erase(
+    root: Path,
+    request: Request | None,
+    chosen: Sequence[str],
+    reason: str,
+    key: PrivateKey | None,
+    validate: Callable[[Path], Any],
+    verified: bool,
+) -> dict[str, Any]:
     plan = plans.load(root)
     if request is None and plan is None:
         raise InputError("--resume: there is no unfinished erasure", "name what to erase")
     if request is not None:
-        chosen = plans.chosen_kinds(also, declined)
         if plan is not None and plan["request"] != plans.fingerprint(request, chosen, plans.usable_key(root)):
             raise InputError(
                 f"another erasure, of {plan['date']}, is unfinished", "go on with it: `pedigree erase --resume`, or the same command again"
             )
         if plan is None:
-            plan = plans.make(root, request, chosen, reason)
-            plans.save(root, plan)
+            with no_stage_runs(root, dvc.read_stages(root), waits=False):
+                plan = plans.make(root, request, chosen, reason)
+                plans.save(root, plan)
     assert plan is not None
-    Erasure(root, plan, validate).run()
+    erasure = Erasure(root, plan, validate)
+    erasure.run()
     if verified and "verify" not in plan:
-        plan["verify"] = _verify(root, plan["after"])
+        plan["verify"] = _verify(root, plans.models_now(root))
         plans.save(root, plan)
+    erasure.left()  # after --verify, which reads and writes too
     document = certificate(plan)
     written = write(root, document, key)
     finish(root)
@@ -119,9 +138,12 @@ def _verify(root: Path, models: Mapping[str, str]) -> dict[str, str]:
 
 
 def exit_code(document: Mapping[str, Any]) -> int:
-    """0: nothing is left but what git history holds; 1: something is left, a model of the workspace saw the record, or `verify` found a difference."""
-    remains = {place for place in document["left"] if place != "git history"}
-    return 1 if remains or document["impact"] != "no" or "different" in (document["verify"] or {}).values() else 0
+    """0: nothing is left but what git history holds; 1: something is left, a model of the workspace saw the record, or `verify` found a difference;
+    2: of a model of the workspace nobody can tell."""
+    remains = {place for place in document["left"] if place != GIT}
+    if remains or document["impact"].startswith("yes") or "different" in (document["verify"] or {}).values():
+        return 1
+    return 0 if document["impact"] == "no" else 2
 
 
 def dry_run_text(document: Mapping[str, Any]) -> str:
@@ -143,12 +165,13 @@ def dry_run_text(document: Mapping[str, Any]) -> str:
     )
     lines.append("  records have them too: these are found by the id of their record only)")
     lines += ["", "models that saw them:"]
-    lines += [f"  {model['fate']:<7} {model['stage']} {model['md5'][:12]}  {', '.join(model['splits'])}" for model in document["models"]]
+    lines += [f"  {model['outcome']:<7} {model['stage']} {model['md5'][:12]}  {', '.join(model['splits'])}" for model in document["models"]]
     lines += [f"  unknown {model['stage']} {model['md5'][:12]}  {model['fetch']}" for model in document["unknown"]]
     lines += [] if document["models"] or document["unknown"] else ["  none"]
     known = {address: value for address, value in document["cost"]["seconds"].items() if value}
     lines += ["", f"{len(document['stages'])} stages are made again; {len(known)} of them took {sum(known.values()):.0f} s the last time"]
     lines += [f"not reached: DVC remotes {', '.join(document['remotes elsewhere'])}"] if document["remotes elsewhere"] else []
+    lines += ["not reached: what dagster.yaml keeps outside Dagster's home"] if document["event log elsewhere"] else []
     return "\n".join([*lines, "nothing was changed; the same command without --dry-run carries this out"])
 
 
@@ -161,4 +184,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    return certificate_text(document) + "\n" + "\n".join(f"{name}: {path}" for name, path in document["files"].items())
+    lines = [certificate_text(document), *(f"{name}: {path}" for name, path in document["files"].items())]
+    if BLOBS in document["files"]:
+        lines.append(
+            f"{document['files'][BLOBS]} names old versions of files by their content: do not commit it, a guess could be tested by it"
+        )
+    return "\n".join(lines)

@@ -1,10 +1,11 @@
-"""The certificate of an erasure: what was asked, found, removed, and what was not reached. It names no text and no id, only keyed hashes."""
+"""The certificate of an erasure: what was asked, found, removed, and what was not reached. It names the source files and how many rows were taken
+out of each, and the reason as given; otherwise it has keyed hashes, no text and no id."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from dagster_project.orchestration.erasure.places import GIT
 from dagster_project.orchestration.erasure.plan import KEEP, REMAKE, RETIRE
 
 FOLDER = "data/erasures"
+OUTSIDE_GIT = ".dvc/tmp/pedigree/erased"
+"""Folder of lists of git blobs. A guess can be tested by the hash of an old source file, so git does not track it."""
+BLOBS = "blobs of git history"
+EVENT_LOG_ELSEWHERE = "what dagster.yaml keeps outside Dagster's home, such as an event log in Postgres"
 PREDICATE_TYPE = "urn:pedigree:erasure:1"
 NEVER_REACHED = (
     "other clones of the repository, and what was pushed from this one",
@@ -27,10 +32,11 @@ NEVER_REACHED = (
 
 def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
     """The certificate of a plan that was carried out. The same erasure gives the same one, interrupted or not."""
-    fates = {fate: [_model(model) for model in plan["models"] if model["fate"] == fate] for fate in (REMAKE, RETIRE, KEEP)}
+    models = {outcome: [_model(model) for model in plan["models"] if model["outcome"] == outcome] for outcome in (REMAKE, RETIRE, KEEP)}
     searched = plan["searched"]
     removed = plan["removed"]
     not_reached = [*NEVER_REACHED, *(f"the DVC remote {name}" for name in plan["remotes elsewhere"])]
+    not_reached += [EVENT_LOG_ELSEWHERE] if plan["event log elsewhere"] else []
     not_reached += (
         ["DVC's cache, which is outside the project and may be shared: nothing was removed from it"] if plan["shared cache"] else []
     )
@@ -61,24 +67,31 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
             "files of Dagster, cleaned or deleted": len(plan["dagster"]),
         },
         "models": {
-            "made again": [{**model, "after": plan["after"].get(model["stage"])} for model in fates[REMAKE]],
-            "retired": fates[RETIRE],
-            "kept, tested on it only": fates[KEEP],
+            "made again": [{**model, "after": plan["after"].get(model["stage"])} for model in models[REMAKE]],
+            "retired": models[RETIRE],
+            "kept, tested on it only": models[KEEP],
             "unknown": [{name: model[name] for name in ("stage", "md5")} for model in plan["unknown"]],
         },
-        "impact": "yes: " + ", ".join(plan["seen by"]) if plan["seen by"] else "no",
+        "impact": _impact(plan["seen by"]),
         "verify": plan.get("verify"),
         "left": _places(plan["left"]),
         "not searched": {
             "files of weights": searched["weights"],
             "archives that cannot be opened": len(searched["unreadable"]),
             "texts too short, or shared with other records": plan["needles"]["unsearchable"],
+            **searched["unsearched"],
         },
         "not reached": not_reached,
         "not measured": ["membership: the loss of erased records under the new models"],
         "git": {"blobs": len(plan["blobs"]), "objects searched": searched["git objects"]},
         "blobs": plan["blobs"],
     }
+
+
+def _impact(found: Mapping[str, Sequence[str]]) -> str:
+    """Whether a model of the workspace saw the records."""
+    answers = {"yes": found["yes"], "cannot tell": found["unknown"]}
+    return "; ".join(f"{answer}: {', '.join(models)}" for answer, models in answers.items() if models) or "no"
 
 
 def _model(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,8 +115,9 @@ def write(root: Path, document: Mapping[str, Any], key: PrivateKey | None) -> di
     write_json(root / paths["certificate"], public)
     write_text(root / paths["as text"], certificate_text(public) + "\n")
     if document["blobs"]:
-        paths["blobs of git history"] = f"{base}.blobs"
-        write_text(root / paths["blobs of git history"], "".join(f"{blob}\n" for blob in sorted(document["blobs"])))
+        paths[BLOBS] = f"{OUTSIDE_GIT}/{name}.blobs"
+        (root / OUTSIDE_GIT).mkdir(parents=True, exist_ok=True)
+        write_text(root / paths[BLOBS], "".join(f"{blob}\n" for blob in sorted(document["blobs"])))
     if key is not None:
         digest = hashlib.sha256((root / paths["certificate"]).read_bytes()).hexdigest()
         statement = {
@@ -152,7 +166,7 @@ def certificate_text(document: Mapping[str, Any]) -> str:
     lines += ["Not reached:", *(f"  {what}" for what in document["not reached"])]
     if document["git"]["blobs"]:
         lines += ["", "To rewrite git history (everyone then clones again): commit, then",
-                  f"  git filter-repo --strip-blobs-with-ids {FOLDER}/<this file>.blobs"]  # fmt: skip
+                  f"  git filter-repo --strip-blobs-with-ids {OUTSIDE_GIT}/<this file>.blobs"]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -349,7 +349,7 @@ class Objects:
 
     def run_cache(self) -> list[Path]:
         """The entries of DVC's run cache, each a run that DVC may restore instead of running the stage again."""
-        return sorted(path for path in (self.cache.parent.parent / "runs").glob("*/*/*") if path.is_file())
+        return cached_runs(self.cache.parent.parent)
 
     def folders(self) -> dict[Path, int]:
         """The folders of the project's own cache -> time of their last change, in nanoseconds. Of a cache that projects share: none, because most of
@@ -395,6 +395,11 @@ class Objects:
         if out not in self._here:
             self._here[out] = listing_of(self.root / out)
         return self._here[out]
+
+
+def cached_runs(storage: Path) -> list[Path]:
+    """The entries of the run cache in the folder of a cache or remote of DVC."""
+    return sorted(path for path in (storage / "runs").glob("*/*/*") if path.is_file())
 
 
 def listing_of(path: Path) -> dict[str, str]:

@@ -17,11 +17,12 @@ LOCKS = Path(".dvc") / "tmp" / "pedigree" / "locks"
 
 
 @contextlib.contextmanager
-def hold(root: Path, address: str, on_wait: Callable[[str], None]) -> Iterator[None]:
+def hold(root: Path, address: str, on_wait: Callable[[str], None], command: str | None = None) -> Iterator[None]:
     """Hold a stage's lock; wait while another process holds it.
 
     Args:
         on_wait: called once with a description of the holder; may raise instead of waiting.
+        command: how to describe this process to others; None: by its command line.
     Raises:
         PedigreeError: the file system has no locks.
     """
@@ -44,7 +45,7 @@ def hold(root: Path, address: str, on_wait: Callable[[str], None]) -> Iterator[N
                     "keep the project on a local disk, or on a network file system mounted with locks; two runs of one stage would destroy each other's outputs",
                 ) from None
         file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "command": " ".join(sys.argv)}))
+        file.write(json.dumps({"pid": os.getpid(), "command": " ".join(sys.argv) if command is None else command}))
         file.flush()
         yield
 

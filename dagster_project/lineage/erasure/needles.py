@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 LONGEST, SHORTEST = 24, 12
@@ -30,19 +30,34 @@ class Needles:
 
     texts: tuple[str, ...] = ()
     """Fragments that no other record contains."""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Positions in `texts` of the fragments of each text."""
     ids: tuple[str, ...] = ()
     """32 hexadecimal digits: `example_id` of each record, and the ids under which releases published it."""
     unsearchable: int = 0
     """Texts without a fragment of their own: short, or shared with records that stay. Their records are found by id only."""
 
-    def patterns(self) -> tuple[list[str], list[str]]:
-        """(of texts, of ids), as bytes in Latin-1, which `extract_many` of polars searches for all at once."""
-        texts = [shown for text in self.texts for shown in _encoded(text)]
+    def patterns(self) -> dict[str, int | None]:
+        """Pattern -> position of its fragment in `texts`, None for an id. Patterns are bytes in Latin-1, which polars searches for all at once."""
+        texts = {shown: number for number, text in enumerate(self.texts) for shown in _encoded(text)}
         ids = [shown for one in self.ids for shown in (one, one.upper(), bytes.fromhex(one).decode("latin-1"))]
-        return list(dict.fromkeys(texts)), list(dict.fromkeys(ids))
+        return {**texts, **dict.fromkeys(ids)}
+
+    def are_apart(self, found: Collection[int]) -> bool:
+        """Whether some of these fragments, by position, are two of one text that have less than SHORTEST characters in common."""
+        for group in self.groups:
+            parts = [self.texts[number] for number in group if number in found]
+            if any(not _overlap(parts[0], other) for other in parts[1:]):
+                return True
+        return False
 
     def document(self) -> dict[str, object]:
-        return {"texts": list(self.texts), "ids": list(self.ids), "unsearchable": self.unsearchable}
+        groups = [list(group) for group in self.groups]
+        return {"texts": list(self.texts), "groups": groups, "ids": list(self.ids), "unsearchable": self.unsearchable}
+
+
+def _overlap(one: str, other: str) -> bool:
+    return any(a[-size:] == b[:size] for a, b in ((one, other), (other, one)) for size in range(SHORTEST, LONGEST + 1))
 
 
 def _encoded(text: str) -> Iterator[str]:
@@ -75,7 +90,9 @@ def needles_of(texts: Iterable[str], ids: Iterable[str], others: Iterable[str]) 
             shared.update(found.explode().drop_nulls().to_list())
     own = {text: [one for one in parts if one not in shared] for text, parts in by_text.items()}
     unsearchable = sum(not parts for text, parts in own.items() if text.strip())
-    return Needles(tuple(dict.fromkeys(one for parts in own.values() for one in parts)), tuple(dict.fromkeys(ids)), unsearchable)
+    numbers = {one: number for number, one in enumerate(dict.fromkeys(one for parts in own.values() for one in parts))}
+    groups = tuple(tuple(numbers[one] for one in parts) for parts in own.values() if len(parts) > 1)
+    return Needles(tuple(numbers), groups, tuple(dict.fromkeys(ids)), unsearchable)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

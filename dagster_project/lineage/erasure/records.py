@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from dagster_project.lineage.runs import StageRun
 from dagster_project.lineage.search import Pattern
 
 EXAMPLES, PAIRS = "raw_examples", "raw_preferences"
+NOTES = {"paraphrases": "data/sources/paraphrases", "review": "data/sources/review"}
+"""Kind of relatives -> folder of their files."""
 COLUMNS = ("record", "containing", "source")
 """Columns of a file of requests, of which each row fills one."""
 
@@ -134,7 +137,9 @@ class Found:
     notes: dict[str, set[int]] = field(default_factory=dict)
     """File of paraphrases or of review -> rows to take out."""
     made: list[str] = field(default_factory=list)
-    """Ids of records that the pipeline made from them: they end with them."""
+    """Ids of records that the pipeline made from them alone: they end with them."""
+    own_ids: list[str] = field(default_factory=list)
+    """Ids of the records and of what was made from them, without those that a row that stays has too."""
     tombstones: list[dict[str, Any]] = field(default_factory=list)
     needles: Needles = field(default_factory=Needles)
 
@@ -199,8 +204,8 @@ class Finder:
             matched = self._matched(kind, value)
             if not matched:
                 raise InputError(
-                    f"--{kind} {visible(value) if kind != 'containing' else 'TEXT'}: no record in any available version of the sources as they were read",
-                    "see `pedigree impact`; a source in data/ is read by `dvc repro raw_examples raw_preferences`",
+                    f"--{kind} {visible(value) if kind != 'containing' else 'TEXT'}: no record found in the available versions of raw_examples and raw_preferences",
+                    "check the request with `pedigree impact`; if the source is new, run `dvc repro raw_examples raw_preferences` first",
                 )
             found.asked.append(
                 {"kind": kind, "mark": record_mark(self.key, f"{kind} {value}"), "records": len({raw.example_id for raw in matched})}
@@ -291,11 +296,8 @@ class Finder:
         same_row = [raw for raw in self.raws if raw.current and id(raw) not in meant and any((raw.source, row) in rows for row in raw.rows)]
         found.relatives["same row"] = [f"{raw.source}:{raw.rows[0]}" for raw in same_row]
         found.meant += same_row
-        for kind, folder, columns in (
-            ("paraphrases", "data/sources/paraphrases", ("prompt",)),
-            ("review", "data/sources/review", ("prompt",)),
-        ):
-            notes = self._notes(found, folder, columns)
+        for kind, folder in NOTES.items():
+            notes = self._notes(found, folder)
             found.relatives[kind] = [f"{path}:{row}" for path, numbers in notes.items() for row in sorted(numbers)]
             found.notes |= notes if kind in chosen else {}
 
@@ -311,9 +313,22 @@ class Finder:
         return {}
 
     def _children(self, ids: Iterable[str]) -> list[str]:
-        keys = [record_key(one) for one in ids]
+        keys = {record_key(one) for one in ids}
         derived = self.index.derivations(keys)
         return list(dict.fromkeys(child.hex() for children in derived.values() for child, _ in children if child not in keys))
+
+    def _kept_children(self, kept: set[str], erased: set[str]) -> set[str]:
+        """Ids of the records that were made from rows that stay, on a way without an erased record."""
+        derived = self.index.derivations(map(record_key, kept))
+        known = set[bytes]()
+        pending = [*map(record_key, kept)]
+        gone = {*map(record_key, erased)}
+        while pending:
+            for child, _ in derived.get(pending.pop(), ()):
+                if child not in known and child not in gone:
+                    known.add(child)
+                    pending.append(child)
+        return {child.hex() for child in known}
 
     def _near(self, ids: set[str]) -> set[str]:
         """Ids, as they were read, of the rows that the current tables of overlaps pair with these."""
@@ -326,7 +341,7 @@ class Finder:
                     others |= {one for other in pair - ids if other for one in (other, *self._parents.get(other, ()))}
         return others
 
-    def _notes(self, found: Found, folder: str, columns: Sequence[str]) -> dict[str, set[int]]:
+    def _notes(self, found: Found, folder: str) -> dict[str, set[int]]:
         """Rows of files in a folder that name one of the records, or have its prompt."""
         ids = {*found.ids, *self._children(found.ids)}
         prompts = {
@@ -334,7 +349,7 @@ class Finder:
         }
         notes: dict[str, set[int]] = {}
         for path in sorted((self.root / folder).rglob("*")):
-            if not path.is_file() or suffix_of(path) not in READERS or path.suffix in {".txt"} or not path.stat().st_size:
+            if not path.is_file() or suffix_of(path) not in READERS or path.suffix == ".txt" or not path.stat().st_size:
                 continue
             try:
                 rows = read_rows(path)
@@ -343,8 +358,7 @@ class Finder:
             numbers = {
                 row.source_row
                 for row in rows
-                if row.value
-                and (row.value.get("example_id") in ids or any(str(row.value.get(name)).strip() in prompts for name in columns))
+                if row.value and (row.value.get("example_id") in ids or str(row.value.get("prompt")).strip() in prompts)
             }
             if numbers:
                 notes[path.relative_to(self.root).as_posix()] = numbers
@@ -360,13 +374,15 @@ class Finder:
             if raw.example_id and kept_marks.isdisjoint(own := self._marks(raw)):
                 stones.setdefault(own[0], {"record": own[0], "texts": own[1:]})
         found.tombstones = [stones[name] for name in sorted(stones)]
-        found.made = self._children(found.ids)
         kept_ids = {raw.example_id for raw in stays}
-        ids = [one for one in (*found.ids, *found.made) if one not in kept_ids]
+        made = self._children(found.ids)
+        kept_made = self._kept_children(kept_ids, {*found.ids} - kept_ids) if made else set()
+        found.made = [one for one in made if one not in kept_ids | kept_made]
+        found.own_ids = ids = [one for one in (*found.ids, *found.made) if one not in kept_ids]
         keys = [key for key in map(parse_key, key_files(self.root)) if key]
         published = [published_id(key, one) for key in keys for one in ids]
-        texts = [text for raw in found.meant for text in raw.texts] + [*self._texts_made({*found.made} - kept_ids)]
-        others = (text for raw in stays for text in raw.texts)
+        texts = [text for raw in found.meant for text in raw.texts] + [*self._texts_made({*found.made})]
+        others = chain((text for raw in stays for text in raw.texts), self._texts_made(kept_made & {*made}))
         found.needles = needles_of(texts, [one for one in (*ids, *published) if RECORD_ID.fullmatch(one)], others)
 
     def _texts_made(self, ids: set[str]) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""Takes rows out of a file of examples. All other rows keep their bytes, and reading the result is compared with reading the file."""
+"""Takes rows out of a file of examples. Text files keep the bytes of all other rows; Parquet and gzip files are written again. Either way the rows read
+from the result are compared with the original ones."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from dagster_project.core.errors import InputError
-from dagster_project.curation.sources.files import LENIENT, MMLU_COLUMNS, read_blocks, rows_of, suffix_of
+from dagster_project.curation.sources.files import LENIENT, MAX_ROW_BYTES, MMLU_COLUMNS, read_blocks, rows_of, suffix_of
 
 Rows = Collection[int]
 
@@ -111,10 +112,14 @@ def _csv(content: bytes, rows: Rows) -> bytes:
     first = lines[0].removeprefix(codecs.BOM_UTF8) if lines else b""
     reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in [first, *lines[1:]]), strict=True)
     records, start = [], 0
-    for fields in reader:
-        if fields:
-            records.append((start, reader.line_num, fields))
-        start = reader.line_num
+    usual = csv.field_size_limit(MAX_ROW_BYTES)
+    try:
+        for fields in reader:
+            if fields:
+                records.append((start, reader.line_num, fields))
+            start = reader.line_num
+    finally:
+        csv.field_size_limit(usual)
     has_header = not (records and all(_is_mmlu(fields) for _, _, fields in records[:2]))
     removed = {
         line for number, (begin, end, _) in enumerate(records[has_header:]) if number in rows for line in range(begin, end)

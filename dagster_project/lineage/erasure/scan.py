@@ -7,8 +7,8 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,57 +20,70 @@ DEEPEST = 3
 """Archives in archives that are opened."""
 MOST = 2**30
 """Bytes that a part of an archive may have when it is decompressed; a larger one counts as unreadable."""
-TEXT, ID = "text", "id"
+TEXT, ID, SURE = "text", "id", "sure"
+"""What a file holds: a fragment of a text; an id; enough of a record that no other text can be meant: an id, or two fragments of one text."""
 
 
 class Scanner:
     """Searches bytes for some needles."""
 
     def __init__(self, needles: Needles) -> None:
-        texts, ids = needles.patterns()
-        self.patterns = {TEXT: texts, ID: ids}
-        self.overlap = max((len(one) for patterns in self.patterns.values() for one in patterns), default=1) - 1
+        self.needles = needles
+        self.patterns = needles.patterns()
+        self.overlap = max(map(len, self.patterns), default=1) - 1
         self.unreadable: list[str] = []
         """Archives that could not be opened: searched as they are."""
 
     def file(self, path: Path) -> set[str]:
-        """Kinds of what a file holds: "text", "id". A file that ends to exist meanwhile holds nothing."""
+        """Kinds of what a file holds: TEXT, ID, SURE. A file that ends to exist meanwhile holds nothing.
+
+        Raises:
+            OSError: it cannot be read.
+        """
         try:
             with path.open("rb") as file:
                 head = file.read(8)
                 file.seek(0)
-                if _is_packed(head):
-                    return self.content(file.read(), str(path))
-                return self._stream(file)
+                found = self._content(file.read(), str(path), 0) if _is_packed(head) else self._stream(file)
         except FileNotFoundError:
             return set()
+        return self._kinds(found)
 
-    def _stream(self, file: Any) -> set[str]:
-        found: set[str] = set()
+    def content(self, data: bytes, name: str = "") -> set[str]:
+        """As `file`, for bytes."""
+        return self._kinds(self._content(data, name, 0))
+
+    def _kinds(self, found: set[int | None]) -> set[str]:
+        fragments = {number for number in found if number is not None}
+        kinds = {(TEXT, bool(fragments)), (ID, None in found), (SURE, None in found or self.needles.are_apart(fragments))}
+        return {kind for kind, holds in kinds if holds}
+
+    def _stream(self, file: Any) -> set[int | None]:
+        found: set[int | None] = set()
         tail = b""
         while block := file.read(BLOCK):
             found |= self._search(tail + block)
-            if len(found) == len(self.patterns):
-                break
             tail = block[-self.overlap :] if self.overlap else b""
         return found
 
-    def content(self, data: bytes, name: str = "", depth: int = 0) -> set[str]:
-        """As `file`, for bytes."""
+    def _content(self, data: bytes, name: str, depth: int) -> set[int | None]:
         found = self._stream(io.BytesIO(data))
         if depth < DEEPEST and _is_packed(data[:8]):
             try:
                 for part in _unpacked(data):
-                    found |= self.content(part, name, depth + 1)
+                    found |= self._content(part, name, depth + 1)
             except (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError):
                 self.unreadable.append(name)
         return found
 
-    def _search(self, data: bytes) -> set[str]:
+    def _search(self, data: bytes) -> set[int | None]:
+        """Positions of the fragments that some bytes hold; None if they hold an id."""
         import polars as pl
 
-        series = pl.Series([data.decode("latin-1")])
-        return {kind for kind, patterns in self.patterns.items() if patterns and series.str.contains_any(patterns)[0]}
+        series, patterns = pl.Series([data.decode("latin-1")]), list(self.patterns)
+        if not patterns or not series.str.contains_any(patterns)[0]:
+            return set()
+        return {self.patterns[one] for one in series.str.extract_many(patterns, overlapping=True)[0]}
 
 
 def _is_packed(head: bytes) -> bool:
@@ -141,23 +154,50 @@ class Hit:
     """A file that holds something of an erased record."""
 
     path: Path
-    kinds: tuple[str, ...]
     size: int
+    sure: bool
+    """Whether it holds an id, or two fragments of one text: one short fragment can be of another text."""
 
 
-def files_under(folder: Path, skipped: Iterable[str] = ()) -> Iterator[Path]:
-    """Every file in a folder, sorted; links are not followed.
+@dataclass
+class Walk:
+    """The files of folders, and what is not searched there."""
 
-    Args:
-        skipped: names of folders that are left out, at any depth.
-    """
-    names = set(skipped)
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in names)
-        for name in sorted(files):
-            path = Path(parent, name)
-            if path.is_file() and not path.is_symlink():
-                yield path
+    skipped: Collection[str] = ()
+    """Names of folders that are left out, at any depth."""
+    links: list[Path] = field(default_factory=list)
+    """Symbolic links, which are not followed."""
+    unreadable: list[str] = field(default_factory=list)
+    """Folders that cannot be listed."""
+    repositories: list[Path] = field(default_factory=list)
+    """Folders named .git."""
+
+    def files(self, folder: Path) -> Iterator[Path]:
+        """Every regular file in a folder, sorted."""
+        for parent, folders, files in os.walk(folder, onerror=self._failed):
+            names = sorted(name for name in folders if name not in self.skipped)
+            self.repositories += [Path(parent, name) for name in folders if name == ".git"]
+            folders[:] = [name for name in names if not self._is_link(Path(parent, name))]
+            for path in (Path(parent, name) for name in sorted(files)):
+                if not self._is_link(path) and self._is_regular(path):
+                    yield path
+
+    def _is_regular(self, path: Path) -> bool:
+        try:
+            return path.is_file()
+        except OSError as error:
+            self._failed(error)
+            return False
+
+    def _is_link(self, path: Path) -> bool:
+        if path.is_symlink():
+            self.links.append(path)
+            return True
+        return False
+
+    def _failed(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            self.unreadable.append(str(error.filename))
 
 
 def is_weights(path: Path) -> bool:

@@ -7,23 +7,31 @@ from contextlib import closing
 from pathlib import Path
 
 from dagster_project.core.errors import Busy
-from dagster_project.lineage.erasure.scan import Scanner
+from dagster_project.lineage.erasure.scan import SURE, Scanner
 
 MAGIC = b"SQLite format 3\0"
 LONGEST_WAIT = 30.0
 """Seconds to wait for another process that writes."""
 ENDINGS = ("-wal", "-shm", "-journal")
-SCHEMA = {"dagster.yaml", "pedigree_project"}
-"""Files in Dagster's home that stay: settings."""
+"""Of the files that SQLite keeps next to a database."""
 
 
-def is_database(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+def database_of(path: Path) -> Path | None:
+    """The SQLite file that a file is, or is a part of; None if it is another file."""
+    ending = next((one for one in ENDINGS if path.name.endswith(one)), "")
+    base = path.with_name(path.name.removesuffix(ending))
+    try:
+        with base.open("rb") as file:
+            return base if file.read(len(MAGIC)) == MAGIC else None
+    except FileNotFoundError:
+        return None
 
 
-def clean(path: Path, scanner: Scanner) -> int:
-    """Delete the rows that hold something of a record from a SQLite file, and rewrite it, so that no free page does. Returns the number of rows.
+def clean(path: Path, scanner: Scanner, only_sure: bool) -> None:
+    """Delete the rows that hold something of a record from a SQLite file, and rewrite it, so that no free page does.
+
+    Args:
+        only_sure: leave rows with no more than one short fragment of a text: projects that share a file can have them by chance.
 
     Raises:
         Busy: another process uses it.
@@ -33,26 +41,29 @@ def clean(path: Path, scanner: Scanner) -> int:
             db.execute("PRAGMA secure_delete = ON")
             db.execute("BEGIN IMMEDIATE")
             tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")]
-            rows = sum(_clean_table(db, name, scanner) for name in tables)
+            for name in tables:
+                _clean_table(db, name, scanner, only_sure)
             db.execute("COMMIT")
             db.execute("VACUUM")
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            return rows
     except sqlite3.DatabaseError as error:  # locked, or damaged
         raise Busy(
             f"{path} cannot be cleaned: {error}", "stop Dagster (`pedigree ui`, its daemon and runs), then run the same command again"
         ) from None
 
 
-def _clean_table(db: sqlite3.Connection, name: str, scanner: Scanner) -> int:
+def _clean_table(db: sqlite3.Connection, name: str, scanner: Scanner, only_sure: bool) -> None:
     quoted = name.replace('"', '""')
     try:
         table = db.execute(f'SELECT rowid, * FROM "{quoted}"')
     except sqlite3.OperationalError:  # WITHOUT ROWID: keys of counters
-        return 0
-    found = [(row[0],) for row in table if scanner.content(b"\n".join(filter(None, map(_bytes, row[1:]))))]
+        return
+    found = []
+    for row in table:
+        kinds = scanner.content(b"\n".join(filter(None, map(_bytes, row[1:]))))
+        if SURE in kinds or (kinds and not only_sure):
+            found.append((row[0],))
     db.executemany(f'DELETE FROM "{quoted}" WHERE rowid = ?', found)
-    return len(found)
 
 
 def _bytes(value: object) -> bytes:

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dagster_project.core.git import git
+from dagster_project.core.errors import InputError
 from dagster_project.core.progress import Progress
-from dagster_project.lineage.database import INDEX_FILE
-from dagster_project.lineage.erasure.scan import Hit, Scanner, files_under, is_weights
-from dagster_project.lineage.history import Objects, blobs
+from dagster_project.lineage.erasure.scan import SURE, Hit, Scanner, Walk, is_weights
+from dagster_project.orchestration.erasure.git_objects import (
+    LARGE_FILES,
+    GitSearch,
+    git_folder,
+    is_in_repository,
+    missing_history,
+    submodules,
+)
+from dagster_project.orchestration.erasure.layout import EVENT_LOG, PLAN, Layout, layout_of
 from dagster_project.orchestration.erasure.remotes import Remotes
 
 SKIPPED = (".git", ".venv", "__pycache__")
 """Folders that are not searched as files: git objects are searched decompressed, and the others hold code."""
-PLAN = Path(".dvc", "tmp", "pedigree", "erase")
-"""Folder of the plan of an unfinished erasure. It holds the text, and is deleted at the end."""
-CACHE, RUN_CACHE, INDEX, EVENT_LOG, GIT = "DVC cache", "run cache", "audit index", "Dagster", "git history"
-FOLDERS = {
-    "data/sources": "sources",
-    "data/reports": "reports",
-    "data/pages": "pages",
-    ".dvc/tmp": "scratch files",
-    "data": "outputs",
-}
-"""Folder -> name of the place, for files of the project."""
-MOST_AT_ONCE = 64 * 2**20
-"""Bytes of git objects that are read at once."""
+GIT, LARGE, SUBMODULES = "git history", "Git LFS and git-annex", "git submodules"
 
 
 @dataclass
 class Search:
     """What was found, and what was looked at."""
 
+    layout: Layout
     places: dict[str, list[Hit]] = field(default_factory=dict)
     blobs: list[str] = field(default_factory=list)
     """Hashes of git blobs."""
@@ -44,85 +40,107 @@ class Search:
     objects: int = 0
     """Git blobs that were searched."""
     unreadable: list[str] = field(default_factory=list)
+    """Archives that cannot be opened."""
+    unsearched: dict[str, int] = field(default_factory=dict)
+    """What else was not searched -> how many."""
 
-    def document(self, root: Path) -> dict[str, object]:
+    def document(self) -> dict[str, object]:
+        """Place -> what was found there."""
         found: dict[str, object] = {
-            place: {"files": len(hits), "bytes": sum(hit.size for hit in hits), "paths": [_shown(root, hit.path) for hit in hits]}
+            place: {"files": len(hits), "bytes": sum(hit.size for hit in hits), "paths": [self._shown(hit.path) for hit in hits]}
             for place, hits in self.places.items()
         }
         return found | ({GIT: {"blobs": self.blobs}} if self.blobs else {})
 
-    @property
-    def paths(self) -> list[Path]:
-        return [hit.path for hits in self.places.values() for hit in hits]
+    def searched(self) -> dict[str, object]:
+        return {
+            "files": self.files,
+            "git objects": self.objects,
+            "weights": self.weights,
+            "unreadable": self.unreadable,
+            "unsearched": self.unsearched,
+        }
 
+    def _shown(self, path: Path) -> str:
+        return path.relative_to(self.layout.root).as_posix() if path.is_relative_to(self.layout.root) else str(path)
 
-def _shown(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    def add(self, place: str, path: Path, scanner: Scanner) -> None:
+        """Search a file. One that another program deleted meanwhile holds nothing."""
+        try:
+            self.files += 1
+            if place != EVENT_LOG and is_weights(path):
+                self.weights += 1
+            elif kinds := scanner.file(path):
+                self.places.setdefault(place, []).append(Hit(path, path.stat().st_size, SURE in kinds))
+        except FileNotFoundError:
+            return
+        except OSError:
+            self.skip("files that cannot be read")
 
-
-def dagster_home(root: Path) -> Path:
-    return Path(os.environ.get("DAGSTER_HOME") or root / ".dagster").absolute()
+    def skip(self, what: str, count: int = 1) -> None:
+        if count:
+            self.unsearched[what] = self.unsearched.get(what, 0) + count
 
 
 def search(root: Path, scanner: Scanner, remotes: Remotes) -> Search:
-    """Search all files and git objects."""
-    found = Search()
-    paths = [*_files(root, remotes)]
+    """Search all files and git objects.
+
+    Raises:
+        InputError: the project is in a repository whose objects git cannot list.
+    """
+    found = Search(layout_of(root, remotes))
+    walk = Walk(SKIPPED)
+    paths = [*_files(found.layout, walk)]
     bar = Progress("search", len(paths), "file")
-    for place, path in paths:
+    for path in paths:
         bar.advance()
-        found.files += 1
-        if place != EVENT_LOG and is_weights(path):
-            found.weights += 1
-        elif kinds := scanner.file(path):
-            found.places.setdefault(place, []).append(Hit(path, tuple(sorted(kinds)), path.stat().st_size))
-    _search_git(root, scanner, found)
+        found.add(found.layout.place(path), path, scanner)
+    found.skip("folders that cannot be read", len({*walk.unreadable}))
+    found.skip("links to files and folders elsewhere", sum(1 for _ in _outward(walk.links, [*found.layout.folders()])))
+    if is_in_repository(found.layout.root):
+        _search_git(found, scanner, walk.repositories)
     found.unreadable = [*dict.fromkeys(scanner.unreadable)]
     return found
 
 
-def _files(root: Path, remotes: Remotes) -> Iterator[tuple[str, Path]]:
-    """(place, path) of every file."""
-    objects, home = Objects(root), dagster_home(root)
-    storage = objects.cache.parent.parent
-    outside = [(CACHE, storage), (EVENT_LOG, home), *((f"remote {name}", folder) for name, folder in remotes.folders.items())]
+def _files(layout: Layout, walk: Walk) -> Iterator[Path]:
     seen: set[Path] = set()
-    for folder in [root, *(one for _, one in outside if not one.resolve().is_relative_to(root.resolve()))]:
-        for path in files_under(folder, SKIPPED):
-            if path not in seen and not path.is_relative_to(root / PLAN):
+    for folder in layout.folders():
+        for path in walk.files(folder):
+            if path not in seen and not path.is_relative_to(layout.root / PLAN):
                 seen.add(path)
-                yield _place(root, path, storage, outside), path
+                yield path
 
 
-def _place(root: Path, path: Path, storage: Path, outside: list[tuple[str, Path]]) -> str:
-    if path.name.startswith(INDEX_FILE.name):
-        return INDEX
-    if path.is_relative_to(storage / "runs"):
-        return RUN_CACHE
-    for name, folder in outside:
-        if path.is_relative_to(folder):
-            return name
-    relative = path.relative_to(root).as_posix()
-    return next((name for folder, name in FOLDERS.items() if relative.startswith(f"{folder}/")), "other files")
+def _outward(links: Iterable[Path], folders: list[Path]) -> Iterator[Path]:
+    """Links to what exists, and is in none of the folders that are searched."""
+    for link in dict.fromkeys(links):
+        target = Path(os.path.realpath(link))
+        if target.exists() and not any(target.is_relative_to(folder) for folder in folders):
+            yield link
 
 
-def _search_git(root: Path, scanner: Scanner, found: Search) -> None:
+def _search_git(found: Search, scanner: Scanner, nested: Iterable[Path]) -> None:
     """Search every blob, also those that no commit reaches any more."""
-    listed = git(root, "cat-file", "--batch-all-objects", "--batch-check=%(objectname) %(objecttype) %(objectsize)") or ""
-    batch: list[str] = []
-    size = 0
-    for name, kind, length in (line.split() for line in listed.splitlines()):
-        if kind != "blob":
+    root = found.layout.root
+    folder = git_folder(root)
+    own = GitSearch(root, scanner)
+    own.run()
+    found.blobs, found.objects = [*own.found], own.objects
+    found.skip("git objects that cannot be read", own.unreadable)
+    for what, count in missing_history(root).items():
+        found.skip(what, count)
+    for module in submodules(folder, nested):
+        inner = GitSearch(module, scanner)
+        try:
+            inner.run()
+        except InputError:
+            found.skip("git submodules that cannot be read")
             continue
-        found.objects += 1
-        batch.append(name)
-        size += int(length)
-        if size >= MOST_AT_ONCE:
-            _search_blobs(root, scanner, found, batch)
-            batch, size = [], 0
-    _search_blobs(root, scanner, found, batch)
-
-
-def _search_blobs(root: Path, scanner: Scanner, found: Search, names: list[str]) -> None:
-    found.blobs += [name for name, content in blobs(root, names).items() if scanner.content(content, f"git blob {name[:12]}")]
+        found.objects += inner.objects
+        found.skip("git objects that cannot be read", inner.unreadable)
+        for name, size in inner.found.items():
+            found.places.setdefault(SUBMODULES, []).append(Hit(module / name, size, False))
+    for large in (one / name for one in [folder, *submodules(folder, nested)] for name in LARGE_FILES):
+        for path in Walk().files(large):
+            found.add(LARGE, path, scanner)

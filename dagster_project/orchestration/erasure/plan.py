@@ -9,7 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from dagster_project.core import params
+from dagster_project.core.documents import read_document
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
 from dagster_project.core.layout import RECORD_KEY
@@ -17,19 +21,27 @@ from dagster_project.core.published_ids import CREATE, SAMPLE_KEY, read_key
 from dagster_project.core.records import write_json
 from dagster_project.lineage.erasure import removal
 from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
-from dagster_project.lineage.erasure.needles import Needles
-from dagster_project.lineage.erasure.records import EXAMPLES, PAIRS, Finder, Request
+from dagster_project.lineage.erasure.needles import SHORTEST, Needles
+from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Request
 from dagster_project.lineage.erasure.scan import Scanner
+from dagster_project.lineage.history import Objects
 from dagster_project.lineage.impact import exposed_models
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.runs import StageRun
 from dagster_project.orchestration import dvc
-from dagster_project.orchestration.erasure.places import PLAN, search
+from dagster_project.orchestration.erasure.layout import PLAN, dagster_home
+from dagster_project.orchestration.erasure.objects import own_objects
+from dagster_project.orchestration.erasure.places import search
 from dagster_project.orchestration.erasure.remotes import remotes_of
 
 FILE = PLAN / "plan.json"
 REMAKE, RETIRE, KEEP = "remake", "retire", "keep"
 """What becomes of a model that saw the record: made again in the workspace; deleted; kept, because it was only tested on it."""
+
+STORAGES = frozenset(
+    {"storage", "run_storage", "event_log_storage", "schedule_storage", "local_artifact_storage", "compute_logs", "instance_class"}
+)
+"""Sections of dagster.yaml that put something in other places than Dagster's home."""
 
 
 def chosen_kinds(also: Sequence[str], declined: Sequence[str]) -> list[str]:
@@ -94,21 +106,18 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     """
     key = usable_key(root)
     states = dvc.read_stages(root)
-    for address in (EXAMPLES, PAIRS):
-        if address in states and (states[address].recorded or address == EXAMPLES) and states[address].changed:
-            raise InputError(
-                f"{address} is not up to date ({states[address].changed[0]}), so its rows may not be those of the sources",
-                f"run `dvc repro {address}`, then ask again",
-            )
+    _refuse_outdated(root, states)
     index = Index(root)
     index.read_records()
+    read = {**_hashes_of_notes(root), **_hashes_when_read(root)}
     finder = Finder(index, key)
     found = finder.find(request, chosen)
     rows = found.rows
+    _refuse_reason(reason, request, found)
     _refuse_shifted_waivers(root, rows)
-    sources = {path: _change(root, path, numbers, False) for path, numbers in sorted(rows.items())}
+    sources = {path: _change(root, path, numbers, False, read) for path, numbers in sorted(rows.items())}
     sources |= {
-        path: _change(root, path, numbers, path.startswith("data/sources/review/")) for path, numbers in sorted(found.notes.items())
+        path: _change(root, path, numbers, path.startswith("data/sources/review/"), read) for path, numbers in sorted(found.notes.items())
     }
     models, unknown, retired = models_of(index, found.ids)
     remotes = remotes_of(root)
@@ -128,28 +137,106 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "models": models,
         "unknown": [{name: model[name] for name in ("stage", "md5", "found_in", "fetch")} for model in unknown],
         "retired": sorted(retired),
+        "own": sorted(own_objects(index, (), with_run_cache=False).outputs),
         "stages": [address for address, state in states.items() if state.recorded],
         "before": _outputs(index),
-        "places": places.document(root),
-        "searched": {"files": places.files, "git objects": places.objects, "weights": places.weights, "unreadable": places.unreadable},
+        "places": places.document(),
+        "searched": places.searched(),
         "blobs": places.blobs,
         "remotes elsewhere": remotes.elsewhere,
+        "event log elsewhere": _has_event_log_elsewhere(root),
         "needles": found.needles.document(),
-        "ids": [*found.ids, *found.made],
+        "ids": found.own_ids,
         "done": [],
     }
 
 
-def _change(root: Path, path: str, rows: Iterable[int], may_be_empty: bool) -> dict[str, Any]:
-    """What a file is before and after some rows are taken out."""
+def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
+    """Raises:
+    InputError: the rows of a raw data set may not be those of its sources, or its sources were never read.
+    """
+    for address in (EXAMPLES, PAIRS):
+        is_used = address == EXAMPLES or (params.read(root).get(address) or {}).get("sources")
+        if address in states and (states[address].recorded or is_used) and states[address].changed:
+            raise InputError(
+                f"{address} is not up to date ({states[address].changed[0]}), so its rows may not be those of the sources",
+                f"run `dvc repro {address}`, then ask again",
+            )
+
+
+def _hashes_when_read(root: Path) -> dict[str, str]:
+    """sha256 of each source file that the raw data sets were read from, by their reports: row numbers are those of these versions."""
+    found: dict[str, str] = {}
+    for address in (EXAMPLES, PAIRS):
+        path = f"data/reports/{address}.json"
+        report = read_document(root / path, path, f"make it again with `dvc repro {address}`") if (root / path).is_file() else {}
+        for name, facts in report.get("sources", {}).items():
+            files = facts.get("files")
+            found |= {name: facts["sha256"]} if files is None else {f"{name.rstrip('/')}/{one}": of["sha256"] for one, of in files.items()}
+    return found
+
+
+def _hashes_of_notes(root: Path) -> dict[str, str]:
+    """sha256 of each file of paraphrases and review, before it is read."""
+    paths = [path for folder in NOTES.values() for path in (root / folder).rglob("*") if path.is_file()]
+    return {path.relative_to(root).as_posix(): sha256_of_file(path) for path in paths}
+
+
+def _change(root: Path, path: str, rows: Iterable[int], may_be_empty: bool, read: Mapping[str, str]) -> dict[str, Any]:
+    """What a file is before and after some rows are taken out.
+
+    Args:
+        read: sha256 of each file when its rows were numbered.
+    Raises:
+        InputError: it is not a file of data/sources, it was changed since its rows were numbered, or the rows cannot be taken out.
+    """
     file = root / path
-    if "://" in path or not file.is_file() or not file.resolve().is_relative_to((root / "data" / "sources").resolve()):
+    if "://" in path or not file.is_file() or not _is_own(root, file):
         raise InputError(
             f"{path}: not a file in data/sources, so rows cannot be taken out", "erase them where it is kept, and set its new `revision`"
         )
     numbers = sorted(rows)
     content = removal.without(file, {*numbers}, path, may_be_empty)
-    return {"rows": numbers, "before": sha256_of_file(file), "after": sha256_of_bytes(content), "may_be_empty": may_be_empty}
+    if (before := sha256_of_file(file)) != read.get(path):
+        raise InputError(
+            f"{path} was changed after its rows were read, so their numbers may be those of others",
+            f"run `dvc repro {EXAMPLES} {PAIRS}`, then ask again",
+        )
+    return {"rows": numbers, "before": before, "after": sha256_of_bytes(content), "may_be_empty": may_be_empty}
+
+
+def _is_own(root: Path, file: Path) -> bool:
+    """Whether a file is in data/sources, itself or, for a file that DVC tracks, as a link to DVC's cache, which is replaced and not followed."""
+    folder = file.parent.resolve()
+    is_link_elsewhere = file.is_symlink() and not file.resolve().is_relative_to(Objects(root).cache.resolve())
+    return folder.is_relative_to((root / "data" / "sources").resolve()) and not is_link_elsewhere
+
+
+def _refuse_reason(reason: str, request: Request, found: Found) -> None:
+    """Raises:
+    InputError: the reason, which is written to files that git tracks, holds what was requested or a text or id of the records.
+    """
+    said = " ".join(reason.casefold().split())
+    ids = [*found.ids, *found.made, *found.needles.ids]
+    texts = [*found.needles.texts, *(text for raw in found.meant for text in raw.texts if len(text) >= SHORTEST)]
+    parts = [*request.containing, *request.records, *ids, *texts]
+    if any(part and part in said for part in (" ".join(one.casefold().split()) for one in parts)):
+        raise InputError(
+            "--reason: it repeats what was requested, or a text or id of the records, and is written to files that git tracks",
+            "name the request by a number of your own",
+        )
+
+
+def _has_event_log_elsewhere(root: Path) -> bool:
+    """Whether dagster.yaml puts the event log, the runs or the logs of runs in other places than Dagster's home, such as Postgres."""
+    file = dagster_home(root) / "dagster.yaml"
+    if not file.is_file():
+        return False
+    try:
+        settings = YAML(typ="safe").load(file.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError):  # nobody can say where
+        return True
+    return isinstance(settings, Mapping) and not STORAGES.isdisjoint(settings)
 
 
 def _refuse_shifted_waivers(root: Path, rows: Mapping[str, set[int]]) -> None:
@@ -174,19 +261,19 @@ def _names(waivers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def models_of(index: Index, ids: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], set[str]]:
-    """Models that saw any of some records, each with its `fate`; those of which it is unknown; and hashes of the outputs to retire: of models, and of
+    """Models that saw any of some records, each with its `outcome`; those of which it is unknown; and hashes of the outputs to retire: of models, and of
     everything that was made from them."""
     models, unknown = exposed_models(index, ids) if ids else ([], [])
     workspace = {run.md5 for run in index.runs.values() if run.in_workspace}
-    models = [_fate(model, workspace) for model in models]
-    retired = {model["md5"] for model in models if model["fate"] != KEEP}
+    models = [_with_outcome(model, workspace) for model in models]
+    retired = {model["md5"] for model in models if model["outcome"] != KEEP}
     return models, unknown, retired | _made_from(index, retired)
 
 
-def _fate(model: Mapping[str, Any], workspace: set[str]) -> dict[str, Any]:
+def _with_outcome(model: Mapping[str, Any], workspace: set[str]) -> dict[str, Any]:
     splits = {split for seen in model["seen"] for split in seen["splits"]}
-    fate = KEEP if splits == {"test"} else REMAKE if model["md5"] in workspace else RETIRE
-    return {**{name: model[name] for name in ("stage", "path", "md5", "commit", "found_in")}, "splits": sorted(splits), "fate": fate}
+    outcome = KEEP if splits == {"test"} else REMAKE if model["md5"] in workspace else RETIRE
+    return {**{name: model[name] for name in ("stage", "path", "md5", "commit", "found_in")}, "splits": sorted(splits), "outcome": outcome}
 
 
 def _made_from(index: Index, models: set[str]) -> set[str]:
@@ -208,7 +295,7 @@ def _outputs(index: Index) -> dict[str, str]:
 
 def needles_in(plan: Mapping[str, Any]) -> Needles:
     saved = plan["needles"]
-    return Needles(tuple(saved["texts"]), tuple(saved["ids"]), saved["unsearchable"])
+    return Needles(tuple(saved["texts"]), tuple(map(tuple, saved["groups"])), tuple(saved["ids"]), saved["unsearchable"])
 
 
 def models_now(root: Path) -> dict[str, str]:
@@ -216,10 +303,11 @@ def models_now(root: Path) -> dict[str, str]:
     return _outputs(Index(root))
 
 
-def found_in_models(root: Path, ids: Sequence[str]) -> list[str]:
-    """Addresses of the models of the workspace that saw any of the records, whatever the split."""
+def found_in_models(root: Path, ids: Sequence[str]) -> dict[str, list[str]]:
+    """Addresses of the models of the workspace that saw any of the records, whatever the split, as "yes"; those of which nobody can tell, as "unknown"."""
     index = Index(root)
     index.read_records()
     workspace = {run.md5 for run in index.runs.values() if run.in_workspace}
-    models, _ = exposed_models(index, ids) if ids else ([], [])
-    return sorted({model["stage"] for model in models if model["md5"] in workspace})
+    models, unknown = exposed_models(index, ids) if ids else ([], [])
+    found = {"yes": models, "unknown": unknown}
+    return {answer: sorted({model["stage"] for model in of if model["md5"] in workspace}) for answer, of in found.items()}

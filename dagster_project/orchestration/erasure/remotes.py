@@ -1,4 +1,4 @@
-"""The DVC remotes of a project: those in a folder of this machine, and those elsewhere, which `pedigree erase` does not reach."""
+"""The cache and the DVC remotes of a project: those in a folder of this machine, and those elsewhere, which `pedigree erase` does not reach."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from dagster_project.orchestration.private_api import private_module
 
 @dataclass
 class Remotes:
+    cache: Path
+    """Folder of DVC's cache, whichever of its settings names it: the one with `files` and `runs`."""
     folders: dict[str, Path] = field(default_factory=dict)
-    """Name -> folder, of remotes on this machine."""
+    """Name -> folder, of remotes on this machine. Links are resolved."""
     elsewhere: list[str] = field(default_factory=list)
     """Names of the others."""
 
@@ -26,7 +28,7 @@ def remotes_of(root: Path) -> Remotes:
 
 
 def _remotes(repo: Any) -> Remotes:
-    found = Remotes()
+    found = Remotes(Path(repo.cache.local.path).resolve().parent.parent)
     for name in repo.config["remote"]:
         try:
             remote = repo.cloud.get_remote(name)
@@ -34,26 +36,24 @@ def _remotes(repo: Any) -> Remotes:
             found.elsewhere.append(name)
             continue
         if remote.fs.protocol == "local":
-            found.folders[name] = Path(remote.path)
+            found.folders[name] = Path(remote.path).resolve()
         else:
             found.elsewhere.append(name)
     return found
 
 
 @contextmanager
-def removers(root: Path) -> Iterator[dict[str, Callable[[str], bool]]]:
-    """Name of each remote on this machine -> function that removes an object by its hash, by DVC's own file system. Returns whether it was there."""
+def removers(root: Path) -> Iterator[dict[str, Callable[[str], None]]]:
+    """Name of each remote on this machine -> function that removes an object by its hash, by DVC's own file system."""
     with open_repo(root) as repo:
 
-        def remover(name: str) -> Callable[[str], bool]:
+        def remover(name: str) -> Callable[[str], None]:
             objects = repo.cloud.get_remote_odb(name)
 
-            def remove(oid: str) -> bool:
+            def remove(oid: str) -> None:
                 path = objects.oid_to_path(oid)
-                if not objects.fs.exists(path):
-                    return False
-                objects.fs.remove(path)
-                return True
+                if objects.fs.exists(path):
+                    objects.fs.remove(path)
 
             return remove
 

@@ -3,10 +3,12 @@ erasure goes on with the same lists, and ends in the same state and certificate.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from dagster_project.core.records import remove
 from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.erasure import removal, tombstones
 from dagster_project.lineage.erasure.scan import Scanner
-from dagster_project.lineage.history import Objects
 from dagster_project.lineage.index import Index
-from dagster_project.orchestration.erasure import event_log, objects
-from dagster_project.orchestration.erasure.places import CACHE, EVENT_LOG, PLAN, Search, search
+from dagster_project.orchestration.erasure import event_log
+from dagster_project.orchestration.erasure.exclusive import no_stage_runs
+from dagster_project.orchestration.erasure.layout import CACHE, EVENT_LOG, PLAN, SCRATCH
+from dagster_project.orchestration.erasure.objects import Own, listings, name_of, own_objects, runs_naming, to_remove
+from dagster_project.orchestration.erasure.places import Search, search
 from dagster_project.orchestration.erasure.plan import found_in_models, models_now, needles_in, save
 from dagster_project.orchestration.erasure.remotes import needed_objects, remotes_of, removers
 from dagster_project.orchestration.run_all import run_all
@@ -28,8 +32,10 @@ log = logging.getLogger("pedigree")
 
 OWN_SCRATCH = ("set_aside", "checkpoints", "scratch", "rows")
 """Folders of .dvc/tmp/pedigree that may hold tokens, weights or hashes of a run with the record: deleted as a whole."""
-DELETED = ("pages", "scratch files")
+DELETED = ("pages", SCRATCH)
 """Places whose files are deleted: they are drawn again, or are of no use."""
+COPY = "source"
+"""File in the folder of the plan: a source without the rows, before it replaces the source."""
 
 
 class Erasure:
@@ -39,16 +45,17 @@ class Erasure:
         """Args:
         validate: refuses bad parameters before the pipeline runs.
         """
-        self.root, self.plan, self.validate = root, plan, validate
+        self.root, self.plan, self.validate = root.resolve(), plan, validate
         self.scanner = Scanner(needles_in(plan))
 
     def run(self) -> None:
-        """All steps that are not done yet."""
-        steps = (self.sources, self.tombstones, self.pipeline, self.cache, self.files, self.index, self.dagster, self.left)
+        """All steps that are not done yet. `left` comes after all that the command does."""
+        steps = (self.sources, self.tombstones, self.pipeline, self.cache, self.files, self.index, self.dagster)
         for step in steps:
             if step.__name__ not in self.plan["done"]:
                 log.info(f"erase: {(step.__doc__ or '').partition('.')[0].strip()}")
-                step()
+                with nullcontext() if step == self.pipeline else no_stage_runs(self.root, self.plan["stages"], waits=True):
+                    step()
                 self.plan["done"].append(step.__name__)
                 save(self.root, self.plan)
 
@@ -56,6 +63,8 @@ class Erasure:
         """Take the rows out of the sources."""
         for path, change in self.plan["sources"].items():
             file = self.root / path
+            beside = file.with_name(f".{file.name}.erase")
+            beside.unlink(missing_ok=True)  # of an erasure that was killed
             now = sha256_of_file(file) if file.is_file() else "missing"
             if now == change["after"]:
                 continue
@@ -64,10 +73,7 @@ class Erasure:
             content = removal.without(file, {*change["rows"]}, path, change["may_be_empty"])
             if sha256_of_bytes(content) != change["after"]:
                 raise AssertionError(f"{path}: another result than planned")
-            scratch = file.with_name(f".{file.name}.{os.getpid()}")
-            scratch.write_bytes(content)
-            shutil.copymode(file, scratch)
-            scratch.replace(file)
+            _replace(file, content, self.root / PLAN / COPY, beside)
 
     def tombstones(self) -> None:
         """Write keyed hashes of the records, by which a later import is refused."""
@@ -92,7 +98,8 @@ class Erasure:
             self._plan_objects()
             save(self.root, self.plan)
         removed = self.plan["removed"]
-        folder = Objects(self.root).cache
+        self._keep_needed(removed)
+        folder = remotes_of(self.root).cache / "files" / "md5"
         for name in removed["objects"]:
             (folder / name[:2] / name[2:]).unlink(missing_ok=True)
         for path in removed["runs"]:
@@ -102,37 +109,44 @@ class Erasure:
                 for oid in oids:
                     by_remote[name](oid)
 
+    def _keep_needed(self, removed: dict[str, Any]) -> None:
+        """Take out of the lists what dvc.lock names by now: an interrupted erasure can go on much later."""
+        needed = needed_objects(self.root)
+        removed["objects"] = [name for name in removed["objects"] if name not in needed]
+        removed["remotes"] = {remote: [name for name in names if name not in needed] for remote, names in removed["remotes"].items()}
+        save(self.root, self.plan)
+
     def _plan_objects(self) -> None:
         remotes = remotes_of(self.root)
         found = search(self.root, self.scanner, remotes)
         needed = needed_objects(self.root)
-        cache = Objects(self.root).cache
-        is_own = cache.resolve().is_relative_to(self.root.resolve())
-        oids = self._oids(found, CACHE, cache, needed)
+        index = Index(self.root)
+        recorded = own_objects(index, self.plan["own"], with_run_cache=False)
+        oids, runs = set[str](), list[Path]()
+        if found.layout.owns_cache:
+            own = own_objects(index, self.plan["own"], with_run_cache=True)
+            oids = self._oids(found, CACHE, remotes.cache, needed, own, {*self.plan["retired"]})
         on_remotes = {
-            name: self._oids(found, f"remote {name}", folder / "files" / "md5", needed) for name, folder in remotes.folders.items()
+            name: self._oids(found, f"remote {name}", folder, needed, recorded, recorded.outputs.intersection(self.plan["retired"]))
+            for name, folder in remotes.folders.items()
         }
         everything = oids.union(*on_remotes.values())
-        runs = [
-            *objects.runs_naming(self.root, everything),
-            *(p for f in remotes.folders.values() for p in objects.files_naming(f, everything)),
-        ]
+        for storage in [*([remotes.cache] if found.layout.owns_cache else []), *remotes.folders.values()]:
+            runs += runs_naming(storage, everything)
         self.plan["removed"] = {
-            "objects": sorted(oids) if is_own else [],
+            "objects": sorted(oids),
             "runs": [os.path.relpath(path, self.root) for path in runs],
             "remotes": {name: sorted(of) for name, of in on_remotes.items()},
         }
-        self.plan["shared cache"] = not is_own
-        self.plan["files"] = sorted(
-            os.path.relpath(hit.path, self.root) for place in DELETED for hit in found.places.get(place, ()) if hit.path.is_file()
-        )
+        self.plan["shared cache"] = not found.layout.owns_cache
+        self.plan["files"] = sorted(os.path.relpath(hit.path, self.root) for place in DELETED for hit in found.places.get(place, ()))
 
-    def _oids(self, found: Search, place: str, folder: Path, needed: set[str]) -> set[str]:
+    def _oids(self, found: Search, place: str, storage: Path, needed: set[str], own: Own, retired: set[str] | frozenset[str]) -> set[str]:
         """Hashes of the objects of a cache or remote to remove."""
-        if not folder.is_dir():
-            return set()
-        holding = {name for hit in found.places.get(place, ()) if hit.path.is_relative_to(folder) and (name := objects.name_of(hit.path))}
-        gone = objects.to_remove(objects.listings(folder), holding, {*self.plan["retired"]}, needed)
+        folder = storage / "files" / "md5"
+        hits = (hit for hit in found.places.get(place, ()) if hit.sure and hit.path.is_relative_to(folder))
+        holding = {name for hit in hits if (name := name_of(hit.path))}
+        gone = to_remove(listings(folder), holding, retired, needed, own)
         return {name for name in gone if (folder / name[:2] / name[2:]).is_file()}
 
     def files(self) -> None:
@@ -154,26 +168,44 @@ class Erasure:
     def dagster(self) -> None:
         """Remove what holds them from Dagster's event log and log files."""
         found = search(self.root, self.scanner, remotes_of(self.root))
-        paths = [hit.path for hit in found.places.get(EVENT_LOG, ())]
+        shared = not found.layout.home.is_relative_to(self.root)
+        paths = [hit.path for hit in found.places.get(EVENT_LOG, ()) if hit.sure or not shared]
         known = self.plan.setdefault("dagster", [])
         self.plan["dagster"] = sorted({*known, *(os.path.relpath(path, self.root) for path in paths)})
         save(self.root, self.plan)
         for path in paths:
-            base = path.with_name(path.name.removesuffix("-wal").removesuffix("-shm").removesuffix("-journal"))
-            if base.is_file() and event_log.is_database(base):
-                event_log.clean(base, self.scanner)
-            elif path.is_file() and path.name not in event_log.SCHEMA:
-                path.unlink()
+            if database := event_log.database_of(path):
+                event_log.clean(database, self.scanner, only_sure=shared)
+            else:
+                path.unlink(missing_ok=True)
 
     def left(self) -> None:
-        """Search every place again."""
+        """Search every place again, also if an interrupted command has done so."""
         found = search(self.root, self.scanner, remotes_of(self.root))
-        self.plan["left"] = found.document(self.root)
+        self.plan["left"] = found.document()
         self.plan["blobs"] = found.blobs
-        self.plan["searched"] = {
-            "files": found.files, "git objects": found.objects, "weights": found.weights, "unreadable": found.unreadable,
-        }  # fmt: skip
+        self.plan["searched"] = found.searched()
         self.plan["after"] = models_now(self.root)
+
+
+def _replace(file: Path, content: bytes, scratch: Path, beside: Path) -> None:
+    """Replace a file as a whole. Nothing half written is ever in its folder, which stages depend on.
+
+    Args:
+        scratch: where the new file is written.
+        beside: where, if that is on another file system.
+    """
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    scratch.write_bytes(content)
+    shutil.copymode(file, scratch)
+    try:
+        scratch.replace(file)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copy(scratch, beside)
+        beside.replace(file)
+        scratch.unlink()
 
 
 def finish(root: Path) -> None:

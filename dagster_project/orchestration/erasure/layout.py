@@ -1,0 +1,97 @@
+"""Which place of a project a file is in: the place decides whether an erasure may delete the file. All paths are resolved before they are compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dagster_project.core.git import git
+from dagster_project.lineage.database import INDEX_FILE
+from dagster_project.orchestration.erasure.remotes import Remotes
+
+PLAN = Path(".dvc", "tmp", "pedigree", "erase")
+"""Folder of the plan of an unfinished erasure. It holds the text, and is deleted at the end."""
+CACHE, RUN_CACHE, INDEX, EVENT_LOG, SCRATCH = "DVC cache", "run cache", "audit index", "Dagster", "scratch files"
+FOLDERS = {
+    "data/sources": "sources",
+    "data/reports": "reports",
+    "data/pages": "pages",
+    ".dvc/tmp/pedigree": SCRATCH,
+    ".dvc/tmp": "scratch files of DVC",
+    "data": "outputs",
+}
+"""Folder -> name of the place, for files of the project. In those of DVC people's experiments can be, so nothing there is deleted."""
+DAGSTER_FOLDERS = ("history", "schedules", "storage")
+"""Folders of Dagster's home that Dagster fills: event log and runs, schedules, logs and values."""
+DVC_FOLDERS = ("files", "runs")
+"""Folders of DVC's caches and remotes."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Folders of a project."""
+
+    root: Path
+    remotes: Remotes
+    home: Path
+    """Dagster's home."""
+    tracked: frozenset[Path]
+    """Files in Dagster's home that git tracks: never Dagster's."""
+
+    @property
+    def owns_cache(self) -> bool:
+        """Whether the cache is in the project, and not one that projects share."""
+        return self.remotes.cache.is_relative_to(self.root)
+
+    def folders(self) -> Iterator[Path]:
+        """Every folder to search. Of one that the project is in, only the folders that are Dagster's or DVC's."""
+        yield self.root
+        for folder, parts in self._outside():
+            if self.root.is_relative_to(folder):
+                yield from (folder / part for part in parts if not (folder / part).is_relative_to(self.root))
+            elif not folder.is_relative_to(self.root):
+                yield folder
+
+    def _outside(self) -> Iterator[tuple[Path, tuple[str, ...]]]:
+        yield self.remotes.cache, DVC_FOLDERS
+        yield self.home, DAGSTER_FOLDERS
+        yield from ((folder, DVC_FOLDERS) for folder in self.remotes.folders.values())
+
+    def place(self, path: Path) -> str:
+        """Name of the place that a file is in."""
+        if path.name.startswith(INDEX_FILE.name) and path.parent == self.root / INDEX_FILE.parent:
+            return INDEX
+        cache = self.remotes.cache
+        if path.is_relative_to(cache / "runs"):
+            return RUN_CACHE
+        if path.is_relative_to(cache / "files"):
+            return CACHE
+        for name, folder in self.remotes.folders.items():
+            if any(path.is_relative_to(folder / part) for part in DVC_FOLDERS):
+                return f"remote {name}"
+        if self._is_dagster(path):
+            return EVENT_LOG
+        if not path.is_relative_to(self.root):
+            return "files outside the project"
+        relative = path.relative_to(self.root).as_posix()
+        return next((name for folder, name in FOLDERS.items() if relative.startswith(f"{folder}/")), "other files")
+
+    def _is_dagster(self, path: Path) -> bool:
+        """Whether Dagster made a file. The home can be the project's folder, or one around it."""
+        if path in self.tracked or path.is_relative_to(self.root / "data"):
+            return False
+        if path.is_relative_to(self.root) and not self.home.is_relative_to(self.root):
+            return False
+        return any(path.is_relative_to(self.home / part) for part in DAGSTER_FOLDERS)
+
+
+def dagster_home(root: Path) -> Path:
+    return Path(os.environ.get("DAGSTER_HOME") or root / ".dagster").resolve()
+
+
+def layout_of(root: Path, remotes: Remotes) -> Layout:
+    home = dagster_home(root)
+    listed = git(home, "ls-files", "-z") if home.is_dir() else None
+    return Layout(root.resolve(), remotes, home, frozenset(home / name for name in (listed or "").split("\0") if name))

@@ -1,0 +1,306 @@
+"""`pedigree erase` deletes what is shown to be this project's, and only that; what it does not search, it says."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import sqlite3
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.history import Project, identity
+
+from dagster_project.core.errors import InputError
+from dagster_project.lineage.erasure.needles import needles_of
+from dagster_project.lineage.erasure.removal import without
+from dagster_project.lineage.erasure.scan import SURE, Scanner
+from dagster_project.lineage.index import Index
+from dagster_project.orchestration.erasure import git_objects, objects, steps
+from dagster_project.orchestration.erasure.layout import layout_of
+from dagster_project.orchestration.erasure.objects import Own, own_objects, to_remove
+from dagster_project.orchestration.erasure.places import Search, search
+from dagster_project.orchestration.erasure.remotes import Remotes, remotes_of
+from dagster_project.orchestration.erasure.steps import Erasure
+
+SECRET = "Zephyrine Okonkwo of Larkspur Lane has lost a cobalt lantern without its wick"
+SCANNER = Scanner(needles_of([SECRET], [], []))
+
+
+def git(root: Path, *arguments: str) -> str:
+    command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+
+
+def write(path: Path, content: str = SECRET) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+def plan(**changes: Any) -> dict[str, Any]:
+    needles = needles_of([SECRET], [identity("secret")], [])
+    return {"needles": needles.document(), "retired": [], "own": [], "done": [], "sources": {}, **changes}
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "project"
+    root.mkdir()
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    return root
+
+
+def found_in(root: Path, remotes: Remotes | None = None) -> Search:
+    return search(root, Scanner(needles_of([SECRET], [], [])), remotes or Remotes(root / ".dvc/cache"))
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Project, dict[str, str], Path]:
+    """A project with a shared remote. Names -> hashes of objects in its cache and in the remote."""
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    root = tmp_path / "project"
+    root.mkdir()
+    toy = Project(root)
+    source = "data/sources/a.jsonl"
+    old = toy.lock([("secret", "train", source), ("common", "train", source)])
+    card = toy.put({"README.md": SECRET.encode(), "model.safetensors": b"base"})
+    base = {
+        "cmd": "python -m dagster_project run base_model",
+        "deps": [],
+        "outs": [{"path": "data/base_model", "hash": "md5", "md5": card}],
+    }
+    toy.commit({**old, "base_model": base})
+    toy.commit(toy.lock([("common", "train", source)]))
+    foreign = toy.put({"notes.txt": SECRET.encode() + b" twice", "weights.bin": b"theirs"})
+    names = {"splits": old["splits"]["outs"][0]["md5"], "base": card, "foreign": foreign}
+    write(root / ".dvc/cache/runs/ab/abcd/e1", f"outs: [{{md5: {foreign}}}]")
+    write(root / ".dvc/cache/runs/ab/abce/e2", f"outs: [{{md5: {names['splits']}}}]")
+    remote = tmp_path / "remote"
+    subprocess.run(["cp", "-r", root / ".dvc/cache", remote], check=True)
+    (root / ".dvc/config").write_text(f"['remote \"store\"']\n    url = {remote}\n[cache]\n    dir = ../cache\n")
+    (root / ".dvc/cache").rename(root / "cache")
+    return toy, names, remote
+
+
+def removed(root: Path, **changes: Any) -> dict[str, Any]:
+    erasure = Erasure(root, plan(**changes), lambda _: None)
+    erasure.cache()
+    found: dict[str, Any] = erasure.plan["removed"]
+    return found
+
+
+def test_only_outputs_of_this_project_that_hold_rows_are_removed_from_cache_and_remotes(
+    shared: tuple[Project, dict[str, str], Path],
+) -> None:
+    toy, names, remote = shared
+    root = toy.root
+    lists = removed(root)
+    for folder, gone in ((root / "cache", lists["objects"]), (remote, lists["remotes"]["store"])):
+        assert names["splits"] in gone and names["base"] not in gone and names["foreign"] not in gone
+        left = {path.parent.name + path.name for path in (folder / "files/md5").glob("??/*")}
+        assert names["splits"] not in left and {names["base"], names["foreign"]} <= left
+        assert {path.name for path in (folder / "runs").glob("*/*/*")} == {"e1"}
+        for listing in (names["base"], names["foreign"]):
+            files = json.loads((folder / "files/md5" / listing[:2] / listing[2:]).read_bytes())
+            assert {one["md5"] for one in files} <= left
+    after = search(root, Scanner(needles_of([SECRET], [], [])), remotes_of(root))
+    assert len(after.places["DVC cache"]) == 2 and len(after.places["remote store"]) == 2
+
+
+def test_nothing_is_removed_from_a_shared_cache_or_its_run_cache(shared: tuple[Project, dict[str, str], Path], tmp_path: Path) -> None:
+    toy, names, remote = shared
+    (toy.root / "cache").rename(tmp_path / "cache")
+    (toy.root / ".dvc/config").write_text("[cache]\n    dir = ../../cache\n")
+    before = sorted((tmp_path / "cache").rglob("*"))
+    assert removed(toy.root) == {"objects": [], "runs": [], "remotes": {}}
+    assert sorted((tmp_path / "cache").rglob("*")) == before and remote.is_dir() and names
+
+
+def test_what_the_workspace_needs_by_now_stays_when_an_erasure_goes_on(
+    shared: tuple[Project, dict[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy, names, remote = shared
+    lists = {"objects": [names["foreign"], names["splits"]], "runs": [], "remotes": {"store": [names["splits"]]}}
+    monkeypatch.setattr(steps, "needed_objects", lambda _: {names["splits"]})
+    assert removed(toy.root, removed=lists) == {"objects": [names["foreign"]], "runs": [], "remotes": {"store": []}}
+    assert (remote / "files/md5" / names["splits"][:2] / names["splits"][2:]).is_file()
+
+
+def test_sources_that_dvc_tracks_are_this_projects(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    for number, path in enumerate(("data/sources/a.jsonl.dvc", "data/sources/deep/b.jsonl.dvc", "data/sources/benchmarks/c.jsonl.dvc")):
+        write(tmp_path / path, f"outs:\n- md5: {number:032x}\n  path: x\n")
+    toy.commit({})
+    git(tmp_path, "rm", "-q", "data/sources/a.jsonl.dvc")
+    toy.commit({})
+    assert own_objects(Index(tmp_path), (), with_run_cache=True).outputs == {f"{0:032x}", f"{1:032x}"}
+
+
+def test_a_file_that_another_output_has_too_stays() -> None:
+    folders = {"mine.dir": frozenset({"row", "same"}), "theirs.dir": frozenset({"same"})}
+    own = Own(frozenset({"mine.dir", "same"}), frozenset({"row", "same"}), frozenset())
+    assert to_remove(folders, {"row", "same"}, set(), set(), own) == {"mine.dir", "row"}
+    assert to_remove(folders, {"row"}, set(), set(), Own(own.outputs, own.files, frozenset({"row"}))) == set()
+
+
+def test_one_short_fragment_is_not_enough_to_delete() -> None:
+    assert SCANNER.content(b"a Zephyrine Okonkwo of Larkspur b") == {"text"}
+    assert SURE in SCANNER.content(SECRET.encode())
+    assert Scanner(needles_of([SECRET[:30]], [], [])).content(SECRET[:30].encode()) == {"text"}  # its two fragments overlap
+
+
+@pytest.mark.parametrize("home", [".", ".."])
+def test_a_home_of_dagster_around_the_project_makes_no_file_of_the_project_its_own(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    git(bare, "init", "-q")
+    kept = [write(bare / name) for name in ("README.md", "docs/a.md", "data/history/a.txt", "storage/kept.txt", "data/sources/a.jsonl")]
+    git(bare, "add", "-A")
+    own = write(bare / home / "history/runs.txt")
+    monkeypatch.setenv("DAGSTER_HOME", str(bare / home))
+    erasure = Erasure(bare, plan(), lambda _: None)
+    monkeypatch.setattr(steps, "remotes_of", lambda root: Remotes(root / ".dvc/cache"))
+    erasure.dagster()
+    assert all(path.is_file() for path in kept) and not own.exists()
+
+
+def test_rows_of_an_event_log_that_projects_share_go_only_if_they_are_surely_of_the_record(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = [SECRET, "theirs: Zephyrine Okonkwo of Larkspur", "fine"]
+    left = {}
+    for name, home in (("shared", tmp_path / "home"), ("own", bare / ".dagster")):
+        path = write(home / "history/index.db", "")
+        log = write(home / "storage/a.err", events[1])
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TABLE event_logs (id INTEGER PRIMARY KEY, event TEXT)")
+            db.executemany("INSERT INTO event_logs (event) VALUES (?)", [(event,) for event in events])
+        db.close()
+        monkeypatch.setenv("DAGSTER_HOME", str(home))
+        monkeypatch.setattr(steps, "remotes_of", lambda root: Remotes(root / ".dvc/cache"))
+        Erasure(bare, plan(), lambda _: None).dagster()
+        with sqlite3.connect(path) as db:
+            left[name] = [event for (event,) in db.execute("SELECT event FROM event_logs")], log.exists()
+        db.close()
+    assert left == {"shared": (events[1:], True), "own": (["fine"], False)}
+
+
+def test_paths_are_compared_resolved(bare: Path, tmp_path: Path) -> None:
+    real = write(tmp_path / "real/files/md5/ab/c").parents[3]
+    (tmp_path / "link").symlink_to(real)
+    layout = layout_of(bare, Remotes((tmp_path / "link").resolve(), {}))
+    assert layout.place(real / "files/md5/ab/c") == "DVC cache" and not layout.owns_cache
+
+
+def test_the_cache_is_the_one_that_dvc_uses(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Project(bare)
+    assert remotes_of(bare).cache == bare / ".dvc/cache"
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "config"))
+    write(tmp_path / "config/config", f"[cache]\n    dir = {tmp_path}/x/../everyones\n")
+    assert remotes_of(bare).cache == tmp_path / "everyones"
+
+
+def test_a_git_that_fails_is_an_error_and_no_clean_history(bare: Path) -> None:
+    assert found_in(bare).blobs == []
+    (bare / ".git").mkdir()
+    with pytest.raises(InputError, match="git history cannot be searched"):
+        found_in(bare)
+
+
+def test_git_objects_that_cannot_be_read_are_counted_and_the_others_searched(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git(bare, "init", "-q")
+    for name in ("a", "b", "c"):
+        write(bare / name, SECRET + name)
+    git(bare, "add", "-A")
+    bad = git(bare, "rev-parse", ":b").strip()
+    read = git_objects.blobs
+    monkeypatch.setattr(git_objects, "blobs", lambda root, names: {} if bad in names else read(root, names))
+    found = found_in(bare)
+    assert len(found.blobs) == 2 and found.unsearched == {"git objects that cannot be read": 1}
+
+
+def test_large_files_of_git_and_submodules_are_searched(bare: Path) -> None:
+    git(bare, "init", "-q")
+    write(bare / ".git/lfs/objects/ab/cd/abcd")
+    inner = bare / ".git/modules/inner"
+    inner.mkdir(parents=True)
+    git(inner, "init", "-q", "--bare")
+    git(inner, "hash-object", "-w", str(write(bare.parent / "x")))
+    nested = bare / "nested"
+    nested.mkdir()
+    git(nested, "init", "-q")
+    git(nested, "hash-object", "-w", str(bare.parent / "x"))
+    assert {place: len(hits) for place, hits in found_in(bare).places.items()} == {"Git LFS and git-annex": 1, "git submodules": 2}
+
+
+def test_links_to_other_folders_are_counted(bare: Path, tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere/a.txt")
+    for name, target in (
+        ("folder", tmp_path / "elsewhere"),
+        ("file", tmp_path / "elsewhere/a.txt"),
+        ("inside", bare),
+        ("broken", bare / "x"),
+    ):
+        (bare / name).symlink_to(target)
+    found = found_in(bare)
+    assert found.unsearched == {"links to files and folders elsewhere": 2} and found.places == {}
+
+
+def test_files_that_vanish_or_cannot_be_read_end_no_search(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {name: write(bare / name) for name in ("gone", "locked", "read")}
+    read = Path.open
+
+    def opened(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self.name == "locked":
+            raise PermissionError(errno.EACCES, "denied", str(self))
+        if self.name == "gone":
+            paths["gone"].unlink(missing_ok=True)
+        return read(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", opened)
+    found = found_in(bare)
+    assert found.unsearched == {"files that cannot be read": 1}
+    assert [hit.path.name for hits in found.places.values() for hit in hits] == ["read"]
+
+
+def test_work_trees_of_experiments_are_left(bare: Path) -> None:
+    write(bare / ".dvc/tmp/exps/standalone/x/README.md")
+    write(bare / ".dvc/tmp/pedigree/a.json")
+    places = found_in(bare).places
+    assert {*places} == {"scratch files of DVC", "scratch files"} and "scratch files of DVC" not in steps.DELETED
+
+
+@pytest.mark.parametrize("other_disk", [False, True])
+def test_a_source_is_replaced_as_a_whole_and_its_folder_gets_no_other_file(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, other_disk: bool
+) -> None:
+    source = write(bare / "data/sources/a.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+    content = without(source, {0}, "a")
+    change = {"rows": [0], "may_be_empty": False, "before": steps.sha256_of_file(source), "after": steps.sha256_of_bytes(content)}
+    write(source.with_name(".a.jsonl.erase"), "half")
+    seen, replace = [], Path.replace
+
+    def replaced(self: Path, target: Path) -> Any:
+        seen.append(self.relative_to(bare).as_posix())
+        if other_disk and self.parent != target.parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replaced)
+    Erasure(bare, plan(sources={"data/sources/a.jsonl": change}), lambda _: None).sources()
+    assert source.read_bytes() == content and [path.name for path in source.parent.iterdir()] == ["a.jsonl"]
+    assert seen[0] == ".dvc/tmp/pedigree/erase/source" and len(seen) == 1 + other_disk
+
+
+def test_rows_leave_a_csv_file_with_a_long_field(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", f"text\n{'x' * 200_000}\nshort\n")
+    limit = csv.field_size_limit()
+    assert without(path, {0}, "a.csv") == b"text\nshort\n" and csv.field_size_limit() == limit
+
+
+def test_names_of_objects_are_not_those_of_other_files() -> None:
+    assert objects.name_of(Path("x/files/md5/ab") / ("c" * 30)) == "ab" + "c" * 30 and objects.name_of(Path("x/runs/ab/c")) is None
