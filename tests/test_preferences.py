@@ -149,7 +149,7 @@ def test_fields_of_both_rows_of_a_pair_that_are_not_used_reach_the_checks(tmp_pa
     report = read(tmp_path, *({"messages": one, "label": good} for one, good in zip(turns, (True, False), strict=True)))
     assert report.metrics["sources"]["data/sources/p.jsonl"]["fields"]["ignored"] == {"messages[].audio_id": 1, "messages[].id": 1}
     assert [pair["ignored"] for pair in read_pairs(tmp_path / "data/raw_preferences")] == [["messages[].id", "messages[].audio_id"]]
-    assert [check.count for check in report.checks] == [1]
+    assert report.checks[0].count == 1
 
 
 def test_a_mapping_of_examples_is_refused_for_pairs(tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ def test_fields_that_are_not_used_are_a_check_a_line_of_the_ledger_and_a_finding
     asked, said = CHAT["messages"]
     jsonl(root / "data/sources/a.jsonl", CHAT, {"messages": [asked, {**said, "id": 7, "note": None}]}, {**CHAT, "loss": 0.3, "images": []})
     report = read(root, "data/sources/a.jsonl")
-    check, _ = report.checks
+    check = report.checks[0]
     assert (check.name, check.passed, check.severity, check.count, check.blocking) == ("ignored_fields", False, "warn", 2, False)
     assert (check.rows, check.note) == (["data/sources/a.jsonl:1", "data/sources/a.jsonl:2"], "messages[].id 1, loss 1")
     assert [row["why"] for row in read_ledger(root / "out")] == ["", "ignored: messages[].id", "ignored: loss"]
