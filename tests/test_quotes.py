@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from builders.files import jsonl
 from conftest import draw_pages, pedigree
+from markupsafe import escape
 
 from dagster_project.core.params import parse
 from dagster_project.core.records import Report
@@ -227,7 +228,7 @@ def test_a_page_says_so_where_the_rows_are_gone_or_are_others(ran: SimpleNamespa
             raw_examples.produce(root, read, root / "data/raw_examples")
         draw_pages("instructions", ran.reports["instructions"], root / "data/instructions", root / "data/pages/instructions", root)
         page = (root / "data/pages/instructions/report.html").read_text(encoding="utf-8")
-        assert MISSING in page and f"{SOURCE}:0" in page and "New 1" not in page
+        assert str(escape(MISSING)) in page and f"{SOURCE}:0" in page and "New 1" not in page
         assert word("empty") not in page  # a dropped row, which only the data as read have
 
 

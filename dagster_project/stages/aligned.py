@@ -225,7 +225,7 @@ def produce(
     finite_weights = (bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values())
     finite = all(map(math.isfinite, history.losses)) and all(finite_weights)
     change = audit.change()
-    settings = params.settings(method.ignored_params) | {"options": method.model_dump()}
+    settings = params.settings({*method.ignored_params, TIME_KEY}) | {"options": method.model_dump()}
     document = document_of(history, change, settings, compute, device, dtype)
     if place().size > 1:
         document["processes"] = place().size
