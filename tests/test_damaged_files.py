@@ -277,7 +277,7 @@ def test_a_named_pipe_is_one_message_of_every_command_and_none_waits_for_it(
 def test_a_link_to_a_device_is_not_read(root: Path) -> None:
     (root / "dvc.lock").unlink()
     (root / "dvc.lock").symlink_to("/dev/zero")
-    with pytest.raises(InputError, match="dvc.lock is a device, not a file"):
+    with pytest.raises(InputError, match=r"dvc\.lock is a device, not a file"):
         read_stages(root)
 
 

@@ -117,7 +117,11 @@ def _same_version(at_work: Play) -> None:
     assert json.loads(undisturbed) is None
     if changes is None:
         return
-    if any(changes["findings"].values()) or any(changes["rows"][kind] for kind in ("added", "removed", "changed")) or not changes["rows"]["unchanged"]:
+    if (
+        any(changes["findings"].values())
+        or any(changes["rows"][kind] for kind in ("added", "removed", "changed"))
+        or not changes["rows"]["unchanged"]
+    ):
         raise Violation(f"the same rows count as changed: {path.read_text()}")
     path.write_text(undisturbed)
     at_work.run("pedigree", "render")
