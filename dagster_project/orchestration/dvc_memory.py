@@ -1,0 +1,37 @@
+"""DVC's files in memory. It writes the listing of every folder that it hashes to fsspec's global store, where it would stay as long as the process."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+OF_DVC = re.compile(r"/dvc-staging(/|$)|/\.[\w-]+\.tmp(\.with_meta)?$")
+"""Paths that DVC uses: objects that it has not stored yet, by content, and listings under random names."""
+
+_lock = threading.Lock()
+_users = 0
+
+
+@contextmanager
+def released_afterwards() -> Iterator[None]:
+    """DVC is used within; its files in memory are removed when the last of several uses at once ends."""
+    global _users
+    with _lock:
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                _release()
+
+
+def _release() -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    for path in filter(OF_DVC.match, [*MemoryFileSystem.store]):
+        MemoryFileSystem.store.pop(path, None)
+    MemoryFileSystem.pseudo_dirs[:] = [path for path in MemoryFileSystem.pseudo_dirs if not OF_DVC.match(path)]
