@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dagster_project.orchestration.private_api import private_module
+
 OF_DVC = re.compile(r"/dvc-staging(/|$)|/\.[\w-]+\.tmp(\.with_meta)?$")
 """Paths that DVC uses: objects that it has not stored yet, by content, and listings under random names."""
 
@@ -30,8 +32,7 @@ def released_afterwards() -> Iterator[None]:
 
 
 def _release() -> None:
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    for path in filter(OF_DVC.match, [*MemoryFileSystem.store]):
-        MemoryFileSystem.store.pop(path, None)
-    MemoryFileSystem.pseudo_dirs[:] = [path for path in MemoryFileSystem.pseudo_dirs if not OF_DVC.match(path)]
+    memory = private_module("dvc.fs").MemoryFileSystem().fs
+    for path in filter(OF_DVC.match, [*memory.store]):
+        memory.store.pop(path, None)
+    memory.pseudo_dirs[:] = [path for path in memory.pseudo_dirs if not OF_DVC.match(path)]
