@@ -196,16 +196,20 @@ class RunIndex(Database):
         Args:
             requested: (id of the entry, path of the report, its hash).
         """
-        names = {run: f"{commit}:./{report}" for run, report, _ in requested if (commit := self._first_commits.get(run))}
-        committed = blobs(self.root, names.values())
         contents: dict[int, bytes] = {}
         for run, report, md5 in requested:
-            files = [path for path in (self.objects.path(md5) if md5 else None, self.root / report) if path and path.is_file()]
-            for content in (committed.get(names.get(run, ""), b""), *(path.read_bytes() for path in files)):
-                if md5_of_bytes(content) == md5:
+            for path in (self.objects.path(md5) if md5 else None, self.root / report):
+                if run not in contents and path and path.is_file() and md5_of_bytes(content := path.read_bytes()) == md5:
                     contents[run] = content
+        hashes = {run: md5 for run, _, md5 in requested if run not in contents}
+        names = {run: f"{commit}:./{report}" for run, report, _ in requested if run in hashes and (commit := self._first_commits.get(run))}
+        committed = blobs(self.root, names.values())
+        contents |= {
+            run: committed[name] for run, name in names.items() if name in committed and md5_of_bytes(committed[name]) == hashes[run]
+        }
         return contents
 
+    @cached_per_instance
     def report(self, run: StageRun) -> dict[str, Any]:
         """The report that dvc.lock records for this run; empty if its bytes are unavailable."""
         row = self._db.execute("SELECT id, report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)).fetchone()
@@ -340,6 +344,7 @@ class RunIndex(Database):
         commits = (self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in common))
         return next((commit for commit in commits if commit), None)
 
+    @cached_per_instance
     def lock_entry(self, run: StageRun) -> dict[str, Any]:
         """The complete entry of dvc.lock; empty if nothing records the run."""
         row = self._db.execute("SELECT text FROM run WHERE id = ?", (run.entry.id,)).fetchone()
