@@ -12,12 +12,13 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -528,12 +529,35 @@ def export_problems(reach: Reach, texts: dict[str, str], chain: Chain) -> list[s
 # --- histories
 
 
+@contextmanager
+def every_git_command_once() -> Iterator[None]:
+    """Run each git command once, and repeat its result: for questions, which change nothing. Most of their time is that of such processes."""
+    run, results = subprocess.run, dict[Any, Any]()
+
+    def once(command: Any, *arguments: Any, **options: Any) -> Any:
+        if command[0] != "git":
+            return run(command, *arguments, **options)
+        key = (tuple(command), arguments, str(options))
+        if key not in results:
+            results[key] = run(command, *arguments, **options)
+        return results[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", once)
+        yield
+
+
 def check(reach: Reach, draw: random.Random) -> None:
     """Ask random questions and compare the answers.
 
     Raises:
         Wrong: an answer is wrong.
     """
+    with every_git_command_once():
+        ask(reach, draw)
+
+
+def ask(reach: Reach, draw: random.Random) -> None:
     for question, names, source in questions(reach, draw):
         with suppress(TooManyLineages):
             compare_impact(reach, question, names, source)
