@@ -725,6 +725,24 @@ def test_a_model_whose_report_is_lost_is_unknown_to_a_question_by_the_hash_of_a_
     assert impact(toy.root, content="0" * 64)["verdict"] == "cannot tell"
 
 
+def test_a_report_that_is_lost_is_named_as_missing_and_no_source_is_said_to_have_been_added(toy: Toy) -> None:
+    before = git(toy.root, "rev-parse", "HEAD").strip()
+    mail = toy.source_paths()[1]
+    toy.write_source(mail, [*toy.read_source(mail), toy.new_row()])
+    toy.repro()
+    lock, report = (toy.root / "dvc.lock").read_text(), toy.lock()["raw_examples"]["outs"][1]
+    toy.write_source(mail, toy.read_source(mail)[1:])
+    toy.repro()
+    (toy.root / "dvc.lock").write_text(lock)  # committed with the reports of a later run
+    toy.commit()
+    toy.object(report["md5"]).unlink()
+    found = document(find(Index(toy.root), "merged@lora"))
+    assert not found["sources"] and [(one["path"], one["md5"]) for one in found["missing"]] == [(report["path"], report["md5"])]
+    difference = diff(toy.root, "merged@lora", "merged@lora", rev=before)
+    assert difference["records"] and not difference["sources"]
+    assert [(one["path"], one["md5"]) for one in difference["missing"]] == [(report["path"], report["md5"])]
+
+
 def test_a_record_of_two_files_with_the_same_bytes_counts_once(toy: Toy) -> None:
     faq = toy.source_paths()[0]
     row = toy.read_source(faq)[:1]

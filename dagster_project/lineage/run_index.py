@@ -216,10 +216,10 @@ class RunIndex(Database):
         content = self._contents_of_reports([row]).get(run.entry.id) if row else None
         return dict(json.loads(content)) if content else {}
 
-    def unavailable_report(self, run: StageRun) -> str | None:
-        """Path of the report that dvc.lock records for this run, if its bytes are unavailable."""
-        row = self._db.execute("SELECT id, report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)).fetchone()
-        return str(row[1]) if row and not self._contents_of_reports([row]) else None
+    def unavailable_report(self, run: StageRun) -> dict[str, str] | None:
+        """Stage, path and md5 of the report that dvc.lock records for this run, if its bytes are unavailable."""
+        row = self._db.execute("SELECT report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)).fetchone()
+        return {"stage": run.address, "path": row[0], "md5": row[1]} if row and not self.report(run) else None
 
     @cached_property
     def workspace_outputs(self) -> dict[str, str]:
@@ -563,10 +563,7 @@ class RunIndex(Database):
             if not self._reads_sources(producer) or (only_splits and not self.is_split(producer)):
                 continue
             if not self._db.execute("SELECT 1 FROM origin WHERE run = ? LIMIT 1", (producer.entry.id,)).fetchone():
-                row = self._db.execute(
-                    "SELECT report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (producer.entry.id,)
-                ).fetchone()
-                found += [{"stage": producer.address, "path": row[0], "md5": row[1]}] if row else []
+                found += [lost] if (lost := self.unavailable_report(producer)) else []
         return found
 
     def _reads_sources(self, run: StageRun) -> bool:
