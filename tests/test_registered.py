@@ -120,7 +120,10 @@ def test_a_version_that_was_deregistered_and_a_tag_that_names_no_artifact_are_no
     run(project.root, "gto", "register", "merged-lora", "--version", "v1.0.0")
     run(project.root, "gto", "register", "something-else")
     assert [row[:3] for row in table_rows(registered(project.root))] == [("merged-lora", "v1.0.0", "-")]
-    run(project.root, "gto", "deregister", "merged-lora", "--version", "v1.0.0")
+    run(project.root, "gto", "assign", "merged-lora", "--version", "v1.0.0", "--stage", "production")
+    run(project.root, "gto", "deprecate", "merged-lora", "v1.0.0", "production")
+    assert [row[:3] for row in table_rows(registered(project.root))] == [("merged-lora", "v1.0.0", "-")]
+    run(project.root, "gto", "deprecate", "merged-lora", "v1.0.0")
     assert registered(project.root) == {}
     (project.root / "dvc.yaml").write_text("artifacts: [")
     git(project.root, "commit", "-qam", "damaged")
