@@ -283,8 +283,8 @@ TEMPLATE = [
     "1.3. Modalities, overall training data size and other characteristics", "2. List of data sources", "2.1. Publicly available datasets",
     "2.2. Private non-publicly available datasets obtained from third parties", "2.2.1. Datasets commercially licensed by rightsholders or their representatives",
     "2.2.2. Private datasets obtained from other third parties", "2.3. Data crawled and scraped from online sources", "2.4. User data", "2.5. Synthetic data",
-    "2.6. Other sources of data", "3. Data processing aspects", "3.1. Respect of reservation of rights from text and data mining",
-    "3.2. Removal of illegal content", "3.3. Other information",
+    "2.6. Other sources of data", "3. Data processing aspects", "3.1. Respect of reservation of rights from text and data mining exception or limitation",
+    "3.2. Removal of illegal content", "3.3. Other information (optional)",
 ]  # fmt: skip
 """Headings of the Commission's template, in its order."""
 
@@ -333,7 +333,7 @@ def test_declarations_answer_the_questions_about_sources(finished: Path) -> None
     assert answers == {
         "2.1.": f"yes: {first}", "2.2.1.": f"yes: {third}", "2.2.2.": "no", "2.3.": "no", "2.4.": f"yes: {second}", "2.5.": f"yes: {third}", "2.6.": "no",
     }  # fmt: skip
-    assert "**Latest date of data acquisition:** 2025-02-03\n" in whole and f"Model 9 for {third}" in whole
+    assert "**Latest date of data acquisition/collection for model training:** 2025-02-03\n" in whole and f"Model 9 for {third}" in whole
     assert f"({sources[second]['rows']} rows, collected *missing* to 2025-02-03)" in whole and "`provider.user_services`" in whole
     assert "`provider.crawlers`" not in whole
 
