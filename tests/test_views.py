@@ -249,7 +249,14 @@ def papers(text: Text, tmp_path: Path) -> str:
     }
     release = [{"file": name, "compared": text("rows")} for name in ("README.md", f"audit/{text('lora')}/training.json", text("other"))]
     missing = [{name: text(name) for name in ("paper", "why", "next")}]
-    document = {"model": model, "issued": text("2026-01-31"), "commit": text("abc"), "exports": [facts], "missing": missing, "release": release}
+    document = {
+        "model": model,
+        "issued": text("2026-01-31"),
+        "commit": text("abc"),
+        "exports": [facts],
+        "missing": missing,
+        "release": release,
+    }
     return papers_page({**document, **signed})
 
 

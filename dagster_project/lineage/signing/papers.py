@@ -18,7 +18,7 @@ from dagster_project.lineage.signing.envelope import SignatureError
 from dagster_project.lineage.signing.provenance import Attested
 
 Claim = tuple[str, str, str]
-THE_MODEL = "the model"
+THE_MODEL, WEIGHTS = "the model", "base model, weights"
 TRAINING = "training.json"
 """File of a training that a release contains as it is."""
 LARGEST = 100_000_000
@@ -68,6 +68,10 @@ def of_attestations(stages: Iterable[Attested]) -> Iterator[Claim]:
             yield subject, "md5", _md5(md5_of_folder({name: one["md5"] for name, one in made.items()}))
 
 
+def _all(digests: Iterable[str]) -> str:
+    return ", ".join(sorted(digests)) or "unknown"
+
+
 def _md5(value: str) -> str:
     return value.removesuffix(".dir")
 
@@ -82,8 +86,10 @@ def _audit(content: bytes) -> Iterator[Claim]:
     for path, facts in document["sources"].items():
         yield f"source {path}", "sha256", facts["sha256"]
         yield f"source {path}", "rows", str(facts["rows"])
-    for name, digest in document["base_model"].get("sha256", {}).items():
+    base = document["base_model"].get("sha256", {})
+    for name, digest in base.items():
         yield f"base model, file {name}", "sha256", digest
+    yield WEIGHTS, "sha256", _all(digest for name, digest in base.items() if name.endswith(".safetensors"))
     for name, stage in document["stages"].items():
         if stage["sha256"]:
             yield f"stage {name}", "sha256", stage["sha256"]
@@ -138,6 +144,8 @@ def _cyclonedx(content: bytes) -> Iterator[Claim]:
             yield subject, "rows", facts["rows"]
         if kind == "stage":
             yield from _flow(name, part["data"][0]["description"])
+    for task in document["formulation"][0]["workflows"][0]["tasks"]:
+        yield f"stage {task['name']}", "md5", _md5(task["uid"])
 
 
 def _spdx(content: bytes) -> Iterator[Claim]:
@@ -147,6 +155,8 @@ def _spdx(content: bytes) -> Iterator[Claim]:
         sums = {(digest["algorithm"], digest["hashValue"]) for digest in one.get("verifiedUsing", [])}
         if one.get("spdxId") in roots:
             yield from ((THE_MODEL, "md5" if kind == "md5" else "sha256", value) for kind, value in sums)
+        elif one["type"] == "ai_AIPackage":
+            yield WEIGHTS, "sha256", _all(digest for _, digest in sums)
         elif one["type"] == "dataset_DatasetPackage":
             made = "md5" in dict(sums)
             subject = f"{'stage' if made else 'source'} {one['name']}"
@@ -178,7 +188,15 @@ def _plain(text: str) -> str:
 
 
 def _card(content: bytes) -> Iterator[Claim]:
-    for name, first, second, digest in re.findall(rf"(?m)^\| (.+?) \| (\d+) \| (\S+) \| .*\| `({_SHA256})` \|$", content.decode()):
+    text = content.decode()
+    for digest in re.findall(rf"(?m)^- content: sha256 ({_SHA256})$", text):
+        yield THE_MODEL, "sha256", digest
+    for md5 in re.findall(r"(?m)^- DVC: ([0-9a-f]{32})(?:\.dir)?$", text):
+        yield THE_MODEL, "md5", md5
+    for weights in re.findall(rf"(?m)^Tuned from .* \(sha256 of ((?:`[^`]+` {_SHA256}(?:, )?)+)\)\.$", text):
+        for name, digest in re.findall(rf"`([^`]+)` ({_SHA256})", weights):
+            yield f"base model, file {name}", "sha256", digest
+    for name, first, second, digest in re.findall(rf"(?m)^\| (.+?) \| (\d+) \| (\S+) \| .*\| `({_SHA256})` \|$", text):
         if second.isdigit():
             yield f"stage {_plain(name)}", "rows_in", first
             yield f"stage {_plain(name)}", "rows_out", second
@@ -203,28 +221,37 @@ def _datasheet(content: bytes) -> Iterator[Claim]:
         yield THE_MODEL, "md5", md5
     for stage, table, rows in re.findall(r"(?m)^\| (\w+) \| (\w+) \| (\d+) \|$", text):
         yield f"table {stage}-{table}", "rows", rows
+    for name, rows, digest in re.findall(rf"(?m)^\| (.+?) \| (\d+) \| \d+ \| `({_SHA256})` \|$", text):
+        yield f"source {_plain(name)}", "rows", rows
+        yield f"source {_plain(name)}", "sha256", digest
+    for versions in re.findall(r"(?m)^Versions are named by content hash \((.*)\)", text):
+        for stage, md5 in re.findall(r"(\w+) ([0-9a-f]{32})\.dir", versions):
+            yield f"stage {stage}", "md5", md5
 
 
 def _page(content: bytes) -> Iterator[Claim]:
-    for name, digest in re.findall(
-        rf'<a href="({FOLDER}/[^"]+)">.*?<dt>sha256</dt><dd>[^0-9a-f]*<bdi[^>]*>({_SHA256})<', content.decode(), re.DOTALL
-    ):
-        yield f"document {name}", "sha256", digest
+    text = content.decode()
+    value = r"</dt><dd><bdi[^>]*>(?:md5 )?([0-9a-f]+)(?:\.dir)?</bdi></dd></div>"
+    md5, digest = re.findall(rf"<div><dt>content{value}\s*<div><dt>sha256{value}", text)[0]
+    yield THE_MODEL, "md5", md5
+    yield THE_MODEL, "sha256", digest
+    for name, sheet in re.findall(rf'(?s)<a href="({FOLDER}/[^"]+)">(.*?)</figure>', text):
+        yield f"document {name}", "sha256", re.findall(f"<dt>sha256{value}", sheet)[0]
 
 
 ROWS_AND_HASHES = "hashes and rows of sources and stages"
 READERS: Mapping[str, tuple[Callable[[bytes], Iterator[Claim]], str]] = {
     "release.json": (_release, "the hash of each file that was there when it was written"),
     "audit/audit.json": (_audit, f"{ROWS_AND_HASHES}, sizes of splits, hashes of the base model"),
-    "README.md": (_card, ROWS_AND_HASHES),
-    f"{FOLDER}/README.md": (_card, ROWS_AND_HASHES),
+    "README.md": (_card, f"{ROWS_AND_HASHES}, hashes of the base model"),
+    f"{FOLDER}/README.md": (_card, f"the hashes of the model and the base model, {ROWS_AND_HASHES}"),
     f"{FOLDER}/bom.cdx.json": (_cyclonedx, f"the hashes of the model and the base model, {ROWS_AND_HASHES}"),
     f"{FOLDER}/croissant.json": (_croissant, f"{ROWS_AND_HASHES}, hashes of files, rows of tables"),
-    f"{FOLDER}/datasheet.md": (_datasheet, "the hash of the model, rows of tables"),
+    f"{FOLDER}/datasheet.md": (_datasheet, "the hash of the model, hashes and rows of sources, hashes of data sets, rows of tables"),
     f"{FOLDER}/lineage.jsonl": (_openlineage, f"the hash of the model, {ROWS_AND_HASHES}"),
-    f"{FOLDER}/model.spdx.json": (_spdx, f"the hash of the model, {ROWS_AND_HASHES}"),
+    f"{FOLDER}/model.spdx.json": (_spdx, f"the hashes of the model and the base model, {ROWS_AND_HASHES}"),
     f"{FOLDER}/training-content.md": (_eu_summary, "the hash of the model, hashes and rows of sources"),
-    PAGE: (_page, "the hash of each document"),
+    PAGE: (_page, "the hashes of the model and of each document"),
 }
 """Path in the folder of a model -> how it is read, and what is compared."""
 
@@ -238,7 +265,7 @@ def read(name: str, content: bytes) -> list[Claim] | None:
     """The claims of a document; None if it does not have the form that `pedigree export` writes."""
     try:
         found = [(subject, key, value) for subject, key, value in READERS[name][0](content) if isinstance(value, str)]
-    except (SignatureError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError):
+    except (SignatureError, UnicodeDecodeError, KeyError, IndexError, TypeError, ValueError, AttributeError):
         return None
     return found or None
 
