@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 ORIGIN = ("origin", "revision", "license", "parameters", "sha256")
 """Keys of a report on imported weights."""
 NOTHING_RECORDS_IT = "no commit and no entry of DVC's run cache has the run that produced it"
+NOWHERE = "in no commit and no cache here"
 NON_METRICS = {"checks", "environment", "machine", "passed", "output_sha256"}
 """Keys of a report that are not metrics."""
 
@@ -209,7 +210,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     entries = {stage: index.lock_entry(stage) for stage in upstream}
     parameters = _parameters(entries[stage] for stage in contributing)
     records, missing = trained_on(subject)
-    missing += unrecorded(index, contributing)
+    missing += unrecorded(index, contributing) + unavailable_reports(index, upstream)
     unordered = [model.address for model in subject.models if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)]
     watched = [stage for stage in upstream if stage not in contributing]
     made_from = {stage: reports[stage] for stage in contributing}
@@ -466,6 +467,12 @@ def unrecorded(index: Index, runs: Iterable[StageRun]) -> list[dict[str, str]]:
     return list(found.values())
 
 
+def unavailable_reports(index: Index, runs: Iterable[StageRun]) -> list[dict[str, str]]:
+    """Reports of runs that are unavailable: they name sources, checks and figures, which are unknown without them."""
+    fetch = f"{NOWHERE}; this clone is shallow: `git fetch --unshallow` may bring it" if index.history.shallow else NOWHERE
+    return [{**lost, "fetch": fetch} for run in runs if (lost := index.unavailable_report(run))]
+
+
 def _training_counts(records: pl.DataFrame | None) -> dict[str, Any] | None:
     """Number of records, views, steps and epochs, per model and in total; None if unknown, or not trained."""
     if records is None:
@@ -582,7 +589,7 @@ def as_text(audited: dict[str, Any]) -> str:
     lines += ["", "metrics"]
     lines += [f"  {name}  {key}: {json.dumps(value)}" for name, metrics in audited["metrics"].items() for key, value in metrics.items()]
     if audited["missing"]:
-        lines += ["", "unknown, because outputs are not in the cache or nothing records them"]
+        lines += ["", "unknown, because outputs or reports are not available or nothing records them"]
         lines += [f"  {output['path']}  md5 {output['md5']}\n    fetch it: {output['fetch']}" for output in audited["missing"]]
     return "\n".join(lines)
 
