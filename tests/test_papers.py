@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dagster_project.__main__ import main
 from dagster_project.commands.sign import attest, sign
 from dagster_project.commands.verify_signatures import as_text, verify_signatures
 from dagster_project.lineage.export.registry import find, formats
-from dagster_project.lineage.signing.papers import READERS
+from dagster_project.lineage.signing.papers import READERS, read
 
 ISSUED = "2026-01-31"
 SIGNED = ("model.sig", "model.intoto.jsonl", "model.pub")
@@ -285,6 +286,22 @@ def test_a_document_in_another_form_is_not_compared_and_that_is_said(handed: Pat
     assert signed_again() == ("verified", {})
     document = verify_signatures(handed, str(handed), None)
     assert "what papers/more.txt, papers/model.spdx.json state: not in a form that is compared" in document["not_checked"]
+
+
+def test_names_of_sources_are_read_as_they_were_written() -> None:
+    name, digest = "data/sources/a | b [c](d) *e* `f` \\g.jsonl", "0" * 64
+    summary = {
+        "model": {"stage": "splits", "md5": "1" * 32 + ".dir"}, "sources": {name: {"rows": 7, "format": "messages", "sha256": digest, "license": "MIT"}},
+        "stages": {}, "checks": {}, "parameters": {}, "training": {}, "records": None, "code": {"commit": None}, "metrics": {}, "base_model": {},
+        "provider": {}, "outcomes": {}, "licenses": {"listed": [], "problems": []},
+        "data_sets": {"splits": {"path": "data/splits", "md5": "2" * 32 + ".dir", "tables": {"train": {"rows": 5, "columns": {}}}, "profile": {}}},
+    }  # fmt: skip
+    for form in ("eu-summary", "datasheet"):
+        chosen = find(form)
+        claims = read(f"papers/{chosen.file}", chosen.write(summary, date(2026, 1, 31)).encode())
+        assert claims is not None and {(f"source {name}", "rows", "7"), (f"source {name}", "sha256", digest)} <= set(claims)
+        assert ("the model", "md5", "1" * 32) in claims
+    assert ("table splits-train", "rows", "5") in claims and ("stage splits", "md5", "2" * 32) in claims
 
 
 # --- other tools, and what is missing

@@ -170,7 +170,7 @@ def _complete(document: Mapping[str, Any], found: Contents | None = None) -> dic
     if found is None:
         return {**document, "exports": exports, "missing": missing}
     if not document["signature"]:
-        missing.append({"paper": "signature, attestations", "why": NO_KEY, "next": "give --key FILE"})
+        missing.append({"paper": "signature, attestations", "why": NO_KEY, "next": "run the command again with --key FILE"})
     inside = [{"file": name, "compared": papers.compared_in(name)} for name in found.files]
     return {**document, "exports": exports, "release": inside, "missing": missing}
 
@@ -179,7 +179,7 @@ def _with_extra(missing: Mapping[str, Any]) -> dict[str, Any]:
     """Name the extra that installs the library of a format."""
     package = missing.get("package")
     error = missing_extra(ModuleNotFoundError(name=package), "export") if package else None
-    return {**missing, "next": error.hint} if error else {**missing}
+    return {**missing, "next": error.hint.partition(";")[0].replace("`", "")} if error else {**missing}
 
 
 def _write(folder: Path, texts: Mapping[str, str], document: Mapping[str, Any]) -> None:

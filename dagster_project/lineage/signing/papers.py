@@ -23,6 +23,8 @@ TRAINING = "training.json"
 """File of a training that a release contains as it is."""
 LARGEST = 100_000_000
 """Bytes of a document that is read."""
+SHORT = 300
+"""Characters of a name or value that a message repeats."""
 _SHA256 = "[0-9a-f]{64}"
 _ROWS = re.compile(r"(\d+) rows in, (\d+) out")
 
@@ -118,7 +120,7 @@ def _croissant(content: bytes) -> Iterator[Claim]:
 
 
 def _flow(stage: str, text: str) -> Iterator[Claim]:
-    if found := _ROWS.search(text):
+    if found := _ROWS.match(text):
         yield f"stage {stage}", "rows_in", found[1]
         yield f"stage {stage}", "rows_out", found[2]
 
@@ -183,8 +185,11 @@ def _openlineage(content: bytes) -> Iterator[Claim]:
                 yield f"source {one['name']}", "sha256", digest
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"\\(.)", r"\1", text)
+def _rows(text: str, columns: int) -> Iterator[list[str]]:
+    """The rows of the tables with so many columns in a Markdown document, without escapes. Linear in the length of a line, as everything that reads a document here."""
+    for line in text.split("\n"):
+        if line.startswith("| ") and line.endswith(" |") and len(cells := line[2:-2].split(" | ")) == columns:
+            yield [re.sub(r"\\(.)", r"\1", cell).strip("`") for cell in cells]
 
 
 def _card(content: bytes) -> Iterator[Claim]:
@@ -193,50 +198,61 @@ def _card(content: bytes) -> Iterator[Claim]:
         yield THE_MODEL, "sha256", digest
     for md5 in re.findall(r"(?m)^- DVC: ([0-9a-f]{32})(?:\.dir)?$", text):
         yield THE_MODEL, "md5", md5
-    for weights in re.findall(rf"(?m)^Tuned from .* \(sha256 of ((?:`[^`]+` {_SHA256}(?:, )?)+)\)\.$", text):
-        for name, digest in re.findall(rf"`([^`]+)` ({_SHA256})", weights):
-            yield f"base model, file {name}", "sha256", digest
-    for name, first, second, digest in re.findall(rf"(?m)^\| (.+?) \| (\d+) \| (\S+) \| .*\| `({_SHA256})` \|$", text):
-        if second.isdigit():
-            yield f"stage {_plain(name)}", "rows_in", first
-            yield f"stage {_plain(name)}", "rows_out", second
-            yield f"stage {_plain(name)}", "sha256", digest
-        else:
-            yield f"source {_plain(name)}", "rows", first
-            yield f"source {_plain(name)}", "sha256", digest
+    for line in text.split("\n"):
+        if line.startswith("Tuned from "):
+            for name, digest in re.findall(rf"`([^`]+)` ({_SHA256})", line.rpartition("(sha256 of ")[2]):
+                yield f"base model, file {name}", "sha256", digest
+    for name, first, second, _, digest in _rows(text, 5):
+        if _is_sha256(digest) and second.isdigit():
+            yield f"stage {name}", "rows_in", first
+            yield f"stage {name}", "rows_out", second
+            yield f"stage {name}", "sha256", digest
+        elif _is_sha256(digest):
+            yield f"source {name}", "rows", first
+            yield f"source {name}", "sha256", digest
+
+
+def _is_sha256(text: str) -> bool:
+    return re.fullmatch(_SHA256, text) is not None
 
 
 def _eu_summary(content: bytes) -> Iterator[Claim]:
     text = content.decode()
-    for md5 in re.findall(r"(?m)^- \*\*Versioned model name\(s\):\*\* .*content md5 ([0-9a-f]{32})", text):
-        yield THE_MODEL, "md5", md5
-    for name, rows, digest in re.findall(rf"(?m)^\| (.+?) \| (\d+) \| \d+ \| .*\| `({_SHA256})` \|$", text):
-        yield f"source {_plain(name)}", "rows", rows
-        yield f"source {_plain(name)}", "sha256", digest
+    for line in text.split("\n"):
+        if line.startswith("- **Versioned model name(s):**"):
+            yield THE_MODEL, "md5", _md5(line.rpartition("content md5 ")[2])
+    for name, rows, *_, digest in _rows(text, 7):
+        if _is_sha256(digest):
+            yield f"source {name}", "rows", rows
+            yield f"source {name}", "sha256", digest
 
 
 def _datasheet(content: bytes) -> Iterator[Claim]:
     text = content.decode()
     for md5 in re.findall(r"(?m)^The data of .* \(md5 ([0-9a-f]{32})(?:\.dir)?\), issued", text):
         yield THE_MODEL, "md5", md5
-    for stage, table, rows in re.findall(r"(?m)^\| (\w+) \| (\w+) \| (\d+) \|$", text):
-        yield f"table {stage}-{table}", "rows", rows
-    for name, rows, digest in re.findall(rf"(?m)^\| (.+?) \| (\d+) \| \d+ \| `({_SHA256})` \|$", text):
-        yield f"source {_plain(name)}", "rows", rows
-        yield f"source {_plain(name)}", "sha256", digest
+    for stage, table, rows in _rows(text, 3):
+        if rows.isdigit():
+            yield f"table {stage}-{table}", "rows", rows
+    for name, rows, _, digest in _rows(text, 4):
+        if _is_sha256(digest):
+            yield f"source {name}", "rows", rows
+            yield f"source {name}", "sha256", digest
     for versions in re.findall(r"(?m)^Versions are named by content hash \((.*)\)", text):
-        for stage, md5 in re.findall(r"(\w+) ([0-9a-f]{32})\.dir", versions):
-            yield f"stage {stage}", "md5", md5
+        for one in versions.split(", "):
+            stage, _, md5 = one.partition(" ")
+            yield f"stage {stage}", "md5", _md5(md5)
 
 
 def _page(content: bytes) -> Iterator[Claim]:
-    text = content.decode()
+    head, *links = content.decode().split(f'<a href="{FOLDER}/')
     value = r"</dt><dd><bdi[^>]*>(?:md5 )?([0-9a-f]+)(?:\.dir)?</bdi></dd></div>"
-    md5, digest = re.findall(rf"<div><dt>content{value}\s*<div><dt>sha256{value}", text)[0]
+    md5, digest = re.findall(rf"<div><dt>content{value}\s*<div><dt>sha256{value}", head)[0]
     yield THE_MODEL, "md5", md5
     yield THE_MODEL, "sha256", digest
-    for name, sheet in re.findall(rf'(?s)<a href="({FOLDER}/[^"]+)">(.*?)</figure>', text):
-        yield f"document {name}", "sha256", re.findall(f"<dt>sha256{value}", sheet)[0]
+    for link in links:
+        name = link.partition('"')[0]
+        yield f"document {FOLDER}/{name}", "sha256", re.findall(f"<dt>sha256{value}", link)[0]
 
 
 ROWS_AND_HASHES = "hashes and rows of sources and stages"
@@ -291,5 +307,6 @@ def contradictions(stated: Mapping[str, Iterable[Claim]]) -> tuple[dict[str, str
             compared += before != name
             if value != value_before:
                 unit = key.replace("_", " ")
-                wrong.setdefault(name, f"contradicts {before}: {subject} has {unit} {value} here, and {value_before} there")
+                told = f"contradicts {before}: {subject[:SHORT]} has {unit} {value[:SHORT]} here, and {value_before[:SHORT]} there"
+                wrong.setdefault(name, told)
     return wrong, compared
