@@ -128,6 +128,21 @@ def test_a_stranger_with_the_package_and_the_folder_alone_verifies_it(handed: Pa
         assert said in unchecked
 
 
+def test_it_is_verified_in_the_place_of_the_release_in_a_clone_without_data(
+    handed: Path, public: str, _folder: Path, tmp_path: Path
+) -> None:
+    clone = tmp_path / "clone"
+    (clone / "data").mkdir(parents=True)
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
+        shutil.copyfile(_folder / "project" / name, clone / name)
+    shutil.copytree(handed, clone / "data/release")
+    for model in ("release", str(clone / "data/release")):
+        document = verify_signatures(clone, model, public)
+        assert document["verdict"] == "verified" and document["folder"] == "data/release" and document["papers"]
+    flip(clone / "data/release/papers/README.md")
+    assert [one["file"] for one in verify_signatures(clone, "release", public)["findings"]] == ["data/release/papers/README.md"]
+
+
 def test_a_flipped_bit_in_any_file_or_a_removed_file_fails_and_names_it(handed: Path, public: str) -> None:
     assert verified(handed, public) == ("verified", {})
     for name in sorted(names(handed)):

@@ -51,7 +51,7 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
     Raises:
         InputError: nothing is signed, or the key given cannot be used.
     """
-    target = find(root, model)
+    target = _with_own_signatures(find(root, model))
     signature, attestations, pem = (target.signatures / name for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY))
     given = public_key_of(key_file) if key_file else None
     if not signature.is_file() and not attestations.is_file():
@@ -82,6 +82,13 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
         "findings": [{"file": file, "wrong": wrong} for file, wrong in sorted(verification.findings.items())],
         "not_checked": verification.not_checked,
     }
+
+
+def _with_own_signatures(target: Target) -> Target:
+    """An output that contains its signatures, while the project has none of it: a folder that was handed over, put in its place in a clone."""
+    if target.root is None or any((target.signatures / name).is_file() for name in (SIGNATURE, ATTESTATIONS)):
+        return target
+    return Target(None, "", target.path, target.folder, {}, "") if (target.folder / SIGNATURE).is_file() else target
 
 
 @dataclass
