@@ -17,7 +17,7 @@ from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
 from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, UNKNOWN, declared_of, with_unknown
-from dagster_project.lineage import code_lock, tables
+from dagster_project.lineage import code_lock, registered, tables
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists, refuse_lost_entries
 from dagster_project.lineage.index import Index
@@ -185,8 +185,9 @@ def _outputs_copied_to(index: Index, path_on_disk: Path) -> list[str]:
 
 
 def audit(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:
-    """The lineage of one output; see `document`."""
-    return document(find(Index(root), model, rev))
+    """The lineage of one output, as `document`, and its registered versions: "registered", if it has any."""
+    subject = find(Index(root), model, rev)
+    return document(subject) | registered.of_model(root, subject.run.md5)
 
 
 def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
@@ -556,7 +557,7 @@ def _machine_lines(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def as_text(audited: dict[str, Any]) -> str:
     """The audit as text for the terminal."""
-    from dagster_project.views.lineage import code_text
+    from dagster_project.views.lineage import code_text, versions_text
 
     model, code = audited["model"], audited["code"]
     lines = [f"{model['stage']}  {model['path']}  md5 {model['md5']}", "", f"code       {code_text(code)}; {len(code['files'])} files"]
@@ -567,6 +568,7 @@ def as_text(audited: dict[str, Any]) -> str:
         lines += [
             f"base model {base['origin']}, {base.get('license', 'unknown')}, sha256 {base['sha256'].get('model.safetensors', '')[:16]}"
         ]
+    lines += [f"version    {versions_text(audited['registered'])}"] if "registered" in audited else []
     lines += [f"parent     {output['stage']}  md5 {output['md5']}" for output in audited["parents"]]
     lines += [f"trained on {line}" for line in training_lines(audited)]
     if template := audited["chat_template"]:

@@ -212,13 +212,19 @@ class Reach:
         if here:
             for address, entry in here:
                 yield from self.chains(address, entry, place)
-            for address, entry in self.loose if place.or_unlocked else ():
+            for address, entry in [*self.loose, *self.formerly_loose] if place.or_unlocked else ():
                 if out_of(entry) == (path, value) and canonical(entry) not in self._locked:
                     yield from self.chains(address, entry, Place("", {}))
             return
         for address, entry, other in self.pool:
             if out_of(entry) == (path, value):
                 yield from self.chains(address, entry, other)
+
+    @cached_property
+    def formerly_loose(self) -> list[tuple[str, Entry]]:
+        """Runs that only the run cache had when an earlier question was asked: the index keeps them."""
+        remembered = self.toy.remembered if self.root == self.toy.root else []
+        return [(address, entry) for address, entry, place in remembered if not place.name and (address, entry) not in self.loose]
 
     @cached_property
     def _locked(self) -> set[str]:
