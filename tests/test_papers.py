@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,10 +22,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
-from dagster_project.commands.sign import attest, sign
+from dagster_project.commands.sign import attest, sign, stage_records
 from dagster_project.commands.verify_signatures import as_text, verify_signatures
 from dagster_project.lineage.export.registry import find, formats
+from dagster_project.lineage.signing import provenance
+from dagster_project.lineage.signing.keys import private_key
 from dagster_project.lineage.signing.papers import READERS, read
+from dagster_project.lineage.signing.target import find as find_target
 
 ISSUED = "2026-01-31"
 SIGNED = ("model.sig", "model.intoto.jsonl", "model.pub")
@@ -139,6 +143,15 @@ def test_it_is_verified_in_the_place_of_the_release_in_a_clone_without_data(
     for model in ("release", str(clone / "data/release")):
         document = verify_signatures(clone, model, public)
         assert document["verdict"] == "verified" and document["folder"] == "data/release" and document["papers"]
+    lock = (clone / "dvc.lock").read_text()
+    other = lock.replace(re.findall(r"path: data/release\n\s+hash: md5\n\s+md5: (\w+)", lock)[0], "0" * 32)
+    (clone / "dvc.lock").write_text(other)
+    document = verify_signatures(clone, "release", public)
+    assert document["verdict"] == "altered" and {one["file"]: one["wrong"] for one in document["findings"]} == {
+        "data/release": "is not what dvc.lock recorded for release",
+        "dvc.lock: release": "is not what was attested",
+    }
+    (clone / "dvc.lock").write_text(lock)
     flip(clone / "data/release/papers/README.md")
     assert [one["file"] for one in verify_signatures(clone, "release", public)["findings"]] == ["data/release/papers/README.md"]
 
@@ -153,11 +166,10 @@ def test_a_flipped_bit_in_any_file_or_a_removed_file_fails_and_names_it(handed: 
         assert verdict == "altered" and list(found) == [name]
         file.unlink()
         verdict, found = verified(handed, public)
-        if name in SIGNED:  # what is left is verified, and what is not is said
-            document = verify_signatures(handed, str(handed), public)
-            assert verdict == "verified" and (name == "model.pub" or any(name in one for one in document["not_checked"]))
+        if name == "model.pub":  # another one was given
+            assert verdict == "verified"
         else:
-            assert verdict == "altered" and list(found) == [name]
+            assert verdict == ("contradictory" if name == "model.intoto.jsonl" else "altered") and list(found) == [name]
         file.write_bytes(content)
     assert verified(handed, public) == ("verified", {})
 
@@ -173,13 +185,42 @@ def test_an_added_file_anywhere_fails_and_is_named(handed: Path, public: str) ->
         (handed / added).unlink()
 
 
-def test_without_its_signature_the_attestations_still_cover_the_model_and_the_rest_is_said(handed: Path, public: str) -> None:
+def test_a_removed_signature_is_named_and_papers_that_nothing_covers_are_not_verified(handed: Path, public: str) -> None:
     (handed / "model.sig").unlink()
-    document = verify_signatures(handed, str(handed), public)
-    assert document["verdict"] == "verified"
-    assert f"papers, papers.html in {handed}, which the attestations do not cover" in document["not_checked"]
+    for key in (public, None):
+        verdict, found = verified(handed, key)
+        assert verdict == "altered" and list(found) == ["model.sig"] and "states the key" in found["model.sig"]
+    assert main(["verify", str(handed), "--signatures", "--key", public, "--project", str(handed)]) == 1
     flip(handed / "model.safetensors")
-    assert verified(handed, public)[1].keys() == {"model.safetensors"}
+    assert verified(handed, public)[1].keys() == {"model.sig", "model.safetensors"}
+    flip(handed / "model.safetensors")
+    (handed / "papers/link").symlink_to("/etc/passwd")
+    assert verified(handed, public)[1].keys() == {"model.sig", "papers/link"}
+    (handed / "papers/link").unlink()
+    for name in ("papers.html", "papers/model.spdx.json"):
+        (handed / name).unlink()
+    (handed / "papers/NEW.md").write_text("x")
+    document = verify_signatures(handed, str(handed), public)
+    assert document["verdict"] == "incomplete" and document["findings"] == []
+    assert f"papers in {handed}, which the attestations do not cover" in document["not_checked"]
+    assert main(["verify", str(handed), "--signatures", "--key", public, "--project", str(handed)]) == 1
+    shutil.rmtree(handed / "papers")
+    assert verified(handed, public) == ("verified", {}), "the attestations cover the release"
+
+
+def test_a_signature_that_is_no_file_is_named(handed: Path, public: str, tmp_path: Path) -> None:
+    for name in SIGNED:
+        file = handed / name
+        file.rename(tmp_path / name)
+        for make in (file.mkdir, lambda: os.mkfifo(file), lambda: file.symlink_to(tmp_path / name)):  # noqa: B023
+            make()
+            verdict, found = verified(handed, public)
+            assert verdict == "altered" and list(found) == [name] and "not a file" in found[name]
+            file.rmdir() if file.is_dir() else file.unlink()
+        (tmp_path / name).rename(file)
+    for name in SIGNED:
+        (handed / name).unlink()
+    assert verified(handed, public)[1].keys() == {"model.sig"}, "the page claims it"
 
 
 def test_another_key_fails_and_is_named(handed: Path, public: str, tmp_path: Path) -> None:
@@ -189,7 +230,18 @@ def test_another_key_fails_and_is_named(handed: Path, public: str, tmp_path: Pat
     for name in SIGNED:
         (handed / name).unlink()
     sign(tmp_path, str(handed), private)
-    assert verified(handed, None) == ("verified", {}) and set(verified(handed, public)[1]) == {"model.sig", "model.pub"}
+    verdict, found = verified(handed, None)
+    assert verdict == "contradictory" and set(found) == {"papers.html", "model.intoto.jsonl"} and "key sha256" in found["papers.html"]
+    assert set(verified(handed, public)[1]) == {"model.sig", "model.pub"}
+
+
+def test_other_attestations_by_the_same_key_are_named(handed: Path, public: str, _folder: Path) -> None:
+    private, project = str(_folder / "key.pem"), _folder / "project"
+    target = find_target(project, "release")
+    lines = provenance.lines([provenance.statement(record) for record in stage_records(target)], private_key(private))
+    (handed / "model.intoto.jsonl").write_text(lines)
+    verdict, found = verified(handed, public)
+    assert verdict == "contradictory" and list(found) == ["papers.html"] and "document model.intoto.jsonl" in found["papers.html"]
 
 
 # --- documents that contradict the files or each other
@@ -211,10 +263,12 @@ def signed_again(handed: Path, _folder: Path) -> Iterator[Any]:
             before["model.intoto.jsonl"] = (handed / "model.intoto.jsonl").read_bytes()
             (handed / "model.intoto.jsonl").unlink()
         sign(handed.parent, str(handed), private)
-        result = verified(handed, public)
+        verdict, found = verified(handed, public)
+        if "model.intoto.jsonl" in before:
+            assert found.pop("model.intoto.jsonl") == "is missing, and papers.html lists it"
         for name, content in before.items():
             (handed / name).write_bytes(content)
-        return result
+        return verdict, found
 
     assert changed() == ("verified", {})
     yield changed
@@ -303,6 +357,97 @@ def test_a_document_in_another_form_is_not_compared_and_that_is_said(handed: Pat
     assert "what papers/more.txt, papers/model.spdx.json state: not in a form that is compared" in document["not_checked"]
 
 
+def test_papers_are_those_that_the_page_lists(handed: Path, public: str, _folder: Path) -> None:
+    (handed / "papers/croissant.json").unlink()
+    (handed / "papers/more.txt").write_text("x")
+    (handed / "audit/audit.json").rename(handed / "audit.json")
+    (handed / "model.sig").unlink()
+    sign(handed.parent, str(handed), str(_folder / "key.pem"))
+    (handed / "model.intoto.jsonl").unlink()
+    assert verified(handed, public) == (
+        "contradictory",
+        {
+            **dict.fromkeys(("papers/croissant.json", "audit/audit.json", "model.intoto.jsonl"), "is missing, and papers.html lists it"),
+            "papers/more.txt": "is not listed in papers.html",
+            **{name: wrong for name, wrong in verified(handed, public)[1].items() if "the model has" in wrong},
+        },
+    )
+
+
+SOURCE, ROW = "data/sources/triage_alpaca.json", r"\n\| data/sources/triage\\?_alpaca.json \|[^\n]*"
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "told"),
+    [
+        ("papers/training-content.md", ROW, f"the model has sources"),
+        ("papers/datasheet.md", ROW, f"the model has sources"),
+        ("papers/README.md", ROW, f"the model has sources"),
+        ("papers/training-content.md", "Apache-2.0(?= \\| \\*missing)", f"source {SOURCE} has license"),
+        ("papers/README.md", "Apache-2.0(?= \\| `)", f"source {SOURCE} has license"),
+        ("papers/bom.cdx.json", '(?<=source:data/sources/replies_messages.jsonl").{1,250}?"id": "\\KApache-2.0', "has license"),
+        ("papers/croissant.json", '(?<="license": ")Apache-2.0', f"source {SOURCE} has license"),
+        ("papers/model.spdx.json", '(?<="simplelicensing_licenseExpression": ")Apache-2.0', "has license"),
+    ],
+)
+def test_a_document_without_a_source_or_with_another_license_is_named(
+    handed: Path, signed_again: Any, name: str, pattern: str, told: str
+) -> None:
+    pattern, _, rest = pattern.rpartition("\\K")
+    text, changes = re.subn(f"(?s)({pattern}){rest}", lambda match: match[1] + ("" if rest == ROW else "CC0-1.0"), (handed / name).read_text(), count=1)
+    page = (handed / "papers.html").read_text()
+    digests = [hashlib.sha256(one.encode()).hexdigest() for one in ((handed / name).read_text(), text)]
+    verdict, found = signed_again(**{name: text, "papers.html": page.replace(*digests)})
+    assert changes == 1 and verdict == "contradictory" and told in found[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("papers/README.md", "- content: sha256", "- content: sha-256"),
+        ("papers/training-content.md", "**Versioned model name(s):**", "**Model:**"),
+        ("papers/datasheet.md", "Versions are named by content hash", "Versions are named by hash"),
+    ],
+)
+def test_a_document_that_is_read_in_part_is_not_counted_as_compared(
+    handed: Path, public: str, _folder: Path, name: str, before: str, after: str
+) -> None:
+    text, page = (handed / name).read_text(), (handed / "papers.html").read_text()
+    changed = text.replace(before, after)
+    (handed / name).write_text(changed)
+    (handed / "papers.html").write_text(page.replace(*(hashlib.sha256(one.encode()).hexdigest() for one in (text, changed))))
+    sign(handed.parent, str(handed), str(_folder / "key.pem"))
+    document = verify_signatures(handed, str(handed), public)
+    assert changed != text and document["verdict"] == "verified" and document["papers"]["documents"] == len(READERS) - 1
+    assert f"all that {name} state: only a part is in a form that is compared" in document["not_checked"]
+    (handed / name).write_text(text.replace("25251f7b", "zzzzzzzz").replace("content md5", "content"))
+    row = re.sub(r"(\| `?)[0-9a-f]{64}", r"\g<1>0000", text)
+    assert read(name, row.encode()) is None, "a row in another form"
+
+
+def test_files_that_are_not_of_the_model_are_named_and_contradict_nothing(handed: Path, _folder: Path, tmp_path: Path) -> None:
+    private, public = str(_folder / "key.pem"), str(_folder / "key.pub")
+    (handed / "model.intoto.jsonl").unlink()
+    (handed / "papers.html").unlink()
+    (handed / "NOTICE.txt").write_text("x")
+    sign(tmp_path, str(handed), private)
+    document = verify_signatures(handed, str(handed), public)
+    assert document["verdict"] == "verified" and "NOTICE.txt: no paper, and not listed as part of the model" in document["not_checked"]
+    folder = tmp_path / "exports"
+    assert main(["export", "release", "--all", str(folder), "--issued", ISSUED, "--project", str(_folder / "project")]) == 0
+    assert main(["verify", str(folder), "--signatures", "--project", str(folder)]) == 2, "never signed"
+    (folder / "index.html").write_text("x")
+    sign(tmp_path, str(folder), private)
+    document = verify_signatures(folder, str(folder), public)
+    assert document["verdict"] == "verified" and "index.html: no paper, and not listed as part of the model" in document["not_checked"]
+
+
+def test_names_with_line_breaks_do_not_look_like_lines_of_the_answer(handed: Path, public: str) -> None:
+    (handed / "a\nverified").write_text("x")
+    text = as_text(verify_signatures(handed, str(handed), public))
+    assert "a\\nverified was added" in text and not any(line.startswith("verified") for line in text.split("\n"))
+
+
 def test_names_of_sources_are_read_as_they_were_written() -> None:
     name, digest = "data/sources/a | b [c](d) *e* `f` \\g.jsonl", "0" * 64
     summary = {
@@ -335,8 +480,7 @@ def test_model_signing_verifies_the_folder_and_we_verify_it_signed_by_model_sign
     flip(handed / "papers/croissant.json")
     assert oracle(*verify).returncode != 0 and list(verified(handed, public)[1]) == ["papers/croissant.json"]
     flip(handed / "papers/croissant.json")
-    for name in SIGNED:
-        (handed / name).unlink()
+    (handed / "model.sig").unlink()
     done = oracle(
         "sign", "key", str(handed), "--signature", signature, "--private_key", str(_folder / "key.pem"), "--ignore-paths", signature
     )
@@ -377,8 +521,12 @@ def test_attestations_of_the_project_are_taken_if_they_still_hold(finished: Path
     assert (second / "model.intoto.jsonl").read_bytes() != file.read_bytes() and verified(second, public) == ("verified", {})
 
 
-def test_bad_input_is_one_message_and_leaves_nothing(finished: Path, _folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_message_and_leaves_nothing(
+    finished: Path, _folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = finished.parent
+    (base / "empty").mkdir()
+    monkeypatch.chdir(base / "empty")
     (base / "full").mkdir()
     (base / "full/a").write_text("x")
     new, with_model, key = str(base / "new"), "--with-model", ("--key", str(_folder / "key.pem"))
@@ -388,6 +536,11 @@ def test_bad_input_is_one_message_and_leaves_nothing(finished: Path, _folder: Pa
         (("release", "--all", str(finished / "data/release/new"), with_model), "lies in data/release, an output of release"),
         (("release", "--all", str(finished / "data/release/new")), "lies in data/release"),
         (("release", "--all", str(finished / "data"), with_model), "it contains data/"),
+        (("release", "--all", str(finished / "data/sources/pub")), "lies in data/sources, which raw_examples reads"),
+        (("release", "--all", str(finished / ".git/pub")), "lies in .git"),
+        (("release", "--all", str(finished / ".dvc/cache/pub"), with_model), "lies in .dvc"),
+        (("release", "--all", str(finished / "data/signatures/release"), with_model), "lies in data/signatures"),
+        (("release", "--all", ".", with_model), "it is the current folder"),
         (("release", "--all", new, with_model, "--key", str(base / "none")), "No such file"),
         (("release", "--all", new, with_model, "--rev", "HEAD"), "--rev cannot be combined with --with-model"),
         (("release", "--all", new, *key), "--key requires --with-model"),
@@ -408,3 +561,19 @@ def test_bad_input_is_one_message_and_leaves_nothing(finished: Path, _folder: Pa
         assert name.split("/records")[0].removesuffix("/test") in error and "Traceback" not in error
         (finished / name).write_bytes(content)
     assert {name for name in names(base) if name.startswith(("new", ".new"))} == set()
+    (finished / "data/release/config.json").unlink()
+    (finished / "data/release/config.json").symlink_to(_folder / "project/data/release/config.json")
+    assert hand_over(finished, base / "new", *key) == 2 and "dvc checkout --relink" in capsys.readouterr().err
+
+
+def test_exports_that_are_now_missing_are_deleted_and_a_path_makes_no_other_folders(
+    _folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["export", "release", "--all", str(tmp_path / "new/../exports"), "--issued", ISSUED, "--project", str(_folder / "project")]
+    assert main(arguments) == 0 and len(names(tmp_path / "exports")) == 8
+    monkeypatch.setitem(sys.modules, "spdx_python_model", None)
+    (tmp_path / "exports/papers/own.txt").write_text("x")
+    assert main(arguments) == 0 and "papers/own.txt" in names(tmp_path / "exports")
+    assert "papers/model.spdx.json" not in names(tmp_path / "exports")
+    assert hand_over(_folder / "project", tmp_path / "other/../handed") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exports", "handed"]

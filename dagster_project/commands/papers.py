@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -14,7 +15,8 @@ from dagster_project.commands.extras import missing_extra
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import write_text
-from dagster_project.lineage.export.folder import PAGE, all_formats
+from dagster_project.lineage.export import registry
+from dagster_project.lineage.export.folder import FOLDER, PAGE, all_formats
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.signing import papers
 from dagster_project.lineage.signing.keys import KEY_VARIABLE, PrivateKey, private_key
@@ -36,7 +38,7 @@ NO_KEY = f"neither --key nor {KEY_VARIABLE} was given"
 
 
 def write_exports(root: Path, model: str, folder: Path, rev: str | None, issued: date | None) -> dict[str, Any]:
-    """Write all exports, and the page, to a folder. Other files there stay.
+    """Write all exports, and the page, to a folder. Other files there stay, apart from exports that are now missing.
 
     Returns:
         {"model", "issued", "commit", "exports", "missing", "folder", "page"}, as `folder.all_formats`.
@@ -47,7 +49,8 @@ def write_exports(root: Path, model: str, folder: Path, rev: str | None, issued:
     texts, document = all_formats(root, model, rev, issued)
     document = _complete(document)
     try:
-        _write(folder, texts, document)
+        _delete_others(folder.resolve(), texts)
+        _write(folder.resolve(), texts, document)
     except OSError as error:
         raise InputError(f"--all {folder}: {error.strerror}", "name a folder that can be written") from None
     return {**document, "folder": str(folder), "page": PAGE}
@@ -60,7 +63,7 @@ def hand_over(root: Path, model: str, folder: Path, issued: date | None, key_fil
         folder: that does not exist, or is empty. It appears when it is complete.
         key_file: of the private key; None: the one in the environment, or none.
     Returns:
-        As `write_exports`, with "model_files": number, "attestations": {"file", "stages", "remade"} or None, "signature": {"file", "files", "key"} or None.
+        As `write_exports`, with "model_files": number, "attestations": {"file", "sha256", "stages", "remade"} or None, "signature": {"file", "files", "key"} or None.
     Raises:
         InputError: the model is not a release, or not the recorded one; no usable key; or the folder has files or cannot be written.
     """
@@ -69,7 +72,7 @@ def hand_over(root: Path, model: str, folder: Path, issued: date | None, key_fil
     texts, document = all_formats(root, model, None, issued)
     attested = _attestations(target, key) if key else None
     try:
-        place = folder.absolute()
+        place = folder.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     except OSError as error:
@@ -107,8 +110,14 @@ def _release(root: Path, model: str, folder: Path) -> Target:
     refuse_in_output(root, "--all", folder)
     if os.path.lexists(folder) and (not folder.is_dir() or folder.is_symlink() or any(folder.iterdir())):
         raise InputError(f"--all {folder}: it exists, and is not an empty folder", "name a new folder, so that nothing else is signed")
+    if folder.resolve() == Path.cwd().resolve():
+        raise InputError(f"--all {folder}: it is the current folder, which cannot be replaced", "name a new folder")
     target.refuse_unrecorded()
     found = contents(target.folder, IGNORED)
+    if links := [name for name in found.other if (target.folder / name).is_symlink()]:
+        raise InputError(
+            f"{target.path}/{links[0]}: is a link, and only files are copied", "`dvc config cache.type copy`, then `dvc checkout --relink`"
+        )
     if wrong := [*found.other, *found.ignored, *(name for name in found.files if name not in papers.files_of_model([name]))]:
         raise InputError(f"{target.path}/{wrong[0]}: a release does not contain this", f"make it again: `dvc repro {RELEASE}`")
     return target
@@ -154,7 +163,7 @@ def _signed_facts(target: Target, key: PrivateKey | None, attested: Mapping[str,
     if key is None or attested is None:
         return {"attestations": None, "signature": None}
     return {
-        "attestations": {"file": ATTESTATIONS, "stages": attested["stages"], "remade": attested["remade"]},
+        "attestations": {"file": ATTESTATIONS, "sha256": hashlib.sha256(attested["content"]).hexdigest(), "stages": attested["stages"], "remade": attested["remade"]},
         "signature": {"file": SIGNATURE, "public_key": PUBLIC_KEY, "key": key.public.fingerprint},
     }
 
@@ -180,6 +189,13 @@ def _with_extra(missing: Mapping[str, Any]) -> dict[str, Any]:
     package = missing.get("package")
     error = missing_extra(ModuleNotFoundError(name=package), "export") if package else None
     return {**missing, "next": error.hint.partition(";")[0].replace("`", "")} if error else {**missing}
+
+
+def _delete_others(folder: Path, texts: Mapping[str, str]) -> None:
+    """Delete exports of an earlier run that this one does not have: the page would not list them."""
+    for file in (f"{FOLDER}/{registry.find(form).file}" for form in registry.formats()):
+        if file not in texts:
+            (folder / file).unlink(missing_ok=True)
 
 
 def _write(folder: Path, texts: Mapping[str, str], document: Mapping[str, Any]) -> None:

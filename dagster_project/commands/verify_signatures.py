@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from dagster_project.commands.sign import Lineage
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import sha256_of_file
+from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file
 from dagster_project.core.layout import PLOTS, REPORTS
 from dagster_project.lineage.export.folder import FOLDER, PAGE
 from dagster_project.lineage.history import LOCK, is_within
@@ -43,25 +44,32 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
         model: name of a stage, path of its output, content hash, or a folder that contains its signatures.
         key_file: of the public key to trust; None: the one beside the signatures.
     Returns:
-        {"model", "folder", "verdict": "verified", "altered" or "contradictory", "key": sha256 of the public key, "key_given", "signature": {"file", "files"} or None,
+        {"model", "folder", "verdict": "verified", "altered", "contradictory" or "incomplete", "key": sha256 of the public key, "key_given", "signature": {"file", "files"} or None,
         "attestations": {"file", "stages", "files", "remade": verdict or None} or None,
         "papers": {"documents": that were compared, "values": that two of them state} or None, "findings": [{"file", "wrong"}],
         "not_checked": what could not be verified}. The verdict is "contradictory" if all is as it was signed, but documents in a folder
-        contradict its files or each other.
+        contradict its files or each other; "incomplete" if the folder has papers, but only its model is covered, by attestations.
     Raises:
         InputError: nothing is signed, or the key given cannot be used.
     """
-    target = _with_own_signatures(find(root, model))
+    found = find(root, model)
+    target = _with_own_signatures(found)
     signature, attestations, pem = (target.signatures / name for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY))
     given = public_key_of(key_file) if key_file else None
-    if not signature.is_file() and not attestations.is_file():
+    claimed = _key_on_page(target)
+    if not any(map(os.path.lexists, (signature, attestations))) and claimed is None:
         where = f" in {target.shown(target.signatures)}" if target.root else ""
         raise InputError(f"{target.label} has no signatures{where}", f"`pedigree sign {target.label} --key FILE` signs it")
     verification = _Verification(target)
+    verification.refuse_other_kinds(signature, attestations, pem)
+    if claimed is not None and not os.path.lexists(signature):
+        verification.find(target.shown(signature), f"is missing, and {PAGE} states the key that signed the folder (sha256 {claimed[:16]})")
     key = verification.key(pem, given)
     if key is not None:
         verification.check_signature(signature, key)
         verification.check_attestations(attestations, key)
+    if found is not target:
+        verification.check_record(found)
     altered = bool(verification.findings)
     if target.root is None and any((target.folder / name).is_file() for name in (PAGE, "audit/audit.json")):
         verification.check_papers()
@@ -70,10 +78,11 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
         verification.not_checked.append(f"{', '.join(sorted(verification.left_out))} in {target.path}, {reason}")
     if given is None:
         verification.not_checked.append(NO_KEY)
+    incomplete = not signature.is_file() and {PAGE, FOLDER} & (verification.left_out or set())
     return {
         "model": target.label,
         "folder": target.path,
-        "verdict": "altered" if altered else "contradictory" if verification.findings else "verified",
+        "verdict": "altered" if altered else "contradictory" if verification.findings else "incomplete" if incomplete else "verified",
         "key": key.fingerprint if key else None,
         "key_given": given is not None,
         "signature": verification.signature,
@@ -88,7 +97,22 @@ def _with_own_signatures(target: Target) -> Target:
     """An output that contains its signatures, while the project has none of it: a folder that was handed over, put in its place in a clone."""
     if target.root is None or any((target.signatures / name).is_file() for name in (SIGNATURE, ATTESTATIONS)):
         return target
-    return Target(None, "", target.path, target.folder, {}, "") if (target.folder / SIGNATURE).is_file() else target
+    own = any(os.path.lexists(target.folder / name) for name in (SIGNATURE, ATTESTATIONS))
+    return Target(None, "", target.path, target.folder, {}, "") if own else target
+
+
+def _key_on_page(target: Target) -> str | None:
+    """The sha256 of the key that the page in a folder says has signed it."""
+    page = target.folder / PAGE
+    return papers.key_on_page(_document(page)) if target.root is None and _is_regular(page) else None
+
+
+def _is_regular(file: Path) -> bool:
+    return file.is_file() and not file.is_symlink()
+
+
+def _document(file: Path) -> bytes:
+    return b"" if file.stat().st_size > papers.LARGEST else file.read_bytes()
 
 
 @dataclass
@@ -100,6 +124,8 @@ class _Verification:
     left_out: set[str] | None = None
     """What is in the folder and no comparison included; None before the first."""
     signature: dict[str, Any] | None = None
+    signed_by: str = ""
+    """The sha256 of the key of the signature."""
     attestations: dict[str, Any] | None = None
     papers: dict[str, Any] | None = None
     stages: Sequence[Attested] = ()
@@ -112,29 +138,35 @@ class _Verification:
             self._digests[file] = sha256_of_file(file)
         return self._digests[file]
 
-    def _find(self, file: str, wrong: str) -> None:
+    def find(self, file: str, wrong: str) -> None:
         self.findings.setdefault(file, wrong)
+
+    def refuse_other_kinds(self, *files: Path) -> None:
+        """Files of signatures that are links, folders or something else are findings, and not files that are missing."""
+        for file in files:
+            if os.path.lexists(file) and not _is_regular(file):
+                self.find(self.target.shown(file), "exists, but is not a file: it is a link, a folder or something else")
 
     def key(self, pem: Path, given: PublicKey | None) -> PublicKey | None:
         """The key to verify with; None, and a finding, if the one beside the signatures is missing or damaged. If a key is given, that one must equal it."""
         name = self.target.shown(pem)
         if not pem.is_file():
             if given is None:
-                self._find(name, "is missing: without --key, it is the key to verify with")
+                self.find(name, "is missing: without --key, it is the key to verify with")
             return given
         try:
             content = _content(pem)
             found = public_key(content, name)
         except SignatureError as error:
-            self._find(name, str(error))
+            self.find(name, str(error))
             return given
         except InputError:
-            self._find(name, "is not a public key")
+            self.find(name, "is not a public key")
             return given
         if found.pem != content:
-            self._find(name, "was changed: it is not written as `pedigree sign` writes it")
+            self.find(name, "was changed: it is not written as `pedigree sign` writes it")
         elif given is not None and found.pem != given.pem:
-            self._find(name, f"is another key than the one given (sha256 {given.fingerprint[:16]})")
+            self.find(name, f"is another key than the one given (sha256 {given.fingerprint[:16]})")
         return given or found
 
     def check_signature(self, file: Path, key: PublicKey) -> None:
@@ -146,9 +178,9 @@ class _Verification:
         try:
             signed = model_signature.read_bundle(_content(file), key)
         except SignatureError as error:
-            self._find(name, str(error))
+            self.find(name, str(error))
             return
-        self.signature = {"file": name, "files": len(signed.files)}
+        self.signature, self.signed_by = {"file": name, "files": len(signed.files)}, key.fingerprint
         self._compare_files(signed.files, signed.ignored, "signed")
 
     def check_attestations(self, file: Path, key: PublicKey) -> None:
@@ -160,7 +192,7 @@ class _Verification:
         try:
             stages = provenance.read(_content(file), key)
         except SignatureError as error:
-            self._find(name, str(error))
+            self.find(name, str(error))
             return
         self.stages = stages
         results = {stage.remade for stage in stages}
@@ -175,16 +207,17 @@ class _Verification:
 
     def _compare_folder(self, last: Attested) -> None:
         """Compare a copy of an output with the statement about its stage."""
-        out = next((path for path in last.outs if not path.startswith((REPORTS, PLOTS))), "")
-        made = {path[len(out) + 1 :]: digests["sha256"] for path, digests in last.made.items() if out and is_within(path, out)}
+        made = {name: digests["sha256"] for name, digests in _output(last).items()}
         beside = (*IGNORED, PAGE, FOLDER)
         self._compare_files(made, [name for name in beside if not any(is_within(path, name) for path in made)], "attested")
+        for name in model_signature.contents(self.target.folder, IGNORED).other:
+            self.find(f"{self.target.path}/{name}", "is neither a file nor a folder")
 
     def _compare_files(self, expected: Mapping[str, str], ignored: Iterable[str], done: str) -> None:
         """Compare the folder with the sha256 of its files."""
         found = model_signature.contents(self.target.folder, ignored)
         for path, wrong in model_signature.differences(expected, found, self._sha256, done).items():
-            self._find(f"{self.target.path}/{path}", wrong)
+            self.find(f"{self.target.path}/{path}", wrong)
         left_out = {*found.ignored} - {ATTESTATIONS, PUBLIC_KEY, SIGNATURE}
         self.left_out = left_out if self.left_out is None else self.left_out & left_out
 
@@ -194,27 +227,69 @@ class _Verification:
             self.not_checked.append("what the documents state: files are not what was signed")
             return
         found = model_signature.contents(self.target.folder, IGNORED).files
-        model = {name: found[name] for name in papers.files_of_model(found)}
+        attestations = self.target.folder / ATTESTATIONS
+        found = {**found, **({ATTESTATIONS: attestations} if self.attestations else {})}
         digests = {name: self._sha256(file) for name, file in found.items()}
+        model, others = self._model(found)
         stated: dict[str, Iterable[papers.Claim]] = {"the files": papers.document_claims(found, digests)}
+        if self.signed_by:
+            stated[SIGNATURE] = [(papers.THE_KEY, "key sha256", self.signed_by)]
         if model:
             stated["the files of the model"] = papers.of_files(model, digests)
         if self.stages:
             stated[ATTESTATIONS] = papers.of_attestations(self.stages)
-        documents = {name: papers.read(name, self._document(found[name])) for name in papers.READERS if name in found}
+        documents = {name: papers.read(name, _document(found[name])) for name in papers.READERS if name in found}
         wrong, compared = papers.contradictions({**stated, **{name: claims for name, claims in documents.items() if claims}})
         for name, what in wrong.items():
-            self._find(f"{self.target.path}/{name}" if name in found else self.target.shown(self.target.signatures / name), what)
-        self.papers = {"documents": sum(claims is not None for claims in documents.values()), "values": compared}
-        others = [name for name in found if name.startswith(f"{FOLDER}/") and name not in documents]
-        if unread := [*others, *(name for name, claims in documents.items() if claims is None)]:
+            self.find(f"{self.target.path}/{name}" if name in found else self.target.shown(self.target.signatures / name), what)
+        self._compare_links(found)
+        read = [name for name, claims in documents.items() if claims and not papers.lacks(name, claims)]
+        self.papers = {"documents": len(read), "values": compared}
+        unread = [name for name in found if name.startswith(f"{FOLDER}/") and name not in documents]
+        if unread := [*unread, *(name for name, claims in documents.items() if claims is None)]:
             self.not_checked.append(f"what {', '.join(unread)} state: not in a form that is compared")
+        if partly := [name for name, claims in documents.items() if claims and name not in read]:
+            self.not_checked.append(f"all that {', '.join(partly)} state: only a part is in a form that is compared")
+        if others:
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            self.not_checked.append(f"{', '.join(others[:3])}{more}: no paper, and not listed as part of the model")
         self.not_checked += NOT_IN_FILES
         if (self.attestations or {}).get("remade") is None:
             self.not_checked.append(NOT_REMADE)
 
-    def _document(self, file: Path) -> bytes:
-        return b"" if file.stat().st_size > papers.LARGEST else file.read_bytes()
+    def _model(self, found: Mapping[str, Path]) -> tuple[dict[str, Path], list[str]]:
+        """The files of the model, which the attestations or else release.json list, and the names of those that are neither part of it nor papers."""
+        names = [name for name in papers.files_of_model(found) if name != ATTESTATIONS]
+        listed = _output(self.stages[-1]).__contains__ if self.stages else None
+        if listed is None and papers.RELEASE in found:
+            listed = papers.listed_in_release(_document(found[papers.RELEASE]))
+        model = {name: found[name] for name in names if listed is not None and listed(name)}
+        return model, [name for name in names if name not in model and name not in papers.READERS]
+
+    def _compare_links(self, found: Mapping[str, Path]) -> None:
+        """Compare the links of the page with the files: each leads to one, and there is one to each paper."""
+        if PAGE not in found:
+            return
+        links = papers.links_on_page(_document(found[PAGE]))
+        present = {*found, SIGNATURE}
+        for name in sorted(links - present):
+            self.find(f"{self.target.path}/{name}", f"is missing, and {PAGE} lists it")
+        for name in found:
+            if name.startswith(f"{FOLDER}/") and name not in links:
+                self.find(f"{self.target.path}/{name}", f"is not listed in {PAGE}")
+
+    def check_record(self, recorded: Target) -> None:
+        """Compare a folder in the place of an output with what dvc.lock records of that output and, by the attestations, of all stages."""
+        assert recorded.root is not None
+        found = model_signature.contents(self.target.folder, IGNORED).files
+        model = {name: md5_of_file(found[name]) for name in papers.files_of_model(found)}
+        out = next(out for out in recorded.lock[recorded.address]["outs"] if out["path"] == recorded.path)
+        if md5_of_folder(model) != out["md5"]:
+            self.find(recorded.path, f"is not what dvc.lock recorded for {recorded.address}")
+        texts = provenance.lock_texts(recorded.lock_text)
+        for stage in self.stages:
+            if not stage.describes(texts.get(stage.address)):
+                self.find(f"{LOCK}: {stage.address}", "is not what was attested")
 
     def _compare_project(self, name: str, root: Path, stages: Sequence[Attested]) -> None:
         """Compare the entries of dvc.lock, and every file that they refer to, with the statements."""
@@ -222,28 +297,34 @@ class _Verification:
         texts, addresses = lineage.texts(), lineage.addresses()
         if sorted(addresses) != sorted(stage.address for stage in stages) or stages[-1].address != self.target.address:
             different = sorted({*addresses} ^ {stage.address for stage in stages}) or [stages[-1].address]
-            self._find(name, f"describes another lineage than dvc.lock: {', '.join(different)}")
+            self.find(name, f"describes another lineage than dvc.lock: {', '.join(different)}")
         for stage in stages:
             if not stage.describes(texts.get(stage.address)):
-                self._find(f"{LOCK}: {stage.address}", "is not what was attested")
+                self.find(f"{LOCK}: {stage.address}", "is not what was attested")
         attested = {path: digests for stage in stages for path, digests in (*stage.read.items(), *stage.made.items())}
         now = lineage.present([path for stage in stages for path in stage.deps], [path for stage in stages for path in stage.outs])
         for path, digests in attested.items():
             if path not in now.regular:
-                self._find(path, "is missing, and was attested")
+                self.find(path, "is missing, and was attested")
             elif now.regular[path] and lineage.digests(path) != digests:
-                self._find(path, "is not what was attested")
+                self.find(path, "is not what was attested")
         self.left_out = set()
         compared = {*attested, *now.made, *now.listed} & now.regular.keys()
         for path in compared:
             if not now.regular[path]:
-                self._find(path, "is neither a file nor a folder")
+                self.find(path, "is neither a file nor a folder")
             elif path not in attested:
-                self._find(path, "was added since it was attested")
+                self.find(path, "was added since it was attested")
         if ignored := sorted(now.regular.keys() - compared):
             self.not_checked.append(f"files of sources and code that DVC ignores: {len(ignored)} (first: {ignored[0]})")
         if any(line.strip() and not line.startswith("#") for line in _lines(root / ".dvcignore")):
             self.not_checked.append(".dvcignore, which decides what DVC ignores: it is not attested")
+
+
+def _output(stage: Attested) -> dict[str, Mapping[str, str]]:
+    """The files of the folder that a stage made, by their path in it."""
+    out = next((path for path in stage.outs if not path.startswith((REPORTS, PLOTS))), "")
+    return {path[len(out) + 1 :]: digests for path, digests in stage.made.items() if out and is_within(path, out)}
 
 
 def _content(file: Path) -> bytes:
@@ -273,4 +354,5 @@ def as_text(document: Mapping[str, Any]) -> str:
             f"  papers        {compared['documents']} documents; {compared['values']} values compared with files and other documents"
         )
     lines += [f"  {one['file']} {one['wrong']}" for one in document["findings"]]
-    return "\n".join([*lines, *(f"  not verified: {what}" for what in document["not_checked"])])
+    lines += [f"  not verified: {what}" for what in document["not_checked"]]
+    return "\n".join(line.replace("\n", "\\n") for line in lines)  # a name or a value with a line break must not look like a line of this text

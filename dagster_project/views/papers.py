@@ -93,6 +93,7 @@ def _signature(document: Mapping[str, Any]) -> list[Paper]:
                 *([("shows also", remade)] if attested["remade"] else []),
                 ("does not show", "that the statements are true" if attested["remade"] else remade),
                 ("compared", "the files of the model, what stages read with what the stages before them made, and hashes in the other papers"),
+                ("sha256", attested["sha256"]),
             ],
         ),
         (

@@ -11,16 +11,21 @@ from pathlib import Path
 
 from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_text
 from dagster_project.core.layout import PLOTS, REPORTS
+from dagster_project.core.text import visible
 from dagster_project.lineage.export.folder import FOLDER, PAGE
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.signing import envelope
 from dagster_project.lineage.signing.envelope import SignatureError
+from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY
 from dagster_project.lineage.signing.provenance import Attested
 
 Claim = tuple[str, str, str]
 THE_MODEL, WEIGHTS = "the model", "base model, weights"
+THE_KEY = "the signature"
+RELEASE = "release.json"
 TRAINING = "training.json"
 """File of a training that a release contains as it is."""
+UNKNOWN = "unknown"
 LARGEST = 100_000_000
 """Bytes of a document that is read."""
 SHORT = 300
@@ -30,8 +35,14 @@ _ROWS = re.compile(r"(\d+) rows in, (\d+) out")
 
 
 def files_of_model(names: Iterable[str]) -> list[str]:
-    """The files of a folder that belong to the model itself."""
+    """The files of a folder outside of its papers."""
     return [name for name in names if name != PAGE and not name.startswith(f"{FOLDER}/")]
+
+
+def listed_in_release(content: bytes) -> Callable[[str], bool]:
+    """Whether a file is one of a release, by its release.json: weights, configuration and tokenizer are listed there; card, gate and audit have fixed names."""
+    listed = {subject for subject, _, _ in read(RELEASE, content) or []}
+    return lambda name: bool(listed) and (name in (RELEASE, "README.md") or name.startswith("audit/") or f"file {name}" in listed)
 
 
 def of_files(files: Mapping[str, Path], digests: Mapping[str, str]) -> Iterator[Claim]:
@@ -78,6 +89,12 @@ def _md5(value: str) -> str:
     return value.removesuffix(".dir")
 
 
+def _license(value: str | None) -> str:
+    """A declared license as it is compared: without case, and in the forms of all documents. `markdown` writes it on one line."""
+    text = " ".join(visible(value or "").replace("`", "").split()).lower()
+    return text if text and text not in ("*missing*", "none") else UNKNOWN
+
+
 def _release(content: bytes) -> Iterator[Claim]:
     for name, digest in envelope.parsed(content)["files"].items():
         yield f"file {name}", "sha256", digest
@@ -88,6 +105,7 @@ def _audit(content: bytes) -> Iterator[Claim]:
     for path, facts in document["sources"].items():
         yield f"source {path}", "sha256", facts["sha256"]
         yield f"source {path}", "rows", str(facts["rows"])
+        yield f"source {path}", "license", _license(facts.get("license"))
     base = document["base_model"].get("sha256", {})
     for name, digest in base.items():
         yield f"base model, file {name}", "sha256", digest
@@ -108,6 +126,7 @@ def _croissant(content: bytes) -> Iterator[Claim]:
     for one in document["prov:wasDerivedFrom"]:
         yield f"source {one['name']}", "sha256", one["sha256"]
         yield f"source {one['name']}", "rows", one["description"].partition(" rows")[0]
+        yield f"source {one['name']}", "license", _license(one["license"])
     for one in document["prov:wasGeneratedBy"]:
         yield from _flow(one["name"], one["description"])
         if found := re.search(r"output md5 ([0-9a-f]{32})", one["description"]):
@@ -144,6 +163,10 @@ def _cyclonedx(content: bytes) -> Iterator[Claim]:
             yield subject, "md5", _md5(facts["md5"])
         if "rows" in facts:
             yield subject, "rows", facts["rows"]
+        if kind == "source":
+            declared = [one["expression"] if "expression" in one else one["license"] for one in part.get("licenses", [])]
+            for one in declared or [UNKNOWN]:
+                yield subject, "license", _license(one if isinstance(one, str) else one.get("id") or one["name"])
         if kind == "stage":
             yield from _flow(name, part["data"][0]["description"])
     for task in document["formulation"][0]["workflows"][0]["tasks"]:
@@ -152,6 +175,13 @@ def _cyclonedx(content: bytes) -> Iterator[Claim]:
 
 def _spdx(content: bytes) -> Iterator[Claim]:
     graph = envelope.parsed(content)["@graph"]
+    licenses = {one["spdxId"]: one["simplelicensing_licenseExpression"] for one in graph if one["type"] == "simplelicensing_LicenseExpression"}
+    declared = {
+        one["from"]: licenses.get(ref, UNKNOWN)
+        for one in graph
+        for ref in one.get("to", ())
+        if one.get("relationshipType") == "hasDeclaredLicense"
+    }
     roots = {ref for one in graph if one["type"] == "SpdxDocument" for ref in one["rootElement"]}
     for one in graph:
         sums = {(digest["algorithm"], digest["hashValue"]) for digest in one.get("verifiedUsing", [])}
@@ -164,6 +194,8 @@ def _spdx(content: bytes) -> Iterator[Claim]:
             subject = f"{'stage' if made else 'source'} {one['name']}"
             yield from ((subject, "md5" if kind == "md5" else "sha256", value) for kind, value in sums)
             yield subject, "rows_out" if made else "rows", str(one["dataset_datasetSize"])
+            if not made and "LicenseRef-" not in (license := declared[one["spdxId"]]):  # other names are not written as they were declared
+                yield subject, "license", _license(license)
 
 
 def _openlineage(content: bytes) -> Iterator[Claim]:
@@ -192,6 +224,32 @@ def _rows(text: str, columns: int) -> Iterator[list[str]]:
             yield [re.sub(r"\\(.)", r"\1", cell).strip("`") for cell in cells]
 
 
+def _hashed(text: str, *header: str) -> Iterator[list[str]]:
+    """The rows of the tables with this header, whose last column is the sha256.
+
+    Raises:
+        ValueError: a row has another form.
+    """
+    inside = False
+    for line in text.split("\n"):
+        inside = line == f"| {' | '.join(header)} |" or (inside and line.startswith("|"))
+        if not inside or line.startswith((f"| {header[0]} | {header[1]} |", "| --- |")):
+            continue
+        [cells] = _rows(line, len(header))
+        if cells[-1] != "None" and not _is_sha256(cells[-1]):
+            raise ValueError(line)
+        yield cells
+
+
+def _sources(text: str, *header: str) -> Iterator[Claim]:
+    """What a table of sources says."""
+    for cells in _hashed(text, "source", "rows", *header, "sha256"):
+        yield f"source {cells[0]}", "rows", cells[1]
+        yield f"source {cells[0]}", "sha256", cells[-1]
+        if "license" in header:
+            yield f"source {cells[0]}", "license", _license(cells[2 + header.index("license")])
+
+
 def _card(content: bytes) -> Iterator[Claim]:
     text = content.decode()
     for digest in re.findall(rf"(?m)^- content: sha256 ({_SHA256})$", text):
@@ -202,14 +260,12 @@ def _card(content: bytes) -> Iterator[Claim]:
         if line.startswith("Tuned from "):
             for name, digest in re.findall(rf"`([^`]+)` ({_SHA256})", line.rpartition("(sha256 of ")[2]):
                 yield f"base model, file {name}", "sha256", digest
-    for name, first, second, _, digest in _rows(text, 5):
-        if _is_sha256(digest) and second.isdigit():
-            yield f"stage {name}", "rows_in", first
-            yield f"stage {name}", "rows_out", second
+    yield from _sources(text, "format", "license")
+    for name, first, second, _, digest in _hashed(text, "stage", "rows in", "rows out", "dropped", "sha256"):
+        yield f"stage {name}", "rows_in", first
+        yield f"stage {name}", "rows_out", second
+        if _is_sha256(digest):
             yield f"stage {name}", "sha256", digest
-        elif _is_sha256(digest):
-            yield f"source {name}", "rows", first
-            yield f"source {name}", "sha256", digest
 
 
 def _is_sha256(text: str) -> bool:
@@ -221,10 +277,7 @@ def _eu_summary(content: bytes) -> Iterator[Claim]:
     for line in text.split("\n"):
         if line.startswith("- **Versioned model name(s):**"):
             yield THE_MODEL, "md5", _md5(line.rpartition("content md5 ")[2])
-    for name, rows, *_, digest in _rows(text, 7):
-        if _is_sha256(digest):
-            yield f"source {name}", "rows", rows
-            yield f"source {name}", "sha256", digest
+    yield from _sources(text, "in training splits", "license", "category", "collected")
 
 
 def _datasheet(content: bytes) -> Iterator[Claim]:
@@ -234,10 +287,7 @@ def _datasheet(content: bytes) -> Iterator[Claim]:
     for stage, table, rows in _rows(text, 3):
         if rows.isdigit():
             yield f"table {stage}-{table}", "rows", rows
-    for name, rows, _, digest in _rows(text, 4):
-        if _is_sha256(digest):
-            yield f"source {name}", "rows", rows
-            yield f"source {name}", "sha256", digest
+    yield from _sources(text, "in training splits")
     for versions in re.findall(r"(?m)^Versions are named by content hash \((.*)\)", text):
         for one in versions.split(", "):
             stage, _, md5 = one.partition(" ")
@@ -245,31 +295,87 @@ def _datasheet(content: bytes) -> Iterator[Claim]:
 
 
 def _page(content: bytes) -> Iterator[Claim]:
-    head, *links = content.decode().split(f'<a href="{FOLDER}/')
+    head, *links = content.decode().split('<a href="')
     value = r"</dt><dd><bdi[^>]*>(?:md5 )?([0-9a-f]+)(?:\.dir)?</bdi></dd></div>"
     md5, digest = re.findall(rf"<div><dt>content{value}\s*<div><dt>sha256{value}", head)[0]
     yield THE_MODEL, "md5", md5
     yield THE_MODEL, "sha256", digest
+    if found := _SIGNED_BY.search(head):
+        yield THE_KEY, "key sha256", found[1]
     for link in links:
         name = link.partition('"')[0]
-        yield f"document {FOLDER}/{name}", "sha256", re.findall(f"<dt>sha256{value}", link)[0]
+        if name == ATTESTATIONS or name.startswith(f"{FOLDER}/"):
+            yield f"document {name}", "sha256", re.findall(f"<dt>sha256{value}", link)[0]
+
+
+_SIGNED_BY = re.compile(rf"<div><dt>signed by</dt><dd><bdi[^>]*>key sha256 ({_SHA256})</bdi>")
+
+
+def key_on_page(content: bytes) -> str | None:
+    """The sha256 of the key that the page says has signed the folder."""
+    found = _SIGNED_BY.search(content.decode(errors="replace"))
+    return found[1] if found else None
+
+
+def links_on_page(content: bytes) -> set[str]:
+    """The files that the page links, without those that verification needs no file for: the public key may come from elsewhere."""
+    return set(re.findall(r'<a href="([^"#]+)"', content.decode(errors="replace"))) - {PUBLIC_KEY}
 
 
 ROWS_AND_HASHES = "hashes and rows of sources and stages"
-READERS: Mapping[str, tuple[Callable[[bytes], Iterator[Claim]], str]] = {
-    "release.json": (_release, "the hash of each file that was there when it was written"),
-    "audit/audit.json": (_audit, f"{ROWS_AND_HASHES}, sizes of splits, hashes of the base model"),
-    "README.md": (_card, f"{ROWS_AND_HASHES}, hashes of the base model"),
-    f"{FOLDER}/README.md": (_card, f"the hashes of the model and the base model, {ROWS_AND_HASHES}"),
-    f"{FOLDER}/bom.cdx.json": (_cyclonedx, f"the hashes of the model and the base model, {ROWS_AND_HASHES}"),
-    f"{FOLDER}/croissant.json": (_croissant, f"{ROWS_AND_HASHES}, hashes of files, rows of tables"),
-    f"{FOLDER}/datasheet.md": (_datasheet, "the hash of the model, hashes and rows of sources, hashes of data sets, rows of tables"),
-    f"{FOLDER}/lineage.jsonl": (_openlineage, f"the hash of the model, {ROWS_AND_HASHES}"),
-    f"{FOLDER}/model.spdx.json": (_spdx, f"the hashes of the model and the base model, {ROWS_AND_HASHES}"),
-    f"{FOLDER}/training-content.md": (_eu_summary, "the hash of the model, hashes and rows of sources"),
-    PAGE: (_page, "the hashes of the model and of each document"),
+_MODEL_MD5, _MODEL_SHA256 = (THE_MODEL, "md5"), (THE_MODEL, "sha256")
+_SOURCE, _SOURCE_ROWS, _SOURCE_LICENSE = ("source ", "sha256"), ("source ", "rows"), ("source ", "license")
+_STAGE, _STAGE_MD5 = ("stage ", "sha256"), ("stage ", "md5")
+READERS: Mapping[str, tuple[Callable[[bytes], Iterator[Claim]], str, tuple[tuple[str, str], ...]]] = {
+    RELEASE: (_release, "the hash of each file that was there when it was written", (("file ", "sha256"),)),
+    "audit/audit.json": (
+        _audit,
+        f"{ROWS_AND_HASHES}, licenses, sizes of splits, hashes of the base model",
+        (_SOURCE, _SOURCE_ROWS, _SOURCE_LICENSE, _STAGE, ("base model", "sha256")),
+    ),
+    "README.md": (
+        _card,
+        f"{ROWS_AND_HASHES}, licenses, hashes of the base model",
+        (_SOURCE, _SOURCE_ROWS, _SOURCE_LICENSE, _STAGE, ("base model", "sha256")),
+    ),
+    f"{FOLDER}/README.md": (
+        _card,
+        f"the hashes of the model and the base model, {ROWS_AND_HASHES}, licenses",
+        (_MODEL_MD5, _MODEL_SHA256, _SOURCE, _SOURCE_ROWS, _SOURCE_LICENSE, _STAGE, ("base model", "sha256")),
+    ),
+    f"{FOLDER}/bom.cdx.json": (
+        _cyclonedx,
+        f"the hashes of the model and the base model, {ROWS_AND_HASHES}, licenses",
+        (_MODEL_MD5, _MODEL_SHA256, _SOURCE, _SOURCE_ROWS, _SOURCE_LICENSE, _STAGE, _STAGE_MD5),
+    ),
+    f"{FOLDER}/croissant.json": (
+        _croissant,
+        f"{ROWS_AND_HASHES}, licenses, hashes of files, rows of tables",
+        (_SOURCE, _SOURCE_ROWS, _SOURCE_LICENSE, _STAGE_MD5, ("file of the project ", "md5"), ("table ", "rows")),
+    ),
+    f"{FOLDER}/datasheet.md": (
+        _datasheet,
+        "the hash of the model, hashes and rows of sources, hashes of data sets, rows of tables",
+        (_MODEL_MD5, _SOURCE, _SOURCE_ROWS, _STAGE_MD5, ("table ", "rows")),
+    ),
+    f"{FOLDER}/lineage.jsonl": (
+        _openlineage,
+        f"the hash of the model, {ROWS_AND_HASHES}",
+        (_MODEL_MD5, _MODEL_SHA256, _SOURCE, _STAGE, _STAGE_MD5),
+    ),
+    f"{FOLDER}/model.spdx.json": (
+        _spdx,
+        f"the hashes of the model and the base model, {ROWS_AND_HASHES}, licenses that are in SPDX's list",
+        (_MODEL_MD5, _MODEL_SHA256, _SOURCE, _SOURCE_ROWS, _STAGE_MD5),
+    ),
+    f"{FOLDER}/training-content.md": (
+        _eu_summary,
+        "the hash of the model, hashes, rows and licenses of sources",
+        (_MODEL_MD5, _SOURCE, _SOURCE_ROWS, _SOURCE_LICENSE),
+    ),
+    PAGE: (_page, "the hashes of the model and of each document", (_MODEL_MD5, _MODEL_SHA256)),
 }
-"""Path in the folder of a model -> how it is read, and what is compared."""
+"""Path in the folder of a model -> how it is read, what is compared, and what every such document states: the beginning of a subject, and the property."""
 
 
 def compared_in(name: str) -> str:
@@ -278,17 +384,31 @@ def compared_in(name: str) -> str:
 
 
 def read(name: str, content: bytes) -> list[Claim] | None:
-    """The claims of a document; None if it does not have the form that `pedigree export` writes."""
+    """The claims of a document; None if it does not have the form that `pedigree export` writes. One that lists all sources also claims which these are."""
     try:
         found = [(subject, key, value) for subject, key, value in READERS[name][0](content) if isinstance(value, str)]
     except (SignatureError, UnicodeDecodeError, KeyError, IndexError, TypeError, ValueError, AttributeError):
         return None
+    if _SOURCE_ROWS in READERS[name][2]:
+        sources = {subject.removeprefix("source ") for subject, key, _ in found if subject.startswith("source ") and key == "sha256"}
+        found += [(THE_MODEL, "sources", ", ".join(sorted(sources)))] if sources else []
     return found or None
 
 
+def lacks(name: str, claims: Iterable[Claim]) -> bool:
+    """Whether a document does not state all that every document of its kind does: then it is compared in part."""
+    claims = list(claims)
+    return not all(any(subject.startswith(what) and key == one for subject, key, _ in claims) for what, one in READERS[name][2])
+
+
 def document_claims(files: Mapping[str, Path], digests: Mapping[str, str]) -> Iterator[Claim]:
-    """What the documents in a folder are."""
-    return ((f"document {name}", "sha256", digests[name]) for name in files if name.startswith(f"{FOLDER}/"))
+    """What the documents in a folder are.
+
+    Args:
+        files: path in the folder -> file.
+        digests: path in the folder -> sha256, at least of the documents.
+    """
+    return ((f"document {name}", "sha256", digests[name]) for name in files if name == ATTESTATIONS or name.startswith(f"{FOLDER}/"))
 
 
 def contradictions(stated: Mapping[str, Iterable[Claim]]) -> tuple[dict[str, str], int]:

@@ -79,14 +79,29 @@ class Target:
 
 def refuse_in_output(root: Path, option: str, folder: Path) -> None:
     """Raises:
-    InputError: the folder is an output of the project, lies in one, or contains one. Files written there would change what DVC recorded.
+    InputError: the folder is an output of the project, lies in one, or contains one; or it lies in what a stage reads, or where git, DVC and signatures
+        have their files. Files written there would change what DVC recorded.
     """
-    for name, stage in _recorded(root)[0].items():
+    given, lock = folder.resolve(), _recorded(root)[0]
+    for name, stage in lock.items():
         for out in stage.get("outs", []):
-            path, given = (root / out["path"]).resolve(), folder.resolve()
+            path = (root / out["path"]).resolve()
             if given.is_relative_to(path) or path.is_relative_to(given):
-                where = "contains" if path.is_relative_to(given) and path != given else "lies in" if path != given else "is"
+                where = "contains" if path.is_relative_to(given) and path != given else _where(given, path)
                 raise InputError(f"{option} {folder}: it {where} {out['path']}, an output of {name}", "name another folder")
+    for name, stage in lock.items():
+        for dep in stage.get("deps", []):
+            path = (root / dep["path"]).resolve()
+            if given.is_relative_to(path):
+                raise InputError(f"{option} {folder}: it {_where(given, path)} {dep['path']}, which {name} reads", "name another folder")
+    for kept in (".git", ".dvc", SIGNATURES):
+        path = (root / kept).resolve()
+        if given.is_relative_to(path):
+            raise InputError(f"{option} {folder}: it {_where(given, path)} {kept}, which is not for exports", "name another folder")
+
+
+def _where(folder: Path, path: Path) -> str:
+    return "is" if folder == path else "lies in"
 
 
 def find(root: Path, model: str) -> Target:
