@@ -163,7 +163,12 @@ def _signed_facts(target: Target, key: PrivateKey | None, attested: Mapping[str,
     if key is None or attested is None:
         return {"attestations": None, "signature": None}
     return {
-        "attestations": {"file": ATTESTATIONS, "sha256": hashlib.sha256(attested["content"]).hexdigest(), "stages": attested["stages"], "remade": attested["remade"]},
+        "attestations": {
+            "file": ATTESTATIONS,
+            "sha256": hashlib.sha256(attested["content"]).hexdigest(),
+            "stages": attested["stages"],
+            "remade": attested["remade"],
+        },
         "signature": {"file": SIGNATURE, "public_key": PUBLIC_KEY, "key": key.public.fingerprint},
     }
 

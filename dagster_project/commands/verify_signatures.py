@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ NO_KEY = "who signed: the public key came with the signatures; give the one that
 NOT_IN_FILES = (
     "that the data is what its hashes name, and that declarations about sources are true: it takes the data, and people",
     "numbers that one document alone states, such as results: its project computes them again",
+    "licenses of the base model, and those in the datasheet and in the metadata of cards",
 )
 NOT_REMADE = "that the recorded commands give these bytes: `pedigree verify MODEL --deep` in the project makes the model again"
 
@@ -242,7 +243,8 @@ class _Verification:
         wrong, compared = papers.contradictions({**stated, **{name: claims for name, claims in documents.items() if claims}})
         for name, what in wrong.items():
             self.find(f"{self.target.path}/{name}" if name in found else self.target.shown(self.target.signatures / name), what)
-        self._compare_links(found)
+        if documents.get(PAGE):
+            self._compare_links(found)
         read = [name for name, claims in documents.items() if claims and not papers.lacks(name, claims)]
         self.papers = {"documents": len(read), "values": compared}
         unread = [name for name in found if name.startswith(f"{FOLDER}/") and name not in documents]
@@ -260,7 +262,7 @@ class _Verification:
     def _model(self, found: Mapping[str, Path]) -> tuple[dict[str, Path], list[str]]:
         """The files of the model, which the attestations or else release.json list, and the names of those that are neither part of it nor papers."""
         names = [name for name in papers.files_of_model(found) if name != ATTESTATIONS]
-        listed = _output(self.stages[-1]).__contains__ if self.stages else None
+        listed: Callable[[str], bool] | None = set(_output(self.stages[-1])).__contains__ if self.stages else None
         if listed is None and papers.RELEASE in found:
             listed = papers.listed_in_release(_document(found[papers.RELEASE]))
         model = {name: found[name] for name in names if listed is not None and listed(name)}
@@ -268,8 +270,6 @@ class _Verification:
 
     def _compare_links(self, found: Mapping[str, Path]) -> None:
         """Compare the links of the page with the files: each leads to one, and there is one to each paper."""
-        if PAGE not in found:
-            return
         links = papers.links_on_page(_document(found[PAGE]))
         present = {*found, SIGNATURE}
         for name in sorted(links - present):
@@ -355,4 +355,6 @@ def as_text(document: Mapping[str, Any]) -> str:
         )
     lines += [f"  {one['file']} {one['wrong']}" for one in document["findings"]]
     lines += [f"  not verified: {what}" for what in document["not_checked"]]
-    return "\n".join(line.replace("\n", "\\n") for line in lines)  # a name or a value with a line break must not look like a line of this text
+    return "\n".join(
+        line.replace("\n", "\\n") for line in lines
+    )  # a name or a value with a line break must not look like a line of this text

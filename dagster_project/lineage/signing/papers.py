@@ -175,7 +175,9 @@ def _cyclonedx(content: bytes) -> Iterator[Claim]:
 
 def _spdx(content: bytes) -> Iterator[Claim]:
     graph = envelope.parsed(content)["@graph"]
-    licenses = {one["spdxId"]: one["simplelicensing_licenseExpression"] for one in graph if one["type"] == "simplelicensing_LicenseExpression"}
+    licenses = {
+        one["spdxId"]: one["simplelicensing_licenseExpression"] for one in graph if one["type"] == "simplelicensing_LicenseExpression"
+    }
     declared = {
         one["from"]: licenses.get(ref, UNKNOWN)
         for one in graph
