@@ -316,6 +316,7 @@ PLAN: dict[str, Any] = {
     "places": {}, "files": [], "dagster": [], "models": [], "unknown": [], "after": {}, "left": {}, "remotes elsewhere": [], "shared cache": False,
     "blobs": ["0" * 40], "needles": {"unsearchable": 0}, "searched": {"weights": 0, "unreadable": [], "unsearched": {}, "git objects": 1},
     "removed": {"objects": [], "runs": [], "remotes": {}}, "seen by": {"yes": [], "unknown": []}, "event log elsewhere": False,
+    "losses before": {}, "losses after": {},
 }  # fmt: skip
 
 
