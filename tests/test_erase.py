@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import multiprocessing
 import shutil
 import sqlite3
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 from builders.files import FILE_WRITERS, jsonl
 from builders.history import Project, entry, identity, messages, table
-from conftest import ROOT
+from conftest import ROOT, run
 
 from dagster_project.__main__ import main
 from dagster_project.commands.erase import exit_code
@@ -32,7 +34,7 @@ from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import record_key
 from dagster_project.orchestration import locks
-from dagster_project.orchestration.dvc import StageState
+from dagster_project.orchestration.dvc import StageState, reproduce
 from dagster_project.orchestration.erasure import event_log
 from dagster_project.orchestration.erasure import plan as plans
 from dagster_project.orchestration.erasure.exclusive import LOCK, no_stage_runs, one_erasure
@@ -436,6 +438,23 @@ def test_one_erasure_at_a_time_and_stages_wait_for_it(tmp_path: Path, monkeypatc
         pass
     with one_erasure(toy.root), no_stage_runs(toy.root, ["adapter@lora"], waits=False):
         pass
+
+
+def test_what_dvc_notes_about_the_process_does_not_repeat_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pedigree", "erase", "--containing", "Larkspur"])
+    for arguments in (
+        ["git", "init", "-q"],
+        ["dvc", "init", "-q"],
+        ["dvc", "stage", "add", "-n", "copy", "-O", "seen", "cp .dvc/tmp/rwlock seen"],
+    ):
+        assert run(arguments, tmp_path).returncode == 0
+    with one_erasure(tmp_path):
+        process = multiprocessing.get_context("forkserver").Process(target=reproduce, args=(tmp_path, "copy", False, {}, print))
+        process.start()  # as `run_all` starts stages
+        process.join()
+    [owner] = json.loads((tmp_path / "seen").read_bytes())["write"].values()
+    assert owner == {"pid": process.pid, "cmd": "pedigree erase"}
+    assert sys.argv[-1] == "Larkspur"
 
 
 def test_ids_that_a_row_that_stays_has_too_are_not_those_of_the_erased_record(tmp_path: Path) -> None:
