@@ -238,7 +238,7 @@ def test_models_that_were_trained_on_a_record_are_retired_with_what_was_made_fro
         toy.commit(lock)
     index = Index(tmp_path)
     index.read_records()
-    models, unknown, retired = models_of(index, [identity("secret")])
+    models, unknown, retired = models_of(index, Found(own_ids=[identity("secret")]))
     assert unknown == []
     md5 = {(name, when): lock[name]["outs"][0]["md5"] for when, lock in (("old", old), ("tested", tested), ("new", new)) for name in lock}
     outcomes = {model["md5"]: model["outcome"] for model in models}
@@ -246,7 +246,29 @@ def test_models_that_were_trained_on_a_record_are_retired_with_what_was_made_fro
         md5[name, when]: outcome for when, outcome in (("old", "retire"), ("tested", "keep")) for name in ("adapter@lora", "merged@lora")
     }
     assert retired == {md5["adapter@lora", "old"], md5["merged@lora", "old"]}
-    assert {model["outcome"] for model in models_of(index, [identity("more")])[0]} == {"remake"}
+    assert {model["outcome"] for model in models_of(index, Found(own_ids=[identity("more")]))[0]} == {"remake"}
+
+
+def test_a_model_that_learned_from_a_row_that_stays_is_not_retired(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    source = "data/sources/a.jsonl"
+    texts = ["same", "same", "alone"]
+    ledger = [{"source": source, "source_row": i, "example_id": identity(text), "outcome": READ, "why": ""} for i, text in enumerate(texts)]
+    records = [{"example_id": identity(text), "source": source, "messages": messages(text), "meta": "{}"} for text in texts]
+    raw = {"records-00000.parquet": table(records, record_schema()), "ledger.parquet": table(ledger, ledger_schema())}
+    locks = [
+        {"raw_examples": entry("raw_examples", {source: "1" * 32}, toy.put(raw)), **toy.lock(rows)}
+        for rows in ([("same", "train", source)], [("alone", "train", source)], [("other", "train", source)])
+    ]
+    for lock in locks:
+        toy.commit(lock)
+    index = Index(tmp_path)
+    index.read_records()
+    retired = [
+        models_of(index, Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"{source}:{row}",)), ()))[2] for row in range(len(texts))
+    ]
+    of_alone = {locks[1][name]["outs"][0]["md5"] for name in ("adapter@lora", "merged@lora")}
+    assert retired == [set(), set(), of_alone]
 
 
 def test_objects_that_the_workspace_or_other_outputs_need_stay() -> None:
