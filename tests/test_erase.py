@@ -10,9 +10,12 @@ import shutil
 import sqlite3
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from builders.files import FILE_WRITERS, jsonl
 from builders.history import Project, entry, identity, messages, table
@@ -76,9 +79,50 @@ def test_what_cannot_be_done_whole_is_refused(tmp_path: Path) -> None:
         without(path, {0, 1}, "a.jsonl")
     with pytest.raises(InputError, match="no row 7"):
         without(path, {7}, "a.jsonl")
-    FILE_WRITERS[".feather"](tmp_path / "a.feather", rows())
-    with pytest.raises(InputError, match=r"of type \.feather"):
-        without(tmp_path / "a.feather", {0}, "a.feather")
+    with pytest.raises(InputError, match=r"of type \.xlsx"):
+        without(tmp_path / "a.xlsx", {0}, "a.xlsx")
+
+
+def shared_columns() -> pa.Table:
+    """Columns whose rows refer to values that are stored once."""
+    texts = [SECRET, "of somebody else", None]
+    word = pa.dictionary(pa.int32(), pa.string())
+    columns: dict[str, pa.Array] = {
+        "text": pa.array(["one", "two", "three"]),
+        "word": pa.array(texts, word),
+        "inner": pa.array([{"words": [text]} for text in texts], pa.struct([("words", pa.list_(word))])),
+    }
+    return pa.table(columns)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    pq.write_table(table, path, compression="none")
+
+
+def write_arrow(new: Any) -> Callable[[Path, pa.Table], None]:
+    def write(path: Path, table: pa.Table) -> None:
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"),
+    [(".parquet", write_parquet), (".arrow", write_arrow(pa.ipc.new_file)), (".arrow", write_arrow(pa.ipc.new_stream))],
+    ids=["parquet", "file", "stream"],
+)
+def test_values_that_rows_share_leave_a_table_with_the_row(tmp_path: Path, suffix: str, write: Callable[[Path, pa.Table], None]) -> None:
+    path = tmp_path / f"a{suffix}"
+    write(path, shared_columns())
+    content = without(path, {0}, "a")
+    part = SECRET[:24].encode()
+    assert part in path.read_bytes() and part not in content
+    path.write_bytes(content)
+    assert [row.value["inner"]["words"] for row in read_rows(path) if row.value] == [
+        ["of somebody else"],
+        [None],
+    ]
 
 
 def hidden(path: Path, text: str) -> dict[str, Path]:
@@ -95,6 +139,9 @@ def hidden(path: Path, text: str) -> dict[str, Path]:
         db.execute("CREATE TABLE t (x)")
         db.execute("INSERT INTO t VALUES (?)", (text,))
     FILE_WRITERS[".feather"](path / "a.feather", [{"t": text}])
+    stream = pa.table({"t": [text] * 9})
+    with pa.ipc.new_stream(str(path / "a.arrow"), stream.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(stream)
     big = io.BytesIO(b"." * (16 * 2**20 - 20))  # the text crosses the end of what is searched at once
     (path / "a.bin").write_bytes(big.getvalue() + text.encode())
     return {file.name: file for file in sorted(path.iterdir())}
