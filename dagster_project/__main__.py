@@ -217,7 +217,7 @@ def plan(options: argparse.Namespace) -> int:
 def audit(options: argparse.Namespace) -> int:
     """Show the data, parameters and code behind a model, or the differences between two models."""
     from dagster_project.commands import where as module
-    from dagster_project.lineage import lineage
+    from dagster_project.lineage import lineage, registered
     from dagster_project.lineage.diff import as_text, diff
     from dagster_project.lineage.index import Index
     from dagster_project.views.lineage import lineage_page
@@ -237,7 +237,7 @@ def audit(options: argparse.Namespace) -> int:
         if name:
             _require_suffix(option, name, suffixes)
     subject = lineage.find(Index(root), options.model, options.rev)
-    document = lineage.document(subject, options.as_of)
+    document = lineage.document(subject, options.as_of) | registered.of_model(root, subject.run.md5)
     if options.json or options.html or options.records:
         records, _ = lineage.trained_on(subject)
         listed = lineage.listed(records) if options.json or options.html else []
@@ -336,15 +336,21 @@ def erase(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Show the comparison table: every variant, the baselines, and which system to use."""
+    """Show the comparison table: every variant, the baselines, which system to use, and the registered versions of models."""
     from dagster_project.core.documents import read_document
+    from dagster_project.lineage import registered
+    from dagster_project.lineage.export.answers import table
 
-    folder = _project(options) / "data" / "comparison"
+    root = _project(options)
+    folder = root / "data" / "comparison"
     if not (folder / "comparison.json").is_file():
         raise InputError("data/comparison: there is no comparison yet", "run `dvc repro comparison`")
     hint = "restore it with `dvc checkout --force data/comparison`, or make it again with `dvc repro comparison`"
     document = read_document(folder / "comparison.json", "data/comparison/comparison.json", hint)
-    _print(options, document, lambda _: (folder / "board.md").read_text(encoding="utf-8", errors="replace").rstrip("\n"))
+    versions = registered.table_rows(registered.registered(root))
+    document |= {"registered": [dict(zip(registered.HEAD, row, strict=True)) for row in versions]} if versions else {}
+    board = (folder / "board.md").read_text(encoding="utf-8", errors="replace").rstrip("\n")
+    _print(options, document, lambda _: board + (f"\n\n## Registered versions\n\n{table(registered.HEAD, versions)}" if versions else ""))
     return 0
 
 
