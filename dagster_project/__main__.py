@@ -360,6 +360,8 @@ def export(options: argparse.Namespace) -> int:
 
     if options.all:
         return _export_all(options)
+    if options.with_model or options.key:
+        raise InputError("export: --with-model and --key require --all", "see `pedigree export --help`")
     text = export_model(_project(options), options.model, options.format, options.rev, options.issued)
     if options.out:
         _write("--out", Path(options.out), text)
@@ -371,16 +373,20 @@ def export(options: argparse.Namespace) -> int:
 
 def _export_all(options: argparse.Namespace) -> int:
     """Write all formats, and a page that lists them."""
-    from dagster_project.lineage.export.folder import PAGE, all_formats
-    from dagster_project.views.exports import exports_page
+    from dagster_project.commands import papers
 
     if options.out:
         raise InputError("--out cannot be combined with --all", "leave it out: --all names the folder")
-    texts, document = all_formats(_project(options), options.model, options.rev, options.issued)
-    folder = Path(options.all)
-    for name, text in {**texts, PAGE: exports_page(document)}.items():
-        _write("--all", folder / name, text)
-    _print(options, {**document, "folder": options.all, "page": PAGE}, lambda _: "\n".join(str(folder / name) for name in [*texts, PAGE]))
+    if options.key and not options.with_model:
+        raise InputError("--key requires --with-model", "`pedigree sign FOLDER --key FILE` signs a folder of exports alone")
+    if options.with_model and options.rev:
+        raise InputError("--rev cannot be combined with --with-model: the model is that of the workspace", "check out the revision first")
+    given = (_project(options), options.model, Path(options.all))
+    if options.with_model:
+        document = papers.hand_over(*given, options.issued, options.key)
+    else:
+        document = papers.write_exports(*given, options.rev, options.issued)
+    _print(options, document, papers.as_text)
     return 0
 
 
@@ -757,8 +763,10 @@ def _add_lineage_commands(commands: Any) -> None:
     add("model", metavar="MODEL", help="path, name of a stage, or content hash")
     form = command.add_mutually_exclusive_group(required=True)
     form.add_argument("--format", choices=formats())
-    form.add_argument("--all", metavar="FOLDER", help="write all formats to a folder, with a page that lists them")
+    form.add_argument("--all", metavar="FOLDER", help="write all formats to a folder, with papers.html, which lists them")
     add("--out", metavar="FILE", help="with --format (default: standard output)")
+    add("--with-model", action="store_true", help="with --all: also copy the files of the release, and sign the folder if there is a key")
+    add("--key", metavar="FILE", help="with --with-model: private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)")
     add("--rev", help=workspace)
     add("--issued", type=_date, metavar="YYYY-MM-DD", help="default: the date of the commit that recorded the model")
 
