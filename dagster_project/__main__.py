@@ -217,7 +217,7 @@ def plan(options: argparse.Namespace) -> int:
 def audit(options: argparse.Namespace) -> int:
     """Show the data, parameters and code behind a model, or the differences between two models."""
     from dagster_project.commands import where as module
-    from dagster_project.lineage import lineage
+    from dagster_project.lineage import lineage, registered
     from dagster_project.lineage.diff import as_text, diff
     from dagster_project.lineage.index import Index
     from dagster_project.views.lineage import lineage_page
@@ -237,7 +237,7 @@ def audit(options: argparse.Namespace) -> int:
         if name:
             _require_suffix(option, name, suffixes)
     subject = lineage.find(Index(root), options.model, options.rev)
-    document = lineage.document(subject, options.as_of)
+    document = lineage.document(subject, options.as_of) | registered.of_model(root, subject.run.md5)
     if options.json or options.html or options.records:
         records, _ = lineage.trained_on(subject)
         listed = lineage.listed(records) if options.json or options.html else []
@@ -336,15 +336,21 @@ def erase(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Show the comparison table: every variant, the baselines, and which system to use."""
+    """Show the comparison table: every variant, the baselines, which system to use, and the registered versions of models."""
     from dagster_project.core.documents import read_document
+    from dagster_project.lineage import registered
+    from dagster_project.lineage.export.answers import table
 
-    folder = _project(options) / "data" / "comparison"
+    root = _project(options)
+    folder = root / "data" / "comparison"
     if not (folder / "comparison.json").is_file():
         raise InputError("data/comparison: there is no comparison yet", "run `dvc repro comparison`")
     hint = "restore it with `dvc checkout --force data/comparison`, or make it again with `dvc repro comparison`"
     document = read_document(folder / "comparison.json", "data/comparison/comparison.json", hint)
-    _print(options, document, lambda _: (folder / "board.md").read_text(encoding="utf-8", errors="replace").rstrip("\n"))
+    versions = registered.table_rows(registered.registered(root))
+    document |= {"registered": [dict(zip(registered.HEAD, row, strict=True)) for row in versions]} if versions else {}
+    board = (folder / "board.md").read_text(encoding="utf-8", errors="replace").rstrip("\n")
+    _print(options, document, lambda _: board + (f"\n\n## Registered versions\n\n{table(registered.HEAD, versions)}" if versions else ""))
     return 0
 
 
@@ -354,6 +360,8 @@ def export(options: argparse.Namespace) -> int:
 
     if options.all:
         return _export_all(options)
+    if options.with_model or options.key:
+        raise InputError("export: --with-model and --key require --all", "see `pedigree export --help`")
     text = export_model(_project(options), options.model, options.format, options.rev, options.issued)
     if options.out:
         _write("--out", Path(options.out), text)
@@ -365,16 +373,20 @@ def export(options: argparse.Namespace) -> int:
 
 def _export_all(options: argparse.Namespace) -> int:
     """Write all formats, and a page that lists them."""
-    from dagster_project.lineage.export.folder import PAGE, all_formats
-    from dagster_project.views.exports import exports_page
+    from dagster_project.commands import papers
 
     if options.out:
         raise InputError("--out cannot be combined with --all", "leave it out: --all names the folder")
-    texts, document = all_formats(_project(options), options.model, options.rev, options.issued)
-    folder = Path(options.all)
-    for name, text in {**texts, PAGE: exports_page(document)}.items():
-        _write("--all", folder / name, text)
-    _print(options, {**document, "folder": options.all, "page": PAGE}, lambda _: "\n".join(str(folder / name) for name in [*texts, PAGE]))
+    if options.key and not options.with_model:
+        raise InputError("--key requires --with-model", "`pedigree sign FOLDER --key FILE` signs a folder of exports alone")
+    if options.with_model and options.rev:
+        raise InputError("--rev cannot be combined with --with-model: the model is that of the workspace", "check out the revision first")
+    given = (_project(options), options.model, Path(options.all))
+    if options.with_model:
+        document = papers.hand_over(*given, options.issued, options.key)
+    else:
+        document = papers.write_exports(*given, options.rev, options.issued)
+    _print(options, document, papers.as_text)
     return 0
 
 
@@ -751,8 +763,10 @@ def _add_lineage_commands(commands: Any) -> None:
     add("model", metavar="MODEL", help="path, name of a stage, or content hash")
     form = command.add_mutually_exclusive_group(required=True)
     form.add_argument("--format", choices=formats())
-    form.add_argument("--all", metavar="FOLDER", help="write all formats to a folder, with a page that lists them")
+    form.add_argument("--all", metavar="FOLDER", help="write all formats to a folder, with papers.html, which lists them")
     add("--out", metavar="FILE", help="with --format (default: standard output)")
+    add("--with-model", action="store_true", help="with --all: also copy the files of the release, and sign the folder if there is a key")
+    add("--key", metavar="FILE", help="with --with-model: private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)")
     add("--rev", help=workspace)
     add("--issued", type=_date, metavar="YYYY-MM-DD", help="default: the date of the commit that recorded the model")
 

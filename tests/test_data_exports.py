@@ -283,8 +283,8 @@ TEMPLATE = [
     "1.3. Modalities, overall training data size and other characteristics", "2. List of data sources", "2.1. Publicly available datasets",
     "2.2. Private non-publicly available datasets obtained from third parties", "2.2.1. Datasets commercially licensed by rightsholders or their representatives",
     "2.2.2. Private datasets obtained from other third parties", "2.3. Data crawled and scraped from online sources", "2.4. User data", "2.5. Synthetic data",
-    "2.6. Other sources of data", "3. Data processing aspects", "3.1. Respect of reservation of rights from text and data mining",
-    "3.2. Removal of illegal content", "3.3. Other information",
+    "2.6. Other sources of data", "3. Data processing aspects", "3.1. Respect of reservation of rights from text and data mining exception or limitation",
+    "3.2. Removal of illegal content", "3.3. Other information (optional)",
 ]  # fmt: skip
 """Headings of the Commission's template, in its order."""
 
@@ -333,7 +333,7 @@ def test_declarations_answer_the_questions_about_sources(finished: Path) -> None
     assert answers == {
         "2.1.": f"yes: {first}", "2.2.1.": f"yes: {third}", "2.2.2.": "no", "2.3.": "no", "2.4.": f"yes: {second}", "2.5.": f"yes: {third}", "2.6.": "no",
     }  # fmt: skip
-    assert "**Latest date of data acquisition:** 2025-02-03\n" in whole and f"Model 9 for {third}" in whole
+    assert "**Latest date of data acquisition/collection for model training:** 2025-02-03\n" in whole and f"Model 9 for {third}" in whole
     assert f"({sources[second]['rows']} rows, collected *missing* to 2025-02-03)" in whole and "`provider.user_services`" in whole
     assert "`provider.crawlers`" not in whole
 
@@ -458,18 +458,19 @@ def test_all_exports_are_in_one_folder_with_a_page_that_names_each_by_its_hash(f
     arguments = ["export", MODEL, "--all", str(folder), "--issued", "2026-01-31", "--project", str(finished)]
     assert main([*arguments, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    page = files.pop("exports.html").decode()
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    page = files.pop("papers.html").decode()
     assert {one["format"] for one in document["exports"]} == set(formats()) and set(files) == {one["file"] for one in document["exports"]}
+    assert document["missing"] == [] and 'id="missing"' not in page and 'id="release"' not in page
     for one in document["exports"]:
         assert one["sha256"] == hashlib.sha256(files[one["file"]]).hexdigest() and one["sha256"] in page
         assert files[one["file"]].decode() == export(finished, MODEL, one["format"], issued=ISSUED) and one["shows"] and one["shows_not"]
     assert "http" not in page.replace("http-equiv", "") and str(finished) not in page
-    assert main(arguments) == 0 and (folder / "exports.html").read_text() == page
+    assert main(arguments) == 0 and (folder / "papers.html").read_text() == page
     assert main([*arguments, "--out", "x"]) == 2 and "--out cannot be combined" in capsys.readouterr().err
 
 
-def test_a_stranger_verifies_a_signed_folder_of_exports(finished: Path) -> None:
+def test_a_stranger_verifies_a_signed_folder_of_exports_alone(finished: Path) -> None:
     tool("spdx_python_model")
     folder, key, public = finished.parent / "exports", finished.parent / "key.pem", finished.parent / "key.pub"
     assert main(["export", MODEL, "--all", str(folder), "--issued", "2026-01-31", "--project", str(finished)]) == 0
@@ -479,7 +480,8 @@ def test_a_stranger_verifies_a_signed_folder_of_exports(finished: Path) -> None:
     sign(finished, str(folder), str(key))
     elsewhere = Path(shutil.move(folder, finished.parent / "stranger"))
     shutil.rmtree(finished)
-    assert verify_signatures(elsewhere, str(elsewhere), str(public))["verdict"] == "verified"
-    flip(elsewhere / "training-content.md")
+    document = verify_signatures(elsewhere, str(elsewhere), str(public))
+    assert document["verdict"] == "verified" and document["papers"]["documents"] == len(formats()) + 1 and document["papers"]["values"] > 90
+    flip(elsewhere / "papers/training-content.md")
     found = verify_signatures(elsewhere, str(elsewhere), str(public))
     assert found["verdict"] == "altered" and "training-content.md" in json.dumps(found)

@@ -24,8 +24,8 @@ from dagster_project.views.ballot import ballot_page
 from dagster_project.views.comparison import Sample, comparison_page
 from dagster_project.views.conversations import conversation
 from dagster_project.views.data_quality import data_quality_page
-from dagster_project.views.exports import exports_page
 from dagster_project.views.lineage import lineage_page
+from dagster_project.views.papers import papers_page
 from dagster_project.views.trained_examples import Piece, TrainedExample
 from dagster_project.views.training import training_page
 
@@ -240,10 +240,24 @@ def ballot(text: Text, tmp_path: Path) -> str:
     return ballot_page({"ballot": text("abc"), "pairs": [{"id": text("1"), "prompt": prompt, "answers": [text("a"), text("b")]}]})
 
 
-def exports(text: Text, tmp_path: Path) -> str:
-    facts = {name: text(name) for name in ("file", "format", "shows", "shows_not", "sha256")}
+def papers(text: Text, tmp_path: Path) -> str:
+    facts = {name: text(name) for name in ("file", "format", "shows", "shows_not", "sha256", "compared")}
     model = {"stage": text("merged@lora"), "md5": text("0.dir"), "sha256": text("1")}
-    return exports_page({"model": model, "issued": text("2026-01-31"), "commit": text("abc"), "exports": [facts]})
+    signed = {
+        "attestations": {"file": text("a"), "stages": [text("raw")], "remade": text("identical")},
+        "signature": {"file": text("b"), "public_key": text("c"), "key": text("d")},
+    }
+    release = [{"file": name, "compared": text("rows")} for name in ("README.md", f"audit/{text('lora')}/training.json", text("other"))]
+    missing = [{name: text(name) for name in ("paper", "why", "next")}]
+    document = {
+        "model": model,
+        "issued": text("2026-01-31"),
+        "commit": text("abc"),
+        "exports": [facts],
+        "missing": missing,
+        "release": release,
+    }
+    return papers_page({**document, **signed})
 
 
 class Elements(HTMLParser):
@@ -264,7 +278,7 @@ class Elements(HTMLParser):
             self.text += data
 
 
-@pytest.mark.parametrize("page", [quality, training, alignment, comparison, lineage, ballot, exports])
+@pytest.mark.parametrize("page", [quality, training, alignment, comparison, lineage, ballot, papers])
 def test_hostile_text_in_any_field_of_any_page_stays_text(page: Callable[[Text, Path], str], tmp_path: Path) -> None:
     hostile, harmless = page(lambda text: text + HOSTILE, tmp_path / "a"), page(lambda text: text + "w" * len(HOSTILE), tmp_path / "b")
     assert Elements(hostile).found == Elements(harmless).found, "text made an element or an attribute"

@@ -10,7 +10,7 @@ PACKAGES = {
         "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "gguf", "numba", "sklearn", "threadpoolctl", "sacrebleu",
         "lm_eval",
     ),
-    "pipeline": ("dagster", "dagster_webserver", "dagster_graphql", "dagster_pipes", "dagster_shared", "dvc", "dvc_data", "hydra", "omegaconf", "antlr4", "matplotlib", "psutil"),
+    "pipeline": ("dagster", "dagster_webserver", "dagster_graphql", "dagster_pipes", "dagster_shared", "dvc", "dvc_data", "gto", "hydra", "omegaconf", "antlr4", "matplotlib", "psutil"),
     "gx": ("great_expectations", "pandas"),
     "gpu": ("liger_kernel",),
     "quant": ("bitsandbytes",),

@@ -39,13 +39,21 @@ def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
         raise InputError(
             f"--key {key_file}: the private key is in the folder to be signed", "keep it elsewhere: the folder may be published"
         )
+    found = files_to_sign(target)
+    text = model_signature.bundle(model_signature.manifest(target.folder.name, found), key)
+    return {**_written(target, SIGNATURE, text, key), "files": len(found.files)}
+
+
+def files_to_sign(target: Target) -> model_signature.Contents:
+    """Raises:
+    InputError: there are links among them, or there are none.
+    """
     found = model_signature.contents(target.folder, IGNORED)
     if found.other:
         raise InputError(f"{target.path}/{found.other[0]}: neither a file nor a folder", "sign a copy without links: `cp -rL`")
     if not found.files:
         raise InputError(f"{target.path}: it contains no files", "name the folder of a model")
-    text = model_signature.bundle(model_signature.manifest(target.folder.name, found), key)
-    return {**_written(target, SIGNATURE, text, key), "files": len(found.files)}
+    return found
 
 
 def _written(target: Target, name: str, text: str, key: PrivateKey) -> dict[str, Any]:
@@ -86,13 +94,23 @@ def attest(root: Path, model: str, key_file: str | None, remade: bool = False) -
     if target.root is None:
         raise InputError(f"{model}: not an output in dvc.lock, so nothing is recorded about how it was made", "name a stage, or its output")
     target.refuse_other_key(key.public)
-    records = Lineage(target.root, target.lock, target.lock_text, target.address).records()
+    records = stage_records(target)
     verdict, results = None, dict[str, Any]()
     if remade:
         verdict, results = _made_again(target.root, target.address, records)
-    statements = [provenance.statement(record.with_result(results.get(record.address))) for record in records]
-    written = _written(target, ATTESTATIONS, provenance.lines(statements, key), key)
+    signed = [provenance.statement(record.with_result(results.get(record.address))) for record in records]
+    written = _written(target, ATTESTATIONS, provenance.lines(signed, key), key)
     return {**written, "stages": [record.address for record in records], "remade": verdict}
+
+
+def stage_records(target: Target) -> list[provenance.StageRecord]:
+    """What is recorded of each stage that an output was made with, in flow order.
+
+    Raises:
+        InputError: a file of the workspace is not what dvc.lock recorded.
+    """
+    assert target.root is not None
+    return Lineage(target.root, target.lock, target.lock_text, target.address).records()
 
 
 def _made_again(root: Path, address: str, records: Sequence[provenance.StageRecord]) -> tuple[str, dict[str, Any]]:

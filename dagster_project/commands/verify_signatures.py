@@ -9,9 +9,11 @@ from typing import Any
 
 from dagster_project.commands.sign import Lineage
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import PLOTS, REPORTS
+from dagster_project.lineage.export.folder import FOLDER, PAGE
 from dagster_project.lineage.history import LOCK, is_within
-from dagster_project.lineage.signing import model_signature, provenance
+from dagster_project.lineage.signing import model_signature, papers, provenance
 from dagster_project.lineage.signing.envelope import SignatureError
 from dagster_project.lineage.signing.keys import PublicKey, public_key, public_key_of
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
@@ -22,6 +24,12 @@ NOT_ATTESTED = f"the lineage (no {ATTESTATIONS})"
 NOT_SIGNED = f"the files (no {SIGNATURE})"
 NO_PROJECT = "the stages before it and their files, which only its project has"
 NO_KEY = "who signed: the public key came with the signatures; give the one that you trust with --key"
+
+NOT_IN_FILES = (
+    "that the data is what its hashes name, and that declarations about sources are true: it takes the data, and people",
+    "numbers that one document alone states, such as results: its project computes them again",
+)
+NOT_REMADE = "that the recorded commands give these bytes: `pedigree verify MODEL --deep` in the project makes the model again"
 
 LARGEST = 100_000_000
 """Bytes of a file of signatures that is read."""
@@ -35,13 +43,15 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
         model: name of a stage, path of its output, content hash, or a folder that contains its signatures.
         key_file: of the public key to trust; None: the one beside the signatures.
     Returns:
-        {"model", "folder", "verdict": "verified" or "altered", "key": sha256 of the public key, "key_given", "signature": {"file", "files"} or None,
-        "attestations": {"file", "stages", "files", "remade": verdict or None} or None, "findings": [{"file", "wrong"}],
-        "not_checked": what could not be verified}.
+        {"model", "folder", "verdict": "verified", "altered" or "contradictory", "key": sha256 of the public key, "key_given", "signature": {"file", "files"} or None,
+        "attestations": {"file", "stages", "files", "remade": verdict or None} or None,
+        "papers": {"documents": that were compared, "values": that two of them state} or None, "findings": [{"file", "wrong"}],
+        "not_checked": what could not be verified}. The verdict is "contradictory" if all is as it was signed, but documents in a folder
+        contradict its files or each other.
     Raises:
         InputError: nothing is signed, or the key given cannot be used.
     """
-    target = find(root, model)
+    target = _with_own_signatures(find(root, model))
     signature, attestations, pem = (target.signatures / name for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY))
     given = public_key_of(key_file) if key_file else None
     if not signature.is_file() and not attestations.is_file():
@@ -52,21 +62,33 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
     if key is not None:
         verification.check_signature(signature, key)
         verification.check_attestations(attestations, key)
+    altered = bool(verification.findings)
+    if target.root is None and any((target.folder / name).is_file() for name in (PAGE, "audit/audit.json")):
+        verification.check_papers()
     if verification.left_out:
-        verification.not_checked.append(f"{', '.join(sorted(verification.left_out))} in {target.path}, which signatures leave out")
+        reason = "which signatures leave out" if verification.signature else "which the attestations do not cover"
+        verification.not_checked.append(f"{', '.join(sorted(verification.left_out))} in {target.path}, {reason}")
     if given is None:
         verification.not_checked.append(NO_KEY)
     return {
         "model": target.label,
         "folder": target.path,
-        "verdict": "altered" if verification.findings else "verified",
+        "verdict": "altered" if altered else "contradictory" if verification.findings else "verified",
         "key": key.fingerprint if key else None,
         "key_given": given is not None,
         "signature": verification.signature,
         "attestations": verification.attestations,
+        "papers": verification.papers,
         "findings": [{"file": file, "wrong": wrong} for file, wrong in sorted(verification.findings.items())],
         "not_checked": verification.not_checked,
     }
+
+
+def _with_own_signatures(target: Target) -> Target:
+    """An output that contains its signatures, while the project has none of it: a folder that was handed over, put in its place in a clone."""
+    if target.root is None or any((target.signatures / name).is_file() for name in (SIGNATURE, ATTESTATIONS)):
+        return target
+    return Target(None, "", target.path, target.folder, {}, "") if (target.folder / SIGNATURE).is_file() else target
 
 
 @dataclass
@@ -79,6 +101,16 @@ class _Verification:
     """What is in the folder and no comparison included; None before the first."""
     signature: dict[str, Any] | None = None
     attestations: dict[str, Any] | None = None
+    papers: dict[str, Any] | None = None
+    stages: Sequence[Attested] = ()
+    """Those of the attestations, if they are signed by the key."""
+    _digests: dict[Path, str] = field(default_factory=dict)
+
+    def _sha256(self, file: Path) -> str:
+        """Each file is hashed once."""
+        if file not in self._digests:
+            self._digests[file] = sha256_of_file(file)
+        return self._digests[file]
 
     def _find(self, file: str, wrong: str) -> None:
         self.findings.setdefault(file, wrong)
@@ -130,6 +162,7 @@ class _Verification:
         except SignatureError as error:
             self._find(name, str(error))
             return
+        self.stages = stages
         results = {stage.remade for stage in stages}
         remade = None if None in results else "identical" if results == {"identical"} else "elsewhere"
         files = len({path for stage in stages for path in (*stage.read, *stage.made)})
@@ -144,16 +177,44 @@ class _Verification:
         """Compare a copy of an output with the statement about its stage."""
         out = next((path for path in last.outs if not path.startswith((REPORTS, PLOTS))), "")
         made = {path[len(out) + 1 :]: digests["sha256"] for path, digests in last.made.items() if out and is_within(path, out)}
-        ignored = [name for name in IGNORED if not any(is_within(path, name) for path in made)]
-        self._compare_files(made, ignored, "attested")
+        beside = (*IGNORED, PAGE, FOLDER)
+        self._compare_files(made, [name for name in beside if not any(is_within(path, name) for path in made)], "attested")
 
     def _compare_files(self, expected: Mapping[str, str], ignored: Iterable[str], done: str) -> None:
         """Compare the folder with the sha256 of its files."""
         found = model_signature.contents(self.target.folder, ignored)
-        for path, wrong in model_signature.differences(expected, found, done).items():
+        for path, wrong in model_signature.differences(expected, found, self._sha256, done).items():
             self._find(f"{self.target.path}/{path}", wrong)
         left_out = {*found.ignored} - {ATTESTATIONS, PUBLIC_KEY, SIGNATURE}
         self.left_out = left_out if self.left_out is None else self.left_out & left_out
+
+    def check_papers(self) -> None:
+        """Compare the documents in the folder with its files, with the attestations, and with each other."""
+        if self.findings:
+            self.not_checked.append("what the documents state: files are not what was signed")
+            return
+        found = model_signature.contents(self.target.folder, IGNORED).files
+        model = {name: found[name] for name in papers.files_of_model(found)}
+        digests = {name: self._sha256(file) for name, file in found.items()}
+        stated: dict[str, Iterable[papers.Claim]] = {"the files": papers.document_claims(found, digests)}
+        if model:
+            stated["the files of the model"] = papers.of_files(model, digests)
+        if self.stages:
+            stated[ATTESTATIONS] = papers.of_attestations(self.stages)
+        documents = {name: papers.read(name, self._document(found[name])) for name in papers.READERS if name in found}
+        wrong, compared = papers.contradictions({**stated, **{name: claims for name, claims in documents.items() if claims}})
+        for name, what in wrong.items():
+            self._find(f"{self.target.path}/{name}" if name in found else self.target.shown(self.target.signatures / name), what)
+        self.papers = {"documents": sum(claims is not None for claims in documents.values()), "values": compared}
+        others = [name for name in found if name.startswith(f"{FOLDER}/") and name not in documents]
+        if unread := [*others, *(name for name, claims in documents.items() if claims is None)]:
+            self.not_checked.append(f"what {', '.join(unread)} state: not in a form that is compared")
+        self.not_checked += NOT_IN_FILES
+        if (self.attestations or {}).get("remade") is None:
+            self.not_checked.append(NOT_REMADE)
+
+    def _document(self, file: Path) -> bytes:
+        return b"" if file.stat().st_size > papers.LARGEST else file.read_bytes()
 
     def _compare_project(self, name: str, root: Path, stages: Sequence[Attested]) -> None:
         """Compare the entries of dvc.lock, and every file that they refer to, with the statements."""
@@ -207,5 +268,9 @@ def as_text(document: Mapping[str, Any]) -> str:
     if attested := document["attestations"]:
         remade = f"made again from the sources before it was signed: {attested['remade']}" if attested["remade"] else "not made again"
         lines.append(f"  attestations  {attested['file']}: {len(attested['stages'])} stages, {attested['files']} files; {remade}")
+    if compared := document["papers"]:
+        lines.append(
+            f"  papers        {compared['documents']} documents; {compared['values']} values compared with files and other documents"
+        )
     lines += [f"  {one['file']} {one['wrong']}" for one in document["findings"]]
     return "\n".join([*lines, *(f"  not verified: {what}" for what in document["not_checked"])])

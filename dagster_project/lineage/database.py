@@ -49,6 +49,7 @@ CREATE INDEX derived_parent ON derived (parent);
 CREATE INDEX derived_file ON derived (file);
 CREATE TABLE training (evidence TEXT, shard TEXT, source TEXT, records INTEGER, first INTEGER, last INTEGER);
 CREATE INDEX training_shard ON training (shard, evidence);
+CREATE TABLE training_source (evidence TEXT, data TEXT, source TEXT, records INTEGER, first INTEGER, last INTEGER);
 CREATE TABLE matched (evidence TEXT, data TEXT, PRIMARY KEY (evidence, data)) WITHOUT ROWID;
 CREATE TABLE record (segment INTEGER, first BLOB, keys BLOB, contents BLOB, steps BLOB, epochs BLOB, PRIMARY KEY (segment, first));
 CREATE TABLE text_record (segment INTEGER, first BLOB, keys BLOB, ids BLOB, PRIMARY KEY (segment, first));

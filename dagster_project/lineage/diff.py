@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.text import visible
 from dagster_project.lineage import tables
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.lineage import NON_METRICS, Subject, document, find, unrecorded
+from dagster_project.lineage.lineage import NON_METRICS, Subject, document, find, unavailable_reports, unrecorded
 from dagster_project.lineage.run_index import SPLIT
 from dagster_project.lineage.runs import StageRun, fetch_hint
 
@@ -29,28 +30,34 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
     Returns:
         {"models", "same", "records", "parameters", "code", "environment", "base_model", "sources", "metrics", "missing"}. "records" has "added",
         "removed", "changed" (another record from the same source row) and "moved" (to another split), each record with its source rows; it is null
-        if a data set is unavailable or unrecorded. The others are {name: [before, after]}, for differing values only.
+        if a data set is unavailable or unrecorded. The others are {name: [before, after]}, for differing values only; of what reports state, and one of
+        them is unavailable, only for what is known of both.
     """
     index = Index(root)
     subjects = [find(index, before, rev), find(index, after, against_rev)]
     old, new = (document(subject) for subject in subjects)
     records, missing = _records(subjects[0], subjects[1])
+    reports = [one for subject in subjects for one in unavailable_reports(index, subject.upstream)]
+    lost = [{key: one[key] for key in ("path", "md5", "fetch")} for one in reports]
+    stated = partial(_differing, of_both=bool(lost))
     return {
         "models": [old["model"], new["model"]],
         "same": old["model"]["md5"] == new["model"]["md5"],
         "records": records,
         "parameters": _differing(_flat(old["parameters"]), _flat(new["parameters"])),
         "code": _differing(old["code"]["files"], new["code"]["files"]),
-        "environment": _differing(old["environment"], new["environment"]),
-        "base_model": _differing(_flat(old["base_model"]), _flat(new["base_model"])),
-        "sources": _differing(*({name: facts.get("sha256") for name, facts in audited["sources"].items()} for audited in (old, new))),
-        "metrics": _differing(*(_scores(subject, audited) for subject, audited in zip(subjects, (old, new), strict=True))),
-        "missing": missing,
+        "environment": stated(*(one["environment"] for one in (old, new))),
+        "base_model": stated(*(_flat(one["base_model"]) for one in (old, new))),
+        "sources": stated(*({name: facts.get("sha256") for name, facts in one["sources"].items()} for one in (old, new))),
+        "metrics": stated(*(_scores(subject, one) for subject, one in zip(subjects, (old, new), strict=True))),
+        "missing": missing + lost,
     }
 
 
-def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {name: [before.get(name), after.get(name)] for name in sorted({*before, *after}) if before.get(name) != after.get(name)}
+def _differing(before: Mapping[str, Any], after: Mapping[str, Any], of_both: bool = False) -> dict[str, list[Any]]:
+    """Name -> [before, after] of the values that differ; those of one side only are left out if `of_both`."""
+    names = before.keys() & after.keys() if of_both else before.keys() | after.keys()
+    return {name: [before.get(name), after.get(name)] for name in sorted(names) if before.get(name) != after.get(name)}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -160,13 +167,15 @@ def as_text(difference: Mapping[str, Any]) -> str:
     lines.append("")
     if records is None:
         lines += ["records: unknown, because a data set is not in the cache or nothing records it"]
-        lines += [f"  {entry['path']}  md5 {entry['md5']}\n    fetch it: {entry['fetch']}" for entry in difference["missing"]]
     else:
         lines.append("records: " + (", ".join(f"{len(entries)} {name}" for name, entries in records.items() if entries) or "the same"))
         lines += [f"  + {_record(entry)}" for entry in records["added"][:SHOWN]]
         lines += [f"  - {_record(entry)}" for entry in records["removed"][:SHOWN]]
         for entry in [*records["changed"][:SHOWN], *records["moved"][:SHOWN]]:
             lines += [f"  - {_record(entry['before'])}", f"  + {_record(entry['after'])}"]
+    if difference["missing"]:
+        lines += ["", "not available: what they state is left out"]
+        lines += [f"  {entry['path']}  md5 {entry['md5']}\n    fetch it: {entry['fetch']}" for entry in difference["missing"]]
     for name in ("sources", "base_model", "parameters", "code", "environment", "metrics"):
         if difference[name]:
             lines += ["", name.replace("_", " ")]

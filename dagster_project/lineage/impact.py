@@ -20,6 +20,7 @@ from dagster_project.lineage import tables
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.index import Index, RecordUse
 from dagster_project.lineage.published import erasure_of, missing_keys, record_of
+from dagster_project.lineage.registered import registered
 from dagster_project.lineage.rows import record_key
 from dagster_project.lineage.runs import StageRun, fetch_hint
 from dagster_project.lineage.search import search
@@ -79,7 +80,8 @@ def impact(
         regex: `containing` is a regular expression.
     Returns:
         {"asked", "published", "erased", "verdict", "records", "models", "near", "matches", "read_by", "unknown", "looked_at", "unreadable", "shallow"}.
-        `models`, in the order of history, have the splits and training steps, the parent that saw the record, and the commits at which this holds;
+        `models`, in the order of history, have the splits and training steps, the parent that saw the record, the commits at which this holds, and the
+        registered versions of the model, if it has any;
         `unknown` lists models that cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was asked
         for; `erased`: the day, if it was erased: models that were deleted then are not listed. The verdict is "yes", "no" only if everything was
         looked at, or else "cannot tell".
@@ -131,6 +133,9 @@ def impact(
     for model in models:
         if (partly := undecided.pop(model["md5"], None)) and partly["missing"]:
             model |= {name: partly[name] for name in ("missing", "fetch")}
+    versions = registered(root)
+    for model in models:
+        model |= {"registered": [one.as_dict() for one in versions[model["md5"]]]} if model["md5"] in versions else {}
     unknown = [*undecided.values(), *unmapped]
     complete = not (unknown or index.unreadable or index.history.shallow)
     looked_at = index.looked_at()
@@ -618,6 +623,10 @@ def as_text(result: Mapping[str, Any]) -> str:
     for model in result["models"]:
         aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
         lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model)}{aliases}")
+        if "registered" in model:
+            from dagster_project.views.lineage import versions_text
+
+            lines.append(f"  {versions_text(model['registered'])}")
         lines += [f"  {_exposure_text(seen, model)}" for seen in model["seen"]]
         if missing := model.get("missing"):
             lines.append(

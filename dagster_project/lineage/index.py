@@ -7,6 +7,7 @@ per several million rows. The tables are in database.py, the runs in run_index.p
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -96,12 +97,13 @@ class Index(RunIndex):
         self._db.executemany("INSERT INTO derived VALUES (?, ?, ?, ?)", [(md5, *row) for row in derived])
 
     def _match_evidence(self) -> None:
-        """Count the records of each source and shard that each model was trained on, with first and last step.
+        """Count the records of each source that each model was trained on, with first and last step.
 
-        Each pair of evidence and shard is joined once.
+        Each pair of evidence and shard is joined once, and each set of data is added up once.
         """
         evidence_of, matched = self.evidence, self._matched
         pending: dict[str, tuple[Path, dict[str, Path]]] = {}
+        matching: dict[tuple[str, str], list[str]] = {}
         models = {
             key: run for run in self.runs.values() if run.md5 in evidence_of and (key := self._training_key(run)) and key not in matched
         }
@@ -113,9 +115,13 @@ class Index(RunIndex):
             if evidence_path and train and all(shard_paths.values()):
                 pending.setdefault(evidence, (evidence_path, {}))[1].update({md5: path for md5, path in shard_paths.items() if path})
                 self._db.execute("INSERT INTO matched VALUES (?, ?)", key)
+                matching[key] = [md5 for md5, _ in train]
         for evidence, (evidence_path, shards) in pending.items():
             rows = [(evidence, *row) for row in summarize_training(evidence_path, shards)] if shards else []
             self._db.executemany("INSERT INTO training VALUES (?, ?, ?, ?, ?, ?)", rows)
+        query = """INSERT INTO training_source SELECT ?1, ?2, source, sum(records), min(first), max(last)
+            FROM json_each(?3) CROSS JOIN training ON training.shard = value AND training.evidence = ?1 GROUP BY source"""
+        self._db.executemany(query, [(*key, json.dumps(shards)) for key, shards in matching.items()])
         if models:
             del self._matched
 
@@ -364,29 +370,18 @@ class Index(RunIndex):
         """(records, first step, last step) of a model's training on one source, or on all; None if unknown."""
         if self._training_key(run) not in self._matched:
             return None
-        by_shard, shards_of = self._training_summaries(source)
-        of_model = by_shard.get(self.evidence.get(run.md5, ""), {})
-        summaries = [of_model[shard] for out in self.data(run) for shard in shards_of.get(out, ()) if shard in of_model]
-        records, first, last = (tuple(zip(*summaries, strict=True))) if summaries else ((0,), (0,), (0,))
-        return sum(records), min(first), max(last)
+        return self._trainings(source).get(self._training_key(run), (0, 0, 0))
 
     @cached_property
     def _matched(self) -> frozenset[tuple[str, str]]:
         return frozenset(self._db.execute("SELECT evidence, data FROM matched"))
 
     @cached_per_instance
-    def _training_summaries(self, source: str | None) -> tuple[dict[str, dict[str, tuple[int, int, int]]], dict[str, list[str]]]:
-        """For one source or for all: evidence -> shard -> (records, first step, last step), and output -> those of its shards that have any."""
+    def _trainings(self, source: str | None) -> dict[tuple[str, str], tuple[int, int, int]]:
+        """For one source or for all: training key of a model -> (records, first step, last step), of those that were trained on any."""
         where, values = ("", []) if source is None else ("WHERE source = ? OR source LIKE ? ESCAPE '\\'", [source, _inside(source)])
-        by_evidence: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)
-        query = f"SELECT evidence, shard, sum(records), min(first), max(last) FROM training {where} GROUP BY 1, 2"
-        for evidence, shard, *summary in self._db.execute(query, values):
-            by_evidence[evidence][shard] = tuple(summary)
-        shards_of: dict[str, list[str]] = defaultdict(list)
-        query = f"SELECT out, md5 FROM (SELECT DISTINCT shard FROM training {where}) CROSS JOIN file ON md5 = shard WHERE split = 'train'"
-        for out, shard in self._db.execute(query, values):
-            shards_of[out].append(shard)
-        return by_evidence, shards_of
+        query = f"SELECT evidence, data, sum(records), min(first), max(last) FROM training_source {where} GROUP BY 1, 2"
+        return {(evidence, data): tuple(summary) for evidence, data, *summary in self._db.execute(query, values)}
 
     def shard_paths(self) -> dict[str, Path]:
         """Hash -> path of every available shard."""

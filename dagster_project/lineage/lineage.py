@@ -17,7 +17,7 @@ from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
 from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, UNKNOWN, declared_of, with_unknown
-from dagster_project.lineage import code_lock, tables
+from dagster_project.lineage import code_lock, registered, tables
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists, refuse_lost_entries
 from dagster_project.lineage.index import Index
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 ORIGIN = ("origin", "revision", "license", "parameters", "sha256")
 """Keys of a report on imported weights."""
 NOTHING_RECORDS_IT = "no commit and no entry of DVC's run cache has the run that produced it"
+NOWHERE = "in no commit and no cache here"
 NON_METRICS = {"checks", "environment", "machine", "passed", "output_sha256"}
 """Keys of a report that are not metrics."""
 
@@ -184,8 +185,9 @@ def _outputs_copied_to(index: Index, path_on_disk: Path) -> list[str]:
 
 
 def audit(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:
-    """The lineage of one output; see `document`."""
-    return document(find(Index(root), model, rev))
+    """The lineage of one output, as `document`, and its registered versions: "registered", if it has any."""
+    subject = find(Index(root), model, rev)
+    return document(subject) | registered.of_model(root, subject.run.md5)
 
 
 def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
@@ -209,7 +211,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     entries = {stage: index.lock_entry(stage) for stage in upstream}
     parameters = _parameters(entries[stage] for stage in contributing)
     records, missing = trained_on(subject)
-    missing += unrecorded(index, contributing)
+    missing += unrecorded(index, contributing) + unavailable_reports(index, upstream)
     unordered = [model.address for model in subject.models if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)]
     watched = [stage for stage in upstream if stage not in contributing]
     made_from = {stage: reports[stage] for stage in contributing}
@@ -466,6 +468,12 @@ def unrecorded(index: Index, runs: Iterable[StageRun]) -> list[dict[str, str]]:
     return list(found.values())
 
 
+def unavailable_reports(index: Index, runs: Iterable[StageRun]) -> list[dict[str, str]]:
+    """Reports of runs that are unavailable: they name sources, checks and figures, which are unknown without them."""
+    fetch = f"{NOWHERE}; this clone is shallow: `git fetch --unshallow` may bring it" if index.history.shallow else NOWHERE
+    return [{**lost, "fetch": fetch} for run in runs if (lost := index.unavailable_report(run))]
+
+
 def _training_counts(records: pl.DataFrame | None) -> dict[str, Any] | None:
     """Number of records, views, steps and epochs, per model and in total; None if unknown, or not trained."""
     if records is None:
@@ -549,7 +557,7 @@ def _machine_lines(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def as_text(audited: dict[str, Any]) -> str:
     """The audit as text for the terminal."""
-    from dagster_project.views.lineage import code_text
+    from dagster_project.views.lineage import code_text, versions_text
 
     model, code = audited["model"], audited["code"]
     lines = [f"{model['stage']}  {model['path']}  md5 {model['md5']}", "", f"code       {code_text(code)}; {len(code['files'])} files"]
@@ -560,6 +568,7 @@ def as_text(audited: dict[str, Any]) -> str:
         lines += [
             f"base model {base['origin']}, {base.get('license', 'unknown')}, sha256 {base['sha256'].get('model.safetensors', '')[:16]}"
         ]
+    lines += [f"version    {versions_text(audited['registered'])}"] if "registered" in audited else []
     lines += [f"parent     {output['stage']}  md5 {output['md5']}" for output in audited["parents"]]
     lines += [f"trained on {line}" for line in training_lines(audited)]
     if template := audited["chat_template"]:
@@ -582,7 +591,7 @@ def as_text(audited: dict[str, Any]) -> str:
     lines += ["", "metrics"]
     lines += [f"  {name}  {key}: {json.dumps(value)}" for name, metrics in audited["metrics"].items() for key, value in metrics.items()]
     if audited["missing"]:
-        lines += ["", "unknown, because outputs are not in the cache or nothing records them"]
+        lines += ["", "unknown, because outputs or reports are not available or nothing records them"]
         lines += [f"  {output['path']}  md5 {output['md5']}\n    fetch it: {output['fetch']}" for output in audited["missing"]]
     return "\n".join(lines)
 

@@ -196,26 +196,30 @@ class RunIndex(Database):
         Args:
             requested: (id of the entry, path of the report, its hash).
         """
-        names = {run: f"{commit}:./{report}" for run, report, _ in requested if (commit := self._first_commits.get(run))}
-        committed = blobs(self.root, names.values())
         contents: dict[int, bytes] = {}
         for run, report, md5 in requested:
-            files = [path for path in (self.objects.path(md5) if md5 else None, self.root / report) if path and path.is_file()]
-            for content in (committed.get(names.get(run, ""), b""), *(path.read_bytes() for path in files)):
-                if md5_of_bytes(content) == md5:
+            for path in (self.objects.path(md5) if md5 else None, self.root / report):
+                if run not in contents and path and path.is_file() and md5_of_bytes(content := path.read_bytes()) == md5:
                     contents[run] = content
+        hashes = {run: md5 for run, _, md5 in requested if run not in contents}
+        names = {run: f"{commit}:./{report}" for run, report, _ in requested if run in hashes and (commit := self._first_commits.get(run))}
+        committed = blobs(self.root, names.values())
+        contents |= {
+            run: committed[name] for run, name in names.items() if name in committed and md5_of_bytes(committed[name]) == hashes[run]
+        }
         return contents
 
+    @cached_per_instance
     def report(self, run: StageRun) -> dict[str, Any]:
         """The report that dvc.lock records for this run; empty if its bytes are unavailable."""
         row = self._db.execute("SELECT id, report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)).fetchone()
         content = self._contents_of_reports([row]).get(run.entry.id) if row else None
         return dict(json.loads(content)) if content else {}
 
-    def unavailable_report(self, run: StageRun) -> str | None:
-        """Path of the report that dvc.lock records for this run, if its bytes are unavailable."""
-        row = self._db.execute("SELECT id, report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)).fetchone()
-        return str(row[1]) if row and not self._contents_of_reports([row]) else None
+    def unavailable_report(self, run: StageRun) -> dict[str, str] | None:
+        """Stage, path and md5 of the report that dvc.lock records for this run, if its bytes are unavailable."""
+        row = self._db.execute("SELECT report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)).fetchone()
+        return {"stage": run.address, "path": row[0], "md5": row[1]} if row and not self.report(run) else None
 
     @cached_property
     def workspace_outputs(self) -> dict[str, str]:
@@ -340,6 +344,7 @@ class RunIndex(Database):
         commits = (self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in common))
         return next((commit for commit in commits if commit), None)
 
+    @cached_per_instance
     def lock_entry(self, run: StageRun) -> dict[str, Any]:
         """The complete entry of dvc.lock; empty if nothing records the run."""
         row = self._db.execute("SELECT text FROM run WHERE id = ?", (run.entry.id,)).fetchone()
@@ -558,10 +563,7 @@ class RunIndex(Database):
             if not self._reads_sources(producer) or (only_splits and not self.is_split(producer)):
                 continue
             if not self._db.execute("SELECT 1 FROM origin WHERE run = ? LIMIT 1", (producer.entry.id,)).fetchone():
-                row = self._db.execute(
-                    "SELECT report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (producer.entry.id,)
-                ).fetchone()
-                found += [{"stage": producer.address, "path": row[0], "md5": row[1]}] if row else []
+                found += [lost] if (lost := self.unavailable_report(producer)) else []
         return found
 
     def _reads_sources(self, run: StageRun) -> bool:

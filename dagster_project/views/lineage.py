@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -63,6 +63,13 @@ def code_text(code: Mapping[str, Any]) -> str:
     return f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are uncommitted, after {(code['after'] or 'no commit')[:12]}"
 
 
+def versions_text(versions: Iterable[Mapping[str, Any]]) -> str:
+    """Registered versions of a model, e.g. "in production: release v3.0.0; registered: release v2.0.0"."""
+    return "; ".join(
+        f"{'in ' + ', '.join(one['stages']) if one['stages'] else 'registered'}: {one['artifact']} {one['version']}" for one in versions
+    )
+
+
 def _key_figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     records = document["records"]
     trained = (records or {}).get("learnt_by", {}).values()
@@ -87,6 +94,8 @@ def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("chat template", f"{template['name']}, sha256 {template['sha256']}"))
     if policy := document.get("use_policy"):
         facts.append(("use policy", _policy(policy)))
+    if "registered" in document:
+        facts.append(("version", versions_text(document["registered"])))
     if document["environment"]:
         facts.append(("environment", ", ".join(f"{name} {version}" for name, version in document["environment"].items())))
     return [*facts, ("verify with", f"pedigree verify {model['stage']}")]

@@ -55,6 +55,11 @@ class Place:
     or_unlocked: bool = False
     """Whether an input may also be of a run that only the run cache has, although the lock has one that made the same bytes."""
 
+    @cached_property
+    def key(self) -> str:
+        """Canonical form of the lock."""
+        return canonical(self.lock)
+
 
 class Reach:
     """What can be known in one project folder at one moment."""
@@ -83,7 +88,7 @@ class Reach:
         found = {}
         for place in self.places:
             for address, entry in place.lock.items():
-                found[address, canonical(entry), canonical(place.lock)] = (address, entry, place)
+                found[address, canonical(entry), place.key] = (address, entry, place)
         nowhere = Place("", {})
         for address, entry in self.loose:
             found[address, canonical(entry), ""] = (address, entry, nowhere)
@@ -161,7 +166,7 @@ class Reach:
 
     def chains(self, address: str, entry: Entry, place: Place) -> list[Chain]:
         """The lineages that a run may have, as far as is recorded."""
-        key = (canonical(entry), canonical(place.lock), place.or_unlocked)
+        key = (canonical(entry), place.key, place.or_unlocked)
         if key not in self._chains:
             found = {}
             for chain in islice(self._resolve(address, entry, place), 2000):
@@ -207,13 +212,19 @@ class Reach:
         if here:
             for address, entry in here:
                 yield from self.chains(address, entry, place)
-            for address, entry in self.loose if place.or_unlocked else ():
+            for address, entry in [*self.loose, *self.formerly_loose] if place.or_unlocked else ():
                 if out_of(entry) == (path, value) and canonical(entry) not in self._locked:
                     yield from self.chains(address, entry, Place("", {}))
             return
         for address, entry, other in self.pool:
             if out_of(entry) == (path, value):
                 yield from self.chains(address, entry, other)
+
+    @cached_property
+    def formerly_loose(self) -> list[tuple[str, Entry]]:
+        """Runs that only the run cache had when an earlier question was asked: the index keeps them."""
+        remembered = self.toy.remembered if self.root == self.toy.root else []
+        return [(address, entry) for address, entry, place in remembered if not place.name and (address, entry) not in self.loose]
 
     @cached_property
     def _locked(self) -> set[str]:
@@ -281,6 +292,16 @@ class Reach:
 
     def records_of_sources(self, chain: Chain) -> dict[str, set[str]]:
         """Records in the splits, by source: rows that are exact duplicates and copies count for each source."""
+        key = tuple(self.of(chain, stage) for stage in ("splits", "preferences", "raw_preferences", "raw_examples"))
+        if key not in self._records_of_sources:
+            self._records_of_sources[key] = self._sources_with_records(chain)
+        return self._records_of_sources[key]
+
+    @cached_property
+    def _records_of_sources(self) -> dict[tuple[str | None, ...], dict[str, set[str]]]:
+        return {}
+
+    def _sources_with_records(self, chain: Chain) -> dict[str, set[str]]:
         known, copies = self.splits(chain), self.copies(chain)
         found: dict[str, set[str]] = {}
         pairs = self.splits(chain, "preferences")

@@ -98,11 +98,13 @@ def git(root: Path, *arguments: str) -> str:
 clock = [1_750_000_000]
 
 
+@cache
 def identity(prompt: str, answer: str) -> str:
     """Id of a record, from the definition of ids: sha256 of its canonical JSON."""
     return hashlib.sha256(compact([["user", prompt], ["assistant", answer]]).encode()).hexdigest()[:32]
 
 
+@cache
 def pair_identity(prompt: str, chosen: str, rejected: str) -> str:
     """Id of a preference pair, from the definition of ids."""
     sides = [[side, compact([{"role": "assistant", "content": text}])] for side, text in (("chosen", chosen), ("rejected", rejected))]

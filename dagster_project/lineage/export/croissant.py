@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from dagster_project.core.errors import InputError
 from dagster_project.curation.sources.declarations import UNKNOWN, declared_of
-from dagster_project.lineage.export.data_sets import LIST, STAGES
+from dagster_project.lineage.export.data_sets import LIST, described
 from dagster_project.lineage.export.responsible import collection, responsible_ai
 from dagster_project.lineage.export.summary import identity
 
@@ -69,11 +68,7 @@ def croissant(summary: Mapping[str, Any], issued: date) -> str:
     Raises:
         InputError: nothing in the lineage is a checked data set.
     """
-    model, sets = summary["model"], summary["data_sets"]
-    if not sets:
-        raise InputError(
-            f"{model['stage']} was made from no checked data set: croissant describes those", f"name {', '.join(STAGES)} or a model"
-        )
+    model, sets = summary["model"], described(summary, "croissant")
     name, provider = ", ".join(sets), summary["provider"]
     document = {
         "@context": CONTEXT,

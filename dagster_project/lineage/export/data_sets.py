@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,20 @@ PROFILE = ("scripts", "categories")
 _SHARD = re.compile(r"records-\d{5,}\.parquet")
 LIST = "[]"
 """After the name of a column or type: a list of them."""
+
+
+def described(summary: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """The data sets of a summary, for a format that describes those.
+
+    Args:
+        what: the format, for the message.
+    Raises:
+        InputError: nothing in the lineage is a checked data set.
+    """
+    if not summary["data_sets"]:
+        stage = summary["model"]["stage"]
+        raise InputError(f"{stage} was made from no checked data set: {what} describes those", f"name {', '.join(STAGES)} or a model")
+    return dict(summary["data_sets"])
 
 
 def data_sets(subject: Subject) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from datetime import date
 from typing import Any
 
-from dagster_project.core.errors import InputError
 from dagster_project.core.text import markdown
 from dagster_project.lineage.export.answers import (
     declared,
@@ -19,7 +18,7 @@ from dagster_project.lineage.export.answers import (
     training_records,
     uses_category,
 )
-from dagster_project.lineage.export.data_sets import STAGES
+from dagster_project.lineage.export.data_sets import described
 from dagster_project.lineage.export.licenses import summarize_licenses
 from dagster_project.lineage.export.responsible import failed_checks, missing_data, personal_data, processing, uses
 
@@ -38,11 +37,7 @@ def datasheet(summary: Mapping[str, Any], issued: date) -> str:
     Raises:
         InputError: nothing in the lineage is a checked data set.
     """
-    sets, model = summary["data_sets"], summary["model"]
-    if not sets:
-        raise InputError(
-            f"{model['stage']} was made from no checked data set: a datasheet describes those", f"name {', '.join(STAGES)} or a model"
-        )
+    sets, model = described(summary, "a datasheet"), summary["model"]
     parts = [
         f"# Datasheet: {markdown(', '.join(sets))}",
         f"The data of {markdown(model['stage'])} (md5 {model['md5']}), issued {issued.isoformat()}. Numbers are those of its ledgers and reports; "

@@ -71,23 +71,23 @@ def _general(summary: Mapping[str, Any]) -> list[str]:
             {
                 "Provider name": given(provider, "legal_name"),
                 "Contact details": given(provider, "contact"),
-                "Authorized representative, name and contact details": given(provider, "representative"),
+                "Authorized representative name and contact details": given(provider, "representative"),
             }
         ),
         "### 1.2. Model identification",
         _lines(
             {
-                "Versioned model name": f"{name}; content md5 {model['md5']}",
+                "Versioned model name(s)": f"{name}; content md5 {model['md5']}",
                 "Model dependencies": f"modification of {origin}",
                 "Summary of the base model": given(provider, "base_model_summary"),
-                "Date of placement on the Union market": given(provider, "placed_on_market"),
+                "Date of placement of the model on the Union market": given(provider, "placed_on_market"),
             }
         ),
         "### 1.3. Modalities, overall training data size and other characteristics",
         table(["modality", "training data size", "types of content"], [["text", "; ".join(_sizes(summary)), _content(summary)]]),
         _lines(
             {
-                "Latest date of data acquisition": latest_collection(summary["sources"]),
+                "Latest date of data acquisition/collection for model training": latest_collection(summary["sources"]),
                 "Trained on new data continuously": given(provider, "continuous_training"),
                 "Linguistic characteristics": " ".join(scripts(summary)) or missing(),
                 "Other relevant characteristics": _used(summary),
@@ -202,7 +202,7 @@ def _processing(summary: Mapping[str, Any]) -> list[str]:
     provider = summary["provider"]
     return [
         "## 3. Data processing aspects",
-        "### 3.1. Respect of reservation of rights from text and data mining",
+        "### 3.1. Respect of reservation of rights from text and data mining exception or limitation",
         _lines(
             {
                 "Signatory of the Code of Practice for general-purpose AI models": given(provider, "code_of_practice"),
@@ -211,6 +211,6 @@ def _processing(summary: Mapping[str, Any]) -> list[str]:
         ),
         "### 3.2. Removal of illegal content",
         _lines({"Measures": given(provider, "illegal_content")}),
-        "### 3.3. Other information",
+        "### 3.3. Other information (optional)",
         "\n".join(f"- {markdown(line)}" for line in [*processing(summary), *personal_data(summary)]),
     ]

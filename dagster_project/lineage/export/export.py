@@ -15,7 +15,7 @@ from dagster_project.lineage.export import registry
 from dagster_project.lineage.export.data_sets import data_sets
 from dagster_project.lineage.export.summary import from_reports, published_parameters
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.lineage import Subject, document, find, unrecorded
+from dagster_project.lineage.lineage import Subject, document, find, unavailable_reports, unrecorded
 from dagster_project.lineage.provider import provider
 from dagster_project.lineage.runs import StageRun
 
@@ -150,7 +150,7 @@ def _refuse_unknown_lineage(subject: Subject, model: str) -> None:
     index = subject.index
     lost = [one["path"] for one in unrecorded(index, subject.contributing)]
     lost += [one.path for one in index.unavailable_originals(subject.run)] if index.has_unknown_original(subject.run) else []
-    lost += [path for run in subject.contributing if (path := index.unavailable_report(run))]
+    lost += [one["path"] for one in unavailable_reports(index, subject.contributing)]
     if lost:
         raise InputError(
             f"{subject.run.address}: {', '.join(dict.fromkeys(lost))}: not recorded or not available, so the sources of the model are unknown",

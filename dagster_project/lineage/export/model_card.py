@@ -92,7 +92,7 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         ),
     ]
     if summary["sources"]:
-        parts += ["What the project declares of its sources; it is not verified.", _declarations(summary)]
+        parts += ["What the project declares about its sources; it is not verified.", _declarations(summary)]
     listed = summary["licenses"]["listed"]
     if listed:
         parts += [

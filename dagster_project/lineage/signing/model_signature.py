@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -140,11 +140,12 @@ def _root(digests: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
-def differences(expected: Mapping[str, str], found: Contents, done: str = "signed") -> dict[str, str]:
+def differences(expected: Mapping[str, str], found: Contents, sha256: Callable[[Path], str], done: str) -> dict[str, str]:
     """Path in a folder -> what is wrong, for every file that is not what was signed or attested.
 
     Args:
         expected: path in the folder -> sha256.
+        sha256: hashes a file.
         done: "signed" or "attested".
     """
     wrong = dict.fromkeys(found.other, "is neither a file nor a folder")
@@ -152,6 +153,6 @@ def differences(expected: Mapping[str, str], found: Contents, done: str = "signe
     for name, digest in expected.items():
         if name not in found.files:
             wrong.setdefault(name, f"is missing, and was {done}")
-        elif sha256_of_file(found.files[name]) != digest:
+        elif sha256(found.files[name]) != digest:
             wrong[name] = f"is not what was {done}"
     return dict(sorted(wrong.items()))

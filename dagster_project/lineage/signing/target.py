@@ -77,6 +77,18 @@ class Target:
             )
 
 
+def refuse_in_output(root: Path, option: str, folder: Path) -> None:
+    """Raises:
+    InputError: the folder is an output of the project, lies in one, or contains one. Files written there would change what DVC recorded.
+    """
+    for name, stage in _recorded(root)[0].items():
+        for out in stage.get("outs", []):
+            path, given = (root / out["path"]).resolve(), folder.resolve()
+            if given.is_relative_to(path) or path.is_relative_to(given):
+                where = "contains" if path.is_relative_to(given) and path != given else "lies in" if path != given else "is"
+                raise InputError(f"{option} {folder}: it {where} {out['path']}, an output of {name}", "name another folder")
+
+
 def find(root: Path, model: str) -> Target:
     """The output or folder that a name, path or content hash refers to.
 

@@ -18,10 +18,11 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.execution import placement
 from dagster_project.lineage import code_lock
+from dagster_project.lineage.registered import HEAD, Version, registered, table_rows
 from dagster_project.orchestration import integrity
 from dagster_project.orchestration.dagster import metadata, pages
 from dagster_project.orchestration.dagster.concurrency import ON_TAG, placement_variables, pool_of, set_default_limits
-from dagster_project.orchestration.dagster_dvc.metadata import check_result
+from dagster_project.orchestration.dagster_dvc.metadata import check_result, table
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.project import RunConfig as DvcRunConfig
 from dagster_project.orchestration.dvc import StageState
@@ -135,6 +136,15 @@ class PedigreeProject(DvcProject):
     def page_url(self, address: str) -> str | None:
         has_pages = address.partition("@")[0] in PAGES
         return pages.url(self.root, f"{address.replace('@', '/')}/") if has_pages else None
+
+    @cached_property
+    def _registered(self) -> dict[str, list[Version]]:
+        """Registered versions of models when the project was loaded."""
+        return registered(self.root)
+
+    def definition_metadata(self, address: str) -> dict[str, Any]:
+        rows = table_rows(self._registered, address)
+        return {"registered_versions": dg.MetadataValue.md(table([*HEAD], rows))} if rows else {}
 
     def progress(self, address: str) -> dict[str, float]:
         return metadata.live(self.root, address)

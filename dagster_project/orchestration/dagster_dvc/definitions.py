@@ -101,6 +101,7 @@ def _asset(project: DvcProject, address: str, state: StageState) -> dg.AssetsDef
             "command": project.command_of(state),
             "output": ", ".join(state.outs),
             **({"pages": dg.MetadataValue.url(url)} if url else {}),
+            **project.definition_metadata(address),
         },
     )
     def body(context: dg.AssetExecutionContext, config: config_type) -> Any:  # type: ignore[valid-type]

@@ -144,6 +144,10 @@ class DvcProject:
         """Address of the stage's pages."""
         return None
 
+    def definition_metadata(self, address: str) -> dict[str, Any]:
+        """Metadata of an asset, known without running it."""
+        return {}
+
     def progress(self, address: str) -> dict[str, float]:
         """Figures of the running stage, e.g. its loss."""
         return {}

@@ -1,0 +1,410 @@
+"""The folder that is handed over: complete, verified by a stranger who has nothing else, and any changed, added or removed file, or contradiction, is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.files import flip
+from conftest import run, tool
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from ruamel.yaml import YAML
+
+from dagster_project.__main__ import main
+from dagster_project.commands.sign import attest, sign
+from dagster_project.commands.verify_signatures import as_text, verify_signatures
+from dagster_project.lineage.export.registry import find, formats
+from dagster_project.lineage.signing.papers import READERS, read
+
+ISSUED = "2026-01-31"
+SIGNED = ("model.sig", "model.intoto.jsonl", "model.pub")
+
+
+def write_key(folder: Path, name: str) -> tuple[str, str]:
+    """Files of a new P-256 key, and of its public key."""
+    key, private, public = ec.generate_private_key(ec.SECP256R1()), folder / f"{name}.pem", folder / f"{name}.pub"
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return str(private), str(public)
+
+
+def hand_over(root: Path, folder: Path, *more: str) -> int:
+    return main(["export", "release", "--all", str(folder), "--with-model", "--issued", ISSUED, "--project", str(root), *more])
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def _folder(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tool("spdx_python_model")
+    base = tmp_path_factory.mktemp("papers")
+    private, _ = write_key(base, "key")
+    root = Path(shutil.copytree(_finished, base / "project", symlinks=True))
+    assert hand_over(root, base / "handed", "--key", private) == 0
+    return base
+
+
+@pytest.fixture
+def handed(_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the folder that was handed over."""
+    return Path(shutil.copytree(_folder / "handed", tmp_path / "handed"))
+
+
+@pytest.fixture
+def public(_folder: Path) -> str:
+    return str(_folder / "key.pub")
+
+
+def verified(folder: Path, key: str | None) -> tuple[str, dict[str, str]]:
+    """Verdict, and file in the folder -> what is wrong with it."""
+    document = verify_signatures(folder, str(folder), key)
+    found = {one["file"]: one["wrong"] for one in document["findings"]}
+    assert all(file in as_text(document) and wrong in as_text(document) for file, wrong in found.items())
+    return document["verdict"], {file.removeprefix(f"{folder}/"): wrong for file, wrong in found.items()}
+
+
+def test_the_folder_has_the_release_all_exports_and_signatures_and_the_project_is_as_it_was(_folder: Path, _finished: Path) -> None:
+    handed, root = _folder / "handed", _folder / "project"
+    exports = {f"papers/{find(form).file}" for form in formats()}
+    release = names(root / "data/release")
+    assert names(handed) == {*release, *exports, "papers.html", *SIGNED} and len(exports) == 7
+    assert all((handed / name).read_bytes() == (_finished / "data/release" / name).read_bytes() for name in release)
+    recorded = YAML(typ="safe").load((root / "dvc.lock").read_text())["stages"]["release"]["outs"][0]
+    assert len(release) == recorded["nfiles"] and not (root / "data/signatures").exists()
+    assert names(root / "data") == names(_finished / "data") and not [path for path in _folder.iterdir() if path.name.startswith(".")]
+
+
+def test_the_page_links_every_paper_and_needs_nothing_else(_folder: Path) -> None:
+    handed = _folder / "handed"
+    page = (handed / "papers.html").read_text()
+    assert "default-src 'none'; style-src 'sha256-" in page and "http" not in page.replace("http-equiv", "")
+    assert str(_folder) not in page and "<script" not in page and 'id="missing"' not in page
+    linked = set(re.findall(r'<a href="([^"#]+)"', page))
+    models = {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    assert linked == names(handed) - models - {"papers.html"}
+    assert f"{len(models)} more files are the model itself" in page
+    for name in linked:
+        facts = page.split(f'<a href="{name}">')[1].split("</figure>")[0]
+        assert "<dt>shows</dt>" in facts and "<dt>does not show</dt>" in facts, name
+        if name.startswith("papers/"):
+            assert hashlib.sha256((handed / name).read_bytes()).hexdigest() in facts
+    assert hashlib.sha256((_folder / "key.pub").read_bytes()).hexdigest() in page
+
+
+def test_a_stranger_with_the_package_and_the_folder_alone_verifies_it(handed: Path, public: str, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('dvc', 'dagster', 'torch', 'transformers', 'pyarrow', 'spdx_python_model'): sys.modules[name] = None\n"
+        "from dagster_project.__main__ import main\n"
+        f"sys.exit(main(['verify', {str(handed)!r}, '--signatures', '--key', {public!r}, '--json']))"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    done = run([sys.executable, "-c", code], tmp_path / "elsewhere", PEDIGREE_PROJECT="")
+    document = json.loads(done.stdout)
+    assert done.returncode == 0 and document["verdict"] == "verified" and not document["findings"], done.stderr
+    assert document["signature"]["files"] == len(names(handed) - {*SIGNED}) and document["attestations"]["stages"][-1] == "release"
+    assert document["papers"]["documents"] == len(READERS) and document["papers"]["values"] > 100
+    unchecked = " ".join(document["not_checked"])
+    for said in ("only its project has", "the data is what its hashes name", "makes the model again", "one document alone"):
+        assert said in unchecked
+
+
+def test_it_is_verified_in_the_place_of_the_release_in_a_clone_without_data(
+    handed: Path, public: str, _folder: Path, tmp_path: Path
+) -> None:
+    clone = tmp_path / "clone"
+    (clone / "data").mkdir(parents=True)
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
+        shutil.copyfile(_folder / "project" / name, clone / name)
+    shutil.copytree(handed, clone / "data/release")
+    for model in ("release", str(clone / "data/release")):
+        document = verify_signatures(clone, model, public)
+        assert document["verdict"] == "verified" and document["folder"] == "data/release" and document["papers"]
+    flip(clone / "data/release/papers/README.md")
+    assert [one["file"] for one in verify_signatures(clone, "release", public)["findings"]] == ["data/release/papers/README.md"]
+
+
+def test_a_flipped_bit_in_any_file_or_a_removed_file_fails_and_names_it(handed: Path, public: str) -> None:
+    assert verified(handed, public) == ("verified", {})
+    for name in sorted(names(handed)):
+        file = handed / name
+        content = file.read_bytes()
+        flip(file, 8 * (len(content) // 2))
+        verdict, found = verified(handed, public)
+        assert verdict == "altered" and list(found) == [name]
+        file.unlink()
+        verdict, found = verified(handed, public)
+        if name in SIGNED:  # what is left is verified, and what is not is said
+            document = verify_signatures(handed, str(handed), public)
+            assert verdict == "verified" and (name == "model.pub" or any(name in one for one in document["not_checked"]))
+        else:
+            assert verdict == "altered" and list(found) == [name]
+        file.write_bytes(content)
+    assert verified(handed, public) == ("verified", {})
+
+
+def test_an_added_file_anywhere_fails_and_is_named(handed: Path, public: str) -> None:
+    folders = sorted({str(Path(name).parent) for name in names(handed)})
+    assert {".", "papers", "audit"} < set(folders)
+    for added in [*(Path(folder, "new.json").as_posix() for folder in folders), "papers/sub/new", "new/README.md"]:
+        (handed / added).parent.mkdir(exist_ok=True)
+        (handed / added).write_text("{}")
+        verdict, found = verified(handed, public)
+        assert verdict == "altered" and list(found) == [added]
+        (handed / added).unlink()
+
+
+def test_without_its_signature_the_attestations_still_cover_the_model_and_the_rest_is_said(handed: Path, public: str) -> None:
+    (handed / "model.sig").unlink()
+    document = verify_signatures(handed, str(handed), public)
+    assert document["verdict"] == "verified"
+    assert f"papers, papers.html in {handed}, which the attestations do not cover" in document["not_checked"]
+    flip(handed / "model.safetensors")
+    assert verified(handed, public)[1].keys() == {"model.safetensors"}
+
+
+def test_another_key_fails_and_is_named(handed: Path, public: str, tmp_path: Path) -> None:
+    private, other = write_key(tmp_path, "other")
+    verdict, found = verified(handed, other)
+    assert verdict == "altered" and set(found) == set(SIGNED)
+    for name in SIGNED:
+        (handed / name).unlink()
+    sign(tmp_path, str(handed), private)
+    assert verified(handed, None) == ("verified", {}) and set(verified(handed, public)[1]) == {"model.sig", "model.pub"}
+
+
+# --- documents that contradict the files or each other
+
+
+@pytest.fixture
+def signed_again(handed: Path, _folder: Path) -> Iterator[Any]:
+    """Changes files of the folder, signs it again with its key, and returns the verdict and what is found; then restores the files.
+
+    The attestations stay, unless a file of the release changes, which they would name.
+    """
+    private, public = str(_folder / "key.pem"), str(_folder / "key.pub")
+
+    def changed(**texts: str) -> tuple[str, dict[str, str]]:
+        before = {name: (handed / name).read_bytes() for name in texts}
+        for name, text in texts.items():
+            (handed / name).write_text(text)
+        if not all(name.startswith("papers") for name in texts):
+            before["model.intoto.jsonl"] = (handed / "model.intoto.jsonl").read_bytes()
+            (handed / "model.intoto.jsonl").unlink()
+        sign(handed.parent, str(handed), private)
+        result = verified(handed, public)
+        for name, content in before.items():
+            (handed / name).write_bytes(content)
+        return result
+
+    assert changed() == ("verified", {})
+    yield changed
+
+
+def truth(root: Path) -> dict[str, str]:
+    """Hash -> what it is of, from the files, the reports and dvc.lock of the project: what the papers are about."""
+    stages = YAML(typ="safe").load((root / "dvc.lock").read_text())["stages"]
+    base = json.loads((root / "data/reports/base_model.json").read_text())["sha256"]
+    read = json.loads((root / "data/release/audit/audit.json").read_text())
+    found = {hashlib.sha256((root / path).read_bytes()).hexdigest(): path for path in read["sources"]}
+    found |= {digest: f"{name} of the base model" for name, digest in base.items() if name.endswith(".safetensors")}
+    for name in read["stages"]:
+        report = json.loads((root / f"data/reports/{name.replace('@', '/')}.json").read_text()) if name != "release" else {}
+        md5 = next(out["md5"] for out in stages[name]["outs"] if not out["path"].startswith(("data/reports", "data/plots")))
+        found |= {report.get("output_sha256", "none"): f"sha256 of {name}", md5.removesuffix(".dir"): f"md5 of {name}"}
+    report = json.loads((root / "data/reports/release.json").read_text())
+    return {key: what for key, what in {**found, report["output_sha256"]: "sha256 of release"}.items() if key != "none"}
+
+
+STATED = {
+    "audit/audit.json": 11, "README.md": 8, "papers/README.md": 9, "papers/bom.cdx.json": 16, "papers/croissant.json": 6, "papers/datasheet.md": 5,
+    "papers/lineage.jsonl": 18, "papers/model.spdx.json": 13, "papers/training-content.md": 3,
+}  # fmt: skip
+"""Document -> number of these hashes that it states."""
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_a_document_with_another_hash_than_the_files_or_other_documents_is_named(
+    handed: Path, signed_again: Any, _folder: Path, name: str
+) -> None:
+    known, text = truth(_folder / "project"), (handed / name).read_text()
+    stated = [digest for digest in known if digest in text]
+    assert len(stated) >= STATED[name]
+    for digest in stated:
+        other = hashlib.sha256(digest.encode()).hexdigest()[: len(digest)]
+        verdict, found = signed_again(**{name: text.replace(digest, other)})
+        assert verdict == "contradictory" and all("contradicts" in wrong for wrong in found.values()), known[digest]
+        assert any(other in wrong and digest in wrong for file, wrong in found.items() if name in (file, "audit/audit.json")), known[digest]
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("audit/audit.json", r'("rows_out": )\d+'),
+        ("audit/audit.json", r'("train": )\d+'),
+        ("README.md", r"(\| instructions \| )\d+"),
+        ("papers/README.md", r"(\| splits \| \d+ \| )\d+"),
+        ("papers/README.md", r"(\| data/sources/triage\\?_alpaca.json \| )\d+"),
+        ("papers/bom.cdx.json", r'("name": "pedigree:rows",\s+"value": ")\d+'),
+        ("papers/bom.cdx.json", r"(\d+ rows in, )\d+"),
+        ("papers/croissant.json", r'("@id": "splits-train/count".*?"value": )\d+'),
+        ("papers/croissant.json", r'("description": ")\d+(?= rows, layout)'),
+        ("papers/datasheet.md", r"(\| splits \| train \| )\d+"),
+        ("papers/lineage.jsonl", r'("rowCount": )\d+'),
+        ("papers/model.spdx.json", r'("dataset_datasetSize": )\d+'),
+        ("papers/training-content.md", r"(\| data/sources/triage\\?_alpaca.json \| )\d+"),
+    ],
+)
+def test_a_document_that_counts_other_records_is_named(handed: Path, signed_again: Any, name: str, pattern: str) -> None:
+    text, changes = re.subn(f"(?s){pattern}", r"\g<1>31", (handed / name).read_text(), count=1)
+    verdict, found = signed_again(**{name: text})
+    assert changes == 1 and verdict == "contradictory" and set(found) - {"papers.html"}
+    assert name in found or name == "audit/audit.json"
+    assert any("31" in wrong for wrong in found.values())
+
+
+def test_another_model_under_the_same_papers_is_found_by_their_hashes(handed: Path, signed_again: Any) -> None:
+    verdict, found = signed_again(**{"config.json": (handed / "config.json").read_text() + " "})
+    stating = {
+        "release.json", "papers.html", "papers/README.md", "papers/bom.cdx.json", "papers/datasheet.md", "papers/lineage.jsonl", "papers/model.spdx.json",
+        "papers/training-content.md",
+    }  # fmt: skip
+    assert verdict == "contradictory" and set(found) == stating
+
+
+def test_a_document_in_another_form_is_not_compared_and_that_is_said(handed: Path, signed_again: Any, tmp_path: Path) -> None:
+    for text in ("{}", "not JSON", '{"@graph": 3}', '{"@graph": [], "@graph": []}'):
+        verdict, found = signed_again(**{"papers/model.spdx.json": text})
+        assert verdict == "contradictory" and set(found) == {"papers.html"}, "the page names the document by its hash"
+    (handed / "papers.html").unlink()
+    (handed / "papers/model.spdx.json").write_text("{}")
+    (handed / "papers/more.txt").write_text("x")
+    assert signed_again() == ("verified", {})
+    document = verify_signatures(handed, str(handed), None)
+    assert "what papers/more.txt, papers/model.spdx.json state: not in a form that is compared" in document["not_checked"]
+
+
+def test_names_of_sources_are_read_as_they_were_written() -> None:
+    name, digest = "data/sources/a | b [c](d) *e* `f` \\g.jsonl", "0" * 64
+    summary = {
+        "model": {"stage": "splits", "md5": "1" * 32 + ".dir"}, "sources": {name: {"rows": 7, "format": "messages", "sha256": digest, "license": "MIT"}},
+        "stages": {}, "checks": {}, "parameters": {}, "training": {}, "records": None, "code": {"commit": None}, "metrics": {}, "base_model": {},
+        "provider": {}, "outcomes": {}, "licenses": {"listed": [], "problems": []},
+        "data_sets": {"splits": {"path": "data/splits", "md5": "2" * 32 + ".dir", "tables": {"train": {"rows": 5, "columns": {}}}, "profile": {}}},
+    }  # fmt: skip
+    for form in ("eu-summary", "datasheet"):
+        chosen = find(form)
+        claims = read(f"papers/{chosen.file}", chosen.write(summary, date(2026, 1, 31)).encode())
+        assert claims is not None and {(f"source {name}", "rows", "7"), (f"source {name}", "sha256", digest)} <= set(claims)
+        assert ("the model", "md5", "1" * 32) in claims
+    assert ("table splits-train", "rows", "5") in claims and ("stage splits", "md5", "2" * 32) in claims
+
+
+# --- other tools, and what is missing
+
+
+def test_model_signing_verifies_the_folder_and_we_verify_it_signed_by_model_signing(handed: Path, public: str, _folder: Path) -> None:
+    tool("OpenSSL")
+    tool("model_signing")
+
+    def oracle(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return run([sys.executable, "-m", "model_signing", *arguments], handed.parent)
+
+    signature = str(handed / "model.sig")
+    verify = ("verify", "key", str(handed), "--signature", signature, "--public_key", public)
+    assert oracle(*verify).returncode == 0
+    flip(handed / "papers/croissant.json")
+    assert oracle(*verify).returncode != 0 and list(verified(handed, public)[1]) == ["papers/croissant.json"]
+    flip(handed / "papers/croissant.json")
+    for name in SIGNED:
+        (handed / name).unlink()
+    done = oracle(
+        "sign", "key", str(handed), "--signature", signature, "--private_key", str(_folder / "key.pem"), "--ignore-paths", signature
+    )
+    assert done.returncode == 0, done.stderr
+    assert verified(handed, public) == ("verified", {})
+    flip(handed / "papers.html")
+    assert list(verified(handed, public)[1]) == ["papers.html"]
+
+
+def test_what_is_missing_is_on_the_page_and_names_its_next_step(
+    _folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PEDIGREE_SIGNING_KEY", raising=False)
+    monkeypatch.setitem(sys.modules, "spdx_python_model", None)
+    folder = tmp_path / "handed"
+    assert hand_over(_folder / "project", folder, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [one["paper"] for one in document["missing"]] == ["spdx", "signature, attestations"] and document["signature"] is None
+    page = (folder / "papers.html").read_text()
+    missing = page.split('<section id="missing"')[1].split("</section>")[0]
+    assert "requires spdx_python_model" in missing and "pedigree-llm[trust]" in missing and "--key" in missing
+    assert "not signed when this page was written" in page and not {*SIGNED, "papers/model.spdx.json"} & names(folder)
+    assert main(["verify", str(folder), "--signatures", "--project", str(folder)]) == 2
+    assert "has no signatures" in capsys.readouterr().err
+    sign(tmp_path, str(folder), str(_folder / "key.pem"))
+    assert verified(folder, str(_folder / "key.pub")) == ("verified", {})
+
+
+def test_attestations_of_the_project_are_taken_if_they_still_hold(finished: Path, _folder: Path, tmp_path: Path) -> None:
+    private, public = str(_folder / "key.pem"), str(_folder / "key.pub")
+    attest(finished, "release", private)
+    file = finished / "data/signatures/release/model.intoto.jsonl"
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert hand_over(finished, first, "--key", private) == 0
+    assert (first / "model.intoto.jsonl").read_bytes() == file.read_bytes(), "P-256 signatures differ each time"
+    flip(file)
+    assert hand_over(finished, second, "--key", private) == 0
+    assert (second / "model.intoto.jsonl").read_bytes() != file.read_bytes() and verified(second, public) == ("verified", {})
+
+
+def test_bad_input_is_one_message_and_leaves_nothing(finished: Path, _folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = finished.parent
+    (base / "full").mkdir()
+    (base / "full/a").write_text("x")
+    new, with_model, key = str(base / "new"), "--with-model", ("--key", str(_folder / "key.pem"))
+    given = [
+        (("adapter@lora", "--all", new, with_model), "copies a release only"),
+        (("release", "--all", str(base / "full"), with_model), "not an empty folder"),
+        (("release", "--all", str(finished / "data/release/new"), with_model), "lies in data/release, an output of release"),
+        (("release", "--all", str(finished / "data/release/new")), "lies in data/release"),
+        (("release", "--all", str(finished / "data"), with_model), "it contains data/"),
+        (("release", "--all", new, with_model, "--key", str(base / "none")), "No such file"),
+        (("release", "--all", new, with_model, "--rev", "HEAD"), "--rev cannot be combined with --with-model"),
+        (("release", "--all", new, *key), "--key requires --with-model"),
+        (("release", "--format", "spdx", with_model), "require --all"),
+    ]
+    before = names(base)
+    for arguments, wrong in given:
+        assert main(["export", *arguments, "--issued", ISSUED, "--project", str(finished)]) == 2
+        error = capsys.readouterr().err
+        assert wrong in error and "Traceback" not in error, arguments
+    assert names(base) == before
+    for name in ("data/release/config.json", "data/splits/test/records-00000.parquet"):
+        content = (finished / name).read_bytes()
+        (finished / name).unlink()
+        (finished / name).write_bytes(content + b" ")
+        assert hand_over(finished, base / "new", *key) == 2
+        error = capsys.readouterr().err
+        assert name.split("/records")[0].removesuffix("/test") in error and "Traceback" not in error
+        (finished / name).write_bytes(content)
+    assert {name for name in names(base) if name.startswith(("new", ".new"))} == set()
