@@ -489,7 +489,10 @@ def ui(options: argparse.Namespace) -> int:
 
 
 def _project(options: argparse.Namespace) -> Path:
+    from dagster_project.orchestration.special_files import refuse_special_files
+
     root = Path(options.project).resolve()
+    refuse_special_files(root)
     if not (root / "dvc.yaml").is_file():
         raise InputError(f"no dvc.yaml in {root}", "run the command from the project's folder, or give --project FOLDER")
     return root

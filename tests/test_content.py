@@ -336,6 +336,47 @@ def test_long_texts_are_searched_as_short_ones(name: str, monkeypatch: pytest.Mo
         assert (match and match.span()) == (found and found.span()), text
 
 
+@pytest.mark.parametrize("name", ["_TAG", "_ENTITY"])
+def test_markup_is_taken_out_of_long_texts_as_of_short_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_search, "LONG", 0)
+    dice, taken = random.Random(name), 0
+    marks = [
+        "<div>",
+        "</P>",
+        "<br/>",
+        "<h1 x='",
+        "'>",
+        "<!--",
+        "-->",
+        "&nbsp;",
+        "&#39;",
+        "&#xe9;",
+        "&",
+        ";",
+        "<",
+        ">",
+        "\x1c",
+        "\n",
+        " ",
+        "a",
+        "é",
+    ]
+    for size in [5, 20, 60] * 100:
+        text = "".join(dice.choices(dice.sample([*marks, *dice.sample(SPOKEN, 10)], dice.randint(2, 14)), k=size))
+        for words in (text, text.encode("ascii", "ignore").decode()):
+            assert text_search.without_matches(SEARCHED[name], words) == SEARCHED[name].sub("", words), words
+            taken += words.isascii() and SEARCHED[name].search(words) is not None
+    assert taken > 100
+
+
+def test_halves_of_surrogate_pairs_become_one_replacement_character_each() -> None:
+    dice = random.Random(1)
+    codes = [0x61, 0xE9, 0xD7FF, 0xD800, 0xDBFF, 0xDC00, 0xDFFF, 0xE000, 0xFFFD, 0x1F3F4]
+    for size in [0, 1, 2, 5, 20] * 200:
+        text = "".join(map(chr, dice.choices(codes, k=size)))
+        assert [*text_search.text_column([text, "\ud800"])] == [re.sub("[\ud800-\udfff]", "\ufffd", text), "\ufffd"], ascii(text)
+
+
 def test_comments_that_are_not_closed_change_no_search() -> None:
     dice = random.Random(1)
     for size in [3, 8, 30] * 200:

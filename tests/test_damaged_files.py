@@ -18,6 +18,7 @@ import pytest
 from builders import small_pipeline
 from conftest import dvc, pedigree
 
+from dagster_project.__main__ import main
 from dagster_project.core.context import Documents, measured
 from dagster_project.core.documents import read_report, set_aside
 from dagster_project.core.errors import InputError
@@ -251,6 +252,33 @@ def test_a_damaged_configuration_of_git_is_named(root: Path) -> None:
     assert raised.value.hint == "correct it: `git config --list` names the line"
     config.write_bytes(before)
     assert read_stages(root)["tok"].changed == []
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", "data/reports/tok.json"])
+def test_a_named_pipe_is_one_message_of_every_command_and_none_waits_for_it(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    small_pipeline.git(root, "add", "-A")
+    small_pipeline.git(root, "commit", "-q", "--allow-empty", "-m", "all")
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    for words in ("plan", "run --all", "run tok", "sync", "verify --integrity", "render", "audit tok"):
+        assert main(words.split()) == 2, words
+        shown = capsys.readouterr().err
+        assert shown.count("error: ") == 1 and f"error: {root / name} is a named pipe, not a file\nhint: " in shown, words
+    with pytest.raises(InputError, match="is a named pipe"):  # Dagster's assets, checks and sensors begin here
+        read_stages(root)
+    (root / name).unlink()  # what the message says
+    small_pipeline.git(root, "checkout", "HEAD", name)
+    assert not any(state.changed for state in read_stages(root).values())
+
+
+def test_a_link_to_a_device_is_not_read(root: Path) -> None:
+    (root / "dvc.lock").unlink()
+    (root / "dvc.lock").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"dvc\.lock is a device, not a file"):
+        read_stages(root)
 
 
 def test_line_ends_that_git_changed_are_named(root: Path) -> None:

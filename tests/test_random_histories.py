@@ -72,6 +72,8 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
             commits = [one or "" for one in seen.get("commits", model["commits"]) or [None]]
             claims.setdefault(model["md5"], []).append((shown(seen, source), commits))
     possible = possible_exposures(reach, names, source)
+    for md5, said in of_lost_runs(reach, claims, source):
+        possible.setdefault(md5, set()).add(said)
     partly = {model["md5"]: {one["md5"] for one in model["missing"]} for model in found["models"] if model.get("missing")}
     if partly and not reach.incomplete:
         raise Wrong(f"impact {question}: nothing is missing, but {set(partly)} are called partly unknown")
@@ -110,27 +112,35 @@ def omissions(
         seen = [reach.signatures(chain, names(chain), source) for chain in chains]
         for kind in LEARNERS:
             options = {next((one for name, one in found.items() if name.partition("@")[0] == kind), None) for found in seen}
-            if None not in options and not any(agrees(md5 in partly, said, options) for said, _ in claims.get(md5, [])):
+            if None not in options and not any(agrees(md5 in partly, said, options, source) for said, _ in claims.get(md5, [])):
                 yield f"missing at {place.name or 'run cache'}: {address} {md5} {options}, said {claims.get(md5)}"
+
+
+def of_lost_runs(reach: Reach, claims: Claims, source: bool) -> Iterator[tuple[str, Signature]]:
+    """Statements about models of which only the bytes are left: that they were trained at these steps."""
+    recorded = {out_of(entry)[1] for _, entry, _ in reach.models()}
+    for md5 in (claims.keys() & reach.log.weights.keys()) - recorded:
+        for said, commits in claims[md5]:
+            trained = Counter(step for step, _, _ in reach.log.steps.get(said[1], ()))
+            if commits == [""] and reach.exists(md5) and (source or Counter(said[3] or ()) <= trained):
+                yield md5, said
 
 
 def untruths(
     reach: Reach, claims: Claims, partly: Mapping[str, set[str]], possible: dict[str, set[Signature]], names: Names, source: bool
 ) -> Iterator[str]:
     """Statements that no lineage of the model confirms, at all or at the commits that they name."""
-    recorded = {out_of(entry)[1] for _, entry, _ in reach.models()}
     for md5, statements in claims.items():
-        for said, commits in statements:
-            only_bytes = md5 not in recorded and md5 in reach.log.weights and commits == [""] and reach.exists(md5)
-            if not only_bytes and not agrees(md5 in partly, said, possible.get(md5, set())):
+        for said, _ in statements:
+            if not agrees(md5 in partly, said, possible.get(md5, set()), source):
                 yield f"not true: {md5} {said}; possible are {possible.get(md5)}"
         for commit in {one for _, commits in statements for one in commits} & set(reach.commits):
             there = at_commit(reach, md5, commit, names, source)
-            if not any(agrees(md5 in partly, said, there) for said, commits in statements if commit in commits):
+            if not any(agrees(md5 in partly, said, there, source) for said, commits in statements if commit in commits):
                 yield f"not true at {commit}: {md5} {statements}; there possible are {there}"
         for said, commits in statements:
             if set(commits) <= set(reach.commits) and not any(
-                agrees(md5 in partly, said, at_commit(reach, md5, one, names, source)) for one in commits
+                agrees(md5 in partly, said, at_commit(reach, md5, one, names, source), source) for one in commits
             ):
                 yield f"not true at {commits}: {md5} {said}"
 
@@ -171,17 +181,23 @@ def shown(seen: dict[str, Any], source: bool) -> Signature:
     return (seen["by"], seen["md5"], tuple(sorted(seen["splits"].items())), steps)
 
 
-def agrees(partly: bool, said: Signature, options: Collection[Signature | None]) -> bool:
+def agrees(partly: bool, said: Signature, options: Collection[Signature | None], source: bool) -> bool:
     """Whether it is one of the options or, of a model that is called partly unknown, a part of one."""
     if ANYTHING in options or said in options:
         return True
-    return partly and any(one and said[:2] == one[:2] and is_part(said, one) for one in options)
+    return partly and any(one and said[:2] == one[:2] and is_part(said, one, source) for one in options)
 
 
-def is_part(said: Signature, whole: Signature) -> bool:
-    """Whether no split has more rows, and no step occurs more often: a search of messages finds those that are left, in any data set."""
+def is_part(said: Signature, whole: Signature, source: bool) -> bool:
+    """Whether no split has more rows, and no step occurs more often, or of a source: not more records, and in none but these steps. A search of messages
+    finds those that are left, in any data set."""
     rows = dict(whole[2])
-    return all(n <= rows.get(split, 0) for split, n in said[2]) and (said[3] is None or Counter(said[3]) <= Counter(whole[3] or ()))
+    if not all(n <= rows.get(split, 0) for split, n in said[2]):
+        return False
+    if source and said[3] and whole[3]:
+        (n, first, last), (most, earliest, latest) = said[3], whole[3]
+        return n <= most and earliest <= first and last <= latest
+    return said[3] is None or Counter(said[3]) <= Counter(whole[3] or ())
 
 
 def at_commit(reach: Reach, md5: str, commit: str, names: Names, source: bool) -> set[Signature]:
@@ -726,6 +742,47 @@ def test_a_model_whose_report_is_lost_is_unknown_to_a_question_by_the_hash_of_a_
         "data/reports/raw_examples.json"
     ]
     assert impact(toy.root, content="0" * 64)["verdict"] == "cannot tell"
+
+
+def test_a_model_made_from_a_run_that_only_the_run_cache_has_did_not_see_what_came_later(tmp_path: Path) -> None:
+    toy = Toy(tmp_path / "project", seed=1)
+    toy.real, toy.ledger_in_tokenized = False, True
+    toy.repro()
+    values = toy.params()
+    values["aligned"]["dpo"]["learning_rate"] = 2
+    toy.write_params(values)
+    toy.repro(["aligned@dpo"])  # the merged model is of the former run of DPO, which only the run cache has
+    toy.commit()
+    commit, before = git(toy.root, "rev-parse", "HEAD").strip(), toy.lock()
+    faq, new = toy.source_paths()[0], f"{SOURCES}/new.jsonl"
+    *rows, last = toy.read_source(faq)
+    toy.write_source(faq, rows)
+    toy.write_source(new, [last])
+    toy.change_sources(lambda sources: sources.append({"path": new, "license": "MIT"}))
+    toy.repro()
+    assert toy.lock()["adapter@lora"]["outs"] == before["adapter@lora"]["outs"]  # the same bytes, of another lineage
+    models = {model["md5"]: model for model in impact(toy.root, source=new)["models"]}
+    assert out_of(toy.lock()["adapter@lora"])[1] in models and out_of(before["merged_aligned@dpo"])[1] not in models
+    assert out_of(before["merged_aligned@dpo"])[1] in {model["md5"] for model in impact(toy.root, source=faq)["models"]}
+    assert commit not in {one for model in models.values() for one in model["commits"]}
+
+
+def test_all_runs_that_made_a_model_tell_what_is_missing(toy: Toy) -> None:
+    first = toy.lock()
+    pairs = toy.read_pairs()
+    toy.write_pairs(pairs[::-1])
+    toy.repro()
+    toy.commit()
+    second = toy.lock()
+    same = [name for name in ("reward_model", "aligned@dpo") if first[name]["outs"][0]["md5"] == second[name]["outs"][0]["md5"]]
+    assert same, "the reordered pairs trained other weights"
+    lost = [out_of(lock["preferences"])[1] for lock in (first, second)]
+    for md5 in lost:
+        toy.object(md5).unlink()
+    shutil.rmtree(toy.root / "data/preferences")
+    found = impact(toy.root, record="0" * 32)
+    told = {model["stage"]: {one["md5"] for one in model["missing"]} for model in found["unknown"]}
+    assert all(set(lost) <= told[name] for name in same)
 
 
 def test_a_report_that_is_lost_is_named_as_missing_and_no_source_is_said_to_have_been_added(toy: Toy) -> None:

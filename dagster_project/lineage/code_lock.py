@@ -98,7 +98,7 @@ def _files(place: Path) -> list[Path]:
 def is_used(root: Path) -> bool:
     """Whether the stages of a project depend on code.lock.yaml, i.e. the project is not a clone of the package."""
     try:
-        return FILE in (root / "dvc.yaml").read_text(encoding="utf-8")
+        return FILE.encode() in (root / "dvc.yaml").read_bytes()  # which may not be UTF-8: DVC says so
     except OSError:
         return False
 

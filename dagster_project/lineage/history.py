@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import hashlib
 import json
 import os
@@ -335,17 +334,24 @@ class Objects:
 
     @cached_property
     def cache(self) -> Path:
-        """The folder of DVC's local cache."""
-        folder = self.root / ".dvc" / "cache"
-        for name in ("config", "config.local"):
-            config = configparser.ConfigParser(interpolation=None, strict=False)
-            try:
-                config.read(self.root / ".dvc" / name, encoding="utf-8")
-            except (configparser.Error, UnicodeDecodeError) as error:
-                raise InputError(f".dvc/{name} cannot be read: {' '.join(str(error).split())}", "restore it, or `dvc init -f`") from None
-            if configured := config.get("cache", "dir", fallback=""):
-                folder = self.root / ".dvc" / Path(configured).expanduser()
-        return folder / "files" / "md5"
+        """The folder of DVC's local cache, by DVC's settings of the project, the user and the machine.
+
+        Raises:
+            InputError: DVC cannot read them.
+        """
+        from dvc.config import Config, ConfigError
+
+        try:
+            config = Config(dvc_dir=str(self.root / ".dvc"))
+        except (ConfigError, UnicodeDecodeError) as error:
+            why = " ".join(str(error).split())
+            raise InputError(
+                f"DVC's configuration cannot be read: {why}", "fix it (.dvc/config, `dvc config --list --show-origin`)"
+            ) from None
+        settings = config["cache"]
+        remote = settings.get("local")
+        configured = config["remote"].get(remote, {}).get("url") if remote else settings.get("dir")
+        return Path(configured or self.root / ".dvc" / "cache") / "files" / "md5"
 
     def run_cache(self) -> list[Path]:
         """The entries of DVC's run cache, each a run that DVC may restore instead of running the stage again."""

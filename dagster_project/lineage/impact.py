@@ -229,6 +229,38 @@ class Contributions:
     """All of them."""
 
 
+@dataclass
+class _Unknown:
+    """What would decide whether a model saw the queried records."""
+
+    missing: dict[str, StageRun] = field(default_factory=dict)
+    """Hash of an unavailable output -> the run that made it."""
+    reports: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Path -> unavailable report."""
+    unexplained: dict[str, None] = field(default_factory=dict)
+    """Paths of inputs that nothing records; "" for the model itself."""
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.reports or self.unexplained)
+
+    def described(self, first: StageRun) -> dict[str, Any]:
+        """Args:
+        first: the first run that made the model.
+        """
+        described = [{"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in self.missing.values()]
+        hints = [fetch_hint([*self.missing.values()])] if self.missing else []
+        hints += [f"{', '.join(self.reports)}: in no commit and no cache"] if self.reports else []
+        return {
+            "stage": first.address,
+            "md5": first.md5,
+            "commit": first.commit,
+            "found_in": first.place,
+            "missing": [*described, *self.reports.values()],
+            **({"unexplained": [path or "this model" for path in self.unexplained]} if self.unexplained else {}),
+            "fetch": "; ".join(hints) or NOTHING_RECORDED,
+        }
+
+
 class _ImpactQuery:
     """Matches a query against shards and training evidence, and collects the models that were exposed."""
 
@@ -471,12 +503,11 @@ class _ImpactQuery:
         return {**document, "learnt": dict(zip(("records", "first_step", "last_step"), exposure.training_summary, strict=True))}
 
     def unknown(self) -> list[dict[str, Any]]:
-        """Models that cannot be decided, because an output is unavailable or nothing records how it was made."""
-        unknown: dict[str, dict[str, Any]] = {}
+        """Models that cannot be decided, because an output is unavailable or nothing records how it was made. Of several runs that made a model, what is
+        missing of any."""
+        unknown: dict[str, _Unknown] = defaultdict(_Unknown)
         for run in [upstream for upstream in self.index.runs.values() if upstream.is_model]:
-            missing: dict[str, StageRun] = {}
-            reports: dict[str, dict[str, str]] = {}
-            unexplained: dict[str, None] = {}
+            found = unknown[run.md5]
             pending, visited = [run], set[int]()
             while pending:
                 upstream = pending.pop()
@@ -486,30 +517,15 @@ class _ImpactQuery:
                 parents = self.index.parents(upstream)
                 pending += parents
                 if not self.index.is_copy(upstream):
-                    reports |= {one["path"]: one for one in self._missing_reports(upstream)}
-                    missing |= {absent.md5: absent for absent in ([] if self._complete else self._missing(upstream))}
-                    unexplained |= dict.fromkeys(path for one in self._relevant(upstream) for path in self.index.unexplained(one))
-                    unexplained |= {"": None} if upstream.place == "cache" else {}
+                    found.reports |= {one["path"]: one for one in self._missing_reports(upstream)}
+                    found.missing |= {absent.md5: absent for absent in ([] if self._complete else self._missing(upstream))}
+                    found.unexplained |= dict.fromkeys(path for one in self._relevant(upstream) for path in self.index.unexplained(one))
+                    found.unexplained |= {"": None} if upstream.place == "cache" else {}
                 elif not parents:
                     candidates = self.index.unavailable_originals(upstream)
-                    missing |= {absent.md5: absent for absent in candidates}
-                    unexplained |= {} if candidates else {ORIGINAL: None}
-            if missing or reports or unexplained:
-                described = [{"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in missing.values()]
-                hints = [fetch_hint([*missing.values()])] if missing else []
-                hints += [f"{', '.join(reports)}: in no commit and no cache"] if reports else []
-                first = self.index.runs_by_output[run.md5][0]
-                entry = {
-                    "stage": run.address,
-                    "md5": run.md5,
-                    "commit": first.commit,
-                    "found_in": first.place,
-                    "missing": [*described, *reports.values()],
-                    **({"unexplained": [path or "this model" for path in unexplained]} if unexplained else {}),
-                    "fetch": "; ".join(hints) or NOTHING_RECORDED,
-                }
-                unknown.setdefault(run.md5, entry)
-        return list(unknown.values())
+                    found.missing |= {absent.md5: absent for absent in candidates}
+                    found.unexplained |= {} if candidates else {ORIGINAL: None}
+        return [found.described(self.index.runs_by_output[md5][0]) for md5, found in unknown.items() if found]
 
     def _relevant(self, run: StageRun) -> list[StageRun]:
         """The model and the runs upstream whose inputs must be known to decide about it: which texts a data set with splits contains is known without."""

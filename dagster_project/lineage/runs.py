@@ -115,6 +115,10 @@ class Resolver:
         self.by_output: dict[str, list[StageRun]] = defaultdict(list)
         self._interned: dict[tuple[Any, ...], StageRun] = {}
         self._latest: dict[int, StageRun] = {}
+        self._in_lock: dict[int, dict[str, StageRun]] = {}
+        """Id of a dvc.lock -> hash of an output -> the run in it."""
+        self._beside_readers: set[int] = set()
+        """Ids of runs that no dvc.lock contains, as they were made for one reader (`_beside`)."""
         self._folders: dict[str, tuple[tuple[str, str], ...] | None] = {}
         self._versions: dict[str, dict[str, None]] = defaultdict(dict)
         for entry in entries.values():
@@ -149,6 +153,7 @@ class Resolver:
         for run in found.values():
             run.locks.add(lock)
             self._latest[run.entry.id] = run
+        self._in_lock[lock] = {run.md5: run for run in found.values()}
         return found
 
     def add_unrecorded(self, entries: Iterable[Entry], order: int, place: Place) -> None:
@@ -161,7 +166,16 @@ class Resolver:
         for run in self.runs:
             for _, path, md5 in run.inputs:
                 if md5 not in run.producers and md5 != run.md5 and (producer := self._any(md5, path, but=run)):
-                    run.producers[md5] = producer
+                    run.producers[md5] = self._beside(producer, run) if run.locks and not producer.locks else producer
+
+    def _beside(self, producer: StageRun, reader: StageRun) -> StageRun:
+        """A run that no dvc.lock contains, as it was made for a reader: of the inputs that the reader's dvc.lock has, it read those."""
+        here = self._in_lock[min(reader.locks)]
+        known = {md5: here[md5] for _, _, md5 in producer.inputs if md5 in here and md5 != producer.md5}
+        run = self._run(producer.entry, producer.inputs, known, producer.unresolved, producer.order, None, producer.place)
+        if known:
+            self._beside_readers.add(run.id)
+        return run
 
     def add_alternatives(self, order: int) -> None:
         """Add the lineages that runs may have through DVC's run cache, which does not record the run that made an input: if a run that no dvc.lock
@@ -170,7 +184,8 @@ class Resolver:
         for run in self.runs:
             for _, _, md5 in run.inputs:
                 readers[md5].append(run)
-        pending = [run for run in self.runs if run.place == "run cache" and not run.locks and len(self.by_output[run.md5]) > 1]
+        made = {md5: {run.entry.id for run in runs} for md5, runs in self.by_output.items()}
+        pending = [run for run in self.runs if run.place == "run cache" and not run.locks and len(made[run.md5]) > 1]
         while pending:
             producer = pending.pop(0)
             for reader in readers[producer.md5]:
@@ -202,7 +217,11 @@ class Resolver:
     def _any(self, md5: str, path: str, but: StageRun | None = None) -> StageRun | None:
         """The run that produced these bytes last, preferably at this path, and preferably one that a dvc.lock contains."""
         candidates = [run for run in self.by_output.get(md5, ()) if run is not but and (but is None or but not in run.producers.values())]
-        return max(candidates, key=lambda run: (bool(run.locks), run.path == path, run.order, run.id), default=None)
+        return max(
+            candidates,
+            key=lambda run: (bool(run.locks), run.id not in self._beside_readers, run.path == path, run.order, run.id),
+            default=None,
+        )
 
     def _expanded(self, entry: Entry, outs: Mapping[str, str]) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
         """The inputs of an entry, with folders of outputs expanded, as the dvc.lock with these outputs (path -> hash) has them."""

@@ -25,9 +25,11 @@ from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import LOST_HINT, lost_entries, lost_text
 from dagster_project.orchestration import dvc_errors, rwlock
+from dagster_project.orchestration.dvc_memory import released_afterwards
 from dagster_project.orchestration.last_sync import OBJECTS, stamps
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import command_of_dvc, interrupt_command
+from dagster_project.orchestration.special_files import refuse_special_files
 
 log = logging.getLogger("pedigree")
 
@@ -112,11 +114,12 @@ def open_repo(root: Path) -> Iterator[Any]:
     Raises:
         InputError: no DVC project, or dvc.yaml, dvc.lock, params.yaml, a file's name or DVC's cache of hashes is invalid.
     """
+    refuse_special_files(root)
     repository = private_module("dvc.repo")
     logging.getLogger("dvc").setLevel(logging.ERROR)  # after the import, which sets it
     rwlock.repair(root)
     try:
-        with repository.Repo(str(root), _wait_for_lock=True) as repo:
+        with released_afterwards(), repository.Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
     except Exception as error:
         if (known := dvc_errors.explained(error, root)) is None:

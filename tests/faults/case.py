@@ -107,10 +107,18 @@ class Play:
         Raises:
             Violation: it does not.
         """
+        self.runs_again(goal, *again)
+        self.is_undisturbed(goal, status)
+
+    def runs_again(self, goal: str = project.DONE, *again: str) -> None:
+        """The run after the fault succeeds.
+
+        Raises:
+            Violation: it does not.
+        """
         done = self.run(*(again or ("dvc", "repro", goal)))
         if done.code != 0:
             raise Violation(f"the run after the fault fails:\n{done.text[-3000:]}")
-        self.is_undisturbed(goal, status)
 
     def clear_temporary_files(self) -> None:
         """Remove what libraries leave in the folder for temporary files when their process is killed (docs/faults.md)."""

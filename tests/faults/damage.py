@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from faults.case import Case, Play, Violation
 
 TREES = ("data/", ".dvc/", ".dagster/")
 TOP = ("dvc.yaml", "dvc.lock", "params.yaml", "code.lock.yaml", ".gitignore", ".dvcignore", "workspace.yaml")
+CHANGES = "data/pages/instructions/changes.json"
 FIXED = {
     "data/reports/splits.json": "cut",
     "data/splits/train/records-00000.parquet": "folder",
@@ -97,9 +99,32 @@ def _damaged(name: str, kind: str) -> Callable[[Play], None]:
             _remove(Path(found[1]))
             at_work.removed.add(Path(found[1]).relative_to(at_work.root).as_posix())
         if not name.startswith(".dagster/"):
-            at_work.recovers(project.DONE, "pedigree", "run", "--all")
+            at_work.runs_again(project.DONE, "pedigree", "run", "--all")
+            if name.startswith(".dvc/cache/"):
+                _same_version(at_work)
+            at_work.is_undisturbed()
 
     return play
+
+
+def _same_version(at_work: Play) -> None:
+    """A damaged object may make `instructions` run again. It then compares its rows with the version that it recorded at the undisturbed run,
+    which had none to compare with: all rows must be found unchanged, and without this comparison its page must be the undisturbed one.
+    """
+    path = at_work.root / CHANGES
+    changes = json.loads(path.read_text())
+    undisturbed = (at_work.projects.states[project.DONE].root / CHANGES).read_text()
+    assert json.loads(undisturbed) is None
+    if changes is None:
+        return
+    if (
+        any(changes["findings"].values())
+        or any(changes["rows"][kind] for kind in ("added", "removed", "changed"))
+        or not changes["rows"]["unchanged"]
+    ):
+        raise Violation(f"the same rows count as changed: {path.read_text()}")
+    path.write_text(undisturbed)
+    at_work.run("pedigree", "render")
 
 
 def _looks(name: str) -> list[tuple[str, ...]]:

@@ -19,7 +19,7 @@ from dagster_project.curation.checks.check import Action, Check, DataSet, Rows, 
 from dagster_project.curation.checks.damage import visible
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.profile import scripts
-from dagster_project.curation.checks.text_search import first_match, text_column
+from dagster_project.curation.checks.text_search import first_match, text_column, without_matches
 
 if TYPE_CHECKING:
     import polars as pl
@@ -682,7 +682,7 @@ def _markup(one: Exchange) -> Match | None:
     for text in (said, asked):
         for kind, pattern in (("HTML tag", _TAG), ("HTML entity", _ENTITY)):
             if (match := first_match(pattern, text)) and not any(
-                first_match(_ABOUT_MARKUP, pattern.sub("", words)) for words in {before, text}
+                first_match(_ABOUT_MARKUP, without_matches(pattern, words)) for words in {before, text}
             ):
                 return kind, match.group()
     return None
