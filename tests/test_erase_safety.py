@@ -230,7 +230,7 @@ def test_audits_read_the_cache_that_dvc_uses(
 
 def test_settings_that_dvc_cannot_read_are_one_message(bare: Path) -> None:
     write(bare / ".dvc/config", "[cache\n")
-    with pytest.raises(InputError, match="DVC.s configuration .* cannot be read"):
+    with pytest.raises(InputError, match=r"DVC.s configuration .* cannot be read"):
         _ = Objects(bare).cache
 
 
