@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -164,6 +165,7 @@ def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]],
 FIRST = (
     "test_two_front_ends",
     "test_machine",  # makes the finished project; files that need it follow when it exists
+    "test_front_ends",
     "test_processes",
     "test_resume",
     "test_sharding",
@@ -198,7 +200,8 @@ def copy_project(target: Path) -> Path:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target / name)
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"], ["git", "add", "-A"],
-                    ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"]):  # fmt: skip
+                    ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"],
+                    ["git", "gc", "-q"]):  # fmt: skip  # one file instead of 840, for those who copy it
         done = run(command, target)
         assert done.returncode == 0, done.stderr
     return target
@@ -256,13 +259,28 @@ def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="session")
-def _project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return quick(copy_project(tmp_path_factory.mktemp("fresh") / "project"), tiny_model)
+def wheel(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The wheel of the package."""
+    from builders.wheel import build_wheel
+
+    [built] = made_once("wheel", build_wheel, tmp_path_factory, worker_id).glob("dist/*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def _project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, worker_id: str) -> Path:
+    """A quick project in which nothing has run yet."""
+
+    def make(folder: Path) -> None:
+        compiled = run([sys.executable, "-m", "compileall", "-q", "dagster_project"], quick(copy_project(folder), tiny_model))
+        assert compiled.returncode == 0, "otherwise each copy compiles anew"
+
+    return made_once("fresh", make, tmp_path_factory, worker_id)
 
 
 @pytest.fixture
 def project(_project: Path, tmp_path: Path) -> Path:
-    """A quick project in which nothing has run yet."""
+    """A copy of a quick project in which nothing has run yet."""
     target = tmp_path / "project"
     shutil.copytree(_project, target, symlinks=True)
     return target
@@ -273,13 +291,13 @@ LOADED = Path(".dvc", "tmp", "loaded_modules.jsonl")
 
 
 @pytest.fixture(scope="session")
-def _finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, worker_id: str) -> Path:
+def _finished(_project: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A quick project in which the whole pipeline has run."""
 
     def make(folder: Path) -> None:
         hook = str(Path(__file__).parent / "builders" / "loaded_modules")
         noted = {"PYTHONPATH": os.pathsep.join(filter(None, [hook, os.environ.get("PYTHONPATH")])), "LOADED_MODULES": str(folder / LOADED)}
-        done = run([sys.executable, "-m", "dvc", "repro"], quick(copy_project(folder), tiny_model), **noted)
+        done = run([sys.executable, "-m", "dvc", "repro"], Path(shutil.copytree(_project, folder, symlinks=True)), **noted)
         assert done.returncode == 0, done.stderr + done.stdout
 
     return made_once("finished", make, tmp_path_factory, worker_id)
@@ -313,28 +331,77 @@ def root(_made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(_made, tmp_path / "project", symlinks=True))
 
 
-@pytest.fixture
-def synced(root: Path) -> Iterator[Any]:
-    """The Dagster instance of that copy, after a sync."""
+def synced_home(project: Path, pipeline: Any, copy: Path, folder: Path) -> None:
+    """Make Dagster's home after the first sync of a project, which is synced as a copy."""
     import dagster as dg
-    from builders.small_pipeline import PIPELINE
 
     from dagster_project.orchestration.dagster.sync import sync
 
-    (root / ".dagster").mkdir()
-    (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
-    with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
-        sync(root, found, PIPELINE)
+    shutil.copytree(project, copy, symlinks=True)
+    folder.mkdir()
+    (folder / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    with dg.DagsterInstance.from_config(str(folder)) as found:
+        assert sync(copy, found, pipeline) and sync(copy, found, pipeline) == []
+
+
+@contextmanager
+def copied_home(home: Path, root: Path) -> Iterator[Any]:
+    """The Dagster instance in a copy of a home, as the home of this project."""
+    import dagster as dg
+
+    with dg.DagsterInstance.from_config(str(shutil.copytree(home, root / ".dagster"))) as found:
         yield found
 
 
+@pytest.fixture(scope="session")
+def _home(_made: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Dagster's home after a sync of the small pipeline."""
+    from builders.small_pipeline import PIPELINE
+
+    copy = tmp_path_factory.mktemp("synced") / "project"
+    return made_once("home", lambda folder: synced_home(_made, PIPELINE, copy, folder), tmp_path_factory, worker_id)
+
+
 @pytest.fixture
-def instance(tmp_path: Path) -> Iterator[Any]:
+def synced(root: Path, _home: Path) -> Iterator[Any]:
+    """The Dagster instance of that copy, after a sync."""
+    with copied_home(_home, root) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def _finished_home(_finished: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Dagster's home after a sync of the finished project."""
+    from dagster_project.pipeline import PEDIGREE
+
+    copy = tmp_path_factory.mktemp("finished-synced") / "project"
+    return made_once("finished-home", lambda folder: synced_home(_finished, PEDIGREE, copy, folder), tmp_path_factory, worker_id)
+
+
+@pytest.fixture
+def synced_finished(finished: Path, _finished_home: Path) -> Iterator[Any]:
+    """The Dagster instance of the copy `finished`, after a sync."""
+    with copied_home(_finished_home, finished) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def _new_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dagster's databases without an event: making their tables takes longer than copying them."""
+    import dagster as dg
+
+    folder = tmp_path_factory.mktemp("dagster")
+    with dg.DagsterInstance.local_temp(str(folder)) as found:
+        assert not found.get_runs(limit=1) and not found.get_asset_keys()
+    return folder
+
+
+@pytest.fixture
+def instance(_new_home: Path, tmp_path: Path) -> Iterator[Any]:
     """A Dagster instance of its own, with an event log on disk."""
     import dagster as dg
 
-    (tmp_path / "dagster").mkdir()
-    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as found:
+    with dg.DagsterInstance.local_temp(str(shutil.copytree(_new_home, tmp_path / "dagster"))) as found:
         yield found
 
 

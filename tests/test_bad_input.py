@@ -14,8 +14,8 @@ import dagster as dg
 import pytest
 from conftest import dvc, edit_params, pedigree, run
 
+from dagster_project.__main__ import main
 from dagster_project.orchestration.dagster.assets import build_definitions
-from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
 
 
@@ -42,15 +42,32 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("front_end", "case"),
-    [*(("dvc repro", case) for case in CASES), ("pedigree run", "unknown key"), ("pedigree run", "missing source file")],
-)
-def test_bad_parameters_change_nothing(finished: Path, case: str, front_end: str) -> None:
+def stage_of(case: str) -> str:
+    """The stage that reads the bad parameter."""
+    return "adapter@lora" if "method" in case else "splits" if "splits" in CASES[case][1] else "raw_examples"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_parameters_change_nothing(finished: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     change, message = CASES[case]
     before = fingerprint(finished)
     edit_params(finished, change)
-    stage = "adapter@lora" if "method" in case else "splits" if "splits" in message else "raw_examples"
+    assert main(["run", stage_of(case), "--project", str(finished)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "hint: " in said
+    assert fingerprint(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("front_end", "case"),
+    [*(("dvc repro", case) for case in ("missing source file", "wrong type", "unknown method")), ("pedigree run", "unknown key")],
+)
+def test_a_command_with_bad_parameters_changes_nothing(finished: Path, case: str, front_end: str) -> None:
+    """A stage of each kind, and each front end; with the other parameters the same commands run."""
+    change, message = CASES[case]
+    before = fingerprint(finished)
+    edit_params(finished, change)
+    stage = stage_of(case)
     done = pedigree(finished, "run", stage) if front_end == "pedigree run" else dvc(finished, "repro", "--single-item", "--force", stage)
     assert done.returncode == 2 if front_end == "pedigree run" else done.returncode != 0
     assert message in done.stderr and "hint: " in done.stderr and "Traceback" not in done.stderr
@@ -61,18 +78,30 @@ def test_bad_parameters_change_nothing(finished: Path, case: str, front_end: str
     ("content", "message"),
     [("", "the file is empty"), ("instruction,output\n", "not JSON"), ("[]", "the list is empty"), ('[{"a": 1}]', "unknown format")],
 )
-def test_a_source_that_cannot_be_read_changes_nothing(finished: Path, content: str, message: str) -> None:
+def test_a_source_that_cannot_be_read_changes_nothing(
+    finished: Path, content: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (finished / "data/sources/mine.json").write_text(content)
+    edit_params(finished, source("data/sources/mine.json"))
+    before = fingerprint(finished)
+    assert main(["run", "raw_examples", "--project", str(finished)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "mine.json" in said
+    assert fingerprint(finished) == before
+
+
+def test_dvc_repro_of_a_source_that_cannot_be_read_changes_nothing(finished: Path) -> None:
+    (finished / "data/sources/mine.json").write_text("[]")
     edit_params(finished, source("data/sources/mine.json"))
     before = fingerprint(finished)
     done = dvc(finished, "repro", "raw_examples")
     assert done.returncode != 0
-    assert message in done.stderr and "mine.json" in done.stderr and "Traceback" not in done.stderr
+    assert "the list is empty" in done.stderr and "mine.json" in done.stderr and "Traceback" not in done.stderr
     assert fingerprint(finished) == before
 
 
-def test_bad_parameters_leave_dagsters_event_log_without_a_materialization(finished: Path, instance: dg.DagsterInstance) -> None:
-    sync(finished, instance)
+def test_bad_parameters_leave_dagsters_event_log_without_a_materialization(finished: Path, synced_finished: dg.DagsterInstance) -> None:
+    instance = synced_finished
     definitions = build_definitions(finished)
     edit_params(finished, lambda v: v["splits"].update(tset=0.1))
     before = fingerprint(finished), instance.get_latest_materialization_event(asset_key("splits"))
@@ -121,10 +150,10 @@ def test_a_taken_port_is_named(finished: Path) -> None:
     "arguments",
     [["run", "nostage"], ["run", "adapter"], ["run", "splits@lora"], ["audit", "nothing"], ["plan", "ghost"], ["check", "none.json"]],
 )
-def test_wrong_usage_gets_a_hint_and_exit_code_2(finished: Path, arguments: list[str]) -> None:
-    done = pedigree(finished, *arguments)
-    assert done.returncode == 2
-    assert done.stdout == "" and "hint: " in done.stderr and "Traceback" not in done.stderr
+def test_wrong_usage_gets_a_hint_and_exit_code_2(finished: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--project", str(finished)]) == 2
+    said = capfd.readouterr()
+    assert said.out == "" and "hint: " in said.err
 
 
 def test_a_command_outside_a_project_is_refused(tmp_path: Path) -> None:
@@ -135,7 +164,11 @@ def test_a_command_outside_a_project_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2 and "no dvc.yaml in" in done.stderr
 
 
-def test_json_output_is_exactly_one_document(finished: Path) -> None:
-    for arguments in (["audit", "merged@lora"], ["plan"], ["check", "data/sources/triage_alpaca.json"], ["sync"], ["run", "splits"]):
+def test_json_output_is_exactly_one_document(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The file descriptor of stdout is read, so what libraries print counts too."""
+    for arguments in (["audit", "merged@lora"], ["plan"], ["check", str(finished / "data/sources/triage_alpaca.json")]):
+        main([*arguments, "--json", "--project", str(finished)])
+        assert isinstance(json.loads(capfd.readouterr().out), dict), arguments
+    for arguments in (["sync"], ["run", "splits"]):
         done = pedigree(finished, *arguments, "--json")
         assert isinstance(json.loads(done.stdout), dict), arguments

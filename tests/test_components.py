@@ -14,7 +14,8 @@ import dagster as dg
 import pytest
 from builders import foreign_project
 from builders.small_pipeline import PIPELINE, changed_in_dvc, commands_run
-from conftest import ROOT, copy_project, run
+from builders.staleness import stale_keys
+from conftest import ROOT, run
 
 import dagster_project
 from dagster_project.orchestration.dagster.assets import build_definitions
@@ -44,13 +45,7 @@ def together(roots: dict[str, Path]) -> dg.Definitions:
 
 
 def not_fresh(definitions: dg.Definitions, instance: dg.DagsterInstance, name: str) -> set[str]:
-    from dagster._core.definitions.data_version import CachingStaleStatusResolver
-    from dagster._core.loader import LoadingContextForTest
-
-    graph = definitions.resolve_asset_graph()
-    resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
-    keys = [key for key in graph.materializable_asset_keys if key.path[0] == name]
-    return {"@".join(key.path[1:]) for key in keys if resolver.get_status(key).value != "FRESH"}
+    return {"@".join(key.path[1:]) for key in stale_keys(definitions.resolve_asset_graph(), instance) if key.path[0] == name}
 
 
 def tick(definitions: dg.Definitions, instance: dg.DagsterInstance, name: str) -> str:
@@ -114,10 +109,10 @@ def test_a_run_of_other_assets_is_not_marked_as_failed_in_a_shared_instance(inst
 
 
 @pytest.fixture
-def location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def location(_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Dagster project of a company with two components: a foreign DVC project, and a Pedigree project in which nothing has run."""
     foreign_project.make_project(tmp_path / "churn")
-    copy_project(tmp_path / "tuning")
+    shutil.copytree(_project, tmp_path / "tuning", symlinks=True)
     root = tmp_path / "company"
     (root / "src" / "company" / "defs").mkdir(parents=True)
     (root / "pyproject.toml").write_text('[tool.dg]\ndirectory_type = "project"\n\n[tool.dg.project]\nroot_module = "company"\n')

@@ -13,6 +13,7 @@ import dagster as dg
 import pytest
 from builders import foreign_project
 from builders.small_pipeline import changed_in_dvc
+from builders.staleness import stale_keys
 from conftest import ROOT, dvc
 
 from dagster_project import build_dvc_definitions, pipeline
@@ -50,12 +51,7 @@ def shown(instance: dg.DagsterInstance, stage: str) -> dict[str, Any]:
 
 
 def not_fresh(root: Path, instance: dg.DagsterInstance) -> set[str]:
-    from dagster._core.definitions.data_version import CachingStaleStatusResolver
-    from dagster._core.loader import LoadingContextForTest
-
-    graph = build_dvc_definitions(root, "points").resolve_asset_graph()
-    resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
-    return {name for name in STAGES if resolver.get_status(dg.AssetKey(["points", name])).value != "FRESH"}
+    return {key.path[-1] for key in stale_keys(build_dvc_definitions(root, "points").resolve_asset_graph(), instance)}
 
 
 def test_each_stage_is_an_asset_below_what_it_reads(foreign: Path) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import multiprocessing
 import shutil
 import sqlite3
+import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from builders.files import FILE_WRITERS, jsonl
 from builders.history import Project, entry, identity, messages, table
-from conftest import ROOT
+from conftest import ROOT, run
 
 from dagster_project.__main__ import main
 from dagster_project.commands.erase import exit_code
@@ -32,7 +37,7 @@ from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import record_key
 from dagster_project.orchestration import locks
-from dagster_project.orchestration.dvc import StageState
+from dagster_project.orchestration.dvc import StageState, reproduce
 from dagster_project.orchestration.erasure import event_log
 from dagster_project.orchestration.erasure import plan as plans
 from dagster_project.orchestration.erasure.exclusive import LOCK, no_stage_runs, one_erasure
@@ -74,9 +79,50 @@ def test_what_cannot_be_done_whole_is_refused(tmp_path: Path) -> None:
         without(path, {0, 1}, "a.jsonl")
     with pytest.raises(InputError, match="no row 7"):
         without(path, {7}, "a.jsonl")
-    FILE_WRITERS[".feather"](tmp_path / "a.feather", rows())
-    with pytest.raises(InputError, match=r"of type \.feather"):
-        without(tmp_path / "a.feather", {0}, "a.feather")
+    with pytest.raises(InputError, match=r"of type \.xlsx"):
+        without(tmp_path / "a.xlsx", {0}, "a.xlsx")
+
+
+def shared_columns() -> pa.Table:
+    """Columns whose rows refer to values that are stored once."""
+    texts = [SECRET, "of somebody else", None]
+    word = pa.dictionary(pa.int32(), pa.string())
+    columns: dict[str, pa.Array] = {
+        "text": pa.array(["one", "two", "three"]),
+        "word": pa.array(texts, word),
+        "inner": pa.array([{"words": [text]} for text in texts], pa.struct([("words", pa.list_(word))])),
+    }
+    return pa.table(columns)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    pq.write_table(table, path, compression="none")
+
+
+def write_arrow(new: Any) -> Callable[[Path, pa.Table], None]:
+    def write(path: Path, table: pa.Table) -> None:
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"),
+    [(".parquet", write_parquet), (".arrow", write_arrow(pa.ipc.new_file)), (".arrow", write_arrow(pa.ipc.new_stream))],
+    ids=["parquet", "file", "stream"],
+)
+def test_values_that_rows_share_leave_a_table_with_the_row(tmp_path: Path, suffix: str, write: Callable[[Path, pa.Table], None]) -> None:
+    path = tmp_path / f"a{suffix}"
+    write(path, shared_columns())
+    content = without(path, {0}, "a")
+    part = SECRET[:24].encode()
+    assert part in path.read_bytes() and part not in content
+    path.write_bytes(content)
+    assert [row.value["inner"]["words"] for row in read_rows(path) if row.value] == [
+        ["of somebody else"],
+        [None],
+    ]
 
 
 def hidden(path: Path, text: str) -> dict[str, Path]:
@@ -93,6 +139,9 @@ def hidden(path: Path, text: str) -> dict[str, Path]:
         db.execute("CREATE TABLE t (x)")
         db.execute("INSERT INTO t VALUES (?)", (text,))
     FILE_WRITERS[".feather"](path / "a.feather", [{"t": text}])
+    stream = pa.table({"t": [text] * 9})
+    with pa.ipc.new_stream(str(path / "a.arrow"), stream.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(stream)
     big = io.BytesIO(b"." * (16 * 2**20 - 20))  # the text crosses the end of what is searched at once
     (path / "a.bin").write_bytes(big.getvalue() + text.encode())
     return {file.name: file for file in sorted(path.iterdir())}
@@ -236,7 +285,7 @@ def test_models_that_were_trained_on_a_record_are_retired_with_what_was_made_fro
         toy.commit(lock)
     index = Index(tmp_path)
     index.read_records()
-    models, unknown, retired = models_of(index, [identity("secret")])
+    models, unknown, retired = models_of(index, Found(own_ids=[identity("secret")]))
     assert unknown == []
     md5 = {(name, when): lock[name]["outs"][0]["md5"] for when, lock in (("old", old), ("tested", tested), ("new", new)) for name in lock}
     outcomes = {model["md5"]: model["outcome"] for model in models}
@@ -244,7 +293,29 @@ def test_models_that_were_trained_on_a_record_are_retired_with_what_was_made_fro
         md5[name, when]: outcome for when, outcome in (("old", "retire"), ("tested", "keep")) for name in ("adapter@lora", "merged@lora")
     }
     assert retired == {md5["adapter@lora", "old"], md5["merged@lora", "old"]}
-    assert {model["outcome"] for model in models_of(index, [identity("more")])[0]} == {"remake"}
+    assert {model["outcome"] for model in models_of(index, Found(own_ids=[identity("more")]))[0]} == {"remake"}
+
+
+def test_a_model_that_learned_from_a_row_that_stays_is_not_retired(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    source = "data/sources/a.jsonl"
+    texts = ["same", "same", "alone"]
+    ledger = [{"source": source, "source_row": i, "example_id": identity(text), "outcome": READ, "why": ""} for i, text in enumerate(texts)]
+    records = [{"example_id": identity(text), "source": source, "messages": messages(text), "meta": "{}"} for text in texts]
+    raw = {"records-00000.parquet": table(records, record_schema()), "ledger.parquet": table(ledger, ledger_schema())}
+    locks = [
+        {"raw_examples": entry("raw_examples", {source: "1" * 32}, toy.put(raw)), **toy.lock(rows)}
+        for rows in ([("same", "train", source)], [("alone", "train", source)], [("other", "train", source)])
+    ]
+    for lock in locks:
+        toy.commit(lock)
+    index = Index(tmp_path)
+    index.read_records()
+    retired = [
+        models_of(index, Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"{source}:{row}",)), ()))[2] for row in range(len(texts))
+    ]
+    of_alone = {locks[1][name]["outs"][0]["md5"] for name in ("adapter@lora", "merged@lora")}
+    assert retired == [set(), set(), of_alone]
 
 
 def test_objects_that_the_workspace_or_other_outputs_need_stay() -> None:
@@ -316,6 +387,7 @@ PLAN: dict[str, Any] = {
     "places": {}, "files": [], "dagster": [], "models": [], "unknown": [], "after": {}, "left": {}, "remotes elsewhere": [], "shared cache": False,
     "blobs": ["0" * 40], "needles": {"unsearchable": 0}, "searched": {"weights": 0, "unreadable": [], "unsearched": {}, "git objects": 1},
     "removed": {"objects": [], "runs": [], "remotes": {}}, "seen by": {"yes": [], "unknown": []}, "event log elsewhere": False,
+    "losses before": {}, "losses after": {},
 }  # fmt: skip
 
 
@@ -435,6 +507,23 @@ def test_one_erasure_at_a_time_and_stages_wait_for_it(tmp_path: Path, monkeypatc
         pass
     with one_erasure(toy.root), no_stage_runs(toy.root, ["adapter@lora"], waits=False):
         pass
+
+
+def test_what_dvc_notes_about_the_process_does_not_repeat_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pedigree", "erase", "--containing", "Larkspur"])
+    for arguments in (
+        ["git", "init", "-q"],
+        ["dvc", "init", "-q"],
+        ["dvc", "stage", "add", "-n", "copy", "-O", "seen", "cp .dvc/tmp/rwlock seen"],
+    ):
+        assert run(arguments, tmp_path).returncode == 0
+    with one_erasure(tmp_path):
+        process = multiprocessing.get_context("forkserver").Process(target=reproduce, args=(tmp_path, "copy", False, {}, print))
+        process.start()  # as `run_all` starts stages
+        process.join()
+    [owner] = json.loads((tmp_path / "seen").read_bytes())["write"].values()
+    assert owner == {"pid": process.pid, "cmd": "pedigree erase"}
+    assert sys.argv[-1] == "Larkspur"
 
 
 def test_ids_that_a_row_that_stays_has_too_are_not_those_of_the_erased_record(tmp_path: Path) -> None:

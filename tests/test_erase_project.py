@@ -5,8 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,3 +201,78 @@ def test_nothing_of_an_erased_record_is_left_and_all_else_stays(
     assert statement["predicate"] == json.loads(certificate.read_bytes())
     with pytest.raises(InputError, match="no unfinished erasure"):
         erase(made, None, [], [], "", None, validate, False)
+
+
+KILLS = int(os.environ.get("PEDIGREE_ERASE_KILLS", "0"))
+STEPS = [
+    str(step.__doc__).partition(".")[0] for step in (Erasure.sources, Erasure.tombstones, Erasure.pipeline, Erasure.cache, Erasure.dagster)
+]
+"""What the command prints when it begins each of these steps."""
+
+
+def erased(root: Path, *arguments: str, step: str = "", after: float = 0.0) -> tuple[int, dict[str, float]]:
+    """Run `pedigree erase`, and kill its process group some seconds after a step began.
+
+    Args:
+        step: empty: the start of the command.
+        after: seconds; 0: it is not killed.
+    Returns:
+        Exit code, and seconds from the start of the command to each step.
+    """
+    command = [sys.executable, "-m", "dagster_project", "erase", *arguments]
+    environment = {**os.environ, "DAGSTER_HOME": str(root / ".dagster")}
+    began, steps = time.monotonic(), {}
+    process = subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    timer = threading.Timer(after, os.killpg, (process.pid, signal.SIGKILL))
+    armed = bool(after) and not step
+    if armed:
+        timer.start()
+    assert process.stderr
+    for line in process.stderr:
+        for name in (one for one in STEPS if f"erase: {one}" in line):
+            steps[name] = time.monotonic() - began
+            if after and not armed and STEPS.index(name) >= STEPS.index(step):  # it may have been done already
+                armed = True
+                timer.start()
+    code = process.wait()
+    timer.cancel()
+    return code, steps
+
+
+def remains(root: Path) -> dict[str, str]:
+    """The part of `contents` that no interruption may change: the work tree without certificates, which count what was removed."""
+    return {
+        path: hashed
+        for path, hashed in contents(root).items()
+        if path.startswith(("data/", "dvc.lock", "params.yaml")) and "/erasures" not in path
+    }
+
+
+@pytest.mark.skipif(not KILLS, reason="set PEDIGREE_ERASE_KILLS to a number of interruptions")
+def test_an_erasure_that_is_killed_at_random_moments_ends_like_one_that_is_not(made: Path, tmp_path: Path) -> None:
+    rng = random.Random(KILLS)
+    [identity] = [row["example_id"] for row in read_ledger(made / "data/raw_examples") if row["source"].endswith("planted.jsonl") and row["source_row"] == 3]  # fmt: skip
+    leave_behind(made, [identity])
+    other = tmp_path / "uninterrupted"
+    shutil.copytree(made, other, symlinks=True)
+    began = time.monotonic()
+    code, steps = erased(other, "--record", identity)
+    ends = [*list(steps.values())[1:], time.monotonic() - began]
+    assert code == 0 and list(steps) == STEPS
+    lengths = {"": steps[STEPS[0]], **{step: end - start for (step, start), end in zip(steps.items(), ends, strict=True)}}
+    killed = 0
+    for number in range(KILLS):
+        step = ["", *STEPS][number * (len(STEPS) + 1) // KILLS]
+        unfinished = (made / ".dvc/tmp/pedigree/erase/plan.json").is_file()
+        given = ("--resume",) if unfinished else ("--record", identity)
+        code, _ = erased(made, *given, step=step, after=rng.uniform(0.001, lengths[step]))
+        killed += code == -signal.SIGKILL
+        if code == 0:
+            break
+    assert killed >= KILLS // 2
+    if code:
+        assert erased(made, "--resume")[0] == 0
+    assert traces(made, WORDS, [identity, published_id(bytes.fromhex(KEY), identity)]) == []
+    assert remains(made) == remains(other)

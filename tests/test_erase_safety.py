@@ -18,6 +18,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.lineage.erasure.needles import needles_of
 from dagster_project.lineage.erasure.removal import without
 from dagster_project.lineage.erasure.scan import SURE, Scanner
+from dagster_project.lineage.history import Objects
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration.erasure import git_objects, objects, steps
 from dagster_project.orchestration.erasure.layout import layout_of
@@ -202,6 +203,35 @@ def test_the_cache_is_the_one_that_dvc_uses(bare: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "config"))
     write(tmp_path / "config/config", f"[cache]\n    dir = {tmp_path}/x/../everyones\n")
     assert remotes_of(bare).cache == tmp_path / "everyones"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "folder"),
+    [
+        (".dvc/config", "", "project/.dvc/cache"),
+        (".dvc/config", "[cache]\n    dir = ../../of project\n", "of project"),
+        (".dvc/config.local", "[cache]\n    dir = {home}/of clone\n", "of clone"),
+        ("../user/config", "[cache]\n    dir = {home}/of user\n", "of user"),
+        ("../machine/config", "[cache]\n    dir = {home}/of machine\n", "of machine"),
+        (".dvc/config", "[cache]\n    local = mine\n['remote \"mine\"']\n    url = ../../named\n", "named"),
+    ],
+    ids=["default", "project", "clone", "user", "machine", "remote"],
+)
+def test_audits_read_the_cache_that_dvc_uses(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, folder: str
+) -> None:
+    Project(bare)
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "user"))
+    monkeypatch.setenv("DVC_SYSTEM_CONFIG_DIR", str(tmp_path / "machine"))
+    write(bare / file, text.format(home=tmp_path))
+    expected = tmp_path / folder
+    assert Objects(bare).cache.resolve() == (expected / "files" / "md5").resolve() == remotes_of(bare).cache / "files" / "md5"
+
+
+def test_settings_that_dvc_cannot_read_are_one_message(bare: Path) -> None:
+    write(bare / ".dvc/config", "[cache\n")
+    with pytest.raises(InputError, match=r"DVC.s configuration .* cannot be read"):
+        _ = Objects(bare).cache
 
 
 def test_a_git_that_fails_is_an_error_and_no_clean_history(bare: Path) -> None:

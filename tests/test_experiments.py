@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from builders import small_pipeline
-from conftest import copy_project, dvc, quick
+from conftest import dvc
 from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
@@ -55,12 +55,6 @@ def sweep(root: Path, *arguments: str) -> subprocess.Popen[str]:
         [sys.executable, "small_pipeline.py", "sweep", *arguments], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def _quick(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A quick project in which nothing has run."""
-    return quick(copy_project(tmp_path_factory.mktemp("quick") / "project"), tiny_model)
 
 
 def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(root: Path) -> None:
@@ -130,12 +124,12 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: sign
     ],
 )
 def test_a_bad_sweep_is_refused_before_anything_is_queued(
-    _quick: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    project: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["sweep", *arguments, "--project", str(_quick), "--json"]) == 2
+    assert main(["sweep", *arguments, "--project", str(project), "--json"]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out
-    assert not (_quick / ".dvc/tmp/exps").exists()
+    assert not (project / ".dvc/tmp/exps").exists()
 
 
 def test_an_occupied_queue_is_refused(root: Path) -> None:

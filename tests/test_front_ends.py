@@ -31,9 +31,10 @@ def materialize(root: Path, instance: dg.DagsterInstance, *addresses: str, **opt
 
 def both_doors_agree(root: Path, instance: dg.DagsterInstance) -> set[str]:
     sync(root, instance)
-    assert not_fresh(root, instance, PEDIGREE) == changed_in_dvc(root)
-    assert sync(root, instance) == []
-    return not_fresh(root, instance, PEDIGREE)
+    stale = not_fresh(root, instance, PEDIGREE)
+    assert stale == changed_in_dvc(root)
+    assert sync(root, instance) == [], "nothing was reported after `stale` was read"
+    return stale
 
 
 def test_after_dvc_repro_and_a_sync_dagster_shows_everything_fresh_with_the_hashes_on_disk(finished: Path, instance) -> None:
@@ -63,9 +64,9 @@ def test_after_materializing_dvc_status_is_clean_and_a_second_run_runs_nothing(p
     assert done == dict.fromkeys(DATA, "nothing")
 
 
-def test_force_runs_again_and_gives_the_same_version(finished: Path, instance) -> None:
+def test_force_runs_again_and_gives_the_same_version(finished: Path, synced_finished) -> None:
     version = read_stages(finished)["splits"].version
-    result = materialize(finished, instance, "splits", tags={"pedigree/force": "true"})
+    result = materialize(finished, synced_finished, "splits", tags={"pedigree/force": "true"})
     events = result.get_asset_materialization_events()
     assert [event.materialization.metadata["done"].value for event in events] == ["run"]
     assert read_stages(finished)["splits"].version == version
@@ -82,20 +83,18 @@ def test_force_runs_again_and_gives_the_same_version(finished: Path, instance) -
     ],
     ids=["parameter", "code", "recipe", "deleted output", "tampered output"],
 )  # fmt: skip
-def test_a_change_makes_exactly_the_right_assets_stale(finished: Path, instance, edit, stale) -> None:
-    sync(finished, instance)
+def test_a_change_makes_exactly_the_right_assets_stale(finished: Path, synced_finished, edit, stale) -> None:
     edit(finished)
-    assert both_doors_agree(finished, instance) == stale
+    assert both_doors_agree(finished, synced_finished) == stale
 
 
-def test_an_added_source_row_makes_the_readers_of_sources_stale_and_reverting_it_makes_it_fresh(finished: Path, instance) -> None:
-    sync(finished, instance)
+def test_an_added_source_row_makes_the_readers_of_sources_stale_and_reverting_it_makes_it_fresh(finished: Path, synced_finished) -> None:
     path = finished / "data/sources/replies_messages.jsonl"
     before = path.read_text()
     path.write_text(before + before.splitlines()[0] + "\n")
-    assert both_doors_agree(finished, instance) == {"raw_examples", "raw_preferences"}
+    assert both_doors_agree(finished, synced_finished) == {"raw_examples", "raw_preferences"}
     path.write_text(before)
-    assert both_doors_agree(finished, instance) == set()
+    assert both_doors_agree(finished, synced_finished) == set()
 
 
 def test_a_failed_gate_shows_its_rows_and_nothing_downstream_runs(project: Path, instance) -> None:
@@ -114,19 +113,19 @@ def test_a_failed_gate_shows_its_rows_and_nothing_downstream_runs(project: Path,
     assert both_doors_agree(project, instance) >= {"instructions", "splits"}
 
 
-def test_an_asset_refuses_to_run_on_an_outdated_parent(finished: Path, instance) -> None:
+def test_an_asset_refuses_to_run_on_an_outdated_parent(finished: Path, synced_finished) -> None:
     edit_params(finished, lambda v: v["instructions"].update(min_rows=50))
     before = (finished / "dvc.lock").read_text()
-    result = materialize(finished, instance, "splits")
+    result = materialize(finished, synced_finished, "splits")
     assert not result.success
     assert (finished / "dvc.lock").read_text() == before and (finished / "data" / "splits" / "train").exists()
 
 
-def test_deleting_dagsters_home_and_syncing_brings_the_view_back(finished: Path) -> None:
-    for _ in range(2):
-        assert "comparison is " in pedigree(finished, "sync").stdout
-        assert "nothing to report" in pedigree(finished, "sync").stdout
-        shutil.rmtree(finished / ".dagster")
+def test_deleting_dagsters_home_and_syncing_brings_the_view_back(finished: Path, synced_finished) -> None:
+    assert sync(finished, synced_finished) == []
+    shutil.rmtree(finished / ".dagster")
+    assert "comparison is " in pedigree(finished, "sync").stdout
+    assert "nothing to report" in pedigree(finished, "sync").stdout
 
 
 def test_adding_a_variant_is_one_entry_in_params(finished: Path) -> None:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from builders.files import jsonl
 from builders.history import Project, identity, messages
-from builders.wheel import build_wheel, environment, installed
+from builders.wheel import environment, installed
 from conftest import ROOT
 
 from dagster_project.commands.extras import PACKAGES, missing_extra
@@ -37,11 +37,6 @@ ABSENT = (
 )
 MEGABYTES = 400
 """Limit of the installed core, with pip. polars takes 175 of it, numpy 60."""
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")

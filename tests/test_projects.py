@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 from builders.installed import commit
 from builders.project_data import LAYOUTS, RECIPE_DATA, WITH_PAIRS, Data, layout_data, pairs, write_pairs
-from builders.wheel import Environment, build_wheel, environment_with
+from builders.wheel import Environment, environment_with
 from conftest import ROOT, edit_params
 
 EXAMPLES = ROOT / "examples"
@@ -24,8 +24,7 @@ ENDS = {"preferences-dpo": "evaluation_aligned@dpo", "grpo-rule-reward": "evalua
 
 
 @pytest.fixture(scope="module")
-def installation(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    wheel = build_wheel(tmp_path_factory.mktemp("source"))
+def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return environment_with(wheel, tmp_path_factory.mktemp("environment") / "env")
 
 

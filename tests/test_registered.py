@@ -125,10 +125,38 @@ def test_a_version_that_was_deregistered_and_a_tag_that_names_no_artifact_are_no
     assert [row[:3] for row in table_rows(registered(project.root))] == [("merged-lora", "v1.0.0", "-")]
     run(project.root, "gto", "deprecate", "merged-lora", "v1.0.0")
     assert registered(project.root) == {}
-    (project.root / "dvc.yaml").write_text("artifacts: [")
-    git(project.root, "commit", "-qam", "damaged")
-    run(project.root, "gto", "register", "merged-lora", "--version", "v9.0.0")
-    assert registered(project.root) == {}
+
+
+def test_versions_at_commits_that_cannot_be_read_or_that_have_no_model_stop_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    project = Project(tmp_path / "project")
+    bare = project.commit({}, "nothing ran")
+    before = project.commit(project.lock(ROWS))  # before the artifact was declared
+    for text in ("artifacts: [", "x: 2001-99-99", "x: !!float abc"):
+        (project.root / "dvc.yaml").write_text(text)
+        git(project.root, "commit", "-qam", text)
+        run(project.root, "gto", "register", "merged-lora")
+    (project.root / "dvc.yaml").write_text(DVC_YAML.replace("path: data/", "path: ./data/"))
+    git(project.root, "commit", "-qam", "declared")
+    run(project.root, "gto", "register", "merged-lora", before, "--version", "v7.0.0")
+    run(project.root, "gto", "register", "merged-lora", bare, "--version", "v8.0.0")
+    run(project.root, "gto", "assign", "merged-lora", "--version", "v7.0.0", "--stage", "production")
+    rows = {row[1]: row[2] for row in table_rows(registered(project.root))}
+    assert rows["v7.0.0"] == "production" and len(rows) == 4  # and the three of damaged files, whose dvc.lock can be read
+    assert f"a version of merged-lora at commit {bare[:12]} is not shown: its dvc.lock records no data/merged/lora" in caplog.text
+    blob = git(project.root, "rev-parse", "HEAD:dvc.yaml").strip()
+    git(project.root, "tag", "-a", "-m", "x", "key@v1.0.0", blob)
+    assert registered(project.root) == {} and "GTO cannot read the tags" in caplog.text
+
+
+def test_a_commit_that_is_in_use_without_a_version_is_called_by_its_first_digits(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    (project.root / "dvc.yaml").write_text(DVC_YAML)
+    commit = project.commit(project.lock(ROWS))
+    run(project.root, "gto", "assign", "merged-lora", "--stage", "production", "--skip-registration")
+    assert [row[:3] for row in table_rows(registered(project.root))] == [("merged-lora", commit[:7], "production")]
+    assert "in production: merged-lora" in as_text(impact(project.root, record=identity("cats")))
 
 
 def test_a_project_in_a_folder_of_a_repository_has_its_own_versions(tmp_path: Path) -> None:

@@ -63,12 +63,28 @@ def test_formulas_are_mathml(site: Path) -> None:
     assert page.count("<math") == len(re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", (ROOT / "docs/ppo.md").read_text()))
 
 
+def small_site(folder: Path, pages: dict[str, str]) -> Path:
+    """A project whose docs/ has an empty front page and these pages."""
+    (folder / "docs").mkdir(parents=True)
+    for name in ("site.py", "site.css"):
+        (folder / "docs" / name).write_text((ROOT / "docs" / name).read_text())
+    nav = ", ".join(f"{name}.md" for name in ("index", *pages))
+    (folder / "mkdocs.yml").write_text((ROOT / "mkdocs.yml").read_text().split("\nnav:")[0] + f"\nnav: [{nav}]\n")
+    for name, text in {"index": "", **pages}.items():
+        (folder / f"docs/{name}.md").write_text(f"# Page\n\n{text}\n")
+    return folder
+
+
 def test_links_to_code_lead_to_the_repository_or_are_text(site: Path, tmp_path: Path) -> None:
     assert "href=../dagster_project" not in (page := (site / "architecture.html").read_text())
     assert '"../' not in page and "<code>dagster_project/pipeline.py</code>" in page
-    done = build(ROOT, tmp_path, REPOSITORY_URL="https://code.example.org/team/pedigree/")
+    [link] = set(re.findall(r"\[[^\]]*\]\(\.\./dagster_project/pipeline\.py\)", (ROOT / "docs/architecture.md").read_text()))
+    project = small_site(tmp_path / "project", {"page": link})
+    (project / "dagster_project").mkdir()
+    (project / "dagster_project/pipeline.py").touch()
+    done = build(project, tmp_path / "site", REPOSITORY_URL="https://code.example.org/team/pedigree/")
     assert done.returncode == 0, done.stderr
-    assert "https://code.example.org/team/pedigree/blob/main/dagster_project/pipeline.py" in (tmp_path / "architecture.html").read_text()
+    assert "https://code.example.org/team/pedigree/blob/main/dagster_project/pipeline.py" in (tmp_path / "site/page.html").read_text()
 
 
 MISTAKES = {
@@ -81,16 +97,8 @@ MISTAKES = {
 
 
 def test_each_mistake_is_a_warning_and_fails_the_build(tmp_path: Path) -> None:
-    (tmp_path / "project/docs").mkdir(parents=True)
     (tmp_path / "outside.py").touch()
-    for name in ("site.py", "site.css"):
-        (tmp_path / "project/docs" / name).write_text((ROOT / "docs" / name).read_text())
-    nav = ", ".join(f"{name}.md" for name in ("index", *MISTAKES))
-    (tmp_path / "project/mkdocs.yml").write_text((ROOT / "mkdocs.yml").read_text().split("\nnav:")[0] + f"\nnav: [{nav}]\n")
-    (tmp_path / "project/docs/index.md").write_text("# Page\n")
-    for name, mistake in MISTAKES.items():
-        (tmp_path / f"project/docs/{name}.md").write_text(f"# Page\n\n{mistake}\n")
-    done = build(tmp_path / "project", tmp_path / "site")
+    done = build(small_site(tmp_path / "project", MISTAKES), tmp_path / "site")
     warned = {name for name in MISTAKES for line in done.stderr.splitlines() if line.startswith("WARNING") and f"{name}.md" in line}
     assert done.returncode == 1 and warned == set(MISTAKES) and "Traceback" not in done.stderr
 

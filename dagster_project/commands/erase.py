@@ -19,7 +19,7 @@ from dagster_project.orchestration.erasure.steps import Erasure, finish
 from dagster_project.orchestration.run_all import last_seconds
 
 SHOWN = 12
-PRIVATE = ("needles", "ids", "request", "tombstones", "retired", "own", "done", "key")
+PRIVATE = ("needles", "ids", "request", "tombstones", "retired", "own", "done", "key", "trained")
 """Keys of a plan that are not shown: they hold text, or serve only to go on."""
 
 

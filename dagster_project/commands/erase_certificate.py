@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.records import write_json, write_text
 from dagster_project.curation.sources.erased import TOMBSTONES
+from dagster_project.lineage.erasure.likelihoods import sensitivity
 from dagster_project.lineage.signing.envelope import STATEMENT_TYPE, canonical, seal
 from dagster_project.lineage.signing.keys import PrivateKey
 from dagster_project.orchestration.erasure.places import GIT
@@ -82,7 +83,7 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
             **searched["unsearched"],
         },
         "not reached": not_reached,
-        "not measured": ["membership: the loss of erased records under the new models"],
+        "membership": _membership(plan["losses before"], plan["losses after"]),
         "git": {"blobs": len(plan["blobs"]), "objects searched": searched["git objects"]},
         "blobs": plan["blobs"],
     }
@@ -92,6 +93,15 @@ def _impact(found: Mapping[str, Sequence[str]]) -> str:
     """Whether a model of the workspace saw the records."""
     answers = {"yes": found["yes"], "cannot tell": found["unknown"]}
     return "; ".join(f"{answer}: {', '.join(models)}" for answer, models in answers.items() if models) or "no"
+
+
+def _membership(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Losses of the records among those of records that no model saw, by each model before the erasure and made again."""
+    return [
+        {"model": address, "of": kind, "before": measured, "after": after[address][kind], "sensitivity": sensitivity(measured)}
+        for address, kinds in sorted(before.items())
+        for kind, measured in kinds.items()
+    ]
 
 
 def _model(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,12 +172,29 @@ def certificate_text(document: Mapping[str, Any]) -> str:
         + (", ".join(f"{a} {v}" for a, v in verdicts.items()) if verdicts else "not done (--verify)")
     ]
     lines += ["", "Not searched: " + ", ".join(f"{what} {n}" for what, n in document["not searched"].items())]
-    lines += ["Not measured: " + "; ".join(document["not measured"])]
+    lines += ["Losses of the records among those of records that the model never saw (this proves nothing by itself):"]
+    lines += [line for one in document["membership"] for line in _membership_lines(one)] or [
+        "  not measured: no model in data/merged or data/merged_aligned was trained on them"
+    ]
     lines += ["Not reached:", *(f"  {what}" for what in document["not reached"])]
     if document["git"]["blobs"]:
         lines += ["", "To rewrite git history (everyone then clones again): commit, then",
                   f"  git filter-repo --strip-blobs-with-ids {OUTSIDE_GIT}/<this file>.blobs"]  # fmt: skip
     return "\n".join(lines)
+
+
+def _membership_lines(one: Mapping[str, Any]) -> Iterator[str]:
+    for when, name in (("before", "before"), ("after", "made again")):
+        measured = one[when]
+        yield f"  {one['model']}, {one['of']}, {name}: " + (measured.get("verdict") or f"not measured: {measured['not measured']}")
+        if "records" in measured:
+            low, high = measured["range of controls"]
+            yield f"    {measured['controls']} records of the test split, never trained on: {low} to {high} nats per token (5 to 95 %)"
+        for mark, record in measured.get("records", {}).items():
+            among = f"{record['controls']}{' of its ' + record['matched by'] if record['matched by'] else ''}"
+            low, high = record["range"]
+            yield f"    {mark[:12]}: {record['loss']} nats per token, rank {record['rank']} among {among}: {record['place']} {low} to {high}"
+    yield f"  {one['sensitivity']}"
 
 
 def _place_lines(places: Mapping[str, Any]) -> list[str]:

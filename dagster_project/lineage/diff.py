@@ -40,6 +40,7 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
     reports = [one for subject in subjects for one in unavailable_reports(index, subject.upstream)]
     lost = [{key: one[key] for key in ("path", "md5", "fetch")} for one in reports]
     stated = partial(_differing, of_both=bool(lost))
+    naming = [run for subject in subjects for run in subject.upstream if index.reads_sources(run) and index.unavailable_report(run)]
     return {
         "models": [old["model"], new["model"]],
         "same": old["model"]["md5"] == new["model"]["md5"],
@@ -48,10 +49,14 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
         "code": _differing(old["code"]["files"], new["code"]["files"]),
         "environment": stated(*(one["environment"] for one in (old, new))),
         "base_model": stated(*(_flat(one["base_model"]) for one in (old, new))),
-        "sources": stated(*({name: facts.get("sha256") for name, facts in one["sources"].items()} for one in (old, new))),
+        "sources": _differing(_hashes(old["sources"]), _hashes(new["sources"]), of_both=bool(naming)),
         "metrics": stated(*(_scores(subject, one) for subject, one in zip(subjects, (old, new), strict=True))),
         "missing": missing + lost,
     }
+
+
+def _hashes(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: facts.get("sha256") for name, facts in sources.items()}
 
 
 def _differing(before: Mapping[str, Any], after: Mapping[str, Any], of_both: bool = False) -> dict[str, list[Any]]:

@@ -327,6 +327,19 @@ def _moves(root: Path, commits: Iterable[str]) -> dict[str, str]:
     return moves
 
 
+REMOTE = re.compile("'remote \"(.*)\"'")
+"""A remote's section in DVC's configuration."""
+
+
+def config_files(root: Path) -> list[Path]:
+    """The files with DVC's settings, the later ones over the earlier ones: of the machine, the user, the project and this clone."""
+    from platformdirs import site_config_dir, user_config_dir
+
+    machine = os.environ.get("DVC_SYSTEM_CONFIG_DIR") or site_config_dir("dvc", "iterative")
+    user = os.environ.get("DVC_GLOBAL_CONFIG_DIR") or user_config_dir("dvc", "iterative")
+    return [Path(machine, "config"), Path(user, "config"), root / ".dvc" / "config", root / ".dvc" / "config.local"]
+
+
 @dataclass(frozen=True)
 class Objects:
     """Content by DVC hash: from the cache, or from the workspace if it contains the same bytes."""
@@ -335,17 +348,28 @@ class Objects:
 
     @cached_property
     def cache(self) -> Path:
-        """The folder of DVC's local cache."""
-        folder = self.root / ".dvc" / "cache"
-        for name in ("config", "config.local"):
+        """The folder of DVC's local cache, by DVC's settings of the machine, the user, the project and this clone.
+
+        DVC itself is not asked: an audit works without it, and loading it takes longer than a question.
+
+        Raises:
+            InputError: they cannot be read.
+        """
+        folders: dict[str, Path] = {}
+        local = None
+        for file in config_files(self.root):
             config = configparser.ConfigParser(interpolation=None, strict=False)
             try:
-                config.read(self.root / ".dvc" / name, encoding="utf-8")
+                config.read(file, encoding="utf-8")
             except (configparser.Error, UnicodeDecodeError) as error:
-                raise InputError(f".dvc/{name} cannot be read: {' '.join(str(error).split())}", "restore it, or `dvc init -f`") from None
-            if configured := config.get("cache", "dir", fallback=""):
-                folder = self.root / ".dvc" / Path(configured).expanduser()
-        return folder / "files" / "md5"
+                why = " ".join(str(error).split())
+                raise InputError(f"DVC's configuration {file} cannot be read: {why}", "fix it; `dvc config --list --show-origin`") from None
+            local = config.get("cache", "local", fallback=local)
+            named = {match.group(1): "url" for name in config.sections() if (match := REMOTE.fullmatch(name))}
+            for name, section, key in [("", "cache", "dir"), *((name, f"'remote \"{name}\"'", key) for name, key in named.items())]:
+                if configured := config.get(section, key, fallback=""):
+                    folders[name] = file.parent / Path(configured).expanduser()
+        return folders.get(local or "", self.root / ".dvc" / "cache") / "files" / "md5"
 
     def run_cache(self) -> list[Path]:
         """The entries of DVC's run cache, each a run that DVC may restore instead of running the stage again."""

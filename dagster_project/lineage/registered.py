@@ -7,6 +7,7 @@ tag such as release#production#1. The tags are read by GTO itself: which version
 from __future__ import annotations
 
 import logging
+import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -17,12 +18,13 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.lineage.history import LOCK, blobs, stages_of
-from dagster_project.lineage.runs import output
+from dagster_project.lineage.runs import lock_parts, output
 
 log = logging.getLogger("pedigree")
 HEAD = ("artifact", "version", "in use as", "made by", "md5", "commit")
 """Of `table_rows`."""
-VERSION_TAG = re.compile(r"@v\d")
+TAG = re.compile(r"@v\d|#", re.MULTILINE)
+"""In the name of a tag: a version of an artifact, or where it is in use."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +48,20 @@ class Version:
 
 
 def registered(root: Path) -> dict[str, list[Version]]:
-    """Hash of a model -> its registered versions, the latest first. Versions that were deregistered and artifacts that are deprecated are left out.
+    """Hash of a model -> its versions that are registered or in use, the latest first. Those that were taken back are left out.
 
-    Empty, with a warning, if there are tags of versions and GTO is not installed.
+    Empty, with a warning, if there are such tags and GTO is not installed or cannot read them.
     """
-    if not VERSION_TAG.search(git(root, "for-each-ref", "--format=%(refname:short)", "refs/tags") or ""):
+    if not TAG.search(git(root, "for-each-ref", "--format=%(refname:short)", "refs/tags") or ""):
         return {}
-    versions = _versions(Path((git(root, "rev-parse", "--show-toplevel") or "").strip()))
     folder = (git(root, "rev-parse", "--show-prefix") or "").strip().rstrip("/")
+    versions = _versions(Path((git(root, "rev-parse", "--show-toplevel") or "").strip()), folder)
+    models = _Models(root, [commit for _, _, _, commit in versions])
     found: dict[str, list[Version]] = defaultdict(list)
-    pipelines = {commit: _pipeline(root, commit) for commit in dict.fromkeys(one["commit_hexsha"] for one in versions)}
-    for one in versions:
-        place, _, name = one["artifact"].rpartition(":")
-        paths, models = pipelines[one["commit_hexsha"]]
-        if place == folder and (model := models.get(paths.get(name, ""))):
-            stages = tuple(dict.fromkeys(stage["stage"] for stage in one["stages"]))
-            found[model[1]].append(Version(name, one["version"], stages, one["commit_hexsha"], *model))
+    for artifact, version, stages, commit in versions:
+        model = models.of(artifact, commit)
+        if model:
+            found[model[1]].append(Version(artifact, version, stages, commit, *model))
     return dict(found)
 
 
@@ -81,28 +81,75 @@ def table_rows(versions: Mapping[str, Iterable[Version]], address: str | None = 
     ]
 
 
-def _versions(repository: Path) -> list[dict[str, Any]]:
-    """What GTO says of every registered version in a repository."""
+def _versions(repository: Path, folder: str) -> list[tuple[str, str, tuple[str, ...], str]]:
+    """(artifact, version, stages, commit) of every active version of the artifacts in one folder of a repository, as GTO reads the tags.
+
+    A commit that was assigned without a version is called by its first digits.
+    """
     try:
-        import gto
+        from gto.registry import GitRegistry
     except ImportError:
         log.warning("registered versions of models are not shown: GTO is not installed; pip install 'pedigree-llm[pipeline]'")
         return []
-    artifacts = gto.api.show(str(repository), registered_only=True)
-    return [one for name in artifacts for one in gto.api.show(str(repository), name, registered_only=True)]
+    found = []
+    try:
+        with GitRegistry.from_url(str(repository)) as registry:
+            for name, artifact in registry.get_artifacts().items():
+                place, _, own_name = name.rpartition(":")
+                if place != folder or not artifact.is_active:
+                    continue
+                assigned = [one for in_stage in artifact.get_vstages().values() for one in in_stage]
+                for one in artifact.get_versions(include_non_explicit=True):
+                    stages = tuple(dict.fromkeys(stage.stage for stage in assigned if stage.version == one.version))
+                    if one.is_registered or stages:
+                        version = one.version if one.is_registered else one.commit_hexsha[:7]
+                        found.append((own_name, version, stages, one.commit_hexsha))
+    except Exception as error:  # noqa: BLE001  GTO fails in its own ways on tags that it did not write; an audit needs none of them
+        log.warning(
+            f"registered versions of models are not shown: GTO cannot read the tags of this repository: {error!r}; see `gto doctor`"
+        )
+        return []
+    return list(dict.fromkeys(found))
 
 
-def _pipeline(root: Path, commit: str) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
-    """Of a commit: artifact -> its path, from dvc.yaml; and path -> (address, md5) of what dvc.lock records. Empty where they cannot be read."""
+class _Models:
+    """The models that some commits record, by the name of an artifact."""
+
+    def __init__(self, root: Path, commits: Iterable[str]) -> None:
+        self.root = root
+        self._files = blobs(root, [f"{commit}:./{name}" for commit in dict.fromkeys(commits) for name in ("dvc.yaml", LOCK)])
+        here = root / "dvc.yaml"
+        self._here = _paths(here.read_bytes() if here.is_file() else b"")
+        self._paths = {content: _paths(content) for name, content in self._files.items() if not name.endswith(LOCK)}
+
+    def of(self, artifact: str, commit: str) -> tuple[str, str] | None:
+        """(address, md5) of the model of an artifact in the dvc.lock of a commit; None, with a warning if it is declared, if there is none.
+
+        A commit before the artifact was declared has it at the path that the workspace declares.
+        """
+        path = self._paths.get(self._files.get(f"{commit}:./dvc.yaml", b""), {}).get(artifact) or self._here.get(artifact)
+        if path is None:
+            return None
+        lock = self._files.get(f"{commit}:./{LOCK}", b"").decode("utf-8", "replace")
+        try:
+            parts = lock_parts(lock).text.items()
+            for address, text in (part for part in parts if path in part[1]):
+                out = output(stages_of("stages:\n" + text)[address])
+                if out and out["path"] == path:
+                    return address, out["md5"]
+        except (InputError, KeyError):
+            pass
+        log.warning(f"a version of {artifact} at commit {commit[:12]} is not shown: its dvc.lock records no {path}")
+        return None
+
+
+def _paths(pipeline: bytes) -> dict[str, str]:
+    """Artifact -> its path, from a dvc.yaml; empty if it cannot be read."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    names = [f"{commit}:./dvc.yaml", f"{commit}:./{LOCK}"]
-    declared, lock = (blobs(root, names).get(name, b"").decode("utf-8", "replace") for name in names)
     try:
-        artifacts = (YAML(typ="safe").load(declared) or {}).get("artifacts") or {}
-        paths = {str(name): str(one["path"]).rstrip("/") for name, one in artifacts.items()}
-        outputs = {address: output(stage) for address, stage in stages_of(lock).items()} if lock else {}
-    except (YAMLError, InputError, AttributeError, TypeError, KeyError):
-        return {}, {}
-    return paths, {out["path"]: (address, out["md5"]) for address, out in outputs.items() if out}
+        artifacts = (YAML(typ="safe").load(pipeline.decode()) or {}).get("artifacts") or {}
+        return {str(name): posixpath.normpath(str(one["path"])) for name, one in artifacts.items()}
+    except (YAMLError, AttributeError, TypeError, ValueError, KeyError, RecursionError):
+        return {}

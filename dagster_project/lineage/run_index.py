@@ -543,7 +543,7 @@ class RunIndex(Database):
 
     def sources_of(self, run: StageRun) -> set[str] | None:
         """The sources that reports name of everything upstream of a model's data; None if such a report is unavailable."""
-        upstream = [producer for producer in self.ancestors(run).values() if self._reads_sources(producer)]
+        upstream = [producer for producer in self.ancestors(run).values() if self.reads_sources(producer)]
         named: set[str] = set()
         for producer in upstream:
             rows = self._db.execute("SELECT source FROM origin WHERE run = ?", (producer.entry.id,)).fetchall()
@@ -560,13 +560,14 @@ class RunIndex(Database):
         """
         found = []
         for producer in self.ancestors(run).values():
-            if not self._reads_sources(producer) or (only_splits and not self.is_split(producer)):
+            if not self.reads_sources(producer) or (only_splits and not self.is_split(producer)):
                 continue
             if not self._db.execute("SELECT 1 FROM origin WHERE run = ? LIMIT 1", (producer.entry.id,)).fetchone():
                 found += [lost] if (lost := self.unavailable_report(producer)) else []
         return found
 
-    def _reads_sources(self, run: StageRun) -> bool:
+    def reads_sources(self, run: StageRun) -> bool:
+        """Whether a run read files of sources, so that its report names them."""
         return any(md5 not in run.producers and path.startswith(SOURCES) for _, path, md5 in run.inputs)
 
     @property

@@ -51,7 +51,18 @@ def end_with_dvc() -> None:
     """If DVC started this process, end with DVC, so that no orphan writes outputs after DVC was killed."""
     if "DVC_STAGE" not in os.environ:
         return
-    _end_with(_dvc())
+    found = _dvc()
+    _end_with(found if found is not None and _can_be_dvc(found.pid) else None)
+
+
+def _can_be_dvc(pid: int) -> bool:
+    """Whether the parent of this process may have started it: DVC starts commands in its own session. If DVC was killed while this process was
+    starting, the parent is one that adopted it, such as init."""
+    session = os.getsid(0)
+    try:
+        return session in (os.getpid(), os.getsid(pid))
+    except OSError:  # the parent has ended, or this user may not ask
+        return False
 
 
 def command_of_dvc() -> list[str]:

@@ -66,12 +66,12 @@ def holds(column: Any, sequence: Sequence[int]) -> bool:
 
 def blobs_with(folder: Path, word: str) -> set[str]:
     """Hashes of the git blobs that hold a word, whatever reaches them."""
-    listed = subprocess.run(
-        ["git", "cat-file", "--batch-all-objects", "--batch-check"], cwd=folder, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    return {
-        name
-        for name, kind, _ in map(str.split, listed)
-        if kind == "blob"
-        and word.encode() in subprocess.run(["git", "cat-file", "blob", name], cwd=folder, capture_output=True, check=True).stdout
-    }
+    listed = subprocess.run(["git", "cat-file", "--batch-all-objects", "--batch"], cwd=folder, capture_output=True, check=True).stdout
+    found, at = set[str](), 0
+    while at < len(listed):
+        end = listed.index(b"\n", at)
+        name, kind, size = listed[at:end].decode().split()
+        at = end + 1 + int(size) + 1  # after the content a line ends
+        if kind == "blob" and word.encode() in listed[end + 1 : at - 1]:
+            found.add(name)
+    return found

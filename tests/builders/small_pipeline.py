@@ -305,15 +305,10 @@ def changed_in_dvc(root: Path) -> set[str]:
 
 def not_fresh(root: Path, instance: Any, pipeline: Pipeline = PIPELINE) -> set[str]:
     """The stages whose assets Dagster does not call fresh."""
-    from dagster._core.definitions.data_version import CachingStaleStatusResolver
-    from dagster._core.loader import LoadingContextForTest
-
+    from builders.staleness import stale_keys
     from dagster_project.orchestration.dagster.assets import build_definitions
-    from dagster_project.orchestration.dagster_dvc.keys import asset_key
 
-    graph = build_definitions(root, pipeline).resolve_asset_graph()
-    resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
-    return {address for address in dvc.read_stages(root) if resolver.get_status(asset_key(address)).value != "FRESH"}
+    return {"@".join(key.path) for key in stale_keys(build_definitions(root, pipeline).resolve_asset_graph(), instance)}
 
 
 def _refuse_text(root: Path, values: dict[str, Any]) -> None:

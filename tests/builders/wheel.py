@@ -25,14 +25,13 @@ def installed(*command: str | Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def build_wheel(source: Path) -> Path:
-    """Built from a copy, because setuptools writes into the folder that it builds."""
+def build_wheel(source: Path) -> None:
+    """Build it in source/dist from a copy of the package, because setuptools writes into the folder that it builds."""
+    source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "dagster_project", source / "dagster_project", ignore=shutil.ignore_patterns("__pycache__"))
     installed(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", source / "dist", source)
-    [built] = (source / "dist").iterdir()
-    return built
 
 
 @dataclass(frozen=True)

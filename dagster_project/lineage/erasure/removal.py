@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.curation.sources.files import LENIENT, MAX_ROW_BYTES, MMLU_COLUMNS, read_blocks, rows_of, suffix_of
@@ -149,12 +150,43 @@ def _parquet(content: bytes, rows: Rows) -> bytes:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(pa.BufferReader(content))
-    table = file.read()
-    mask = pa.array([number not in rows for number in range(table.num_rows)], pa.bool_())
     packed = file.metadata.row_group(0).column(0).compression.lower() if file.metadata.num_row_groups else "zstd"
     sink = io.BytesIO()
-    pq.write_table(table.filter(mask).combine_chunks(), sink, compression="none" if packed == "uncompressed" else packed)
+    pq.write_table(_filtered(file.read(), rows), sink, compression="none" if packed == "uncompressed" else packed)
     return sink.getvalue()
+
+
+def _arrow(content: bytes, rows: Rows) -> bytes:
+    """The table without the rows, with its schema, as a file or stream as it was, and without compression: the file does not say which it had."""
+    import pyarrow as pa
+
+    is_file = content.startswith(b"ARROW1")
+    with pa.ipc.open_file(content) if is_file else pa.ipc.open_stream(content) as reader:
+        table = _filtered(reader.read_all(), rows)
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, table.schema) if is_file else pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def _filtered(table: Any, rows: Rows) -> Any:
+    """A table without rows, and without their values in what its columns share."""
+    import pyarrow as pa
+
+    mask = pa.array([number not in rows for number in range(table.num_rows)], pa.bool_())
+    kept = table.filter(mask).combine_chunks()
+    for number, field in enumerate(kept.schema):
+        if _shares(field.type):  # filtered, such a column still has all values
+            fresh = pa.array(kept.column(number).to_pylist(), field.type)
+            kept = kept.set_column(number, field, pa.chunked_array([fresh], field.type))
+    return kept
+
+
+def _shares(kind: Any) -> bool:
+    """Whether rows of a column refer to values that are stored once, at any depth. Views do too, but no source with them is read."""
+    import pyarrow as pa
+
+    return pa.types.is_dictionary(kind) or any(_shares(kind.field(i).type) for i in range(kind.num_fields))
 
 
 WRITERS: dict[str, Callable[[bytes, Rows], bytes]] = {
@@ -165,4 +197,6 @@ WRITERS: dict[str, Callable[[bytes, Rows], bytes]] = {
     ".csv": _csv,
     ".txt": _paragraphs,
     ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".feather": _arrow,
 }

@@ -18,6 +18,8 @@ BLOCK = 16 * 2**20
 """Bytes that are searched at once."""
 DEEPEST = 3
 """Archives in archives that are opened."""
+ARROW_STREAM = b"\xff\xff\xff\xff"
+"""How a stream of Arrow begins; its buffers can be compressed."""
 MOST = 2**30
 """Bytes that a part of an archive may have when it is decompressed; a larger one counts as unreadable."""
 TEXT, ID, SURE = "text", "id", "sure"
@@ -87,7 +89,7 @@ class Scanner:
 
 
 def _is_packed(head: bytes) -> bool:
-    return head.startswith((b"PAR1", b"ARROW1", b"\x1f\x8b", b"PK\x03\x04"))
+    return head.startswith((b"PAR1", b"ARROW1", ARROW_STREAM, b"\x1f\x8b", b"PK\x03\x04"))
 
 
 def _unpacked(data: bytes) -> Iterator[bytes]:
@@ -118,6 +120,8 @@ def _table_texts(data: bytes) -> Iterator[bytes]:
     try:
         if data.startswith(b"PAR1"):
             batches: Iterable[Any] = pq.ParquetFile(source).iter_batches()
+        elif data.startswith(ARROW_STREAM):
+            batches = pa.ipc.open_stream(source)
         else:
             reader = pa.ipc.open_file(source)
             batches = map(reader.get_batch, range(reader.num_record_batches))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,7 +33,11 @@ def one_erasure(root: Path) -> Iterator[None]:
         states = dvc.read_stages(root)
         if writer := rwlock.writer_of(root, [out for state in states.values() for out in state.outs]):
             raise Busy(f"a stage is being run by {writer}", "wait for it to end, or stop it")
-        yield
+        given, sys.argv = sys.argv, COMMAND.split()  # DVC writes it to its table of locked paths, which a kill leaves behind
+        try:
+            yield
+        finally:
+            sys.argv = given
 
 
 @contextmanager

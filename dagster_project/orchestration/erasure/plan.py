@@ -119,7 +119,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     sources |= {
         path: _change(root, path, numbers, path.startswith("data/sources/review/"), read) for path, numbers in sorted(found.notes.items())
     }
-    models, unknown, retired = models_of(index, found.ids)
+    models, unknown, retired = models_of(index, found)
     remotes = remotes_of(root)
     places = search(root, Scanner(found.needles), remotes)
     return {
@@ -260,10 +260,10 @@ def _names(waivers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield from (str(name) for pair in waiver.get("pairs") or () for name in pair)
 
 
-def models_of(index: Index, ids: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], set[str]]:
-    """Models that saw any of some records, each with its `outcome`; those of which it is unknown; and hashes of the outputs to retire: of models, and of
-    everything that was made from them."""
-    models, unknown = exposed_models(index, ids) if ids else ([], [])
+def models_of(index: Index, found: Found) -> tuple[list[dict[str, Any]], list[dict[str, Any]], set[str]]:
+    """Models that saw any of the erased records, each with its `outcome`; those of which it is unknown; and hashes of the outputs to retire: of models,
+    and of everything that was made from them. Ids that a row that stays has too do not count: a model that learned from that row only is kept."""
+    models, unknown = exposed_models(index, found.own_ids) if found.own_ids else ([], [])
     workspace = {run.md5 for run in index.runs.values() if run.in_workspace}
     models = [_with_outcome(model, workspace) for model in models]
     retired = {model["md5"] for model in models if model["outcome"] != KEEP}

@@ -19,12 +19,12 @@ from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.erasure import removal, tombstones
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
-from dagster_project.orchestration.erasure import event_log
+from dagster_project.orchestration.erasure import event_log, membership
 from dagster_project.orchestration.erasure.exclusive import no_stage_runs
 from dagster_project.orchestration.erasure.layout import CACHE, EVENT_LOG, PLAN, SCRATCH
 from dagster_project.orchestration.erasure.objects import Own, listings, name_of, own_objects, runs_naming, to_remove
 from dagster_project.orchestration.erasure.places import Search, search
-from dagster_project.orchestration.erasure.plan import found_in_models, models_now, needles_in, save
+from dagster_project.orchestration.erasure.plan import REMAKE, found_in_models, models_now, needles_in, save, usable_key
 from dagster_project.orchestration.erasure.remotes import needed_objects, remotes_of, removers
 from dagster_project.orchestration.run_all import run_all
 
@@ -50,7 +50,9 @@ class Erasure:
 
     def run(self) -> None:
         """All steps that are not done yet. `left` comes after all that the command does."""
-        steps = (self.sources, self.tombstones, self.pipeline, self.cache, self.files, self.index, self.dagster)
+        steps = (
+            self.losses_before, self.sources, self.tombstones, self.pipeline, self.losses_after, self.cache, self.files, self.index, self.dagster
+        )  # fmt: skip
         for step in steps:
             if step.__name__ not in self.plan["done"]:
                 log.info(f"erase: {(step.__doc__ or '').partition('.')[0].strip()}")
@@ -58,6 +60,13 @@ class Erasure:
                     step()
                 self.plan["done"].append(step.__name__)
                 save(self.root, self.plan)
+
+    def losses_before(self) -> None:
+        """Measure the losses of the records by the models that were trained on them."""
+        ids = self.plan["ids"]
+        self.plan["trained"] = membership.trained_records(self.root, ids, usable_key(self.root))
+        remade = {model["stage"]: model["md5"] for model in self.plan["models"] if model["outcome"] == REMAKE}
+        self.plan["losses before"] = membership.measure(self.root, self.plan["trained"], ids, remade)
 
     def sources(self) -> None:
         """Take the rows out of the sources."""
@@ -91,6 +100,12 @@ class Erasure:
                 f"the rows are out of the sources, but {', '.join(failed)} failed, so nothing else was removed yet",
                 "fix the error above, then run the same command again: it goes on",
             )
+
+    def losses_after(self) -> None:
+        """Measure the losses of the records by the models made again."""
+        now = models_now(self.root)
+        remade = {address: now.get(address, "") for address in self.plan["losses before"]}
+        self.plan["losses after"] = membership.measure(self.root, self.plan["trained"], self.plan["ids"], remade)
 
     def cache(self) -> None:
         """Remove objects of DVC's cache and of remotes in folders that hold the records, or were made from them."""
