@@ -385,8 +385,15 @@ class Index(RunIndex):
 
     def shard_paths(self) -> dict[str, Path]:
         """Hash -> path of every available shard."""
+        outs: dict[str, list[str]] = defaultdict(list)
         query = "SELECT DISTINCT file.md5, file.out FROM file JOIN content ON content.md5 = file.md5 WHERE file.split IS NOT NULL"
-        return {md5: path for md5, out in self._db.execute(query) if (path := self.objects.path(md5, self.workspace_outputs.get(out, "")))}
+        for md5, out in self._db.execute(query):
+            outs[md5].append(self.workspace_outputs.get(out, ""))
+        found = {
+            md5: self.objects.path(md5) or next(filter(None, (self.objects.path(md5, one) for one in {*paths} - {""})), None)
+            for md5, paths in outs.items()
+        }
+        return {md5: path for md5, path in found.items() if path}
 
     def _segments(self, table: str) -> list[int]:
         (last,) = self._db.execute(f"SELECT coalesce(max(segment), -1) FROM {table}").fetchone()
