@@ -244,7 +244,7 @@ def papers(text: Text, tmp_path: Path) -> str:
     facts = {name: text(name) for name in ("file", "format", "shows", "shows_not", "sha256", "compared")}
     model = {"stage": text("merged@lora"), "md5": text("0.dir"), "sha256": text("1")}
     signed = {
-        "attestations": {"file": text("a"), "stages": [text("raw")], "remade": text("identical")},
+        "attestations": {"file": text("a"), "sha256": text("e"), "stages": [text("raw")], "remade": text("identical")},
         "signature": {"file": text("b"), "public_key": text("c"), "key": text("d")},
     }
     release = [{"file": name, "compared": text("rows")} for name in ("README.md", f"audit/{text('lora')}/training.json", text("other"))]

@@ -30,8 +30,8 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
     Returns:
         {"models", "same", "records", "parameters", "code", "environment", "base_model", "sources", "metrics", "missing"}. "records" has "added",
         "removed", "changed" (another record from the same source row) and "moved" (to another split), each record with its source rows; it is null
-        if a data set is unavailable or unrecorded. The others are {name: [before, after]}, for differing values only; of what reports state, and one of
-        them is unavailable, only for what is known of both.
+        if a data set is unavailable or unrecorded. The others are {name: [before, after]}, for differing values only. If a report is unavailable, values
+        that it would state and that only one of the models has are left out.
     """
     index = Index(root)
     subjects = [find(index, before, rev), find(index, after, against_rev)]

@@ -355,7 +355,7 @@ class Objects:
         Raises:
             InputError: they cannot be read.
         """
-        folders: dict[str, Path] = {}
+        folders: dict[str, Path] = {}  # name of a remote, "" for the setting cache.dir -> folder
         local = None
         for file in config_files(self.root):
             config = configparser.ConfigParser(interpolation=None, strict=False)
@@ -365,8 +365,8 @@ class Objects:
                 why = " ".join(str(error).split())
                 raise InputError(f"DVC's configuration {file} cannot be read: {why}", "fix it; `dvc config --list --show-origin`") from None
             local = config.get("cache", "local", fallback=local)
-            named = {match.group(1): "url" for name in config.sections() if (match := REMOTE.fullmatch(name))}
-            for name, section, key in [("", "cache", "dir"), *((name, f"'remote \"{name}\"'", key) for name, key in named.items())]:
+            remotes = [(match.group(1), section, "url") for section in config.sections() if (match := REMOTE.fullmatch(section))]
+            for name, section, key in [("", "cache", "dir"), *remotes]:
                 if configured := config.get(section, key, fallback=""):
                     folders[name] = file.parent / Path(configured).expanduser()
         return folders.get(local or "", self.root / ".dvc" / "cache") / "files" / "md5"

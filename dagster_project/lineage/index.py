@@ -390,7 +390,7 @@ class Index(RunIndex):
         for md5, out in self._db.execute(query):
             outs[md5].append(self.workspace_outputs.get(out, ""))
         found = {
-            md5: self.objects.path(md5) or next(filter(None, (self.objects.path(md5, one) for one in {*paths} - {""})), None)
+            md5: self.objects.path(md5) or next(filter(None, (self.objects.path(md5, one) for one in dict.fromkeys(paths) if one)), None)
             for md5, paths in outs.items()
         }
         return {md5: path for md5, path in found.items() if path}

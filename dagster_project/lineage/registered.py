@@ -23,7 +23,7 @@ from dagster_project.lineage.runs import lock_parts, output
 log = logging.getLogger("pedigree")
 HEAD = ("artifact", "version", "in use as", "made by", "md5", "commit")
 """Of `table_rows`."""
-TAG = re.compile(r"@v\d|#", re.MULTILINE)
+TAG = re.compile(r"@v\d|#")
 """In the name of a tag: a version of an artifact, or where it is in use."""
 
 

@@ -60,7 +60,7 @@ def _facts(shows: str, shows_not: str, compared: str, more: list[tuple[str, str]
 
 
 def _release(files: list[Mapping[str, str]]) -> list[Paper]:
-    found = [(one, told) for pattern, told in RELEASE.items() for one in files if fnmatch(one["file"], pattern)]
+    found = [(one, text) for pattern, text in RELEASE.items() for one in files if fnmatch(one["file"], pattern)]
     return [(one["file"], kind, _facts(shows, shows_not, one["compared"])) for one, (kind, shows, shows_not) in found]
 
 

@@ -429,6 +429,6 @@ def contradictions(stated: Mapping[str, Iterable[Claim]]) -> tuple[dict[str, str
             compared += before != name
             if value != value_before:
                 unit = key.replace("_", " ")
-                told = f"contradicts {before}: {subject[:SHORT]} has {unit} {value[:SHORT]} here, and {value_before[:SHORT]} there"
-                wrong.setdefault(name, told)
+                finding = f"contradicts {before}: {subject[:SHORT]} has {unit} {value[:SHORT]} here, and {value_before[:SHORT]} there"
+                wrong.setdefault(name, finding)
     return wrong, compared
