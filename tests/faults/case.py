@@ -21,6 +21,8 @@ CODES = {0, 1, 2}
 """Exit codes of a command that was not killed: fine, failed or busy, bad input."""
 KILLED = -9
 DVC_FAILED = 255
+LEFT_BY_DVC = "Unable to read RWLock-file"
+"""What `dvc repro` says if DVC was killed while it wrote its table of locked paths; `pedigree sync` deletes the table (docs/troubleshooting.md)."""
 
 
 class Violation(Exception):
@@ -116,7 +118,13 @@ class Play:
         Raises:
             Violation: it does not.
         """
-        done = self.run(*(again or ("dvc", "repro", goal)))
+        command = again or ("dvc", "repro", goal)
+        done = self.run(*command)
+        if done.code != 0 and command[0] == "dvc" and LEFT_BY_DVC in done.text:
+            repaired = self.run("pedigree", "sync")
+            if repaired.code != 0:
+                raise Violation(repaired.text)
+            done = self.run(*command)
         if done.code != 0:
             raise Violation(f"the run after the fault fails:\n{done.text[-3000:]}")
 
