@@ -10,8 +10,9 @@ import socket
 import string
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,15 +71,38 @@ def serving(root: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str]
     command = [sys.executable, "-m", "dagster_project", "serve", *arguments, "--port", str(free_port()), "--json"]
     environment = {**os.environ, "HF_TOKEN": "hf_secretsecret"}
     with log.open("w") as errors:
-        process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        process = subprocess.Popen(
+            command, cwd=root, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that a script started with `&` ignore it
+        )  # fmt: skip
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line, log.read_text()
         yield process, json.loads(line)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(60)
+
+
+def within_a_minute(holds: Callable[[], bool]) -> bool:
+    """Whether something becomes true."""
+    until = time.monotonic() + 60
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +159,12 @@ def test_the_server_downloads_nothing_and_has_no_token(served: dict[str, Any]) -
     assert "HF_HUB_OFFLINE=1" in environment and not any("hf_secret" in one for one in environment)
 
 
+def test_scripts_of_web_pages_may_not_read_answers(served: dict[str, Any]) -> None:
+    request = urllib.request.Request(f"{served['url']}/models", headers={"Origin": "https://example.org"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.status == 200 and "Access-Control-Allow-Origin" not in answer.headers
+
+
 def test_the_printed_example_is_a_request_that_works(served: dict[str, Any]) -> None:
     if not shutil.which("curl"):
         pytest.skip("curl is not installed")
@@ -157,14 +187,10 @@ def test_the_server_ends_with_the_command(made: Path, ending: signal.Signals) ->
         process.send_signal(ending)
         code = process.wait(60)
         assert code == (0 if ending != signal.SIGKILL else -signal.SIGKILL)
-        with socket.socket() as listener:
-            for _ in range(200):  # after SIGKILL, the kernel ends the server
-                if not is_running(document["pid"]):
-                    break
-                signal.sigtimedwait([], 0.05)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", int(document["url"].split(":")[2].partition("/")[0])))
-    assert not is_running(document["pid"]) and "Traceback" not in (made.parent / "serve.log").read_text()
+        assert within_a_minute(lambda: not is_running(document["pid"])), "after SIGKILL, the kernel ends it"
+        port = int(document["url"].split(":")[2].partition("/")[0])
+        assert within_a_minute(lambda: is_free(port)), "its last threads release it"
+    assert "Traceback" not in (made.parent / "serve.log").read_text()
 
 
 def refused(root: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -248,22 +274,20 @@ def test_a_gguf_file_is_served_by_the_program_of_llama_cpp_under_its_hash(
         assert document["model"].startswith("tiny-") and document["engine"] == "llama.cpp" and len(document["sha256"]) == 64
         process.kill()
         process.wait(60)
-        for _ in range(200):
-            if not is_running(document["pid"]):
-                break
-            signal.sigtimedwait([], 0.05)
-        assert not is_running(document["pid"])
+        assert within_a_minute(lambda: not is_running(document["pid"]))
 
 
 def test_vllm_gets_the_folder_under_the_id_on_loopback(tmp_path: Path) -> None:
     command = command_of("vllm", Served("merged@lora", tmp_path, "6d292c09" + "0" * 24, True), tmp_path, tmp_path, 8000)
-    assert command[1:] == ["serve", str(tmp_path), "--served-model-name", "merged-lora-6d292c09", "--host", "127.0.0.1", "--port", "8000"]
+    named = ["serve", str(tmp_path), "--served-model-name", "merged-lora-6d292c09", "--allowed-origins", "[]"]
+    assert command[1:] == [*named, "--host", "127.0.0.1", "--port", "8000"]
 
 
 def test_the_environment_of_a_server_has_no_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", "/elsewhere")
     found = environment_of(tmp_path)
-    assert "HF_HUB_CACHE" not in found and found["HF_HOME"].startswith(str(tmp_path)) and found["HF_HUB_OFFLINE"] == "1"
+    assert found["LLAMA_ARG_CORS_ORIGINS"] == "localhost" and "HF_HUB_CACHE" not in found
+    assert found["HF_HOME"].startswith(str(tmp_path)) and found["HF_HUB_OFFLINE"] == "1"
 
 
 def test_the_usual_model_is_that_of_chat_and_a_path_is_the_output_that_it_is(made: Path) -> None:

@@ -144,7 +144,8 @@ def command_of(engine: str, served: Served, root: Path, links: Path, port: int) 
     """
     place = ["--host", HOST, "--port", str(port)]
     if engine == "vllm":
-        return [str(_program("vllm")), "serve", str(served.folder), "--served-model-name", served.id, *place]
+        no_pages = ["--allowed-origins", "[]"]  # by default scripts of any web page may read its answers
+        return [str(_program("vllm")), "serve", str(served.folder), "--served-model-name", served.id, *no_pages, *place]
     if engine == "llama.cpp":
         return [str(_program("llama-server")), "--model", str(served.folder), "--alias", served.id, "--jinja", *place]
     own = [sys.executable, "-P", "-m", "dagster_project.commands.served", "--project", str(root)]
@@ -157,7 +158,7 @@ def environment_of(scratch: Path) -> dict[str, str]:
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(scratch / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     caches = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_ENDPOINT")
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-    others = {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": path}
+    others = {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "LLAMA_ARG_CORS_ORIGINS": "localhost", "PYTHONPATH": path}
     return {name: value for name, value in kept.items() if name not in caches} | offline | others
 
 
