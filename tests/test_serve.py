@@ -69,7 +69,7 @@ def serving(root: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str]
     """The command, once it has printed its document."""
     log = root.parent / "serve.log"
     command = [sys.executable, "-m", "dagster_project", "serve", *arguments, "--port", str(free_port()), "--json"]
-    environment = {**os.environ, "HF_TOKEN": "hf_secretsecret"}
+    environment = {**os.environ, "HF_TOKEN": "hf_secretsecret", "TMPDIR": str(root.parent)}
     with log.open("w") as errors:
         process = subprocess.Popen(
             command, cwd=root, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
