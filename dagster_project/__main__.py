@@ -362,12 +362,27 @@ def export(options: argparse.Namespace) -> int:
         return _export_all(options)
     if options.with_model or options.key:
         raise InputError("export: --with-model and --key require --all", "see `pedigree export --help`")
+    if options.format == "adapter":
+        return _export_adapter(options)
     text = export_model(_project(options), options.model, options.format, options.rev, options.issued)
     if options.out:
         _write("--out", Path(options.out), text)
         log.info(f"{options.format}: {options.out}")
     document = {"format": options.format, "file": options.out, "text": text}
     _print(options, document, lambda _: "" if options.out else text.rstrip(), safe=not sys.stdout.isatty())
+    return 0
+
+
+def _export_adapter(options: argparse.Namespace) -> int:
+    """Write a PEFT folder."""
+    from dagster_project.commands import adapter_folder as module
+
+    if options.rev or options.issued:
+        raise InputError(
+            "--format adapter: not with --rev or --issued: the adapter is that of the workspace", "check out the revision first"
+        )
+    document = module.write_adapter(_project(options), options.model, Path(options.out) if options.out else None)
+    _print(options, document, module.as_text)
     return 0
 
 
@@ -387,6 +402,17 @@ def _export_all(options: argparse.Namespace) -> int:
     else:
         document = papers.write_exports(*given, options.rev, options.issued)
     _print(options, document, papers.as_text)
+    return 0
+
+
+def push(options: argparse.Namespace) -> int:
+    """Upload a release with its card, license and papers to the Hugging Face Hub, in one commit."""
+    from dagster_project.commands import push as module
+
+    to = module.destination(options.repo, options.private, options.dry_run)
+    module.progress_bars()
+    document = module.push(_project(options), options.model, to, options.dry_run, options.key, options.issued)
+    _print(options, document, module.as_text)
     return 0
 
 
@@ -472,6 +498,19 @@ def chat(options: argparse.Namespace) -> int:
         module.talk(root, asked)
     else:
         _print(options, module.once(root, asked, options.once), module.once_text)
+    return 0
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve a model on loopback, OpenAI-compatible, by a server that is installed."""
+    from dagster_project.commands import serve as module
+
+    def announce(document: dict[str, Any]) -> None:
+        log.info(module.as_text(document))
+        if options.json:
+            _print(options, document, str)
+
+    module.serve(_project(options), options.model, options.port, options.engine, announce)
     return 0
 
 
@@ -622,6 +661,8 @@ def parser() -> argparse.ArgumentParser:
     _add_erase(commands)
     _add_evaluation_commands(commands)
     _add_chat(commands)
+    _add_serve(commands)
+    _add_push(commands)
     _add_ui(commands)
     return whole
 
@@ -765,13 +806,27 @@ def _add_lineage_commands(commands: Any) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="path, name of a stage, or content hash")
     form = command.add_mutually_exclusive_group(required=True)
-    form.add_argument("--format", choices=formats())
+    form.add_argument("--format", choices=[*formats(), "adapter"], help="adapter: a folder for PEFT, transformers and vLLM")
     form.add_argument("--all", metavar="FOLDER", help="write all formats to a folder, with papers.html, which lists them")
-    add("--out", metavar="FILE", help="with --format (default: standard output)")
+    add(
+        "--out",
+        metavar="FILE",
+        help="with --format (default: standard output); of an adapter a new folder (default: named after it, in the current folder)",
+    )
     add("--with-model", action="store_true", help="with --all: also copy the files of the release, and sign the folder if there is a key")
     add("--key", metavar="FILE", help="with --with-model: private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)")
     add("--rev", help=workspace)
     add("--issued", type=_date, metavar="YYYY-MM-DD", help="default: the date of the commit that recorded the model")
+
+
+def _add_push(commands: Any) -> None:
+    add = _add_command(commands, push).add_argument
+    add("model", metavar="MODEL", help="release, its path or content hash")
+    add("repo", metavar="REPO_ID", help="repository on the Hub, OWNER/NAME; it is created if it does not exist")
+    add("--private", action="store_true", help="create the repository as a private one; refused if it exists and is public")
+    add("--dry-run", action="store_true", help="check, and list what would be uploaded; needs neither network nor token")
+    add("--key", metavar="FILE", help="sign the files with this private key in PEM (default: the text in PEDIGREE_SIGNING_KEY)")
+    add("--issued", type=_date, metavar="YYYY-MM-DD", help="of the papers (default: the date of the commit that recorded the model)")
 
 
 def _add_signing_commands(commands: Any) -> None:
@@ -858,6 +913,22 @@ def _add_chat(commands: Any) -> None:
     add("--max-new-tokens", type=_count, default=256, metavar="N", help="longest answer, in tokens (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, the most likely answer, as in evaluation)")
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")
+
+
+def _add_serve(commands: Any) -> None:
+    add = _add_command(commands, serve).add_argument
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="as for `chat` (default: the release, else the recommended variant, else the base model), or a GGUF file",
+    )
+    add("--port", type=_count, default=8000, help="on 127.0.0.1 (default: %(default)s)")
+    add(
+        "--engine",
+        choices=("vllm", "transformers", "llama.cpp"),
+        help="the server (default: llama.cpp for a GGUF file, vllm where it is installed and there is a GPU, else transformers)",
+    )
 
 
 def _add_ui(commands: Any) -> None:

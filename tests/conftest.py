@@ -171,6 +171,7 @@ FIRST = (
     "test_sharding",
     "test_sharding_alignment",
     "test_projects",
+    "test_push",
     "test_hostile_files",
     "test_fuzz",
     "test_init",

@@ -18,8 +18,9 @@ PACKAGES = {
     "s3": ("dvc_s3", "s3fs", "botocore"),
     "cluster": ("dagster_postgres",),
     "trust": ("cryptography", "spdx_python_model"),
+    "serve": ("fastapi", "uvicorn", "openai"),
 }  # fmt: skip
-"""Extra of pyproject.toml -> packages that it installs and that this project imports."""
+"""Extra of pyproject.toml -> packages that it installs and that this project imports, or `transformers serve`."""
 
 _EXTRA = {package: extra for extra, packages in PACKAGES.items() for package in packages}
 

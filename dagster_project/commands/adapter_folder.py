@@ -1,0 +1,175 @@
+"""`pedigree export MODEL --format adapter`: a PEFT folder that PEFT, transformers and vLLM load onto the base model that it names by hash."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.model_ids import model_id
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import write_text
+from dagster_project.lineage import lineage
+from dagster_project.lineage.export.export import refuse, summarize
+from dagster_project.lineage.export.model_card import model_card
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.signing.target import Target, find, refuse_in_output
+
+FORMAT = "adapter"
+CONFIG = "adapter_config.json"
+COPIED = ("adapter_model.safetensors", "chat_template.jinja")
+ADAPTERS = ("adapter", "aligned")
+"""Stages whose output is an adapter."""
+NOT_IN_VLLM = {
+    "modules_to_save": "modules_to_save",
+    "use_dora": "DoRA",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "trainable_token_indices": "trainable_token_indices",
+    "layer_replication": "layer_replication",
+}
+"""Keys of the configuration of a LoRA that vLLM refuses or does not read (vllm/lora/peft_helper.py, v0.11 and main in November 2026)."""
+
+
+def write_adapter(root: Path, model: str, folder: Path | None) -> dict[str, Any]:
+    """Write the folder. It appears when it is complete.
+
+    Args:
+        model: stage, path or hash of an adapter.
+        folder: new or empty; None: named after the adapter and its hash, in the current folder.
+    Returns:
+        {"format", "folder", "model": {"stage", "md5"}, "base": {"name", "path", "md5"}, "files", "method", "quantization", "vllm": what it does not support}.
+    Raises:
+        InputError: the model is not an adapter, not as dvc.lock recorded it, or the folder cannot be written.
+    """
+    target = find(root, model)
+    config = _config(target)
+    target.refuse_unrecorded()
+    recorded = next(out["md5"] for out in target.lock[target.address]["outs"] if out["path"] == target.path)
+    base = _base(target, str(config["base_model_name_or_path"]))
+    place = Path(model_id(target.address, recorded)) if folder is None else folder
+    refuse_in_output(root, "--out", place)
+    if os.path.lexists(place) and (not place.is_dir() or place.is_symlink() or any(place.iterdir())):
+        raise InputError(f"--out {place}: it exists, and is not an empty folder", "name a new folder")
+    subject = lineage.find(Index(root), target.address, None)
+    refuse(subject, target.address, "model-card")
+    trained = json.loads((target.folder / "method.json").read_text(encoding="utf-8"))
+    facts = {
+        "format": FORMAT,
+        "folder": str(place),
+        "model": {"stage": target.address, "md5": recorded},
+        "base": base,
+        "method": trained.get("method"),
+        "quantization": trained.get("quantization", "none"),
+        "vllm": not_in_vllm(config),
+    }
+    texts = {
+        CONFIG: json.dumps(config | {"base_model_name_or_path": base["name"], "revision": None}, indent=2, sort_keys=True) + "\n",
+        "README.md": f"{model_card(summarize(subject)).rstrip()}\n\n{_how_to_load(facts, config)}",
+    }
+    return facts | {"files": _write(target, place, texts)}
+
+
+def _config(target: Target) -> dict[str, Any]:
+    """Raises:
+    InputError: it is not an adapter in PEFT's format.
+    """
+    stage, _, variant = target.address.partition("@")
+    if stage not in ADAPTERS:
+        whole = {"merged": "adapter", "merged_aligned": "aligned"}.get(stage)
+        hint = f"name {whole}@{variant}" if whole else "name adapter@VARIANT or aligned@VARIANT"
+        raise InputError(f"{target.label} is not an adapter: --format {FORMAT} writes one that PEFT loads", hint)
+    if not (target.folder / CONFIG).is_file():
+        raise InputError(
+            f"{target.label} trained other weights than those of an adapter ({target.path}/{CONFIG} does not exist)",
+            f"the complete model is merged@{variant}" if stage == "adapter" else f"the complete model is merged_aligned@{variant}",
+        )
+    return dict(json.loads((target.folder / CONFIG).read_text(encoding="utf-8")))
+
+
+def _base(target: Target, path: str) -> dict[str, str]:
+    """The model that the adapter was trained on, as its own run in dvc.lock recorded it.
+
+    Raises:
+        InputError: the run does not name it.
+    """
+    digest = next((dep["md5"] for dep in target.lock[target.address]["deps"] if dep["path"] == path), None)
+    if digest is None:
+        raise InputError(
+            f"{target.label}: dvc.lock does not record {path}, the model that it was trained on", f"`dvc repro {target.address}`"
+        )
+    name = Path(path).relative_to("data").as_posix().replace("/", "@")
+    return {"name": model_id(name, digest), "path": path, "md5": digest}
+
+
+def not_in_vllm(config: Mapping[str, Any]) -> list[str]:
+    """What vLLM's `--lora-modules` does not support of an adapter; empty if it loads it."""
+    if config.get("peft_type") != "LORA":
+        return [str(config.get("peft_type"))]
+    biases = ["bias"] if config.get("bias", "none") != "none" or config.get("lora_bias") else []
+    return biases + [name for key, name in NOT_IN_VLLM.items() if config.get(key)]
+
+
+def _how_to_load(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    base, name = facts["base"], facts["model"]["stage"].partition("@")[2]
+    digits = f"trained on it in {facts['quantization']}" if facts["quantization"] != "none" else "unquantized"
+    lines = [
+        "## Load it",
+        f"The base model is `{base['name']}`: `{base['path']}` with md5 `{base['md5']}`, {digits}. Nothing looks it up by this name: give its folder.",
+        "```python\nbase = AutoModelForCausalLM.from_pretrained(BASE)\n"
+        f'model = PeftModel.from_pretrained(base, FOLDER, adapter_name="{name}")\n```',
+    ]
+    if facts["vllm"]:
+        lines.append(f"vLLM does not load it as one of its `--lora-modules`: it does not support {', '.join(facts['vllm'])}.")
+    else:
+        command = f"vllm serve BASE --served-model-name {base['name']} --enable-lora --max-lora-rank {_rank(int(config['r']))} --lora-modules {name}=FOLDER"
+        lines.append(f"```console\n$ {command}\n```")
+    return "\n\n".join(lines) + "\n"
+
+
+def _rank(rank: int) -> int:
+    """The smallest value of vLLM's --max-lora-rank that is enough."""
+    return next((most for most in (8, 16, 32, 64, 128, 256, 320, 512) if most >= rank), rank)
+
+
+def _write(target: Target, place: Path, texts: Mapping[str, str]) -> list[str]:
+    """Raises:
+    InputError: the folder cannot be written.
+    """
+    folder = place.resolve()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"--out {place}: {error.strerror}", "name a folder that can be written") from None
+    try:
+        made.chmod(0o755)
+        for name in COPIED:
+            if (target.folder / name).is_file():
+                shutil.copyfile(target.folder / name, made / name)
+        for name, text in texts.items():
+            write_text(made / name, text)
+        files = sorted(path.name for path in made.iterdir())
+        made.replace(folder)
+    except OSError as error:
+        raise InputError(f"--out {place}: {error.strerror}", "name a folder with enough space that can be written") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return files
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """What was written, for the terminal."""
+    base, refused = document["base"], document["vllm"]
+    lines = [f"{document['folder']}: {document['model']['stage']} {document['model']['md5'][:12]}, {', '.join(document['files'])}"]
+    lines.append(f"base model {base['name']}: {base['path']}, md5 {base['md5']}")
+    lines.append(
+        f"vLLM does not load it: no support of {', '.join(refused)}"
+        if refused
+        else "PEFT and transformers load it; for vLLM see README.md there"
+    )
+    return "\n".join(lines)

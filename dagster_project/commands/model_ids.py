@@ -1,0 +1,13 @@
+"""Names of models outside of the project: the name of the stage with the first digits of the content hash."""
+
+from __future__ import annotations
+
+import re
+
+DIGITS = 8
+"""Hex digits of the hash."""
+
+
+def model_id(name: str, digest: str) -> str:
+    """`merged@lora` with the hash 6d292c0994... -> `merged-lora-6d292c09`."""
+    return f"{re.sub(r'[^A-Za-z0-9._]+', '-', name).strip('-')}-{digest[:DIGITS]}"

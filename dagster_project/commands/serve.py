@@ -1,0 +1,277 @@
+"""`pedigree serve`: a model behind an OpenAI-compatible endpoint on loopback, by a server that is installed: vLLM, `transformers serve` or llama.cpp's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dagster_project.commands.chat import find_model, shown
+from dagster_project.commands.extras import PACKAGES
+from dagster_project.commands.model_ids import model_id
+from dagster_project.commands.nearest_records import TrainingRecords
+from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.hashing import md5_of_folder, sha256_of_file
+from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.signing.target import find
+from dagster_project.training.methods import feature_extraction
+
+log = logging.getLogger("pedigree")
+
+HOST = "127.0.0.1"
+ENGINES = ("vllm", "transformers", "llama.cpp")
+QUESTION = "Where is my parcel?"
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PEDIGREE_SIGNING_KEY")
+"""Variables that the server does not get."""
+SECONDS_TO_END = 10.0
+"""Time that the server has to end requests before it is killed."""
+LONGEST_EXAMPLE = 1_500
+"""Characters of the example; a system prompt that makes it longer is left out."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is served."""
+
+    name: str
+    folder: Path
+    """Its folder, or its GGUF file."""
+    digest: str
+    """Content hash: md5 of a folder as DVC computes it ("<md5>.dir"), sha256 of a file."""
+    recorded: bool
+    """Whether dvc.lock records these bytes; otherwise the folder is not an output of the project."""
+
+    @property
+    def id(self) -> str:
+        """Id of the model at the endpoint: its name and the first digits of its content hash."""
+        return model_id(self.name, self.digest)
+
+
+def find_served(root: Path, model: str | None) -> Served:
+    """Args:
+        model: as for `pedigree chat`, or a GGUF file.
+    Raises:
+        InputError: there is no such model, it cannot be served, or it is not the one that dvc.lock recorded.
+    """
+    if model and model.endswith(".gguf"):
+        if not (file := Path(model)).is_file():
+            raise InputError(f"{model}: there is no such file", "name a GGUF file, or a model as for `pedigree chat`")
+        return Served(file.stem, file.resolve(), sha256_of_file(file), recorded=False)
+    name, folder = find_model(root, model)
+    _refuse_not_complete(name, folder)
+    target = find(root, str(folder.resolve()))
+    if target.root is None:
+        if folder != Path(name):  # a stage, not a folder
+            raise InputError(f"{shown(root, folder)}: dvc.lock does not record {name}", f"make it again: `dvc repro {name}`")
+        return Served(folder.resolve().name, folder.resolve(), md5_of_folder(listing_of(folder)), recorded=False)
+    target.refuse_unrecorded()
+    digest = next(out["md5"] for out in target.lock[target.address]["outs"] if out["path"] == target.path)
+    return Served(target.address, folder.resolve(), digest, recorded=True)
+
+
+def _refuse_not_complete(name: str, folder: Path) -> None:
+    """Raises:
+    InputError: an adapter or a classifier, which servers do not load as a model of its own.
+    """
+    if feature_extraction.is_head(folder):
+        raise InputError(f"{name} is a classifier: it does not generate text", "`pedigree compare` shows its scores")
+    if (folder / "adapter_config.json").is_file():
+        stage, _, variant = name.partition("@")
+        merged = {"adapter": "merged", "aligned": "merged_aligned"}.get(stage)
+        hint = f"serve {merged}@{variant}" if merged and variant else "serve a variant that is merged"
+        raise InputError(f"{name} is an adapter, and only complete models are served", f"{hint}; `pedigree chat` talks to it")
+
+
+def choose_engine(served: Served, engine: str | None) -> str:
+    """The server for a model: the one that was asked for, else llama.cpp's for a GGUF file, vLLM where it and a GPU are, else transformers'.
+
+    Raises:
+        InputError: it is not installed, or does not read such a model.
+        ModuleNotFoundError: a library of the extra `serve` is not installed.
+    """
+    is_gguf = served.folder.suffix == ".gguf"
+    chosen = engine or ("llama.cpp" if is_gguf else "vllm" if _program("vllm") and _has_gpu() else "transformers")
+    if is_gguf != (chosen == "llama.cpp"):
+        other = "a folder with safetensors" if is_gguf else "a GGUF file"
+        raise InputError(
+            f"--engine {chosen} does not serve {served.folder.name}: it needs {other}", "leave out --engine, or name another model"
+        )
+    if chosen == "transformers":
+        for package in ("torch", "transformers", *PACKAGES["serve"]):
+            if find_spec(package) is None:
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    program = {"vllm": "vllm", "llama.cpp": "llama-server"}.get(chosen)
+    if program and not _program(program):
+        raise InputError(
+            f"--engine {chosen}: {program} is not on PATH"
+            if engine
+            else f"{served.folder.name}: llama-server, which serves GGUF files, is not on PATH",
+            "install it (docs/serve.md), or serve the folder of the model by transformers",
+        )
+    return chosen
+
+
+def _program(name: str) -> str | None:
+    """Path of a program: next to this Python, else on PATH."""
+    return shutil.which(name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def command_of(engine: str, served: Served, root: Path, links: Path, port: int) -> list[str]:
+    """The command line of a server.
+
+    Args:
+        links: folder in which the model's id is a link to its folder.
+    """
+    place = ["--host", HOST, "--port", str(port)]
+    if engine == "vllm":
+        no_pages = ["--allowed-origins", "[]"]  # by default scripts of any web page may read its answers
+        return [str(_program("vllm")), "serve", str(served.folder), "--served-model-name", served.id, *no_pages, *place]
+    if engine == "llama.cpp":
+        return [str(_program("llama-server")), "--model", str(served.folder), "--alias", served.id, "--jinja", *place]
+    own = [sys.executable, "-P", "-m", "dagster_project.commands.served", "--project", str(root)]
+    return [*own, "--links", str(links), "--model", served.id, *place]
+
+
+def environment_of(scratch: Path) -> dict[str, str]:
+    """Environment of a server: no access to the Hub, an empty cache of it, no secrets, and this package, not one in the current folder."""
+    kept = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(scratch / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    caches = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_ENDPOINT")
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    others = {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "LLAMA_ARG_CORS_ORIGINS": "localhost", "PYTHONPATH": path}
+    return {name: value for name, value in kept.items() if name not in caches} | offline | others
+
+
+def serve(root: Path, model: str | None, port: int, engine: str | None, announce: Callable[[dict[str, Any]], None]) -> None:
+    """Serve a model until Ctrl-C or SIGTERM.
+
+    Args:
+        announce: called once the server answers, with {"url", "model": id, "name", "folder", "md5" or "sha256", "recorded", "engine", "system", "pid",
+            "example"}.
+    Raises:
+        InputError: as `find_served` and `choose_engine`, or the port is in use.
+        PedigreeError: the server ended.
+    """
+    served = find_served(root, model)
+    chosen = choose_engine(served, engine)
+    _refuse_taken(port)
+    with tempfile.TemporaryDirectory(prefix="pedigree-serve-") as folder:
+        scratch = Path(folder)
+        (scratch / "links").mkdir()
+        (scratch / "links" / served.id).symlink_to(served.folder)
+        command = command_of(chosen, served, root, scratch / "links", port)
+        log.info(f"starting {chosen}, which loads {served.id}")
+        signal.signal(signal.SIGTERM, _interrupt)
+        server = subprocess.Popen(
+            command, env=environment_of(scratch), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), start_new_session=True,
+            preexec_fn=None if chosen == "transformers" else _end_with_parent(),
+        )  # fmt: skip
+        try:
+            _wait(server, chosen, served, port)
+            announce(_document(root, served, chosen, port, server.pid))
+            server.wait()
+            raise PedigreeError(f"{chosen}: the server ended with exit code {server.returncode}", "see its messages above")
+        except KeyboardInterrupt:
+            log.info("stopped")
+        finally:
+            _end(server)
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _end_with_parent() -> Callable[[], None]:
+    """What another program does before it starts, so that it ends with this process; `served` asks for it itself."""
+    from dagster_project.orchestration.processes import end_with_parent
+
+    return end_with_parent
+
+
+def _refuse_taken(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise InputError(
+                f"cannot listen on {HOST}:{port}: {getattr(error, 'strerror', None) or error}",
+                f"stop the process that uses it, or give another --port, e.g. {port + 1 if port < 65535 else 8000}",
+            ) from None
+
+
+def _wait(server: subprocess.Popen[bytes], engine: str, served: Served, port: int) -> None:
+    """Wait until the server lists the model, not only until something answers: another process may have taken the port meanwhile.
+
+    Raises:
+        PedigreeError: it ended.
+    """
+    ask = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while server.poll() is None:
+        with (
+            suppress(urllib.error.URLError, OSError, ValueError, KeyError, TypeError),
+            ask.open(f"http://{HOST}:{port}/v1/models", timeout=5) as answer,
+        ):
+            if served.id in {one["id"] for one in json.load(answer)["data"]}:
+                return
+        time.sleep(0.2)
+    raise PedigreeError(f"{engine}: the server ended with exit code {server.returncode} before it answered", "see its messages above")
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """End the server and what it started; kill them if requests do not end in time, or at another Ctrl-C."""
+    try:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(SECONDS_TO_END)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        pass
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _document(root: Path, served: Served, engine: str, port: int, pid: int) -> dict[str, Any]:
+    url = f"http://{HOST}:{port}/v1"
+    system = TrainingRecords(root).system_prompt()
+    digest = {"sha256" if served.folder.is_file() else "md5": served.digest}
+    facts = {"name": served.name, "folder": shown(root, served.folder), **digest, "recorded": served.recorded, "engine": engine}
+    return {"url": url, "model": served.id, **facts, "system": system, "pid": pid, "example": _example(url, served.id, system)}
+
+
+def _example(url: str, model: str, system: str | None) -> str:
+    """A request by curl, with the system prompt of the training records, because the model was trained with it."""
+    for given in filter(lambda one: one is not None, (system, "")):
+        messages = [{"role": "system", "content": given}] if given else []
+        body = {"model": model, "temperature": 0, "messages": [*messages, {"role": "user", "content": QUESTION}]}
+        line = f"curl {url}/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+        if len(line) <= LONGEST_EXAMPLE:
+            break
+    return line
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """What the command says once the server answers."""
+    bytes_of = "as dvc.lock recorded" if document["recorded"] else "not an output that dvc.lock records"
+    return f"{document['url']}  model {document['model']} ({document['folder']}, {bytes_of}), by {document['engine']}. Ctrl-C ends.\n{document['example']}"
