@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import shutil
@@ -133,7 +134,11 @@ def test_closed_streams_end_without_a_traceback(root: Path) -> None:
 
 
 def test_memory_that_ends_is_one_message(tmp_path: Path) -> None:
-    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
+    for error in (
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ):
         said = ending.explained(error, ending.Interrupts(), "run", tmp_path)
         assert said is not None and said.what == "out of memory" and "ulimit -v" in said.hint and said.exit_code == 1
     assert ending.explained(RuntimeError("defect"), ending.Interrupts(), "run", tmp_path) is None

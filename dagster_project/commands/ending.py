@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -115,7 +116,9 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
 
 
 def _memory_ended(error: BaseException) -> PedigreeError | None:
-    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error) if isinstance(error, RuntimeError) or _is_panic(error) else ""):
+    names_it = isinstance(error, RuntimeError) or _is_panic(error)
+    no_mapping = isinstance(error, OSError) and error.errno == errno.ENOMEM  # a file cannot be mapped into memory
+    if isinstance(error, MemoryError) or no_mapping or (names_it and _NO_MEMORY.search(str(error))):
         return PedigreeError("out of memory", "end other programs, or raise the limit (`ulimit -v`), then run the same command again")
     return None
 
