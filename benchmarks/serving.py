@@ -1,17 +1,20 @@
 """Compare a model as llama.cpp serves it with the model as it was trained and measured. usage: python benchmarks/serving.py
-[--project FOLDER] [--model NAME] [--exports FOLDER] [--threads N] [--questions N] [--out FILE]
+[--project FOLDER] [--model NAME] [--exports FOLDER] [--threads N] [--minutes N] [--out FILE]
 
 Exports the model as GGUF in each number format (or takes the folders NAME-FORMAT in --exports), and answers the test questions of the stage
 `evaluation` greedily, with at most evaluation.max_new_tokens tokens:
 
     evaluation     the answers that the stage recorded, in the number format of the project (compute.dtype)
-    float32        the same model, by the code of the stage, in float32
+    float32        the same model in transformers, in float32
     f16, q8_0, q4_k_m   llama.cpp (llama-cpp-py-sync), one prompt at a time, from the rendered text of the prompt, as its server gets it
 
-Token ids: prompts that llama.cpp splits into the ids that training used. Equal answers: share of answers with the same text.
-KL: mean over the tokens of the float32 answers of KL(float32 || system) in nats, both given the same tokens before. For it llama.cpp reads prompt and
-float32 answer at once; as long as its most likely tokens are those of the answer, they are also its own answer, which goes on token by token
-from the first difference. Scores: as in the stage. Seconds are user and system time of the process for a question, and comparable on a busy machine.
+Token ids: prompts that llama.cpp splits into the ids that training used. Equal answers: those with the same text.
+Each system first reads prompt and recorded answer at once. As long as its most likely tokens are those of the answer, they are its own answer, too, which
+goes on token by token from the first difference. KL: mean over the tokens of the recorded answers of KL(float32 || system) in nats, from that reading.
+Scores: as in the stage, on the same questions. Tokens per CPU second: of 64 tokens generated one after the other; user and system time of the process is
+comparable on a busy machine.
+
+Questions are asked in blocks, of all systems; the table is written after each. --minutes N starts no block after this time: the table has fewer questions.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +85,22 @@ class Served:
         """The greedy answer with its end, and the log-probabilities (tokens, vocabulary) at the tokens of the expected answer."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         logits = self.logits([*prompt, *expected[:-1]], 0, len(prompt) - 1)
-        likely = [int(token) for token in logits.argmax(axis=1)]
-        same = next((i for i, pair in enumerate(zip(likely, expected, strict=True)) if pair[0] != pair[1]), len(expected) - 1)
-        answer = likely[: same + 1]
-        place = len(prompt) + same
+        answer = beginning(logits, expected)
+        place = len(prompt) + len(answer) - 1
         self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.context), 0, place, -1)
         while len(answer) < longest and not self.lib.llama_vocab_is_eog(self.vocab, answer[-1]):
             answer.append(int(self.logits(answer[-1:], place, 0)[0].argmax()))
             place += 1
         return answer, log_probabilities(logits)
+
+    def tokens_a_second(self, prompt: Ids) -> float:
+        """Tokens that are generated in a second of processor time."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        token = int(self.logits(prompt, 0, len(prompt) - 1)[0].argmax())
+        begin = time.process_time()
+        for place in range(len(prompt), len(prompt) + 64):
+            token = int(self.logits([token], place, 0)[0].argmax())
+        return 64 / (time.process_time() - begin)
 
 
 def log_probabilities(logits: Any) -> Any:
@@ -112,7 +122,9 @@ def divergence(reference: Any, other: Any) -> Any:
 class Questions:
     """The test questions, as the stage `evaluation` asks them, and what scores their answers."""
 
-    def __init__(self, project: Path, folder: Path, results: Path, threads: int, most: int | None) -> None:
+    def __init__(self, project: Path, folder: Path, results: Path, threads: int) -> None:
+        from transformers import AutoTokenizer
+
         from dagster_project.core import params
         from dagster_project.core.chat import encode_prompt, generation_prompt
         from dagster_project.core.params import Compute
@@ -120,6 +132,7 @@ class Questions:
         from dagster_project.evaluation.custom_metrics import custom_measures
         from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, select_questions
         from dagster_project.evaluation.scoring import Scoring
+        from dagster_project.training.methods.hardware import prepare
 
         self.results = results
         values = params.read(project)
@@ -128,26 +141,26 @@ class Questions:
         self.load = lambda dtype: EvaluatedModel(folder, self.compute, self.settings.model_copy(update={"dtype": dtype}))
         train, test = (read_records(project / "data" / "splits" / split) for split in ("train", "test"))
         self.task, self.rows = select_questions(test, self.settings, train)
-        self.rows = self.rows[:most]
-        self.scoring = Scoring(self.rows, self.task, custom_measures(project, self.settings.metrics))
-        self.reference = self.load(self.settings.dtype)
-        self.tokenizer = self.reference.tokenizer
-        asked = [(row["messages"][:-1], *offer) for row, offer in zip(self.rows, self.scoring.offers, strict=True)]
+        self.custom = custom_measures(project, self.settings.metrics)
+        self.offers = Scoring(self.rows, self.task, self.custom).offers
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.dtype = prepare(self.compute.model_copy(update={"dtype": self.settings.dtype or self.compute.dtype}))[1]
+        self.stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        asked = [(row["messages"][:-1], *offer) for row, offer in zip(self.rows, self.offers, strict=True)]
         self.ids = [encode_prompt(self.tokenizer, *one) for one in asked]
         self.texts = [generation_prompt(self.tokenizer, *one) for one in asked]
 
-    def generated(self, model: Any) -> list[Ids]:
-        """Answers by the code of the stage."""
-        from dagster_project.training.inference.generate import generate_ids
+    def scoring_of(self, count: int) -> Any:
+        """What scores the answers to the first questions."""
+        from dagster_project.evaluation.scoring import Scoring
 
-        longest, batch = self.settings.max_new_tokens, self.settings.batch_size
-        return [list(ids) for ids in generate_ids(model.model, self.tokenizer, self.ids, longest, batch, "serving")]
+        return Scoring(self.rows[:count], self.task, self.custom)
 
     def read(self, answers: Sequence[Ids]) -> list[Any]:
         """Token ids -> answers, as the stage reads them."""
         from dagster_project.training.inference.answers import read_answer
 
-        triples = zip(self.ids, answers, self.scoring.offers, strict=True)
+        triples = zip(self.ids, answers, self.offers, strict=False)
         return [read_answer(self.tokenizer, prompt, ids, offer.tools) for prompt, ids, offer in triples]
 
     @property
@@ -160,75 +173,106 @@ class Questions:
         return [Answer(found[row["example_id"]]) for row in self.rows]
 
 
-def distributions(model: Any, prompts: Sequence[Ids], answers: Sequence[Ids]) -> list[Any]:
-    """Log-probabilities (tokens, vocabulary) of each answer by transformers."""
-    import torch
+class Transformers:
+    """The model in transformers, with the methods of `Served`."""
 
-    found = []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    def __init__(self, model: Any, ends: frozenset[int]) -> None:
+        self.model, self.ends = model, ends
+
+    def _logits(self, ids: Sequence[int], first: int) -> Any:
+        import torch
+
         with torch.inference_mode():
-            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float()
-        found.append(log_probabilities(logits.numpy()))
-    return found
+            return self.model(torch.tensor([[*ids]])).logits[0, first:].float().numpy()
+
+    def answer(self, prompt: Ids, expected: Ids, longest: int) -> tuple[Ids, Any]:
+        logits = self._logits([*prompt, *expected[:-1]], len(prompt) - 1)
+        answer = beginning(logits, expected)
+        while len(answer) < longest and answer[-1] not in self.ends:
+            answer.append(int(self._logits([*prompt, *answer], len(prompt) + len(answer) - 1)[0].argmax()))
+        return answer, log_probabilities(logits)
 
 
-def measured(questions: Questions, files: Mapping[str, Path], threads: int) -> list[dict[str, Any]]:
-    """A row of the table for each system."""
-    longest = questions.settings.max_new_tokens
-    exact, begin = questions.load("float32"), time.process_time()
-    expected = questions.generated(exact)
-    spent = (time.process_time() - begin) / len(expected)
-    known = distributions(exact.model, questions.ids, expected)
-    own = distributions(questions.reference.model, questions.ids, expected)
-    dtype = str(questions.reference.model.dtype).removeprefix("torch.")
-    rows = [
-        {"name": f"evaluation, {dtype}", "answers": questions.recorded, "kl": _mean_kl(known, own)},
-        {"name": "transformers, float32", "answers": questions.read(expected), "kl": 0.0, "seconds": spent},
-    ]
-    del exact, own
-    for name, file in files.items():
-        served, begin = Served(file, threads), time.process_time()
-        same = sum(served.tokens(text) == ids for text, ids in zip(questions.texts, questions.ids, strict=True))
-        answered = [served.answer(*pair, longest) for pair in zip(questions.ids, expected, strict=True)]
-        spent = (time.process_time() - begin) / len(answered)
-        served.close()
-        size, kl = file.stat().st_size, _mean_kl(known, [given for _, given in answered])
-        answers = questions.read([ids for ids, _ in answered])
-        rows.append({"name": f"llama.cpp, {name}", "ids": same, "answers": answers, "kl": kl, "seconds": spent, "size": size})
-        print(f"{rows[-1]['name']}: {same} prompts, KL {kl:.6f}", file=sys.stderr, flush=True)
-    for row in rows:
-        row["scores"] = questions.scoring.score(row["answers"], True)
-        for key, others in (("evaluation", rows[0]), ("float32", rows[1])):
-            row[key] = [a.content == b.content for a, b in zip(row["answers"], others["answers"], strict=True)]
-    return rows
+def beginning(logits: Any, expected: Ids) -> Ids:
+    """The most likely tokens up to the first that differs from the expected answer; without a difference the whole answer.
+
+    Args:
+        logits: (tokens, vocabulary), at the tokens of the expected answer.
+    """
+    likely = [int(token) for token in logits.argmax(axis=1)]
+    same = next((i for i, pair in enumerate(zip(likely, expected, strict=True)) if pair[0] != pair[1]), len(expected) - 1)
+    return likely[: same + 1]
 
 
-def _mean_kl(expected: Sequence[Any], other: Sequence[Any]) -> float:
+BLOCK = 10
+
+
+class Measured:
+    """A system's answers and divergences so far."""
+
+    def __init__(self, name: str, system: Any, size: int | None = None) -> None:
+        self.name, self.system, self.size = name, system, size
+        self.answers: list[Ids] = []
+        self.kl: list[Any] = []
+        self.same_ids = 0
+        self.speed = 0.0
+
+    def ask(self, prompt: Ids, expected: Ids, longest: int) -> Any:
+        answer, probabilities = self.system.answer(prompt, expected, longest)
+        self.answers.append(answer)
+        return probabilities
+
+
+def measured(questions: Questions, files: Mapping[str, Path], threads: int, until: float, write: Callable[[str], None], model: str) -> None:
+    """Write a table after each block of questions."""
+    from dagster_project.core.rendering import end_ids
+
+    ends, longest = end_ids(questions.tokenizer), questions.settings.max_new_tokens
+    exact = Measured("transformers, float32", Transformers(questions.load("float32").model, ends))
+    served = [Measured(f"llama.cpp, {name}", Served(file, threads), file.stat().st_size) for name, file in files.items()]
+    for one in served:
+        one.same_ids = sum(one.system.tokens(text) == ids for text, ids in zip(questions.texts, questions.ids, strict=True))
+        one.speed = one.system.tokens_a_second(questions.ids[0])
+    end = next(iter(ends))
+    expected = [[*questions.tokenizer(answer.content, add_special_tokens=False).input_ids, end][:longest] for answer in questions.recorded]
+    for start in range(0, len(expected), BLOCK):
+        if time.monotonic() > until:
+            break
+        for number in range(start, min(start + BLOCK, len(expected))):
+            known = exact.ask(questions.ids[number], expected[number], longest)
+            for one in served:
+                one.kl.append(divergence(known, one.ask(questions.ids[number], expected[number], longest)))
+        write(table([exact, *served], questions, model))
+
+
+def table(systems: Sequence[Measured], questions: Questions, model: str) -> str:
     import numpy as np
 
-    return float(np.concatenate([divergence(*pair) for pair in zip(expected, other, strict=True)]).mean())
-
-
-def table(rows: Sequence[Mapping[str, Any]], questions: Questions, model: str, stored: int) -> str:
-    count = len(questions.ids)
-    names = [name for name in ("macro_f1", "accuracy", "rouge_l") if name in rows[0]["scores"]][:2]
-    base = rows[0]["scores"][names[0]]
+    count, total = len(systems[0].answers), len(questions.ids)
+    scoring = questions.scoring_of(count)
+    recorded, exact = questions.recorded[:count], questions.read(systems[0].answers)
+    rows = [("evaluation", recorded, "", "", "", "")]
+    for one in systems:
+        size, ids = (f"{one.size / 1e6:.1f}", f"{one.same_ids} of {total}") if one.size else ("", "")
+        kl = f"{np.concatenate(one.kl).mean():.6f}" if one.kl else ""
+        rows.append((one.name, questions.read(one.answers), size, ids, kl, f"{one.speed:.0f}" if one.speed else ""))
+    names = [name for name in ("macro_f1", "accuracy", "rouge_l") if name in scoring.score(recorded, True)][:2]
+    base = scoring.score(recorded, True)[names[0]]
+    asked = f"{total} test questions" if count == total else f"the first {count} of {total} test questions (of all for token ids)"
     lines = [
-        f"`{model}` ({stored / 1e6:.1f} MB of safetensors), {count} test questions, greedy, at most {questions.settings.max_new_tokens} new tokens, "
-        f"{questions.compute.threads} thread(s), {machine()}.",
+        f"`{model}` ({questions.stored / 1e6:.1f} MB of safetensors), {asked}, greedy, at most {questions.settings.max_new_tokens} new tokens, "
+        f"{questions.compute.threads} thread(s), {machine()}. Recorded answers: {questions.dtype}.",
         "",
-        f"| system | file, MB | prompts with the token ids of training | answers as in evaluation | answers as in float32 | KL, nats a token | "
-        f"{names[0]} | difference, points | {names[1]} | CPU seconds a question |",
+        f"| system | file, MB | prompts with the token ids of training | answers as recorded | answers as in float32 | KL, nats a token | "
+        f"{names[0]} | difference, points | {names[1]} | tokens per CPU second |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in rows:
-        size = f"{row['size'] / 1e6:.1f}" if "size" in row else ""
-        ids = f"{row['ids']} of {count}" if "ids" in row else ""
-        score = row["scores"][names[0]]
-        seconds = f"{row['seconds']:.2f}" if "seconds" in row else ""
+    for name, answers, size, ids, kl, speed in rows:
+        scores = scoring.score(answers, True)
+        same = [sum(a.content == b.content for a, b in zip(answers, others, strict=True)) for others in (recorded, exact)]
         lines.append(
-            f"| {row['name']} | {size} | {ids} | {sum(row['evaluation'])} of {count} | {sum(row['float32'])} of {count} | {row['kl']:.6f} | "
-            f"{score:.4f} | {100 * (score - base):+.2f} | {row['scores'][names[1]]:.4f} | {seconds} |"
+            f"| {name} | {size} | {ids} | {same[0]} of {count} | {same[1]} of {count} | {kl} | {scores[names[0]]:.4f} | "
+            f"{100 * (scores[names[0]] - base):+.2f} | {scores[names[1]]:.4f} | {speed} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -252,7 +296,7 @@ def main() -> None:
     parser.add_argument("--model", default="release")
     parser.add_argument("--exports", type=Path, help="folder with folders that `pedigree export` wrote: NAME-f16, ...")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--questions", type=int, help="ask only the first of them")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no block of questions after this time")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     name = options.model.replace("@", "-")
@@ -263,15 +307,14 @@ def main() -> None:
                 export(options.project.resolve(), options.model, "gguf", form, str(exports / f"{name}-{form}"))
         files = {form: exports / f"{name}-{form}" / f"{name}-{form}.gguf" for form in QUANTIZATIONS}
         folder = options.project / "data" / options.model.replace("@", "/")
-        questions = Questions(
-            options.project.resolve(), folder, results_of(options.project, options.model), options.threads, options.questions
-        )
-        rows = measured(questions, files, options.threads)
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    text = table(rows, questions, options.model, stored)
-    print(text)
-    if options.out:
-        replace(options.out, "serving", text)
+        questions = Questions(options.project.resolve(), folder, results_of(options.project, options.model), options.threads)
+
+        def write(text: str) -> None:
+            print(text, flush=True)
+            if options.out:
+                replace(options.out, "serving", text)
+
+        measured(questions, files, options.threads, time.monotonic() + 60 * options.minutes, write, options.model)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders import byte_fallback_model
 from builders.history import Project, entry, git, md5
-from conftest import tool
+from conftest import ROOT, tool
 
 from dagster_project.__main__ import main
 from dagster_project.commands.model_files import claim, claimed, conformance, convert, export, gguf_metadata, safetensors_metadata
@@ -87,6 +88,31 @@ def test_a_file_that_reads_text_as_the_tokenizer_does_is_accepted(
 ) -> None:
     found = conformance.verify(converted, tokenizer, prompts)
     assert found["vocabulary"] == len(tokenizer) and found["prompts"] == len(prompts) == 3
+
+
+def test_llama_cpp_computes_the_logits_of_the_model(
+    folder: Path, converted: Path, prompts: list[conformance.Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    serving = import_module("serving")
+    model, served = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), serving.Served(converted, 1)
+    ids = list(prompts[0].ids)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+    assert (torch.tensor(served.logits(ids, 0, 0)) - expected).abs().max() < 2e-3 * expected.abs().max()
+    answer, known = serving.Transformers(model, frozenset({2})).answer(ids, [5, 6], 4)
+    with torch.inference_mode():
+        greedy = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=3)[
+            0, len(ids) :
+        ].tolist()
+        other = torch.log_softmax(model(torch.tensor([[*ids, 5]])).logits[0, -2:] / 2, 1)
+    assert answer == greedy == served.answer(ids, [5, 6], 4)[0] == served.answer(ids, greedy, 4)[0]
+    own = torch.nn.functional.kl_div(other.double(), torch.tensor(known).double(), reduction="none", log_target=True).sum(1)
+    assert torch.allclose(torch.tensor(serving.divergence(known, other.numpy())), own, atol=1e-6)
+    served.close()
 
 
 @pytest.mark.parametrize(

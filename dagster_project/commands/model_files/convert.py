@@ -32,10 +32,10 @@ def refuse_unsupported(folder: Path, name: str) -> None:
         InputError: as described.
     """
     if (folder / "adapter_config.json").is_file():
-        merged = name.replace("adapter@", "merged@").replace("aligned@", "merged_aligned@")
-        raise InputError(
-            f"{name} is an adapter, and GGUF files have whole models", f"export {merged}, or set `merge: true` for the variant"
-        )
+        stage, _, variant = name.partition("@")
+        merged = {"adapter": "merged", "aligned": "merged_aligned"}.get(stage)
+        hint = f"export {merged}@{variant}" if merged else "set `merge: true` for the variant, and make it again"
+        raise InputError(f"{name} is an adapter, and GGUF files have whole models", hint)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{name} is not a complete model: it has no config.json and safetensors files", "name a merged model or the release"
