@@ -144,7 +144,9 @@ class Questions:
         self.custom = custom_measures(project, self.settings.metrics)
         self.offers = Scoring(self.rows, self.task, self.custom).offers
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.dtype = prepare(self.compute.model_copy(update={"dtype": self.settings.dtype or self.compute.dtype}))[1]
+        self.dtype = str(prepare(self.compute.model_copy(update={"dtype": self.settings.dtype or self.compute.dtype}))[1]).removeprefix(
+            "torch."
+        )
         self.stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         asked = [(row["messages"][:-1], *offer) for row, offer in zip(self.rows, self.offers, strict=True)]
         self.ids = [encode_prompt(self.tokenizer, *one) for one in asked]

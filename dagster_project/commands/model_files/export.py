@@ -42,6 +42,8 @@ def export(root: Path, model: str, form: str, quantization: str | None, out: str
         InputError: the model cannot be exported in this form, or the folder cannot be written.
         ModuleNotFoundError: a library of the extra is missing.
     """
+    if form == "gguf":
+        convert.require(quantization or "f16")
     target = find(root, model)
     if not target.address:
         raise InputError(f"{model}: not an output of this project, so nothing records where it is from", "name a model, such as release")
