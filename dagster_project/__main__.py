@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dagster_project.commands import ending, own_process
+from dagster_project.commands.model_files import FORMATS as MODEL_FORMATS
+from dagster_project.commands.model_files import QUANTIZATIONS
 from dagster_project.core.errors import INNER, DamagedIndex, InputError, Interrupted, PedigreeError
 from dagster_project.core.imports import lean_imports
 
@@ -222,6 +224,8 @@ def audit(options: argparse.Namespace) -> int:
     from dagster_project.lineage.index import Index
     from dagster_project.views.lineage import lineage_page
 
+    if (code := _audit_exported(options)) is not None:
+        return code
     root = _project(options)
     if options.diff:
         if options.model or options.html or options.records or options.where or options.as_of:
@@ -252,6 +256,31 @@ def audit(options: argparse.Namespace) -> int:
     _print(options, document, lambda found: "\n".join([lineage.as_text(found), *(module.as_text(found["where"]) if options.where else ())]))
     verdict = document["use_policy"] if options.as_of else {}
     return 1 if verdict.get("violations") and "waiver" not in verdict else 0
+
+
+def _audit_exported(options: argparse.Namespace) -> int | None:
+    """Audit a GGUF file or a folder that `export` wrote, in the project or without one; None if MODEL is anything else."""
+    from dagster_project.commands.model_files import claim, claimed
+    from dagster_project.lineage.history import Revision, path_exists
+
+    path = Path(options.model or "")
+    if not options.model or options.diff or not path_exists(path):
+        return None
+    has_project = (Path(options.project) / "dvc.yaml").is_file()
+    if has_project and options.model in Revision(_project(options), None).lock():  # a stage, whatever folder has its name
+        return None
+    file = claim.read(path)
+    if file is None:
+        if not has_project and claim.is_model_file(path):
+            raise InputError(f"{path}: its metadata does not say where it is from", "run the command in a project that may have it")
+        return None
+    if options.html or options.records or options.where or options.as_of or options.rev:
+        raise InputError(
+            "--html, --records, --where, --as-of and --rev are not for exported files", f"use them with the hash that {path} names"
+        )
+    document = claimed.examine(_project(options) if has_project else None, file)
+    _print(options, document, claimed.as_text)
+    return claimed.exit_code(document)
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -355,13 +384,17 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write a model's lineage for other tools and readers: cards, bills of materials, descriptions of its data."""
+    """Write a model's lineage for other tools and readers, or the model itself for servers: GGUF, safetensors, an adapter."""
     from dagster_project.lineage.export.export import export as export_model
 
     if options.all:
         return _export_all(options)
     if options.with_model or options.key:
         raise InputError("export: --with-model and --key require --all", "see `pedigree export --help`")
+    if options.format in MODEL_FORMATS:
+        return _export_model(options)
+    if options.quantization:
+        raise InputError("--quantization requires --format gguf", "leave it out")
     if options.format == "adapter":
         return _export_adapter(options)
     text = export_model(_project(options), options.model, options.format, options.rev, options.issued)
@@ -386,10 +419,25 @@ def _export_adapter(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export_model(options: argparse.Namespace) -> int:
+    """Write the model itself for servers, with its pedigree in the metadata of its files."""
+    from dagster_project.commands.model_files import export as module
+
+    if options.rev or options.issued:
+        raise InputError(
+            f"--format {options.format}: not with --rev or --issued: the model is that of the workspace", "check out the revision first"
+        )
+    document = module.export(_project(options), options.model, options.format, options.quantization, options.out)
+    _print(options, document, module.as_text)
+    return 0
+
+
 def _export_all(options: argparse.Namespace) -> int:
     """Write all formats, and a page that lists them."""
     from dagster_project.commands import papers
 
+    if options.quantization:
+        raise InputError("--quantization requires --format gguf", "leave it out")
     if options.out:
         raise InputError("--out cannot be combined with --all", "leave it out: --all names the folder")
     if options.key and not options.with_model:
@@ -757,7 +805,12 @@ def _add_lineage_commands(commands: Any) -> None:
 
     workspace = "git revision (default: the workspace)"
     add = _add_command(commands, audit).add_argument
-    add("model", nargs="?", metavar="MODEL", help="name of a stage, path (also of a copied folder), content hash, or REV:one of these")
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="name of a stage, path (also of a copied folder, or of an exported file), content hash, or REV:one of these",
+    )
     add("--rev", help=workspace)
     add("--html", metavar="FILE.html", help="also write one self-contained page")
     add("--records", metavar="FILE", help="also write every record the model was trained on, with step and epoch: .csv or .parquet")
@@ -806,12 +859,18 @@ def _add_lineage_commands(commands: Any) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="path, name of a stage, or content hash")
     form = command.add_mutually_exclusive_group(required=True)
-    form.add_argument("--format", choices=[*formats(), "adapter"], help="adapter: a folder for PEFT, transformers and vLLM")
+    form.add_argument(
+        "--format",
+        choices=[*formats(), *MODEL_FORMATS, "adapter"],
+        help="gguf and safetensors write the model itself, adapter a folder for PEFT and vLLM, the others describe the model",
+    )
     form.add_argument("--all", metavar="FOLDER", help="write all formats to a folder, with papers.html, which lists them")
+    add("--quantization", choices=QUANTIZATIONS, help="with --format gguf: its number format (default: f16)")
     add(
         "--out",
+        "--output",
         metavar="FILE",
-        help="with --format (default: standard output); of an adapter a new folder (default: named after it, in the current folder)",
+        help="with --format (default: standard output); of gguf, safetensors and adapter a new folder (default: named after the model, here)",
     )
     add("--with-model", action="store_true", help="with --all: also copy the files of the release, and sign the folder if there is a key")
     add("--key", metavar="FILE", help="with --with-model: private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from builders.files import jsonl
-from builders.history import Project, identity, messages
+from builders.history import Project, entry, identity, messages
 from builders.wheel import environment, installed
 from conftest import ROOT
 
@@ -129,6 +129,24 @@ def test_audit_impact_and_export_work_in_the_core(core: Path, tmp_path: Path) ->
         assert code == 0 and "merged" in text
 
 
+def test_a_model_leaves_as_safetensors_and_its_copy_is_audited_in_the_core(core: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    lock = project.lock([("kites", "train", "a.jsonl"), ("pubs", "test", "a.jsonl")])
+    header = b'{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}   '
+    weights = len(header).to_bytes(8, "little") + header + bytes(8)
+    [inputs] = lock["merged@lora"]["deps"]
+    lock["merged@lora"] = entry("merged@lora", {inputs["path"]: inputs["md5"]}, project.put({"model.safetensors": weights}))
+    (project.root / "data/merged/lora").mkdir(parents=True)
+    (project.root / "data/merged/lora/model.safetensors").write_bytes(weights)
+    project.commit(lock)
+    done = outside(core, "export", "merged@lora", "--format", "safetensors", "--out", str(tmp_path / "copy"), folder=project.root)
+    assert done.returncode == 0, done.stderr
+    done = outside(core, "audit", str(tmp_path / "copy"), "--json", folder=project.root)
+    assert done.returncode == 0 and json.loads(done.stdout)["verdict"] == "verified"
+    done = outside(core, "audit", str(tmp_path / "copy"), "--json", folder=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["verdict"] == "unverified"
+
+
 @pytest.mark.parametrize(
     ("command", "extra"),
     [
@@ -138,6 +156,7 @@ def test_audit_impact_and_export_work_in_the_core(core: Path, tmp_path: Path) ->
         ("upgrade", "pipeline"),
         ("plan --model config.json", "train"),
         ("sign config.json --key config.json", "trust"),
+        ("export merged@lora --format gguf", "gguf"),
     ],
 )
 def test_any_other_command_names_the_extra_that_it_needs(core: Path, tmp_path: Path, command: str, extra: str) -> None:

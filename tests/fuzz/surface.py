@@ -19,7 +19,7 @@ from dagster_project.__main__ import main
 
 Case = dict[str, Any]
 """A case is plain JSON, so that it can be kept in the corpus. `files` maps paths to contents (see `as_content`)."""
-MODULES = ("data_files", "parameters", "model_folders", "gguf_files", "histories", "endpoints")
+MODULES = ("data_files", "parameters", "model_folders", "gguf_files", "exported_files", "histories", "endpoints")
 STEERS = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that move a cursor, set colors, ring, or change the direction of text, except the line break."""
 LONGEST_LINE = 10_000

@@ -12,7 +12,7 @@ from fuzz.__main__ import CORPUS, kept
 from fuzz.engine import Worker, play_all
 from fuzz.surface import MODULES, drawn, surface
 
-CASES = {"data_files": 25, "parameters": 30, "model_folders": 3, "gguf_files": 3, "histories": 3, "endpoints": 12}
+CASES = {"data_files": 25, "parameters": 30, "model_folders": 3, "gguf_files": 3, "exported_files": 20, "histories": 3, "endpoints": 12}
 """New cases of each surface: the same ones in every run."""
 
 

@@ -1,0 +1,6 @@
+"""Files of a model that leave the project: GGUF and safetensors with the model's pedigree in their metadata, and the audit of such files."""
+
+FORMATS = ("gguf", "safetensors")
+"""Of `pedigree export`: those that write the model itself."""
+QUANTIZATIONS = ("f16", "q8_0", "q4_k_m")
+"""Number formats of GGUF files."""

@@ -1,0 +1,123 @@
+"""`pedigree audit` of an exported file or folder: what it says about its origin, and what of that this project's history confirms.
+
+What a file says is a claim: anyone can write it into any file. Weights of safetensors are compared with the record, because the copy without our
+metadata is the recorded file. Weights of GGUF are other numbers than the recorded ones, and are not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.model_files.claim import TABLES, Claim, ClaimingFile, audit_hash, lock_hash
+from dagster_project.commands.model_files.safetensors_metadata import listing_without_pedigree
+from dagster_project.core.hashing import md5_of_folder
+from dagster_project.lineage import lineage
+from dagster_project.lineage.index import Index
+
+VERDICTS = {
+    "verified": "verified: all files are those that this project recorded for the model, apart from the added metadata",
+    "different": "NOT VERIFIED: files differ from those that this project recorded for the model",
+    "claimed": "not verified: the project's history has the model that the file names; whether the file was made from it was not compared",
+    "unknown": "NOT VERIFIED: this project's history has no such model",
+    "unverified": "not verified: there is no project here to compare with; this is only what the file says",
+}
+
+
+def examine(root: Path | None, file: ClaimingFile) -> dict[str, Any]:
+    """Args:
+        root: the project; None: there is none.
+    Returns:
+        {"file", "format", "says": the claim, "verdict": a key of `VERDICTS`, "verified", "means", "compared": what was compared, with the result, "differs": files,
+        "lineage": the audit of the model, or None}.
+    """
+    document = {"file": str(file.path), "format": file.form, "says": {key: value for key, value in asdict(file.claim).items() if value}}
+    if root is None:
+        return _judged(document, "unverified")
+    index = Index(root)
+    subject = _subject(index, file.claim)
+    if subject is None:
+        return _judged(document, "unknown")
+    found = lineage.document(subject)
+    compared = {"content hash in history": True, **_compared_claims(root, file.claim, subject, found)}
+    if file.form == "gguf":
+        return _judged(document, "claimed", {**compared, "weights": None}, [], found)
+    differs = _differing_files(index, subject, file.path)
+    if differs is None:
+        return _judged(document, "claimed", {**compared, "files": None}, [], found)
+    return _judged(document, "different" if differs else "verified", {**compared, "files": not differs}, differs, found)
+
+
+def _judged(
+    document: Mapping[str, Any],
+    verdict: str,
+    compared: Mapping[str, bool | None] | None = None,
+    differs: list[str] | None = None,
+    found: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    return {
+        **document, "verdict": verdict, "verified": verdict == "verified", "means": VERDICTS[verdict],
+        "compared": dict(compared or {}), "differs": differs or [], "lineage": found,
+    }  # fmt: skip
+
+
+def _subject(index: Index, claim: Claim) -> lineage.Subject | None:
+    """The run whose output has the claimed hash, in the whole length; of several, one of the claimed stage, and one of the workspace."""
+    runs = index.runs_by_output.get(claim.model, [])
+    for run in sorted(runs, key=lambda run: (run.address != claim.stage, not run.in_workspace)):
+        if run.in_workspace or run.commit:
+            subject = lineage.find(index, run.address, None if run.in_workspace else run.commit)
+            if subject.run.md5 == claim.model:
+                return subject
+    return lineage.find(index, claim.model) if runs else None
+
+
+def _compared_claims(root: Path, claim: Claim, subject: lineage.Subject, found: Mapping[str, Any]) -> dict[str, bool | None]:
+    """Claim -> whether the history confirms it; claims that the file does not make are left out. None: it could not be compared."""
+    results: dict[str, bool | None] = {}
+    addresses = {run.address for run in subject.index.runs_by_output[claim.model]}
+    results |= {"stage": claim.stage in addresses} if claim.stage else {}
+    if claim.commit:
+        results["commit"] = claim.commit in {
+            commit for run in subject.index.runs_by_output[claim.model] for commit in subject.index.commits_of(run)
+        }
+    if claim.dvc_lock and claim.commit:
+        results["dvc.lock"] = results["commit"] and lock_hash(root, claim.commit) == claim.dvc_lock
+    if claim.audit_sha256:
+        same = audit_hash(found) == claim.audit_sha256
+        results["audit record"] = True if same else None if found["missing"] else False
+    return results
+
+
+def _differing_files(index: Index, subject: lineage.Subject, folder: Path) -> list[str] | None:
+    """Files that are not as recorded, missing or added; None if the record of single files is not available here.
+
+    A copy has all files of the model, apart from tables of records; so its hash as a whole is the recorded one where there are no such tables.
+    """
+    copied = listing_without_pedigree(folder)
+    if md5_of_folder(copied) == subject.run.md5:
+        return []
+    recorded = index.files(subject.run.md5)
+    if recorded is None:
+        return None
+    expected = {name: md5 for name, md5 in recorded.items() if name in copied or not name.endswith(TABLES)}
+    return sorted(name for name in {*expected, *copied} if expected.get(name) != copied.get(name))
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """For the terminal."""
+    lines = [f"{document['file']}  {document['format']}", document["means"], "", "the file says"]
+    lines += [f"  {key}: {value}" for key, value in document["says"].items()]
+    if document["compared"]:
+        words = {True: "as recorded", False: "NOT as recorded", None: "not compared"}
+        lines += ["compared with this project", *(f"  {name}: {words[result]}" for name, result in document["compared"].items())]
+    lines += [f"  differs: {name}" for name in document["differs"]]
+    if document["lineage"]:
+        lines += ["", "lineage of the model that the file names", "", lineage.as_text(document["lineage"])]
+    return "\n".join(lines)
+
+
+def exit_code(document: Mapping[str, Any]) -> int:
+    return 1 if document["verdict"] in ("different", "unknown") or False in document["compared"].values() else 0

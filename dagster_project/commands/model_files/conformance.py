@@ -1,0 +1,132 @@
+"""Whether a GGUF file reads text as the model was trained to: its vocabulary, special tokens, chat template, and, with llama.cpp, token ids of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.model_files import llama_cpp
+from dagster_project.core.chat import adds_bos
+from dagster_project.core.errors import InputError
+from dagster_project.core.rendering import end_ids
+
+TOKENS, TYPES, TEMPLATE, ADD_BOS = (
+    "tokenizer.ggml.tokens",
+    "tokenizer.ggml.token_type",
+    "tokenizer.chat_template",
+    "tokenizer.ggml.add_bos_token",
+)
+EOS, BOS = "tokenizer.ggml.eos_token_id", "tokenizer.ggml.bos_token_id"
+FURTHER_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+"""Fields for tokens that end an answer, besides the end of the text."""
+UNUSED = 5
+"""Type of a token that only fills the vocabulary."""
+NEXT = "the file would not be served as the model was trained, and is not written; export the model with --format safetensors"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation, as training and evaluation give it to the model."""
+
+    text: str
+    ids: Sequence[int]
+
+
+def further_fields(tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, bool | int]:
+    """Fields that the converter does not write as training has them: further tokens that end an answer, and no beginning-of-text token where
+    training put none."""
+    others = sorted(end_ids(tokenizer) - {tokenizer.eos_token_id})
+    fields: dict[str, bool | int] = dict(zip(FURTHER_ENDS, others, strict=False))
+    return {**fields, ADD_BOS: _adds_bos(tokenizer, prompts)}
+
+
+def _adds_bos(tokenizer: Any, prompts: Sequence[Prompt]) -> bool:
+    """Whether a server must put the beginning-of-text token before a prompt. Servers remove it from the beginning of the rendered text first."""
+    return adds_bos(tokenizer) and all(prompt.text.startswith(tokenizer.bos_token) for prompt in prompts)
+
+
+def verify(file: Path, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Compare the file, as the library gguf reads it, with the tokenizer.
+
+    Returns:
+        {"vocabulary": number of tokens, "special_tokens", "chat_template": that they are equal, "prompts": number of prompts with equal token ids, or
+        None without llama.cpp, "finite_weights"}.
+    Raises:
+        InputError: something differs.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    fields = dict(reader.fields)
+    count = _refuse_other_vocabulary(fields, tokenizer)
+    _refuse_other_special_tokens(fields, tokenizer, prompts)
+    template = _contents(fields, TEMPLATE)
+    expected = _template(tokenizer)
+    if template != expected:
+        raise InputError("the chat template in the file is not the tokenizer's", NEXT)
+    _refuse_infinite_weights(reader)
+    compared = _refuse_other_ids(file, tokenizer, prompts) if llama_cpp.is_installed() else None
+    return {"vocabulary": count, "special_tokens": True, "chat_template": expected is not None, "prompts": compared, "finite_weights": True}
+
+
+def _contents(fields: Mapping[str, Any], name: str) -> Any:
+    return fields[name].contents() if name in fields else None
+
+
+def _template(tokenizer: Any) -> str | None:
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _refuse_other_vocabulary(fields: Mapping[str, Any], tokenizer: Any) -> int:
+    tokens, types = _contents(fields, TOKENS) or [], _contents(fields, TYPES) or []
+    known, added = len(tokenizer), tokenizer.added_tokens_decoder
+    expected = tokenizer.convert_ids_to_tokens(list(range(known)))
+    if len(tokens) < known:
+        raise InputError(f"the file has {len(tokens)} tokens, the tokenizer {known}", NEXT)
+    for number, (token, own) in enumerate(zip(tokens, expected, strict=False)):
+        if token != own and not (number in added and token == tokenizer.decode([number])):
+            raise InputError(f"token {number} is {token!r} in the file, and {own!r} in the tokenizer", NEXT)
+    if used := [number for number in range(known, len(tokens)) if types[number] != UNUSED]:
+        raise InputError(f"token {used[0]} is {tokens[used[0]]!r} in the file, and the tokenizer has {known} tokens", NEXT)
+    return len(tokens)
+
+
+def _refuse_other_special_tokens(fields: Mapping[str, Any], tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+    expected: dict[str, Any] = {EOS: tokenizer.eos_token_id, ADD_BOS: _adds_bos(tokenizer, prompts)}
+    if tokenizer.bos_token_id is not None:
+        expected[BOS] = tokenizer.bos_token_id
+    for name, value in expected.items():
+        if (found := _contents(fields, name)) != value:
+            raise InputError(f"{name} is {found} in the file, and {value} in the tokenizer", NEXT)
+    if not llama_cpp.is_installed():
+        stated = {_contents(fields, name) for name in (EOS, *FURTHER_ENDS)}
+        if missing := sorted(end_ids(tokenizer) - stated):
+            token = tokenizer.convert_ids_to_tokens(missing[0])
+            raise InputError(f"the file does not state that {token!r} ends an answer", NEXT)
+
+
+def _refuse_infinite_weights(reader: Any) -> None:
+    """Numbers of 16 bits end at 65,504."""
+    import numpy as np
+
+    for tensor in reader.tensors:
+        if tensor.data.dtype in (np.float16, np.float32) and not np.isfinite(tensor.data).all():
+            raise InputError(f"{tensor.name} has numbers that f16 cannot hold", "use --quantization q8_0, or --format safetensors")
+
+
+def _refuse_other_ids(file: Path, tokenizer: Any, prompts: Sequence[Prompt]) -> int:
+    ends = sorted(end_ids(tokenizer))
+    bos = tokenizer.bos_token if _adds_bos(tokenizer, prompts) else ""
+    read = llama_cpp.tokenize(file, [prompt.text.removeprefix(bos) for prompt in prompts], ends)
+    for number, ends_here in zip(ends, read.ends, strict=True):
+        if not ends_here:
+            raise InputError(f"llama.cpp would not end an answer at {tokenizer.convert_ids_to_tokens(number)!r}", NEXT)
+    for prompt, ids in zip(prompts, read.tokens, strict=True):
+        if ids != list(prompt.ids):
+            place = next((i for i, (a, b) in enumerate(zip(ids, prompt.ids, strict=False)) if a != b), min(len(ids), len(prompt.ids)))
+            quoted = tokenizer.decode(list(prompt.ids[max(0, place - 3) : place + 3]))
+            raise InputError(f"llama.cpp splits a prompt into other tokens than training did, at {quoted!r}", NEXT)
+    return len(prompts)

