@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from dagster_project.commands.elsewhere import compared
 from dagster_project.commands.outputs import Outputs
-from dagster_project.commands.verify import as_text, verify
+from dagster_project.commands.verify import as_text, verdicts, verify
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.records import write_json
 from dagster_project.lineage.first_difference import first_difference
@@ -64,6 +64,16 @@ def test_the_output_of_other_code_is_different_and_the_code_is_named(root: Path)
     assert found["causes"][0] == "code/tok.py changed since it was recorded"
     assert "tok: different" in as_text(found)
     assert verify(root, "tok", rev="HEAD")["verdict"] == "identical"
+
+
+def test_several_stages_are_verified_by_one_run_of_each_stage_above_them(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pedigree")
+    assert verdicts(root, ["tok", "inst"]) == {stage: verify(root, stage, deep=True)["verdict"] for stage in ("tok", "inst")}
+    together = caplog.messages[: caplog.messages.index("reproducing tok") + 1]
+    assert [*map(caplog.messages.count, ("reproducing tok", "reproducing inst"))] == [2, 3] and together.count("reproducing inst") == 1
+    (root / "code/inst.py").write_text((root / "code/inst.py").read_text() + "\nopen('data/inst/rows.txt', 'a').write('more')\n")
+    assert verdicts(root, ["tok", "inst"]) == {"tok": "different", "inst": "different"}, "what follows a stage that differs is not identical"
+    assert verify(root, "tok")["verdict"] == "identical", "although it is, from the recorded input"
 
 
 def test_a_stage_is_verified_from_the_input_it_read_even_if_that_was_produced_again(root: Path) -> None:

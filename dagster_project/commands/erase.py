@@ -121,20 +121,15 @@ def _erase(
     erasure = Erasure(root, plan, validate)
     erasure.run()
     if verified and "verify" not in plan:
-        plan["verify"] = _verify(root, plans.models_now(root))
+        from dagster_project.commands.verify import verdicts
+
+        plan["verify"] = verdicts(root, [*plans.models_now(root)])
         plans.save(root, plan)
     erasure.left()  # after --verify, which reads and writes too
     document = certificate(plan)
     written = write(root, document, key)
     finish(root)
     return {**document, "files": written}
-
-
-def _verify(root: Path, models: Mapping[str, str]) -> dict[str, str]:
-    """Verdict of `pedigree verify --deep` for each model of the workspace."""
-    from dagster_project.commands.verify import verify
-
-    return {address: str(verify(root, address, deep=True)["verdict"]) for address in models}
 
 
 def exit_code(document: Mapping[str, Any]) -> int:

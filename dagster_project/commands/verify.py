@@ -9,14 +9,15 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from dagster_project.commands import elsewhere
-from dagster_project.commands.outputs import Outputs, ancestors
+from dagster_project.commands.outputs import Judged, Outputs, ancestors
 from dagster_project.core import params
 from dagster_project.core.errors import INNER, CheckFailed, InputError
 from dagster_project.core.git import git_bytes
@@ -50,39 +51,82 @@ def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -
     lock = at.lock()
     address = resolve(lock, stage)
     addresses = [*ancestors(lock, address), address] if deep else [address]
-    code_lock.refuse_to_verify(root, {name: code_lock.recorded_in(lock[name]) for name in addresses})
-    with tempfile.TemporaryDirectory(prefix="pedigree-") as folder:
-        clone = _Clone(at, lock, dvc.store(root), Path(folder).resolve() / "project")
-        clone.fill(addresses)
-        outputs = Outputs(at, lock, clone.store, clone.root)
-        document: dict[str, Any] = {
-            "stage": address,
-            "rev": rev,
-            "verdict": "identical",
-            "stages": {},
-            "changed": [],
-            "differences": [],
-            "causes": [],
-            "machine": elsewhere.compared(None, None),
-        }
-        for name in addresses:
-            log.info(f"reproducing {name}")
-            document["changed"] += clone.restore_parameters(name)
-            clone.run(name)
-            outs, differences = outputs.compare(name)
-            judged = outputs.judge(name, differences)
-            document["stages"][name] = {"verdict": judged.verdict, "outputs": outs, **judged.measured}
+    document: dict[str, Any] = {
+        "stage": address,
+        "rev": rev,
+        "verdict": "identical",
+        "stages": {},
+        "changed": [],
+        "differences": [],
+        "causes": [],
+        "machine": elsewhere.compared(None, None),
+    }
+    with closing(_reproduce(at, lock, addresses)) as reproduced:
+        for one in reproduced:
+            judged = one.judged
+            document["changed"] += one.changed
+            document["stages"][one.name] = {"verdict": judged.verdict, "outputs": one.outs, **judged.measured}
             worse = VERDICTS.index(judged.verdict) - VERDICTS.index(document["verdict"])
             if worse > 0 or (worse == 0 and judged.machine["now"]):
                 document |= {"verdict": judged.verdict, "machine": judged.machine}
-            if differences:
+            if one.differences:
                 changed = [f"{path} changed since it was recorded" for path in document["changed"]]
-                document["differences"] += differences
-                document["causes"] += [*changed, *judged.reasons, *outputs.causes(name, judged.machine)]
+                document["differences"] += one.differences
+                document["causes"] += [*changed, *judged.reasons, *one.causes()]
             if judged.verdict == "different":
-                return document
-            clone.settle(name, outs)  # inputs of the next stage
+                break
     return document
+
+
+def verdicts(root: Path, stages: Sequence[str]) -> dict[str, str]:
+    """Verdict of `verify` with `deep` for each of several stages of the workspace. Each stage above them is reproduced once.
+
+    Raises:
+        InputError, CheckFailed: as `verify`.
+    """
+    at = Revision(root, None)
+    lock = at.lock()
+    above = {stage: [*ancestors(lock, stage), stage] for stage in stages}
+    addresses = list(dict.fromkeys(name for names in above.values() for name in names))
+    with closing(_reproduce(at, lock, addresses)) as reproduced:
+        found = {one.name: one.judged.verdict for one in reproduced}
+    return {stage: max((found[name] for name in names), key=VERDICTS.index) for stage, names in above.items()}
+
+
+@dataclass(frozen=True)
+class _Reproduced:
+    """A stage that was run again."""
+
+    name: str
+    changed: list[str]
+    """Code, and folders of outputs, that differ from their record."""
+    outs: dict[str, Any]
+    differences: list[dict[str, Any]]
+    judged: Judged
+    outputs: Outputs
+
+    def causes(self) -> list[str]:
+        return self.outputs.causes(self.name, self.judged.machine)
+
+
+def _reproduce(at: Revision, lock: dict[str, Any], addresses: Sequence[str]) -> Generator[_Reproduced]:
+    """Run stages in a clone, each from the recorded outputs of those before it.
+
+    Args:
+        addresses: in the order of the pipeline.
+    """
+    code_lock.refuse_to_verify(at.root, {name: code_lock.recorded_in(lock[name]) for name in addresses})
+    with tempfile.TemporaryDirectory(prefix="pedigree-") as folder:
+        clone = _Clone(at, lock, dvc.store(at.root), Path(folder).resolve() / "project")
+        clone.fill(addresses)
+        outputs = Outputs(at, lock, clone.store, clone.root)
+        for name in addresses:
+            log.info(f"reproducing {name}")
+            changed = clone.restore_parameters(name)
+            clone.run(name)
+            outs, differences = outputs.compare(name)
+            yield _Reproduced(name, changed, outs, differences, outputs.judge(name, differences), outputs)
+            clone.settle(name, outs)  # inputs of the next stage
 
 
 VERDICTS = ("identical", "elsewhere", "different")
