@@ -1,0 +1,330 @@
+"""`pedigree why`: the training records whose gradients and words are most like a question and its answer, or a part of the answer (docs/why.md)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.nearest_records import TRAIN, TrainingRecords, cut
+from dagster_project.commands.why_model import Target, target
+from dagster_project.core import params
+from dagster_project.core.chat import IGNORE, encode_pieces, examples_of
+from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages
+from dagster_project.core.records import prompt_text, read_records, response_text
+from dagster_project.curation.checks.privacy import mask
+from dagster_project.evaluation.baselines import bm25
+from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
+from dagster_project.lineage.attribution.ranking import STANDS_OUT, Ranking, cosines
+from dagster_project.lineage.attribution.records import Example, TrainedRecord
+from dagster_project.lineage.lineage import trained_on
+
+log = logging.getLogger("pedigree")
+
+EXCERPT = 300
+"""Characters of a record's prompt and answer that are shown."""
+BINS = 40
+"""Of the distribution of scores."""
+CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record: --prove tests that for the group."
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked."""
+
+    prompt: str
+    answer: str | None = None
+    """None: the model's own."""
+    span: str | None = None
+    """Part of the answer; None: all of it."""
+    system: str | None = None
+    """None: that of the training records, if all have the same."""
+    top: int = 10
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with an answer, tokenized, with the asked tokens as labels."""
+
+    messages: Messages
+    turn: str
+    """The answer as the chat template writes it, trace, calls and end of turn included."""
+    spans: tuple[tuple[int, int], ...]
+    """Bounds of the asked parts in `turn`."""
+    example: Example
+
+    @property
+    def tokens(self) -> int:
+        return sum(label != IGNORE for label in self.example.labels)
+
+
+def index(root: Path, model: str) -> dict[str, Any]:
+    """Compute the gradients of all records that a model was trained on."""
+    found = target(root, model)
+    return {"model": _model(found), "index": found.index()}
+
+
+def answer_why(root: Path, model: str, options: Options, with_index: bool, draws: int | None) -> dict[str, Any]:
+    """Rank the records that a model was trained on for a question.
+
+    Args:
+        with_index: compute gradients that are missing, instead of refusing.
+        draws: sets of random records to compare with, in a check by training again; None: no check.
+    Raises:
+        InputError: as `target`; the answer or the part of it is empty or not found; or gradients are missing.
+    """
+    document, found, asked = ask(root, model, options, with_index)
+    if draws is not None:
+        from dagster_project.commands.why_prove import prove
+
+        document["proof"] = prove(found, asked, document["hits"], draws)
+    return document
+
+
+def ask(root: Path, model: str, options: Options, with_index: bool) -> tuple[dict[str, Any], Target, Question]:
+    """As `answer_why` without the check. Returns: the document, and what the check goes on with."""
+    if not options.prompt.strip():
+        raise InputError("--prompt: empty", "give the text of a question")
+    found = target(root, model)
+    indexed = found.index() if with_index else None
+    gradients, _ = found.store.read()
+    system, notes = _system(root, options)
+    asked = question(found, options, system)
+    log_probability, gradient = found.model.of_span(asked.example)
+    texts = Texts(found)
+    documents = [f"{prompt} {response}" for prompt, response in map(texts.of, found.records)]
+    words = next(bm25(documents, [f"{options.prompt} {_content(asked)}"]))
+    ranking = Ranking.of(cosines(gradients, found.projection.project(gradient).numpy()), words)
+    document = {
+        "model": _model(found),
+        **({"index": indexed} if indexed else {}),
+        "question": {
+            "system": system,
+            "prompt": options.prompt,
+            "answer": asked.turn,
+            "answered_by": "model" if options.answer is None else "given",
+            "span": options.span,
+            "spans": [list(bounds) for bounds in asked.spans],
+            "tokens": asked.tokens,
+            "log_probability": round(log_probability, 4),
+        },
+        "records": len(found.records),
+        "distribution": _distribution(ranking),
+        "hits": _hits(found, ranking, texts, options.top),
+        "notes": [*notes, CAVEAT],
+    }
+    return document, found, asked
+
+
+def _model(found: Target) -> dict[str, str]:
+    return {"asked": found.asked, "stage": found.run.address, "path": found.run.path, "md5": found.run.md5}
+
+
+def _system(root: Path, options: Options) -> tuple[str | None, list[str]]:
+    """The system prompt, and a note if the records have several."""
+    if options.system is not None:
+        return options.system or None, []
+    system = TrainingRecords(root).system_prompt()
+    note = "asked without a system prompt; --system gives one: answers of records with another one are less alike"
+    return system, [] if system else [note]
+
+
+def question(found: Target, options: Options, system: str | None) -> Question:
+    """Tokenize a question with its answer, which the model gives if it is not given.
+
+    Raises:
+        InputError: the answer is empty, too long, or does not contain the part that is asked about.
+    """
+    prompt: Messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": options.prompt}]
+    reply = answer(found, prompt) if options.answer is None else {"role": "assistant", "content": options.answer}
+    if not any(reply.get(name) for name in ("content", "reasoning_content", "tool_calls")):
+        raise InputError("the answer is empty" if options.answer is not None else "the model's answer is empty", "give one with --answer")
+    return tokenize(_tokenizer(found), [*prompt, reply], options.span)
+
+
+def tokenize(tokenizer: Any, messages: Messages, span: str | None) -> Question:
+    """A question of which the last message is the answer.
+
+    Raises:
+        InputError: as `question`.
+    """
+    pieces = examples_of(tokenizer, {"messages": messages, "tools": None})[-1]
+    last = max(i for i, (_, is_trained) in enumerate(pieces) if is_trained)
+    turn = pieces[last][0]
+    spans = [(0, len(turn))] if span is None else _find(turn, span)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for i, ((text, _), ids) in enumerate(zip(pieces, encode_pieces(tokenizer, [pieces])[0], strict=True)):
+        input_ids += ids
+        labels += _labels(tokenizer, text, ids, spans) if i == last else [IGNORE] * len(ids)
+    if len(input_ids) > tokenizer.model_max_length:
+        raise InputError(f"the question has {len(input_ids):,} tokens, more than the model's context", "shorten it")
+    return Question(messages, turn, tuple(spans), Example(tuple(input_ids), tuple(labels), ()))
+
+
+def _find(turn: str, span: str) -> list[tuple[int, int]]:
+    """Every occurrence of a text in an answer."""
+    found, start = list[tuple[int, int]](), turn.find(span) if span else -1
+    while start >= 0:
+        found.append((start, start + len(span)))
+        start = turn.find(span, start + len(span))
+    if not found:
+        raise InputError(f"--span: {cut(span, 80)!r} is not in the answer: {cut(turn)!r}", "copy a part of the answer, letter by letter")
+    return found
+
+
+def _labels(tokenizer: Any, text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The ids of tokens with a character in one of the spans; -100 for the others."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [
+        token if any(start < stop and end > begin for begin, stop in spans) else IGNORE
+        for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
+    ]
+
+
+def answer(found: Target, prompt: Messages) -> dict[str, Any]:
+    """The model's most likely answer, as evaluation makes it: the message."""
+    values = params.read(found.root)
+    settings = params.parse(Settings, values.get("evaluation"), "evaluation")
+    run = found.subject.run
+    folder = found.root / run.path if run.in_workspace and (found.root / run.path / "config.json").is_file() else found.folder
+    model = EvaluatedModel(folder, found.compute, settings, found.base_model)
+    [said] = model.answer([prompt], found.run.address)
+    return dict(said.message)
+
+
+def _tokenizer(found: Target) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(found.base_model, trust_remote_code=False)
+    for template in found.folder.glob("chat_template.jinja"):
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _content(asked: Question) -> str:
+    """Text of the answer, for the likeness of words."""
+    return response_text(asked.messages) or asked.turn
+
+
+class Texts:
+    """Prompts and answers of the records of a training."""
+
+    def __init__(self, found: Target) -> None:
+        self.found = found
+        folder = found.root / TRAIN
+        self.known = {record["example_id"]: record for record in (read_records(folder) if folder.is_dir() else ())}
+        self.tokenizer = _tokenizer(found)
+
+    def of(self, record: TrainedRecord) -> tuple[str, str]:
+        """Prompt and answer; from the tokens of the training, where the split has no text of it."""
+        known = self.known.get(record.example_id)
+        prompt, response = (prompt_text(known["messages"]), response_text(known["messages"])) if known else ("", "")
+        return prompt or self._decoded(record, False), response or self._decoded(record, True)
+
+    def _decoded(self, record: TrainedRecord, trained: bool) -> str:
+        parts = (
+            [token for token, label in zip(one.input_ids, one.labels, strict=True) if (label != IGNORE) is trained]
+            for one in record.examples
+        )
+        return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts)
+
+
+def _distribution(ranking: Ranking) -> dict[str, Any]:
+    """Scores of all records: median, z of the first, counts by interval; and whether the first stands out."""
+    import numpy as np
+
+    counts, edges = np.histogram(ranking.gradient, bins=BINS)
+    first = float(ranking.z.max())
+    return {
+        "median": round(float(np.median(ranking.gradient)), 4),
+        "first": round(float(ranking.gradient.max()), 4),
+        "z_of_first": round(first, 2),
+        "stands_out_from": STANDS_OUT,
+        "stands_out": first >= STANDS_OUT,
+        "counts": [int(count) for count in counts],
+        "edges": [round(float(edge), 5) for edge in edges],
+    }
+
+
+def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[str, Any]]:
+    """The first records by fused rank, each with its place, use and scores. Secrets and personal data in texts are masked."""
+    seen, _ = trained_on(found.subject)
+    places: dict[str, dict[str, Any]] = {}
+    for row in seen.iter_rows(named=True) if seen is not None else ():
+        if row["model"] == found.run.address:
+            also = {"also_in": row["also_in"]} if row.get("also_in") else {}
+            known = places.setdefault(row["example_id"], {"source": row["source"], "source_row": row["source_row"], **also, "steps": []})
+            known["steps"].append(row["step"])
+    hits = []
+    for i in ranking.order("fused")[:top]:
+        record = found.records[i]
+        prompt, response = (cut(mask(text[: 20 * EXCERPT]), EXCERPT) for text in texts.of(record))
+        hits.append(
+            {
+                "rank": int(ranking.rank[i]),
+                "example_id": record.example_id,
+                **places[record.example_id],
+                "split": "train",
+                "prompt": prompt,
+                "answer": response,
+                "gradient": {
+                    "rank": int(ranking.gradient_rank[i]),
+                    "score": round(float(ranking.gradient[i]), 4),
+                    "z": round(float(ranking.z[i]), 2),
+                },
+                "bm25": {"rank": int(ranking.bm25_rank[i]), "score": round(float(ranking.bm25[i]), 2)},
+            }
+        )
+    return hits
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """The document for the terminal."""
+    lines = []
+    if index := document.get("index"):
+        lines += [
+            f"{document['model']['stage']}: gradients of {index['records']} records in {index['folder']},"
+            f" {index['bytes'] / 1e6:.1f} MB, {index['computed']} computed now"
+        ]
+    if "question" not in document:
+        return "\n".join(lines)
+    checked = []
+    if "proof" in document:
+        from dagster_project.commands.why_prove import lines as proof_lines
+
+        checked = proof_lines(document["proof"])
+    notes = [f"note: {note}" for note in document["notes"]]
+    return "\n".join([*lines, *_question_lines(document), "", *_hit_lines(document), *checked, *notes])
+
+
+def _question_lines(document: Mapping[str, Any]) -> list[str]:
+    asked, spread = document["question"], document["distribution"]
+    span = "the whole answer" if asked["span"] is None else f"{asked['span']!r}"
+    verdict = "the first stands out" if spread["stands_out"] else "nothing stands out"
+    return [
+        f"{document['model']['stage']}  md5 {document['model']['md5'][:12]}, trained on {document['records']} records",
+        f"prompt  {cut(asked['prompt'])}",
+        f"answer  {cut(asked['answer'])}  ({asked['answered_by']})",
+        f"asked   {span}: {asked['tokens']} tokens, log-probability {asked['log_probability']:.2f} nats",
+        f"{verdict}: the highest of {document['records']} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f} robust standard"
+        f" deviations above the median of {spread['median']:.3f} (from {spread['stands_out_from']:g} it stands out)",
+    ]
+
+
+def _hit_lines(document: Mapping[str, Any]) -> list[str]:
+    lines = ["rank  gradient (rank, z)     BM25 (rank)    source"]
+    for hit in document["hits"]:
+        by, words = hit["gradient"], hit["bm25"]
+        place = f"{hit['source']}:{hit['source_row']}" if hit["source"] else "source unknown"
+        steps = ", ".join(map(str, hit["steps"][:6])) + (", ..." if len(hit["steps"]) > 6 else "")
+        lines += [
+            f"{hit['rank']:>4}  {by['score']:+.3f} ({by['rank']:>4}, {by['z']:+5.1f})  {words['score']:>6.2f} ({words['rank']:>4})"
+            f"  {place}  {hit['example_id'][:8]}  steps {steps}",
+            f"      {hit['prompt']}",
+            f"      -> {hit['answer']}",
+        ]
+    return lines
