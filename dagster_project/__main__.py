@@ -338,6 +338,7 @@ def erase(options: argparse.Namespace) -> int:
 def why(options: argparse.Namespace) -> int:
     """Rank the training records of a model by their likeness to a question and its answer, and test the first by training again without them."""
     from dagster_project.commands import why as module
+    from dagster_project.commands.why_question import Options
 
     if options.prompt is None:
         given = [name for name in ("answer", "span", "system", "html") if getattr(options, name) is not None]
@@ -347,7 +348,7 @@ def why(options: argparse.Namespace) -> int:
         return 0
     if options.html:
         _require_suffix("--html", options.html, HTML)
-    asked = module.Options(options.prompt, options.answer, options.span, options.system, options.top)
+    asked = Options(options.prompt, options.answer, options.span, options.system, options.top)
     document = module.answer_why(_project(options), options.model, asked, options.index, options.draws if options.prove else None)
     if options.html:
         from dagster_project.views.why import why_page

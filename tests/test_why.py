@@ -318,6 +318,11 @@ def test_ranks_and_their_fusion() -> None:
     assert found.order("fused") == sorted(range(4), key=lambda i: -(1 / (60 + found.gradient_rank[i]) + 1 / (60 + found.bm25_rank[i])))
 
 
+def test_records_without_a_word_in_common_share_the_last_place() -> None:
+    found = ranking.Ranking.of(np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.0, 0.0, 2.0, 0.0]))
+    assert found.bm25_rank.tolist() == [4, 4, 1, 4] and found.order("fused") == [2, 3, 1, 0]
+
+
 def test_equal_scores_have_no_distance() -> None:
     assert not ranking.robust_z(np.full(5, 0.3)).any()
     normal = np.random.default_rng(3).normal(size=4000)
@@ -328,7 +333,7 @@ def test_equal_scores_have_no_distance() -> None:
 
 
 def test_the_asked_tokens_are_those_of_the_span(tiny_tokenizer: Any) -> None:
-    from dagster_project.commands.why import tokenize
+    from dagster_project.commands.why_question import tokenize
 
     messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat, a red one."}]
     asked = tokenize(tiny_tokenizer, messages, "red")
@@ -344,7 +349,7 @@ def test_the_asked_tokens_are_those_of_the_span(tiny_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("span", ["blue", "", "Hat?"])
 def test_a_span_that_is_not_in_the_answer_is_refused(tiny_tokenizer: Any, span: str) -> None:
-    from dagster_project.commands.why import tokenize
+    from dagster_project.commands.why_question import tokenize
 
     messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat."}]
     with pytest.raises(InputError, match="not in the answer"):
@@ -413,3 +418,55 @@ def test_a_random_set_is_called_supported_in_one_of_forty() -> None:
     verdicts = [proof.Verdict(next(drawn), tuple(islice(drawn, 3))) for _ in range(8000)]
     assert sum(one.supported for one in verdicts) / len(verdicts) == pytest.approx(0.025, abs=0.007)
     assert proof.Verdict(40.0, (0.1, -0.2, 0.0)).supported and not proof.Verdict(-40.0, (0.1, -0.2, 0.0)).supported
+
+
+# ---- the page
+
+
+def a_document(**more: Any) -> dict[str, Any]:
+    hit = {"rank": 1, "example_id": "0123456789", "source": "a.jsonl", "source_row": 3, "steps": [1, 5], "split": "train", "prompt": "<b>Hat?</b>",
+           "answer": "A red one.", "gradient": {"rank": 1, "score": 0.5, "z": 7.0}, "bm25": {"rank": 2, "score": 1.5}}  # fmt: skip
+    return {
+        "model": {"asked": "lora", "stage": "adapter@lora", "path": "data/adapter/lora", "md5": "0" * 32},
+        "question": {
+            "system": None,
+            "prompt": "Hat?",
+            "answer": "red <i> red",
+            "answered_by": "given",
+            "span": "red",
+            "spans": [[0, 3], [8, 11]],
+            "tokens": 2,
+            "log_probability": -1.0,
+        },
+        "records": 2,
+        "distribution": {
+            "median": 0.1,
+            "first": 0.5,
+            "z_of_first": 7.0,
+            "stands_out_from": 6.0,
+            "stands_out": True,
+            "counts": [1, 0, 1],
+            "edges": [0.0, 0.2, 0.4, 0.6],
+        },
+        "hits": [hit],
+        "notes": ["a note"],
+        **more,
+    }
+
+
+def test_the_page_marks_what_was_asked_and_escapes_texts() -> None:
+    from dagster_project.views.why import why_page
+
+    page = why_page(a_document())
+    assert "<mark>red</mark> &lt;i&gt; <mark>red</mark>" in page and "&lt;b&gt;Hat?" in page and "<b>Hat?" not in page
+    assert "a.jsonl:3" in page and 'id="check"' not in page and "stands out" in page
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_the_page_says_whether_the_check_supports_the_list(supported: bool) -> None:
+    from dagster_project.views.why import why_page
+
+    checked = {"left_out": 5, "log_probability": -1.0, "identical": True, "change": 2.0, "draws": [0.1, -0.2], "mean_of_draws": -0.05,
+               "difference": 2.05, "interval": [0.5 if supported else -0.5, 4.0], "supported": supported}  # fmt: skip
+    page = why_page(a_document(proof=checked))
+    assert 'id="check"' in page and ("Not supported." in page) == (not supported) and page.count("<circle") == 3

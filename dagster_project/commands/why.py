@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.nearest_records import TRAIN, TrainingRecords, cut
 from dagster_project.commands.why_model import Target, target
-from dagster_project.core import params
-from dagster_project.core.chat import IGNORE, encode_pieces, examples_of
+from dagster_project.commands.why_prove import lines_of_proof, prove
+from dagster_project.commands.why_question import Options, Question, question, tokenizer_of
+from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import Messages
 from dagster_project.core.records import prompt_text, read_records, response_text
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.baselines import bm25
-from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.attribution.ranking import STANDS_OUT, Ranking, cosines
-from dagster_project.lineage.attribution.records import Example, TrainedRecord
+from dagster_project.lineage.attribution.records import TrainedRecord
 from dagster_project.lineage.lineage import trained_on
 
 log = logging.getLogger("pedigree")
@@ -29,36 +27,6 @@ EXCERPT = 300
 BINS = 40
 """Of the distribution of scores."""
 CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record: --prove tests that for the group."
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is asked."""
-
-    prompt: str
-    answer: str | None = None
-    """None: the model's own."""
-    span: str | None = None
-    """Part of the answer; None: all of it."""
-    system: str | None = None
-    """None: that of the training records, if all have the same."""
-    top: int = 10
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt with an answer, tokenized, with the asked tokens as labels."""
-
-    messages: Messages
-    turn: str
-    """The answer as the chat template writes it, trace, calls and end of turn included."""
-    spans: tuple[tuple[int, int], ...]
-    """Bounds of the asked parts in `turn`."""
-    example: Example
-
-    @property
-    def tokens(self) -> int:
-        return sum(label != IGNORE for label in self.example.labels)
 
 
 def index(root: Path, model: str) -> dict[str, Any]:
@@ -78,8 +46,6 @@ def answer_why(root: Path, model: str, options: Options, with_index: bool, draws
     """
     document, found, asked = ask(root, model, options, with_index)
     if draws is not None:
-        from dagster_project.commands.why_prove import prove
-
         document["proof"] = prove(found, asked, document["hits"], draws)
     return document
 
@@ -132,79 +98,6 @@ def _system(root: Path, options: Options) -> tuple[str | None, list[str]]:
     return system, [] if system else [note]
 
 
-def question(found: Target, options: Options, system: str | None) -> Question:
-    """Tokenize a question with its answer, which the model gives if it is not given.
-
-    Raises:
-        InputError: the answer is empty, too long, or does not contain the part that is asked about.
-    """
-    prompt: Messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": options.prompt}]
-    reply = answer(found, prompt) if options.answer is None else {"role": "assistant", "content": options.answer}
-    if not any(reply.get(name) for name in ("content", "reasoning_content", "tool_calls")):
-        raise InputError("the answer is empty" if options.answer is not None else "the model's answer is empty", "give one with --answer")
-    return tokenize(_tokenizer(found), [*prompt, reply], options.span)
-
-
-def tokenize(tokenizer: Any, messages: Messages, span: str | None) -> Question:
-    """A question of which the last message is the answer.
-
-    Raises:
-        InputError: as `question`.
-    """
-    pieces = examples_of(tokenizer, {"messages": messages, "tools": None})[-1]
-    last = max(i for i, (_, is_trained) in enumerate(pieces) if is_trained)
-    turn = pieces[last][0]
-    spans = [(0, len(turn))] if span is None else _find(turn, span)
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for i, ((text, _), ids) in enumerate(zip(pieces, encode_pieces(tokenizer, [pieces])[0], strict=True)):
-        input_ids += ids
-        labels += _labels(tokenizer, text, ids, spans) if i == last else [IGNORE] * len(ids)
-    if len(input_ids) > tokenizer.model_max_length:
-        raise InputError(f"the question has {len(input_ids):,} tokens, more than the model's context", "shorten it")
-    return Question(messages, turn, tuple(spans), Example(tuple(input_ids), tuple(labels), ()))
-
-
-def _find(turn: str, span: str) -> list[tuple[int, int]]:
-    """Every occurrence of a text in an answer."""
-    found, start = list[tuple[int, int]](), turn.find(span) if span else -1
-    while start >= 0:
-        found.append((start, start + len(span)))
-        start = turn.find(span, start + len(span))
-    if not found:
-        raise InputError(f"--span: {cut(span, 80)!r} is not in the answer: {cut(turn)!r}", "copy a part of the answer, letter by letter")
-    return found
-
-
-def _labels(tokenizer: Any, text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The ids of tokens with a character in one of the spans; -100 for the others."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return [
-        token if any(start < stop and end > begin for begin, stop in spans) else IGNORE
-        for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
-    ]
-
-
-def answer(found: Target, prompt: Messages) -> dict[str, Any]:
-    """The model's most likely answer, as evaluation makes it: the message."""
-    values = params.read(found.root)
-    settings = params.parse(Settings, values.get("evaluation"), "evaluation")
-    run = found.subject.run
-    folder = found.root / run.path if run.in_workspace and (found.root / run.path / "config.json").is_file() else found.folder
-    model = EvaluatedModel(folder, found.compute, settings, found.base_model)
-    [said] = model.answer([prompt], found.run.address)
-    return dict(said.message)
-
-
-def _tokenizer(found: Target) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(found.base_model, trust_remote_code=False)
-    for template in found.folder.glob("chat_template.jinja"):
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer
-
-
 def _content(asked: Question) -> str:
     """Text of the answer, for the likeness of words."""
     return response_text(asked.messages) or asked.turn
@@ -217,7 +110,7 @@ class Texts:
         self.found = found
         folder = found.root / TRAIN
         self.known = {record["example_id"]: record for record in (read_records(folder) if folder.is_dir() else ())}
-        self.tokenizer = _tokenizer(found)
+        self.tokenizer = tokenizer_of(found)
 
     def of(self, record: TrainedRecord) -> tuple[str, str]:
         """Prompt and answer; from the tokens of the training, where the split has no text of it."""
@@ -294,9 +187,7 @@ def as_text(document: Mapping[str, Any]) -> str:
         return "\n".join(lines)
     checked = []
     if "proof" in document:
-        from dagster_project.commands.why_prove import lines as proof_lines
-
-        checked = proof_lines(document["proof"])
+        checked = lines_of_proof(document["proof"])
     notes = [f"note: {note}" for note in document["notes"]]
     return "\n".join([*lines, *_question_lines(document), "", *_hit_lines(document), *checked, *notes])
 

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.why import Question
 from dagster_project.commands.why_model import OWNER, Target, owner_of
+from dagster_project.commands.why_question import Question
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.records import remove, write_json
@@ -116,7 +116,7 @@ def _same_weights(one: Path, other: Path) -> bool:
     return files[0] == files[1] and bool(files[0])
 
 
-def lines(proof: Mapping[str, Any]) -> list[str]:
+def lines_of_proof(proof: Mapping[str, Any]) -> list[str]:
     """The proof for the terminal."""
     low, high = proof["interval"]
     same = (

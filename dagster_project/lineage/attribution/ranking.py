@@ -75,7 +75,9 @@ class Ranking:
 
     @classmethod
     def of(cls, gradient: np.ndarray, bm25: np.ndarray) -> Ranking:
-        by_gradient, by_words = ranks(gradient), ranks(bm25)
+        import numpy as np
+
+        by_gradient, by_words = ranks(gradient), np.where(bm25 > 0, ranks(bm25), len(bm25))  # without a word in common: last
         return cls(gradient, robust_z(gradient), bm25, by_gradient, by_words, ranks(fused(by_gradient, by_words)))
 
     def order(self, by: str) -> list[int]:
