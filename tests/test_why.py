@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -12,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.tool_calls import weather
 from builders.training import LORA, make_data, train_adapter
 
-from dagster_project.core.chat import IGNORE
+from dagster_project.commands.why_question import tokenize
+from dagster_project.core.chat import IGNORE, encode
 from dagster_project.core.errors import InputError
+from dagster_project.core.named_templates import HERMES
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table
 from dagster_project.lineage.attribution import proof, ranking, store
@@ -333,8 +337,6 @@ def test_equal_scores_have_no_distance() -> None:
 
 
 def test_the_asked_tokens_are_those_of_the_span(tiny_tokenizer: Any) -> None:
-    from dagster_project.commands.why_question import tokenize
-
     messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat, a red one."}]
     asked = tokenize(tiny_tokenizer, messages, "red")
     kept = [token for token, label in zip(asked.example.input_ids, asked.example.labels, strict=True) if label != IGNORE]
@@ -342,15 +344,22 @@ def test_the_asked_tokens_are_those_of_the_span(tiny_tokenizer: Any) -> None:
     whole = tokenize(tiny_tokenizer, messages, None)
     kept = [token for token, label in zip(whole.example.input_ids, whole.example.labels, strict=True) if label != IGNORE]
     assert tiny_tokenizer.decode(kept) == "A red hat, a red one.<|im_end|>"
-    from dagster_project.core.chat import encode
-
     assert list(whole.example.input_ids) == encode(tiny_tokenizer, messages)[0]
+
+
+@pytest.mark.parametrize("span", ["Oslo", "the temperature", None])
+def test_parts_of_calls_and_traces_can_be_asked(tiny_tokenizer: Any, span: str | None) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = HERMES
+    asked = tokenize(tokenizer, weather()[:5], span)
+    kept = tokenizer.decode([token for token in asked.example.labels if token != IGNORE])
+    trace = "<think>\nI need the temperature first.\n</think>\n\n"
+    called = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
+    assert kept == (span or trace + called)
 
 
 @pytest.mark.parametrize("span", ["blue", "", "Hat?"])
 def test_a_span_that_is_not_in_the_answer_is_refused(tiny_tokenizer: Any, span: str) -> None:
-    from dagster_project.commands.why_question import tokenize
-
     messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat."}]
     with pytest.raises(InputError, match="not in the answer"):
         tokenize(tiny_tokenizer, messages, span)
