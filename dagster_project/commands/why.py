@@ -195,7 +195,7 @@ def as_text(document: Mapping[str, Any]) -> str:
 def _question_lines(document: Mapping[str, Any]) -> list[str]:
     asked, spread = document["question"], document["distribution"]
     span = "the whole answer" if asked["span"] is None else f"{asked['span']!r}"
-    verdict = "the first stands out" if spread["stands_out"] else "nothing stands out"
+    verdict = "a record stands out" if spread["stands_out"] else "nothing stands out"
     return [
         f"{document['model']['stage']}  md5 {document['model']['md5'][:12]}, trained on {document['records']} records",
         f"prompt  {cut(asked['prompt'])}",
@@ -210,7 +210,8 @@ def _hit_lines(document: Mapping[str, Any]) -> list[str]:
     lines = ["rank  gradient (rank, z)     BM25 (rank)    source"]
     for hit in document["hits"]:
         by, words = hit["gradient"], hit["bm25"]
-        place = f"{hit['source']}:{hit['source_row']}" if hit["source"] else "source unknown"
+        row = "" if hit["source_row"] is None else f":{hit['source_row']}"
+        place = f"{hit['source']}{row}" if hit["source"] else "source unknown"
         steps = ", ".join(map(str, hit["steps"][:6])) + (", ..." if len(hit["steps"]) > 6 else "")
         lines += [
             f"{hit['rank']:>4}  {by['score']:+.3f} ({by['rank']:>4}, {by['z']:+5.1f})  {words['score']:>6.2f} ({words['rank']:>4})"

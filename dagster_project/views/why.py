@@ -53,7 +53,8 @@ def _parts(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
 
 def _record(hit: Mapping[str, Any]) -> dict[str, Any]:
     by, words = hit["gradient"], hit["bm25"]
-    place = f"{hit['source']}:{hit['source_row']}" if hit["source"] else "source unknown"
+    row = "" if hit["source_row"] is None else f":{hit['source_row']}"
+    place = f"{hit['source']}{row}" if hit["source"] else "source unknown"
     steps = ", ".join(map(str, hit["steps"][:12])) + (", ..." if len(hit["steps"]) > 12 else "")
     return {
         "rank": hit["rank"],
