@@ -8,7 +8,7 @@ Three kinds of culprits are planted into the training split of the sample projec
 
 Eight held-out prompts of each kind are asked with the planted answer, and the planted part of the answer as the span. Recall is the share of the culprits
 among the first n (their number) and 2n of all training records. Held-out prompts with their right answers have no culprit, and wrong labels that nobody
-planted have none either: for these the share of questions for which nothing stands out is counted. The threshold of that was set on seed 0.
+planted have none either: for these the share of questions for which nothing stands out is counted. The rule for that was set on the questions of seed 0.
 """
 
 from __future__ import annotations
@@ -247,7 +247,11 @@ def recall(results: list[dict[str, Any]], kind: str, method: str, times: int) ->
     return sum(sum(rank <= times * len(own) for rank in own) / len(own) for own in found) / len(found)
 
 
-def show(document: dict[str, Any], threshold: float) -> None:
+def show(document: dict[str, Any]) -> None:
+    import numpy as np
+
+    from dagster_project.lineage.attribution.ranking import stands_out
+
     results = document["questions"]
     methods = list(results[0]["ranks"])
     print(f"{document['records']} records, {document['steps']} steps; recall at n / 2n, and questions whose first record is a culprit")
@@ -258,8 +262,10 @@ def show(document: dict[str, Any], threshold: float) -> None:
             cells.append(f"{recall(results, kind, method, 1):.2f} / {recall(results, kind, method, 2):.2f}, {first} of {ASKED}")
         print(f"{method:<32}" + "   ".join(cells))
     for kind in dict.fromkeys(q["kind"] for q in results):
-        first = sorted(q["z"][0] for q in results if q["kind"] == kind)
-        print(f"{kind:<16} z of the first: {first}; {sum(z >= threshold for z in first)} of {len(first)} stand out")
+        z = [q["z"] for q in results if q["kind"] == kind]
+        print(
+            f"{kind:<16} z of the first: {sorted(one[0] for one in z)}; {sum(stands_out(np.array(one)) for one in z)} of {len(z)} stand out"
+        )
     print(json.dumps(document["cost"]))
 
 
@@ -275,7 +281,6 @@ def main() -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pedigree").setLevel(logging.INFO)
     from dagster_project.core.records import write_json
-    from dagster_project.lineage.attribution.ranking import STANDS_OUT
 
     for seed in range(options.seeds):
         work = options.work / str(seed)
@@ -284,7 +289,7 @@ def main() -> int:
         prepare(options.project, work, seed)
         document = measure(options.project, work, seed)
         write_json(work / "results.json", document)
-        show(document, STANDS_OUT)
+        show(document)
     return 0
 
 

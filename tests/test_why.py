@@ -327,6 +327,14 @@ def test_records_without_a_word_in_common_share_the_last_place() -> None:
     assert found.bm25_rank.tolist() == [4, 4, 1, 4] and found.order("fused") == [2, 3, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("first", "tenth", "expected"), [(12.0, 3.0, True), (12.0, 7.0, False), (5.9, 1.0, False), (6.0, 3.0, True), (12.0, -1.0, True)]
+)
+def test_few_records_stand_out_and_a_crowd_does_not(first: float, tenth: float, expected: bool) -> None:
+    z = np.array([*([-2.0] * 50), *([tenth] * 9), first])
+    assert ranking.stands_out(np.random.default_rng(0).permutation(z)) == expected
+
+
 def test_equal_scores_have_no_distance() -> None:
     assert not ranking.robust_z(np.full(5, 0.3)).any()
     normal = np.random.default_rng(3).normal(size=4000)
@@ -452,7 +460,7 @@ def a_document(**more: Any) -> dict[str, Any]:
             "median": 0.1,
             "first": 0.5,
             "z_of_first": 7.0,
-            "stands_out_from": 6.0,
+            "z_of_tenth": 1.0,
             "stands_out": True,
             "counts": [1, 0, 1],
             "edges": [0.0, 0.2, 0.4, 0.6],

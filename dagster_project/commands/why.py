@@ -16,7 +16,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import prompt_text, read_records, response_text
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.baselines import bm25
-from dagster_project.lineage.attribution.ranking import STANDS_OUT, Ranking, cosines
+from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, cosines, stands_out
 from dagster_project.lineage.attribution.records import TrainedRecord
 from dagster_project.lineage.lineage import trained_on
 
@@ -131,13 +131,13 @@ def _distribution(ranking: Ranking) -> dict[str, Any]:
     import numpy as np
 
     counts, edges = np.histogram(ranking.gradient, bins=BINS)
-    first = float(ranking.z.max())
+    ordered = np.sort(ranking.z)[::-1]
     return {
         "median": round(float(np.median(ranking.gradient)), 4),
         "first": round(float(ranking.gradient.max()), 4),
-        "z_of_first": round(first, 2),
-        "stands_out_from": STANDS_OUT,
-        "stands_out": first >= STANDS_OUT,
+        "z_of_first": round(float(ordered[0]), 2),
+        "z_of_tenth": round(float(ordered[min(CROWD, len(ordered)) - 1]), 2),
+        "stands_out": stands_out(ranking.z),
         "counts": [int(count) for count in counts],
         "edges": [round(float(edge), 5) for edge in edges],
     }
@@ -202,7 +202,7 @@ def _question_lines(document: Mapping[str, Any]) -> list[str]:
         f"answer  {cut(asked['answer'])}  ({asked['answered_by']})",
         f"asked   {span}: {asked['tokens']} tokens, log-probability {asked['log_probability']:.2f} nats",
         f"{verdict}: the highest of {document['records']} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f} robust standard"
-        f" deviations above the median of {spread['median']:.3f} (from {spread['stands_out_from']:g} it stands out)",
+        f" deviations above the median, and the tenth {spread['z_of_tenth']:.1f} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the tenth)",
     ]
 
 

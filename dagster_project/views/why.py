@@ -30,7 +30,11 @@ def why_page(document: Mapping[str, Any]) -> str:
     figures = [
         ("records", number(document["records"]), "that the model was trained on"),
         ("highest score", f"{spread['first']:.3f}", f"median {spread['median']:.3f}"),
-        ("distance", f"{spread['z_of_first']:.1f}", f"robust standard deviations; from {spread['stands_out_from']:g} it stands out"),
+        (
+            "distance",
+            f"{spread['z_of_first']:.1f}",
+            f"robust standard deviations above the median; the tenth record {spread['z_of_tenth']:.1f}",
+        ),
     ]
     return render(
         "why.jinja", f"Why did {document['model']['stage']} say that?", sections, stage=document["model"]["stage"],

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 FUSION = 60
 """Constant of reciprocal rank fusion (Cormack, Clarke and Buettcher 2009)."""
 STANDS_OUT = 6.0
-"""Robust z of the best gradient score from which the first records stand out. Measured: docs/why.md."""
+"""Robust z of the best gradient score from which a record can stand out."""
+CROWD, TIMES = 10, 2.0
+"""It does if it is also this many times as far from the median as the record of this rank: a label that dozens of records share has no few behind it.
+Measured: docs/why.md."""
 TO_SIGMA = 1.4826
 """Median absolute deviation times this is the standard deviation of a normal distribution."""
 
@@ -40,6 +43,19 @@ def robust_z(scores: np.ndarray) -> np.ndarray:
     away = scores - np.median(scores)
     scale = TO_SIGMA * float(np.median(np.abs(away)))
     return away / scale if scale else np.zeros_like(away)
+
+
+def stands_out(z: np.ndarray) -> bool:
+    """Whether few records are much more like the question than all others.
+
+    Args:
+        z: of each record, (records,).
+    """
+    import numpy as np
+
+    ordered = np.sort(z)[::-1]
+    first, of_crowd = float(ordered[0]), float(ordered[min(CROWD, len(ordered)) - 1])
+    return first >= STANDS_OUT and first >= TIMES * of_crowd
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
