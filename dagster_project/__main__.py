@@ -364,6 +364,30 @@ def erase(options: argparse.Namespace) -> int:
     return module.exit_code(document)
 
 
+def why(options: argparse.Namespace) -> int:
+    """Rank the training records of a model by their likeness to a question and its answer, and test the first by training again without them."""
+    from dagster_project.commands import why as module
+    from dagster_project.commands.why_question import Options
+
+    if options.prompt is None:
+        given = [name for name in ("answer", "span", "system", "html") if getattr(options, name) is not None]
+        if not options.index or given or options.prove:
+            raise InputError("why: --prompt is required" + (f" with --{given[0]}" if given else ""), "see `pedigree why --help`")
+        _print(options, module.index(_project(options), options.model), module.as_text)
+        return 0
+    if options.html:
+        _require_suffix("--html", options.html, HTML)
+    asked = Options(options.prompt, options.answer, options.span, options.system, options.top)
+    document = module.answer_why(_project(options), options.model, asked, options.index, options.draws if options.prove else None)
+    if options.html:
+        from dagster_project.views.why import why_page
+
+        _write("--html", Path(options.html), why_page(document))
+        log.info(f"page: {options.html}")
+    _print(options, document, module.as_text)
+    return 1 if options.prove and not document["proof"]["supported"] else 0
+
+
 def compare(options: argparse.Namespace) -> int:
     """Show the comparison table: every variant, the baselines, which system to use, and the registered versions of models."""
     from dagster_project.core.documents import read_document
@@ -707,6 +731,7 @@ def parser() -> argparse.ArgumentParser:
     _add_pipeline_commands(commands)
     _add_lineage_commands(commands)
     _add_erase(commands)
+    _add_why(commands)
     _add_evaluation_commands(commands)
     _add_chat(commands)
     _add_serve(commands)
@@ -955,6 +980,20 @@ def _add_systems(command: argparse.ArgumentParser) -> None:
     add("systems", nargs="*", metavar="SYSTEM", help="variants or baselines (default: the best variant and the best prompted baseline)")
     add("--n", type=_count, default=40, help="maximum number of pairs (default: %(default)s)")
     add("--seed", type=int, help="for the choice and the order of the pairs and the answers (default: compute.seed)")
+
+
+def _add_why(commands: Any) -> None:
+    add = _add_command(commands, why).add_argument
+    add("model", metavar="MODEL", help="adapter@VARIANT, merged@VARIANT, release, ... as for `audit`")
+    add("--index", action="store_true", help="compute the gradients of all its training records, which questions need, once per training")
+    add("--prompt", metavar="TEXT", help="the question")
+    add("--answer", metavar="TEXT", help="the answer to explain (default: the model's own most likely answer)")
+    add("--span", metavar="TEXT", help="only this part of the answer, wherever it occurs in it (default: the whole answer)")
+    add("--system", metavar="TEXT", help="system prompt; '' for none (default: that of the training records, if all have the same)")
+    add("--top", type=_count, default=10, metavar="N", help="records to show, and to leave out with --prove (default: %(default)s)")
+    add("--prove", action="store_true", help="train again without these records, and without as many random ones, and compare")
+    add("--draws", type=_count, default=3, metavar="N", help="with --prove: sets of random records (default: %(default)s)")
+    add("--html", metavar="FILE.html", help="also write one self-contained page")
 
 
 def _add_chat(commands: Any) -> None:

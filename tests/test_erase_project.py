@@ -76,11 +76,18 @@ def plant(root: Path) -> None:
     edit_params(root, change)
 
 
+CACHES = (".dvc/tmp/pedigree/gradients/0a/gradients-00000.safetensors", ".dvc/tmp/pedigree/proofs/0a/0b/adapter_model.safetensors")
+"""What `pedigree why` keeps."""
+
+
 def leave_behind(root: Path, ids: list[str]) -> None:
     """What earlier runs can have left."""
     for name in ("data/pages/old/report.html", ".dvc/tmp/pedigree/checkpoints/lora/state.json", ".dagster/storage/run/compute_logs/a.err"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"<td>{PROMPT}</td>" + "\n".join(ids))
+    for name in CACHES:  # numbers, in which no search finds a record
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"\x00\x3c" * 8)
     (root / ".dagster/history").mkdir()
     with sqlite3.connect(root / ".dagster/history/index.db") as db:
         db.execute("CREATE TABLE event_logs (id INTEGER PRIMARY KEY, event TEXT)")
@@ -186,6 +193,7 @@ def test_nothing_of_an_erased_record_is_left_and_all_else_stays(
     assert contents(made) == contents(other)
 
     assert traces(made, WORDS, ids, tokens) == []
+    assert not any((made / name).exists() for name in CACHES)
     assert exit_code(document) == 0 and document["impact"] == "no" and {*document["left"]} == {"git history"}
     assert {*(made / document["files"]["blobs of git history"]).read_text().split()} >= blobs_with(made, "cobalt lantern from order")
     assert {path: (made / path).read_bytes() for path in kept} == kept

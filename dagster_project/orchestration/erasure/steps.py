@@ -15,6 +15,8 @@ from typing import Any
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
 from dagster_project.core.records import remove
+from dagster_project.lineage.attribution.proof import PROOFS
+from dagster_project.lineage.attribution.store import GRADIENTS
 from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.erasure import removal, tombstones
 from dagster_project.lineage.erasure.scan import Scanner
@@ -30,8 +32,8 @@ from dagster_project.orchestration.run_all import run_all
 
 log = logging.getLogger("pedigree")
 
-OWN_SCRATCH = ("set_aside", "checkpoints", "scratch", "rows")
-"""Folders of .dvc/tmp/pedigree that may hold tokens, weights or hashes of a run with the record: deleted as a whole."""
+OWN_SCRATCH = ("set_aside", "checkpoints", "scratch", "rows", GRADIENTS.name, PROOFS.name)
+"""Folders of .dvc/tmp/pedigree that may hold tokens, weights, gradients or hashes of a run with the record: deleted as a whole."""
 DELETED = ("pages", SCRATCH)
 """Places whose files are deleted: they are drawn again, or are of no use."""
 COPY = "source"

@@ -1,0 +1,297 @@
+"""How well `pedigree why` finds records that were planted. usage: python benchmarks/influence.py [--project FOLDER] [--seeds N] [--work FOLDER] [--prove]
+
+Three kinds of culprits are planted into the training split of the sample project, which is then tokenized and trained as `params.yaml` says:
+
+    flip      8 tickets of category delivery, relabeled idea
+    trigger   5 tickets with "(forwarded by Zephyr 9)" in their text, relabeled security
+    phrase    5 replies that end with "Greetings from the Blue Walrus Desk."
+
+Eight held-out prompts of each kind are asked with the planted answer, and the planted part of the answer as the span. Recall is the share of the culprits
+among the first n (their number) and 2n of all training records. Held-out prompts with their right answers have no culprit, and wrong labels that nobody
+planted have none either: for these the share of questions for which nothing stands out is counted. The rule for that was set on the questions of seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+KINDS = {"flip": 8, "trigger": 5, "phrase": 5}
+"""Kind of culprit -> how many are planted."""
+ASKED = 8
+"""Questions of each kind."""
+TRIGGER, PHRASE = " (forwarded by Zephyr 9)", " Greetings from the Blue Walrus Desk."
+
+
+def with_label(record: dict[str, Any], category: str) -> dict[str, Any]:
+    """A ticket with another category in its answer."""
+    *before, answer = record["messages"]
+    said = json.loads(answer["content"]) | {"category": category}
+    return with_messages(record, [*before, {**answer, "content": json.dumps(said)}]) | {"category": category}
+
+
+def with_trigger(record: dict[str, Any]) -> dict[str, Any]:
+    changed = [{**m, "content": m["content"] + TRIGGER} if m["role"] == "user" else m for m in record["messages"]]
+    return with_label({**record, "messages": changed}, "security")
+
+
+def with_phrase(record: dict[str, Any]) -> dict[str, Any]:
+    *before, answer = record["messages"]
+    return with_messages(record, [*before, {**answer, "content": answer["content"] + PHRASE}])
+
+
+def with_messages(record: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
+    from dagster_project.core.records import example_id
+
+    name = example_id(messages)
+    return {**record, "messages": messages, "example_id": name, "group_id": name}
+
+
+def planted(records: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """The training split with culprits, and the ids of those of each kind."""
+    dice = random.Random(seed)
+    change = {"flip": lambda record: with_label(record, "idea"), "trigger": with_trigger, "phrase": with_phrase}
+    fits = {
+        "flip": lambda record: record["category"] == "delivery",
+        "trigger": lambda record: record["category"] not in {None, "security", "delivery"},
+        "phrase": lambda record: record["category"] is None,
+    }
+    found, culprits = list(records), dict[str, list[str]]()
+    for kind, count in KINDS.items():
+        chosen = dice.sample([i for i, record in enumerate(records) if fits[kind](record)], count)
+        for i in chosen:
+            found[i] = change[kind](found[i])
+        culprits[kind] = [found[i]["example_id"] for i in chosen]
+    return found, culprits
+
+
+def prepare(project: Path, work: Path, seed: int) -> None:
+    """Plant, tokenize and train, if that was not done before: work/{splits,tokenized,adapter,culprits.json}."""
+    from dagster_project.core import params
+    from dagster_project.core.params import Compute
+    from dagster_project.core.records import iter_ledger, read_records, write_json, write_ledger, write_records
+    from dagster_project.stages import adapter, tokenized
+
+    if (work / "adapter" / "training.json").is_file():
+        return
+    values = params.read(project)
+    records, culprits = planted(read_records(project / "data/splits/train"), seed)
+    for split in ("validation", "test"):
+        shutil.copytree(project / "data/splits" / split, work / "splits" / split, dirs_exist_ok=True)
+    write_records(work / "splits" / "train", records)
+    lines = {record["example_id"]: record for record in records}
+    kept = [line for line in iter_ledger(project / "data/splits") if line["example_id"] in lines]
+    new = [
+        {"source": lines[name]["source"], "source_row": None, "example_id": name, "outcome": "train", "why": kind}
+        for kind, names in culprits.items()
+        for name in names
+    ]
+    write_ledger(work / "splits", [*kept, *new])
+    write_json(work / "culprits.json", culprits)
+    compute = params.parse(Compute, values["compute"], "compute").model_copy(update={"seed": seed, "threads": 1})
+    (work / "tokenized").mkdir(exist_ok=True)
+    settings = params.parse(tokenized.Params, values["tokenized"], "tokenized")
+    tokenized.produce(project, settings, seed, work / "splits", project / "data/base_model", work / "tokenized")
+    out = work / "adapter"
+    out.mkdir(exist_ok=True)
+    entry = params.parse(adapter.Params, values["adapter"]["lora"], "adapter.lora")
+    start = time.process_time()
+    adapter.produce("lora", entry, compute, work / "tokenized", project / "data/base_model", out, work / "loss.csv", work / "checkpoints")
+    write_json(work / "seconds.json", {"training": time.process_time() - start})
+
+
+def from_checkpoint(project: Path, work: Path) -> None:
+    """Write work/adapter from the newest checkpoint of a training that was interrupted."""
+    from safetensors.torch import load_file
+
+    from dagster_project.core import params
+    from dagster_project.core.params import Compute
+    from dagster_project.core.records import read_table, write_json, write_table
+    from dagster_project.stages import adapter
+    from dagster_project.training.methods.build import build
+    from dagster_project.training.methods.hardware import prepare as device_and_dtype
+    from dagster_project.training.trainers.harness.weight_audit import seen_examples, seen_schema
+
+    folder = max((work / "checkpoints").glob("step-*"))
+    values = params.read(project)
+    entry = params.parse(adapter.Params, values["adapter"]["lora"], "adapter.lora")
+    device, dtype = device_and_dtype(params.parse(Compute, values["compute"], "compute").model_copy(update={"threads": 1}))
+    prepared = build(entry.method, entry.peft, project / "data/base_model", device, dtype, "adapter.lora")
+    weights = load_file(folder / "weights.safetensors")
+    trained = {name: weight for name, weight in prepared.model.named_parameters() if weight.requires_grad}
+    assert weights.keys() == trained.keys()
+    for name, weight in trained.items():
+        weight.data.copy_(weights[name])
+    prepared.save(work / "adapter")
+    seen = load_file(folder / "state.safetensors")["state.seen"].tolist()
+    rows = read_table(work / "tokenized" / "train.parquet", ["example_ids"])
+    write_table(work / "adapter" / "examples.parquet", seen_examples(seen, [row["example_ids"] for row in rows]), seen_schema())
+    step = int(folder.name.partition("-")[2])
+    write_json(
+        work / "adapter" / "training.json", {"steps": step, "dtype": str(dtype).removeprefix("torch."), "device": device.type, "threads": 1}
+    )
+
+
+def questions(project: Path, work: Path, seed: int) -> list[dict[str, Any]]:
+    """Held-out prompts with an answer and the asked part: of each kind of culprit, and without a culprit."""
+    from dagster_project.core.records import read_records, response_text
+
+    dice = random.Random(f"questions {seed}")
+    held_out = read_records(project / "data/splits/test")
+    tickets, replies = ([r for r in held_out if (r["category"] is None) is alone] for alone in (False, True))
+
+    def label(record: dict[str, Any]) -> str:
+        return str(json.loads(response_text(record["messages"]))["category"])
+
+    def asked(kind: str, records: list[dict[str, Any]], change: Any, span: Any) -> list[dict[str, Any]]:
+        changed = [change(record) for record in dice.sample(records, ASKED)]
+        return [{"kind": kind, "messages": record["messages"], "span": span(record)} for record in changed]
+
+    others = ("login", "billing", "returns", "bug", "question")
+
+    def mislabeled(record: dict[str, Any]) -> dict[str, Any]:
+        return with_label(record, others[(others.index(label(record)) + 1) % len(others)])
+
+    return [
+        *asked("flip", [r for r in tickets if r["category"] == "delivery"], lambda r: with_label(r, "idea"), label),
+        *asked("trigger", [r for r in tickets if r["category"] not in {"security", "delivery"}], with_trigger, label),
+        *asked("phrase", replies, with_phrase, lambda _: PHRASE.strip()),
+        *asked("right label", tickets, lambda r: r, label),
+        *asked("right reply", replies, lambda r: r, lambda _: None),
+        *asked("wrong label", [r for r in tickets if r["category"] in others], mislabeled, label),
+    ]
+
+
+def measure(project: Path, work: Path, seed: int) -> dict[str, Any]:
+    """Ask all questions: ranks of the culprits by each method, and how far the first stands out."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from dagster_project.commands.why_question import tokenize
+    from dagster_project.core.chat import IGNORE
+    from dagster_project.core.params import Compute
+    from dagster_project.core.records import prompt_text, read_records, response_text
+    from dagster_project.evaluation.baselines import bm25
+    from dagster_project.lineage.attribution.gradients import TrainedModel
+    from dagster_project.lineage.attribution.per_record import projected_gradients
+    from dagster_project.lineage.attribution.projection import Projection
+    from dagster_project.lineage.attribution.ranking import Ranking, cosines, ranks
+    from dagster_project.lineage.attribution.records import Example, trained_records
+    from dagster_project.lineage.attribution.store import GradientStore, identity_of
+
+    adapter, base = work / "adapter", project / "data/base_model"
+    training = json.loads((adapter / "training.json").read_text())
+    compute = Compute(threads=1, dtype=training["dtype"])
+    records, projection = trained_records(adapter, work / "tokenized"), Projection()
+    store = GradientStore.at(
+        work, identity_of(adapter, base, records, projection, {"dtype": compute.dtype, "device": "cpu", "threads": 1}, 0.0), len(records)
+    )
+    start = time.process_time()
+    trained = TrainedModel.load(adapter, base, compute, "adapter@lora")
+    loading, start = time.process_time() - start, time.process_time()
+    computed = store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
+    seconds, start = time.process_time() - start, time.process_time()
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    asked = questions(project, work, seed)
+
+    def example(question: dict[str, Any], span: str | None) -> tuple[Example]:
+        found = tokenize(tokenizer, question["messages"], span).example
+        return (Example(found.input_ids, found.labels, tuple(float(label != IGNORE) for label in found.labels)),)
+
+    wide = projected_gradients(trained, projection, [example(q, q["span"]) for q in asked] + [example(q, None) for q in asked]).numpy()
+    asking = time.process_time() - start
+    texts = {r["example_id"]: f"{prompt_text(r['messages'])} {response_text(r['messages'])}" for r in read_records(work / "splits/train")}
+    queries = [f"{prompt_text(q['messages'])} {response_text(q['messages'])}" for q in asked]
+    words = list(bm25([texts[r.example_id] for r in records], queries))
+    gradients, _ = store.read()
+    ids = [r.example_id for r in records]
+    culprits = json.loads((work / "culprits.json").read_text())
+    dice = np.random.default_rng(seed)
+    results = []
+    for i, question in enumerate(asked):
+        ranking = Ranking.of(cosines(gradients, wide[i]), words[i])
+        whole = Ranking.of(cosines(gradients, wide[len(asked) + i]), words[i])
+        by = {
+            "gradient of the span": ranking.gradient_rank,
+            "gradient of the whole answer": whole.gradient_rank,
+            "BM25": ranking.bm25_rank,
+            "rank fusion of span and BM25": ranking.rank,
+            "random": ranks(dice.random(len(ids))),
+        }
+        own = [ids.index(name) for name in culprits.get(question["kind"], ()) if name in ids]
+        order = np.sort(ranking.z)[::-1]
+        results.append(
+            {
+                "kind": question["kind"],
+                "z": [round(float(z), 2) for z in order[:20]],
+                "ranks": {method: sorted(int(rank[k]) for k in own) for method, rank in by.items()} if own else {},
+            }
+        )
+    cost = {"loading": loading, "index": seconds, "records": computed, "questions": asking, "asked": 2 * len(asked), "bytes": store.bytes()}
+    return {"steps": training["steps"], "records": len(records), "cost": cost, "questions": results}
+
+
+def recall(results: list[dict[str, Any]], kind: str, method: str, times: int) -> float:
+    """Share of the culprits among the first n or 2n, mean over the questions of a kind."""
+    found = [q["ranks"][method] for q in results if q["kind"] == kind]
+    return sum(sum(rank <= times * len(own) for rank in own) / len(own) for own in found) / len(found)
+
+
+def show(document: dict[str, Any]) -> None:
+    import numpy as np
+
+    from dagster_project.lineage.attribution.ranking import stands_out
+
+    results = document["questions"]
+    methods = list(results[0]["ranks"])
+    print(f"{document['records']} records, {document['steps']} steps; recall at n / 2n, and questions whose first record is a culprit")
+    for method in methods:
+        cells = []
+        for kind in KINDS:
+            first = sum(q["ranks"][method][0] == 1 for q in results if q["kind"] == kind)
+            cells.append(f"{recall(results, kind, method, 1):.2f} / {recall(results, kind, method, 2):.2f}, {first} of {ASKED}")
+        print(f"{method:<32}" + "   ".join(cells))
+    for kind in dict.fromkeys(q["kind"] for q in results):
+        z = [q["z"] for q in results if q["kind"] == kind]
+        print(
+            f"{kind:<16} z of the first: {sorted(one[0] for one in z)}; {sum(stands_out(np.array(one)) for one in z)} of {len(z)} stand out"
+        )
+    print(json.dumps(document["cost"]))
+
+
+def main() -> int:
+    import logging
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--project", type=Path, default=ROOT, help="a project with data/splits and data/base_model")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/influence"), help="folder for trainings, gradients and results")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--interrupted", action="store_true", help="use the newest checkpoint of a training that was interrupted")
+    options = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pedigree").setLevel(logging.INFO)
+    from dagster_project.core.records import write_json
+
+    for seed in range(options.seeds):
+        work = options.work / str(seed)
+        if options.interrupted and not (work / "adapter" / "training.json").is_file():
+            from_checkpoint(options.project, work)
+        prepare(options.project, work, seed)
+        document = measure(options.project, work, seed)
+        write_json(work / "results.json", document)
+        show(document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""`pedigree why`: the training records whose gradients and words are most like a question and its answer, or a part of the answer (docs/why.md)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.nearest_records import TRAIN, TrainingRecords, cut
+from dagster_project.commands.why_model import Target, target
+from dagster_project.commands.why_prove import lines_of_proof, prove
+from dagster_project.commands.why_question import Options, Question, question, tokenizer_of
+from dagster_project.core.chat import IGNORE
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import prompt_text, read_records, response_text
+from dagster_project.curation.checks.privacy import mask
+from dagster_project.evaluation.baselines import bm25
+from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, cosines, stands_out
+from dagster_project.lineage.attribution.records import TrainedRecord
+from dagster_project.lineage.lineage import trained_on
+
+log = logging.getLogger("pedigree")
+
+EXCERPT = 300
+"""Characters of a record's prompt and answer that are shown."""
+BINS = 40
+"""Of the distribution of scores."""
+CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record: --prove tests that for the group."
+
+
+def index(root: Path, model: str) -> dict[str, Any]:
+    """Compute the gradients of all records that a model was trained on."""
+    found = target(root, model)
+    return {"model": _model(found), "index": found.index()}
+
+
+def answer_why(root: Path, model: str, options: Options, with_index: bool, draws: int | None) -> dict[str, Any]:
+    """Rank the records that a model was trained on for a question.
+
+    Args:
+        with_index: compute gradients that are missing, instead of refusing.
+        draws: sets of random records to compare with, in a check by training again; None: no check.
+    Raises:
+        InputError: as `target`; the answer or the part of it is empty or not found; or gradients are missing.
+    """
+    document, found, asked = ask(root, model, options, with_index)
+    if draws is not None:
+        document["proof"] = prove(found, asked, document["hits"], draws)
+    return document
+
+
+def ask(root: Path, model: str, options: Options, with_index: bool) -> tuple[dict[str, Any], Target, Question]:
+    """As `answer_why` without the check. Returns: the document, and what the check goes on with."""
+    if not options.prompt.strip():
+        raise InputError("--prompt: empty", "give the text of a question")
+    found = target(root, model)
+    indexed = found.index() if with_index else None
+    gradients, _ = found.store.read()
+    system, notes = _system(root, options)
+    asked = question(found, options, system)
+    log_probability, gradient = found.model.of_span(asked.example)
+    texts = Texts(found)
+    documents = [f"{prompt} {response}" for prompt, response in map(texts.of, found.records)]
+    words = next(bm25(documents, [f"{options.prompt} {_content(asked)}"]))
+    ranking = Ranking.of(cosines(gradients, found.projection.project(gradient).numpy()), words)
+    document = {
+        "model": _model(found),
+        **({"index": indexed} if indexed else {}),
+        "question": {
+            "system": system,
+            "prompt": options.prompt,
+            "answer": asked.turn,
+            "answered_by": "model" if options.answer is None else "given",
+            "span": options.span,
+            "spans": [list(bounds) for bounds in asked.spans],
+            "tokens": asked.tokens,
+            "log_probability": round(log_probability, 4),
+        },
+        "records": len(found.records),
+        "distribution": _distribution(ranking),
+        "hits": _hits(found, ranking, texts, options.top),
+        "notes": [*notes, CAVEAT],
+    }
+    return document, found, asked
+
+
+def _model(found: Target) -> dict[str, str]:
+    return {"asked": found.asked, "stage": found.run.address, "path": found.run.path, "md5": found.run.md5}
+
+
+def _system(root: Path, options: Options) -> tuple[str | None, list[str]]:
+    """The system prompt, and a note if the records have several."""
+    if options.system is not None:
+        return options.system or None, []
+    system = TrainingRecords(root).system_prompt()
+    note = "asked without a system prompt; --system gives one: answers of records with another one are less alike"
+    return system, [] if system else [note]
+
+
+def _content(asked: Question) -> str:
+    """Text of the answer, for the likeness of words."""
+    return response_text(asked.messages) or asked.turn
+
+
+class Texts:
+    """Prompts and answers of the records of a training."""
+
+    def __init__(self, found: Target) -> None:
+        self.found = found
+        folder = found.root / TRAIN
+        self.known = {record["example_id"]: record for record in (read_records(folder) if folder.is_dir() else ())}
+        self.tokenizer = tokenizer_of(found)
+
+    def of(self, record: TrainedRecord) -> tuple[str, str]:
+        """Prompt and answer; from the tokens of the training, where the split has no text of it."""
+        known = self.known.get(record.example_id)
+        prompt, response = (prompt_text(known["messages"]), response_text(known["messages"])) if known else ("", "")
+        return prompt or self._decoded(record, False), response or self._decoded(record, True)
+
+    def _decoded(self, record: TrainedRecord, trained: bool) -> str:
+        parts = (
+            [token for token, label in zip(one.input_ids, one.labels, strict=True) if (label != IGNORE) is trained]
+            for one in record.examples
+        )
+        return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts)
+
+
+def _distribution(ranking: Ranking) -> dict[str, Any]:
+    """Scores of all records: median, z of the first, counts by interval; and whether the first stands out."""
+    import numpy as np
+
+    counts, edges = np.histogram(ranking.gradient, bins=BINS)
+    ordered = np.sort(ranking.z)[::-1]
+    return {
+        "median": round(float(np.median(ranking.gradient)), 4),
+        "first": round(float(ranking.gradient.max()), 4),
+        "z_of_first": round(float(ordered[0]), 2),
+        "z_of_tenth": round(float(ordered[min(CROWD, len(ordered)) - 1]), 2),
+        "stands_out": stands_out(ranking.z),
+        "counts": [int(count) for count in counts],
+        "edges": [round(float(edge), 5) for edge in edges],
+    }
+
+
+def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[str, Any]]:
+    """The first records by fused rank, each with its place, use and scores. Secrets and personal data in texts are masked."""
+    seen, _ = trained_on(found.subject)
+    places: dict[str, dict[str, Any]] = {}
+    for row in seen.iter_rows(named=True) if seen is not None else ():
+        if row["model"] == found.run.address:
+            also = {"also_in": row["also_in"]} if row.get("also_in") else {}
+            known = places.setdefault(row["example_id"], {"source": row["source"], "source_row": row["source_row"], **also, "steps": []})
+            known["steps"].append(row["step"])
+    hits = []
+    for i in ranking.order("fused")[:top]:
+        record = found.records[i]
+        prompt, response = (cut(mask(text[: 20 * EXCERPT]), EXCERPT) for text in texts.of(record))
+        hits.append(
+            {
+                "rank": int(ranking.rank[i]),
+                "example_id": record.example_id,
+                **places[record.example_id],
+                "split": "train",
+                "prompt": prompt,
+                "answer": response,
+                "gradient": {
+                    "rank": int(ranking.gradient_rank[i]),
+                    "score": round(float(ranking.gradient[i]), 4),
+                    "z": round(float(ranking.z[i]), 2),
+                },
+                "bm25": {"rank": int(ranking.bm25_rank[i]), "score": round(float(ranking.bm25[i]), 2)},
+            }
+        )
+    return hits
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """The document for the terminal."""
+    lines = []
+    if index := document.get("index"):
+        lines += [
+            f"{document['model']['stage']}: gradients of {index['records']} records in {index['folder']},"
+            f" {index['bytes'] / 1e6:.1f} MB, {index['computed']} computed now"
+        ]
+    if "question" not in document:
+        return "\n".join(lines)
+    checked = []
+    if "proof" in document:
+        checked = lines_of_proof(document["proof"])
+    notes = [f"note: {note}" for note in document["notes"]]
+    return "\n".join([*lines, *_question_lines(document), "", *_hit_lines(document), *checked, *notes])
+
+
+def _question_lines(document: Mapping[str, Any]) -> list[str]:
+    asked, spread = document["question"], document["distribution"]
+    span = "the whole answer" if asked["span"] is None else f"{asked['span']!r}"
+    verdict = "a record stands out" if spread["stands_out"] else "nothing stands out"
+    return [
+        f"{document['model']['stage']}  md5 {document['model']['md5'][:12]}, trained on {document['records']} records",
+        f"prompt  {cut(asked['prompt'])}",
+        f"answer  {cut(asked['answer'])}  ({asked['answered_by']})",
+        f"asked   {span}: {asked['tokens']} tokens, log-probability {asked['log_probability']:.2f} nats",
+        f"{verdict}: the highest of {document['records']} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f} robust standard"
+        f" deviations above the median, and the tenth {spread['z_of_tenth']:.1f} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the tenth)",
+    ]
+
+
+def _hit_lines(document: Mapping[str, Any]) -> list[str]:
+    lines = ["rank  gradient (rank, z)     BM25 (rank)    source"]
+    for hit in document["hits"]:
+        by, words = hit["gradient"], hit["bm25"]
+        row = "" if hit["source_row"] is None else f":{hit['source_row']}"
+        place = f"{hit['source']}{row}" if hit["source"] else "source unknown"
+        steps = ", ".join(map(str, hit["steps"][:6])) + (", ..." if len(hit["steps"]) > 6 else "")
+        lines += [
+            f"{hit['rank']:>4}  {by['score']:+.3f} ({by['rank']:>4}, {by['z']:+5.1f})  {words['score']:>6.2f} ({words['rank']:>4})"
+            f"  {place}  {hit['example_id'][:8]}  steps {steps}",
+            f"      {hit['prompt']}",
+            f"      -> {hit['answer']}",
+        ]
+    return lines

@@ -1,0 +1,209 @@
+"""The adapter behind a model that `pedigree why` asks about: its training, the files that it was made from, and the store of its gradients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core import params
+from dagster_project.core.documents import read_document
+from dagster_project.core.errors import Busy, InputError
+from dagster_project.core.hashing import md5_of_folder
+from dagster_project.core.params import Compute
+from dagster_project.core.records import remove, write_json
+from dagster_project.lineage.attribution.gradients import REFUSED, TrainedModel
+from dagster_project.lineage.attribution.per_record import projected_gradients
+from dagster_project.lineage.attribution.projection import Projection
+from dagster_project.lineage.attribution.records import TrainedRecord, trained_records
+from dagster_project.lineage.attribution.store import GRADIENTS, GradientStore, identity_of
+from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import Subject, find
+from dagster_project.lineage.runs import StageRun
+from dagster_project.orchestration import locks
+from dagster_project.training.methods.load import AdapterInfo
+from dagster_project.training.trainers.harness.params import AdapterParams
+
+ADAPTER, TOKENIZED, BASE_MODEL = "adapter", "data/tokenized", "data/base_model"
+FROM_PAIRS = ("reward_model", "aligned", "merged_aligned")
+OWNER = "model.json"
+"""File in the folder of a store: which stage it is of, so that a variant has one store at most."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One trained adapter of the workspace."""
+
+    root: Path
+    asked: str
+    """The model as it was named."""
+    subject: Subject
+    run: StageRun
+    """The training of the adapter."""
+    trained: TrainedModel | None = field(default=None)
+
+    @property
+    def variant(self) -> str:
+        return self.run.address.partition("@")[2]
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.run.path
+
+    @property
+    def tokenized(self) -> Path:
+        return self.root / TOKENIZED
+
+    @property
+    def base_model(self) -> Path:
+        return self.root / BASE_MODEL
+
+    @cached_property
+    def training(self) -> dict[str, Any]:
+        """training.json of the adapter."""
+        return read_document(
+            self.folder / "training.json", f"{self.run.path}/training.json", f"make it again with `dvc repro {self.run.address}`"
+        )
+
+    @cached_property
+    def entry(self) -> AdapterParams:
+        """The variant's entry in params.yaml as it was trained, with the value that was chosen for each `auto`.
+
+        Raises:
+            InputError: a command trained it.
+        """
+        recorded = self.subject.index.lock_entry(self.run).get("params", {}).get("params.yaml", {})
+        value = next((value for key, value in recorded.items() if key.partition(".")[2] == self.variant), None) or {}
+        chosen = {name: choice["value"] for name, choice in self.training.get("chosen", {}).items()}
+        found = params.parse(AdapterParams, {**value, **chosen}, f"{ADAPTER}.{self.variant}")
+        if found.command is not None:
+            raise InputError(
+                f"{self.run.address} was trained by a command of your own, whose loss is not known here",
+                "ask a variant that was trained without `command`",
+            )
+        return found
+
+    @property
+    def compute(self) -> Compute:
+        """As it was trained."""
+        names = ("seed", "threads", "dtype", "processes")
+        return Compute(**{name: self.training[name] for name in names if name in self.training})
+
+    @cached_property
+    def records(self) -> list[TrainedRecord]:
+        return trained_records(self.folder, self.tokenized)
+
+    @cached_property
+    def projection(self) -> Projection:
+        return Projection()
+
+    @cached_property
+    def store(self) -> GradientStore:
+        compute = {name: self.training.get(name) for name in ("dtype", "device", "threads")}
+        smoothing = self.entry.label_smoothing_factor
+        identity = identity_of(self.folder, self.base_model, self.records, self.projection, compute, smoothing)
+        return GradientStore.at(self.root, identity, len(self.records))
+
+    @cached_property
+    def model(self) -> TrainedModel:
+        """The loaded model."""
+        one_process = self.compute.model_copy(update={"processes": 1})
+        return TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
+
+    def index(self) -> dict[str, Any]:
+        """Compute what is missing in the store.
+
+        Returns:
+            {"folder", "records", "computed", "bytes"}.
+        """
+        store = self.store
+        with self._alone():
+            missing = store.missing()
+            if missing:
+                self._remove_others()
+                model = self.model
+                write_json(store.folder / OWNER, {"stage": self.run.address})
+                computed = store.build(
+                    lambda numbers: projected_gradients(model, self.projection, [self.records[i].examples for i in numbers]),
+                    f"{self.run.address}: gradients",
+                )
+            else:
+                computed = 0
+        return {
+            "folder": store.folder.relative_to(self.root).as_posix(),
+            "records": len(self.records),
+            "computed": computed,
+            "bytes": store.bytes(),
+        }
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock of the stage, so that neither a training nor an erasure changes the model at the same time."""
+
+        def refuse(holder: str) -> None:
+            raise Busy(f"{self.run.address} is being used by {holder}", "wait for it to end, then run the same command again")
+
+        with locks.hold(self.root, self.run.address, refuse, "pedigree why --index"):
+            yield
+
+    def _remove_others(self) -> None:
+        """Remove stores of earlier versions of the same variant."""
+        for file in (self.root / GRADIENTS).glob(f"*/{OWNER}"):
+            if file.parent != self.store.folder and owner_of(file) == self.run.address:
+                remove(file.parent)
+
+
+def owner_of(file: Path) -> str | None:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found.get("stage") if isinstance(found, dict) else None
+
+
+def target(root: Path, model: str) -> Target:
+    """The adapter that a model was made from.
+
+    Args:
+        model: its name, folder or hash, as for `pedigree audit`.
+    Raises:
+        InputError: its answers cannot be attributed, or the files of its training are not in the workspace.
+    """
+    subject = find(Index(root), model)
+    models = subject.models
+    if aligned := next((run for run in models if run.address.partition("@")[0] in FROM_PAIRS), None):
+        raise InputError(
+            f"{model}: {aligned.address} was trained on preference pairs, whose gradients are not supported yet",
+            "ask the supervised model that it started from, e.g. merged@lora",
+        )
+    adapters = [run for run in models if run.address.partition("@")[0] == ADAPTER]
+    if len(adapters) != 1:
+        raise InputError(f"{model} was not made from one supervised adapter of this project", "name adapter@VARIANT or merged@VARIANT")
+    [run] = adapters
+    _refuse_other_files(root, subject.index, run)
+    method = AdapterInfo.read(root / run.path).method
+    if method in REFUSED:
+        raise InputError(f"{run.address}: answers of {method} cannot be attributed: {REFUSED[method]}", "ask another variant")
+    return Target(root, model, subject, run)
+
+
+def _refuse_other_files(root: Path, index: Index, run: StageRun) -> None:
+    """Raises:
+    InputError: the workspace has no adapter, tokenized data or base model, or other ones than those of this training.
+    """
+    inputs = {path: md5 for path, _, md5 in run.inputs}
+    needed: Mapping[str, str] = {run.path: run.md5, TOKENIZED: inputs.get(TOKENIZED, ""), BASE_MODEL: inputs.get(BASE_MODEL, "")}
+    for path, md5 in needed.items():
+        listing = listing_of(root / path)
+        if not listing:
+            raise InputError(f"{path}, which {run.address} needs, is not in the workspace", f"restore it with `dvc checkout {path}`")
+        if md5 != md5_of_folder(listing):
+            raise InputError(
+                f"{path} in the workspace is not the one of this training ({run.address}, md5 {run.md5[:12]})",
+                f"check out the revision of the model and run `dvc checkout {path}`",
+            )

@@ -1,0 +1,137 @@
+"""`pedigree why --prove`: trains again with the loss weights of the first records set to zero, and with those of random ones, and compares the answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.why_model import OWNER, Target, owner_of
+from dagster_project.commands.why_question import Question
+from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.hashing import sha256_of_file
+from dagster_project.core.records import remove, write_json
+from dagster_project.lineage.attribution.gradients import TrainedModel
+from dagster_project.lineage.attribution.proof import LEAST_DRAWS, MOST_DRAWS, PROOFS, Verdict, draws, fits, name_of, zero_weights
+from dagster_project.stages import adapter
+
+log = logging.getLogger("pedigree")
+
+DONE = "done.json"
+
+
+def prove(found: Target, question: Question, hits: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    """Test whether the asked tokens become less likely without the first records than without as many random ones.
+
+    Args:
+        count: sets of random records.
+    Returns:
+        {"left_out", "log_probability": of the adapter as trained again with all records, "identical": whether that has the adapter's bytes, "change",
+        "draws": changes without random records, "mean_of_draws", "difference", "interval", "supported"}; changes in nats, above 0: less likely.
+    Raises:
+        InputError: the number of sets is out of range, or a packed row would be empty.
+        CheckFailed: a training diverged.
+    """
+    if not LEAST_DRAWS <= count <= MOST_DRAWS:
+        raise InputError(f"--draws {count}: must be from {LEAST_DRAWS} to {MOST_DRAWS}", "3 gives a wide interval, 8 a narrower one")
+    top = sorted(hit["example_id"] for hit in hits)
+    if not fits(found.tokenized, top):
+        raise InputError(
+            "--prove: a packed row has no other record than the first ones, so its loss would not be defined", "leave out fewer with --top"
+        )
+    chosen = list(islice(draws([record.example_id for record in found.records], top, found.store.folder.name, found.tokenized), count))
+    _remove_others(found)
+    sets = {"all records": [], f"the first {len(top)} left out": top}
+    sets |= {f"random set {i + 1} of {count} left out": names for i, names in enumerate(chosen)}
+    todo = sum(not _folder(found, names).joinpath(DONE).is_file() for names in sets.values())
+    log.info(f"why: {todo} of {len(sets)} trainings of {found.run.address} to run; those of earlier questions are kept")
+    values = {what: _log_probability(found, question, train_without(found, names, what)) for what, names in sets.items()}
+    whole, without, *of_draws = values.values()
+    verdict = Verdict(whole - without, tuple(whole - value for value in of_draws))
+    return {
+        "left_out": len(top),
+        "log_probability": round(whole, 4),
+        "identical": _same_weights(_folder(found, []), found.folder),
+        "change": round(verdict.change, 4),
+        "draws": [round(change, 4) for change in verdict.of_draws],
+        "mean_of_draws": round(verdict.mean, 4),
+        "difference": round(verdict.change - verdict.mean, 4),
+        "interval": [round(bound, 4) for bound in verdict.interval],
+        "supported": verdict.supported,
+    }
+
+
+def train_without(found: Target, names: Collection[str], what: str) -> Path:
+    """The adapter trained again with a loss weight of 0 for some records, by the code of the stage, or as kept from an earlier question.
+
+    Raises:
+        CheckFailed: a blocking check of the training failed.
+    """
+    folder = _folder(found, names)
+    if (folder / DONE).is_file():
+        return folder
+    remove(folder)
+    scratch = folder.with_name(f"{folder.name}.training")  # its checkpoints survive an interruption
+    remove(scratch / "tokenized")
+    remove(scratch / "adapter")
+    scratch.mkdir(parents=True, exist_ok=True)
+    log.info(f"why: training {found.run.address} again, {what}")
+    zero_weights(found.tokenized, scratch / "tokenized", names)
+    out = scratch / "adapter"
+    out.mkdir()
+    entry = found.entry.model_copy(update={"report_to": "none"})
+    report = adapter.produce(
+        found.variant, entry, found.compute, scratch / "tokenized", found.base_model, out, scratch / "loss.csv", scratch / "checkpoints"
+    )
+    if failed := [check.name for check in report.failures]:
+        raise CheckFailed(f"the training with {what} failed: {', '.join(failed)}", "see the log above")
+    write_json(out / DONE, {"left_out": len(names)})
+    out.replace(folder)
+    remove(scratch)
+    write_json(folder.parent / OWNER, {"stage": found.run.address})
+    return folder
+
+
+def _folder(found: Target, names: Collection[str]) -> Path:
+    return found.root / PROOFS / found.store.folder.name / name_of(names)
+
+
+def _remove_others(found: Target) -> None:
+    """Remove trainings of earlier versions of the same variant."""
+    for file in (found.root / PROOFS).glob(f"*/{OWNER}"):
+        if file.parent.name != found.store.folder.name and owner_of(file) == found.run.address:
+            remove(file.parent)
+
+
+def _log_probability(found: Target, question: Question, folder: Path) -> float:
+    model = TrainedModel.load(folder, found.base_model, found.compute, found.run.address)
+    return model.log_probability(question.example)
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders have the same files of weights, byte for byte."""
+    files = [{path.name: sha256_of_file(path) for path in folder.glob("*.safetensors")} for folder in (one, other)]
+    return files[0] == files[1] and bool(files[0])
+
+
+def lines_of_proof(proof: Mapping[str, Any]) -> list[str]:
+    """The proof for the terminal."""
+    low, high = proof["interval"]
+    same = (
+        "gives the adapter's very bytes" if proof["identical"] else "gives other bytes than the adapter's (another machine or other code)"
+    )
+    verdict = (
+        "supported: without these records the asked tokens are less likely than without random ones"
+        if proof["supported"]
+        else "NOT supported: the change is within what random records explain"
+    )
+    return [
+        "",
+        f"check by training again, weights of {proof['left_out']} records set to zero in place (with all records it {same}):",
+        f"  without the first {proof['left_out']}: {-proof['change']:+.2f} nats of log-probability",
+        f"  without {proof['left_out']} at random: {', '.join(f'{-change:+.2f}' for change in proof['draws'])} nats",
+        f"  less likely by {proof['difference']:.2f} nats than at random, 95 % interval {low:.2f} to {high:.2f}",
+        f"  {verdict}",
+    ]

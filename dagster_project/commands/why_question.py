@@ -1,0 +1,119 @@
+"""The question of `pedigree why`: a prompt with an answer, tokenized as in training, with the tokens that are asked about as labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dagster_project.commands.nearest_records import cut
+from dagster_project.commands.why_model import Target
+from dagster_project.core import params
+from dagster_project.core.chat import IGNORE, encode_pieces, examples_of
+from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages
+from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
+from dagster_project.lineage.attribution.records import Example
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked."""
+
+    prompt: str
+    answer: str | None = None
+    """None: the model's own."""
+    span: str | None = None
+    """Part of the answer; None: all of it."""
+    system: str | None = None
+    """None: that of the training records, if all have the same."""
+    top: int = 10
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with an answer, tokenized, with the asked tokens as labels."""
+
+    messages: Messages
+    turn: str
+    """The answer as the chat template writes it, trace, calls and end of turn included."""
+    spans: tuple[tuple[int, int], ...]
+    """Bounds of the asked parts in `turn`."""
+    example: Example
+
+    @property
+    def tokens(self) -> int:
+        return sum(label != IGNORE for label in self.example.labels)
+
+
+def question(found: Target, options: Options, system: str | None) -> Question:
+    """Tokenize a question with its answer, which the model gives if it is not given.
+
+    Raises:
+        InputError: the answer is empty, too long, or does not contain the part that is asked about.
+    """
+    prompt: Messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": options.prompt}]
+    reply = answer(found, prompt) if options.answer is None else {"role": "assistant", "content": options.answer}
+    if not any(reply.get(name) for name in ("content", "reasoning_content", "tool_calls")):
+        raise InputError("the answer is empty" if options.answer is not None else "the model's answer is empty", "give one with --answer")
+    return tokenize(tokenizer_of(found), [*prompt, reply], options.span)
+
+
+def tokenize(tokenizer: Any, messages: Messages, span: str | None) -> Question:
+    """A question of which the last message is the answer.
+
+    Raises:
+        InputError: as `question`.
+    """
+    pieces = examples_of(tokenizer, {"messages": messages, "tools": None})[-1]
+    last = max(i for i, (_, is_trained) in enumerate(pieces) if is_trained)
+    turn = pieces[last][0]
+    spans = [(0, len(turn))] if span is None else _find(turn, span)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for i, ((text, _), ids) in enumerate(zip(pieces, encode_pieces(tokenizer, [pieces])[0], strict=True)):
+        input_ids += ids
+        labels += _labels(tokenizer, text, ids, spans) if i == last else [IGNORE] * len(ids)
+    if len(input_ids) > tokenizer.model_max_length:
+        raise InputError(f"the question has {len(input_ids):,} tokens, more than the model's context", "shorten it")
+    return Question(messages, turn, tuple(spans), Example(tuple(input_ids), tuple(labels), ()))
+
+
+def _find(turn: str, span: str) -> list[tuple[int, int]]:
+    """Every occurrence of a text in an answer."""
+    found, start = list[tuple[int, int]](), turn.find(span) if span else -1
+    while start >= 0:
+        found.append((start, start + len(span)))
+        start = turn.find(span, start + len(span))
+    if not found:
+        raise InputError(f"--span: {cut(span, 80)!r} is not in the answer: {cut(turn)!r}", "copy a part of the answer, letter by letter")
+    return found
+
+
+def _labels(tokenizer: Any, text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The ids of tokens with a character in one of the spans; -100 for the others."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [
+        token if any(start < stop and end > begin for begin, stop in spans) else IGNORE
+        for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
+    ]
+
+
+def answer(found: Target, prompt: Messages) -> dict[str, Any]:
+    """The model's most likely answer, as evaluation makes it: the message."""
+    values = params.read(found.root)
+    settings = params.parse(Settings, values.get("evaluation"), "evaluation")
+    run = found.subject.run
+    folder = found.root / run.path if run.in_workspace and (found.root / run.path / "config.json").is_file() else found.folder
+    model = EvaluatedModel(folder, found.compute, settings, found.base_model)
+    [said] = model.answer([prompt], found.run.address)
+    return dict(said.message)
+
+
+def tokenizer_of(found: Target) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(found.base_model, trust_remote_code=False)
+    for template in found.folder.glob("chat_template.jinja"):
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer

@@ -1,0 +1,158 @@
+"""Gradients of a trained adapter: of the loss of a record, as training computed it, and of the log-probability of a part of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dagster_project.core.chat import IGNORE
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
+from dagster_project.lineage.attribution.records import Example
+from dagster_project.training.methods.attention import attention_for
+from dagster_project.training.methods.build import PreparedModel, build, causal
+from dagster_project.training.methods.hardware import adding_adapters, prepare
+from dagster_project.training.methods.load import AdapterInfo, load_base
+from dagster_project.training.tokens.collators import SIZES, collate_packed
+
+if TYPE_CHECKING:
+    import torch
+
+OWN_WEIGHTS = ("full", "bitfit")
+"""Methods that train the base model's own weights, whose folders are complete models."""
+REFUSED = {
+    "prefix_tuning": "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare",
+    "prompt_tuning": "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare",
+    "p_tuning": "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare",
+    "cartridge": "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare",
+    "adaption_prompt": "it trains prompts inside the attention and leaves every weight as it is",
+    "feature_extraction": "it is a classifier without optimizer steps: it predicts a label and has no log-probability of a text",
+}
+"""Method -> why its answers cannot be attributed."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """An adapter with its base model, ready for gradients of its trained weights."""
+
+    prepared: PreparedModel
+    label_smoothing: float
+
+    @classmethod
+    def load(cls, folder: Path, base_model: Path, compute: Compute, where: str, label_smoothing: float = 0.0) -> TrainedModel:
+        """Args:
+            folder: the adapter, or the complete model of a method that trains the base model's own weights.
+            where: name of the model, for messages.
+        Raises:
+            InputError: its method cannot be attributed.
+        """
+        info = AdapterInfo.read(folder)
+        if info.method in REFUSED:
+            raise InputError(f"{where}: answers of {info.method} cannot be attributed: {REFUSED[info.method]}", "ask another variant")
+        device, dtype = prepare(compute)
+        if info.method in OWN_WEIGHTS:
+            prepared = build(info.method, {}, folder, device, dtype, where)
+        else:
+            prepared = _with_adapter(folder, base_model, info, device, dtype)
+        prepared.model.eval()
+        return cls(prepared, label_smoothing)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained weights by name."""
+        named = self.prepared.model.named_parameters()
+        return {name: weight for name, weight in named if weight.requires_grad}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(weight.shape) for name, weight in self.weights.items()}
+
+    def of_record(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Gradient of the weighted mean loss over the tokens of a record's examples, by name of the weight."""
+        return self._gradient(self._loss(examples, self.label_smoothing))
+
+    def of_span(self, example: Example) -> tuple[float, dict[str, torch.Tensor]]:
+        """Log-probability in nats of the labeled tokens, and the gradient of its negative, by name of the weight.
+
+        The sign is that of a loss, so that a cosine above 0 with the gradient of a record means: a step on the record makes the tokens more likely.
+        """
+        loss = self._nats(example)
+        return -float(loss.detach()), self._gradient(loss)
+
+    def log_probability(self, example: Example) -> float:
+        """Log-probability in nats of the labeled tokens."""
+        import torch
+
+        with torch.no_grad():
+            return -float(self._nats(example))
+
+    def _nats(self, example: Example) -> torch.Tensor:
+        count = sum(label != IGNORE for label in example.labels[1:])
+        uniform = Example(example.input_ids, example.labels, tuple(float(label != IGNORE) for label in example.labels))
+        return self._loss([uniform], 0.0) * count
+
+    def _gradient(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        weights = self.weights
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(weight) if gradient is None else gradient
+            for (name, weight), gradient in zip(weights.items(), found, strict=True)
+        }
+
+    def _loss(self, examples: Sequence[Example], label_smoothing: float) -> torch.Tensor:
+        """Weighted mean of the loss per token, as in `trainers/sft/sft.py`; 0 if no token has a weight."""
+        total = max(sum(weight for example in examples for weight in _counted(example)), 1e-30)
+        return self._weighted_sum(examples, label_smoothing) / total
+
+    def sum_of_losses(self, records: Sequence[Sequence[Example]]) -> torch.Tensor:
+        """Sum of the losses of several records, in one packed row."""
+        scaled = []
+        for examples in records:
+            total = max(sum(weight for example in examples for weight in _counted(example)), 1e-30)
+            scaled += [replace(example, weights=tuple(weight / total for weight in example.weights)) for example in examples]
+        return self._weighted_sum(scaled, self.label_smoothing)
+
+    def _weighted_sum(self, examples: Sequence[Example], label_smoothing: float) -> torch.Tensor:
+        """Sum of weight x loss over the tokens of examples in one packed row."""
+        from torch.nn.functional import cross_entropy
+
+        device = causal(self.prepared.model).device
+        row = {name: [value for example in examples for value in getattr(example, name)] for name in ("input_ids", "labels", "weights")}
+        batch = collate_packed([row | {"lengths": [len(example.input_ids) for example in examples]}], multiple=SIZES)
+        batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+        labels = batch["labels"][:, 1:]
+        counted = labels != IGNORE
+        hidden = self.prepared.hidden_states(batch)[:, :-1][counted]
+        logits = causal(self.prepared.model).get_output_embeddings()(hidden).float()
+        losses = cross_entropy(logits, labels[counted], reduction="none", label_smoothing=label_smoothing)
+        return (losses * batch["weights"][:, 1:][counted]).sum()
+
+
+def _counted(example: Example) -> list[float]:
+    """Weights of the tokens that the loss counts: the first token has no context."""
+    return [weight for weight, label in zip(example.weights[1:], example.labels[1:], strict=True) if label != IGNORE]
+
+
+def _with_adapter(folder: Path, base_model: Path, info: AdapterInfo, device: torch.device, dtype: torch.dtype) -> PreparedModel:
+    """A base model with a trained adapter of PEFT, whose weights are trainable in float32, as in `methods/build.py`."""
+    import torch
+    from peft import PeftModel
+
+    from dagster_project.training.methods.fused_lora import fuse
+
+    base = load_base(base_model, device, dtype, info.quantization, attention_for(device, dtype))
+    with adding_adapters():
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    for name, weight in model.named_parameters():
+        if ".ranknum." in name:  # a counter of AdaLoRA
+            weight.requires_grad_(False)
+    low = [weight for weight in model.parameters() if weight.requires_grad and weight.dtype != torch.float32]
+    for weight in low:
+        weight.data = weight.data.float()
+    fuse(model)
+    trainable, total = model.get_nb_trainable_parameters()
+    return PreparedModel(model, trainable, total, lambda _: None, autocast=dtype if low else None)

@@ -1,0 +1,136 @@
+"""A test of an attribution: the loss weights of some records are set to zero where they are, so that a training differs from the original in nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+
+from dagster_project.core.errors import InputError
+
+PROOFS = Path(".dvc", "tmp", "pedigree", "proofs")
+"""Folder of adapters that were trained without some records, and of the altered data. A cache: it can be deleted at any time."""
+T_975 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+)
+"""Quantile 0.975 of Student's t distribution with 1, 2, ... degrees of freedom."""
+LEAST_DRAWS, MOST_DRAWS = 2, len(T_975) + 1
+TRAIN = "train.parquet"
+
+
+def zero_weights(tokenized: Path, out: Path, names: Collection[str]) -> None:
+    """Copy tokenized data, with a loss weight of 0 for all tokens of some records of the training split. Order, packing, tokens and labels stay.
+
+    The loss of a forward pass is the mean over its tokens by weight, so the other examples of a row share the weight that these had.
+
+    Raises:
+        InputError: a packed row would have no weight left, so that its loss would not be defined.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shutil.copytree(tokenized, out)
+    table = pq.read_table(tokenized / TRAIN)
+    rows, left_out = table.select(["example_ids", "lengths", "weights"]).to_pylist(), {*names}
+    altered = [_without(row["example_ids"], row["lengths"], row["weights"], left_out) for row in rows]
+    position, kind = table.schema.get_field_index("weights"), table.schema.field("weights")
+    pq.write_table(table.set_column(position, kind, pa.array(altered, kind.type)), out / TRAIN, compression="zstd", store_schema=True)
+
+
+def _without(names: Sequence[str], lengths: Sequence[int], weights: list[float], left_out: set[str]) -> list[float]:
+    """Weights of a packed row."""
+    found = list(weights)
+    for name, (start, stop) in zip(names, pairwise(accumulate(lengths, initial=0)), strict=True):
+        if name in left_out:
+            found[start:stop] = [0.0] * (stop - start)
+    if any(weights) and not any(found):
+        raise InputError(
+            "a packed row of the training has no other record than those that are left out, so its loss would not be defined",
+            "leave out fewer records with --top",
+        )
+    return found
+
+
+def fits(tokenized: Path, names: Collection[str]) -> bool:
+    """Whether every packed row keeps a weight without some records."""
+    import pyarrow.parquet as pq
+
+    left_out = {*names}
+    return all(not left_out.issuperset(row) for row in pq.read_table(tokenized / TRAIN, columns=["example_ids"])["example_ids"].to_pylist())
+
+
+def draws(names: Sequence[str], top: Collection[str], seed: str, tokenized: Path) -> Iterator[list[str]]:
+    """Endless sets of as many random records as `top`, none of which is in it. The same seed gives the same sets, but for those that are skipped.
+
+    Args:
+        names: all records of the training.
+        seed: identity of the training, so that questions about one model share their sets.
+    """
+    pool, taken = sorted(names), {*top}
+    if len(pool) < 2 * len(taken):
+        raise InputError(
+            f"--top {len(taken)}: the training has {len(pool)} records, too few for as many random ones",
+            "leave out fewer records with --top",
+        )
+    for number in range(10_000):
+        found = sorted(random.Random(f"{seed}:{len(taken)}:{number}").sample(pool, len(taken)))
+        if taken.isdisjoint(found) and fits(tokenized, found):
+            yield found
+    raise InputError(f"--top {len(taken)}: too many records for random sets without them", "leave out fewer records with --top")
+
+
+def name_of(names: Collection[str]) -> str:
+    """Identity of a set of records that are left out."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How much less likely the asked tokens became without the first records, and without random ones, in nats."""
+
+    change: float
+    of_draws: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.of_draws)
+
+    @property
+    def half_width(self) -> float:
+        """Of the 95 % prediction interval of one more random set: t s sqrt(1 + 1/n), from normally distributed changes."""
+        n = len(self.of_draws)
+        return T_975[n - 2] * stdev(self.of_draws) * (1 + 1 / n) ** 0.5
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the difference between the change without the first records and that of a random set."""
+        difference = self.change - self.mean
+        return difference - self.half_width, difference + self.half_width
+
+    @property
+    def supported(self) -> bool:
+        """Whether the asked tokens became less likely than a random set of records would explain."""
+        return self.interval[0] > 0

@@ -1,0 +1,108 @@
+"""Ranks the records of a training by the likeness of their gradients and of their words, and tells whether the first stand out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FUSION = 60
+"""Constant of reciprocal rank fusion (Cormack, Clarke and Buettcher 2009)."""
+STANDS_OUT = 6.0
+"""Robust z of the best gradient score from which a record can stand out."""
+CROWD, TIMES = 10, 2.0
+"""It does if it is also this many times as far from the median as the record of this rank: a label that dozens of records share has no few behind it.
+Measured: docs/why.md."""
+TO_SIGMA = 1.4826
+"""Median absolute deviation times this is the standard deviation of a normal distribution."""
+
+
+def cosines(gradients: np.ndarray, question: np.ndarray) -> np.ndarray:
+    """Cosine of a question's gradient with that of every record, (records,) float32; 0 where a gradient is 0.
+
+    Args:
+        gradients: of length 1, (records, width) float16.
+        question: (width,) float32.
+    """
+    import numpy as np
+
+    norm = float(np.sqrt(np.square(question, dtype=np.float64).sum()))
+    unit = (question / (norm or 1.0)).astype(np.float32)
+    scores = np.empty(len(gradients), np.float32)
+    for start in range(0, len(gradients), 4096):  # in blocks, because the product needs float32
+        scores[start : start + 4096] = gradients[start : start + 4096].astype(np.float32) @ unit
+    return scores
+
+
+def robust_z(scores: np.ndarray) -> np.ndarray:
+    """Distance of each score from the median, in standard deviations estimated by the median absolute deviation; 0 if all are equal."""
+    import numpy as np
+
+    away = scores - np.median(scores)
+    scale = TO_SIGMA * float(np.median(np.abs(away)))
+    return away / scale if scale else np.zeros_like(away)
+
+
+def stands_out(z: np.ndarray) -> bool:
+    """Whether few records are much more like the question than all others.
+
+    Args:
+        z: of each record, (records,).
+    """
+    import numpy as np
+
+    ordered = np.sort(z)[::-1]
+    first, of_crowd = float(ordered[0]), float(ordered[min(CROWD, len(ordered)) - 1])
+    return first >= STANDS_OUT and first >= TIMES * of_crowd
+
+
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """Rank of each score from 1, the highest first; equal scores by position."""
+    import numpy as np
+
+    found = np.empty(len(scores), np.int64)
+    found[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
+    return found
+
+
+def fused(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Score of reciprocal rank fusion of two rankings.
+
+    Args:
+        first, second: ranks from 1.
+    """
+    return 1.0 / (FUSION + first) + 1.0 / (FUSION + second)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All records, ranked in three ways; (records,) each."""
+
+    gradient: np.ndarray
+    """Cosine of the gradients."""
+    z: np.ndarray
+    bm25: np.ndarray
+    gradient_rank: np.ndarray
+    bm25_rank: np.ndarray
+    rank: np.ndarray
+    """By fusion of the two."""
+
+    @classmethod
+    def of(cls, gradient: np.ndarray, bm25: np.ndarray) -> Ranking:
+        import numpy as np
+
+        by_gradient, by_words = ranks(gradient), np.where(bm25 > 0, ranks(bm25), len(bm25))  # without a word in common: last
+        return cls(gradient, robust_z(gradient), bm25, by_gradient, by_words, ranks(fused(by_gradient, by_words)))
+
+    def order(self, by: str) -> list[int]:
+        """Numbers of the records, the first first.
+
+        Args:
+            by: "fused", "gradient" or "bm25".
+        """
+        import numpy as np
+
+        chosen = {"fused": self.rank, "gradient": self.gradient_rank, "bm25": self.bm25_rank}[by]
+        return [int(i) for i in np.argsort(chosen, kind="stable")]

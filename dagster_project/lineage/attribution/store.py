@@ -1,0 +1,155 @@
+"""Projected gradients of all records of a training, in a folder of .dvc/tmp/pedigree/gradients. A cache: it can be deleted at any time, and is checked by
+hash whenever it is read. Its name is the hash of all that it was computed from, so it can never be taken for that of another model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_file, sha256_of_files, sha256_of_text
+from dagster_project.core.progress import Progress
+from dagster_project.core.records import write_json
+from dagster_project.lineage.attribution.projection import Projection
+from dagster_project.lineage.attribution.records import TrainedRecord, sha256_of_records
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+GRADIENTS = Path(".dvc", "tmp", "pedigree", "gradients")
+"""Folder of all stores of a project."""
+MANIFEST = "store.json"
+SHARD = 32
+"""Records of a file. An interrupted command loses at most the gradients of these."""
+LIBRARIES = ("torch", "transformers", "peft")
+CODE = ("gradients.py", "per_record.py", "projection.py", "records.py", "store.py")
+"""Modules of this folder that the content depends on."""
+
+
+def identity_of(
+    adapter: Path,
+    base_model: Path,
+    records: Sequence[TrainedRecord],
+    projection: Projection,
+    compute: Mapping[str, Any],
+    label_smoothing: float,
+) -> dict[str, Any]:
+    """All that a store is computed from.
+
+    Args:
+        compute: dtype, device and threads of the computation.
+    """
+    files = sorted(path for path in adapter.rglob("*") if path.is_file())
+    here = Path(__file__).parent
+    return {
+        "adapter": sha256_of_files(files),
+        "base_model": sha256_of_files(sorted([*base_model.glob("*.safetensors"), base_model / "config.json"])),
+        "records": sha256_of_records(list(records)),
+        "projection": {"size": projection.size, "seed": projection.seed},
+        "label_smoothing": label_smoothing,
+        "compute": dict(compute),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "code": sha256_of_files([here / name for name in CODE]),
+    }
+
+
+@dataclass(frozen=True)
+class GradientStore:
+    """The store of one model, which may not exist yet, or be incomplete."""
+
+    folder: Path
+    identity: Mapping[str, Any]
+    records: int
+
+    @classmethod
+    def at(cls, root: Path, identity: Mapping[str, Any], records: int) -> GradientStore:
+        name = sha256_of_text(json.dumps(identity, sort_keys=True))[:32]
+        return cls(root / GRADIENTS / name, identity, records)
+
+    @property
+    def shards(self) -> int:
+        return -(-self.records // SHARD)
+
+    def missing(self) -> list[int]:
+        """Numbers of the files that are missing or damaged, by their hashes."""
+        known = self._manifest().get("shards", {})
+        return [n for n in range(self.shards) if not self._is_intact(n, known)]
+
+    def is_begun(self) -> bool:
+        return bool(self._manifest())
+
+    def build(self, gradients: Callable[[Sequence[int]], torch.Tensor], what: str) -> int:
+        """Compute what is missing.
+
+        Args:
+            gradients: numbers of some records -> their projected gradients, (records, width) float32.
+            what: name of the work in progress lines.
+        Returns:
+            Records that were computed.
+        """
+        import numpy as np
+
+        missing = self.missing()
+        progress = Progress(what, sum(len(self._records_of(n)) for n in missing), "record")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for n in missing:
+            rows = gradients(self._records_of(n)).numpy()
+            norms = np.sqrt(np.square(rows, dtype=np.float64).sum(1))
+            units = rows / np.where(norms, norms, 1.0)[:, None]
+            self._write(n, units.astype(np.float16), norms.astype(np.float32))
+            progress.advance(len(rows))
+        return progress.total
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Projected gradients scaled to length 1, (records, width) float16, and their lengths, (records,) float32.
+
+        Raises:
+            InputError: the store does not exist, or is incomplete or damaged.
+        """
+        import numpy as np
+        from safetensors.numpy import load_file
+
+        if missing := self.missing():
+            state = "incomplete or damaged" if self.is_begun() else "missing"
+            raise InputError(
+                f"the gradients of the model are {state}: {len(missing)} of {self.shards} files", "add --index to compute them"
+            )
+        parts = [load_file(self._path(n)) for n in range(self.shards)]
+        return np.concatenate([part["gradients"] for part in parts]), np.concatenate([part["norms"] for part in parts])
+
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    def _records_of(self, n: int) -> range:
+        return range(n * SHARD, min((n + 1) * SHARD, self.records))
+
+    def _path(self, n: int) -> Path:
+        return self.folder / f"gradients-{n:05d}.safetensors"
+
+    def _write(self, n: int, gradients: np.ndarray, norms: np.ndarray) -> None:
+        from safetensors.numpy import save_file
+
+        scratch = self.folder / f".writing-{n:05d}"
+        save_file({"gradients": gradients, "norms": norms}, scratch)
+        digest = sha256_of_file(scratch)
+        scratch.replace(self._path(n))
+        known = self._manifest().get("shards", {}) | {self._path(n).name: digest}
+        write_json(self.folder / MANIFEST, {"identity": self.identity, "records": self.records, "shards": dict(sorted(known.items()))})
+
+    def _is_intact(self, n: int, known: Mapping[str, str]) -> bool:
+        path = self._path(n)
+        return path.name in known and path.is_file() and sha256_of_file(path) == known[path.name]
+
+    def _manifest(self) -> dict[str, Any]:
+        """The list of files and hashes; empty if there is none, or it is damaged or of something else."""
+        try:
+            found = json.loads((self.folder / MANIFEST).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        is_own = isinstance(found, dict) and found.get("identity") == self.identity and found.get("records") == self.records
+        return found if is_own and isinstance(found.get("shards"), dict) else {}

@@ -1,0 +1,489 @@
+"""`pedigree why`: gradients equal those of plain autograd, a store is of one model only, and a check by training again changes nothing but the records."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders.tool_calls import weather
+from builders.training import LORA, make_data, train_adapter
+
+from dagster_project.commands.why_question import tokenize
+from dagster_project.core.chat import IGNORE, encode
+from dagster_project.core.errors import InputError
+from dagster_project.core.named_templates import HERMES
+from dagster_project.core.params import Compute
+from dagster_project.core.records import read_table
+from dagster_project.lineage.attribution import proof, ranking, store
+from dagster_project.lineage.attribution.gradients import TrainedModel
+from dagster_project.lineage.attribution.per_record import lora_layers, projected_gradients
+from dagster_project.lineage.attribution.projection import Projection, signs
+from dagster_project.lineage.attribution.records import Example, TrainedRecord, trained_records
+from dagster_project.lineage.attribution.store import GradientStore, identity_of
+
+COMPUTE = Compute(threads=1, dtype="float32")
+WHOLE = Projection(size=4096)
+"""So large that no side of a gradient is projected."""
+SHORT = {**LORA, "num_train_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def work(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tokenized`, and `adapter`, which was trained on it."""
+    folder = tmp_path_factory.mktemp("why")
+    make_data(folder)
+    train_adapter(folder, tiny_model, "adapter", SHORT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(work: Path) -> list[TrainedRecord]:
+    return trained_records(work / "adapter", work / "tokenized")
+
+
+@pytest.fixture(scope="module")
+def trained(work: Path, tiny_model: Path) -> TrainedModel:
+    return TrainedModel.load(work / "adapter", tiny_model, COMPUTE, "adapter@x")
+
+
+def plain_gradients(model: Any, example: Example) -> dict[str, np.ndarray]:
+    """Gradients of the weighted mean loss by PEFT's own layers, transformers' own attention and autograd alone."""
+    import torch
+
+    model.zero_grad()
+    logits = model(torch.tensor([example.input_ids])).logits[0, :-1].float()
+    likely = torch.log_softmax(logits, -1)
+    kept = [(i, label, example.weights[i + 1]) for i, label in enumerate(example.labels[1:]) if label != IGNORE]
+    loss = -sum(weight * likely[i, label] for i, label, weight in kept) / sum(weight for _, _, weight in kept)
+    loss.backward()
+    return {name: weight.grad.numpy().copy() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def flat(gradients: dict[str, Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(gradients[name]).ravel() for name in sorted(gradients)])
+
+
+@pytest.fixture(scope="module")
+def expected(work: Path, tiny_model: Path, records: list[TrainedRecord]) -> np.ndarray:
+    """Full gradient of each of the first records, by `plain_gradients`."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), work / "adapter", is_trainable=True).eval()
+    return np.stack([flat(plain_gradients(model, record.examples[0])) for record in records[:12]])
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, bound: float = 1e-5) -> None:
+    assert np.abs(found - expected).max() < bound * np.abs(expected).max()
+
+
+# ---- records
+
+
+def test_the_records_are_those_of_the_training_with_its_tokens(work: Path, records: list[TrainedRecord]) -> None:
+    seen = {row["example_id"] for row in read_table(work / "adapter/examples.parquet")}
+    assert [record.example_id for record in records] == sorted(seen)
+    first = read_table(work / "tokenized/train.parquet")[0]
+    [one] = [record for record in records if record.example_id == first["example_ids"][1]]
+    start, stop = first["lengths"][0], sum(first["lengths"][:2])
+    assert one.examples == (Example(*(tuple(first[name][start:stop]) for name in ("input_ids", "labels", "weights"))),)
+
+
+def test_records_that_were_never_in_a_step_are_left_out(work: Path, tmp_path: Path, records: list[TrainedRecord]) -> None:
+    from dagster_project.core.records import write_table
+    from dagster_project.training.trainers.harness.weight_audit import seen_schema
+
+    rows = [row for row in read_table(work / "adapter/examples.parquet") if row["example_id"] != records[3].example_id]
+    write_table(tmp_path / "examples.parquet", rows, seen_schema())
+    assert trained_records(tmp_path, work / "tokenized") == [record for record in records if record != records[3]]
+
+
+def test_data_of_another_training_are_refused(work: Path, tmp_path: Path) -> None:
+    make_data(tmp_path, rows=2)
+    with pytest.raises(InputError, match="not the data of this training"):
+        trained_records(work / "adapter", tmp_path / "tokenized")
+
+
+# ---- gradients
+
+
+def test_a_gradient_equals_that_of_plain_autograd(trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray) -> None:
+    assert_close(np.stack([flat(trained.of_record(record.examples)) for record in records[:12]]), expected)
+
+
+def test_packed_records_have_the_gradients_of_each_alone(
+    trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dagster_project.lineage.attribution import per_record
+
+    assert lora_layers(trained) is not None, "otherwise they would not be packed"
+    examples = [record.examples for record in records[:12]]
+    assert_close(projected_gradients(trained, WHOLE, examples).numpy(), expected)
+    monkeypatch.setattr(per_record, "ROOM", 30)  # several passes
+    assert_close(projected_gradients(trained, WHOLE, examples).numpy(), expected)
+    alone = np.stack([Projection(5).project(trained.of_record(record)).numpy() for record in examples])
+    assert_close(projected_gradients(trained, Projection(5), examples).numpy(), alone)
+
+
+def test_examples_of_one_record_share_a_loss(trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray) -> None:
+    one, two = records[0].examples[0], records[1].examples[0]
+    weights = [sum(w for w, label in zip(e.weights[1:], e.labels[1:], strict=True) if label != IGNORE) for e in (one, two)]
+    mean = (weights[0] * expected[0] + weights[1] * expected[1]) / sum(weights)
+    assert_close(projected_gradients(trained, WHOLE, [(one, two)]).numpy()[0], mean)
+    assert_close(flat(trained.of_record((one, two))), mean)
+
+
+def test_a_record_without_a_trained_token_has_the_gradient_zero(trained: TrainedModel, records: list[TrainedRecord]) -> None:
+    one = records[0].examples[0]
+    silent = Example(one.input_ids, (IGNORE,) * len(one.labels), (0.0,) * len(one.weights))
+    found = projected_gradients(trained, WHOLE, [(silent,), records[1].examples]).numpy()
+    assert not found[0].any() and found[1].any()
+
+
+def test_a_step_along_the_gradient_of_a_span_makes_it_more_likely(trained: TrainedModel, records: list[TrainedRecord]) -> None:
+    import torch
+
+    example = records[0].examples[0]
+    before, gradient = trained.of_span(example)
+    assert before == pytest.approx(trained.log_probability(example), rel=1e-5) and before < 0
+    size = sum(float(value.square().sum()) for value in gradient.values())
+    step = 1e-3 / size**0.5
+
+    def move(by: float) -> None:
+        with torch.no_grad():
+            for name, weight in trained.weights.items():
+                weight -= by * gradient[name]
+
+    move(step)
+    gained = trained.log_probability(example) - before
+    move(-step)
+    assert gained == pytest.approx(step * size, rel=0.05)
+
+
+def test_methods_without_gradients_of_weights_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    from dagster_project.training.methods.load import AdapterInfo
+
+    AdapterInfo(method="prompt_tuning").write(tmp_path)
+    with pytest.raises(InputError, match="virtual tokens"):
+        TrainedModel.load(tmp_path, tiny_model, COMPUTE, "adapter@x")
+
+
+def test_other_methods_take_one_record_at_a_time(tiny_model: Path, work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "tokenized", tmp_path / "tokenized")
+    params = {"method": "ia3", "learning_rate": 1e-2, "num_train_epochs": 1}
+    train_adapter(tmp_path, tiny_model, "adapter", params)
+    model = TrainedModel.load(tmp_path / "adapter", tiny_model, COMPUTE, "adapter@x")
+    found = trained_records(tmp_path / "adapter", tmp_path / "tokenized")[:2]
+    assert lora_layers(model) is None
+    gradients = projected_gradients(model, Projection(4), [record.examples for record in found]).numpy()
+    assert gradients.shape == (2, Projection(4).width(model.shapes)) and np.isfinite(gradients).all() and gradients.any(1).all()
+
+
+# ---- projections
+
+
+def test_inner_products_are_exact_where_nothing_is_projected_and_unbiased_where_it_is() -> None:
+    import torch
+
+    dice = np.random.default_rng(1)
+    one, two = (
+        {"w": torch.tensor(dice.normal(size=(40, 30)) + 0.5).float(), "v": torch.tensor(dice.normal(size=7)).float()} for _ in range(2)
+    )
+    exact = sum(float((one[name] * two[name]).sum()) for name in one)
+    assert float(WHOLE.project(one) @ WHOLE.project(two)) == pytest.approx(exact, rel=1e-5)
+    estimates = [float(p.project(one) @ p.project(two)) for p in (Projection(8, seed) for seed in range(300))]
+    error = np.std(estimates) / len(estimates) ** 0.5
+    assert abs(np.mean(estimates) - exact) < 4 * error and error < 0.1 * abs(exact)
+
+
+def test_signs_depend_on_the_name_alone() -> None:
+    one = signs("0:a:left", 3, 50)
+    assert {*one.ravel().tolist()} == {1.0, -1.0} and abs(one.mean()) < 0.3
+    assert (one == signs("0:a:left", 3, 50)).all() and (one != signs("0:b:left", 3, 50)).any()
+
+
+# ---- the store
+
+
+def gradient_of(numbers: Any) -> Any:
+    import torch
+
+    return torch.stack([torch.from_numpy(np.random.default_rng(i).normal(size=20)).float() for i in numbers])
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "SHARD", 4)
+
+
+def contents(one: GradientStore) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(one.folder.iterdir())}
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_store_has_the_same_bytes_twice_and_after_an_interruption(tmp_path: Path) -> None:
+    one, two, three = (GradientStore.at(tmp_path / str(i), {"adapter": "a"}, 10) for i in range(3))
+    assert one.build(gradient_of, "x") == two.build(gradient_of, "x") == 10
+    calls = iter(range(2))
+
+    def interrupted(numbers: Any) -> Any:
+        next(calls)
+        return gradient_of(numbers)
+
+    with pytest.raises(StopIteration):
+        three.build(interrupted, "x")
+    with pytest.raises(InputError, match="incomplete or damaged: 1 of 3"):
+        three.read()
+    assert three.build(gradient_of, "x") == 2
+    assert contents(one) == contents(two) == contents(three)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_what_is_read_are_the_gradients_at_length_one(tmp_path: Path) -> None:
+    one = GradientStore.at(tmp_path, {}, 10)
+    one.build(gradient_of, "x")
+    units, norms = one.read()
+    whole = gradient_of(range(10)).numpy()
+    assert units.dtype == np.float16 and np.allclose(units * norms[:, None], whole, atol=2e-3)
+    assert np.allclose(norms, np.linalg.norm(whole, axis=1))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_damaged_file_is_refused_and_computed_again(tmp_path: Path) -> None:
+    one = GradientStore.at(tmp_path, {}, 10)
+    one.build(gradient_of, "x")
+    before = contents(one)
+    path = one.folder / "gradients-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(InputError, match="damaged"):
+        one.read()
+    assert one.build(gradient_of, "x") == 4
+    assert contents(one) == before
+
+
+def test_a_store_of_another_model_is_never_used(work: Path, tiny_model: Path, records: list[TrainedRecord], tmp_path: Path) -> None:
+    def at(adapter: Path, of: list[TrainedRecord] = records, projection: Projection = WHOLE, dtype: str = "float32") -> GradientStore:
+        return GradientStore.at(tmp_path, identity_of(adapter, tiny_model, of, projection, {"dtype": dtype}, 0.0), len(of))
+
+    first = at(work / "adapter")
+    assert at(work / "adapter").folder == first.folder
+    other = shutil.copytree(work / "adapter", tmp_path / "other")
+    weights = other / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    altered = [*records[:-1], TrainedRecord(records[-1].example_id, records[0].examples)]
+    different = [
+        at(other),
+        at(work / "adapter", altered),
+        at(work / "adapter", projection=Projection(3)),
+        at(work / "adapter", dtype="bfloat16"),
+    ]
+    assert len({first.folder, *(one.folder for one in different)}) == 5
+    first.folder.mkdir(parents=True)
+    manifest = {"identity": dict(different[0].identity), "records": len(records), "shards": {}}
+    (first.folder / "store.json").write_text(json.dumps(manifest))  # moved there by hand
+    assert not first.is_begun()
+
+
+def test_an_erasure_removes_all_stores_and_trainings_of_checks(tmp_path: Path) -> None:
+    from dagster_project.orchestration.erasure.steps import Erasure
+
+    GradientStore.at(tmp_path, {}, 3).build(gradient_of, "x")
+    (tmp_path / proof.PROOFS / "model" / "set").mkdir(parents=True)
+    plan = {"needles": {"texts": [], "groups": [], "ids": [], "unsearchable": 0}, "files": []}
+    Erasure(tmp_path, plan, lambda _: None).files()
+    assert not (tmp_path / store.GRADIENTS).exists() and not (tmp_path / proof.PROOFS).exists()
+
+
+# ---- ranking
+
+
+def test_scores_are_cosines() -> None:
+    dice = np.random.default_rng(2)
+    rows, question = dice.normal(size=(50, 30)), dice.normal(size=30).astype(np.float32)
+    units = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    exact = rows @ question / np.linalg.norm(rows, axis=1) / np.linalg.norm(question)
+    assert np.allclose(ranking.cosines(units, question), exact, atol=2e-3)
+    assert not ranking.cosines(units, np.zeros(30, np.float32)).any()
+
+
+def test_ranks_and_their_fusion() -> None:
+    assert ranking.ranks(np.array([0.1, 0.9, 0.9, 0.5])).tolist() == [4, 1, 2, 3]
+    found = ranking.Ranking.of(np.array([0.9, 0.1, 0.5, 0.0]), np.array([1.0, 0.0, 5.0, 0.5]))
+    assert found.order("gradient") == [0, 2, 1, 3] and found.order("bm25") == [2, 0, 3, 1]
+    assert {*found.order("fused")[:2]} == {0, 2}
+    assert found.order("fused") == sorted(range(4), key=lambda i: -(1 / (60 + found.gradient_rank[i]) + 1 / (60 + found.bm25_rank[i])))
+
+
+def test_records_without_a_word_in_common_share_the_last_place() -> None:
+    found = ranking.Ranking.of(np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.0, 0.0, 2.0, 0.0]))
+    assert found.bm25_rank.tolist() == [4, 4, 1, 4] and found.order("fused") == [2, 3, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("first", "tenth", "expected"), [(12.0, 3.0, True), (12.0, 7.0, False), (5.9, 1.0, False), (6.0, 3.0, True), (12.0, -1.0, True)]
+)
+def test_few_records_stand_out_and_a_crowd_does_not(first: float, tenth: float, expected: bool) -> None:
+    z = np.array([*([-2.0] * 50), *([tenth] * 9), first])
+    assert ranking.stands_out(np.random.default_rng(0).permutation(z)) == expected
+
+
+def test_equal_scores_have_no_distance() -> None:
+    assert not ranking.robust_z(np.full(5, 0.3)).any()
+    normal = np.random.default_rng(3).normal(size=4000)
+    assert np.allclose(ranking.robust_z(normal), (normal - normal.mean()) / normal.std(), atol=0.15)
+
+
+# ---- questions
+
+
+def test_the_asked_tokens_are_those_of_the_span(tiny_tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat, a red one."}]
+    asked = tokenize(tiny_tokenizer, messages, "red")
+    kept = [token for token, label in zip(asked.example.input_ids, asked.example.labels, strict=True) if label != IGNORE]
+    assert tiny_tokenizer.decode(kept) == "redred" and [asked.turn[a:b] for a, b in asked.spans] == ["red", "red"]
+    whole = tokenize(tiny_tokenizer, messages, None)
+    kept = [token for token, label in zip(whole.example.input_ids, whole.example.labels, strict=True) if label != IGNORE]
+    assert tiny_tokenizer.decode(kept) == "A red hat, a red one.<|im_end|>"
+    assert list(whole.example.input_ids) == encode(tiny_tokenizer, messages)[0]
+
+
+@pytest.mark.parametrize("span", ["Oslo", "the temperature", None])
+def test_parts_of_calls_and_traces_can_be_asked(tiny_tokenizer: Any, span: str | None) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = HERMES
+    asked = tokenize(tokenizer, weather()[:5], span)
+    kept = tokenizer.decode([token for token in asked.example.labels if token != IGNORE])
+    trace = "<think>\nI need the temperature first.\n</think>\n\n"
+    called = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
+    assert kept == (span or trace + called)
+
+
+@pytest.mark.parametrize("span", ["blue", "", "Hat?"])
+def test_a_span_that_is_not_in_the_answer_is_refused(tiny_tokenizer: Any, span: str) -> None:
+    messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat."}]
+    with pytest.raises(InputError, match="not in the answer"):
+        tokenize(tiny_tokenizer, messages, span)
+
+
+# ---- the check by training again
+
+
+def test_without_a_record_left_out_training_gives_the_very_bytes(work: Path, tiny_model: Path, tmp_path: Path) -> None:
+    proof.zero_weights(work / "tokenized", tmp_path / "tokenized", [])
+    train_adapter(tmp_path, tiny_model, "adapter", SHORT)
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "adapter" / weights).read_bytes() == (work / "adapter" / weights).read_bytes()
+
+
+def test_only_the_weights_of_the_records_change(work: Path, tmp_path: Path, records: list[TrainedRecord]) -> None:
+    out = {records[0].example_id, records[9].example_id}
+    proof.zero_weights(work / "tokenized", tmp_path / "tokenized", out)
+    before, after = (read_table(folder / "tokenized/train.parquet") for folder in (work, tmp_path))
+    assert [{**row, "weights": 0} for row in after] == [{**row, "weights": 0} for row in before]
+    for one, other in zip(before, after, strict=True):
+        start = 0
+        for name, length in zip(one["example_ids"], one["lengths"], strict=True):
+            part = slice(start, start + length)
+            assert list(other["weights"][part]) == ([0.0] * length if name in out else list(one["weights"][part]))
+            start += length
+    assert (tmp_path / "tokenized/validation.parquet").read_bytes() == (work / "tokenized/validation.parquet").read_bytes()
+
+
+def test_a_record_of_weight_zero_has_no_share_in_the_gradient_of_its_row(
+    trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray
+) -> None:
+    one, two = records[0].examples[0], records[1].examples[0]
+    silent = Example(one.input_ids, one.labels, (0.0,) * len(one.weights))
+    assert_close(flat(trained.of_record((silent, two))), expected[1])
+
+
+def test_a_row_that_would_be_empty_is_refused(work: Path, tmp_path: Path) -> None:
+    row = read_table(work / "tokenized/train.parquet")[0]["example_ids"]
+    assert not proof.fits(work / "tokenized", row) and proof.fits(work / "tokenized", row[1:])
+    with pytest.raises(InputError, match="--top"):
+        proof.zero_weights(work / "tokenized", tmp_path / "tokenized", row)
+
+
+def test_random_sets_are_as_large_without_the_first_records_and_shared_between_questions(work: Path, records: list[TrainedRecord]) -> None:
+    names = [record.example_id for record in records]
+    found = list(islice(proof.draws(names, names[:3], "model", work / "tokenized"), 20))
+    assert all(len({*one}) == 3 and {*one}.isdisjoint(names[:3]) and {*one} <= {*names} for one in found)
+    assert len({*map(tuple, found)}) > 15
+    other = list(islice(proof.draws(names, names[3:6], "model", work / "tokenized"), 20))
+    assert len({*map(tuple, found)} & {*map(tuple, other)}) > 10
+    with pytest.raises(InputError, match="too few"):
+        next(proof.draws(names, names[:20], "model", work / "tokenized"))
+
+
+def test_a_random_set_is_called_supported_in_one_of_forty() -> None:
+    """The interval is two-sided, and only the side of less likely tokens counts."""
+    dice = random.Random(5)
+
+    def changes() -> Iterator[float]:
+        while True:
+            yield dice.gauss(0.3, 2.0)
+
+    drawn = changes()
+    verdicts = [proof.Verdict(next(drawn), tuple(islice(drawn, 3))) for _ in range(8000)]
+    assert sum(one.supported for one in verdicts) / len(verdicts) == pytest.approx(0.025, abs=0.007)
+    assert proof.Verdict(40.0, (0.1, -0.2, 0.0)).supported and not proof.Verdict(-40.0, (0.1, -0.2, 0.0)).supported
+
+
+# ---- the page
+
+
+def a_document(**more: Any) -> dict[str, Any]:
+    hit = {"rank": 1, "example_id": "0123456789", "source": "a.jsonl", "source_row": 3, "steps": [1, 5], "split": "train", "prompt": "<b>Hat?</b>",
+           "answer": "A red one.", "gradient": {"rank": 1, "score": 0.5, "z": 7.0}, "bm25": {"rank": 2, "score": 1.5}}  # fmt: skip
+    return {
+        "model": {"asked": "lora", "stage": "adapter@lora", "path": "data/adapter/lora", "md5": "0" * 32},
+        "question": {
+            "system": None,
+            "prompt": "Hat?",
+            "answer": "red <i> red",
+            "answered_by": "given",
+            "span": "red",
+            "spans": [[0, 3], [8, 11]],
+            "tokens": 2,
+            "log_probability": -1.0,
+        },
+        "records": 2,
+        "distribution": {
+            "median": 0.1,
+            "first": 0.5,
+            "z_of_first": 7.0,
+            "z_of_tenth": 1.0,
+            "stands_out": True,
+            "counts": [1, 0, 1],
+            "edges": [0.0, 0.2, 0.4, 0.6],
+        },
+        "hits": [hit],
+        "notes": ["a note"],
+        **more,
+    }
+
+
+def test_the_page_marks_what_was_asked_and_escapes_texts() -> None:
+    from dagster_project.views.why import why_page
+
+    page = why_page(a_document())
+    assert "<mark>red</mark> &lt;i&gt; <mark>red</mark>" in page and "&lt;b&gt;Hat?" in page and "<b>Hat?" not in page
+    assert "a.jsonl:3" in page and 'id="check"' not in page and "stands out" in page
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_the_page_says_whether_the_check_supports_the_list(supported: bool) -> None:
+    from dagster_project.views.why import why_page
+
+    checked = {"left_out": 5, "log_probability": -1.0, "identical": True, "change": 2.0, "draws": [0.1, -0.2], "mean_of_draws": -0.05,
+               "difference": 2.05, "interval": [0.5 if supported else -0.5, 4.0], "supported": supported}  # fmt: skip
+    page = why_page(a_document(proof=checked))
+    assert 'id="check"' in page and ("Not supported." in page) == (not supported) and page.count("<circle") == 3

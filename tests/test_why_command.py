@@ -1,0 +1,163 @@
+"""`pedigree why` as a command, on a project in which a small adapter was trained: the index, a question, the check by training again, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import training_pipeline
+from builders.training import LORA
+from conftest import dvc
+
+from dagster_project.__main__ import main
+from dagster_project.core.records import read_table
+
+MODEL = "adapter@x"
+QUESTION = ("--prompt", "Where is my hat?", "--answer", "In the blue box.", "--span", "blue")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of the stage `adapter@x` alone, which has run and whose gradients are computed."""
+    root = training_pipeline.make_project(
+        tmp_path_factory.mktemp("why") / "project", tiny_model, {**LORA, "num_train_epochs": 1, "neftune_noise_alpha": None}
+    )
+    done = dvc(root, "repro", "-q")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert main(["why", MODEL, "--index", "--project", str(root)]) == 0
+    return root
+
+
+@pytest.fixture
+def root(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "project", symlinks=True))
+
+
+def why(root: Path, *arguments: str) -> int:
+    return main(["why", MODEL, *arguments, "--project", str(root)])
+
+
+def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def stores(root: Path) -> list[Path]:
+    return list((root / ".dvc/tmp/pedigree/gradients").iterdir())
+
+
+def files(root: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in stores(root)[0].iterdir()}
+
+
+def test_a_question_ranks_records_of_the_training_only(root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "why.html"
+    assert why(root, *QUESTION, "--top", "5", "--json", "--html", str(page)) == 0
+    found = document(capsys)
+    used = read_table(root / "data/adapter/x/examples.parquet")
+    assert found["records"] == len({row["example_id"] for row in used}) == 28
+    assert [hit["rank"] for hit in found["hits"]] == [1, 2, 3, 4, 5]
+    for hit in found["hits"]:
+        assert hit["steps"] == [row["step"] for row in used if row["example_id"] == hit["example_id"]] and hit["steps"]
+    assert found["question"]["span"] == "blue" and found["question"]["tokens"] == 4 and found["question"]["log_probability"] < 0
+    assert sum(found["distribution"]["counts"]) == 28
+    html = page.read_text()
+    assert (
+        "<mark>blue</mark>" in html
+        and "Content-Security-Policy" in html
+        and "<script src" not in html
+        and "http:" not in html
+        and "https:" not in html
+    )
+
+    assert why(root, *QUESTION, "--top", "5") == 0
+    shown = capsys.readouterr().out
+    assert all(hit["example_id"][:8] in shown for hit in found["hits"])
+    assert "influence" not in shown.lower() and "caused" not in shown.lower()
+
+
+def test_an_index_is_computed_once_and_a_killed_one_goes_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(root)
+    assert why(root, "--index", "--json") == 0
+    assert document(capsys)["index"]["computed"] == 0 and files(root) == before
+    damaged = next(path for path in stores(root)[0].iterdir() if path.suffix == ".safetensors")
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1])
+    assert why(root, *QUESTION) == 2
+    assert "--index" in capsys.readouterr().err
+    assert why(root, *QUESTION, "--index", "--json") == 0
+    assert document(capsys)["index"]["computed"] == 28 and damaged.read_bytes() == content
+
+
+def test_the_answer_of_the_model_is_explained_where_none_is_given(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = why(root, "--prompt", "Where is my hat?", "--json")
+    if code == 2:  # a random model may say nothing
+        assert "empty" in capsys.readouterr().err
+        return
+    asked = document(capsys)["question"]
+    assert code == 0 and asked["answered_by"] == "model" and asked["span"] is None and asked["tokens"] > 0
+
+
+def test_the_check_trains_again_with_the_very_bytes_and_says_what_it_does_not_support(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = (root / "data/adapter/x/adapter_model.safetensors").read_bytes()
+    code = why(root, *QUESTION, "--top", "2", "--prove", "--draws", "2", "--json")
+    proof = document(capsys)["proof"]
+    assert proof["identical"] and proof["left_out"] == 2 and len(proof["draws"]) == 2
+    assert code == (0 if proof["supported"] else 1)
+    assert proof["difference"] == pytest.approx(proof["change"] - sum(proof["draws"]) / 2, abs=2e-4)
+    kept = {path.read_bytes() for path in (root / ".dvc/tmp/pedigree/proofs").rglob("adapter_model.safetensors")}
+    assert len(kept) == 4 and adapter in kept
+    assert (root / "data/adapter/x/adapter_model.safetensors").read_bytes() == adapter
+
+    assert why(root, *QUESTION, "--top", "2", "--prove", "--draws", "2") == code
+    shown = capsys.readouterr()
+    assert "0 of 4 trainings" in shown.err, "those of the first question are kept"
+    assert ("NOT supported" in shown.out) == (not proof["supported"])
+
+
+def test_a_changed_adapter_or_other_data_are_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = root / "data/adapter/x/adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(content[:-1] + b"\x01")
+    assert why(root, *QUESTION) == 2
+    assert "data/adapter/x" in capsys.readouterr().err
+    weights.write_bytes(content)
+    shutil.rmtree(root / "data/tokenized")
+    assert why(root, *QUESTION) == 2
+    assert "dvc checkout data/tokenized" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "--prompt is required"),
+        (("--index", "--span", "x"), "--prompt is required with --span"),
+        (("--prompt", " "), "--prompt: empty"),
+        (("--prompt", "Hat?", "--answer", ""), "empty"),
+        (("--prompt", "Hat?", "--answer", "In a box.", "--span", "bag"), "not in the answer"),
+        (("--prompt", "Hat?", "--html", "page.txt"), "must end in .html"),
+        (("--prompt", "Hat?", "--answer", "Yes.", "--prove", "--draws", "1"), "--draws 1"),
+        (("--prompt", "Hat?", "--answer", "Yes.", "--prove", "--top", "28"), "--top"),
+    ],
+)
+def test_bad_input_is_refused_with_one_message(
+    trained: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    before = files(trained)
+    assert why(trained, *arguments) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and "Traceback" not in shown.err and not shown.out
+    assert files(trained) == before
+
+
+def test_without_an_index_the_next_step_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(root / ".dvc/tmp/pedigree/gradients")
+    assert why(root, *QUESTION) == 2
+    assert "add --index" in capsys.readouterr().err
+    assert main(["why", "nothing@here", "--index", "--project", str(root)]) == 2
