@@ -72,7 +72,9 @@ def test_several_stages_are_verified_by_one_run_of_each_stage_above_them(root: P
     together = caplog.messages[: caplog.messages.index("reproducing tok") + 1]
     assert [*map(caplog.messages.count, ("reproducing tok", "reproducing inst"))] == [2, 3] and together.count("reproducing inst") == 1
     (root / "code/inst.py").write_text((root / "code/inst.py").read_text() + "\nopen('data/inst/rows.txt', 'a').write('more')\n")
-    assert verdicts(root, ["tok", "inst"]) == {"tok": "different", "inst": "different"}, "what follows a stage that differs is not identical"
+    assert verdicts(root, ["tok", "inst"]) == {"tok": "different", "inst": "different"}, (
+        "what follows a stage that differs is not identical"
+    )
     assert verify(root, "tok")["verdict"] == "identical", "although it is, from the recorded input"
 
 

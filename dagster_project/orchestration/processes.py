@@ -13,6 +13,8 @@ from collections.abc import Iterable
 
 import psutil
 
+from dagster_project.core.errors import INNER
+
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 PR_SET_PDEATHSIG = 1
 CLEAN_UP = 20.0
@@ -47,17 +49,17 @@ def descends_from(pid: int) -> bool:
     return any(parent.pid == pid for parent in psutil.Process().parents())
 
 
-def end_with_dvc() -> None:
-    """If DVC started this process, end with DVC, so that no orphan writes outputs after DVC was killed."""
-    if "DVC_STAGE" not in os.environ:
+def end_with_starter() -> None:
+    """If DVC or `pedigree verify` started this process, end with it, so that no orphan goes on, or writes outputs, after that was killed."""
+    if "DVC_STAGE" not in os.environ and INNER not in os.environ:
         return
     found = _dvc()
-    _end_with(found if found is not None and _can_be_dvc(found.pid) else None)
+    _end_with(found if found is not None and _can_be_starter(found.pid) else None)
 
 
-def _can_be_dvc(pid: int) -> bool:
-    """Whether the parent of this process may have started it: DVC starts commands in its own session. If DVC was killed while this process was
-    starting, the parent is one that adopted it, such as init."""
+def _can_be_starter(pid: int) -> bool:
+    """Whether the parent of this process may have started it: commands are started in the session of their starter. If that was killed while this process
+    was starting, the parent is one that adopted it, such as init."""
     session = os.getsid(0)
     try:
         return session in (os.getpid(), os.getsid(pid))

@@ -48,7 +48,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
         Busy: another process runs the stage. If DVC started this process, it waits instead, because DVC has already removed the outputs.
     """
     stage, variant = pipeline.split_address(address)
-    processes.end_with_dvc()
+    processes.end_with_starter()
 
     def wait_or_refuse(holder: str) -> None:
         if "DVC_STAGE" not in os.environ:
