@@ -122,6 +122,7 @@ def group_by_us(method: str, model_folder: Path, prompts: list[list[int]], seed:
     from dagster_project.core.params import Compute
     from dagster_project.training.methods.hardware import prepare, reuse_large_blocks
     from dagster_project.training.trainers.alignment import preference
+    from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
     from dagster_project.training.trainers.alignment.trl_trainers import training
     from dagster_project.training.trainers.harness.params import PreferenceParams
     from dagster_project.training.trainers.harness.sharding import ShardedModel
@@ -130,6 +131,7 @@ def group_by_us(method: str, model_folder: Path, prompts: list[list[int]], seed:
         """The part of an AlignmentRun that these methods read."""
 
         lengths: list[int] = []
+        sampled = SampledAnswers()
 
         def reward(self, rows: Sequence[int], texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[float]:
             self.lengths.extend(map(len, ids))

@@ -94,6 +94,10 @@ def align_it(
     return report
 
 
+def read_answers(out: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted((out / "answers").iterdir()) for row in read_table(path)]
+
+
 def bytes_of(folder: Path) -> Mapping[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -261,7 +265,116 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
     known = {row["example_id"] for row in read_table(preferences / "train" / "records-00000.parquet")}
     assert seen and {row["example_id"] for row in seen} <= known
     assert len(read_table(tmp_path / "out" / "samples.parquet")) == 4
+    assert (tmp_path / "out" / "answers").exists() == ("sampled" in report.metrics) == (method not in {"dpo", "kto"})
     assert "<script" not in (tmp_path / "pages" / "alignment.html").read_text() and any((tmp_path / "live").glob("*.csv"))
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo", "ppo"])
+def test_every_sampled_answer_is_kept_with_its_rewards_by_component(
+    method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
+) -> None:
+    settings = {**METHODS[method], "rewards": {"reward_model": 2.0, "brief": 0.5, "distinct": 0.0}, "gradient_accumulation_steps": 2}
+    if method == "ppo":
+        del settings["gradient_accumulation_steps"]
+    report = align_it(tmp_path, preferences, judged[0], tiny_model, method=method, **settings)
+    rows = read_answers(tmp_path / "out")
+    assert [*rows[0]] == ["step", "example_id", "answer", "reasoning", "reward", "reward_model", "brief", "tokens", "unfinished"]
+    assert len(rows) == 24 and report.metrics["sampled"] == {"answers": 24, "records": len({row["example_id"] for row in rows})}
+    seen = {(row["step"], row["example_id"]) for row in read_table(tmp_path / "out" / "examples.parquet")}
+    assert {(row["step"], row["example_id"]) for row in rows} == seen
+    pairs = {row["example_id"]: row for row in read_table(preferences / "train" / "records-00000.parquet")}
+    texts = [[*pairs[row["example_id"]]["prompt"], {"role": "assistant", "content": row["answer"]}] for row in rows]
+    assert [row["reward_model"] for row in rows] == pytest.approx(
+        reward.RewardModel(judged[0], torch.device("cpu"), torch.float32)(texts), abs=1e-4
+    )
+    assert [row["brief"] for row in rows] == [max(0, 1 - len(row["answer"].split()) / 100) for row in rows]
+    assert [row["reward"] for row in rows] == pytest.approx([2 * row["reward_model"] + 0.5 * row["brief"] for row in rows])
+    columns = {
+        "reward": "reward",
+        "response_length": "tokens",
+        "unfinished": "unfinished",
+        "reward_model": "reward_model",
+        "brief": "brief",
+    }
+    curve = json.loads((tmp_path / "pages" / "history.json").read_text())["curve"]
+    for point in curve:  # as TRL and ppo measured them
+        of_step = [row for row in rows if row["step"] == point["step"]]
+        means = {ours: sum(row[column] for row in of_step) / len(of_step) for ours, column in columns.items()}
+        unfinished = means.pop("unfinished")
+        assert {name: point[name] for name in means} == pytest.approx(means, rel=1e-5)
+        assert point["unfinished"] <= unfinished and (
+            method != "ppo" or point["unfinished"] == pytest.approx(unfinished)
+        )  # TRL takes padding for an end
+    lines = [line.split(",") for line in (tmp_path / "curve.csv").read_text().splitlines()]
+    assert lines[0][-3:] == ["reward_model", "brief", "tokens"] and [line[0] for line in lines[1:]] == [
+        str(point["step"]) for point in curve
+    ]
+
+
+SCORES = {
+    "always 1": ("1.0", "data/rewards/own.py:score was always 1"),
+    "by prompt": ("float(len(record['example_id'].strip('0')))", "data/rewards/own.py:score did not distinguish the answers to a prompt"),
+}
+"""Scores from which an answer cannot be told from another to the same prompt."""
+
+
+def scored_by(folder: Path, score: str) -> dict[str, Any]:
+    functions = folder / "project/data/rewards"
+    functions.mkdir(parents=True)
+    (functions / "own.py").write_text(
+        f"def score(prompts, answers, records):\n    return [{score} for answer, record in zip(answers, records)]\n"
+    )
+    return {"rewards": {"data/rewards/own.py:score": 1.0}, "functions": functions}
+
+
+@pytest.mark.parametrize(("method", "case"), [("rloo", "by prompt"), ("grpo", "always 1")])
+def test_a_reward_that_distinguishes_no_answers_stops_the_training_and_blocks(
+    method: str, case: str, tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path
+) -> None:
+    score, note = SCORES[case]
+    settings = {**METHODS[method], **scored_by(tmp_path, score), "max_steps": 9, "constant_reward_steps": 2}
+    report = align_it(tmp_path, preferences, weak[0], tiny_model, method=method, **settings)
+    [failed] = report.failures
+    assert (failed.name, failed.severity, failed.count) == ("rewards_differ", "error", 8)
+    assert failed.note.startswith("8 answers to 4 records") and note in failed.note and "aligned.mine.rewards" in failed.note
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("method", ["rloo", "ppo"])
+def test_a_training_whose_rewards_no_longer_differ_stops_with_its_weights_and_resumes_to_the_same_bytes(
+    method: str, tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import contextmanager
+
+    from dagster_project.training.trainers.alignment import ppo
+    from dagster_project.training.trainers.alignment.trl_trainers import training
+
+    sizes = {"options": {**METHODS["ppo"]["options"], "batch_size": 2, "mini_batch_size": 2}} if method == "ppo" else {"max_steps": 16}
+    settings = {**METHODS[method], **sizes, "constant_reward_steps": 1, "method": method}
+    score = "float(sum(map(ord, answer)) if int(record['example_id'], 16) % 2 else 0.5)"
+    settings |= scored_by(tmp_path, score)
+    report = align_it(tmp_path / "whole", preferences, weak[0], tiny_model, **settings)
+    by_name = {check.name: check for check in report.checks}
+    steps = report.metrics["steps"]
+    rows = read_answers(tmp_path / "whole" / "out")
+    assert not report.failures and 1 < steps < (12 if method == "ppo" else 16) and rows[-1]["step"] == steps
+    assert {row["reward"] for row in rows if row["step"] == steps} == {0.5}
+    assert not by_name["rewards_differ"].passed and not by_name["learned"].passed and not by_name["rewards_differ"].blocking
+    assert by_name["rewards_differ"].note.startswith("in the last 1 steps") and "in the last 1 steps" in report.metrics["stopped"]
+    before, kept = iter([*[False] * (steps - 1), *[True] * 9]), []
+
+    @contextmanager
+    def stop() -> Any:
+        yield lambda: next(before)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ppo if method == "ppo" else training, "stop_on_request", stop)
+        patched.setattr(aligned, "_evaluate", lambda *_: kept.append(1) or pytest.skip("killed"))
+        with pytest.raises((Interrupted, pytest.skip.Exception)):
+            align_it(tmp_path / "again", preferences, weak[0], tiny_model, **settings)
+    assert list((tmp_path / "again" / "checkpoints").glob("step-*"))
+    align_it(tmp_path / "again", preferences, weak[0], tiny_model, **settings)
+    assert bytes_of(tmp_path / "whole" / "out") == bytes_of(tmp_path / "again" / "out")
 
 
 def test_a_policy_learns_from_a_function_of_the_project_whose_code_is_part_of_its_checkpoints(
@@ -271,11 +384,14 @@ def test_a_policy_learns_from_a_function_of_the_project_whose_code_is_part_of_it
     functions.mkdir(parents=True)
     (functions / "own.py").write_text("def short(prompts, answers, records):\n    return [-float(len(answer)) for answer in answers]\n")
     settings = {**METHODS["grpo"], "method": "grpo", "rewards": {"data/rewards/own.py:short": 1.0}, "functions": functions}
+    settings["trl"] = {"adam_beta1": 0.8}
     report = align_it(tmp_path, preferences, weak[0], tiny_model, **settings)
     assert not report.failures, [check.note for check in report.failures]
     assert (report.metrics["rewards"], report.metrics["loss_type"]) == ({"data/rewards/own.py:short": 1.0}, "dapo")
     assert all(point["reward"] < 0 for point in json.loads((tmp_path / "pages/history.json").read_text())["curve"])
-    assert "grpo, loss dapo, on lora" in (tmp_path / "pages/alignment.html").read_text()
+    assert "grpo, loss dapo, on lora, adam_beta1 0.8" in (tmp_path / "pages/alignment.html").read_text()
+    stored = json.loads((tmp_path / "out/training.json").read_text())["settings"]
+    assert report.metrics["trl"] == stored["trl"] == {"adam_beta1": 0.8} and stored["constant_reward_steps"] == 10
     found: list[dict[str, str]] = []
     monkeypatch.setattr(aligned, "Checkpoints", lambda folder, identity, *_, **__: found.append(identity) or Checkpoints(folder, identity))
     for content in ("    return [1.0] * 9\n", "    return [1.0]\n"):
@@ -364,6 +480,13 @@ def test_ppo_in_two_processes_shares_the_work_and_reports_it(
         assert not report.failures, [check.note for check in report.failures]
     alone, both_ = (json.loads((tmp_path / name / "out" / "training.json").read_text()) for name in ("alone", "shared"))
     assert both_["processes"] == 2 and "processes" not in alone
+    kept = [
+        [{**row, "reward": 0, "reward_model": 0} for row in read_answers(tmp_path / name / "out") if row["step"] == 1]
+        for name in ("alone", "shared")
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) == 12
+    found = [[row["reward"] for row in read_answers(tmp_path / name / "out") if row["step"] == 1] for name in ("alone", "shared")]
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
     assert both_["tokens"] == alone["tokens"] and both_["loss"]["first"] == pytest.approx(alone["loss"]["first"], rel=1e-2, abs=1e-3)
 
 
@@ -421,7 +544,7 @@ def test_online_methods_refuse_a_reward_model_with_another_tokenizer(
 
 def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
     rewards = Rewards({"valid_json": 2.0, "distinct": 1.0}, None)
-    assert rewards([{}, {}], [{"role": "assistant", "content": text} for text in ('{"a": 1}', "no no no no")]) == [3.0, 0.5]
+    assert rewards([{}, {}], [{"role": "assistant", "content": text} for text in ('{"a": 1}', "no no no no")])[0] == [3.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -487,6 +610,18 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         (
             {"aligned": {"x": {"method": "kto", "adapter": "lora", "reward_seconds": 9}}},
             "aligned.x.reward_seconds: kto learns from pairs alone",
+        ),
+        (
+            {"aligned": {"x": {"method": "kto", "adapter": "lora", "constant_reward_steps": 9}}},
+            "aligned.x.constant_reward_steps: kto learns from pairs alone",
+        ),
+        (
+            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"regex": 1.0}}}},
+            "aligned.x.rewards.regex.pattern: missing",
+        ),
+        (
+            {"aligned": {"x": {"method": "dpo", "adapter": "lora", "trl": {"report_to": "wandb"}}}},
+            "aligned.x.trl.report_to: Pedigree decides it",
         ),
         (
             {"aligned": {"x": {"method": "dpo", "adapter": "lora", "rewards": {"brief": 1.0}}}},

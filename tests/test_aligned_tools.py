@@ -175,7 +175,7 @@ def test_a_generated_answer_is_rewarded_as_the_message_that_it_is(text: str, num
     pairs = [PAIRS[0], pair(GUESS, THOUGHT, tools=None)]
     given_to: list[Any] = []
     ids = hermes(text, add_special_tokens=False)["input_ids"]
-    run = run_on(pairs, hermes, lambda *given: given_to.append(given) or [0.0])
+    run = run_on(pairs, hermes, lambda *given: given_to.append(given) or ([0.0], {"own": [0.0]}))
     run.reward([number], [hermes.decode(ids, skip_special_tokens=True)], [ids])
     [(of_pairs, answers)] = given_to
     assert of_pairs == [pairs[number]] and answers == [{key: message[key] for key in answers[0]}] and answers[0].keys() == message.keys()
@@ -184,7 +184,7 @@ def test_a_generated_answer_is_rewarded_as_the_message_that_it_is(text: str, num
 def test_rules_score_content_and_calls_without_the_trace() -> None:
     assert reward.judged_text(THOUGHT) == "It is cold."
     assert json.loads(reward.judged_text(OSLO)) == {"name": "weather", "arguments": {"city": "Oslo"}}
-    assert Rewards({"valid_json": 1.0}, None)(PAIRS, [OSLO, {**OSLO, "reasoning_content": "Hm."}, THOUGHT]) == [1.0, 1.0, 0.0]
+    assert Rewards({"valid_json": 1.0}, None)(PAIRS, [OSLO, {**OSLO, "reasoning_content": "Hm."}, THOUGHT])[0] == [1.0, 1.0, 0.0]
 
 
 def test_the_reward_of_a_generated_answer_is_that_of_the_conversation_with_its_tools(judge: Path) -> None:

@@ -16,6 +16,7 @@ from dagster_project.training.inference import decoding
 from dagster_project.training.inference.sampling import draw, sampled, uniform_numbers
 from dagster_project.training.methods.build import causal
 from dagster_project.training.trainers.alignment import preference
+from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
 from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_by_pair
 from dagster_project.training.trainers.harness.params import PreferenceParams
@@ -110,6 +111,7 @@ class Rewarded:
     """The part of an AlignmentRun that online methods read: rewards a share of the answers, and notes them."""
 
     def __init__(self) -> None:
+        self.sampled = SampledAnswers()
         self.batches: list[list[tuple[int, list[int], float]]] = []
 
     def reward(self, rows: Sequence[int], texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[float]:

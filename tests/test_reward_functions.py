@@ -43,7 +43,7 @@ def scores(folder: Path, content: str, name: str = "correct", seconds: float = 6
     (folder / "own.py").write_text(content)
     check(folder.parents[1], f"{FOLDER}/own.py:{name}", "aligned.x.rewards")
     function = RewardFunction(folder, f"{FOLDER}/own.py:{name}", seconds, "aligned.x.rewards")
-    return Rewards({function.name: 2.0, "brief": 1.0}, None, [function])(PAIRS, ANSWERS)
+    return Rewards({function.name: 2.0, "brief": 1.0}, None, [function])(PAIRS, ANSWERS)[0]
 
 
 def test_a_function_scores_answers_and_its_weight_counts_beside_that_of_a_rule(folder: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_function_gets_the_whole_answer_and_may_import_its_neighbors(folder: P
     traced = [{**answer, "reasoning_content": "I think"} for answer in ANSWERS]
     (folder / "own.py").write_text("import words\ndef f(p, a, r): return [words.GOOD in one['answer']['reasoning_content'] for one in r]")
     function = RewardFunction(folder, f"{FOLDER}/own.py:f", 60.0, "aligned.x.rewards")
-    assert Rewards({function.name: 1.0}, None, [function])(PAIRS, traced) == [1.0] * 3
+    assert Rewards({function.name: 1.0}, None, [function])(PAIRS, traced)[0] == [1.0] * 3
 
 
 def test_what_it_prints_and_its_forks_do_not_reach_the_scores(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +133,7 @@ def test_the_time_between_calls_does_not_count(folder: Path, monkeypatch: pytest
     rewards = Rewards({function.name: 1.0}, None, [function])
     for _ in range(2):
         time.sleep(2.2)
-        assert rewards(PAIRS, ANSWERS) == [1.0, 0.0, 1.0]
+        assert rewards(PAIRS, ANSWERS)[0] == [1.0, 0.0, 1.0]
 
 
 def test_a_process_ends_with_the_training(folder: Path) -> None:

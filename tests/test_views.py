@@ -156,6 +156,11 @@ def training(text: Text, tmp_path: Path) -> str:
     return training_page(text("lora"), document, [{"step": 1, "loss": 2.0}], measured, {text("weights"): 10**9}, examples)
 
 
+def stored_text(text: str) -> str:
+    """Parquet holds UTF-8."""
+    return text.replace("\ud800", "")
+
+
 def alignment(text: Text, tmp_path: Path) -> str:
     pair = {"sft": 1.0, "aligned": 2.0, "difference": 1.0, "interval": [0.0, 2.0]}
     watch = {
@@ -172,11 +177,16 @@ def alignment(text: Text, tmp_path: Path) -> str:
         "checks": {"reward_model_is_reliable": {"passed": False, "note": text("note")}},
     }  # fmt: skip
     row = {f"{who}_{what}": 1.0 for who in ("sft", "aligned") for what in ("reward", "tokens")}
-    stored = {name: text(name).replace("\ud800", "") for name in ("prompt", "sft_answer", "aligned_answer")}  # Parquet holds UTF-8
+    stored = {name: stored_text(text(name)) for name in ("prompt", "sft_answer", "aligned_answer")}
     rows = [{**row, **stored}]
     write_table(tmp_path / "out" / "samples.parquet", rows, pa.Table.from_pylist(rows).schema)
     (tmp_path / "pages").mkdir()
-    (tmp_path / "pages" / "history.json").write_text(json.dumps({"curve": [{"step": 1, "reward": 1.0}], "signs": [text("sign")]}))
+    own = stored_text(text("own.py:f"))
+    answer = {"step": 1, "example_id": "a", "reward": 1.0, own: 1.0, "tokens": 3, "unfinished": True}
+    sampled = [{**answer, "answer": stored_text(text("sampled")), "reasoning": stored_text(text("trace"))}]
+    write_table(tmp_path / "out" / "answers" / "answers-00000.parquet", sampled, pa.Table.from_pylist(sampled).schema)
+    history = {"curve": [{"step": 1, "reward": 1.0, own: 1.0}], "signs": [text("sign")], "components": [own]}
+    (tmp_path / "pages" / "history.json").write_text(json.dumps(history))
     draw_alignment(Documents(tmp_path, f"aligned@{text('dpo')}", tmp_path / "out", tmp_path / "pages", metrics))
     return (tmp_path / "pages" / "alignment.html").read_text()
 

@@ -21,7 +21,7 @@ from dagster_project.lineage import code_lock, registered, tables
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists, refuse_lost_entries
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.rows import EVIDENCE, LEDGER, ORDER_UNKNOWN, record_key
+from dagster_project.lineage.rows import ANSWERS, EVIDENCE, LEDGER, ORDER_UNKNOWN, record_key, rewarded_answers
 from dagster_project.lineage.run_index import WEIGHTS
 from dagster_project.lineage.runs import StageRun, fetch_hint, is_input
 from dagster_project.lineage.sources import other_files
@@ -198,7 +198,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     Returns:
         "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "other_files" that contributed; "base_model"; "stages" in flow order,
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "records" it was
-        trained on; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,
+        trained on; "answers", per model those of its own that it learned from, if any; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,
         also per stage; "environment"; "machine" of each stage that records one; "metrics"; "missing" outputs that leave something unknown;
         "shallow".
     Raises:
@@ -234,6 +234,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
             "other_files": other_files(index, {stage: entries[stage] for stage in watched}, names, sources | watched_sources),
         },
         "records": _training_counts(records),
+        **({"answers": answers} if (answers := _rewarded(subject)) else {}),
         **({"order_unknown": unordered} if unordered else {}),
         "parents": [
             {"stage": stage.address, "path": stage.path, "md5": stage.md5, **_commit_facts(index, stage)} for stage in subject.models[:-1]
@@ -474,6 +475,17 @@ def unavailable_reports(index: Index, runs: Iterable[StageRun]) -> list[dict[str
     return [{**lost, "fetch": fetch} for run in runs if (lost := index.unavailable_report(run))]
 
 
+def _rewarded(subject: Subject) -> dict[str, dict[str, Any]]:
+    """Model -> the answers of its own that it learned from, if its output has them: the model itself, and those it was derived from."""
+    index, found = subject.index, {}
+    for run in subject.models:
+        names = [] if index.is_copy(run) else sorted(name for name in index.files(run.md5) or {} if name.startswith(ANSWERS))
+        shards = [path for name in names if (path := index.file_path(run.md5, name))]
+        if names and len(shards) == len(names):
+            found[run.address] = rewarded_answers(shards)
+    return found
+
+
 def _training_counts(records: pl.DataFrame | None) -> dict[str, Any] | None:
     """Number of records, views, steps and epochs, per model and in total; None if unknown, or not trained."""
     if records is None:
@@ -638,10 +650,15 @@ def training_lines(audited: Mapping[str, Any]) -> list[str]:
     ]
     if audited["records"] is None:
         return ["unknown: see below"] if audited["missing"] else unordered
-    return unordered + [
+    trained = [
         f"{model}: {part['records']} records, {part['views']} times in {part['steps']} steps and {part['epochs']} epochs"
         for model, part in audited["records"]["learnt_by"].items()
     ]
+    rewarded = [
+        f"{model}: {part['answers']} answers to {part['records']} records, rewarded by {', '.join(part['rewards'])}"
+        for model, part in audited.get("answers", {}).items()
+    ]
+    return unordered + trained + rewarded
 
 
 def _counts_text(counts: Mapping[str, int]) -> str:

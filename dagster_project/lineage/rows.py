@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 EVIDENCE = "examples.parquet"
 """Training evidence in a model's folder: the examples it was trained on, with step and epoch."""
+ANSWERS = "answers/"
+"""In a model's folder: the answers that it sampled and was rewarded for, as tables."""
+ANSWER_COLUMNS = ("step", "example_id", "answer", "reasoning", "reward", "tokens", "unfinished")
+"""Their columns; the others are the components of the reward."""
 ORDER_UNKNOWN = "order_unknown.json"
 """In its place if the user's own training command did not record the order of the examples."""
 LEDGER, OVERLAPS = "ledger.parquet", "overlaps.parquet"
@@ -171,6 +175,15 @@ def _chunks(keys: bytes, columns: Sequence[np.ndarray]) -> Iterator[tuple[bytes,
         rows = order[start:stop]
         chunk_keys = records[rows].tobytes()
         yield (chunk_keys[:8], chunk_keys, *(column[rows].tobytes() for column in columns))
+
+
+def rewarded_answers(shards: Sequence[Path]) -> dict[str, Any]:
+    """How many answers to how many records a model learned from, in how many steps, and the names of the rewards."""
+    import polars as pl
+
+    table = pl.concat([tables.read(path, ["example_id", "step"]) for path in shards])
+    rewards = [name for name in tables.column_names(shards[0]) if name not in ANSWER_COLUMNS]
+    return {"answers": table.height, "records": table["example_id"].n_unique(), "steps": table["step"].n_unique(), "rewards": rewards}
 
 
 def summarize_training(evidence: Path, shards: Mapping[str, Path]) -> list[tuple[str, str, int, int, int]]:

@@ -22,15 +22,18 @@ from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
-from dagster_project.training.trainers.alignment import preference
+from dagster_project.training.trainers.alignment import preference, trl_options
 from dagster_project.training.trainers.alignment.preference import (
     AlignmentMethod,
     AlignmentRun,
     StoppedHistory,
 )
-from dagster_project.training.trainers.alignment.reward_functions import FOLDER, TIME_KEY, is_function, sha256_of_functions, started
+from dagster_project.training.trainers.alignment.ready_rewards import refuse_missing_targets
+from dagster_project.training.trainers.alignment.reward_functions import FOLDER, TIME_KEY, sha256_of_functions, started
 from dagster_project.training.trainers.alignment.reward_model import MODEL, RewardModel, failed_checks, tokenizer_of
-from dagster_project.training.trainers.alignment.rewards import Rewards, check
+from dagster_project.training.trainers.alignment.rewards import Rewards, check, reads_files, ready
+from dagster_project.training.trainers.alignment.sampled_answers import FOLDER as FOLDER_OF_ANSWERS
+from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
 from dagster_project.training.trainers.alignment.trl_trainers.training import document_of, preference_identity
 from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
@@ -62,9 +65,12 @@ CHECK_DESCRIPTIONS = {
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
     "prefers_as_people_do": "On held-out pairs the chosen answer is more likely per token in significantly more than half of them.",
     "reward_is_not_gamed": "The rewards of held-out answers did not rise through length, repetition or unfinished answers.",
+    "rewards_differ": "Online: answers that are compared with each other had different rewards, so that there was something to learn.",
     "reward_model_is_reliable": "The reward model used for training or monitoring passed its checks.",
 }
 
+ONLINE_KEYS = ("rewards", TIME_KEY, "constant_reward_steps")
+"""Keys of an entry that only online methods use."""
 EVALUATION_BATCH = 16
 """Answers per forward pass without training."""
 
@@ -82,13 +88,20 @@ class Params(PreferenceParams):
     refused in the entry itself."""
     peft: dict[str, Any] = {}
     """Keys of LoRA for the new adapter, as PEFT names them."""
-    rewards: dict[str, float] = {MODEL: 1.0}
+    rewards: dict[str, float | dict[str, Any]] = {MODEL: 1.0}
     """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
     distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words. These
-    rules score an answer's content and its calls, as JSON, without the trace. Your own function:
-    data/rewards/FILE.py:FUNCTION."""
+    rules score an answer's content and its calls, as JSON, without the trace. Ready-made ones that can be verified, with a weight or a mapping of
+    `weight` and their options: exact_match, number_match, regex, json_schema, tool_call, reasoning_format and length_window, see docs/alignment.md.
+    Your own function: data/rewards/FILE.py:FUNCTION."""
     reward_seconds: float = Field(default=60.0, gt=0, le=86_400)
     """Longest time that a function in data/rewards may take for the answers of one call, in seconds."""
+    constant_reward_steps: int | None = Field(default=10, ge=1)
+    """Online: steps (ppo: iterations) in a row after which training stops because there was nothing to learn: all answers to each prompt, for ppo all
+    answers of the iteration, had the same reward. Raise it for rewards that are rare at first. null: never stop."""
+    trl: dict[str, Any] = {}
+    """Further arguments of TRL's configuration of the method, under TRL's names, see docs/alignment.md. Only those that are verified to act on Pedigree's
+    passes are accepted; not for ppo."""
     samples: int = Field(default=64, ge=1)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
@@ -107,7 +120,7 @@ class Sources:
     reward_model: Path
     sft: Path
     functions: Path | None = None
-    """Folder of reward functions, if the method calls any."""
+    """Folder of reward functions and of files for rewards, if the method uses any."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -118,6 +131,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     refuse_unmerged(ctx.values["adapter"], params.adapter, f"{where}.adapter")
     methods.check("lora", params.peft, params.quantization, True, where)
     method = params.parsed_method(where, ctx.value)
+    trl_options.refuse(params.method, params.trl, method.model_dump(), params.optim, f"{where}.trl")
     if params.sharding and not method.can_shard:
         raise InputError(
             f"params.yaml: {where}.sharding: {params.method} needs the whole model in each process",
@@ -126,10 +140,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     sharding.check(params, ctx.compute, where, "lora", "adamw_torch" if "optim" in method.ignored_params else None)
     if method.learns_from_rewards:
         check(params.rewards, f"{where}.rewards", ctx.root)
-    elif "rewards" in ctx.value:
-        raise InputError(f"params.yaml: {where}.rewards: {params.method} learns from pairs alone", "leave it out")
-    elif TIME_KEY in ctx.value:
-        raise InputError(f"params.yaml: {where}.{TIME_KEY}: {params.method} learns from pairs alone", "leave it out")
+    elif unused := next((key for key in ONLINE_KEYS if key in ctx.value), None):
+        raise InputError(f"params.yaml: {where}.{unused}: {params.method} learns from pairs alone", "leave it out")
 
 
 def run(ctx: StageContext) -> Report:
@@ -146,7 +158,7 @@ def run(ctx: StageContext) -> Report:
         checkpoints=ctx.checkpoints,
         live=ctx.live,
         pages=ctx.pages,
-        functions=ctx.root / FOLDER if any(map(is_function, params.rewards)) else None,
+        functions=ctx.root / FOLDER if reads_files(params.rewards) else None,
     )
 
 
@@ -181,6 +193,8 @@ def produce(
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     method = params.parsed_method(where)
     _refuse(pairs, params, sft, where)
+    if method.learns_from_rewards:
+        refuse_missing_targets(ready(params.rewards, f"{where}.rewards", _root_of(functions)), pairs["train"], f"{where}.rewards")
     refuse_misfits(tokenizer_of(sft), pairs, f"data/merged/{params.adapter}")
     usable, reliable = _examine(reward_model, sft, params, method, where)
     if reliable.blocking and not reliable.passed:
@@ -211,13 +225,30 @@ def produce(
             return RewardModel(reward_model, device, dtype, params.sharding) if usable else None
 
     judge = load_judge() if method.learns_from_rewards else None
-    rewards = Rewards(params.rewards, judge, called) if method.learns_from_rewards else None
+    rewards = Rewards(params.rewards, judge, called, _root_of(functions), f"{where}.rewards") if method.learns_from_rewards else None
+    sampled, names = method.sampled_answers(params.constant_reward_steps), [*rewards.weights] if rewards else []
     try:
         history = method.train(
-            AlignmentRun(shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing)
+            AlignmentRun(
+                shared,
+                policies.tokenizer,
+                pairs,
+                rewards,
+                params,
+                compute,
+                kept,
+                live,
+                begin if params.sharding else _nothing,
+                sampled,
+                params.trl,
+            )
         )
     except Diverged as diverged:
         return Report(checks=[_diverged(diverged, pairs["train"])])
+    differ = [_rewards_differ(sampled, names, method, where)] if rewards else []
+    if any(check.blocking and not check.passed for check in differ):
+        return Report(checks=differ)
+    history.curve = sampled.with_components(history.curve, names) if rewards else history.curve
     judge = judge or load_judge()  # methods that learn from pairs need its memory only now
     used = [shared, judge.shared] if judge else [shared]
     preferred, watch = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], judge, params, out))
@@ -225,17 +256,21 @@ def produce(
     finite_weights = (bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values())
     finite = all(map(math.isfinite, history.losses)) and all(finite_weights)
     change = audit.change()
-    settings = params.settings({*method.ignored_params, TIME_KEY}) | {"options": method.model_dump()}
+    unused = {TIME_KEY} if method.learns_from_rewards else {TIME_KEY, "constant_reward_steps"}
+    unused |= set() if params.trl else {"trl"}
+    settings = params.settings({*method.ignored_params, *unused}) | {"options": method.model_dump()}
     document = document_of(history, change, settings, compute, device, dtype)
     if place().size > 1:
         document["processes"] = place().size
     prepared.save(out)
-    _write_training(document | {"step_0": start}, history, method, pairs["train"], sft, out, curve_file)
+    _write_training(document | {"step_0": start}, history, [*method.figures, *names], _ids(pairs["train"], method), sft, out, curve_file)
+    sampled.write(out / FOLDER_OF_ANSWERS, names)
     signs = alignment.gamed(watch)
     if pages:
-        write_json(pages / "history.json", {"curve": history.curve, "signs": signs})
+        write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **({"components": names} if rewards else {})})
     report = Report(
         metrics=_metrics(params, method, history, prepared)
+        | ({"sampled": sampled.summary()} if rewards else {})
         | {"preference": preferred, "watch": watch, "environment": document["versions"]},
         checks=[
             _starts_as_the_reference(start, history, method),
@@ -243,6 +278,7 @@ def produce(
             change.check(),
             _prefers(preferred["accuracy"], len(pairs["test"])),
             _not_gamed(signs, watch, judge is not None),
+            *differ,
             reliable,
         ],
         measured={"training_seconds": round(history.seconds, 1), "peak_memory_bytes": peak_memory(device.type)},
@@ -305,18 +341,36 @@ def other_process(work: Mapping[str, Any]) -> None:
 
     judge = load_judge() if method.learns_from_rewards else None
     called = started(sources.functions, params.rewards, params.reward_seconds, "aligned: rewards")
-    rewards = Rewards(params.rewards, judge, called) if method.learns_from_rewards else None
+    root = _root_of(sources.functions)
+    rewards = Rewards(params.rewards, judge, called, root, "aligned: rewards") if method.learns_from_rewards else None
     pairs = {split: read_preferences(sources.preferences / split) for split in ("train", "validation")}
 
     def begin() -> None:
         sharding.in_step([shared], _nothing)
 
-    run = AlignmentRun(shared, tokenizer_of(sources.sft), pairs, rewards, params, compute, Checkpoints(checkpoints, {}), begin=begin)
+    sampled = method.sampled_answers(params.constant_reward_steps)
+    run = AlignmentRun(
+        shared,
+        tokenizer_of(sources.sft),
+        pairs,
+        rewards,
+        params,
+        compute,
+        Checkpoints(checkpoints, {}),
+        begin=begin,
+        sampled=sampled,
+        trl=params.trl,
+    )
     with suppress(Diverged, Interrupted):  # the first process reports it
         method.train(run)
         judge = judge or load_judge()
         sharding.in_step([shared, judge.shared] if judge else [shared], _nothing)
         shared.join()
+
+
+def _root_of(functions: Path | None) -> Path:
+    """The project's folder, for files that rewards name; without any, anything."""
+    return functions.resolve().parents[1] if functions else Path()
 
 
 def _nothing() -> None:
@@ -338,6 +392,7 @@ def _metrics(params: Params, method: AlignmentMethod, history: TrainingHistory, 
         "adapter": params.adapter,
         **({"rewards": params.rewards} if method.learns_from_rewards else {}),
         **({"loss_type": method.loss_type} if isinstance(method, preference.Grpo) else {}),
+        **({"trl": params.trl} if params.trl else {}),
         "steps": history.step,
         **({"stopped": history.stopped} if isinstance(history, StoppedHistory) else {}),
         "tokens": history.tokens,
@@ -351,17 +406,26 @@ def _refuse_full_disk(prepared: PreparedModel, params: Params, method: Alignment
 
 
 def _write_training(
-    document: Mapping[str, Any], history: TrainingHistory, method: AlignmentMethod, pairs: Sequence[Mapping[str, Any]], sft: Path,
-    out: Path, curve_file: Path,
+    document: Mapping[str, Any], history: TrainingHistory, figures: Sequence[str], ids: Sequence[Sequence[str]], sft: Path, out: Path,
+    curve_file: Path,
 ) -> None:  # fmt: skip
-    """Write training.json, the pairs of each step, the chat template and the curve."""
+    """Write training.json, the pairs of each step, the chat template and the curve.
+
+    Args:
+        figures: columns of the curve after the loss, if measured.
+        ids: of the examples of each training row.
+    """
     write_json(out / "training.json", document)
-    ids = [[pair["example_id"]] for pair in pairs for _ in range(method.rows_per_pair)]
     write_table(out / "examples.parquet", weight_audit.seen_examples(history.seen, ids), weight_audit.seen_schema())
     for template in sft.glob("chat_template.jinja"):
         write_text(out / template.name, template.read_text(encoding="utf-8"))
-    figures = [name for name in method.figures if any(name in point for point in history.curve)]
-    write_curve(curve_file, history.curve, ("loss", *figures))
+    measured = [name for name in figures if any(name in point for point in history.curve)]
+    write_curve(curve_file, history.curve, ("loss", *measured))
+
+
+def _ids(pairs: Sequence[Mapping[str, Any]], method: AlignmentMethod) -> list[list[str]]:
+    """Ids of the examples of each training row: its pair."""
+    return [[pair["example_id"]] for pair in pairs for _ in range(method.rows_per_pair)]
 
 
 def _evaluate(
@@ -396,6 +460,24 @@ def _learned(history: TrainingHistory, finite: bool) -> CheckResult:
     if isinstance(history, StoppedHistory):  # the weights are the last finite ones; the reader of the report decides whether to use them
         return CheckResult("learned", passed=False, severity="warn", note=history.stopped)
     return CheckResult("learned", passed=finite, blocking=True, note=note)
+
+
+def _rewards_differ(sampled: SampledAnswers, names: Sequence[str], method: AlignmentMethod, where: str) -> CheckResult:
+    """Blocks if nothing could be learned in any step. A training that stopped because its rewards no longer differ keeps its weights."""
+    counts = "{answers} answers to {records} records".format(**sampled.summary())
+    if sampled.ever_teaches():
+        stalled = sampled.is_stalled() and not method.accepts_constant_rewards
+        return CheckResult("rewards_differ", passed=not stalled, severity="warn", note=sampled.stalled_text() if stalled else counts)
+    constant = sampled.constant(names)
+    always = [f"{name} was always {value:g}" for name, value in constant.items()]
+    always += [f"{name} did not distinguish the answers to a prompt" for name in names if name not in constant]
+    note = (
+        f"{counts}, and in no step was there anything to learn: {'; '.join(always)}. Fix {where}.rewards, or sample more different answers "
+        "(temperature, num_generations)"
+    )
+    accepted = method.accepts_constant_rewards
+    severity = "warn" if accepted else "error"
+    return CheckResult("rewards_differ", passed=False, severity=severity, blocking=not accepted, count=len(sampled.rows), note=note)
 
 
 def _starts_as_the_reference(start: Mapping[str, float], history: TrainingHistory, method: AlignmentMethod) -> CheckResult:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import Documents
@@ -20,6 +22,8 @@ PLOTS = (
 )
 SHOWN = 8
 """Answers shown from each end of the list."""
+SAMPLED = 2
+"""Answers shown from each end of a step's answers."""
 
 
 def draw_alignment(documents: Documents) -> None:
@@ -28,11 +32,14 @@ def draw_alignment(documents: Documents) -> None:
     if history is None or "watch" not in metrics:
         return
     points = history["curve"]
-    figures = [curve_figure(title, note, points, names) for title, note, names in PLOTS]
+    components = history.get("components", [])
+    by_component = ("Rewards", "mean of the batch for each reward, before its weight", components)
+    figures = [curve_figure(title, note, points, names) for title, note, names in (PLOTS[0], by_component, *PLOTS[1:])]
     sections = {
         "Watch": _watch(metrics["watch"], history["signs"]),
         "Curves": {"overfitting_since": overfitting_since(points), "figures": [figure for figure in figures if figure]},
         "Answers": _answers(read_table(documents.out / "samples.parquet")),
+        **({"Sampled": _sampled(sorted((documents.out / "answers").glob("*.parquet")), components)} if components else {}),
     }
     reliable = metrics["checks"]["reward_model_is_reliable"]
     text = render(
@@ -79,6 +86,27 @@ def _watch(watch: Mapping[str, Any], signs: Sequence[str]) -> dict[str, Any]:
     columns = ["", "before", "after", "difference", "95 % interval"]
     table = Table(f"Held-out answers to {watch['prompts']} prompts", columns, rows, folded=False)
     return {"verdict": unmeasured + verdict, "table": table}
+
+
+def _sampled(shards: Sequence[Path], components: Sequence[str]) -> dict[str, Any]:
+    """Answers that the policy learned from in the first, the middle and the last step, those with the lowest and the highest rewards."""
+    counts = Counter(row["step"] for shard in shards for row in read_table(shard, ["step"]))
+    steps = sorted(counts)
+    shown = {steps[i]: list[dict[str, Any]]() for i in (0, len(steps) // 2, -1)}
+    for row in (row for shard in shards for row in read_table(shard) if row["step"] in shown):
+        shown[row["step"]].append(row)
+
+    def answer(row: Mapping[str, Any]) -> tuple[str, str, str]:
+        parts = ", ".join(f"{name} {row[name]:.3g}" for name in components)
+        end = ", unfinished" if row["unfinished"] else ""
+        text = f"[{row['reasoning']}] {row['answer']}" if row["reasoning"] else row["answer"]
+        return f"reward {row['reward']:.3g} ({parts}), {row['tokens']} tokens{end}:", text, row["example_id"]
+
+    def ends(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+        order = sorted(rows, key=lambda row: float(row["reward"]))
+        return [answer(row) for row in (order if len(order) <= 2 * SAMPLED else [*order[:SAMPLED], *order[-SAMPLED:]])]
+
+    return {"answers": sum(counts.values()), "steps": [(step, len(rows), ends(rows)) for step, rows in shown.items()]}
 
 
 def _answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

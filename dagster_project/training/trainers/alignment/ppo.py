@@ -41,6 +41,7 @@ from dagster_project.training.inference.sampling import sampled, uniform_numbers
 from dagster_project.training.methods.attention import attention_for, attention_of
 from dagster_project.training.methods.build import causal
 from dagster_project.training.tokens.collators import SIZES, collate_packed
+from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
 from dagster_project.training.trainers.harness import checkpoint, distributed, sharding
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.curve import live_writer
@@ -119,7 +120,8 @@ class Settings(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm. A larger gradient is scaled down to it."""
     allow_constant_reward: bool = False
-    """Continue if all answers of the first iteration get the same reward. Such a reward teaches nothing."""
+    """Continue if all answers of the first iteration, or of `constant_reward_steps` iterations in a row, get the same reward. Such a reward teaches
+    nothing."""
     save_steps: int = Field(default=1, ge=1)
     """Iterations between two checkpoints."""
 
@@ -192,6 +194,7 @@ def train(
     live: Path | None = None,
     shared: ShardedModel | None = None,
     begin: Callable[[], None] = lambda: None,
+    sampled_answers: SampledAnswers | None = None,
 ) -> PPOHistory:
     """Train a policy in place, from its newest checkpoint if it has one.
 
@@ -209,6 +212,7 @@ def train(
         live: folder for the live curve; None to write none.
         shared: the model, if it is to be divided among the processes. It is divided here, with the value head, and stays so.
         begin: called once the model is divided, before its weights change or those of a checkpoint are read.
+        sampled_answers: those that `reward` keeps.
     Raises:
         InputError: prompts, model or reward that cannot be trained with.
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
@@ -217,7 +221,9 @@ def train(
     model.eval()
     attention = attention_of(causal(model))
     shared = shared or ShardedModel(model, None, model.device)
-    training = Training(shared, tokenizer, prompts, reward, settings, compute, checkpoints, live, begin)
+    training = Training(
+        shared, tokenizer, prompts, reward, settings, compute, checkpoints, live, begin, sampled_answers or SampledAnswers()
+    )
     with stop_on_request() as requested:
         stop_requested = requested if shared.root is None else sharding.asked_first(requested)
         for step in range(training.done + 1, training.total + 1):
@@ -264,11 +270,13 @@ class Training:
         checkpoints: Checkpoints | None,
         live: Path | None,
         begin: Callable[[], None],
+        sampled_answers: SampledAnswers,
     ) -> None:
         """Resume from the newest checkpoint, if there is one. Arguments are those of `train`."""
         import torch
 
         self.shared, self.model, self.tokenizer, self.prompts, self.reward = shared, shared.model, tokenizer, prompts, reward
+        self.sampled_answers = sampled_answers
         self.settings, self.seed, self.total = settings, compute.seed, iterations(settings)
         self.head = value_head(self.model)
         for weight in self._trained().values():
@@ -296,6 +304,7 @@ class Training:
         seen = [(step, epoch, row) for step, epoch, row in state["seen"].tolist()]
         self.history = PPOHistory(**saved.document("course"), seen=seen)
         self.kl_coef = state["kl_coef"]
+        self.sampled_answers.restore(state["answers"])
         checkpoint.restore_optimizer(self.optimizer, state["optimizer"])
         if self.shared.root is None:
             self.good = saved.tensors("good")
@@ -322,6 +331,9 @@ class Training:
             log.warning(self.history.stopped)
         else:
             self._record(step, experience, returns, figures)
+            if self.sampled_answers.is_stalled() and not self.settings.allow_constant_reward:
+                self.history.stopped = f"ppo: iteration {step}: {self.sampled_answers.stalled_text()}"
+                log.warning(self.history.stopped)
         self.history.seconds = self._earlier + time.monotonic() - self._began
 
     def _collect(self, step: int) -> Experience:
@@ -337,7 +349,9 @@ class Training:
         rollout = roll_out(model, self.tokenizer, rows, prompts, settings, f"{self.seed} {step}", shared)
         texts = [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in rollout.answers]
         refuse_silence(texts, first=step == 1)
+        self.sampled_answers.step = step
         scores = rewarded(self.reward, rollout, texts, settings, first=step == 1)
+        self.sampled_answers.share()
         policy = evaluate(model, self.head, rollout, settings, shared)
         with model.disable_adapter():
             reference = evaluate(model, self.head, rollout, settings, shared, with_entropy=False).log_probs
@@ -414,6 +428,7 @@ class Training:
         state = {
             "optimizer": optimizer,
             "kl_coef": self.kl_coef,
+            "answers": self.sampled_answers.state(),
             "seen": torch.tensor(self.history.seen, dtype=torch.int32).view(-1, 3),
         }
         tensors = {} if parts else {"weights": self.weights, "good": self.good}

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -31,12 +31,14 @@ from pydantic import Field
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section, parse
+from dagster_project.core.rendering import end_ids
 from dagster_project.training.inference.answers import read_parts
 from dagster_project.training.methods import build
 from dagster_project.training.methods.build import PreparedModel, Quantization
 from dagster_project.training.tokens.preference_pairs import both, prompt_ids, reply
 from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.alignment.rewards import Rewards
+from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
 from dagster_project.training.trainers.alignment.trl_trainers.answer_groups import group_trainer
 from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
@@ -66,6 +68,10 @@ class AlignmentRun:
     live: Path | None = None
     begin: Callable[[], None] = lambda: None
     """Called once the model is divided, before its weights change or those of a checkpoint are read."""
+    sampled: SampledAnswers = field(default_factory=SampledAnswers)
+    """The answers that were rewarded."""
+    trl: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of TRL's configuration, see trl_options.py."""
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -73,7 +79,7 @@ class AlignmentRun:
         return [prompt_ids(self.tokenizer, pair) for pair in self.pairs["train"]]
 
     def reward(self, rows: Sequence[int], texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[float]:
-        """Reward of each answer to the prompts of these pairs.
+        """Reward of each answer to the prompts of these pairs, which are kept.
 
         Args:
             texts: the answers without special tokens.
@@ -85,7 +91,9 @@ class AlignmentRun:
         for pair, row, text, tokens in zip(pairs, rows, texts, ids, strict=True):
             parts = read_parts(self.tokenizer, self.prompts[row], tokens, pair.get("tools"))
             answers.append(parts.message if parts else reply(text)[0])
-        return self.rewards(pairs, answers)
+        rewards, components = self.rewards(pairs, answers)
+        self.sampled.add(pairs, answers, components, rewards, ids, end_ids(self.tokenizer))
+        return rewards
 
 
 class AlignmentMethod(Section):
@@ -109,6 +117,18 @@ class AlignmentMethod(Section):
     """Training rows per pair."""
     figures: ClassVar[Sequence[str]]
     """Columns of the training curve after the loss, if measured."""
+
+    def sampled_answers(self, patience: int | None) -> SampledAnswers:
+        """The table of an online method's answers, which says when there is nothing to learn from them.
+
+        Args:
+            patience: steps in a row without it after which training stops; None: never.
+        """
+        return SampledAnswers(patience)
+
+    @property
+    def accepts_constant_rewards(self) -> bool:
+        return False
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         """Raises:
@@ -159,8 +179,10 @@ class TrlMethod(AlignmentMethod):
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
         rows, validation = (self.rows(run.tokenizer, run.pairs[split]) for split in ("train", "validation"))
+        spec = self.trainer_spec(run)
+        spec = replace(spec, arguments={**spec.arguments, **run.trl})
         return training.train(
-            self.trainer_spec(run), run.shared, run.tokenizer, rows, [] if self.learns_from_rewards else validation, run.params,
+            spec, run.shared, run.tokenizer, rows, [] if self.learns_from_rewards else validation, run.params,
             run.compute, run.checkpoints, run.live, run.begin,
         )  # fmt: skip
 
@@ -299,11 +321,22 @@ class GroupMethod(TrlMethod):
         raise NotImplementedError
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
-        def reward(completions: Sequence[str], completion_ids: Sequence[Sequence[int]], row: Sequence[int], **_: Any) -> list[float]:
+        def reward(
+            completions: Sequence[str], completion_ids: Sequence[Sequence[int]], row: Sequence[int], trainer_state: Any, **_: Any
+        ) -> list[float]:
+            run.sampled.step = trainer_state.global_step + 1
             return run.reward(row, completions, completion_ids)
 
         arguments = {**self.model_dump(), "steps_per_generation": 1}
-        return TrainerSpec(self.name, *self.trl_classes(), arguments, self.metrics, {"reward_funcs": reward}, answers_in_groups=True)
+        return TrainerSpec(
+            self.name, *self.trl_classes(), arguments, self.metrics, {"reward_funcs": reward}, answers_in_groups=True, sampled=run.sampled
+        )
+
+    def train(self, run: AlignmentRun) -> TrainingHistory:
+        history = super().train(run)
+        if not run.sampled.is_stalled():
+            return history
+        return StoppedHistory(**vars(history), stopped=f"{self.name}: step {history.step}: {run.sampled.stalled_text()}")
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [{"prompt": prompt_ids(tokenizer, pair), "pair": i} for i, pair in enumerate(pairs)]
@@ -389,13 +422,21 @@ class Ppo(AlignmentMethod, ppo.Settings):
             InputError: it stopped before the first update.
         """
         history = ppo.train(
-            run.shared.model, run.tokenizer, run.prompts, run.reward, self, run.compute, run.checkpoints, run.live, run.shared, run.begin
-        )
+            run.shared.model, run.tokenizer, run.prompts, run.reward, self, run.compute, run.checkpoints, run.live, run.shared, run.begin,
+            run.sampled,
+        )  # fmt: skip
         if history.stopped and not history.curve:
             raise InputError(history.stopped, "change the options named above")
         curve = [{**point, "loss": point["policy_loss"]} for point in history.curve]
         trained = TrainingHistory(curve=curve, seen=history.seen, tokens=history.tokens, seconds=history.seconds)
         return StoppedHistory(**vars(trained), stopped=history.stopped) if history.stopped else trained
+
+    def sampled_answers(self, patience: int | None) -> SampledAnswers:
+        return SampledAnswers(patience, by_record=False, ends_count=self.missing_eos_penalty > 0)
+
+    @property
+    def accepts_constant_rewards(self) -> bool:
+        return self.allow_constant_reward
 
     def passes(self, params: PreferenceParams) -> tuple[int, int]:
         return self.mini_batch_size, self.gradient_accumulation_steps

@@ -167,7 +167,7 @@ class RewardFunction:
         return reply
 
 
-def started(folder: Path | None, rewards: Mapping[str, float], seconds: float, where: str) -> list[RewardFunction]:
+def started(folder: Path | None, rewards: Mapping[str, Any], seconds: float, where: str) -> list[RewardFunction]:
     """The functions among rewards, each with its process. For the arguments, see `RewardFunction`."""
     names = [name for name, weight in rewards.items() if weight and is_function(name)]
     if not names:

@@ -225,7 +225,7 @@ def valid_json(answer: str) -> float:
     """1 if an answer is one JSON value, else 0."""
     try:
         json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):
         return 0.0
     return 1.0
 

@@ -1,57 +1,109 @@
-"""Rewards of online methods: a weighted sum of a reward model, rules, and functions of the project."""
+"""Rewards of online methods: a weighted sum of a reward model, rules, ready-made rewards, and functions of the project."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message
+from dagster_project.training.trainers.alignment.ready_rewards import READY, ReadyReward, parse_ready
 from dagster_project.training.trainers.alignment.reward_functions import FOLDER, RewardFunction, is_function
 from dagster_project.training.trainers.alignment.reward_functions import check as check_function
 from dagster_project.training.trainers.alignment.reward_model import MODEL, RULES, RewardModel, judged_text
 from dagster_project.training.trainers.harness.sharding import in_step
 
+Entry = float | dict[str, Any]
+"""Of a reward in params.yaml: its weight or, for a ready-made one, a mapping of its options."""
 
-def check(rewards: Mapping[str, float], where: str, root: Path) -> None:
-    """Raises: InputError: a reward is unknown, or there is none."""
+
+def check(rewards: Mapping[str, Entry], where: str, root: Path) -> None:
+    """Raises: InputError: a reward is unknown or has wrong options, or there is none."""
     functions = {name for name in rewards if is_function(name)}
-    unknown = sorted(rewards.keys() - RULES.keys() - {MODEL} - functions)
-    if unknown or not any(rewards.values()):
-        what = f"unknown: {', '.join(unknown)}" if unknown else "there is no reward"
-        raise InputError(
-            f"params.yaml: {where}: {what}",
-            f"rewards, each with its weight: {', '.join([MODEL, *RULES])}, or your own function, {FOLDER}/FILE.py:FUNCTION",
-        )
+    known = [MODEL, *RULES, *READY]
+    unknown = sorted(rewards.keys() - {*known} - functions)
+    close = [near for name in unknown for near in get_close_matches(name, known, 1)]
+    hint = (
+        f"{f'did you mean {close[0]}? ' if close else ''}rewards, each with its weight: {', '.join(known)}, or your own function, "
+        f"{FOLDER}/FILE.py:FUNCTION"
+    )
+    if unknown:
+        raise InputError(f"params.yaml: {where}: unknown: {', '.join(unknown)}", hint)
+    if mapped := sorted(name for name, entry in rewards.items() if isinstance(entry, Mapping) and name not in READY):
+        raise InputError(f"params.yaml: {where}.{mapped[0]}: it has no options", f"write its weight: {{{mapped[0]}: 1.0}}")
     for name in sorted(functions):
         check_function(root, name, where)
+    ready(rewards, where, root)
+    if not any(weights_of(rewards).values()):
+        raise InputError(f"params.yaml: {where}: there is no reward", hint)
+
+
+def weights_of(rewards: Mapping[str, Entry]) -> dict[str, float]:
+    """Name -> weight."""
+    return {name: float(entry.get("weight", 1.0)) if isinstance(entry, Mapping) else entry for name, entry in rewards.items()}
+
+
+def ready(rewards: Mapping[str, Entry], where: str, root: Path) -> dict[str, ReadyReward]:
+    """The ready-made ones among rewards that have a weight.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong.
+    """
+    parsed = {name: parse_ready(name, entry, where, root) for name, entry in rewards.items() if name in READY}
+    return {name: reward for name, reward in parsed.items() if reward.weight}
+
+
+def reads_files(rewards: Mapping[str, Entry]) -> bool:
+    """Whether a reward is made from files in `FOLDER`."""
+    return any(is_function(name) or (isinstance(entry, Mapping) and "file" in entry) for name, entry in rewards.items())
 
 
 class Rewards:
-    """A weighted sum of a reward model, rules, and functions of the project."""
+    """A weighted sum of a reward model, rules, ready-made rewards, and functions of the project."""
 
-    def __init__(self, weights: Mapping[str, float], model: RewardModel | None, functions: Sequence[RewardFunction] = ()) -> None:
+    def __init__(
+        self, rewards: Mapping[str, Entry], model: RewardModel | None, functions: Sequence[RewardFunction] = (), root: Path = Path(),
+        where: str = "aligned",
+    ) -> None:  # fmt: skip
         """Args:
-        weights: name -> weight, as in an entry of params.yaml. Rewards with weight 0 are left out.
+        rewards: as in an entry of params.yaml. Those with weight 0 are left out.
         model: required if they name it.
         functions: those that they name.
+        root: of the project, for files that they name.
+        where: dotted path of the entry in params.yaml, for messages.
         """
-        self.weights, self.model = {name: weight for name, weight in weights.items() if weight}, model
+        self.weights, self.model = {name: weight for name, weight in weights_of(rewards).items() if weight}, model
         self.functions = {function.name: function for function in functions}
+        self.ready = ready(rewards, where, root)
 
-    def __call__(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message]) -> list[float]:
-        """The reward of generated answers, which are messages of the assistant, to the prompts of these pairs."""
-        total = [0.0] * len(answers)
-        for name, weight in self.weights.items():
+    def components(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message]) -> dict[str, list[float]]:
+        """Name of a reward -> its value for each generated answer to the prompts of these pairs, without its weight. Answers are messages of the
+        assistant."""
+        found = {}
+        for name in self.weights:
             if name == MODEL:
                 assert self.model
-                found = in_step([self.model.shared], partial(self.model.of_answers, pairs, answers))
+                found[name] = in_step([self.model.shared], partial(self.model.of_answers, pairs, answers))
             elif name in self.functions:
                 records = [{**pair, "answer": answer} for pair, answer in zip(pairs, answers, strict=True)]
-                found = self.functions[name]([pair["prompt"] for pair in pairs], [judged_text(answer) for answer in answers], records)
+                found[name] = self.functions[name]([pair["prompt"] for pair in pairs], [judged_text(answer) for answer in answers], records)
+            elif name in self.ready:
+                found[name] = [self.ready[name].score(answer, pair) for pair, answer in zip(pairs, answers, strict=True)]
             else:
-                found = [RULES[name](judged_text(answer)) for answer in answers]
-            total = [so_far + weight * value for so_far, value in zip(total, found, strict=True)]
+                found[name] = [RULES[name](judged_text(answer)) for answer in answers]
+        return found
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message]) -> tuple[list[float], dict[str, list[float]]]:
+        """The reward of each answer, and its components."""
+        components = self.components(pairs, answers)
+        return self.total(components), components
+
+    def total(self, components: Mapping[str, Sequence[float]]) -> list[float]:
+        """The reward of each answer: the weighted sum of its components."""
+        total = [0.0] * len(next(iter(components.values()), ()))
+        for name, weight in self.weights.items():
+            total = [so_far + weight * value for so_far, value in zip(total, components[name], strict=True)]
         return total

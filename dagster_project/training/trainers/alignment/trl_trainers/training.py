@@ -37,6 +37,8 @@ from dagster_project.training.trainers.harness.weight_audit import LIBRARIES, We
 if TYPE_CHECKING:
     import torch
 
+    from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
+
 
 @dataclass(frozen=True)
 class TrainerSpec:
@@ -60,6 +62,8 @@ class TrainerSpec:
     """Whether the loss of pairs reads log-probabilities under the reference, which are computed once."""
     answers_in_groups: bool = False
     """Whether the trainer is one of `answer_groups.group_trainer`."""
+    sampled: SampledAnswers | None = None
+    """The answers of online methods."""
 
 
 class TrlSession(SharedSession):
@@ -71,7 +75,9 @@ class TrlSession(SharedSession):
     ) -> None:  # fmt: skip
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
         super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
-        self.metrics, self.tokenizer = spec.metrics, tokenizer
+        self.metrics, self.tokenizer, self.sampled = spec.metrics, tokenizer, spec.sampled
+        if self.sampled and self.saved:
+            self.sampled.restore(self.state["answers"])
         reads_once = shared_prompts.reads_prompts_once(model, self.device.type)
         self.outputs = spec.outputs if reads_once else None
         """As in the specification; None if the model cannot read pairs so, or there are none."""
@@ -80,6 +86,16 @@ class TrlSession(SharedSession):
         """Whether a pass reads the answers to a prompt as a group."""
         self.reference: dict[int, tuple[float, float]] = {}
         """Log-probabilities of the chosen and the rejected answer of each row under the reference; validation rows have negative numbers."""
+
+    def method_state(self) -> dict[str, Any]:
+        return {"answers": self.sampled.state()} if self.sampled else {}
+
+    def is_complete(self) -> bool:
+        return super().is_complete() or (self.saved is not None and self.stalls())
+
+    def stalls(self) -> bool:
+        """Whether rewards have not differed for so long that training stops."""
+        return self.sampled is not None and self.sampled.is_stalled()
 
     def step_point(self, step: int, logs: Mapping[str, float]) -> tuple[dict[str, float], str]:
         self.history.tokens = int(logs.get("num_tokens", 0))
@@ -164,6 +180,23 @@ def _trainer_class(base: type) -> type:
     return RowTrainer
 
 
+@cache
+def _stopper_class() -> type:
+    from transformers import TrainerCallback
+
+    class Stopper(TrainerCallback):
+        """Stops an online method that has nothing to learn. A checkpoint is written, as at the end of an epoch."""
+
+        def __init__(self, session: TrlSession) -> None:
+            self.session = session
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.session.stalls():
+                control.should_training_stop = True
+
+    return Stopper
+
+
 def _interleaved(metrics: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
     """The values of each metric in the order of the passes, given those of each process.
 
@@ -245,7 +278,7 @@ def _build_trainer(
         if validation_rows
         else None,
         processing_class=tokenizer,
-        callbacks=[monitor(session)],
+        callbacks=[monitor(session), _stopper_class()(session)],
         **spec.constructor,
     )
     if "ref" in getattr(model, "peft_config", {}):  # TRL's copy of the adapter: with the adapter off, the model is the reference already

@@ -1,0 +1,297 @@
+"""Ready-made rewards that can be verified: each compares an answer with the record's chosen answer, with a pattern or with a schema.
+
+A reward is one class below: its fields are its options in params.yaml, its docstring is its line in docs/alignment.md. To add one, write its class and list it in READY.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.messages import JSON, Call, Message, Tools, calls
+from dagster_project.core.params import Section, inside, parse
+from dagster_project.core.tool_schemas import BROKEN, ArgumentsSchema, arguments_schema
+from dagster_project.training.trainers.alignment.reward_functions import FOLDER
+from dagster_project.training.trainers.alignment.reward_model import judged_text
+
+Record = Mapping[str, Any]
+
+
+class ReadyReward(Section):
+    """A ready-made reward with its options."""
+
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Weight in the sum of rewards."""
+    needs: ClassVar[str] = ""
+    """What a record must have, for messages; empty: nothing."""
+
+    def score(self, answer: Message, record: Record) -> float:
+        """Between 0 and 1.
+
+        Args:
+            answer: a message of the assistant.
+            record: the pair whose prompt it answers.
+        """
+        raise NotImplementedError
+
+    def has_target(self, record: Record) -> bool:
+        """Whether the record has what the answer is compared with."""
+        return True
+
+    def loaded(self, root: Path, where: str) -> ReadyReward:
+        """The reward with the files that it names.
+
+        Raises:
+            InputError: an option cannot be used.
+        """
+        return self
+
+
+def target(record: Record) -> Message:
+    """The answer that is compared with: the chosen one."""
+    found: Message = record["chosen"][0]
+    return found
+
+
+class ExactMatch(ReadyReward):
+    """1 if the content equals that of the chosen answer, apart from white space."""
+
+    needs: ClassVar[str] = "a chosen answer with content"
+
+    def score(self, answer: Message, record: Record) -> float:
+        return float(_words(answer) == _words(target(record)))
+
+    def has_target(self, record: Record) -> bool:
+        return bool(_words(target(record)))
+
+
+class NumberMatch(ReadyReward):
+    """1 if the number after `####`, or else the last number of the content, is that of the chosen answer: 1,000.0 is 1000."""
+
+    needs: ClassVar[str] = "a chosen answer with a number"
+
+    def score(self, answer: Message, record: Record) -> float:
+        found = number_in(answer["content"])
+        return float(found is not None and found == number_in(target(record)["content"]))
+
+    def has_target(self, record: Record) -> bool:
+        return number_in(target(record)["content"]) is not None
+
+
+class Regex(ReadyReward):
+    """1 if `pattern` matches somewhere in the content and calls. Rust's regular expressions, whose time is linear in the length of the answer: without
+    look-around and backreferences."""
+
+    pattern: str = Field(min_length=1)
+    """The regular expression; `(?s)` and other flags at its beginning."""
+
+    def score(self, answer: Message, record: Record) -> float:
+        return float(self._matches(judged_text(answer)))
+
+    def _matches(self, text: str) -> bool:
+        import polars as pl
+
+        return bool(pl.Series([text.encode("utf-8", "replace").decode()]).str.contains(self.pattern, strict=True)[0])
+
+    def loaded(self, root: Path, where: str) -> ReadyReward:
+        from polars.exceptions import PolarsError
+
+        try:
+            self._matches("")
+        except PolarsError as error:
+            reason = " ".join(str(error).split()).removeprefix("regex error: ")
+            hint = "Rust's syntax has neither look-around nor backreferences; a function in data/rewards/ can use Python's"
+            raise InputError(f"params.yaml: {where}.pattern: not a regular expression: {reason}", hint) from None
+        return self
+
+
+class JsonSchema(ReadyReward):
+    """1 if the content is JSON that fits a JSON Schema, `schema` or that of `file`. Patterns in it that may take exponential time are not checked."""
+
+    definition: dict[str, Any] | None = Field(default=None, alias="schema")
+    """The schema."""
+    file: str | None = None
+    """A file in data/rewards/ with it, in its place."""
+
+    def loaded(self, root: Path, where: str) -> ReadyReward:
+        if (self.definition is None) == (self.file is None):
+            raise InputError(
+                f"params.yaml: {where}: requires either schema or file", f"schema: {{type: object}}, or file: {FOLDER}/NAME.json"
+            )
+        schema = self.definition if self.file is None else self._read(root, where)
+        checked = JsonSchema.model_construct(weight=self.weight, definition=schema)
+        if checked.validator.broken:
+            raise InputError(f"params.yaml: {where}: not a JSON Schema: {checked.validator.broken}", "fix the schema")
+        return checked
+
+    def _read(self, root: Path, where: str) -> dict[str, Any]:
+        assert self.file
+        path = inside(root, self.file, f"{where}.file")
+        if not path.is_relative_to((root / FOLDER).resolve()):
+            raise InputError(f"params.yaml: {where}.file: {self.file} is not in {FOLDER}/", "DVC watches only files there: move it")
+        try:
+            schema = json.loads(path.read_bytes())
+        except (ValueError, RecursionError, OSError) as error:
+            raise InputError(f"params.yaml: {where}.file: {self.file} is not JSON: {error}", "fix the file") from None
+        if not isinstance(schema, dict):
+            raise InputError(f"params.yaml: {where}.file: {self.file}: expected an object, found {type(schema).__name__}", "fix the file")
+        return schema
+
+    @cached_property
+    def validator(self) -> ArgumentsSchema:
+        return arguments_schema(self.definition)
+
+    def score(self, answer: Message, record: Record) -> float:
+        try:
+            value = json.loads(answer["content"], parse_constant=_refuse_constant)
+            return float(self.validator.problem(value) is None)
+        except (ValueError, RecursionError):
+            return 0.0
+
+
+class ToolCall(ReadyReward):
+    """1 if the answer makes the calls of the chosen answer, in any order and with equal arguments, and they fit the record's tools; without calls in
+    the chosen answer, 1 if it makes none."""
+
+    needs: ClassVar[str] = "tools, and a chosen answer whose calls fit them"
+
+    def score(self, answer: Message, record: Record) -> float:
+        tools, made = record.get("tools"), calls(answer)
+        try:
+            return float(_multiset(made) == _multiset(calls(target(record))) and all(fits(call, tools) for call in made))
+        except RecursionError:  # nested too deep
+            return 0.0
+
+    def has_target(self, record: Record) -> bool:
+        return bool(record.get("tools")) and all(fits(call, record["tools"]) for call in calls(target(record)))
+
+
+class ReasoningFormat(ReadyReward):
+    """1 if the answer has a trace that is closed, and content or calls after it."""
+
+    def score(self, answer: Message, record: Record) -> float:
+        said = bool(answer["content"].strip() or calls(answer))
+        return float(bool((answer.get("reasoning_content") or "").strip()) and said)
+
+
+class LengthWindow(ReadyReward):
+    """1 if the content has from `min_words` to `max_words` words; less in proportion for shorter and longer ones."""
+
+    min_words: int = Field(default=0, ge=0)
+    """Fewest words."""
+    max_words: int | None = Field(default=None, ge=1)
+    """Most words. null: no limit."""
+
+    def loaded(self, root: Path, where: str) -> ReadyReward:
+        if self.max_words is None and not self.min_words:
+            raise InputError(f"params.yaml: {where}: requires min_words, max_words or both", "e.g. {max_words: 50}")
+        if self.max_words is not None and self.max_words < self.min_words:
+            raise InputError(f"params.yaml: {where}.max_words: {self.max_words} is below min_words {self.min_words}", "raise max_words")
+        return self
+
+    def score(self, answer: Message, record: Record) -> float:
+        words = len(answer["content"].split())
+        if words < self.min_words:
+            return words / self.min_words
+        return 1.0 if self.max_words is None or words <= self.max_words else self.max_words / words
+
+
+READY: dict[str, type[ReadyReward]] = {
+    "exact_match": ExactMatch, "number_match": NumberMatch, "regex": Regex, "json_schema": JsonSchema, "tool_call": ToolCall,
+    "reasoning_format": ReasoningFormat, "length_window": LengthWindow,
+}  # fmt: skip
+"""Name in params.yaml -> reward."""
+
+
+def parse_ready(name: str, entry: float | Mapping[str, Any], where: str, root: Path) -> ReadyReward:
+    """A reward from its entry in params.yaml: a weight, or a mapping of its options.
+
+    Args:
+        where: dotted path of the rewards.
+    Raises:
+        InputError: an option is unknown, missing or wrong.
+    """
+    options = dict(entry) if isinstance(entry, Mapping) else {"weight": float(entry)}
+    return parse(READY[name], options, f"{where}.{name}").loaded(root, f"{where}.{name}")
+
+
+def refuse_missing_targets(rewards: Mapping[str, ReadyReward], records: Sequence[Record], where: str) -> None:
+    """Raises: InputError: a record lacks what a reward compares answers with."""
+    for name, reward in rewards.items():
+        missing = [record["example_id"] for record in records if not reward.has_target(record)]
+        if missing:
+            raise InputError(
+                f"params.yaml: {where}.{name} needs {reward.needs}, which {len(missing)} of {len(records)} training pairs do not have; the first is "
+                f"example {missing[0]}",
+                f"remove these pairs from raw_preferences.sources, or {name} from {where}",
+            )
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------------------------------
+
+NUMBER = re.compile(r"(?:(?<![\w.)\]])([-+\u2212]))?[$\u20ac\u00a3]?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+"""A number with its sign, which does not follow a word or a number, so that 5-3 ends with 3; with or without thousands separators."""
+
+
+def number_in(text: str) -> Decimal | None:
+    """The number after the last `####` (GSM8K's form of an answer), or else the last one.
+
+    >>> number_in("5 + 3 = 8\\n#### -1,200.50 dollars in 2 days"), number_in("So 7, or $12."), number_in("none")
+    (Decimal('-1200.50'), Decimal('12'), None)
+    """
+    _, marked, after = text.rpartition("####")
+    found = NUMBER.findall(after if marked else text)
+    if not found:
+        return None
+    sign, digits = found[0 if marked else -1]
+    number = Decimal(digits.replace(",", ""))
+    return -number if sign in {"-", "\u2212"} and sign else number
+
+
+# ---- calls ------------------------------------------------------------------------------------------------------------------------------
+
+
+def fits(call: Call, tools: Tools) -> bool:
+    """Whether a call names a tool and its arguments fit the tool's JSON Schema; a tool without one accepts any object."""
+    functions = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in tools or ()}
+    if call.name not in functions or not isinstance(call.arguments, dict):
+        return False
+    parameters = functions[call.name].get("parameters")
+    found = _schema(JSON.encode(parameters)).problem(call.arguments) if parameters is not None else None
+    return found is None or found[0] == BROKEN
+
+
+@cache
+def _schema(parameters: str) -> ArgumentsSchema:
+    return arguments_schema(json.loads(parameters))
+
+
+def _multiset(made: Sequence[Call]) -> Counter[tuple[str, str]]:
+    return Counter((call.name, json.dumps(_canonical(call.arguments), sort_keys=True)) for call in made)
+
+
+def _canonical(value: Any) -> Any:
+    """A JSON value in which equal numbers are written equally: 3.0 is 3, as in JSON Schema."""
+    if isinstance(value, dict):
+        return {key: _canonical(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_canonical(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _words(message: Message) -> list[str]:
+    words: list[str] = message["content"].split()
+    return words
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
