@@ -145,6 +145,35 @@ def test_a_changed_adapter_is_refused(made: Path, tmp_path: Path, capsys: pytest
     assert "adapter_model.safetensors: not what dvc.lock recorded" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
+def test_a_damaged_configuration_is_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(shutil.copytree(made, tmp_path / "project", symlinks=True))
+    config = root / "data/adapter/lora/adapter_config.json"
+    config.unlink()
+    assert export(root, "adapter@lora", tmp_path / "new") == 2
+    assert "adapter_config.json: not what dvc.lock recorded" in capsys.readouterr().err
+    config.write_text("{")
+    assert export(root, "adapter@lora", tmp_path / "new") == 2
+    assert "adapter_config.json: not what dvc.lock recorded" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_an_adapter_that_changes_while_it_is_copied_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(made, tmp_path / "project", symlinks=True))
+    weights, copyfile = root / "data/adapter/lora/adapter_model.safetensors", shutil.copyfile
+
+    def copied(source: Path, to: Path) -> None:
+        if source == weights and not weights.is_symlink():
+            content = weights.read_bytes()
+            weights.unlink()
+            weights.write_bytes(content + b" ")
+        copyfile(source, to)
+
+    monkeypatch.setattr(shutil, "copyfile", copied)
+    assert export(root, "adapter@lora", tmp_path / "new") == 2
+    assert "not what dvc.lock recorded" in capsys.readouterr().err and [*tmp_path.iterdir()] == [root]
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

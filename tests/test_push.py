@@ -199,12 +199,39 @@ def test_the_saved_login_is_not_used(
     assert "HF_TOKEN is not set" in capsys.readouterr().err and not hub.asked
 
 
-@pytest.mark.parametrize("endpoint", ["http://hub.example.org", "ftp://127.0.0.1", "hub"])
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://hub.example.org",
+        "ftp://127.0.0.1",
+        "hub",
+        "https://[hub",
+        "https://[1.2]",
+        "https://hub:x",
+        "https://hub:99999",
+        "https://a b",
+    ],
+)
 def test_a_token_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     with pytest.raises(InputError, match="HF_ENDPOINT"):
         destination(REPO, private=False, dry_run=False)
+
+
+def test_a_password_in_the_address_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://user:hunter2@hub.example.org")
+    with pytest.raises(InputError, match="without user and password") as refusal:
+        destination(REPO, private=False, dry_run=True)
+    assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("token", ["hf_writer\nX: y", "hf wri ter", "hf_wr\u00efter"])
+def test_a_token_that_no_header_can_have_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(InputError, match="in no token") as refusal:
+        destination(REPO, private=False, dry_run=False)
+    assert token[:5] not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["helpdesk", "a/b/c", "org/has space", "org/..", ""])
@@ -255,6 +282,22 @@ def test_a_release_that_is_older_than_what_it_was_made_from_is_refused(
     assert "made from an earlier data/comparison" in refused(own, hub, capsys, 1)
 
 
+def test_a_pipeline_that_runs_again_meanwhile_is_refused(
+    own: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate was checked for the release of before, and the files were copied afterwards."""
+    from dagster_project.commands import papers
+    from dagster_project.commands import push as module
+
+    def hand_over(*given: Any) -> Any:
+        with (own / "dvc.lock").open("a") as lock:
+            lock.write("# another run\n")
+        return papers.hand_over(*given)
+
+    monkeypatch.setattr(module, "hand_over", hand_over)
+    assert "dvc.lock changed meanwhile" in refused(own, hub, capsys, 2)
+
+
 def test_a_waiver_that_has_expired_is_refused(made: Path) -> None:
     gate = json.loads((made / "data/release/release.json").read_text())
     assert any(not gate["checks"][one["check"]]["passed"] for one in gate["waivers"]), "the release needed its waivers"
@@ -303,8 +346,11 @@ def test_texts_in_tables_and_in_the_metadata_of_weights_are_examined(tmp_path: P
     pq.write_table(pa.table({"n": [1, 2], "text": ["fine", MAIL]}), tmp_path / "t.parquet")
     save_file({"w": np.zeros(2, np.float32)}, tmp_path / "w.safetensors", {"author": MAIL})
     (tmp_path / "x.bin").write_bytes(b"\0" + MAIL.encode())
-    for name in ("t.parquet", "w.safetensors"):
-        with pytest.raises(CheckFailed, match=f"{name}:[12]: e-mail"):
+    pq.write_table(pa.table({"turns": [[{"role": "user", "content": f"I am {MAIL}"}]]}), tmp_path / "nested.parquet")
+    pq.write_table(pa.table({"coded": pa.array([MAIL]).dictionary_encode()}), tmp_path / "coded.parquet")
+    pq.write_table(pa.table({"n": [1]}).replace_schema_metadata({"author": MAIL}), tmp_path / "noted.parquet")
+    for name in ("t.parquet", "nested.parquet", "coded.parquet", "noted.parquet", "w.safetensors"):
+        with pytest.raises(CheckFailed, match=f"{name}: e-mail"):
             refuse_private(tmp_path, [tmp_path / name], [])
     assert refuse_private(tmp_path, [tmp_path / "x.bin"], []) == ["x.bin"]
     assert refuse_private(tmp_path, [tmp_path / "t.parquet"], [f"contact: {MAIL}"]) == []

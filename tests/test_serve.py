@@ -277,6 +277,44 @@ def test_a_gguf_file_is_served_by_the_program_of_llama_cpp_under_its_hash(
         assert within_a_minute(lambda: not is_running(document["pid"]))
 
 
+def test_a_model_that_changes_while_it_is_loaded_is_not_announced(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, file = tmp_path / "llama-server", tmp_path / "tiny.gguf"
+    changes = "open(sys.argv[sys.argv.index('--model') + 1], 'ab').write(b'!')\n"
+    start, serve_forever = LLAMA_SERVER.format(python=sys.executable).split("http.server.HTTPServer(")
+    program.write_text(f"{start}{changes}http.server.HTTPServer({serve_forever}")
+    program.chmod(0o755)
+    file.write_bytes(b"GGUF")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    port = free_port()
+    done = pedigree(made, "serve", str(file), "--port", str(port), "--json")
+    assert (done.returncode, done.stdout) == (1, "") and "changed while it was loaded" in done.stderr and "Traceback" not in done.stderr
+    assert within_a_minute(lambda: is_free(port))
+
+
+def test_weights_that_a_server_would_unpickle_are_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    assert "no model.safetensors" in refused(made, capsys, str(tmp_path))
+
+
+def test_a_number_that_is_no_port_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "base_model", "--port", "70000", "--project", str(made)]) == 2
+    assert "--port 70000: not a port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("merged@lora", "merged-lora-6d292c09"),
+        ("Modell ä", "Modell-6d292c09"),
+        ("\u6a21\u578b", "model-6d292c09"),
+        ("--", "model-6d292c09"),
+    ],
+)
+def test_an_id_is_no_option_of_a_server(tmp_path: Path, name: str, expected: str) -> None:
+    assert Served(name, tmp_path, "6d292c09" + "0" * 24, False).id == expected
+
+
 def test_vllm_gets_the_folder_under_the_id_on_loopback(tmp_path: Path) -> None:
     command = command_of("vllm", Served("merged@lora", tmp_path, "6d292c09" + "0" * 24, True), tmp_path, tmp_path, 8000)
     named = ["serve", str(tmp_path), "--served-model-name", "merged-lora-6d292c09", "--allowed-origins", "[]"]
@@ -285,7 +323,11 @@ def test_vllm_gets_the_folder_under_the_id_on_loopback(tmp_path: Path) -> None:
 
 def test_the_environment_of_a_server_has_no_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", "/elsewhere")
+    secret = ("HF_TOKEN", "HF_TOKEN_PATH", "PEDIGREE_SIGNING_KEY", "PEDIGREE_SIGNING_KEY_PASSWORD", "AWS_SECRET_ACCESS_KEY", "VLLM_API_KEY")
+    for name in (*secret, "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "x")
     found = environment_of(tmp_path)
+    assert not found.keys() & {*secret} and found["TOKENIZERS_PARALLELISM"] == "x"
     assert found["LLAMA_ARG_CORS_ORIGINS"] == "localhost" and "HF_HUB_CACHE" not in found
     assert found["HF_HOME"].startswith(str(tmp_path)) and found["HF_HUB_OFFLINE"] == "1"
 

@@ -48,7 +48,6 @@ def write_adapter(root: Path, model: str, folder: Path | None) -> dict[str, Any]
     """
     target = find(root, model)
     config = _config(target)
-    target.refuse_unrecorded()
     recorded = next(out["md5"] for out in target.lock[target.address]["outs"] if out["path"] == target.path)
     base = _base(target, str(config["base_model_name_or_path"]))
     place = Path(model_id(target.address, recorded)) if folder is None else folder
@@ -76,13 +75,14 @@ def write_adapter(root: Path, model: str, folder: Path | None) -> dict[str, Any]
 
 def _config(target: Target) -> dict[str, Any]:
     """Raises:
-    InputError: it is not an adapter in PEFT's format.
+    InputError: it is not an adapter in PEFT's format, or not as dvc.lock recorded it.
     """
     stage, _, variant = target.address.partition("@")
     if stage not in ADAPTERS:
         whole = {"merged": "adapter", "merged_aligned": "aligned"}.get(stage)
         hint = f"name {whole}@{variant}" if whole else "name adapter@VARIANT or aligned@VARIANT"
         raise InputError(f"{target.label} is not an adapter: --format {FORMAT} writes one that PEFT loads", hint)
+    target.refuse_unrecorded()
     if not (target.folder / CONFIG).is_file():
         raise InputError(
             f"{target.label} trained other weights than those of an adapter ({target.path}/{CONFIG} does not exist)",
@@ -138,7 +138,7 @@ def _rank(rank: int) -> int:
 
 def _write(target: Target, place: Path, texts: Mapping[str, str]) -> list[str]:
     """Raises:
-    InputError: the folder cannot be written.
+    InputError: the adapter changed meanwhile, or the folder cannot be written.
     """
     folder = place.resolve()
     try:
@@ -151,6 +151,7 @@ def _write(target: Target, place: Path, texts: Mapping[str, str]) -> list[str]:
         for name in COPIED:
             if (target.folder / name).is_file():
                 shutil.copyfile(target.folder / name, made / name)
+        target.refuse_unrecorded()  # so it did not change while it was read and copied
         for name, text in texts.items():
             write_text(made / name, text)
         files = sorted(path.name for path in made.iterdir())

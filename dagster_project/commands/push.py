@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -35,6 +36,8 @@ RELEASE = "release"
 TOKEN = "HF_TOKEN"
 """Environment variable with the token, the only place from which it is read."""
 PUBLIC = "https://huggingface.co"
+ENDPOINT = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?(/[^\s?#@]*)?")
+"""An address without user and password, which would be in messages."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OF_THE_HUB = (".gitattributes",)
 """Files that the Hub makes in a new repository, and that a push leaves."""
@@ -56,7 +59,7 @@ class Destination:
 
 def destination(repo: str, private: bool, dry_run: bool) -> Destination:
     """Raises:
-    InputError: the name is invalid, there is no token, or it would be sent in the clear to another machine.
+    InputError: the name, the address or the token is invalid, there is no token, or it would be sent in the clear to another machine.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -67,16 +70,29 @@ def destination(repo: str, private: bool, dry_run: bool) -> Destination:
         raise InputError(f"{repo}: {' '.join(str(error).split())}", "name a repository as OWNER/NAME") from None
     if repo.count("/") != 1:
         raise InputError(f"{repo}: no owner", "name a repository as OWNER/NAME")
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or PUBLIC
-    address = urlsplit(endpoint)
-    if address.scheme not in {"http", "https"} or not address.hostname:
-        raise InputError(f"HF_ENDPOINT={endpoint}: not an address", f"set it to e.g. {PUBLIC}")
-    if address.scheme == "http" and address.hostname not in LOOPBACK:
-        raise InputError(f"HF_ENDPOINT={endpoint}: the token would be sent unencrypted", "use https")
-    token = os.environ.get(TOKEN, "").strip()
+    endpoint = _endpoint()
+    token = "" if dry_run else os.environ.get(TOKEN, "").strip()
     if not token and not dry_run:
         raise InputError(f"{TOKEN} is not set", f"put a token with write permission into {TOKEN}; --dry-run needs none")
+    if not re.fullmatch("[!-~]*", token):  # the client's error would quote it
+        raise InputError(f"{TOKEN} has spaces, line breaks or other characters that are in no token", "copy the token again")
     return Destination(repo, private, endpoint, token)
+
+
+def _endpoint() -> str:
+    """Raises:
+    InputError: it is not an address, or a token would be sent in the clear to another machine.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or PUBLIC
+    try:
+        address = urlsplit(endpoint) if ENDPOINT.fullmatch(endpoint) else None
+        if address is None or address.port == 0:
+            raise ValueError
+    except ValueError:  # also of urlsplit, and of its port
+        raise InputError("HF_ENDPOINT is not an address of a Hub without user and password", f"set it to e.g. {PUBLIC}") from None
+    if address.scheme == "http" and address.hostname not in LOOPBACK:
+        raise InputError(f"HF_ENDPOINT={endpoint}: the token would be sent unencrypted", "use https")
+    return endpoint
 
 
 def push(root: Path, model: str, to: Destination, dry_run: bool, key: str | None, issued: date | None) -> dict[str, Any]:
@@ -102,6 +118,8 @@ def push(root: Path, model: str, to: Destination, dry_run: bool, key: str | None
     with tempfile.TemporaryDirectory(prefix="pedigree-push-") as scratch:
         folder = Path(scratch) / to.repo.rpartition("/")[2]
         papers = hand_over(root, RELEASE, folder, issued, key)
+        if find(root, RELEASE).lock_text != target.lock_text:  # what was copied may not be what was checked
+            raise InputError("dvc.lock changed meanwhile", "run the same command again")
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         log.info(f"looking for secrets and personal data in {many(len(paths), 'file')}")
         skipped = refuse_private(folder, paths, [text for text in provider(root, None).values() if isinstance(text, str)])
@@ -184,7 +202,8 @@ def refuse_private(folder: Path, paths: list[Path], published: list[str]) -> lis
             skipped.append(name)
             continue
         hits = [hit for hit in scan(texts) if not any(texts[hit.row][hit.start : hit.end] in text for text in published)]
-        found += [f"{name}:{hit.row + 1}: {hit.kind}: {hit.excerpt}" for hit in hits]
+        has_lines = path.suffix not in {".safetensors", ".parquet"}
+        found += [f"{name}{f':{hit.row + 1}' if has_lines else ''}: {hit.kind}: {hit.excerpt}" for hit in hits]
     if found:
         more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
         raise CheckFailed(
@@ -205,8 +224,9 @@ def _texts(path: Path) -> list[str] | None:
         import pyarrow.types as types
 
         table = pq.read_table(path)
-        columns = [column for column in table.itercolumns() if types.is_string(column.type) or types.is_large_string(column.type)]
-        return [text for column in columns for text in column.unique().to_pylist() if text]
+        values = (value for column in table.itercolumns() if not types.is_primitive(column.type) for value in column.to_pylist())
+        texts = {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str) for value in values if value}
+        return [*sorted(texts), *(value.decode(errors="replace") for value in (table.schema.metadata or {}).values())]
     content = path.read_bytes()
     return None if b"\0" in content else content.decode("utf-8", errors="replace").split("\n")
 
@@ -275,7 +295,8 @@ def _compare(api: Any, to: Destination, commit: str, sha256: Mapping[str, str], 
         same = one is not None and (one.lfs.sha256 == expected if one.lfs else one.blob_id == git_hash(files[name].read_bytes()))
         if not same:
             raise PedigreeError(
-                f"{to.repo}: {name} at commit {commit[:12]} is not the file that was sent", "delete the repository, and push again"
+                f"{to.repo}: {name} at commit {commit[:12]} is not the file that was sent",
+                "run the same command again; if it stays so, look at the repository",
             )
 
 

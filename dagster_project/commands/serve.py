@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -37,8 +38,10 @@ log = logging.getLogger("pedigree")
 HOST = "127.0.0.1"
 ENGINES = ("vllm", "transformers", "llama.cpp")
 QUESTION = "Where is my parcel?"
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PEDIGREE_SIGNING_KEY")
-"""Variables that the server does not get."""
+SECRET = re.compile(r"(^|_)(TOKENS?|KEYS?|PASSWORD|PASSWD|SECRETS?|CREDENTIALS?)(_|$)", re.IGNORECASE)
+"""In the names of variables that the server does not get: HF_TOKEN, PEDIGREE_SIGNING_KEY_PASSWORD, VLLM_API_KEY, with which vLLM would ask for a key."""
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""One of these, or a server may unpickle weights in another format."""
 SECONDS_TO_END = 10.0
 """Time that the server has to end requests before it is killed."""
 LONGEST_EXAMPLE = 1_500
@@ -62,6 +65,14 @@ class Served:
         """Id of the model at the endpoint: its name and the first digits of its content hash."""
         return model_id(self.name, self.digest)
 
+    def refuse_changed(self, root: Path) -> None:
+        """Raises:
+        PedigreeError: it is not, or not any more, what was hashed.
+        """
+        now = sha256_of_file(self.folder) if self.folder.is_file() else md5_of_folder(listing_of(self.folder))
+        if now != self.digest:
+            raise PedigreeError(f"{shown(root, self.folder)} changed while it was loaded", "run the same command again")
+
 
 def find_served(root: Path, model: str | None) -> Served:
     """Args:
@@ -79,6 +90,8 @@ def find_served(root: Path, model: str | None) -> Served:
     if target.root is None:
         if folder != Path(name):  # a stage, not a folder
             raise InputError(f"{shown(root, folder)}: dvc.lock does not record {name}", f"make it again: `dvc repro {name}`")
+        if not any((folder / file).is_file() for file in WEIGHTS):
+            raise InputError(f"{model}: no model.safetensors, and weights in other formats are not served", "save the model as safetensors")
         return Served(folder.resolve().name, folder.resolve(), md5_of_folder(listing_of(folder)), recorded=False)
     target.refuse_unrecorded()
     digest = next(out["md5"] for out in target.lock[target.address]["outs"] if out["path"] == target.path)
@@ -154,7 +167,7 @@ def command_of(engine: str, served: Served, root: Path, links: Path, port: int) 
 
 def environment_of(scratch: Path) -> dict[str, str]:
     """Environment of a server: no access to the Hub, an empty cache of it, no secrets, and this package, not one in the current folder."""
-    kept = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    kept = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(scratch / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     caches = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_ENDPOINT")
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
@@ -170,7 +183,7 @@ def serve(root: Path, model: str | None, port: int, engine: str | None, announce
             "example"}.
     Raises:
         InputError: as `find_served` and `choose_engine`, or the port is in use.
-        PedigreeError: the server ended.
+        PedigreeError: the server ended, or the model changed while it was loaded.
     """
     served = find_served(root, model)
     chosen = choose_engine(served, engine)
@@ -188,6 +201,7 @@ def serve(root: Path, model: str | None, port: int, engine: str | None, announce
         )  # fmt: skip
         try:
             _wait(server, chosen, served, port)
+            served.refuse_changed(root)
             announce(_document(root, served, chosen, port, server.pid))
             server.wait()
             raise PedigreeError(f"{chosen}: the server ended with exit code {server.returncode}", "see its messages above")
@@ -209,13 +223,15 @@ def _end_with_parent() -> Callable[[], None]:
 
 
 def _refuse_taken(port: int) -> None:
+    if port > 65535:
+        raise InputError(f"--port {port}: not a port", "give a number from 1 to 65535, e.g. 8000")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise InputError(
-                f"cannot listen on {HOST}:{port}: {getattr(error, 'strerror', None) or error}",
+                f"cannot listen on {HOST}:{port}: {error.strerror}",
                 f"stop the process that uses it, or give another --port, e.g. {port + 1 if port < 65535 else 8000}",
             ) from None
 
