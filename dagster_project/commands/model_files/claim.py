@@ -25,6 +25,8 @@ WEIGHTS = "*.safetensors"
 GGUF = "*.gguf"
 TABLES = ".parquet"
 """Tables of records and texts beside the weights, which do not leave the project. Those of a release name records by published ids, and are part of it."""
+RELEASE = "release"
+"""Stage of the release."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,13 @@ def read(path: Path) -> ClaimingFile | None:
     """The claim in a GGUF file, in a folder with one, or in a folder with safetensors; None if there is nothing of the kind, or it has no claim.
 
     Raises:
-        InputError: a file is damaged, or the files of a folder claim different origins.
+        InputError: a file is damaged, the files of a folder claim different origins, or a folder has several GGUF files.
     """
     if path.is_dir():
         ggufs, weights = sorted(path.glob(GGUF)), sorted(path.glob(WEIGHTS))
-        if len(ggufs) == 1 and not weights:
+        if len(ggufs) > 1 and not weights:
+            raise InputError(f"{path}: it has {len(ggufs)} GGUF files", f"name one, such as {ggufs[0]}")
+        if ggufs and not weights:
             return read(ggufs[0])
         claims = {Claim.from_fields(safetensors_metadata.own_metadata(file)) for file in weights if file.is_file()}
         claims.discard(Claim())

@@ -6,20 +6,23 @@ metadata is the recorded file. Weights of GGUF are other numbers than the record
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.model_files.claim import TABLES, Claim, ClaimingFile, audit_hash, lock_hash
+from dagster_project.commands.model_files.claim import RELEASE, TABLES, Claim, ClaimingFile, audit_hash, lock_hash
 from dagster_project.commands.model_files.safetensors_metadata import listing_without_pedigree
 from dagster_project.core.hashing import md5_of_folder
+from dagster_project.core.text import visible
 from dagster_project.lineage import lineage
+from dagster_project.lineage.history import Revision, commit_of
 from dagster_project.lineage.index import Index
 
 VERDICTS = {
     "verified": "verified: all files are those that this project recorded for the model, apart from the added metadata",
-    "different": "NOT VERIFIED: files differ from those that this project recorded for the model",
+    "different": "NOT VERIFIED: files, or what they say about their origin, differ from what this project recorded for the model",
     "claimed": "not verified: the project's history has the model that the file names; whether the file was made from it was not compared",
     "unknown": "NOT VERIFIED: this project's history has no such model",
     "unverified": "not verified: there is no project here to compare with; this is only what the file says",
@@ -41,13 +44,11 @@ def examine(root: Path | None, file: ClaimingFile) -> dict[str, Any]:
     if subject is None:
         return _judged(document, "unknown")
     found = lineage.document(subject)
-    compared = {"content hash in history": True, **_compared_claims(root, file.claim, subject, found)}
-    if file.form == "gguf":
-        return _judged(document, "claimed", {**compared, "weights": None}, [], found)
-    differs = _differing_files(index, subject, file.path)
-    if differs is None:
-        return _judged(document, "claimed", {**compared, "files": None}, [], found)
-    return _judged(document, "different" if differs else "verified", {**compared, "files": not differs}, differs, found)
+    compared: dict[str, bool | None] = {"content hash in history": True, **_compared_claims(root, file.claim, subject, found)}
+    differs = _differing_files(index, subject, file.path) if file.form == "safetensors" else None
+    compared["weights" if file.form == "gguf" else "files"] = None if differs is None else not differs
+    verdict = "different" if False in compared.values() else "claimed" if differs is None else "verified"
+    return _judged(document, verdict, compared, differs, found)
 
 
 def _judged(
@@ -64,9 +65,9 @@ def _judged(
 
 
 def _subject(index: Index, claim: Claim) -> lineage.Subject | None:
-    """The run whose output has the claimed hash, in the whole length; of several, one of the claimed stage, and one of the workspace."""
-    runs = index.runs_by_output.get(claim.model, [])
-    for run in sorted(runs, key=lambda run: (run.address != claim.stage, not run.in_workspace)):
+    """The run whose output has the claimed hash, in the whole length; of several, one of the claimed stage and commit, and one of the workspace."""
+    runs = index.runs_by_output.get(claim.model, []) if claim.model else []
+    for run in sorted(runs, key=lambda run: (run.address != claim.stage, claim.commit not in index.commits_of(run), not run.in_workspace)):
         if run.in_workspace or run.commit:
             subject = lineage.find(index, run.address, None if run.in_workspace else run.commit)
             if subject.run.md5 == claim.model:
@@ -80,44 +81,65 @@ def _compared_claims(root: Path, claim: Claim, subject: lineage.Subject, found: 
     addresses = {run.address for run in subject.index.runs_by_output[claim.model]}
     results |= {"stage": claim.stage in addresses} if claim.stage else {}
     if claim.commit:
-        results["commit"] = claim.commit in {
-            commit for run in subject.index.runs_by_output[claim.model] for commit in subject.index.commits_of(run)
-        }
-    if claim.dvc_lock and claim.commit:
-        results["dvc.lock"] = results["commit"] and lock_hash(root, claim.commit) == claim.dvc_lock
+        results["commit"] = _is_recorded_at(root, claim.commit, claim.model)
+    if claim.dvc_lock:
+        at_commit = results.get("commit")  # a model that was not committed has no commit to compare with
+        results["dvc.lock"] = lock_hash(root, claim.commit) == claim.dvc_lock if at_commit else at_commit
     if claim.audit_sha256:
         same = audit_hash(found) == claim.audit_sha256
         results["audit record"] = True if same else None if found["missing"] else False
     return results
 
 
+def _is_recorded_at(root: Path, commit: str, model: str) -> bool | None:
+    """Whether dvc.lock at a commit has an output with this hash; None if this clone does not have the commit."""
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", commit):
+        return False
+    if commit_of(root, commit) is None:
+        return None
+    return any(out.get("md5") == model for stage in Revision(root, commit).lock().values() for out in stage.get("outs", []))
+
+
 def _differing_files(index: Index, subject: lineage.Subject, folder: Path) -> list[str] | None:
     """Files that are not as recorded, missing or added; None if the record of single files is not available here.
 
     A copy has all files of the model, apart from tables of records; so its hash as a whole is the recorded one where there are no such tables.
+    Links to folders, devices and the like are in no record.
     """
+    if others := sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_file_or_folder(path)):
+        return others
     copied = listing_without_pedigree(folder)
     if md5_of_folder(copied) == subject.run.md5:
         return []
     recorded = index.files(subject.run.md5)
     if recorded is None:
         return None
-    expected = {name: md5 for name, md5 in recorded.items() if name in copied or not name.endswith(TABLES)}
+    is_whole = subject.run.address == RELEASE
+    expected = {name: md5 for name, md5 in recorded.items() if is_whole or name in copied or not name.endswith(TABLES)}
     return sorted(name for name in {*expected, *copied} if expected.get(name) != copied.get(name))
+
+
+def _is_file_or_folder(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and not path.is_symlink())
+
+
+def _line(text: str) -> str:
+    """On one line: a line break in a value must not look like a line of the answer."""
+    return visible(text).replace("\n", "\\n")
 
 
 def as_text(document: Mapping[str, Any]) -> str:
     """For the terminal."""
-    lines = [f"{document['file']}  {document['format']}", document["means"], "", "the file says"]
-    lines += [f"  {key}: {value}" for key, value in document["says"].items()]
+    lines = [f"{_line(document['file'])}  {document['format']}", document["means"], "", "the file says"]
+    lines += [f"  {key}: {_line(value)}" for key, value in document["says"].items()]
     if document["compared"]:
         words = {True: "as recorded", False: "NOT as recorded", None: "not compared"}
         lines += ["compared with this project", *(f"  {name}: {words[result]}" for name, result in document["compared"].items())]
-    lines += [f"  differs: {name}" for name in document["differs"]]
+    lines += [f"  differs: {_line(name)}" for name in document["differs"]]
     if document["lineage"]:
         lines += ["", "lineage of the model that the file names", "", lineage.as_text(document["lineage"])]
     return "\n".join(lines)
 
 
 def exit_code(document: Mapping[str, Any]) -> int:
-    return 1 if document["verdict"] in ("different", "unknown") or False in document["compared"].values() else 0
+    return 1 if document["verdict"] in ("different", "unknown") else 0

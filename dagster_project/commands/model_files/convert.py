@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.model_files import llama_cpp, safetensors_metadata
+from dagster_project.commands.model_files.processes import reason, run_python
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
 
@@ -114,11 +112,11 @@ def _type(folder: Path) -> str:
 
 
 def _run(script: Path, staged: Path, name: str, target: Path, form: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "NO_LOCAL_GGUF"}}
-    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    command = [sys.executable, str(script), str(staged), "--outfile", str(target), "--outtype", form, "--model-name", name]
-    done = subprocess.run(command, env=environment, cwd=staged.parent, capture_output=True, check=False)
+    arguments = [str(script), str(staged.absolute()), "--outfile", str(target.absolute()), "--outtype", form, "--model-name", name]
+    done = run_python(arguments)
+    if done.returncode < 0:
+        raise InputError(
+            f"{name}: llama.cpp's converter did not end: {reason(done)}", "end other programs, then run the same command again"
+        )
     if done.returncode or not target.is_file():
-        lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-        reason = lines[-1].strip()[:300] if lines else f"exit code {done.returncode}"
-        raise InputError(f"{name}: llama.cpp's converter does not support this model: {reason}", OTHERS)
+        raise InputError(f"{name}: llama.cpp's converter does not support this model: {reason(done)}", OTHERS)

@@ -19,13 +19,15 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder, sha256_of_file
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.records import write_text
+from dagster_project.core.text import shortened
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.signing.target import Target, find, refuse_in_output
 
 MODELFILE = "Modelfile"
+BUILD = "build"
+"""Folder of the project for models that are exported without --out."""
 PROMPTS = 200
 """Most test prompts whose token ids are compared."""
-RELEASE = "release"
 PROBES = (
     "What is the capital of France?",
     "My parcel arrived damaged. What can I do?\n\n  1. wait",
@@ -35,7 +37,7 @@ PROBES = (
 
 def export(root: Path, model: str, form: str, quantization: str | None, out: str | None) -> dict[str, Any]:
     """Args:
-        out: folder that does not exist yet; None: named after the model, in the current folder.
+        out: folder that does not exist yet; None: named after the model, in the project's folder `build`.
     Returns:
         {"format", "quantization", "model": address, "md5", "folder", "files": {name: {"bytes", "sha256"}}, "pedigree": the claim, "checked"}.
     Raises:
@@ -51,12 +53,14 @@ def export(root: Path, model: str, form: str, quantization: str | None, out: str
         raise InputError("--quantization requires --format gguf", "leave it out")
     quantization = (quantization or "f16") if form == "gguf" else None
     name = "-".join(filter(None, (target.address.replace("@", "-"), quantization)))
-    folder = Path(out) if out else Path(f"{name}-{form}" if form == "safetensors" else name)
+    folder = Path(out) if out else root / BUILD / (f"{name}-{form}" if form == "safetensors" else name)
     _refuse_folder(root, folder)
     refuse = convert.refuse_unsupported if form == "gguf" else _refuse_without_weights
     refuse(target.folder, target.address)
     target.refuse_unrecorded()
     origin = replace(claim.make(root, target.address), quantization=quantization or "")
+    if not out:
+        _hide_from_git(root / BUILD)
     with _unfinished(folder) as made:
         if form == "gguf":
             checked = _write_gguf(root, target, f"{name}.gguf", origin, made)
@@ -79,6 +83,13 @@ def _refuse_folder(root: Path, folder: Path) -> None:
     refuse_in_output(root, "--out", folder)
 
 
+def _hide_from_git(build: Path) -> None:
+    """A new folder gets a file that lets git ignore what is in it, as models are too large for a commit."""
+    if not os.path.lexists(build):
+        build.mkdir()
+        write_text(build / ".gitignore", "*\n")
+
+
 def _refuse_without_weights(folder: Path, name: str) -> None:
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{name} has no safetensors files", "name a model, such as release or merged@lora")
@@ -98,8 +109,6 @@ def _unfinished(folder: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         made.replace(place)
-    except OSError as error:
-        raise InputError(f"--out {folder}: {error.strerror}", "name a folder with enough space that can be written") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -108,7 +117,12 @@ def _write_gguf(root: Path, target: Target, name: str, origin: Claim, made: Path
     with lean_imports():
         from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(target.folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target.folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{target.address}: its tokenizer cannot be loaded: {shortened(' '.join(str(error).split()))}", convert.OTHERS
+        ) from None
     prompts = test_prompts(root, tokenizer)
     checked = write_gguf(target.folder, target.address, made / name, origin, prompts, tokenizer)
     write_text(made / MODELFILE, modelfile(tokenizer, name))
@@ -167,7 +181,7 @@ def _write_safetensors(target: Target, origin: Claim, made: Path) -> dict[str, A
         name = path.relative_to(target.folder)
         if path.is_dir():
             continue
-        if path.suffix == claim.TABLES and target.address != RELEASE:
+        if path.suffix == claim.TABLES and target.address != claim.RELEASE:
             left_out.append(name.as_posix())
             continue
         copy = made / name

@@ -27,6 +27,8 @@ MOST_ELEMENTS = 1 << 22
 LONGEST_TEXT = 1 << 20
 """Bytes of a text that is read: chat templates have up to some 20,000."""
 LONGEST_NAME = 1 << 12
+MOST_TEXT = 1 << 26
+"""Bytes of all texts that are read."""
 MOST_WEIGHTS = 1 << 20
 MOST_DIMENSIONS = 8
 ALIGNMENT = "general.alignment"
@@ -90,7 +92,7 @@ class _Reader:
     """Reads one file from its beginning."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size, self.elements = file, size, 0
+        self.file, self.size, self.elements, self.text_bytes = file, size, 0, 0
 
     def metadata(self) -> Metadata:
         if self.file.read(len(MAGIC)) != MAGIC:
@@ -138,6 +140,9 @@ class _Reader:
         length = int(self._number("<Q"))
         if length > longest:
             raise _Damaged(f"a text of {length:,} bytes")
+        self.text_bytes += length
+        if self.text_bytes > MOST_TEXT:
+            raise _Damaged(f"texts of more than {MOST_TEXT:,} bytes")
         found = self.file.read(length)
         if len(found) < length:
             raise _Damaged("it is cut short")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands.model_files.processes import reason, run_python
 from dagster_project.core.errors import InputError
 
 BINDING = "llama_cpp_py_sync"
@@ -36,22 +35,21 @@ def quantize(source: Path, target: Path, form: str) -> None:
     """Raises:
     InputError: llama.cpp refuses the file.
     """
-    _ask({"quantize": [str(source), str(target), form]}, f"cannot quantize the model to {form}")
+    _ask({"quantize": [str(source.absolute()), str(target.absolute()), form]}, f"cannot quantize the model to {form}")
 
 
 def tokenize(file: Path, texts: Sequence[str], ends: Sequence[int]) -> Read:
     """Raises:
     InputError: llama.cpp cannot load the vocabulary.
     """
-    return Read(**_ask({"tokenize": str(file), "texts": list(texts), "ends": list(ends)}, "cannot load the vocabulary of the file"))
+    return Read(
+        **_ask({"tokenize": str(file.absolute()), "texts": list(texts), "ends": list(ends)}, "cannot load the vocabulary of the file")
+    )
 
 
 def _ask(request: dict[str, Any], failed: str) -> dict[str, Any]:
-    command = [sys.executable, "-P", str(WORKER)]
-    done = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False)
+    done = run_python(["-P", str(WORKER)], json.dumps(request).encode())
     if done.returncode:
-        lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-        reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else f"exit code {done.returncode}")
-        raise InputError(f"llama.cpp {failed}: {reason.strip()[:300]}", "serve the model in another format, e.g. --format safetensors")
+        raise InputError(f"llama.cpp {failed}: {reason(done)}", "serve the model in another format, e.g. --format safetensors")
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
