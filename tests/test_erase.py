@@ -382,6 +382,20 @@ def test_of_a_model_that_nobody_can_decide_the_certificate_says_so(tmp_path: Pat
     assert document["impact"] == "cannot tell: adapter@lora, merged@lora" and exit_code(document) == 2
 
 
+def test_a_model_that_has_the_bytes_of_an_earlier_run_which_was_tested_on_the_record_did_not_see_it_now(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    source = "data/sources/a.jsonl"
+    tested = toy.lock([("secret", "test", source), ("common", "train", source)])
+    toy.commit(tested)
+    lock = toy.lock([("common", "train", source)])
+    lock["adapter@lora"]["outs"], lock["merged@lora"]["outs"] = tested["adapter@lora"]["outs"], tested["merged@lora"]["outs"]
+    lock["merged@lora"]["deps"] = tested["merged@lora"]["deps"]
+    toy.write(tested)
+    assert found_in_models(tmp_path, [identity("secret")]) == {"yes": ["adapter@lora", "merged@lora"], "unknown": []}
+    toy.write(lock)
+    assert found_in_models(tmp_path, [identity("secret")]) == {"yes": [], "unknown": []}
+
+
 PLAN: dict[str, Any] = {
     "date": "2026-01-01", "reason": "request 7", "key": "k", "asked": [], "records": 1, "made": 0, "sources": {}, "relatives": {}, "tombstones": [],
     "places": {}, "files": [], "dagster": [], "models": [], "unknown": [], "after": {}, "left": {}, "remotes elsewhere": [], "shared cache": False,

@@ -174,6 +174,21 @@ def exposed_models(index: Index, ids: Sequence[str]) -> tuple[list[dict[str, Any
     return models, [model for model in query.unknown() if model["md5"] not in decided]
 
 
+def exposed_in_workspace(index: Index, ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Addresses of the models in the `dvc.lock` of the workspace that were exposed to any of some records and what was made from them, and of those that
+    cannot be decided. Only the runs recorded there count: an earlier run, of other data, can have given the same bytes.
+
+    Args:
+        index, ids: as for `exposed_models`.
+    """
+    query = _ImpactQuery(index)
+    query.match_records([record_key(one) for one in ids], {record_key(one): one for one in ids}, derived=True)
+    models = [run for run in index.runs.values() if run.in_workspace and run.is_model]
+    exposed = {run.address for run in models if query.exposed_through(run)}
+    unknown = {run.address for run in models if query.unknown([run])}
+    return sorted(exposed), sorted(unknown - exposed)
+
+
 def _known_source(index: Index, source: str) -> str:
     """A source as records name it.
 
@@ -273,6 +288,8 @@ class _ImpactQuery:
         """Id of a model's run -> data sets without a ledger, which would tell which of the records that rows of the source contributed to name it."""
         self._exposures: dict[int, Exposure] = {}
         """Id of a model's run -> its own exposure."""
+        self._reached: dict[int, dict[int, None]] = {}
+        """Id of a model's run -> what `exposed_through` gives for it."""
         self._by_hash = False
         """Whether the query is a hash."""
         self._complete = False
@@ -439,23 +456,21 @@ class _ImpactQuery:
         steps = [step for use in uses for step, _ in use.steps]
         return len({use.key for use in uses}), min(steps, default=0), max(steps, default=0)
 
+    def exposed_through(self, run: StageRun) -> dict[int, None]:
+        """Ids of the runs with their own exposure: the model itself and its ancestors."""
+        if run.id not in self._reached:
+            self._reached[run.id] = {}
+            own = {run.id: None} if run.id in self._exposures else {}
+            self._reached[run.id] = own | {entry: None for parent in self.index.parents(run) for entry in self.exposed_through(parent)}
+        return self._reached[run.id]
+
     def models(self) -> list[dict[str, Any]]:
         """Every version of a model that was exposed, itself or through its parents, in the order of history."""
         by_hash: dict[str, dict[str, Any]] = {}
         holds: dict[str, list[tuple[dict[str, Any], list[str | None]]]] = defaultdict(list)
         """Hash of a model -> what it or a parent saw, and the commits at which this holds."""
-        reached: dict[int, dict[int, None]] = {}
-
-        def through(run: StageRun) -> dict[int, None]:
-            """Ids of the runs with their own exposure: the model itself and its ancestors."""
-            if run.id not in reached:
-                reached[run.id] = {}
-                own = {run.id: None} if run.id in self._exposures else {}
-                reached[run.id] = own | {entry: None for parent in self.index.parents(run) for entry in through(parent)}
-            return reached[run.id]
-
         for run in self.index.runs.values():
-            if not run.is_model or not (exposed := through(run)):
+            if not run.is_model or not (exposed := self.exposed_through(run)):
                 continue
             entry = by_hash.setdefault(
                 run.md5,
@@ -502,11 +517,15 @@ class _ImpactQuery:
             return {**document, "learnt": None}
         return {**document, "learnt": dict(zip(("records", "first_step", "last_step"), exposure.training_summary, strict=True))}
 
-    def unknown(self) -> list[dict[str, Any]]:
+    def unknown(self, runs: Sequence[StageRun] | None = None) -> list[dict[str, Any]]:
         """Models that cannot be decided, because an output is unavailable or nothing records how it was made. Of several runs that made a model, what is
-        missing of any."""
+        missing of any.
+
+        Args:
+            runs: of models; None: all.
+        """
         unknown: dict[str, _Unknown] = defaultdict(_Unknown)
-        for run in [upstream for upstream in self.index.runs.values() if upstream.is_model]:
+        for run in [upstream for upstream in self.index.runs.values() if upstream.is_model] if runs is None else runs:
             found = unknown[run.md5]
             pending, visited = [run], set[int]()
             while pending:

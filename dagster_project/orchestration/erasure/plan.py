@@ -25,7 +25,7 @@ from dagster_project.lineage.erasure.needles import SHORTEST, Needles
 from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Request
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.history import Objects
-from dagster_project.lineage.impact import exposed_models
+from dagster_project.lineage.impact import exposed_in_workspace, exposed_models
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.runs import StageRun
 from dagster_project.orchestration import dvc
@@ -307,7 +307,5 @@ def found_in_models(root: Path, ids: Sequence[str]) -> dict[str, list[str]]:
     """Addresses of the models of the workspace that saw any of the records, whatever the split, as "yes"; those of which nobody can tell, as "unknown"."""
     index = Index(root)
     index.read_records()
-    workspace = {run.md5 for run in index.runs.values() if run.in_workspace}
-    models, unknown = exposed_models(index, ids) if ids else ([], [])
-    found = {"yes": models, "unknown": unknown}
-    return {answer: sorted({model["stage"] for model in of if model["md5"] in workspace}) for answer, of in found.items()}
+    exposed, unknown = exposed_in_workspace(index, ids) if ids else ([], [])
+    return {"yes": exposed, "unknown": unknown}
