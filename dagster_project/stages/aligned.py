@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,10 +193,7 @@ def produce(
     sources = Sources(preferences, reward_model, sft, functions)
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     method = params.parsed_method(where)
-    _refuse(pairs, params, sft, where)
-    if method.learns_from_rewards:
-        refuse_missing_targets(ready(params.rewards, f"{where}.rewards", _root_of(functions)), pairs["train"], f"{where}.rewards")
-    refuse_misfits(tokenizer_of(sft), pairs, f"data/merged/{params.adapter}")
+    _refuse(pairs, params, method, sources, where)
     usable, reliable = _examine(reward_model, sft, params, method, where)
     if reliable.blocking and not reliable.passed:
         return Report(checks=[reliable])
@@ -219,30 +217,15 @@ def produce(
     kept = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
     inputs = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items() if path}
     start_others({**_shared(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__)
-
-    def load_judge() -> RewardModel | None:
-        with advice_on_memory():
-            return RewardModel(reward_model, device, dtype, params.sharding) if usable else None
-
+    load_judge = partial(_judge, reward_model, params, device, dtype, usable)
     judge = load_judge() if method.learns_from_rewards else None
     rewards = Rewards(params.rewards, judge, called, _root_of(functions), f"{where}.rewards") if method.learns_from_rewards else None
     sampled, names = method.sampled_answers(params.constant_reward_steps), [*rewards.weights] if rewards else []
+    run = AlignmentRun(
+        shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing, sampled, params.trl
+    )  # fmt: skip
     try:
-        history = method.train(
-            AlignmentRun(
-                shared,
-                policies.tokenizer,
-                pairs,
-                rewards,
-                params,
-                compute,
-                kept,
-                live,
-                begin if params.sharding else _nothing,
-                sampled,
-                params.trl,
-            )
-        )
+        history = method.train(run)
     except Diverged as diverged:
         return Report(checks=[_diverged(diverged, pairs["train"])])
     differ = [_rewards_differ(sampled, names, method, where)] if rewards else []
@@ -253,18 +236,12 @@ def produce(
     used = [shared, judge.shared] if judge else [shared]
     preferred, watch = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], judge, params, out))
     shared.join()
-    finite_weights = (bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values())
-    finite = all(map(math.isfinite, history.losses)) and all(finite_weights)
     change = audit.change()
-    unused = {TIME_KEY} if method.learns_from_rewards else {TIME_KEY, "constant_reward_steps"}
-    unused |= set() if params.trl else {"trl"}
-    settings = params.settings({*method.ignored_params, *unused}) | {"options": method.model_dump()}
-    document = document_of(history, change, settings, compute, device, dtype)
-    if place().size > 1:
-        document["processes"] = place().size
+    document = document_of(history, change, _settings(params, method), compute, device, dtype)
+    document |= {"processes": place().size} if place().size > 1 else {}
     prepared.save(out)
-    _write_training(document | {"step_0": start}, history, [*method.figures, *names], _ids(pairs["train"], method), sft, out, curve_file)
     sampled.write(out / FOLDER_OF_ANSWERS, names)
+    _write_training(document | {"step_0": start}, history, [*method.figures, *names], _ids(pairs["train"], method), sft, out, curve_file)
     signs = alignment.gamed(watch)
     if pages:
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **({"components": names} if rewards else {})})
@@ -274,7 +251,7 @@ def produce(
         | {"preference": preferred, "watch": watch, "environment": document["versions"]},
         checks=[
             _starts_as_the_reference(start, history, method),
-            _learned(history, finite),
+            _learned(history, prepared),
             change.check(),
             _prefers(preferred["accuracy"], len(pairs["test"])),
             _not_gamed(signs, watch, judge is not None),
@@ -335,10 +312,7 @@ def other_process(work: Mapping[str, Any]) -> None:
     method = params.parsed_method("aligned")
     _, shared = _policy(sources.sft, params, device, dtype, "aligned")
     scores = params.rewards.get(MODEL) if method.learns_from_rewards and not params.sharding else work["scored"]
-
-    def load_judge() -> RewardModel | None:
-        return RewardModel(sources.reward_model, device, dtype, params.sharding) if scores else None
-
+    load_judge = partial(_judge, sources.reward_model, params, device, dtype, bool(scores))
     judge = load_judge() if method.learns_from_rewards else None
     called = started(sources.functions, params.rewards, params.reward_seconds, "aligned: rewards")
     root = _root_of(sources.functions)
@@ -377,6 +351,12 @@ def _nothing() -> None:
     return None
 
 
+def _judge(folder: Path, params: Params, device: torch.device, dtype: torch.dtype, usable: bool) -> RewardModel | None:
+    """The reward model; None if it is not used, or cannot be."""
+    with advice_on_memory():
+        return RewardModel(folder, device, dtype, params.sharding) if usable else None
+
+
 def _policy(sft: Path, params: Params, device: torch.device, dtype: torch.dtype, where: str) -> tuple[PreparedModel, ShardedModel]:
     """The untrained policy; one to be divided among the processes is on the CPU, unless it is quantized."""
     import torch
@@ -384,6 +364,13 @@ def _policy(sft: Path, params: Params, device: torch.device, dtype: torch.dtype,
     whole_at = torch.device("cpu") if params.sharding and params.quantization == "none" else device
     prepared = preference.policy(sft, params.peft, whole_at, dtype, where, params.adapter, params.quantization)
     return prepared, ShardedModel(prepared.model, params.sharding, device)
+
+
+def _settings(params: Params, method: AlignmentMethod) -> dict[str, Any]:
+    """Settings that had an effect."""
+    unused = {TIME_KEY} if method.learns_from_rewards else {TIME_KEY, "constant_reward_steps"}
+    unused |= set() if params.trl else {"trl"}
+    return params.settings({*method.ignored_params, *unused}) | {"options": method.model_dump()}
 
 
 def _metrics(params: Params, method: AlignmentMethod, history: TrainingHistory, prepared: PreparedModel) -> dict[str, Any]:
@@ -455,7 +442,9 @@ def _diverged(diverged: Diverged, pairs: Sequence[Mapping[str, Any]]) -> CheckRe
     return CheckResult("learned", passed=False, blocking=True, count=len(examples), rows=examples[:20], note=note)
 
 
-def _learned(history: TrainingHistory, finite: bool) -> CheckResult:
+def _learned(history: TrainingHistory, prepared: PreparedModel) -> CheckResult:
+    finite_weights = (bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values())
+    finite = all(map(math.isfinite, history.losses)) and all(finite_weights)
     note = f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}"
     if isinstance(history, StoppedHistory):  # the weights are the last finite ones; the reader of the report decides whether to use them
         return CheckResult("learned", passed=False, severity="warn", note=history.stopped)
@@ -535,7 +524,7 @@ def _examine(reward_model: Path, sft: Path, params: Params, method: AlignmentMet
     return usable, CheckResult("reward_model_is_reliable", passed=False, severity="warn", count=len(problems), note=note)
 
 
-def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, sft: Path, where: str) -> None:
+def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, method: AlignmentMethod, sources: Sources, where: str) -> None:
     """Find faults before a model is loaded that would otherwise fail late.
 
     Raises:
@@ -544,5 +533,8 @@ def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, sft: Path, where
     for split in ("train", "test"):
         if not pairs[split]:
             raise InputError(f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources")
-    if not (sft / "config.json").is_file():
+    if not (sources.sft / "config.json").is_file():
         raise InputError(f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model", "name a variant that is merged")
+    if method.learns_from_rewards:
+        refuse_missing_targets(ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)), pairs["train"], f"{where}.rewards")
+    refuse_misfits(tokenizer_of(sources.sft), pairs, f"data/merged/{params.adapter}")

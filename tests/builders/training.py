@@ -65,7 +65,8 @@ def train_adapter(folder: Path, model: Path, name: str, params: dict[str, Any], 
 
 
 def output_files(folder: Path, name: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / name).iterdir())}
+    files = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
+    return {path.relative_to(folder / name).as_posix(): path.read_bytes() for path in files}
 
 
 def exclude_loaded_from_garbage_collection() -> None:
