@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,22 @@ import pytest
 from builders.tool_calls import weather
 from builders.training import LORA, make_data, train_adapter
 
-from dagster_project.commands.why_question import tokenize
+from dagster_project.commands.why import Texts
+from dagster_project.commands.why_prove import lines_of_proof
+from dagster_project.commands.why_question import answering, tokenize
 from dagster_project.core.chat import IGNORE, encode
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.named_templates import HERMES
 from dagster_project.core.params import Compute
-from dagster_project.core.records import read_table
+from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.lineage.attribution import proof, ranking, store
 from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.per_record import lora_layers, projected_gradients
 from dagster_project.lineage.attribution.projection import Projection, signs
 from dagster_project.lineage.attribution.records import Example, TrainedRecord, trained_records
 from dagster_project.lineage.attribution.store import GradientStore, identity_of
+from dagster_project.lineage.history import listing_of
 
 COMPUTE = Compute(threads=1, dtype="float32")
 WHOLE = Projection(size=4096)
@@ -416,11 +421,30 @@ def test_random_sets_are_as_large_without_the_first_records_and_shared_between_q
     names = [record.example_id for record in records]
     found = list(islice(proof.draws(names, names[:3], "model", work / "tokenized"), 20))
     assert all(len({*one}) == 3 and {*one}.isdisjoint(names[:3]) and {*one} <= {*names} for one in found)
-    assert len({*map(tuple, found)}) > 15
+    assert len({*map(tuple, found)}) == 20
     other = list(islice(proof.draws(names, names[3:6], "model", work / "tokenized"), 20))
     assert len({*map(tuple, found)} & {*map(tuple, other)}) > 10
     with pytest.raises(InputError, match="too few"):
         next(proof.draws(names, names[:20], "model", work / "tokenized"))
+
+
+def test_no_random_set_comes_twice(tmp_path: Path) -> None:
+    """Two equal sets would give changes without a spread, so an interval without a width."""
+    make_data(tmp_path)
+    names = read_table(tmp_path / "tokenized/train.parquet")[0]["example_ids"]
+    drawn = proof.draws(names, names[:1], "model", tmp_path / "tokenized")
+    assert {name for one in islice(drawn, 3) for name in one} == {*names[1:]}
+    with pytest.raises(InputError, match="--top 1: too few"):
+        next(drawn)
+
+
+def test_a_change_for_the_better_is_not_called_chance() -> None:
+    verdict = proof.Verdict(-40.0, (0.1, -0.2, 0.0))
+    shown = lines_of_proof(
+        {"left_out": 1, "identical": True, "change": verdict.change, "draws": [*verdict.of_draws], "difference": verdict.change - verdict.mean,
+         "interval": [*verdict.interval], "supported": verdict.supported}
+    )  # fmt: skip
+    assert "NOT supported" in shown[-1] and "explain" not in shown[-1]
 
 
 def test_a_random_set_is_called_supported_in_one_of_forty() -> None:
@@ -435,6 +459,41 @@ def test_a_random_set_is_called_supported_in_one_of_forty() -> None:
     verdicts = [proof.Verdict(next(drawn), tuple(islice(drawn, 3))) for _ in range(8000)]
     assert sum(one.supported for one in verdicts) / len(verdicts) == pytest.approx(0.025, abs=0.007)
     assert proof.Verdict(40.0, (0.1, -0.2, 0.0)).supported and not proof.Verdict(-40.0, (0.1, -0.2, 0.0)).supported
+
+
+# ---- what is asked
+
+
+def test_the_system_prompt_is_that_of_the_records_of_the_training_only(tiny_model: Path, tmp_path: Path) -> None:
+    def record(system: str, prompt: str) -> dict[str, Any]:
+        messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", prompt), ("assistant", "Yes."))]
+        return {"example_id": example_id(messages), "messages": messages}
+
+    def prompts(used: list[dict[str, Any]], split: list[dict[str, Any]]) -> Any:
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        write_records(tmp_path / "data/splits/train", split)
+        seen = [TrainedRecord(one["example_id"], ()) for one in used]
+        found: Any = SimpleNamespace(root=tmp_path, records=seen, base_model=tiny_model, folder=tmp_path / "adapter")
+        return Texts(found).system_prompts()
+
+    one, two, other = record("You help.", "Hat?"), record("You help.", "Box?"), record("You sing.", "Bag?")
+    assert prompts([one, two], [one, two, other]) == {"You help."}
+    assert prompts([one, other], [one, two, other]) == {"You help.", "You sing."}
+    assert prompts([one, two], [one, other]) is None, "the split of another run does not say what this model was trained with"
+
+
+def test_a_model_whose_files_were_changed_does_not_answer(tmp_path: Path) -> None:
+    folder = tmp_path / "data/merged/x"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    run = SimpleNamespace(address="merged@x", path="data/merged/x", md5=md5_of_folder(listing_of(folder)), in_workspace=True)
+    found: Any = SimpleNamespace(root=tmp_path, folder=tmp_path / "data/adapter/x", subject=SimpleNamespace(run=run))
+    assert answering(found) == folder
+    (folder / "config.json").write_text('{"a": 1}')
+    with pytest.raises(InputError, match="another model"):
+        answering(found)
+    run.in_workspace = False
+    assert answering(found) == found.folder
 
 
 # ---- the page

@@ -14,6 +14,7 @@ from conftest import dvc
 
 from dagster_project.__main__ import main
 from dagster_project.core.records import read_table
+from dagster_project.orchestration import locks
 
 MODEL = "adapter@x"
 QUESTION = ("--prompt", "Where is my hat?", "--answer", "In the blue box.", "--span", "blue")
@@ -64,6 +65,7 @@ def test_a_question_ranks_records_of_the_training_only(root: Path, capsys: pytes
         assert hit["steps"] == [row["step"] for row in used if row["example_id"] == hit["example_id"]] and hit["steps"]
     assert found["question"]["span"] == "blue" and found["question"]["tokens"] == 4 and found["question"]["log_probability"] < 0
     assert sum(found["distribution"]["counts"]) == 28
+    assert "has not all records of this training" in found["notes"][0], "this project has no split, so no system prompt is known"
     html = page.read_text()
     assert (
         "<mark>blue</mark>" in html
@@ -94,9 +96,8 @@ def test_an_index_is_computed_once_and_a_killed_one_goes_on(root: Path, capsys: 
 
 def test_the_answer_of_the_model_is_explained_where_none_is_given(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = why(root, "--prompt", "Where is my hat?", "--json")
-    if code == 2:  # a random model may say nothing
-        assert "empty" in capsys.readouterr().err
-        return
+    if code == 2 and "empty" in capsys.readouterr().err:
+        pytest.skip("this random model says nothing")
     asked = document(capsys)["question"]
     assert code == 0 and asked["answered_by"] == "model" and asked["span"] is None and asked["tokens"] > 0
 
@@ -118,6 +119,17 @@ def test_the_check_trains_again_with_the_very_bytes_and_says_what_it_does_not_su
     shown = capsys.readouterr()
     assert "0 of 4 trainings" in shown.err, "those of the first question are kept"
     assert ("NOT supported" in shown.out) == (not proof["supported"])
+
+
+def test_the_check_waits_for_nobody_and_trains_nothing_while_the_stage_is_in_use(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(holder: str) -> None:
+        raise AssertionError(holder)
+
+    with locks.hold(root, MODEL, refuse, "pedigree erase"):
+        assert why(root, *QUESTION, "--top", "2", "--prove") == 1
+    shown = capsys.readouterr()
+    assert "being used by" in shown.err and "pedigree erase" in shown.err and not shown.out
+    assert not (root / ".dvc/tmp/pedigree/proofs").exists()
 
 
 def test_a_changed_adapter_or_other_data_are_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

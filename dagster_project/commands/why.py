@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.nearest_records import TRAIN, TrainingRecords, cut
+from dagster_project.commands.nearest_records import TRAIN, cut
 from dagster_project.commands.why_model import Target, target
 from dagster_project.commands.why_prove import lines_of_proof, prove
 from dagster_project.commands.why_question import Options, Question, question, tokenizer_of
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages
 from dagster_project.core.records import prompt_text, read_records, response_text
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.baselines import bm25
@@ -57,10 +58,10 @@ def ask(root: Path, model: str, options: Options, with_index: bool) -> tuple[dic
     found = target(root, model)
     indexed = found.index() if with_index else None
     gradients, _ = found.store.read()
-    system, notes = _system(root, options)
+    texts = Texts(found)
+    system, notes = _system(texts, options)
     asked = question(found, options, system)
     log_probability, gradient = found.model.of_span(asked.example)
-    texts = Texts(found)
     documents = [f"{prompt} {response}" for prompt, response in map(texts.of, found.records)]
     words = next(bm25(documents, [f"{options.prompt} {_content(asked)}"]))
     ranking = Ranking.of(cosines(gradients, found.projection.project(gradient).numpy()), words)
@@ -89,13 +90,15 @@ def _model(found: Target) -> dict[str, str]:
     return {"asked": found.asked, "stage": found.run.address, "path": found.run.path, "md5": found.run.md5}
 
 
-def _system(root: Path, options: Options) -> tuple[str | None, list[str]]:
-    """The system prompt, and a note if the records have several."""
+def _system(texts: Texts, options: Options) -> tuple[str | None, list[str]]:
+    """The system prompt, and a note if the records do not have the same."""
     if options.system is not None:
         return options.system or None, []
-    system = TrainingRecords(root).system_prompt()
-    note = "asked without a system prompt; --system gives one: answers of records with another one are less alike"
-    return system, [] if system else [note]
+    found = texts.system_prompts()
+    if found is not None and len(found) == 1:
+        return next(iter(found)), []
+    why = f"{TRAIN} has not all records of this training" if found is None else "the records have different ones"
+    return None, [f"asked without a system prompt, as {why}; --system gives one: answers of records with another one are less alike"]
 
 
 def _content(asked: Question) -> str:
@@ -118,12 +121,21 @@ class Texts:
         prompt, response = (prompt_text(known["messages"]), response_text(known["messages"])) if known else ("", "")
         return prompt or self._decoded(record, False), response or self._decoded(record, True)
 
+    def system_prompts(self) -> set[str | None] | None:
+        """Those that the records of the training begin with; None if the split has not all of these records, so that they are not known."""
+        known = [self.known.get(record.example_id) for record in self.found.records]
+        return {_system_of(one["messages"]) for one in known if one} if all(known) else None
+
     def _decoded(self, record: TrainedRecord, trained: bool) -> str:
         parts = (
             [token for token, label in zip(one.input_ids, one.labels, strict=True) if (label != IGNORE) is trained]
             for one in record.examples
         )
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts)
+
+
+def _system_of(messages: Messages) -> str | None:
+    return next((message["content"] for message in messages[:1] if message["role"] == "system"), None)
 
 
 def _distribution(ranking: Ranking) -> dict[str, Any]:

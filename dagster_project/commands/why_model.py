@@ -122,7 +122,7 @@ class Target:
             {"folder", "records", "computed", "bytes"}.
         """
         store = self.store
-        with self._alone():
+        with self.alone("pedigree why --index"):
             missing = store.missing()
             if missing:
                 self._remove_others()
@@ -142,13 +142,20 @@ class Target:
         }
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the lock of the stage, so that neither a training nor an erasure changes the model at the same time."""
+    def alone(self, command: str) -> Iterator[None]:
+        """Hold the lock of the stage, so that neither a training nor an erasure changes the model at the same time.
+
+        Args:
+            command: how to describe this process to others.
+        Raises:
+            Busy: another process holds it.
+        """
 
         def refuse(holder: str) -> None:
             raise Busy(f"{self.run.address} is being used by {holder}", "wait for it to end, then run the same command again")
 
-        with locks.hold(self.root, self.run.address, refuse, "pedigree why --index"):
+        with locks.hold(self.root, self.run.address, refuse, command):
+            _refuse_other_files(self.root, self.subject.index, self.run)  # they may have changed before the lock was held
             yield
 
     def _remove_others(self) -> None:

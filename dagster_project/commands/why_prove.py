@@ -32,6 +32,7 @@ def prove(found: Target, question: Question, hits: list[dict[str, Any]], count: 
         "draws": changes without random records, "mean_of_draws", "difference", "interval", "supported"}; changes in nats, above 0: less likely.
     Raises:
         InputError: the number of sets is out of range, or a packed row would be empty.
+        Busy: the stage is being run, another check or index of it is, or an erasure.
         CheckFailed: a training diverged.
     """
     if not LEAST_DRAWS <= count <= MOST_DRAWS:
@@ -41,6 +42,11 @@ def prove(found: Target, question: Question, hits: list[dict[str, Any]], count: 
         raise InputError(
             "--prove: a packed row has no other record than the first ones, so its loss would not be defined", "leave out fewer with --top"
         )
+    with found.alone("pedigree why --prove"):
+        return _prove(found, question, top, count)
+
+
+def _prove(found: Target, question: Question, top: list[str], count: int) -> dict[str, Any]:
     chosen = list(islice(draws([record.example_id for record in found.records], top, found.store.folder.name, found.tokenized), count))
     _remove_others(found)
     sets = {"all records": [], f"the first {len(top)} left out": top}
@@ -125,7 +131,7 @@ def lines_of_proof(proof: Mapping[str, Any]) -> list[str]:
     verdict = (
         "supported: without these records the asked tokens are less likely than without random ones"
         if proof["supported"]
-        else "NOT supported: the change is within what random records explain"
+        else "NOT supported: without these records the asked tokens are not surely less likely than without random ones"
     )
     return [
         "",

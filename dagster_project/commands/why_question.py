@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.nearest_records import cut
@@ -11,9 +12,11 @@ from dagster_project.commands.why_model import Target
 from dagster_project.core import params
 from dagster_project.core.chat import IGNORE, encode_pieces, examples_of
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.messages import Messages
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.attribution.records import Example
+from dagster_project.lineage.history import listing_of
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,27 @@ def answer(found: Target, prompt: Messages) -> dict[str, Any]:
     """The model's most likely answer, as evaluation makes it: the message."""
     values = params.read(found.root)
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
-    run = found.subject.run
-    folder = found.root / run.path if run.in_workspace and (found.root / run.path / "config.json").is_file() else found.folder
-    model = EvaluatedModel(folder, found.compute, settings, found.base_model)
+    model = EvaluatedModel(answering(found), found.compute, settings, found.base_model)
     [said] = model.answer([prompt], found.run.address)
     return dict(said.message)
+
+
+def answering(found: Target) -> Path:
+    """Folder of the model that answers: the one that was asked, if the workspace has it, else its adapter.
+
+    Raises:
+        InputError: its files were changed.
+    """
+    run = found.subject.run
+    folder = found.root / run.path
+    if not (run.in_workspace and (folder / "config.json").is_file()):
+        return found.folder
+    if md5_of_folder(listing_of(folder)) != run.md5:
+        raise InputError(
+            f"{run.path} in the workspace is not {run.address}, md5 {run.md5[:12]}: its answer would be that of another model",
+            f"restore it with `dvc checkout {run.path}`, or give the answer with --answer",
+        )
+    return folder
 
 
 def tokenizer_of(found: Target) -> Any:

@@ -16,26 +16,9 @@ from dagster_project.core.errors import InputError
 PROOFS = Path(".dvc", "tmp", "pedigree", "proofs")
 """Folder of adapters that were trained without some records, and of the altered data. A cache: it can be deleted at any time."""
 T_975 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-)
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
+)  # fmt: skip
 """Quantile 0.975 of Student's t distribution with 1, 2, ... degrees of freedom."""
 LEAST_DRAWS, MOST_DRAWS = 2, len(T_975) + 1
 TRAIN = "train.parquet"
@@ -83,13 +66,17 @@ def fits(tokenized: Path, names: Collection[str]) -> bool:
 
 
 def draws(names: Sequence[str], top: Collection[str], seed: str, tokenized: Path) -> Iterator[list[str]]:
-    """Endless sets of as many random records as `top`, none of which is in it. The same seed gives the same sets, but for those that are skipped.
+    """Different sets of as many random records as `top`, none of which is in it. The same seed gives the same sets, but for those that are skipped.
+
+    A set that came before would make the spread of the changes too small, and so the interval too narrow.
 
     Args:
         names: all records of the training.
         seed: identity of the training, so that questions about one model share their sets.
+    Raises:
+        InputError: there are too few records for such sets.
     """
-    pool, taken = sorted(names), {*top}
+    pool, taken, earlier = sorted(names), {*top}, set[str]()
     if len(pool) < 2 * len(taken):
         raise InputError(
             f"--top {len(taken)}: the training has {len(pool)} records, too few for as many random ones",
@@ -97,9 +84,10 @@ def draws(names: Sequence[str], top: Collection[str], seed: str, tokenized: Path
         )
     for number in range(10_000):
         found = sorted(random.Random(f"{seed}:{len(taken)}:{number}").sample(pool, len(taken)))
-        if taken.isdisjoint(found) and fits(tokenized, found):
+        if taken.isdisjoint(found) and name_of(found) not in earlier and fits(tokenized, found):
+            earlier.add(name_of(found))
             yield found
-    raise InputError(f"--top {len(taken)}: too many records for random sets without them", "leave out fewer records with --top")
+    raise InputError(f"--top {len(taken)}: too few other records for more random sets", "leave out fewer records with --top")
 
 
 def name_of(names: Collection[str]) -> str:
