@@ -25,7 +25,7 @@ def test_stages_with_variants_are_the_foreach_stages() -> None:
 
 @pytest.mark.parametrize("name", list(STAGES))
 def test_code_dependencies_cover_every_module_the_stage_imports(name: str) -> None:
-    graph = grimp.build_graph("dagster_project")
+    graph = grimp.build_graph("dagster_project", exclude_type_checking_imports=True)  # these never run
     module = pipeline.module_of(name).__name__
     packages = {"dagster_project", *(m for m in graph.modules if graph.find_children(m))}
     imported = {f"{m.replace('.', '/')}.py" for m in (graph.find_upstream_modules(module) | {module}) - packages}
