@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.model_ids import model_id
+from dagster_project.commands.new_folder import new_folder
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import write_text
 from dagster_project.lineage import lineage
@@ -140,26 +140,17 @@ def _write(target: Target, place: Path, texts: Mapping[str, str]) -> list[str]:
     """Raises:
     InputError: the adapter changed meanwhile, or the folder cannot be written.
     """
-    folder = place.resolve()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"--out {place}: {error.strerror}", "name a folder that can be written") from None
-    try:
-        made.chmod(0o755)
-        for name in COPIED:
-            if (target.folder / name).is_file():
-                shutil.copyfile(target.folder / name, made / name)
-        target.refuse_unrecorded()  # so it did not change while it was read and copied
-        for name, text in texts.items():
-            write_text(made / name, text)
-        files = sorted(path.name for path in made.iterdir())
-        made.replace(folder)
+        with new_folder(place) as made:
+            for name in COPIED:
+                if (target.folder / name).is_file():
+                    shutil.copyfile(target.folder / name, made / name)
+            target.refuse_unrecorded()  # so it did not change while it was read and copied
+            for name, text in texts.items():
+                write_text(made / name, text)
+            files = sorted(path.name for path in made.iterdir())
     except OSError as error:
         raise InputError(f"--out {place}: {error.strerror}", "name a folder with enough space that can be written") from None
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return files
 
 

@@ -39,7 +39,7 @@ def require(form: str) -> Path:
 
 
 def refuse_unsupported(folder: Path, name: str) -> None:
-    """Refuse what is no complete language model, before anything is written.
+    """Refuse anything but a complete language model, before anything is written.
 
     Raises:
         InputError: as described.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from dagster_project.commands.model_files import claim, conformance, convert, gguf_metadata, safetensors_metadata
 from dagster_project.commands.model_files.claim import Claim
 from dagster_project.commands.model_files.modelfile import modelfile
+from dagster_project.commands.new_folder import new_folder
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder, sha256_of_file
 from dagster_project.core.imports import lean_imports
@@ -61,7 +61,7 @@ def export(root: Path, model: str, form: str, quantization: str | None, out: str
     origin = replace(claim.make(root, target.address), quantization=quantization or "")
     if not out:
         _hide_from_git(root / BUILD)
-    with _unfinished(folder) as made:
+    with new_folder(folder) as made:
         if form == "gguf":
             checked = _write_gguf(root, target, f"{name}.gguf", origin, made)
         else:
@@ -93,24 +93,6 @@ def _hide_from_git(build: Path) -> None:
 def _refuse_without_weights(folder: Path, name: str) -> None:
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{name} has no safetensors files", "name a model, such as release or merged@lora")
-
-
-@contextmanager
-def _unfinished(folder: Path) -> Iterator[Path]:
-    """A folder in which files are written, and that gets its name when all of them are complete."""
-    place = folder.absolute()
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    except OSError as error:
-        raise InputError(f"--out {folder}: {error.strerror}", "name a folder that can be written") from None
-    try:
-        made = scratch / "made"
-        made.mkdir()
-        yield made
-        made.replace(place)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write_gguf(root: Path, target: Target, name: str, origin: Claim, made: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What llama.cpp does, in a process of its own: it ends its process where a file is not as it expects, and it writes to stderr. Imports nothing of this project.
+"""Work of llama.cpp in a separate process, because it ends its process where a file is not as it expects, and it writes to stderr. Imports nothing of this project.
 
 Reads one request as JSON from stdin and writes the answer as JSON to stdout: {"quantize": [source, target, format]} or
 {"tokenize": file, "texts": [...], "ends": [ids]}.

@@ -1,0 +1,35 @@
+"""A folder that a command writes, such as an export: it gets its name when all of it is complete."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dagster_project.core.errors import InputError
+
+
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """A folder beside `place` in which files are written, and that is renamed to it at the end. After an error nothing is left.
+
+    Args:
+        place: the value of --out.
+    Raises:
+        InputError: nothing can be written there.
+    """
+    folder = place.resolve()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"--out {place}: {error.strerror}", "name a folder that can be written") from None
+    try:
+        made = scratch / "made"
+        made.mkdir()
+        yield made
+        made.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
