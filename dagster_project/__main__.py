@@ -1087,7 +1087,8 @@ def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
         if explained is None:
             raise
         if not (isinstance(error, KeyboardInterrupt) and INNER in os.environ):
-            log.error(str(explained) if isinstance(explained, Interrupted) else f"error: {explained}")
+            message = str(explained).replace("\t", "\\t")  # a tab moves the cursor, and is not seen in a name
+            log.error(message if isinstance(explained, Interrupted) else f"error: {message}")
         return explained.exit_code
     finally:
         log.removeHandler(handler)
