@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 
 from dagster_project.commands.elsewhere import compared, differences
+from dagster_project.commands.requirements import versions_in
 from dagster_project.core.records import write_json
 from dagster_project.lineage.tolerance import deviations
 from dagster_project.orchestration.machine import machine, packages
@@ -93,6 +94,14 @@ def test_the_hash_of_the_environment_is_that_of_the_names_and_versions_that_pip_
     listed = subprocess.run([sys.executable, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True).stdout
     lines = sorted({f"{canonicalize_name(one['name'])}=={one['version']}\n" for one in json.loads(listed)})
     assert packages() == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_what_an_interrupted_installation_left_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = packages()
+    (tmp_path / "half-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert packages() == before
+    assert versions_in([str(tmp_path)]) == {}
 
 
 FORCED = {

@@ -11,12 +11,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from dagster_project.commands.extras import PACKAGES
+from dagster_project.orchestration.machine import named
 
 
 def versions_in(folders: Iterable[str]) -> dict[str, str]:
     """Normalized name -> version of the distributions in folders; the first one of a name counts, as for Python."""
     found: dict[str, str] = {}
-    for one in distributions(path=list(folders)):
+    for one in named(distributions(path=list(folders))):
         found.setdefault(canonicalize_name(one.name), one.version)
     return found
 
@@ -31,7 +32,7 @@ class Wheel:
     @classmethod
     def read(cls, folder: Path, name: str) -> Wheel:
         """The distribution of this name in a folder."""
-        [one] = [found for found in distributions(path=[str(folder)]) if canonicalize_name(found.name) == name]
+        [one] = [found for found in named(distributions(path=[str(folder)])) if canonicalize_name(found.name) == name]
         return cls(name, [Requirement(text) for text in one.requires or ()])
 
     def needed(self, present: Mapping[str, str], exact: Mapping[str, str]) -> list[str]:

@@ -9,7 +9,8 @@ import hashlib
 import os
 import platform
 import re
-from importlib.metadata import distributions
+from collections.abc import Iterable, Iterator
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,13 @@ def machine() -> dict[str, Any]:
 
 def packages() -> str:
     """The environment: sha256 over the lines "name==version" of all installed distributions, names normalized and lines sorted."""
-    lines = {f"{re.sub('[-_.]+', '-', one.name).lower()}=={one.version}\n" for one in distributions()}
+    lines = {f"{re.sub('[-_.]+', '-', one.name).lower()}=={one.version}\n" for one in named(distributions())}
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def named(found: Iterable[Distribution]) -> Iterator[Distribution]:
+    """Those with a name: an interrupted installation can leave a `dist-info` folder without metadata, which pip does not count either."""
+    return (one for one in found if one.name)
 
 
 def onednn(flags: set[str], limits: dict[str, str]) -> str:
