@@ -1,4 +1,4 @@
-"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file, rwlock.py, dvc_errors.py, dvc_remote.py, remote_store.py and experiments.py use DVC.
+"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file, rwlock.py, dvc_errors.py, dvc_parameters.py, dvc_remote.py, remote_store.py and experiments.py use DVC.
 
 DVC's Python API for this is undocumented: `private_module` asserts the minor version, which pyproject.toml pins.
 """
@@ -26,6 +26,7 @@ from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import LOST_HINT, lost_entries, lost_text
 from dagster_project.orchestration import dvc_errors, rwlock
 from dagster_project.orchestration.dvc_memory import released_afterwards
+from dagster_project.orchestration.dvc_parameters import ParameterFiles
 from dagster_project.orchestration.last_sync import OBJECTS, stamps
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import command_of_dvc, interrupt_command
@@ -212,6 +213,7 @@ def _states(
         # the same for all stages of a file, which DVC would parse once for each of them
         variables=tuple(next(iter(stages.values())).dvcfile.resolver.context.imports) if stages else (),
         is_definition=is_definition,
+        parameters=ParameterFiles(),
     )
     return list(stages), _OnDemand(lambda name: _state(root, stages[name], others))
 
@@ -231,6 +233,7 @@ class Surroundings:
     variables: Sequence[str]
     """Files with variables of all stages."""
     is_definition: Callable[[str], bool]
+    parameters: ParameterFiles
 
 
 def path_of(root: Path, item: Any) -> str:
@@ -331,11 +334,11 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
     """The state of one stage."""
     known = any(item.hash_info for item in stage.outs or stage.deps)
     now, recorded = _dependency_hashes(root, stage)
-    values, recorded_values = _parameters(stage)
+    values, recorded_values = _parameters(stage, others.parameters)
     code = sorted(filter(others.is_definition, now))
     code_now, code_recorded = {path: now[path] for path in code}, {path: recorded[path] for path in code}
     definition_now = definition_recorded = digest([stage.cmd, values, code_now])
-    same_params = stage.frozen or not any(dep.status() for dep in stage.params)
+    same_params = stage.frozen or not any(map(others.parameters.changed, stage.params))
     if stage.cmd_changed or not same_params or code_now != code_recorded:
         definition_recorded = digest(["recorded", recorded_values, code_recorded])
     changed = {path_of(root, out): how for out in stage.outs for how in _status(out).values()}
@@ -381,13 +384,13 @@ def _dependency_hashes(root: Path, stage: Any) -> tuple[dict[str, str], dict[str
     return now, {path: dep.hash_info.value if dep.hash_info else None for path, dep in dependencies.items()}
 
 
-def _parameters(stage: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _parameters(stage: Any, files: ParameterFiles) -> tuple[dict[str, Any], dict[str, Any]]:
     """Values of the parameters that a stage reads: on disk, and in dvc.lock. Keys of code.lock.yaml, which are names of stages, get its name as a prefix."""
     values: dict[str, Any] = {}
     recorded: dict[str, Any] = {}
     for dep in stage.params:
         prefix = f"{code_lock.FILE}:" if Path(dep.fs_path).name == code_lock.FILE else ""
-        values |= {prefix + key: value for key, value in dep.read_params().items()}
+        values |= {prefix + key: value for key, value in files.values(dep).items()}
         recorded |= {prefix + key: value for key, value in ((dep.hash_info.value or {}) if dep.hash_info else {}).items()}
     return values, recorded
 
@@ -406,17 +409,17 @@ def _inputs(path: str, now: Mapping[str, str], recorded: Mapping[str, str | None
 
 
 def _flow_order(parents: Mapping[str, list[str]]) -> list[str]:
-    order: list[str] = []
+    order: dict[str, None] = {}
 
     def visit(address: str) -> None:
         if address not in order:
             for parent in parents[address]:
                 visit(parent)
-            order.append(address)
+            order[address] = None
 
     for address in parents:
         visit(address)
-    return order
+    return list(order)
 
 
 def ancestors(states: Mapping[str, StageState], address: str) -> list[str]:
@@ -585,7 +588,7 @@ def _fingerprint(root: Path, address: str, all_stages: Sequence[Any]) -> Fingerp
     if address not in stages:
         raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(stages)}")
     now, _ = _dependency_hashes(root, stages[address])
-    values, _ = _parameters(stages[address])
+    values, _ = _parameters(stages[address], ParameterFiles())
     conflicts: list[tuple[str, str]] = []
     for other in all_stages:
         for out in other.outs:
