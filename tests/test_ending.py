@@ -160,3 +160,22 @@ def test_a_damaged_database_of_dagster_names_the_folder_to_delete(
     said = ending.explained(caught.value, ending.Interrupts(), "sync", tmp_path)
     assert said is not None and said.what == f"Dagster's home {tmp_path / '.dagster'}: a database is damaged"
     assert "delete that folder" in said.hint and said.exit_code == 2
+
+
+@pytest.mark.parametrize(("old", "new"), [('"__class__"', '"__class__'), ('"AssetMaterialization"', '"AssetMaterialisation"'), ("{", "[")])
+def test_a_damaged_record_in_a_database_of_dagster_does_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    import dagster as dg
+
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    home = tmp_path / ".dagster"
+    home.mkdir()
+    (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        instance.report_runless_asset_event(dg.AssetMaterialization("splits"))
+        assert len(instance.get_asset_records()) == 1
+        with closing(sqlite3.connect(home / "history/runs/index.db")) as database, database:
+            database.execute("UPDATE asset_keys SET last_materialization = replace(last_materialization, ?, ?)", (old, new))
+        with pytest.raises(Exception) as caught:
+            instance.get_asset_records()
+    said = ending.explained(caught.value, ending.Interrupts(), "sync", tmp_path)
+    assert said is not None and said.what == f"Dagster's home {home}: a database is damaged" and said.exit_code == 2

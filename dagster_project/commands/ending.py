@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -129,11 +130,23 @@ def _is_panic(error: BaseException) -> bool:
 
 
 def _home_damaged(error: BaseException, project: Path) -> InputError | None:
-    """A file of Dagster's home is not, or not any more, a database. SQLAlchemy is Dagster's; no other library here uses it."""
-    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
-    if not type(error).__module__.startswith("sqlalchemy") or code is None or code & 0xFF not in DAMAGED:
+    """A file of Dagster's home is not, or not any more, a database, or Dagster cannot read a record in it."""
+    if not (_is_of_a_damaged_database(error) or _is_of_a_damaged_record(error)):
         return None
     home = os.environ.get("DAGSTER_HOME") or project / ".dagster"
     return InputError(
         f"Dagster's home {home}: a database is damaged", "delete that folder: `pedigree sync` makes it again, without the logs of runs"
     )
+
+
+def _is_of_a_damaged_database(error: BaseException) -> bool:
+    """SQLAlchemy is Dagster's; no other library here uses it."""
+    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
+    return type(error).__module__.startswith("sqlalchemy") and code is not None and code & 0xFF in DAMAGED
+
+
+def _is_of_a_damaged_record(error: BaseException) -> bool:
+    """Whether Dagster's storage failed to deserialize what it had read."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    stored = [number for number, name in enumerate(modules) if name.startswith("dagster._core.storage.")]
+    return bool(stored) and any(name.startswith("dagster_shared.serdes") for name in modules[stored[-1] :])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from builders.tiny_model import make_tiny_model
+from dvc.utils import dict_sha256
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -44,15 +45,27 @@ class State:
 
 
 def files(root: Path) -> dict[str, str]:
-    """sha256 of every file, by path; of a link, where it leads to; of dvc.lock, whatever the order of its stages: two at once end in any order."""
+    """sha256 of every file, by path; of a link, where it leads to; of dvc.lock, whatever the order of its stages: two at once end in any order; of a
+    record of a run in DVC's cache, without sizes, which are not in the hash that names it, and which nothing reads."""
     found = {}
     for folder, _, names in os.walk(root):
         for name in names:
             path = Path(folder, name)
             content = str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
             name = path.relative_to(root).as_posix()
-            found[name] = hashlib.sha256(_any_order(content) if name == "dvc.lock" else content).hexdigest()
+            compared = (
+                _any_order(content) if name == "dvc.lock" else _without_sizes(content) if name.startswith(".dvc/cache/runs/") else content
+            )
+            found[name] = hashlib.sha256(compared).hexdigest()
     return found
+
+
+def _without_sizes(record: bytes) -> bytes:
+    """What DVC names a record of a run by; a damaged file as it is."""
+    try:
+        return dict_sha256(YAML(typ="safe").load(record), exclude=["size", "nfiles"]).encode()
+    except (YAMLError, ValueError, TypeError, AttributeError):
+        return record
 
 
 def _any_order(lock: bytes) -> bytes:
