@@ -242,10 +242,17 @@ def test_full_fine_tuning_of_a_reward_model_respects_margins(tmp_path: Path, tin
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {},
     "kto": {},
+    "orpo": {},
+    "simpo": {},
+    "cpo": {},
     "rloo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3},
     "grpo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3, "rewards": {"reward_model": 1.0, "brief": 0.5}},
     "ppo": {"options": {"total_episodes": 24, "batch_size": 12, "response_length": 6, "learning_rate": 1e-2, "missing_eos_penalty": 0.0}},
 }
+
+
+OFFLINE = {"dpo", "kto", "orpo", "simpo", "cpo"}
+REFERENCE_FREE = {"orpo", "simpo", "cpo"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -254,18 +261,22 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
 ) -> None:
     report = align_it(tmp_path, preferences, judged[0], tiny_model, method=method, **METHODS[method])
     assert not report.failures, [check.note for check in report.failures]
-    learnt = {"dpo": None, "kto": None, "grpo": {"reward_model": 1.0, "brief": 0.5}}
+    learnt = {**dict.fromkeys(OFFLINE), "grpo": {"reward_model": 1.0, "brief": 0.5}}
     assert report.metrics.get("rewards") == learnt.get(method, {"reward_model": 1.0})
-    assert json.loads((tmp_path / "out" / "training.json").read_text())["step_0"] == {
-        "largest_log_probability_difference": 0.0,
-        "kl_per_token": 0.0,
-    }
+    document = json.loads((tmp_path / "out" / "training.json").read_text())
+    if method in REFERENCE_FREE:
+        assert "step_0" not in document and document["reference"] is None and report.metrics["reference"] is None
+        assert "implicit_reward_accuracy" not in report.metrics["preference"]
+    else:
+        assert document["step_0"] == {"largest_log_probability_difference": 0.0, "kl_per_token": 0.0}
+        assert "reference" not in document and "implicit_reward_accuracy" in report.metrics["preference"]
+    assert ("starts_as_the_reference" in {check.name for check in report.checks}) == (method not in REFERENCE_FREE)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "data/merged/lora"
     seen = read_table(tmp_path / "out" / "examples.parquet")
     known = {row["example_id"] for row in read_table(preferences / "train" / "records-00000.parquet")}
     assert seen and {row["example_id"] for row in seen} <= known
     assert len(read_table(tmp_path / "out" / "samples.parquet")) == 4
-    assert (tmp_path / "out" / "answers").exists() == ("sampled" in report.metrics) == (method not in {"dpo", "kto"})
+    assert (tmp_path / "out" / "answers").exists() == ("sampled" in report.metrics) == (method not in OFFLINE)
     assert "<script" not in (tmp_path / "pages" / "alignment.html").read_text() and any((tmp_path / "live").glob("*.csv"))
 
 
@@ -413,7 +424,7 @@ def test_dpo_starts_at_a_loss_of_ln_2_and_learns_the_preferences(
     assert told["log_ratio"]["chosen"] > told["log_ratio"]["rejected"]
 
 
-@pytest.mark.parametrize("method", ["dpo", "rloo", "ppo"])
+@pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "rloo", "ppo"])
 def test_a_resumed_training_ends_in_the_same_bytes(
     method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -606,6 +617,19 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         (
             {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"loss_type": "luspo"}}}},
             "importance_sampling_level: luspo is defined for ratios of a sequence",
+        ),
+        (
+            {"aligned": {"x": {"method": "simpo", "adapter": "lora", "options": {"simpo_gamma": 1}}}},
+            "aligned.x.options.simpo_gamma: unknown key",
+        ),
+        (
+            {"aligned": {"x": {"method": "cpo", "adapter": "lora", "options": {"loss_type": "ipo", "label_smoothing": 0.1}}}},
+            "aligned.x.options.label_smoothing: has no effect on the loss ipo",
+        ),
+        ({"aligned": {"x": {"method": "orpo", "adapter": "lora", "rewards": {"brief": 1.0}}}}, "orpo learns from pairs alone"),
+        (
+            {"compute": {"processes": 2}, "aligned": {"x": {"method": "simpo", "adapter": "lora", "sharding": {"fsdp": "full_shard"}}}},
+            "aligned.x.sharding: simpo does not support it",
         ),
         (
             {"aligned": {"x": {"method": "kto", "adapter": "lora", "reward_seconds": 9}}},

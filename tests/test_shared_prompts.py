@@ -193,7 +193,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("kind", ["dpo", "reward model"])
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "reward model"])
 def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(kind: str, tiny_model: Path, policy: Any, judge: Any) -> None:
     pairs = [
         ([7 + n] * shared, [20] * first, [30] * second)
@@ -201,12 +201,14 @@ def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(kind: str, ti
     ]
     sizes = tuple(map(lengths_of, pairs))
     assert sizes == ((40, 31, 25), (3, 60, 90), (50, 9, 70))
-    counted = sum(len(answer) for _, *answers in pairs for answer in answers) if kind == "dpo" else 0
+    counted = sum(len(answer) for _, *answers in pairs for answer in answers) if kind != "reward model" else 0
+    counted += sum(len(prompt) - 1 for prompt, *_ in pairs) if kind == "orpo" else 0
     lengths = [sum(size) for size in sizes]
     spec = TrainingSpec("cpu", torch.float32, tiny_model, "lora", LORA, lengths, counted, pair_lengths=sizes, timed=False)
     predicted = spec.prediction.memory
     model, rows = (policy, rows_of(pairs)) if counted else (judge, judged_rows_of(pairs))
-    batch = shared_prompts.collate_pairs(rows)
+    batch = shared_prompts.collate_pairs(rows, kind == "orpo")
+    assert not counted or len(batch["target"]) == counted
     batch["input_ids"] = torch.zeros(2 * len(pairs), max(len(p) + len(answer) for p, *answers in pairs for answer in answers))
     with attending_by_pair(causal(model)), LiveBytes() as live:
         if counted:

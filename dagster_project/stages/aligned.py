@@ -61,7 +61,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("pedigree")
 
 CHECK_DESCRIPTIONS = {
-    "starts_as_the_reference": "Before the first step policy and SFT model are equal: KL 0 and, for dpo, loss ln 2.",
+    "starts_as_the_reference": "Before the first step policy and SFT model are equal: KL 0 and, for dpo, loss ln 2. Not for orpo, simpo and "
+    "cpo, which have no reference.",
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
     "prefers_as_people_do": "On held-out pairs the chosen answer is more likely per token in significantly more than half of them.",
@@ -83,7 +84,7 @@ class Params(PreferenceParams):
     method: preference.MethodName
     """The alignment method."""
     adapter: str = Field(pattern=r"^[\w-]+$")
-    """Name of the SFT variant that training starts from and uses as its reference. It must be merged."""
+    """Name of the SFT variant that training starts from and, but for orpo, simpo and cpo, uses as its reference. It must be merged."""
     options: dict[str, Any] = {}
     """The method's own keys, listed below. For ppo they include learning rate, batch size and checkpoints, which are then
     refused in the entry itself."""
@@ -134,8 +135,9 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     method = params.parsed_method(where, ctx.value)
     trl_options.refuse(params.method, params.trl, method.model_dump(), params.optim, f"{where}.trl")
     if params.sharding and not method.can_shard:
+        reason = "needs the whole model in each process" if method.learns_from_rewards else "does not support it"
         raise InputError(
-            f"params.yaml: {where}.sharding: {params.method} needs the whole model in each process",
+            f"params.yaml: {where}.sharding: {params.method} {reason}",
             "use dpo, kto or ppo, or leave it out",
         )
     sharding.check(params, ctx.compute, where, "lora", "adamw_torch" if "optim" in method.ignored_params else None)
@@ -210,7 +212,7 @@ def produce(
     def begin() -> None:
         start.update(sharding.in_step([shared], lambda: _initial_difference(policies, pairs["train"][:8])))
 
-    if not params.sharding:
+    if method.has_reference and not params.sharding:
         begin()
     audit = WeightAudit(prepared.model, checkpoints)
     identity = _identity(params, compute, method, sources, device, dtype)
@@ -227,21 +229,22 @@ def produce(
     try:
         history = method.train(run)
     except Diverged as diverged:
-        return Report(checks=[_diverged(diverged, pairs["train"])])
+        return Report(checks=[_diverged(diverged, pairs["train"], method)])
     differ = [_rewards_differ(sampled, names, method, where)] if rewards else []
     if any(check.blocking and not check.passed for check in differ):
         return Report(checks=differ)
     history.curve = sampled.with_components(history.curve, names) if rewards else history.curve
     judge = judge or load_judge()  # methods that learn from pairs need its memory only now
     used = [shared, judge.shared] if judge else [shared]
-    preferred, watch = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], judge, params, out))
+    preferred, watch = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], judge, params, method, out))
     shared.join()
     change = audit.change()
     document = document_of(history, change, _settings(params, method), compute, device, dtype)
     document |= {"processes": place().size} if place().size > 1 else {}
     prepared.save(out)
     sampled.write(out / FOLDER_OF_ANSWERS, names)
-    _write_training(document | {"step_0": start}, history, [*method.figures, *names], _ids(pairs["train"], method), sft, out, curve_file)
+    document |= {"step_0": start} if method.has_reference else {"reference": None}
+    _write_training(document, history, [*method.figures, *names], _ids(pairs["train"], method), sft, out, curve_file)
     signs = alignment.gamed(watch)
     if pages:
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **({"components": names} if rewards else {})})
@@ -250,7 +253,7 @@ def produce(
         | ({"sampled": sampled.summary()} if rewards else {})
         | {"preference": preferred, "watch": watch, "environment": document["versions"]},
         checks=[
-            _starts_as_the_reference(start, history, method),
+            *([_starts_as_the_reference(start, history, method)] if method.has_reference else []),
             _learned(history, prepared),
             change.check(),
             _prefers(preferred["accuracy"], len(pairs["test"])),
@@ -379,6 +382,7 @@ def _metrics(params: Params, method: AlignmentMethod, history: TrainingHistory, 
         "adapter": params.adapter,
         **({"rewards": params.rewards} if method.learns_from_rewards else {}),
         **({"loss_type": method.loss_type} if isinstance(method, preference.Grpo) else {}),
+        **({} if method.has_reference else {"reference": None}),
         **({"trl": params.trl} if params.trl else {}),
         "steps": history.step,
         **({"stopped": history.stopped} if isinstance(history, StoppedHistory) else {}),
@@ -416,14 +420,19 @@ def _ids(pairs: Sequence[Mapping[str, Any]], method: AlignmentMethod) -> list[li
 
 
 def _evaluate(
-    policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]], judge: RewardModel | None, params: Params, out: Path
+    policies: alignment.Policies,
+    pairs: Sequence[Mapping[str, Any]],
+    judge: RewardModel | None,
+    params: Params,
+    method: AlignmentMethod,
+    out: Path,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Preferences of policy and SFT model on held-out pairs, and differences of their answers; writes
     samples.parquet."""
     prompts = list({str(pair["prompt"]): pair for pair in pairs}.values())[: params.samples]
     rows, watch = alignment.samples(policies, prompts, judge, params.max_new_tokens)
     write_table(out / "samples.parquet", rows, alignment.sample_schema())
-    return alignment.preference(policies, pairs), watch
+    return alignment.preference(policies, pairs, method.has_reference), watch
 
 
 def _initial_difference(policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -436,9 +445,9 @@ def _initial_difference(policies: alignment.Policies, pairs: Sequence[Mapping[st
     }
 
 
-def _diverged(diverged: Diverged, pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
+def _diverged(diverged: Diverged, pairs: Sequence[Mapping[str, Any]], method: AlignmentMethod) -> CheckResult:
     examples = [pairs[row]["example_id"] for row in diverged.rows if row < len(pairs)]
-    note = f"{diverged}; lower learning_rate, or raise beta"
+    note = f"{diverged}; lower learning_rate{', or raise beta' if method.has_reference else ''}"
     return CheckResult("learned", passed=False, blocking=True, count=len(examples), rows=examples[:20], note=note)
 
 

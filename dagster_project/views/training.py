@@ -97,6 +97,8 @@ NAMES = {
     "validation_accuracy": "validation",
     "margin": "training",
     "validation_margin": "validation",
+    "nll": "training",
+    "validation_nll": "validation",
     "kl": "KL",
     "response_length": "tokens",
 }
