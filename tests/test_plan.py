@@ -389,6 +389,27 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
     assert "dpo: 12 pairs, " in plan.as_text(found)
 
 
+def test_a_plan_of_a_distillation_counts_the_teacher(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Machine, "runtime", 0)
+    monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
+    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(12)], PREFERENCE_SCHEMA)
+    large = tokenized / "models" / "large"
+    shutil.copytree(tokenized / "data" / "base_model", large)
+    teacher = {"folder": "models/large", "sha256": {path.name: "0" * 64 for path in large.iterdir()}}  # a plan hashes nothing
+    entry = {"adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2}
+    entries = {
+        "given": {"method": "gkd", "options": {"teacher": teacher, "lmbda": 0.0}, **entry},
+        "own": {"method": "gkd", "options": {"teacher": teacher, "max_new_tokens": 50}, **entry},
+        "simpo": {"method": "simpo", **entry},
+    }
+    edit_params(tokenized, lambda values: values.update(aligned=entries))
+    given, own, simpo = plan.plan_variants(tokenized, [*entries])["variants"].values()
+    assert given["steps"] == own["steps"] == simpo["steps"] == 6
+    assert given["memory"]["weights"] > 1.8 * simpo["memory"]["weights"], "of two models of one size"
+    assert own["memory"]["logits"] > given["memory"]["logits"] and own["tokens"] > given["tokens"], "own answers may have 50 tokens"
+    assert own["time"] is None and given["time"] == {"from_seconds": 6 * 3, "to_seconds": 6 * 6}
+
+
 def test_a_plan_of_sharded_alignment_counts_steps_and_memory_per_process(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))

@@ -180,7 +180,7 @@ def test_trl_still_says_that_these_trainers_are_experimental() -> None:
 
 def test_no_metric_of_the_curve_claims_a_reference() -> None:
     without = {name for name, method in preference.METHODS.items() if not method.has_reference}
-    assert without == {"orpo", "simpo", "cpo"}
+    assert without == {"orpo", "simpo", "cpo", "gkd"}
     for name in without:
         assert not {"kl", "reference"} & {*preference.METHODS[name].figures}
         assert name in aligned.CHECK_DESCRIPTIONS["starts_as_the_reference"]

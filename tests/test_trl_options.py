@@ -14,6 +14,7 @@ from dagster_project.core.params import Compute
 from dagster_project.training.trainers.alignment import preference, trl_options
 from dagster_project.training.trainers.alignment.preference import AlignmentRun
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
+from dagster_project.training.trainers.alignment.trl_trainers.reference_free import experimental
 from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.sharding import ShardedModel
 
@@ -111,7 +112,8 @@ def test_what_is_accepted_or_controlled_is_an_argument_of_trl() -> None:
     import trl
 
     configs = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig, "rloo": trl.RLOOConfig, "grpo": trl.GRPOConfig}
-    configs |= {name: preference.METHODS[name]().trl_classes()[1] for name in ("orpo", "simpo", "cpo")}  # type: ignore[attr-defined]
+    configs |= {name: preference.METHODS[name]().trl_classes()[1] for name in ("orpo", "simpo", "cpo")}
+    configs["gkd"] = experimental("gkd").GKDConfig  # type: ignore[attr-defined]
     for name, kind in trl_options.OPTIONS.items():
         assert set(kind.model_fields) <= set(configs[name].__dataclass_fields__)
     assert not set(trl_options.CONTROLLED) & {key for kind in trl_options.OPTIONS.values() for key in kind.model_fields}

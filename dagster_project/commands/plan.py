@@ -207,12 +207,14 @@ def _adapter(
 
 
 def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Machine) -> dict[str, Any]:
-    """Prediction for a variant of `aligned`. For online methods, answers have the maximum length, and the time for sampling is not predicted.
+    """Prediction for a variant of `aligned`. For methods that sample, answers have the maximum length, and the time is not predicted.
 
     Raises:
         InputError: there are no preferences.
     """
     from dagster_project.stages import aligned
+    from dagster_project.training.trainers.alignment.preference import Gkd
+    from dagster_project.training.trainers.alignment.teacher import locate
 
     entry = params.parse(aligned.Params, values, f"aligned.{name}")
     method = entry.parsed_method(f"aligned.{name}")
@@ -229,6 +231,8 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, entry.quantization, entry.gradient_checkpointing, passes,
         entry.optim, f"aligned.{name}", sharding=entry.sharding, processes=shared,
     )  # fmt: skip
+    if isinstance(method, Gkd):
+        spec = replace(spec, teacher=locate(method.teacher, root, f"aligned.{name}.options.teacher"), divergence=method.beta)
     tokens = n * per_step
     if method.reads_pairs and reads_pairs_once(base_model, machine.device, entry.peft):
         spec, share = _reading_pairs_once(spec, pairs, per_pass, n * passes, sum(lengths), method.trains_prompts)
@@ -244,7 +248,7 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         "steps": n,
         "tokens": round(n * per_step),
         **requirements,
-        **({"time": None} if method.learns_from_rewards else {}),
+        **({"time": None} if method.samples_answers else {}),
     }
 
 

@@ -20,10 +20,11 @@ from dagster_project.core.params import Compute, refuse_names_of_one_file
 from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
 from dagster_project.evaluation.paired import alignment
 from dagster_project.training.methods import build as methods
+from dagster_project.training.methods import load
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
-from dagster_project.training.trainers.alignment import preference, trl_options
+from dagster_project.training.trainers.alignment import preference, teacher, trl_options
 from dagster_project.training.trainers.alignment.preference import (
     AlignmentMethod,
     AlignmentRun,
@@ -61,8 +62,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("pedigree")
 
 CHECK_DESCRIPTIONS = {
-    "starts_as_the_reference": "Before the first step policy and SFT model are equal: KL 0 and, for dpo, loss ln 2. Not for orpo, simpo and "
-    "cpo, which have no reference.",
+    "starts_as_the_reference": "Before the first step policy and SFT model are equal: KL 0 and, for dpo, loss ln 2. Not for orpo, simpo, "
+    "cpo and gkd, which have no reference.",
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
     "prefers_as_people_do": "On held-out pairs the chosen answer is more likely per token in significantly more than half of them.",
@@ -84,7 +85,7 @@ class Params(PreferenceParams):
     method: preference.MethodName
     """The alignment method."""
     adapter: str = Field(pattern=r"^[\w-]+$")
-    """Name of the SFT variant that training starts from and, but for orpo, simpo and cpo, uses as its reference. It must be merged."""
+    """Name of the SFT variant that training starts from and, but for orpo, simpo, cpo and gkd, uses as its reference. It must be merged."""
     options: dict[str, Any] = {}
     """The method's own keys, listed below. For ppo they include learning rate, batch size and checkpoints, which are then
     refused in the entry itself."""
@@ -123,6 +124,8 @@ class Sources:
     sft: Path
     functions: Path | None = None
     """Folder of reward functions and of files for rewards, if the method uses any."""
+    teacher: Path | None = None
+    """The larger model of a distillation."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -141,6 +144,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
             "use dpo, kto or ppo, or leave it out",
         )
     sharding.check(params, ctx.compute, where, "lora", "adamw_torch" if "optim" in method.ignored_params else None)
+    if method.given_teacher:
+        teacher.locate(method.given_teacher, ctx.root, f"{where}.options.teacher")
     if method.learns_from_rewards:
         check(params.rewards, f"{where}.rewards", ctx.root)
     elif unused := next((key for key in ONLINE_KEYS if key in ctx.value), None):
@@ -149,6 +154,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 def run(ctx: StageContext) -> Report:
     params = ctx.variant_params("aligned", Params)
+    where = f"aligned.{ctx.variant}"
+    given = params.parsed_method(where).given_teacher
     return produce(
         str(ctx.variant),
         params,
@@ -162,6 +169,7 @@ def run(ctx: StageContext) -> Report:
         live=ctx.live,
         pages=ctx.pages,
         functions=ctx.root / FOLDER if reads_files(params.rewards) else None,
+        larger=teacher.locate(given, ctx.root, f"{where}.options.teacher") if given else None,
     )
 
 
@@ -178,10 +186,12 @@ def produce(
     live: Path | None = None,
     pages: Path | None = None,
     functions: Path | None = None,
+    larger: Path | None = None,
 ) -> Report:
     """Args:
     sft: the standalone model of the SFT variant.
     functions: folder of reward functions, if the rewards name any.
+    larger: folder of the teacher, for methods with one.
     checkpoints: the variant's folder, which survives a killed run. It is removed unless a check blocks.
     """
     where = f"aligned.{variant}"
@@ -192,7 +202,7 @@ def produce(
         }  # fmt: skip
         return _produce_in_processes(variant, params, compute, folders)
     import_libraries()
-    sources = Sources(preferences, reward_model, sft, functions)
+    sources = Sources(preferences, reward_model, sft, functions, larger)
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     method = params.parsed_method(where)
     _refuse(pairs, params, method, sources, where)
@@ -224,7 +234,8 @@ def produce(
     rewards = Rewards(params.rewards, judge, called, _root_of(functions), f"{where}.rewards") if method.learns_from_rewards else None
     sampled, names = method.sampled_answers(params.constant_reward_steps), [*rewards.weights] if rewards else []
     run = AlignmentRun(
-        shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing, sampled, params.trl
+        shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing, sampled,
+        partial(load.load_base, larger, device, dtype) if larger else None, params.trl,
     )  # fmt: skip
     try:
         history = method.train(run)
@@ -278,6 +289,7 @@ def _identity(
     params: Params, compute: Compute, method: AlignmentMethod, sources: Sources, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
     models = {"SFT model": sources.sft, **({"reward model": sources.reward_model} if method.learns_from_rewards else {})}
+    models |= {"teacher": sources.teacher} if sources.teacher else {}
     functions = {"reward functions": sha256_of_functions(sources.functions)} if sources.functions else {}
     return functions | preference_identity(params, compute, device, dtype, sources.preferences, models, Path(__file__))
 
@@ -383,6 +395,7 @@ def _metrics(params: Params, method: AlignmentMethod, history: TrainingHistory, 
         **({"rewards": params.rewards} if method.learns_from_rewards else {}),
         **({"loss_type": method.loss_type} if isinstance(method, preference.Grpo) else {}),
         **({} if method.has_reference else {"reference": None}),
+        **({"teacher": method.given_teacher.model_dump()} if method.given_teacher else {}),
         **({"trl": params.trl} if params.trl else {}),
         "steps": history.step,
         **({"stopped": history.stopped} if isinstance(history, StoppedHistory) else {}),
@@ -544,6 +557,8 @@ def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, method: Alignmen
             raise InputError(f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources")
     if not (sources.sft / "config.json").is_file():
         raise InputError(f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model", "name a variant that is merged")
+    if method.given_teacher and sources.teacher:
+        teacher.verify(method.given_teacher, sources.teacher, sources.sft, f"{where}.options.teacher")
     if method.learns_from_rewards:
         refuse_missing_targets(ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)), pairs["train"], f"{where}.rewards")
     refuse_misfits(tokenizer_of(sources.sft), pairs, f"data/merged/{params.adapter}")

@@ -18,6 +18,7 @@ PLOTS = (
     ("Margin", "between the rewards of a pair", ("margin", "validation_margin")),
     ("KL", "divergence from the reference, in nats", ("kl",)),
     ("Length", "tokens per answer", ("response_length",)),
+    ("Own answers", "share of passes that learn from answers of the policy", ("on_policy",)),
     ("Likelihood", "negative log-likelihood per token, in nats", ("nll", "validation_nll")),
     ("Loss", "of each step, and on the validation split", ("loss", "validation_loss")),
 )

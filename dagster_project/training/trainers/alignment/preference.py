@@ -1,5 +1,5 @@
 """Alignment: an SFT model is trained on preferences, from pairs (DPO, KTO; without a reference ORPO, SimPO, CPO) or from
-rewards of its own answers (RLOO, GRPO through TRL, PPO by ppo.py).
+rewards of its own answers (RLOO, GRPO through TRL, PPO by ppo.py), or by a larger model (GKD).
 
 A method is one class below: its fields are its options; training, reports and planning use only its attributes and
 functions.
@@ -12,6 +12,7 @@ To add one, write its class and list it in METHODS.
 | orpo | pairs, offline, without a reference: likelihood of the chosen answer, and odds of it against the rejected one | Hong et al. 2024, arXiv 2403.07691, eq. 6 |
 | simpo | the same; the reward is the mean log-probability of an answer's tokens | Meng et al. 2024, arXiv 2405.14734, eq. 6 |
 | cpo | the same; the loss of dpo without the reference, and likelihood of the chosen answer | Xu et al. 2024, arXiv 2401.08417, eq. 5 |
+| gkd | next-token distributions of a larger model, for chosen answers and for the policy's own | Agarwal et al. 2024, arXiv 2306.13649, algorithm 1 |
 | rloo | rewards of several answers to a prompt, each against the mean of the others | Ahmadian et al. 2024, arXiv 2402.14740 |
 | grpo | the same, against mean and spread of the group | Shao et al. 2024, arXiv 2402.03300 |
 | ppo | rewards of one answer to a prompt, against a learnt value | Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022, arXiv 2203.02155 |
@@ -26,7 +27,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -42,8 +43,10 @@ from dagster_project.training.tokens.preference_pairs import both, prompt_ids, r
 from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.alignment.rewards import Rewards
 from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
+from dagster_project.training.trainers.alignment.teacher import Teacher
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
 from dagster_project.training.trainers.alignment.trl_trainers.answer_groups import group_trainer
+from dagster_project.training.trainers.alignment.trl_trainers.distillation import collate_rows, student_trainer
 from dagster_project.training.trainers.alignment.trl_trainers.reference_free import experimental, pair_trainer
 from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
@@ -74,6 +77,8 @@ class AlignmentRun:
     """Called once the model is divided, before its weights change or those of a checkpoint are read."""
     sampled: SampledAnswers = field(default_factory=SampledAnswers)
     """The answers that were rewarded."""
+    teacher: Callable[[], Any] | None = None
+    """Loads the model whose distributions the policy learns, for methods with one."""
     trl: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of TRL's configuration, see trl_options.py."""
 
@@ -137,6 +142,16 @@ class AlignmentMethod(Section):
     @property
     def accepts_constant_rewards(self) -> bool:
         return False
+
+    @property
+    def given_teacher(self) -> Teacher | None:
+        """The larger model that the policy learns from."""
+        return None
+
+    @property
+    def samples_answers(self) -> bool:
+        """Whether answers are generated in training, whose time is not predicted."""
+        return self.learns_from_rewards
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         """Raises:
@@ -396,6 +411,48 @@ class Cpo(ReferenceFree):
         return cpo.CPOTrainer, cpo.CPOConfig
 
 
+class Gkd(TrlMethod):
+    """Options of gkd."""
+
+    name = "gkd"
+    has_reference = False
+    metrics = {"on_policy": "on_policy", "length": "response_length"}
+    figures = tuple(metrics.values())
+
+    teacher: Teacher
+    """The larger model: `folder` inside the project, and `sha256` of each of its files. It must have the SFT model's tokenizer."""
+    lmbda: float = Field(default=0.5, ge=0, le=1)
+    """Share of the forward passes that learn from answers of the policy itself, the paper's lambda; the others learn from chosen answers. 0: none."""
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """Divergence: 0 is the KL divergence of the teacher from the policy, 1 that of the policy from the teacher, between them the generalized Jensen-Shannon
+    divergence."""
+    temperature: float = Field(default=0.9, gt=0)
+    """Temperature at which the policy's answers are sampled."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Longest of these answers, in tokens."""
+
+    @property
+    def given_teacher(self) -> Teacher:
+        return self.teacher
+
+    @property
+    def samples_answers(self) -> bool:
+        return self.lmbda > 0
+
+    def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
+        assert run.teacher
+        constructor = {"teacher_model": run.teacher(), "data_collator": partial(collate_rows, pad=run.tokenizer.pad_token_id)}
+        arguments, gkd = {**self.model_dump(exclude={"teacher"}), "max_length": None}, experimental("gkd")
+        return TrainerSpec(self.name, student_trainer(gkd.GKDTrainer), gkd.GKDConfig, arguments, self.metrics, constructor)
+
+    def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{"prompt_ids": prompt, "answer_ids": chosen, "pair": i} for i, (prompt, chosen, _) in enumerate(both(tokenizer, pairs))]
+
+    def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
+        longest = max(answers[0], self.max_new_tokens if self.samples_answers else 0)
+        return [(prompt + longest, longest)]
+
+
 class GroupMethod(TrlMethod):
     """Options of rloo and grpo."""
 
@@ -560,7 +617,7 @@ class Ppo(AlignmentMethod, ppo.Settings):
         return [(prompt + self.response_length, self.response_length)]
 
 
-METHODS: dict[str, type[AlignmentMethod]] = {method.name: method for method in (Dpo, Kto, Orpo, Simpo, Cpo, Rloo, Grpo, Ppo)}
+METHODS: dict[str, type[AlignmentMethod]] = {method.name: method for method in (Dpo, Kto, Orpo, Simpo, Cpo, Gkd, Rloo, Grpo, Ppo)}
 
 if TYPE_CHECKING:
     MethodName = str

@@ -52,7 +52,8 @@ class GrpoOptions(Optimizer):
 
 
 OPTIONS: dict[str, type[Section]] = {
-    "dpo": DpoOptions, "kto": Optimizer, "orpo": Optimizer, "simpo": SimpoOptions, "cpo": Optimizer, "rloo": RlooOptions, "grpo": GrpoOptions,
+    "dpo": DpoOptions, "kto": Optimizer, "orpo": Optimizer, "simpo": SimpoOptions, "cpo": Optimizer, "gkd": Optimizer,
+    "rloo": RlooOptions, "grpo": GrpoOptions,
 }  # fmt: skip
 """Method -> the arguments that its entry may pass on."""
 
@@ -70,6 +71,8 @@ CONTROLLED = {
                      "temperature", "top_p", "epsilon", "num_iterations", "scale_rewards", "importance_sampling_level",
                      "mask_truncated_completions", "cpo_alpha"), "set it in options, if the method has it"),
     "simpo_gamma": "set options.gamma of the method simpo",
+    **dict.fromkeys(("lmbda", "max_new_tokens"), "set it in options, if the method has it"),
+    **dict.fromkeys(("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_model_revision"), "set options.teacher"),
     **dict.fromkeys(("loss_weights", "rpo_alpha"), "set options.rpo_alpha"),
     **dict.fromkeys(("reward_weights", "reward_funcs"), "set the weights in rewards"),
     **dict.fromkeys(("max_length", "truncation_mode", "max_prompt_length"), "rows are tokenized before training, and none is truncated"),

@@ -261,8 +261,9 @@ def _build_trainer(
     spec: TrainerSpec, session: TrlSession, tokenizer: Any, rows: Sequence[Mapping[str, Any]],
     validation_rows: Sequence[Mapping[str, Any]], device: torch.device, scratch: str,
 ) -> Any:  # fmt: skip
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     params, model = session.params, session.model
     assert isinstance(params, PreferenceParams)
     arguments = training_arguments(params, session.compute, scratch, device.type, bool(validation_rows))
