@@ -290,6 +290,9 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
     else:
         assert document["step_0"] == {"largest_log_probability_difference": 0.0, "kl_per_token": 0.0}
         assert "reference" not in document and "implicit_reward_accuracy" in report.metrics["preference"]
+    assert document["settings"]["options"].get("teacher") == report.metrics.get("teacher") and ("teacher" in report.metrics) == (
+        method == "gkd"
+    )
     assert ("starts_as_the_reference" in {check.name for check in report.checks}) == (method not in REFERENCE_FREE)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "data/merged/lora"
     seen = read_table(tmp_path / "out" / "examples.parquet")

@@ -109,8 +109,8 @@ def built(tiny_model: Path) -> Any:
     return model
 
 
-def plainly(model: Any, losses: Losses, rows: Sequence[int]) -> tuple[torch.Tensor, float]:
-    """Loss and mean margin of a pass, from one text at a time."""
+def plainly(model: Any, losses: Losses, rows: Sequence[int]) -> tuple[torch.Tensor, float, dict[str, float]]:
+    """Loss and mean margin of a pass, from one text at a time, and the negative log-likelihood per token of what each method imitates."""
 
     def tokens(prompt: list[int], answer: list[int]) -> torch.Tensor:
         ids = torch.tensor([prompt + answer])
@@ -122,7 +122,7 @@ def plainly(model: Any, losses: Losses, rows: Sequence[int]) -> tuple[torch.Tens
         good.append(whole[-1][len(prompt) - 1 :])
         bad.append(tokens(prompt, rejected)[len(prompt) - 1 :])
     loss, margin = losses(good, bad, whole)
-    return loss, float(margin.detach().mean())
+    return loss, float(margin.detach().mean()), {"orpo": float(per_token(whole).detach()), "other": float(per_token(good).detach())}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -144,11 +144,15 @@ def test_the_training_is_that_of_the_papers_formula_in_float64(
         rows = [row for step, _, row in history.seen if step == point["step"]]
         passes = [rows[start : start + 2] for start in range(0, len(rows), 2)]
         found = [plainly(plain, losses, some) for some in passes]
-        for loss, _ in found:
+        for loss, *_ in found:
             (loss / len(passes)).backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, PARAMS.max_grad_norm)
-        expected = {"loss": sum(float(loss.detach()) for loss, _ in found) / len(passes), "grad_norm": float(norm),
-                    "margin": sum(margin for _, margin in found) / len(passes)}  # fmt: skip
+        imitated = "orpo" if method.name == "orpo" else "other"
+        expected = {"loss": sum(float(loss.detach()) for loss, *_ in found) / len(passes), "grad_norm": float(norm),
+                    "margin": sum(margin for _, margin, _ in found) / len(passes)}  # fmt: skip
+        if getattr(method, "cpo_alpha", 1):
+            expected["nll"] = sum(nll[imitated] for *_, nll in found) / len(passes)
+        assert ("nll" in point) == ("nll" in expected), "TRL logs 0 where it is not computed"
         assert {name: point[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5), point["step"]
         optimizer.step()
         optimizer.zero_grad()

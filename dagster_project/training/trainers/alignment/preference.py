@@ -331,9 +331,9 @@ class ReferenceFree(TrlMethod):
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         trainer, config = self.trl_classes()
         arguments = {**self.trl_arguments(), "max_length": UNLIMITED}
-        outputs = shared_prompts.log_probabilities
+        measured = {theirs: ours for theirs, ours in self.metrics.items() if ours != "nll" or arguments.get("cpo_alpha") != 0}  # TRL logs 0
         return TrainerSpec(
-            self.name, pair_trainer(trainer, self.trains_prompts), config, arguments, self.metrics, outputs=outputs,
+            self.name, pair_trainer(trainer, self.trains_prompts), config, arguments, measured, outputs=shared_prompts.log_probabilities,
             trains_prompts=self.trains_prompts,
         )  # fmt: skip
 
