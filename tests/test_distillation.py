@@ -242,6 +242,26 @@ def test_any_other_teacher_is_refused_with_a_message(fault: str, message: str, t
         teacher.verify(given, teacher.locate(given, tmp_path, "aligned.x.options.teacher"), tiny_model, "aligned.x.options.teacher")
 
 
+@pytest.mark.parametrize("fault", ["missing", "smaller", "damaged"])
+def test_a_teacher_whose_weights_are_not_those_of_its_configuration_is_refused(fault: str, tmp_path: Path, tiny_model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model, tmp_path / "large")
+    path = tmp_path / "large" / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in sorted(weights) if "down_proj" in name)
+    if fault == "missing":
+        del weights[name]
+    elif fault == "smaller":
+        weights[name] = weights[name][:, :-1].contiguous()
+    save_file(weights, path, {"format": "pt"})
+    if fault == "damaged":
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError, match=f"lack 1 weights of the model, such as {name}" if fault == "missing" else "cannot load the model"):
+        teacher.load(tmp_path / "large", CPU, torch.float32)
+    assert not any(weight.requires_grad for weight in teacher.load(tiny_model, CPU, torch.float32).parameters())
+
+
 def swap_two_tokens(document: dict[str, Any]) -> dict[str, Any]:
     vocabulary = document["model"]["vocab"]
     one, other = sorted(vocabulary, key=vocabulary.get)[-2:]

@@ -20,7 +20,6 @@ from dagster_project.core.params import Compute, refuse_names_of_one_file
 from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
 from dagster_project.evaluation.paired import alignment
 from dagster_project.training.methods import build as methods
-from dagster_project.training.methods import load
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
@@ -235,7 +234,7 @@ def produce(
     sampled, names = method.sampled_answers(params.constant_reward_steps), [*rewards.weights] if rewards else []
     run = AlignmentRun(
         shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing, sampled,
-        partial(load.load_base, larger, device, dtype) if larger else None, params.trl,
+        partial(teacher.load, larger, device, dtype) if larger else None, params.trl,
     )  # fmt: skip
     try:
         history = method.train(run)
@@ -289,7 +288,6 @@ def _identity(
     params: Params, compute: Compute, method: AlignmentMethod, sources: Sources, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
     models = {"SFT model": sources.sft, **({"reward model": sources.reward_model} if method.learns_from_rewards else {})}
-    models |= {"teacher": sources.teacher} if sources.teacher else {}
     functions = {"reward functions": sha256_of_functions(sources.functions)} if sources.functions else {}
     return functions | preference_identity(params, compute, device, dtype, sources.preferences, models, Path(__file__))
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Section, inside
+
+if TYPE_CHECKING:
+    import torch
 
 READ = ("*.json", "*.safetensors", "*.model", "*.jinja")
 """Files that are read of a teacher: configuration, tokenizer and weights."""
@@ -104,3 +108,27 @@ def _refuse_other_tokens(teacher: Teacher, folder: Path, student: Path, where: s
         )
     if sizes[0] != sizes[1]:
         raise InputError(f"params.yaml: {where}.folder: {teacher.folder} predicts {sizes[0]} tokens, and the SFT model {sizes[1]}", hint)
+
+
+def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The teacher, of which every weight is in its files.
+
+    Raises:
+        InputError: weights are missing, which transformers would draw at random, do not fit the configuration, or cannot be read.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        if isinstance(error, torch.OutOfMemoryError) or "memory" in lines[0].lower():
+            raise
+        raise InputError(f"the teacher {folder.name}: transformers cannot load the model: {lines[0][:300]}", ADVICE) from None
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"the teacher {folder.name}: its files lack {len(missing)} weights of the model, such as {missing[0]}", ADVICE)
+    return model.requires_grad_(False).to(device).eval()
