@@ -25,7 +25,9 @@ from tables import replace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PHASES = {"dpo": "SFT, DPO", "kto": "SFT, KTO"} | {name: f"SFT, reward model, {name.upper()}" for name in ("rloo", "grpo", "ppo")}
+PHASES = {"dpo": "SFT, DPO", "kto": "SFT, KTO", "orpo": "SFT, ORPO", "simpo": "SFT, SimPO", "cpo": "SFT, CPO"} | {
+    name: f"SFT, reward model, {name.upper()}" for name in ("rloo", "grpo", "ppo")
+}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 2.5e-4},
@@ -96,7 +98,7 @@ def table(runs: list[dict[str, Any]], sft: float | None, device: str) -> str:
         cells = [
             method,
             PHASES[method],
-            "offline" if method in ("dpo", "kto") else "online",
+            "offline" if method in ("dpo", "kto", "orpo", "simpo", "cpo") else "online",
             f"{len(good)} of {len(mine)}",
             _over(good, lambda run: run["watch"]["reward"]["aligned"]),
             "{difference:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})".format(**good[0]["watch"]["reward"]),

@@ -15,6 +15,7 @@ from builders.preferences import PREFERENCE_SCHEMA, preference_row
 from conftest import draw_pages
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Compute
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import Report, read_table, write_records
@@ -22,7 +23,7 @@ from dagster_project.evaluation.paired.alignment import gamed, paired
 from dagster_project.pipeline import validate
 from dagster_project.stages import aligned, reward_model
 from dagster_project.training.tokens.preference_pairs import answered, both
-from dagster_project.training.trainers.alignment import preference
+from dagster_project.training.trainers.alignment import preference, teacher
 from dagster_project.training.trainers.alignment import reward_model as reward
 from dagster_project.training.trainers.alignment.rewards import Rewards
 from dagster_project.training.trainers.harness import launch
@@ -62,9 +63,26 @@ def judged(tmp_path_factory: pytest.TempPathFactory, preferences: Path, tiny_mod
     return folder / "reward_model", train_reward(folder, preferences, tiny_model)
 
 
+def larger_than(model: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A teacher: a model with the same tokens and other weights, and its entry in params.yaml."""
+    from safetensors.torch import load_file, save_file
+
+    if not folder.exists():
+        shutil.copytree(model, folder)
+        weights = load_file(folder / "model.safetensors")
+        dice = torch.Generator().manual_seed(7)
+        noisy = {name: weight + 0.1 * torch.randn(weight.shape, generator=dice).to(weight.dtype) for name, weight in weights.items()}
+        save_file(noisy, folder / "model.safetensors", {"format": "pt"})
+    return folder, {"folder": "models/large", "sha256": {name: sha256_of_file(folder / name) for name in teacher.files_of(folder)}}
+
+
 def align_it(
     folder: Path, preferences: Path, judge: Path, sft: Path, compute: Compute = COMPUTE, functions: Path | None = None, **settings: Any
 ) -> Report:
+    larger = None
+    if settings.get("method") == "gkd":
+        larger, given = larger_than(sft, folder.with_name(f"{folder.name}-large"))
+        settings["options"] = {**settings.get("options", {}), "teacher": given}
     params = aligned.Params(
         **{
             "adapter": "lora",
@@ -89,6 +107,7 @@ def align_it(
         folder / "live",
         folder / "pages",
         functions,
+        larger,
     )
     draw_pages("aligned@mine", report, folder / "out", folder / "pages")
     return report
@@ -242,10 +261,18 @@ def test_full_fine_tuning_of_a_reward_model_respects_margins(tmp_path: Path, tin
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {},
     "kto": {},
+    "orpo": {},
+    "simpo": {},
+    "cpo": {},
+    "gkd": {"options": {"max_new_tokens": 6}},
     "rloo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3},
     "grpo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3, "rewards": {"reward_model": 1.0, "brief": 0.5}},
     "ppo": {"options": {"total_episodes": 24, "batch_size": 12, "response_length": 6, "learning_rate": 1e-2, "missing_eos_penalty": 0.0}},
 }
+
+
+OFFLINE = {"dpo", "kto", "orpo", "simpo", "cpo", "gkd"}
+REFERENCE_FREE = {"orpo", "simpo", "cpo", "gkd"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -254,18 +281,25 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
 ) -> None:
     report = align_it(tmp_path, preferences, judged[0], tiny_model, method=method, **METHODS[method])
     assert not report.failures, [check.note for check in report.failures]
-    learnt = {"dpo": None, "kto": None, "grpo": {"reward_model": 1.0, "brief": 0.5}}
+    learnt = {**dict.fromkeys(OFFLINE), "grpo": {"reward_model": 1.0, "brief": 0.5}}
     assert report.metrics.get("rewards") == learnt.get(method, {"reward_model": 1.0})
-    assert json.loads((tmp_path / "out" / "training.json").read_text())["step_0"] == {
-        "largest_log_probability_difference": 0.0,
-        "kl_per_token": 0.0,
-    }
+    document = json.loads((tmp_path / "out" / "training.json").read_text())
+    if method in REFERENCE_FREE:
+        assert "step_0" not in document and document["reference"] is None and report.metrics["reference"] is None
+        assert "implicit_reward_accuracy" not in report.metrics["preference"]
+    else:
+        assert document["step_0"] == {"largest_log_probability_difference": 0.0, "kl_per_token": 0.0}
+        assert "reference" not in document and "implicit_reward_accuracy" in report.metrics["preference"]
+    assert document["settings"]["options"].get("teacher") == report.metrics.get("teacher") and ("teacher" in report.metrics) == (
+        method == "gkd"
+    )
+    assert ("starts_as_the_reference" in {check.name for check in report.checks}) == (method not in REFERENCE_FREE)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "data/merged/lora"
     seen = read_table(tmp_path / "out" / "examples.parquet")
     known = {row["example_id"] for row in read_table(preferences / "train" / "records-00000.parquet")}
     assert seen and {row["example_id"] for row in seen} <= known
     assert len(read_table(tmp_path / "out" / "samples.parquet")) == 4
-    assert (tmp_path / "out" / "answers").exists() == ("sampled" in report.metrics) == (method not in {"dpo", "kto"})
+    assert (tmp_path / "out" / "answers").exists() == ("sampled" in report.metrics) == (method not in OFFLINE)
     assert "<script" not in (tmp_path / "pages" / "alignment.html").read_text() and any((tmp_path / "live").glob("*.csv"))
 
 
@@ -413,7 +447,20 @@ def test_dpo_starts_at_a_loss_of_ln_2_and_learns_the_preferences(
     assert told["log_ratio"]["chosen"] > told["log_ratio"]["rejected"]
 
 
-@pytest.mark.parametrize("method", ["dpo", "rloo", "ppo"])
+def test_a_teacher_that_was_changed_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preference, "policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    folder, given = larger_than(tiny_model, tmp_path / "large")
+    (folder / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
+    params = aligned.Params(method="gkd", adapter="lora", options={"teacher": given})
+    paths = [tmp_path / name for name in ("out", "curve.csv", "checkpoints")]
+    with pytest.raises(InputError, match=r"(?s)models/large/model\.safetensors has sha256 .*aligned\.mine\.options\.teacher\.sha256"):
+        aligned.produce("mine", params, COMPUTE, preferences, judged[0], tiny_model, *paths, larger=folder)
+    assert not any(path.exists() for path in paths)
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "gkd", "rloo", "ppo"])
 def test_a_resumed_training_ends_in_the_same_bytes(
     method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -606,6 +653,24 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         (
             {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"loss_type": "luspo"}}}},
             "importance_sampling_level: luspo is defined for ratios of a sequence",
+        ),
+        (
+            {"aligned": {"x": {"method": "simpo", "adapter": "lora", "options": {"simpo_gamma": 1}}}},
+            "aligned.x.options.simpo_gamma: unknown key",
+        ),
+        (
+            {"aligned": {"x": {"method": "cpo", "adapter": "lora", "options": {"loss_type": "ipo", "label_smoothing": 0.1}}}},
+            "aligned.x.options.label_smoothing: has no effect on the loss ipo",
+        ),
+        ({"aligned": {"x": {"method": "orpo", "adapter": "lora", "rewards": {"brief": 1.0}}}}, "orpo learns from pairs alone"),
+        ({"aligned": {"x": {"method": "gkd", "adapter": "lora"}}}, "aligned.x.options.teacher: missing"),
+        (
+            {"aligned": {"x": {"method": "gkd", "adapter": "lora", "options": {"teacher": {"folder": "models/x", "sha256": {}}}}}},
+            "aligned.x.options.teacher.folder: models/x does not exist",
+        ),
+        (
+            {"compute": {"processes": 2}, "aligned": {"x": {"method": "simpo", "adapter": "lora", "sharding": {"fsdp": "full_shard"}}}},
+            "aligned.x.sharding: simpo does not support it",
         ),
         (
             {"aligned": {"x": {"method": "kto", "adapter": "lora", "reward_seconds": 9}}},

@@ -367,10 +367,13 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
         "dpo": {"method": "dpo", "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2},
         "kto": {"method": "kto", "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2},
         "rloo": {"method": "rloo", "adapter": "lora", "options": {"max_completion_length": 6}},
+        **{
+            name: {"method": name, "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2} for name in ("simpo", "orpo")
+        },
     }
     edit_params(tokenized, lambda values: values.update(aligned=entries))
-    found = plan.plan_variants(tokenized, ["dpo", "kto", "rloo"])
-    dpo, kto, rloo = found["variants"].values()
+    found = plan.plan_variants(tokenized, ["dpo", "kto", "rloo", "simpo", "orpo"])
+    dpo, kto, rloo, simpo, orpo = found["variants"].values()
     assert (dpo["pairs"], dpo["steps"], rloo["steps"]) == (12, 6, 6)
     prompt = dpo["tokens"] / (6 * 8) - (4 + 2) / 2
     assert dpo["tokens"] == 6 * 4 * (2 * prompt + 4 + 2) and rloo["tokens"] == 6 * 8 * (prompt + 6)
@@ -380,7 +383,31 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
     assert kto["memory"]["activations"] < dpo["memory"]["activations"], "so a pass has half as many answers"
     # of padded answers; their own lengths differ from the longest
     assert kto["time"]["to_seconds"] == pytest.approx(12 * 6 * (3 + 3) / 3, rel=0.1), "steps, and passes of each"
+    assert (simpo["steps"], simpo["tokens"], simpo["memory"]) == (dpo["steps"], dpo["tokens"], dpo["memory"])
+    assert simpo["time"] == orpo["time"] == {"from_seconds": 6 * 3, "to_seconds": 6 * 6}, "there is no reference"
+    assert orpo["memory"]["logits"] > simpo["memory"]["logits"], "the likelihood of prompts is trained, too"
     assert "dpo: 12 pairs, " in plan.as_text(found)
+
+
+def test_a_plan_of_a_distillation_counts_the_teacher(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Machine, "runtime", 0)
+    monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
+    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(12)], PREFERENCE_SCHEMA)
+    large = tokenized / "models" / "large"
+    shutil.copytree(tokenized / "data" / "base_model", large)
+    teacher = {"folder": "models/large", "sha256": {path.name: "0" * 64 for path in large.iterdir()}}  # a plan hashes nothing
+    entry = {"adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2}
+    entries = {
+        "given": {"method": "gkd", "options": {"teacher": teacher, "lmbda": 0.0}, **entry},
+        "own": {"method": "gkd", "options": {"teacher": teacher, "max_new_tokens": 50}, **entry},
+        "simpo": {"method": "simpo", **entry},
+    }
+    edit_params(tokenized, lambda values: values.update(aligned=entries))
+    given, own, simpo = plan.plan_variants(tokenized, [*entries])["variants"].values()
+    assert given["steps"] == own["steps"] == simpo["steps"] == 6
+    assert given["memory"]["weights"] > 1.8 * simpo["memory"]["weights"], "of two models of one size"
+    assert own["memory"]["logits"] > given["memory"]["logits"] and own["tokens"] > given["tokens"], "own answers may have 50 tokens"
+    assert own["time"] is None and given["time"] == {"from_seconds": 6 * 3, "to_seconds": 6 * 6}
 
 
 def test_a_plan_of_sharded_alignment_counts_steps_and_memory_per_process(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from builders.gradients import assert_close, trained_gradients
+from builders.live_bytes import LiveBytes
 from torch.nn.functional import logsigmoid
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dagster_project.core.params import Compute
 from dagster_project.training.methods.build import causal
@@ -168,32 +166,7 @@ def test_a_model_whose_output_layer_is_trained_reads_padded_batches(tiny_model: 
 # ---- planning ---------------------------------------------------------------------------------------------------------------------------------
 
 
-class LiveBytes(TorchDispatchMode):
-    """The largest number of bytes in storages that operations made and that exist at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        old = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        for leaf in tree_leaves(out):
-            storage = leaf.untyped_storage() if isinstance(leaf, torch.Tensor) else None
-            if storage is not None and storage.data_ptr() not in self.known | old:
-                self.known.add(storage.data_ptr())
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage.data_ptr(), storage.nbytes())
-        return out
-
-    def free(self, place: int, size: int) -> None:
-        self.known.discard(place)
-        self.now -= size
-
-
-@pytest.mark.parametrize("kind", ["dpo", "reward model"])
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "reward model"])
 def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(kind: str, tiny_model: Path, policy: Any, judge: Any) -> None:
     pairs = [
         ([7 + n] * shared, [20] * first, [30] * second)
@@ -201,12 +174,14 @@ def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(kind: str, ti
     ]
     sizes = tuple(map(lengths_of, pairs))
     assert sizes == ((40, 31, 25), (3, 60, 90), (50, 9, 70))
-    counted = sum(len(answer) for _, *answers in pairs for answer in answers) if kind == "dpo" else 0
+    counted = sum(len(answer) for _, *answers in pairs for answer in answers) if kind != "reward model" else 0
+    counted += sum(len(prompt) - 1 for prompt, *_ in pairs) if kind == "orpo" else 0
     lengths = [sum(size) for size in sizes]
     spec = TrainingSpec("cpu", torch.float32, tiny_model, "lora", LORA, lengths, counted, pair_lengths=sizes, timed=False)
     predicted = spec.prediction.memory
     model, rows = (policy, rows_of(pairs)) if counted else (judge, judged_rows_of(pairs))
-    batch = shared_prompts.collate_pairs(rows)
+    batch = shared_prompts.collate_pairs(rows, kind == "orpo")
+    assert not counted or len(batch["target"]) == counted
     batch["input_ids"] = torch.zeros(2 * len(pairs), max(len(p) + len(answer) for p, *answers in pairs for answer in answers))
     with attending_by_pair(causal(model)), LiveBytes() as live:
         if counted:

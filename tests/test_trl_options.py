@@ -14,13 +14,15 @@ from dagster_project.core.params import Compute
 from dagster_project.training.trainers.alignment import preference, trl_options
 from dagster_project.training.trainers.alignment.preference import AlignmentRun
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
+from dagster_project.training.trainers.alignment.trl_trainers.reference_free import experimental
 from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.sharding import ShardedModel
 
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 PARAMS = PreferenceParams(learning_rate=5e-4, lr_scheduler_type="constant", warmup_ratio=0, per_device_train_batch_size=4, max_steps=3)
 GROUPS = {"num_generations": 2, "max_completion_length": 5, "beta": 0.3, "num_iterations": 2}
-OPTIONS: dict[str, dict[str, Any]] = {"dpo": {"beta": 0.3}, "kto": {"beta": 0.3}, "rloo": GROUPS, "grpo": GROUPS}
+PAIRED = {"beta": 0.3}
+OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo"), PAIRED) | {"rloo": GROUPS, "grpo": GROUPS}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("dpo", {"f_divergence_type": "js_divergence"}),
     ("dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}),
@@ -28,6 +30,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dpo", {"adam_beta2": 0.5}),
     ("dpo", {"adam_epsilon": 0.1}),
     ("kto", {"adam_beta1": 0.5}),
+    ("orpo", {"adam_beta1": 0.5}),
+    ("simpo", {"alpha": 0.3}),
+    ("simpo", {"adam_beta2": 0.5}),
+    ("cpo", {"adam_epsilon": 0.1}),
     ("rloo", {"epsilon_high": 1e-5}),
     ("rloo", {"normalize_advantages": True}),
     ("rloo", {"adam_beta1": 0.5}),
@@ -106,6 +112,8 @@ def test_what_is_accepted_or_controlled_is_an_argument_of_trl() -> None:
     import trl
 
     configs = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig, "rloo": trl.RLOOConfig, "grpo": trl.GRPOConfig}
+    configs |= {name: preference.METHODS[name]().trl_classes()[1] for name in ("orpo", "simpo", "cpo")}
+    configs["gkd"] = experimental("gkd").GKDConfig  # type: ignore[attr-defined]
     for name, kind in trl_options.OPTIONS.items():
         assert set(kind.model_fields) <= set(configs[name].__dataclass_fields__)
     assert not set(trl_options.CONTROLLED) & {key for kind in trl_options.OPTIONS.values() for key in kind.model_fields}
@@ -121,6 +129,9 @@ def test_what_is_accepted_or_controlled_is_an_argument_of_trl() -> None:
         ("grpo", {"top_k": 5}, {}, "options.top_p"),
         ("dpo", {"beta": 0.1}, {}, "set it in options"),
         ("dpo", {"bf16": True}, {}, "set compute.dtype"),
+        ("simpo", {"simpo_gamma": 1.0}, {}, "set options.gamma of the method simpo"),
+        ("cpo", {"alpha": 0.3}, {}, "alpha: unknown, or not verified"),
+        ("orpo", {"max_length": 512}, {}, "rows are tokenized before training"),
         ("dpo", {"ld_alpha": 0.5}, {}, "unknown, or not verified to act on Pedigree's passes"),
         ("dpo", {"adam_beta1": 2.0}, {}, "adam_beta1: Input should be less than 1"),
         ("dpo", {"adam_beta1": "0.5"}, {}, "adam_beta1: Input should be a valid number"),

@@ -48,7 +48,7 @@ USUAL: dict[str, dict[str, Any]] = {
 
 FORWARD_PASSES = {"kto": 3}
 """Additional forward passes per forward and backward pass: one, of the reference model, for dpo in the first epoch. kto has two more, of both
-models on unmatched answers."""
+models on unmatched answers. Methods without a reference have none."""
 
 PUBLISHED = {"full": "60-80", "lora": "16-20", "qlora": "6-8"}
 """GB of GPU memory in published guides for a 7B model in 16 bits. The predictions for LoRA and QLoRA agree at 2,048 tokens in a pass with gradient
@@ -207,12 +207,14 @@ def _adapter(
 
 
 def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Machine) -> dict[str, Any]:
-    """Prediction for a variant of `aligned`. For online methods, answers have the maximum length, and the time for sampling is not predicted.
+    """Prediction for a variant of `aligned`. For methods that sample, answers have the maximum length, and the time is not predicted.
 
     Raises:
         InputError: there are no preferences.
     """
     from dagster_project.stages import aligned
+    from dagster_project.training.trainers.alignment.preference import Gkd
+    from dagster_project.training.trainers.alignment.teacher import locate
 
     entry = params.parse(aligned.Params, values, f"aligned.{name}")
     method = entry.parsed_method(f"aligned.{name}")
@@ -229,13 +231,15 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, entry.quantization, entry.gradient_checkpointing, passes,
         entry.optim, f"aligned.{name}", sharding=entry.sharding, processes=shared,
     )  # fmt: skip
+    if isinstance(method, Gkd):
+        spec = replace(spec, teacher=locate(method.teacher, root, f"aligned.{name}.options.teacher"), divergence=method.beta)
     tokens = n * per_step
     if method.reads_pairs and reads_pairs_once(base_model, machine.device, entry.peft):
-        spec, share = _reading_pairs_once(spec, pairs, per_pass, n * passes, sum(lengths))
+        spec, share = _reading_pairs_once(spec, pairs, per_pass, n * passes, sum(lengths), method.trains_prompts)
         tokens *= share
     # a forward and backward pass is 3 units; a forward pass of the reference is one, for dpo once for all epochs
     reference = tokens / 3 / (entry.num_train_epochs if method.reads_pairs else 1)
-    work = tokens + FORWARD_PASSES.get(entry.method, 1) * reference
+    work = tokens + (FORWARD_PASSES.get(entry.method, 1) * reference if method.has_reference else 0)
     processes = machine.processes if method.shares_processes else shared
     requirements = _requirements(spec, machine, round(work), processes, method.can_shard)
     return {
@@ -244,7 +248,7 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         "steps": n,
         "tokens": round(n * per_step),
         **requirements,
-        **({"time": None} if method.learns_from_rewards else {}),
+        **({"time": None} if method.samples_answers else {}),
     }
 
 
@@ -280,18 +284,20 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
 
 
 def _reading_pairs_once(
-    spec: memory.TrainingSpec, pairs: Sequence[Pair], per_pass: int, passes: int, tokens: int
+    spec: memory.TrainingSpec, pairs: Sequence[Pair], per_pass: int, passes: int, tokens: int, trains_prompts: bool = False
 ) -> tuple[memory.TrainingSpec, float]:
     """The training with the largest pass of one that reads what two texts have in common once, and the share of tokens that it reads.
 
     Args:
         per_pass, passes: pairs in a pass, and passes of the training.
         tokens: of all texts.
+        trains_prompts: whether log-probabilities of the tokens of prompts are needed, too.
     """
     sizes = [lengths_of(pair) for pair in pairs]
     read = [sum(size) for size in sizes]
     rows = largest_pass(read, per_pass, passes)
     counted = sum(len(answer) for row in rows for answer in pairs[row][1:]) if spec.counted else 0
+    counted += sum(len(pairs[row][0]) - 1 for row in rows) if trains_prompts else 0
     largest = tuple(sizes[row] for row in rows)
     return replace(spec, lengths=[read[row] for row in rows], counted=counted, pair_lengths=largest), sum(read) / tokens
 

@@ -23,7 +23,7 @@ from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
-from dagster_project.training.trainers.alignment import preference, trl_options
+from dagster_project.training.trainers.alignment import preference, teacher, trl_options
 from dagster_project.training.trainers.alignment.preference import (
     AlignmentMethod,
     AlignmentRun,
@@ -61,7 +61,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("pedigree")
 
 CHECK_DESCRIPTIONS = {
-    "starts_as_the_reference": "Before the first step policy and SFT model are equal: KL 0 and, for dpo, loss ln 2.",
+    "starts_as_the_reference": "Before the first step policy and SFT model are equal: KL 0 and, for dpo, loss ln 2. Not for orpo, simpo, "
+    "cpo and gkd, which have no reference.",
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
     "prefers_as_people_do": "On held-out pairs the chosen answer is more likely per token in significantly more than half of them.",
@@ -83,7 +84,7 @@ class Params(PreferenceParams):
     method: preference.MethodName
     """The alignment method."""
     adapter: str = Field(pattern=r"^[\w-]+$")
-    """Name of the SFT variant that training starts from and uses as its reference. It must be merged."""
+    """Name of the SFT variant that training starts from and, but for orpo, simpo, cpo and gkd, uses as its reference. It must be merged."""
     options: dict[str, Any] = {}
     """The method's own keys, listed below. For ppo they include learning rate, batch size and checkpoints, which are then
     refused in the entry itself."""
@@ -122,6 +123,8 @@ class Sources:
     sft: Path
     functions: Path | None = None
     """Folder of reward functions and of files for rewards, if the method uses any."""
+    teacher: Path | None = None
+    """The larger model of a distillation."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -134,11 +137,14 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     method = params.parsed_method(where, ctx.value)
     trl_options.refuse(params.method, params.trl, method.model_dump(), params.optim, f"{where}.trl")
     if params.sharding and not method.can_shard:
+        reason = "needs the whole model in each process" if method.learns_from_rewards else "does not support it"
         raise InputError(
-            f"params.yaml: {where}.sharding: {params.method} needs the whole model in each process",
+            f"params.yaml: {where}.sharding: {params.method} {reason}",
             "use dpo, kto or ppo, or leave it out",
         )
     sharding.check(params, ctx.compute, where, "lora", "adamw_torch" if "optim" in method.ignored_params else None)
+    if method.given_teacher:
+        teacher.locate(method.given_teacher, ctx.root, f"{where}.options.teacher")
     if method.learns_from_rewards:
         check(params.rewards, f"{where}.rewards", ctx.root)
     elif unused := next((key for key in ONLINE_KEYS if key in ctx.value), None):
@@ -147,6 +153,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 def run(ctx: StageContext) -> Report:
     params = ctx.variant_params("aligned", Params)
+    where = f"aligned.{ctx.variant}"
+    given = params.parsed_method(where).given_teacher
     return produce(
         str(ctx.variant),
         params,
@@ -160,6 +168,7 @@ def run(ctx: StageContext) -> Report:
         live=ctx.live,
         pages=ctx.pages,
         functions=ctx.root / FOLDER if reads_files(params.rewards) else None,
+        larger=teacher.locate(given, ctx.root, f"{where}.options.teacher") if given else None,
     )
 
 
@@ -176,10 +185,12 @@ def produce(
     live: Path | None = None,
     pages: Path | None = None,
     functions: Path | None = None,
+    larger: Path | None = None,
 ) -> Report:
     """Args:
     sft: the standalone model of the SFT variant.
     functions: folder of reward functions, if the rewards name any.
+    larger: folder of the teacher, for methods with one.
     checkpoints: the variant's folder, which survives a killed run. It is removed unless a check blocks.
     """
     where = f"aligned.{variant}"
@@ -190,7 +201,7 @@ def produce(
         }  # fmt: skip
         return _produce_in_processes(variant, params, compute, folders)
     import_libraries()
-    sources = Sources(preferences, reward_model, sft, functions)
+    sources = Sources(preferences, reward_model, sft, functions, larger)
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     method = params.parsed_method(where)
     _refuse(pairs, params, method, sources, where)
@@ -210,7 +221,7 @@ def produce(
     def begin() -> None:
         start.update(sharding.in_step([shared], lambda: _initial_difference(policies, pairs["train"][:8])))
 
-    if not params.sharding:
+    if method.has_reference and not params.sharding:
         begin()
     audit = WeightAudit(prepared.model, checkpoints)
     identity = _identity(params, compute, method, sources, device, dtype)
@@ -222,26 +233,28 @@ def produce(
     rewards = Rewards(params.rewards, judge, called, _root_of(functions), f"{where}.rewards") if method.learns_from_rewards else None
     sampled, names = method.sampled_answers(params.constant_reward_steps), [*rewards.weights] if rewards else []
     run = AlignmentRun(
-        shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing, sampled, params.trl
+        shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing, sampled,
+        partial(teacher.load, larger, device, dtype) if larger else None, params.trl,
     )  # fmt: skip
     try:
         history = method.train(run)
     except Diverged as diverged:
-        return Report(checks=[_diverged(diverged, pairs["train"])])
+        return Report(checks=[_diverged(diverged, pairs["train"], method)])
     differ = [_rewards_differ(sampled, names, method, where)] if rewards else []
     if any(check.blocking and not check.passed for check in differ):
         return Report(checks=differ)
     history.curve = sampled.with_components(history.curve, names) if rewards else history.curve
     judge = judge or load_judge()  # methods that learn from pairs need its memory only now
     used = [shared, judge.shared] if judge else [shared]
-    preferred, watch = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], judge, params, out))
+    preferred, watch = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], judge, params, method, out))
     shared.join()
     change = audit.change()
     document = document_of(history, change, _settings(params, method), compute, device, dtype)
     document |= {"processes": place().size} if place().size > 1 else {}
     prepared.save(out)
     sampled.write(out / FOLDER_OF_ANSWERS, names)
-    _write_training(document | {"step_0": start}, history, [*method.figures, *names], _ids(pairs["train"], method), sft, out, curve_file)
+    document |= {"step_0": start} if method.has_reference else {"reference": None}
+    _write_training(document, history, [*method.figures, *names], _ids(pairs["train"], method), sft, out, curve_file)
     signs = alignment.gamed(watch)
     if pages:
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **({"components": names} if rewards else {})})
@@ -250,7 +263,7 @@ def produce(
         | ({"sampled": sampled.summary()} if rewards else {})
         | {"preference": preferred, "watch": watch, "environment": document["versions"]},
         checks=[
-            _starts_as_the_reference(start, history, method),
+            *([_starts_as_the_reference(start, history, method)] if method.has_reference else []),
             _learned(history, prepared),
             change.check(),
             _prefers(preferred["accuracy"], len(pairs["test"])),
@@ -379,6 +392,8 @@ def _metrics(params: Params, method: AlignmentMethod, history: TrainingHistory, 
         "adapter": params.adapter,
         **({"rewards": params.rewards} if method.learns_from_rewards else {}),
         **({"loss_type": method.loss_type} if isinstance(method, preference.Grpo) else {}),
+        **({} if method.has_reference else {"reference": None}),
+        **({"teacher": method.given_teacher.model_dump()} if method.given_teacher else {}),
         **({"trl": params.trl} if params.trl else {}),
         "steps": history.step,
         **({"stopped": history.stopped} if isinstance(history, StoppedHistory) else {}),
@@ -416,14 +431,19 @@ def _ids(pairs: Sequence[Mapping[str, Any]], method: AlignmentMethod) -> list[li
 
 
 def _evaluate(
-    policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]], judge: RewardModel | None, params: Params, out: Path
+    policies: alignment.Policies,
+    pairs: Sequence[Mapping[str, Any]],
+    judge: RewardModel | None,
+    params: Params,
+    method: AlignmentMethod,
+    out: Path,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Preferences of policy and SFT model on held-out pairs, and differences of their answers; writes
     samples.parquet."""
     prompts = list({str(pair["prompt"]): pair for pair in pairs}.values())[: params.samples]
     rows, watch = alignment.samples(policies, prompts, judge, params.max_new_tokens)
     write_table(out / "samples.parquet", rows, alignment.sample_schema())
-    return alignment.preference(policies, pairs), watch
+    return alignment.preference(policies, pairs, method.has_reference), watch
 
 
 def _initial_difference(policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -436,9 +456,9 @@ def _initial_difference(policies: alignment.Policies, pairs: Sequence[Mapping[st
     }
 
 
-def _diverged(diverged: Diverged, pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
+def _diverged(diverged: Diverged, pairs: Sequence[Mapping[str, Any]], method: AlignmentMethod) -> CheckResult:
     examples = [pairs[row]["example_id"] for row in diverged.rows if row < len(pairs)]
-    note = f"{diverged}; lower learning_rate, or raise beta"
+    note = f"{diverged}; lower learning_rate{', or raise beta' if method.has_reference else ''}"
     return CheckResult("learned", passed=False, blocking=True, count=len(examples), rows=examples[:20], note=note)
 
 
@@ -535,6 +555,8 @@ def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, method: Alignmen
             raise InputError(f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources")
     if not (sources.sft / "config.json").is_file():
         raise InputError(f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model", "name a variant that is merged")
+    if method.given_teacher and sources.teacher:
+        teacher.verify(method.given_teacher, sources.teacher, sources.sft, f"{where}.options.teacher")
     if method.learns_from_rewards:
         refuse_missing_targets(ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)), pairs["train"], f"{where}.rewards")
     refuse_misfits(tokenizer_of(sources.sft), pairs, f"data/merged/{params.adapter}")

@@ -18,8 +18,11 @@ PLOTS = (
     ("Margin", "between the rewards of a pair", ("margin", "validation_margin")),
     ("KL", "divergence from the reference, in nats", ("kl",)),
     ("Length", "tokens per answer", ("response_length",)),
+    ("Own answers", "share of passes that learn from answers of the policy", ("on_policy",)),
+    ("Likelihood", "negative log-likelihood per token, in nats", ("nll", "validation_nll")),
     ("Loss", "of each step, and on the validation split", ("loss", "validation_loss")),
 )
+WITHOUT_REFERENCE = "mean of the batch: beta times the log-probability of an answer, as the loss compares it, without a reference"
 SHOWN = 8
 """Answers shown from each end of the list."""
 SAMPLED = 2
@@ -34,7 +37,8 @@ def draw_alignment(documents: Documents) -> None:
     points = history["curve"]
     components = history.get("components", [])
     by_component = ("Rewards", "mean of the batch for each reward, before its weight", components)
-    figures = [curve_figure(title, note, points, names) for title, note, names in (PLOTS[0], by_component, *PLOTS[1:])]
+    rewards = (PLOTS[0][0], WITHOUT_REFERENCE if "reference" in metrics else PLOTS[0][1], PLOTS[0][2])
+    figures = [curve_figure(title, note, points, names) for title, note, names in (rewards, by_component, *PLOTS[1:])]
     sections = {
         "Watch": _watch(metrics["watch"], history["signs"]),
         "Curves": {"overfitting_since": overfitting_since(points), "figures": [figure for figure in figures if figure]},
@@ -61,7 +65,7 @@ def _key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         *figures,
         ("length", f"{watch['tokens']['aligned']:.0f}", f"tokens, from {watch['tokens']['sft']:.0f}"),
         ("distinct word runs", f"{watch['distinct']['aligned']:.0%}", f"from {watch['distinct']['sft']:.0%}"),
-        ("KL", f"{watch['kl_per_token']:.3f}", "nats per token"),
+        ("KL", f"{watch['kl_per_token']:.3f}", "nats per token, from the SFT model" if "reference" in metrics else "nats per token"),
     ]
 
 

@@ -97,6 +97,9 @@ NAMES = {
     "validation_accuracy": "validation",
     "margin": "training",
     "validation_margin": "validation",
+    "on_policy": "share",
+    "nll": "training",
+    "validation_nll": "validation",
     "kl": "KL",
     "response_length": "tokens",
 }

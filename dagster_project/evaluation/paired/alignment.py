@@ -134,10 +134,14 @@ class Policies:
         return total / max(1, places)
 
 
-def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]], has_reference: bool = True) -> dict[str, Any]:
     """On held-out pairs: share in which the chosen answer is more likely per token, before and after; and share in
     which the policy's implicit reward, the log-ratio to the SFT model, is higher for it (arXiv 2305.18290, section
-    5)."""
+    5).
+
+    Args:
+        has_reference: whether the log-ratio to the SFT model is the policy's implicit reward.
+    """
     import numpy as np
 
     ids = both(policies.tokenizer, pairs)
@@ -149,7 +153,7 @@ def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[s
     implied = (ratio[:, 0] > ratio[:, 1]) + 0.5 * (ratio[:, 0] == ratio[:, 1])
     return {
         "accuracy": {**paired(right["sft"], right["aligned"]), "aligned_interval": _share(right["aligned"])["interval"]},
-        "implicit_reward_accuracy": _share(implied),
+        **({"implicit_reward_accuracy": _share(implied)} if has_reference else {}),
         "log_ratio": {"chosen": rounded(ratio[:, 0].mean()), "rejected": rounded(ratio[:, 1].mean())},
     }
 

@@ -34,6 +34,8 @@ from dagster_project.training.methods.build import (
 )
 from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
+from dagster_project.training.methods.load import load_base
+from dagster_project.training.planning.distillation import distillation_passes
 from dagster_project.training.planning.pairs import pair_passes
 from dagster_project.training.planning.timing import Operations, attention, attention_and_back
 from dagster_project.training.planning.torch_internals import intercepted, meta_tensors, replaced, run_on_meta
@@ -158,7 +160,7 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
         with torch.device("meta"), intercepted(0):
             prepared = build(
                 spec.method, options, spec.base_model, torch.device(spec.device), spec.dtype, spec.where, spec.quantization, merge=False,
-                total_steps=100, categories=("one", "other"), weights=False,
+                total_steps=100, categories=("one", "other"), weights=False, packs=spec.teacher is None,
             )  # fmt: skip
         model = prepared.model
         network = model.base if prepared.fit else model
@@ -172,7 +174,13 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
             _feature_pass(ledger, base, [max(spec.lengths)] * batch)
         else:
             passes = min(2, spec.gradient_accumulation_steps)
-            if spec.pair_lengths:
+            if spec.teacher:
+                with torch.device("meta"), intercepted(0):
+                    teacher = load_base(spec.teacher, torch.device(spec.device), spec.dtype, weights=False)
+                for tensor in _tensors(teacher):
+                    ledger.born(tensor, "weights")
+                distillation_passes(ledger, prepared, teacher, spec.rows * spec.lengths, spec.counted, spec.divergence, passes)
+            elif spec.pair_lengths:
                 pair_passes(ledger, prepared, base, spec.pair_lengths, spec.counted, passes)
             else:
                 _passes(ledger, prepared, base, spec.rows * spec.lengths, spec.rows * spec.counted, passes, not spec.sharding)
@@ -246,6 +254,10 @@ class TrainingSpec:
     pair_lengths: tuple[tuple[int, int, int], ...] = ()
     """Of a training on pairs that reads what two texts have in common once: tokens of that, of the rest of the first and of the rest of the
     second text, for each pair of the largest pass. Then `lengths` are the tokens of the pairs, and without `counted` no logits are computed."""
+    teacher: Path | None = None
+    """Folder of a second model, whose distributions are learned; `lengths` are those of padded texts, which end in equally many counted tokens."""
+    divergence: float = 0.5
+    """With a teacher: `beta` of the loss."""
 
     @cached_property
     def prediction(self) -> Prediction:

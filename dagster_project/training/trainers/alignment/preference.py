@@ -1,5 +1,5 @@
-"""Alignment: an SFT model is trained on preferences, from pairs (DPO, KTO) or from rewards of its own answers (RLOO,
-GRPO through TRL, PPO by ppo.py).
+"""Alignment: an SFT model is trained on preferences, from pairs (DPO, KTO; without a reference ORPO, SimPO, CPO) or from
+rewards of its own answers (RLOO, GRPO through TRL, PPO by ppo.py), or by a larger model (GKD).
 
 A method is one class below: its fields are its options; training, reports and planning use only its attributes and
 functions.
@@ -9,11 +9,15 @@ To add one, write its class and list it in METHODS.
 | --- | --- | --- |
 | dpo | pairs, offline; the reward is beta log(policy / reference) | Rafailov et al. 2023, arXiv 2305.18290, eq. 7; its other losses as TRL names them |
 | kto | answers called good or bad, offline | Ethayarajh et al. 2024, arXiv 2402.01306 |
+| orpo | pairs, offline, without a reference: likelihood of the chosen answer, and odds of it against the rejected one | Hong et al. 2024, arXiv 2403.07691, eq. 6 |
+| simpo | the same; the reward is the mean log-probability of an answer's tokens | Meng et al. 2024, arXiv 2405.14734, eq. 6 |
+| cpo | the same; the loss of dpo without the reference, and likelihood of the chosen answer | Xu et al. 2024, arXiv 2401.08417, eq. 5 |
+| gkd | next-token distributions of a larger model, for chosen answers and for the policy's own | Agarwal et al. 2024, arXiv 2306.13649, algorithm 1 |
 | rloo | rewards of several answers to a prompt, each against the mean of the others | Ahmadian et al. 2024, arXiv 2402.14740 |
 | grpo | the same, against mean and spread of the group | Shao et al. 2024, arXiv 2402.03300 |
 | ppo | rewards of one answer to a prompt, against a learnt value | Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022, arXiv 2203.02155 |
 
-The reference is the SFT policy, without a second copy of the model: the weights that the SFT adapter was merged into are frozen, and a fresh adapter learns on
+The reference of methods that have one is the SFT policy, without a second copy of the model: the weights that the SFT adapter was merged into are frozen, and a fresh adapter learns on
 top of them. It begins with no effect, so that policy and reference are one at step 0; switched off it is the reference, at any step.
 """
 
@@ -23,7 +27,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -39,8 +43,11 @@ from dagster_project.training.tokens.preference_pairs import both, prompt_ids, r
 from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.alignment.rewards import Rewards
 from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
+from dagster_project.training.trainers.alignment.teacher import Teacher
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
 from dagster_project.training.trainers.alignment.trl_trainers.answer_groups import group_trainer
+from dagster_project.training.trainers.alignment.trl_trainers.distillation import collate_rows, student_trainer
+from dagster_project.training.trainers.alignment.trl_trainers.reference_free import experimental, pair_trainer
 from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.history import TrainingHistory
@@ -70,6 +77,8 @@ class AlignmentRun:
     """Called once the model is divided, before its weights change or those of a checkpoint are read."""
     sampled: SampledAnswers = field(default_factory=SampledAnswers)
     """The answers that were rewarded."""
+    teacher: Callable[[], Any] | None = None
+    """Loads the model whose distributions the policy learns, for methods with one."""
     trl: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of TRL's configuration, see trl_options.py."""
 
@@ -105,6 +114,10 @@ class AlignmentMethod(Section):
     """Whether it trains on rewards of sampled answers; else it trains on the answers of the pairs."""
     shares_processes: ClassVar[bool] = False
     """Whether several processes share one training without `sharding`."""
+    has_reference: ClassVar[bool] = True
+    """Whether the loss compares the policy with the SFT model."""
+    trains_prompts: ClassVar[bool] = False
+    """Whether the loss also counts the tokens of prompts."""
     can_shard: ClassVar[bool] = False
     """Whether the model can be divided among processes: no process needs it as a whole."""
     checkpoint_size: ClassVar[int] = 3
@@ -112,7 +125,7 @@ class AlignmentMethod(Section):
     ignored_params: ClassVar[frozenset[str]] = frozenset()
     """Keys of an entry that this method does not use."""
     reads_pairs: ClassVar[bool] = False
-    """Whether a pass reads both answers of its pairs together, see shared_prompts.py, and the reference once."""
+    """Whether a pass reads both answers of its pairs together, see shared_prompts.py, and the reference, if there is one, once."""
     rows_per_pair: ClassVar[int] = 1
     """Training rows per pair."""
     figures: ClassVar[Sequence[str]]
@@ -129,6 +142,16 @@ class AlignmentMethod(Section):
     @property
     def accepts_constant_rewards(self) -> bool:
         return False
+
+    @property
+    def given_teacher(self) -> Teacher | None:
+        """The larger model that the policy learns from."""
+        return None
+
+    @property
+    def samples_answers(self) -> bool:
+        """Whether answers are generated in training, whose time is not predicted."""
+        return self.learns_from_rewards
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         """Raises:
@@ -187,6 +210,14 @@ class TrlMethod(AlignmentMethod):
         )  # fmt: skip
 
 
+def _pair_rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Token ids of each pair."""
+    return [
+        {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "pair": i}
+        for i, (prompt, chosen, rejected) in enumerate(both(tokenizer, pairs))
+    ]
+
+
 PAIR_METRICS = {
     "rewards/accuracies": "accuracy", "rewards/margins": "margin", "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected", "kl": "kl",
 }  # fmt: skip
@@ -234,10 +265,7 @@ class Dpo(TrlMethod):
         )
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "pair": i}
-            for i, (prompt, chosen, rejected) in enumerate(both(tokenizer, pairs))
-        ]
+        return _pair_rows(tokenizer, pairs)
 
     def check_first_loss(self, loss: float) -> tuple[bool, str]:
         """ln 2 with the paper's loss: both answers are equally likely."""
@@ -282,6 +310,147 @@ def _unmatched(answers: Sequence[Mapping[str, Any]], i: int) -> Mapping[str, Any
         if answers[i - back]["prompt_ids"] != answers[i]["prompt_ids"]:
             return answers[i - back]
     return answers[i - 2]
+
+
+class ReferenceFree(TrlMethod):
+    """Options of methods on pairs without a reference model, by TRL's experimental trainers."""
+
+    has_reference = False
+    reads_pairs = True
+    metrics = {theirs: ours for theirs, ours in PAIR_METRICS.items() if ours != "kl"} | {"nll_loss": "nll"}
+    figures = tuple(metrics.values())
+
+    def trl_classes(self) -> tuple[type, type]:
+        """The trainer and the class of its arguments."""
+        raise NotImplementedError
+
+    def trl_arguments(self) -> dict[str, Any]:
+        """The options under TRL's names."""
+        return self.model_dump()
+
+    def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
+        trainer, config = self.trl_classes()
+        arguments = {**self.trl_arguments(), "max_length": UNLIMITED}
+        measured = {theirs: ours for theirs, ours in self.metrics.items() if ours != "nll" or arguments.get("cpo_alpha") != 0}  # TRL logs 0
+        return TrainerSpec(
+            self.name, pair_trainer(trainer, self.trains_prompts), config, arguments, measured, outputs=shared_prompts.log_probabilities,
+            trains_prompts=self.trains_prompts,
+        )  # fmt: skip
+
+    def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return _pair_rows(tokenizer, pairs)
+
+    def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
+        """Padded passes of TRL compute logits at every position."""
+        return [(prompt + answer, prompt + answer) for answer in answers]
+
+
+UNLIMITED = 10**9
+"""Longest text for TRL, which has no way to say that there is no limit."""
+
+
+class Orpo(ReferenceFree):
+    """Options of orpo."""
+
+    name = "orpo"
+    trains_prompts = True
+
+    beta: float = Field(default=0.1, gt=0)
+    """Weight of the odds ratio in the loss, the paper's lambda. The rest of the loss is the negative log-likelihood per token of prompts and chosen
+    answers, as in the code of its authors."""
+
+    def trl_classes(self) -> tuple[type, type]:
+        orpo = experimental("orpo")
+        return orpo.ORPOTrainer, orpo.ORPOConfig
+
+
+class Simpo(ReferenceFree):
+    """Options of simpo."""
+
+    name = "simpo"
+
+    beta: float = Field(default=2.0, gt=0)
+    """Scale of the reward, which is the mean log-probability of an answer's tokens. The paper uses 2 to 2.5, its authors later 10."""
+    gamma: float = Field(default=1.0, ge=0)
+    """Target margin between the rewards of both answers, `simpo_gamma` of TRL. The authors tune its ratio to beta; 0.5 is theirs for Llama 3."""
+    cpo_alpha: float = Field(default=0.0, ge=0)
+    """Weight of the negative log-likelihood per token of the chosen answer. 0 is the paper's loss; 1 is TRL's default, known as CPO-SimPO."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed probability that chosen and rejected are swapped."""
+
+    def trl_classes(self) -> tuple[type, type]:
+        cpo = experimental("cpo")
+        return cpo.CPOTrainer, cpo.CPOConfig
+
+    def trl_arguments(self) -> dict[str, Any]:
+        return {**self.model_dump(exclude={"gamma"}), "simpo_gamma": self.gamma, "loss_type": "simpo"}
+
+
+class Cpo(ReferenceFree):
+    """Options of cpo."""
+
+    name = "cpo"
+
+    beta: float = Field(default=0.1, gt=0)
+    """Scale of the difference of both answers' log-probabilities."""
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """The loss of that difference, as named by TRL; `sigmoid` is the paper's. TRL's `simpo` is the method simpo."""
+    cpo_alpha: float = Field(default=1.0, ge=0)
+    """Weight of the negative log-likelihood per token of the chosen answer."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed probability that chosen and rejected are swapped, for the loss sigmoid."""
+
+    def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
+        if self.loss_type != "sigmoid" and self.label_smoothing:
+            raise InputError(
+                f"params.yaml: {where}.options.label_smoothing: has no effect on the loss {self.loss_type}", "leave it out, or use sigmoid"
+            )
+
+    def trl_classes(self) -> tuple[type, type]:
+        cpo = experimental("cpo")
+        return cpo.CPOTrainer, cpo.CPOConfig
+
+
+class Gkd(TrlMethod):
+    """Options of gkd."""
+
+    name = "gkd"
+    has_reference = False
+    metrics = {"on_policy": "on_policy", "length": "response_length"}
+    figures = tuple(metrics.values())
+
+    teacher: Teacher
+    """The larger model: `folder` inside the project, and `sha256` of each of its files. It must have the SFT model's tokenizer."""
+    lmbda: float = Field(default=0.5, ge=0, le=1)
+    """Share of the forward passes that learn from answers of the policy itself, the paper's lambda; the others learn from chosen answers. 0: none."""
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """Divergence: 0 is the KL divergence of the teacher from the policy, 1 that of the policy from the teacher, between them the generalized Jensen-Shannon
+    divergence."""
+    temperature: float = Field(default=0.9, gt=0)
+    """Temperature at which the policy's answers are sampled."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Longest of these answers, in tokens."""
+
+    @property
+    def given_teacher(self) -> Teacher:
+        return self.teacher
+
+    @property
+    def samples_answers(self) -> bool:
+        return self.lmbda > 0
+
+    def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
+        assert run.teacher
+        constructor = {"teacher_model": run.teacher(), "data_collator": partial(collate_rows, pad=run.tokenizer.pad_token_id)}
+        arguments, gkd = {**self.model_dump(exclude={"teacher"}), "max_length": None}, experimental("gkd")
+        return TrainerSpec(self.name, student_trainer(gkd.GKDTrainer), gkd.GKDConfig, arguments, self.metrics, constructor)
+
+    def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{"prompt_ids": prompt, "answer_ids": chosen, "pair": i} for i, (prompt, chosen, _) in enumerate(both(tokenizer, pairs))]
+
+    def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
+        longest = max(answers[0], self.max_new_tokens if self.samples_answers else 0)
+        return [(prompt + longest, longest)]
 
 
 class GroupMethod(TrlMethod):
@@ -448,7 +617,7 @@ class Ppo(AlignmentMethod, ppo.Settings):
         return [(prompt + self.response_length, self.response_length)]
 
 
-METHODS: dict[str, type[AlignmentMethod]] = {method.name: method for method in (Dpo, Kto, Rloo, Grpo, Ppo)}
+METHODS: dict[str, type[AlignmentMethod]] = {method.name: method for method in (Dpo, Kto, Orpo, Simpo, Cpo, Gkd, Rloo, Grpo, Ppo)}
 
 if TYPE_CHECKING:
     MethodName = str

@@ -31,6 +31,12 @@ class DpoOptions(Optimizer):
     f_alpha_divergence_coef: float = Field(default=0.5, gt=0)
 
 
+class SimpoOptions(Optimizer):
+    """Of TRL's CPOConfig."""
+
+    alpha: float = 0.0
+
+
 class RlooOptions(Optimizer):
     """Of TRL's RLOOConfig."""
 
@@ -45,7 +51,10 @@ class GrpoOptions(Optimizer):
     use_bias_correction_kl: bool = True
 
 
-OPTIONS: dict[str, type[Section]] = {"dpo": DpoOptions, "kto": Optimizer, "rloo": RlooOptions, "grpo": GrpoOptions}
+OPTIONS: dict[str, type[Section]] = {
+    "dpo": DpoOptions, "kto": Optimizer, "orpo": Optimizer, "simpo": SimpoOptions, "cpo": Optimizer, "gkd": Optimizer,
+    "rloo": RlooOptions, "grpo": GrpoOptions,
+}  # fmt: skip
 """Method -> the arguments that its entry may pass on."""
 
 CONTROLLED = {
@@ -60,7 +69,10 @@ CONTROLLED = {
     **dict.fromkeys(("warmup_ratio", "warmup_steps"), "set warmup_ratio in the entry itself"),
     **dict.fromkeys(("beta", "loss_type", "label_smoothing", "desirable_weight", "undesirable_weight", "num_generations", "max_completion_length",
                      "temperature", "top_p", "epsilon", "num_iterations", "scale_rewards", "importance_sampling_level",
-                     "mask_truncated_completions"), "set it in options, if the method has it"),
+                     "mask_truncated_completions", "cpo_alpha"), "set it in options, if the method has it"),
+    "simpo_gamma": "set options.gamma of the method simpo",
+    **dict.fromkeys(("lmbda", "max_new_tokens"), "set it in options, if the method has it"),
+    **dict.fromkeys(("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_model_revision"), "set options.teacher"),
     **dict.fromkeys(("loss_weights", "rpo_alpha"), "set options.rpo_alpha"),
     **dict.fromkeys(("reward_weights", "reward_funcs"), "set the weights in rewards"),
     **dict.fromkeys(("max_length", "truncation_mode", "max_prompt_length"), "rows are tokenized before training, and none is truncated"),

@@ -86,9 +86,11 @@ def collate_shared(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[dict[str,
     return {**row, "pair_lengths": lengths}, placed
 
 
-def collate_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def collate_pairs(rows: Sequence[Mapping[str, Any]], trains_prompts: bool = False) -> dict[str, Any]:
     """Collate rows with `chosen_ids` and `rejected_ids`, for DPO after their `prompt_ids`.
 
+    Args:
+        trains_prompts: whether prompts belong to the chosen answers, but for their first token.
     Returns:
         The arguments of the model as in `collate_shared`, and indices of tokens in the packed row: the last one of each text, `last_token`
         (2 pairs), and for each token of an answer the one before it, `predicts`, its own id, `target`, and its place in TRL's padded
@@ -103,7 +105,7 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     last, predicts, targets, slots = [], [], [], []
     for side in (0, 1):
         for n, (prompt, pair, place) in enumerate(zip(prompts, texts, placed, strict=True)):
-            own = range(prompt, len(pair[side]))
+            own = range(0 if trains_prompts and side == 0 else prompt, len(pair[side]))
             last.append(place.place(side, own[-1]))
             predicts += [place.place(side, i - 1) for i in own if i]
             targets += [pair[side][i] for i in own if i]

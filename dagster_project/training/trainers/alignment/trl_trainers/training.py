@@ -1,4 +1,5 @@
-"""Train by one of TRL's trainers on rows that are already tokenized: reward model, DPO, KTO, RLOO, GRPO."""
+"""Train by one of TRL's trainers on rows that are already tokenized: reward model, DPO, KTO, ORPO, SimPO, CPO, RLOO,
+GRPO."""
 
 from __future__ import annotations
 
@@ -60,6 +61,8 @@ class TrainerSpec:
     """Of trainers on pairs: the output of the model for a batch of `shared_prompts.collate_pairs`, as the trainer's loss reads it."""
     has_reference: bool = False
     """Whether the loss of pairs reads log-probabilities under the reference, which are computed once."""
+    trains_prompts: bool = False
+    """Whether `outputs` also needs the log-probabilities of the tokens of prompts, before the chosen answers."""
     answers_in_groups: bool = False
     """Whether the trainer is one of `answer_groups.group_trainer`."""
     sampled: SampledAnswers | None = None
@@ -81,6 +84,7 @@ class TrlSession(SharedSession):
         reads_once = shared_prompts.reads_prompts_once(model, self.device.type)
         self.outputs = spec.outputs if reads_once else None
         """As in the specification; None if the model cannot read pairs so, or there are none."""
+        self.trains_prompts = spec.trains_prompts
         has_router = hasattr(causal(model).config.get_text_config(), "output_router_logits")  # TRL adds the router's loss
         self.reads_groups = spec.answers_in_groups and reads_once and not has_router
         """Whether a pass reads the answers to a prompt as a group."""
@@ -257,8 +261,9 @@ def _build_trainer(
     spec: TrainerSpec, session: TrlSession, tokenizer: Any, rows: Sequence[Mapping[str, Any]],
     validation_rows: Sequence[Mapping[str, Any]], device: torch.device, scratch: str,
 ) -> Any:  # fmt: skip
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     params, model = session.params, session.model
     assert isinstance(params, PreferenceParams)
     arguments = training_arguments(params, session.compute, scratch, device.type, bool(validation_rows))
@@ -303,7 +308,12 @@ def _collate(session: TrlSession, collate: Callable[[Any], Any], rows: Sequence[
     if session.reference:
         chosen, rejected = zip(*(session.reference[number] for number in numbers), strict=True)
         known = {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}
-    return {**batch, **known, **(shared_prompts.collate_pairs(rows) if session.outputs else {}), "rows": torch.tensor(numbers)}
+    return {
+        **batch,
+        **known,
+        **(shared_prompts.collate_pairs(rows, session.trains_prompts) if session.outputs else {}),
+        "rows": torch.tensor(numbers),
+    }
 
 
 def _reference(session: TrlSession, trainer: Any, rows: int, validation_rows: int) -> dict[int, tuple[float, float]]:

@@ -1,0 +1,134 @@
+"""A larger local model that a policy learns from by distillation: pinned by hashes, and with the vocabulary of the policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_file
+from dagster_project.core.params import Section, inside
+
+if TYPE_CHECKING:
+    import torch
+
+READ = ("*.json", "*.safetensors", "*.model", "*.jinja")
+"""Files that are read of a teacher: configuration, tokenizer and weights."""
+INDEX = "model.safetensors.index.json"
+ADVICE = "copy the folder of a saved model: config.json, tokenizer and safetensors files"
+
+
+class Teacher(Section):
+    """The model whose next-token distributions a policy learns."""
+
+    folder: str
+    """A folder inside the project with config.json, the tokenizer and safetensors files."""
+    sha256: dict[str, str]
+    """File -> its sha256. Every json, safetensors, model and jinja file of the folder must be listed, and match."""
+
+
+def locate(teacher: Teacher, root: Path, where: str) -> Path:
+    """The folder of a teacher; its files are not hashed.
+
+    Args:
+        where: dotted path of the teacher in params.yaml, for messages.
+    Raises:
+        InputError: it is outside the project or no saved model, names files elsewhere, or a file has no hash.
+    """
+    folder = inside(root, teacher.folder, f"{where}.folder")
+    files = files_of(folder)
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise InputError(f"params.yaml: {where}.folder: {teacher.folder} has no config.json and safetensors files", ADVICE)
+    if linked := next((name for name in files if (folder / name).is_symlink()), None):
+        raise InputError(
+            f"params.yaml: {where}.folder: {linked} is a link", "copy the file into the folder (tracked by DVC: `dvc unprotect`)"
+        )
+    if "adapter_config.json" in files:
+        raise InputError(
+            f"params.yaml: {where}.folder: this is an adapter, whose base model has no hash", "merge it into its base model first"
+        )
+    if missing := sorted({*files, *_weights_in_index(folder)} - teacher.sha256.keys()):
+        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise InputError(f"params.yaml: {where}.sha256: not listed: {listed}", f"list their hashes: `cd {teacher.folder} && sha256sum *`")
+    return folder
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of the files that are read."""
+    return sorted({path.name for pattern in READ for path in folder.glob(pattern)})
+
+
+def _weights_in_index(folder: Path) -> set[str]:
+    if not (folder / INDEX).is_file():
+        return set()
+    try:
+        return {str(name) for name in json.loads((folder / INDEX).read_bytes())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{folder.name}/{INDEX} is not an index of weights", "save the model again") from None
+
+
+def verify(teacher: Teacher, folder: Path, student: Path, where: str) -> None:
+    """Check the hashes and the vocabulary of a teacher before anything is loaded.
+
+    Args:
+        student: folder of the model that learns from it.
+    Raises:
+        InputError: a file differs from its hash, or token ids mean something else.
+    """
+    for name, digest in sorted(teacher.sha256.items()):
+        path = folder / name
+        if path.name != name or not path.is_file():
+            raise InputError(f"params.yaml: {where}.sha256: {name} is not a file in {teacher.folder}", "remove it, or add the file")
+        if (found := sha256_of_file(path)) != digest:
+            raise InputError(
+                f"{teacher.folder}/{name} has sha256 {found}, not {digest[:64]}",
+                f"restore the file, or change params.yaml: {where}.sha256",
+            )
+    _refuse_other_tokens(teacher, folder, student, where)
+
+
+def _refuse_other_tokens(teacher: Teacher, folder: Path, student: Path, where: str) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+        sizes = [AutoConfig.from_pretrained(one, trust_remote_code=False).get_text_config().vocab_size for one in (folder, student)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # transformers fails where it first uses a wrong value
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"params.yaml: {where}.folder: transformers cannot read {teacher.folder}: {why}", ADVICE) from None
+    ours = AutoTokenizer.from_pretrained(student, trust_remote_code=False).get_vocab()
+    hint = "use a teacher of the same family, whose token ids are those of the SFT model"
+    if different := sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token)):
+        first = different[0]
+        raise InputError(
+            f"params.yaml: {where}.folder: {teacher.folder} has another tokenizer: {len(different)} tokens differ, e.g. {first!r} has the id "
+            f"{theirs.get(first)} and in the SFT model {ours.get(first)}",
+            hint,
+        )
+    if sizes[0] != sizes[1]:
+        raise InputError(f"params.yaml: {where}.folder: {teacher.folder} predicts {sizes[0]} tokens, and the SFT model {sizes[1]}", hint)
+
+
+def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The teacher, of which every weight is in its files.
+
+    Raises:
+        InputError: weights are missing, which transformers would draw at random, do not fit the configuration, or cannot be read.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        if isinstance(error, torch.OutOfMemoryError) or "memory" in lines[0].lower():
+            raise
+        raise InputError(f"the teacher {folder.name}: transformers cannot load the model: {lines[0][:300]}", ADVICE) from None
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"the teacher {folder.name}: its files lack {len(missing)} weights of the model, such as {missing[0]}", ADVICE)
+    return model.requires_grad_(False).to(device).eval()
