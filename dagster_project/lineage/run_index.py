@@ -371,6 +371,11 @@ class RunIndex(Database):
         named = [one for one in self._candidates(run) if variant and one.address in {f"merged@{variant}", f"merged_aligned@{variant}"}]
         return [one for one in named if self._read_report_of(run, one)]
 
+    def watchers(self, run: StageRun) -> list[StageRun]:
+        """The models that only measured a model while it was trained: the reward model of a method that learns from pairs."""
+        read = (run.producers.get(md5) for dep, _, md5 in run.inputs if dep in run.entry.watched)
+        return list(dict.fromkeys(producer for producer in read if producer and producer.is_model and producer.md5 != run.md5))
+
     def _models_read(self, run: StageRun, in_folders: bool) -> list[StageRun]:
         """The models that a run read and did not only watch, one by one or in folders of outputs."""
         return [

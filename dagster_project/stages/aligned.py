@@ -132,7 +132,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     refuse_unmerged(ctx.values["adapter"], params.adapter, f"{where}.adapter")
     methods.check("lora", params.peft, params.quantization, True, where)
     method = params.parsed_method(where, ctx.value)
-    trl_options.refuse(params.method, params.trl, method.model_dump(), params.optim, f"{where}.trl")
+    trl_options.refuse(params.method, params.trl, method.model_dump(), params.optim, f"{where}.trl", params.gradient_accumulation_steps)
     if params.sharding and not method.can_shard:
         raise InputError(
             f"params.yaml: {where}.sharding: {params.method} needs the whole model in each process",
