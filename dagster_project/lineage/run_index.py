@@ -31,6 +31,7 @@ from dagster_project.lineage.runs import (
     is_input,
     lock_parts,
     output,
+    unread_inputs,
     watched_inputs,
 )
 
@@ -128,8 +129,9 @@ class RunIndex(Database):
                 text,
             ),
         ).lastrowid
-        watched = watched_inputs(address, stage)
-        inputs = [(run, dep["path"], dep.get("md5", ""), dep["path"] in watched) for dep in stage.get("deps", []) if is_input(dep["path"])]
+        watched, unread = watched_inputs(address, stage), unread_inputs(address, stage)
+        read = [dep for dep in stage.get("deps", []) if is_input(dep["path"]) and dep["path"] not in unread]
+        inputs = [(run, dep["path"], dep.get("md5", ""), dep["path"] in watched) for dep in read]
         self._db.executemany("INSERT INTO input VALUES (?, ?, ?, ?)", inputs)
         return run
 
