@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dagster_project import execution
+from dagster_project import execution, optional_stages
 from dagster_project.core import params
 from dagster_project.core.context import Documents, StageContext, ValidationContext
 from dagster_project.core.context import Pipeline as Pipeline
@@ -82,7 +82,7 @@ def validate(root: Path, values: dict[str, Any] | None = None) -> dict[str, Any]
     params.parse(Provider, values.get("provider"), "provider")
     places = [
         (section, place)
-        for section in list(known)[1 + len(UNREAD) :]
+        for section in optional_stages.present(root, values, list(known)[1 + len(UNREAD) :])
         for place in (
             [f"{section}.{name}" for name in params.variant_names(values, section, required=section == "adapter")]
             if section in VARIANTS_OF.values()

@@ -77,7 +77,13 @@ def larger_than(model: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def align_it(
-    folder: Path, preferences: Path, judge: Path, sft: Path, compute: Compute = COMPUTE, functions: Path | None = None, **settings: Any
+    folder: Path,
+    preferences: Path,
+    judge: Path | None,
+    sft: Path,
+    compute: Compute = COMPUTE,
+    functions: Path | None = None,
+    **settings: Any,
 ) -> Report:
     larger = None
     if settings.get("method") == "gkd":
@@ -177,6 +183,23 @@ def test_methods_that_train_on_pairs_accept_a_failed_reward_model_and_report_it(
     [told] = [check for check in report.checks if check.name == "reward_model_is_reliable"]
     assert (told.passed, told.severity, told.blocking) == (False, "warn", False) and "prefers_as_people_do" in told.note
     assert "The reward model is not reliable." in (tmp_path / "pages" / "alignment.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "dpo"}, {"method": "kto"}, {"method": "rloo", "rewards": {"brief": 1.0}}], ids=lambda one: one["method"]
+)
+def test_without_a_reward_model_only_the_answers_are_watched(
+    settings: dict[str, Any], tmp_path: Path, preferences: Path, tiny_model: Path
+) -> None:
+    report = align_it(tmp_path, preferences, None, tiny_model, **{**METHODS[settings["method"]], **settings})
+    assert not report.failures and report.metrics["reward_model"] == "none"
+    assert not {"reward", "win_rate"} & set(report.metrics["watch"]) and {"tokens", "distinct", "unfinished"} < set(report.metrics["watch"])
+    found = {check.name: check for check in report.checks}
+    assert "reward_model_is_reliable" not in found
+    gamed_ = found["reward_is_not_gamed"]
+    assert gamed_.passed is False or gamed_.note == "no reward model watches: length, repetition and unfinished answers were compared"
+    page = (tmp_path / "pages" / "alignment.html").read_text()
+    assert "There is no reward model: only the answers themselves are watched." in page and "not reliable" not in page
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo", "ppo"])

@@ -27,6 +27,7 @@ from dagster_project.curation.checks.checks import CHECKS, Rules
 from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.sources.declarations import Declared
 from dagster_project.lineage.code_lock import TEMPLATE
+from dagster_project.optional_stages import OPTIONAL
 from dagster_project.pipeline import PEDIGREE, STAGES, UNREAD, VARIANTS_OF, sections
 from dagster_project.training.methods.build import OWN
 from dagster_project.training.trainers.alignment.preference import METHODS
@@ -98,6 +99,7 @@ def params_schema() -> Schema:
     for definition in definitions.values():
         definition.pop("title")  # the name of the class
     root = definitions.pop("params")
+    root["required"] = [name for name in root["required"] if name not in OPTIONAL]
     for name in VARIANTS_OF.values():
         root["properties"][name]["propertyNames"] = {"pattern": r"^[\w-]+$"}
     root["properties"]["adapter"]["minProperties"] = 1

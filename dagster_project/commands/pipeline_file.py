@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from dagster_project import __version__
+from dagster_project.core import params
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import is_code
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code_lock import CodeLock
+from dagster_project.optional_stages import OPTIONAL
 
 KEEP = ".gitkeep"
 """File by which git keeps an empty folder."""
@@ -22,8 +25,12 @@ HEADER = """\
 """
 
 
-def pipeline_text() -> str:
-    """Content of dvc.yaml."""
+def pipeline_text(without: Collection[str] = ()) -> str:
+    """Content of dvc.yaml.
+
+    Args:
+        without: stages to leave out, of `OPTIONAL`.
+    """
     from ruamel.yaml import YAML
     from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
@@ -31,6 +38,8 @@ def pipeline_text() -> str:
     yaml.width = 120
     template = code_lock.TEMPLATE.read_text(encoding="utf-8")
     document = yaml.load(template[template.index("\nplots:") + 1 :])
+    for name in without:
+        _leave_out(document, name)
     for name, body in document["stages"].items():
         stage = body.get("do", body)
         for index in reversed([i for i, dep in enumerate(stage["deps"]) if is_code(dep)]):
@@ -47,6 +56,24 @@ def pipeline_text() -> str:
     return HEADER + text.getvalue()
 
 
+def _leave_out(document: Any, name: str) -> None:
+    """Remove a stage, and what names its output and report, from the content of dvc.yaml."""
+    gone = {f"data/{name}", f"data/reports/{name}.json"}
+    del document["stages"][name]
+    for key in [key for key, model in document["artifacts"].items() if model["path"] in gone]:
+        del document["artifacts"][key]
+    for body in document["stages"].values():
+        deps = body.get("do", body).get("deps", [])
+        for index in reversed([i for i, dep in enumerate(deps) if dep in gone]):
+            del deps[index]
+
+
+def left_out(root: Path) -> list[str]:
+    """Stages of `OPTIONAL` that params.yaml has no section for."""
+    values = params.read(root) if (root / "params.yaml").is_file() else {}
+    return sorted(OPTIONAL - values.keys()) if values else []
+
+
 def folders() -> tuple[list[str], list[str]]:
     """Folders of the stages' outputs, and folders that stages read and none writes."""
     stages = code_lock.template_stages().values()
@@ -60,9 +87,13 @@ def folders() -> tuple[list[str], list[str]]:
     return outputs, sorted(dep for dep in deps if not any(dep == out or dep.startswith(f"{out}/") for out in outputs))
 
 
-def current_lock() -> CodeLock:
-    """code.lock.yaml for the installed package, with a dvc.yaml that it wrote."""
-    return CodeLock(__version__, code_lock.installed(), sha256_of_text(pipeline_text()))
+def current_lock(text: str = "") -> CodeLock:
+    """code.lock.yaml for the installed package.
+
+    Args:
+        text: content of dvc.yaml; empty: that with all stages.
+    """
+    return CodeLock(__version__, code_lock.installed(), sha256_of_text(text or pipeline_text()))
 
 
 @dataclass(frozen=True)
@@ -78,8 +109,9 @@ class Update:
 
 
 def update_pipeline(root: Path, recorded: CodeLock) -> Update:
-    """Write dvc.yaml of this version over that of an earlier one, unless it was edited since."""
-    text, path, lock = pipeline_text(), root / "dvc.yaml", current_lock()
+    """Write dvc.yaml of this version over that of an earlier one, unless it was edited since, without stages that params.yaml leaves out."""
+    text, path = pipeline_text(left_out(root)), root / "dvc.yaml"
+    lock = current_lock(text)
     present = path.read_text(encoding="utf-8")
     if sha256_of_text(present) == recorded.pipeline:
         if present != text:

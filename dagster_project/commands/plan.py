@@ -12,7 +12,7 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dagster_project.core import params
 from dagster_project.core.documents import read_report
@@ -143,7 +143,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     """
     values = validate(root)
     known = [*values["adapter"], *values["aligned"]]
-    if unknown := [name for name in variants if name not in [*known, "reward_model"]]:
+    if unknown := [name for name in variants if name not in [*known, *({"reward_model"} & values.keys())]]:
         raise InputError(f"params.yaml has no variant {', '.join(unknown)}", f"variants: {', '.join(known)}")
     if not (root / report_of("tokenized")).is_file():
         raise InputError("the data has not been tokenized yet", "run `dvc repro tokenized` first")
@@ -160,7 +160,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
             predictions[name] = _reward_model(root, values["reward_model"], base_model, machine)
         elif name not in values["aligned"]:
             predictions[name] = _adapter(root, values, name, tokenized, base_model, machine)
-        elif variants or (root / "data" / "preferences" / "train").is_dir():
+        elif variants or (root / "data" / ("splits" if _has_tasks(values["aligned"][name]) else "preferences") / "train").is_dir():
             predictions[name] = _aligned(root, values["aligned"][name], name, base_model, machine)
     return {"variants": predictions, "machine": machine.summary()}
 
@@ -218,7 +218,7 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
 
     entry = params.parse(aligned.Params, values, f"aligned.{name}")
     method = entry.parsed_method(f"aligned.{name}")
-    pairs = _training_pairs(root, base_model)
+    pairs: Sequence[tuple[list[int], ...]] = _tasks(root, entry, base_model) if _has_tasks(values) else _training_pairs(root, base_model)
     sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in pairs]
     lengths = [length for pair in sequences for length, _ in pair]
     per_pass, passes = method.passes(entry)
@@ -235,7 +235,7 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         spec = replace(spec, teacher=locate(method.teacher, root, f"aligned.{name}.options.teacher"), divergence=method.beta)
     tokens = n * per_step
     if method.reads_pairs and reads_pairs_once(base_model, machine.device, entry.peft):
-        spec, share = _reading_pairs_once(spec, pairs, per_pass, n * passes, sum(lengths), method.trains_prompts)
+        spec, share = _reading_pairs_once(spec, cast("Sequence[Pair]", pairs), per_pass, n * passes, sum(lengths), method.trains_prompts)
         tokens *= share
     # a forward and backward pass is 3 units; a forward pass of the reference is one, for dpo once for all epochs
     reference = tokens / 3 / (entry.num_train_epochs if method.reads_pairs else 1)
@@ -250,6 +250,25 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         **requirements,
         **({"time": None} if method.samples_answers else {}),
     }
+
+
+def _has_tasks(values: dict[str, Any]) -> bool:
+    """Whether the prompts of an entry of `aligned` are those of instruction records."""
+    return values.get("reward_target") == "response"
+
+
+def _tasks(root: Path, entry: Any, base_model: Path) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompt and response of each task, by the template that the policy is tuned with."""
+    from dagster_project.training.tokens.preference_pairs import answered
+    from dagster_project.training.trainers.alignment import rewards, tasks
+
+    found, counts = tasks.tasks_of(root / "data" / "splits", rewards.ready(entry.rewards, "aligned", root))
+    tasks.refuse_without_tasks(counts, "aligned")
+    conversations = [[*task["prompt"], *task["chosen"]] for task in found["train"]]
+    return [
+        (prompt, answer)
+        for prompt, answer in answered(_tokenizer(root, base_model), conversations, [task["tools"] for task in found["train"]])
+    ]
 
 
 def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -> dict[str, Any]:
@@ -309,15 +328,21 @@ def _training_pairs(root: Path, base_model: Path) -> list[tuple[list[int], list[
         InputError: there are no preferences.
     """
     from dagster_project.training.tokens.preference_pairs import both
-    from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
 
     pairs = read_preferences(root / "data" / "preferences" / "train")
     if not pairs:
         raise InputError("there are no preferences to train on yet", "run `dvc repro preferences` first")
+    return both(_tokenizer(root, base_model), pairs)
+
+
+def _tokenizer(root: Path, base_model: Path) -> Any:
+    """The tokenizer with the template that the policy is tuned with."""
+    from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
+
     tokenizer = tokenizer_of(base_model)
     for template in (root / "data" / "tokenized").glob(chat_templates.FILE):
         tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return both(tokenizer, pairs)
+    return tokenizer
 
 
 def plan_model(

@@ -27,6 +27,7 @@ from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import Revision, resolve
+from dagster_project.lineage.runs import part_of, unread_inputs
 from dagster_project.orchestration import dvc, integrity
 
 log = logging.getLogger("pedigree")
@@ -156,6 +157,7 @@ class _Clone:
         dvc.isolate_project(self.root)
         dependencies = {dep["path"]: dep["md5"] for name in addresses for dep in self.lock[name].get("deps", [])}
         inputs, outdated = self._recorded_inputs(addresses, dependencies)
+        self._refuse_other_parts(addresses, inputs)
         sources = dvc.tracked_sources(self.root)
         inputs |= {path: (oid, None) for path, oid in sources.items() if any(dvc.overlap(path, dep) for dep in dependencies)}
         self._refuse_missing({path: oid for path, (oid, _) in inputs.items()})
@@ -193,6 +195,20 @@ class _Clone:
                     outdated.append(name)
                     out["md5"] = oid
         return inputs, outdated
+
+    def _refuse_other_parts(self, addresses: Sequence[str], inputs: Mapping[str, tuple[str, str | None]]) -> None:
+        """Raises:
+        InputError: a stage read files or a folder of an output, which has another content now, as its stage ran again.
+        """
+        for name in addresses:
+            unread = unread_inputs(name, self.lock[name])
+            for dep in (one for one in self.lock[name].get("deps", []) if one["path"] not in unread):
+                for path, (oid, _) in inputs.items():
+                    part = dep["path"].removeprefix(f"{path}/")
+                    if part != dep["path"] and (files := self.store.files(oid)) and part_of(files, part) != dep["md5"]:
+                        raise InputError(
+                            f"{name} read another {dep['path']} than there is now", f"`dvc repro {name}`, or give --rev of its commit"
+                        )
 
     def _missing(self, oid: str) -> list[str]:
         files = self.store.files(oid)

@@ -79,9 +79,11 @@ def impact(
         containing: part of a message (lineage/search.py).
         regex: `containing` is a regular expression.
     Returns:
-        {"asked", "published", "erased", "verdict", "records", "models", "near", "matches", "read_by", "unknown", "looked_at", "unreadable", "shallow"}.
+        {"asked", "published", "erased", "verdict", "records", "models", "watched", "near", "matches", "read_by", "unknown", "looked_at", "unreadable",
+        "shallow"}.
         `models`, in the order of history, have the splits and training steps, the parent that saw the record, the commits at which this holds, and the
         registered versions of the model, if it has any;
+        `watched`, if there are any: models that did not see the record, but whose training was measured by one that did, a reward model;
         `unknown` lists models that cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was asked
         for; `erased`: the day, if it was erased: models that were deleted then are not listed. The verdict is "yes", "no" only if everything was
         looked at, or else "cannot tell".
@@ -150,6 +152,7 @@ def impact(
         "verdict": "yes" if models else "no" if complete else "cannot tell",
         "records": query.record_ids,
         "models": models,
+        **({"watched": watched} if (watched := query.watched()) else {}),
         **({"near": copies} if near else {}),
         **({"matches": matches} if containing is not None else {}),
         **({"read_by": read_by} if read_by else {}),
@@ -290,6 +293,8 @@ class _ImpactQuery:
         """Id of a model's run -> its own exposure."""
         self._reached: dict[int, dict[int, None]] = {}
         """Id of a model's run -> what `exposed_through` gives for it."""
+        self._measured: dict[int, dict[tuple[int, int], None]] = {}
+        """Id of a model's run -> what `watched_through` gives for it."""
         self._by_hash = False
         """Whether the query is a hash."""
         self._complete = False
@@ -463,6 +468,34 @@ class _ImpactQuery:
             own = {run.id: None} if run.id in self._exposures else {}
             self._reached[run.id] = own | {entry: None for parent in self.index.parents(run) for entry in self.exposed_through(parent)}
         return self._reached[run.id]
+
+    def watched_through(self, run: StageRun) -> dict[tuple[int, int], None]:
+        """(id of a training, id of an exposed model that only measured it) of the model itself and its ancestors."""
+        if run.id not in self._measured:
+            self._measured[run.id] = {}
+            own = {(run.id, watcher.id): None for watcher in self.index.watchers(run) if self.exposed_through(watcher)}
+            self._measured[run.id] = own | {pair: None for parent in self.index.parents(run) for pair in self.watched_through(parent)}
+        return self._measured[run.id]
+
+    def watched(self) -> list[dict[str, Any]]:
+        """Every version of a model that was not exposed, but whose training an exposed model measured, in the order of history."""
+        by_hash: dict[str, dict[str, Any]] = {}
+        exposed = {run.md5 for run in self.index.runs.values() if run.is_model and self.exposed_through(run)}
+        for run in self.index.runs.values():
+            if not run.is_model or run.md5 in exposed or not (pairs := self.watched_through(run)):
+                continue
+            first = self.index.runs_by_output[run.md5][0]
+            entry = by_hash.setdefault(
+                run.md5,
+                {"stage": run.address, "path": run.path, "md5": run.md5, "commit": first.commit, "found_in": first.place, "also_called": [], "watched_by": []},
+            )  # fmt: skip
+            if run.address not in [entry["stage"], *entry["also_called"]]:
+                entry["also_called"].append(run.address)
+            for trained, watcher in ((self.index.runs[one], self.index.runs[other]) for one, other in pairs):
+                seen = [self._exposure_document(self.index.runs[by]) for by in self.exposed_through(watcher)]
+                found = {"by": watcher.address, "md5": watcher.md5, "training": trained.address, "seen": seen}
+                entry["watched_by"] += [found] if found not in entry["watched_by"] else []
+        return list(by_hash.values())
 
     def models(self) -> list[dict[str, Any]]:
         """Every version of a model that was exposed, itself or through its parents, in the order of history."""
@@ -668,6 +701,7 @@ def as_text(result: Mapping[str, Any]) -> str:
                 f"  perhaps more: {', '.join(output['path'] for output in missing)} could not be looked at; fetch: {model['fetch']}"
             )
     lines += [""] if versions else []
+    lines += _watched_text(result.get("watched", []))
     seen = result["looked_at"]
     answers = {
         "yes": f"{versions} model version{'' if versions == 1 else 's'} saw it",
@@ -702,6 +736,20 @@ def as_text(result: Mapping[str, Any]) -> str:
     if result["shallow"]:
         lines.append("this clone is shallow: models before its first commit are unknown (`git fetch --unshallow` brings them)")
     return "\n".join(lines)
+
+
+def _watched_text(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Models that only were measured by one that saw the record."""
+    if not models:
+        return []
+    lines = ["watched by a model that saw it, and not trained on it:"]
+    for model in models:
+        aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
+        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model)}{aliases}")
+        for one in model["watched_by"]:
+            training = f" during {one['training']}" if one["training"] != model["stage"] else ""
+            lines += [f"  watched by {one['by']} {one['md5'][:12]}{training}: {_exposure_text(seen, one)}" for seen in one["seen"]]
+    return [*lines, ""]
 
 
 def _where(model: Mapping[str, Any]) -> str:

@@ -105,6 +105,12 @@ class Subject:
         visit(self.run)
         return models
 
+    @cached_property
+    def watchers(self) -> list[tuple[StageRun, StageRun]]:
+        """(model, training) of the models that only measured a training of `models`: nothing was learned from them."""
+        found = [(watcher, model) for model in self.models for watcher in self.index.watchers(model)]
+        return [(watcher, model) for watcher, model in found if watcher.id not in self._contributing]
+
 
 def find(index: Index, model: str, rev: str | None = None) -> Subject:
     """The run that a name, a path, a content hash or a copied folder refers to. "REV:MODEL" refers to a revision, as in git.
@@ -197,7 +203,8 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         as_of: the day for which the use policy is judged, instead of its own.
     Returns:
         "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "other_files" that contributed; "base_model"; "stages" in flow order,
-        each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "records" it was
+        each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "watched_by", the models
+        among them that measured a training, if any, each with the "training"; "records" it was
         trained on; "answers", per model those of its own that it learned from, if any; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,
         also per stage; "environment"; "machine" of each stage that records one; "metrics"; "missing" outputs that leave something unknown;
         "shallow".
@@ -233,6 +240,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
             "sources": {name: facts for name, facts in watched_sources.items() if name not in sources},
             "other_files": other_files(index, {stage: entries[stage] for stage in watched}, names, sources | watched_sources),
         },
+        **({"watched_by": watchers} if (watchers := _watchers(subject)) else {}),
         "records": _training_counts(records),
         **({"answers": answers} if (answers := _rewarded(subject)) else {}),
         **({"order_unknown": unordered} if unordered else {}),
@@ -250,6 +258,13 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "missing": missing,
         "shallow": index.history.shallow,
     }
+
+
+def _watchers(subject: Subject) -> list[dict[str, str]]:
+    return [
+        {"stage": watcher.address, "path": watcher.path, "md5": watcher.md5, "training": model.address}
+        for watcher, model in subject.watchers
+    ]
 
 
 def _parameters(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -583,6 +598,7 @@ def as_text(audited: dict[str, Any]) -> str:
     lines += [f"version    {versions_text(audited['registered'])}"] if "registered" in audited else []
     lines += [f"parent     {output['stage']}  md5 {output['md5']}" for output in audited["parents"]]
     lines += [f"trained on {line}" for line in training_lines(audited)]
+    lines += [f"watched by {one['stage']}  md5 {one['md5']}, while {one['training']} was trained" for one in audited.get("watched_by", ())]
     if template := audited["chat_template"]:
         lines += [f"template   {template['name']}, sha256 {template['sha256'][:16]}"]
     if audited["environment"]:

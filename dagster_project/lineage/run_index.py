@@ -31,6 +31,7 @@ from dagster_project.lineage.runs import (
     is_input,
     lock_parts,
     output,
+    unread_inputs,
     watched_inputs,
 )
 
@@ -128,8 +129,9 @@ class RunIndex(Database):
                 text,
             ),
         ).lastrowid
-        watched = watched_inputs(address, stage)
-        inputs = [(run, dep["path"], dep.get("md5", ""), dep["path"] in watched) for dep in stage.get("deps", []) if is_input(dep["path"])]
+        watched, unread = watched_inputs(address, stage), unread_inputs(address, stage)
+        read = [dep for dep in stage.get("deps", []) if is_input(dep["path"]) and dep["path"] not in unread]
+        inputs = [(run, dep["path"], dep.get("md5", ""), dep["path"] in watched) for dep in read]
         self._db.executemany("INSERT INTO input VALUES (?, ?, ?, ?)", inputs)
         return run
 
@@ -370,6 +372,11 @@ class RunIndex(Database):
         variant = self.report(run).get("variant")
         named = [one for one in self._candidates(run) if variant and one.address in {f"merged@{variant}", f"merged_aligned@{variant}"}]
         return [one for one in named if self._read_report_of(run, one)]
+
+    def watchers(self, run: StageRun) -> list[StageRun]:
+        """The models that only measured a model while it was trained: the reward model of a method that learns from pairs."""
+        read = (run.producers.get(md5) for dep, _, md5 in run.inputs if dep in run.entry.watched)
+        return list(dict.fromkeys(producer for producer in read if producer and producer.is_model and producer.md5 != run.md5))
 
     def _models_read(self, run: StageRun, in_folders: bool) -> list[StageRun]:
         """The models that a run read and did not only watch, one by one or in folders of outputs."""

@@ -235,7 +235,7 @@ class Resolver:
                 inputs += [(dep, path, value) for path, value in parts or ()]
                 unresolved += [] if parts is not None else [dep]
             elif containing:
-                inputs += [(dep, path, self._containing(path, dep, md5, outs[path])) for path in containing]
+                inputs += [(dep, path, self._version_read(path, entry, outs[path]) or outs[path]) for path in containing]
             else:
                 inputs.append((dep, dep, md5))
         return tuple(inputs), tuple(unresolved)
@@ -249,6 +249,11 @@ class Resolver:
             parts = self._folders.get(md5)
             if is_folder and parts is None:
                 unresolved.append(dep)
+            if containing := next((path for path in self._versions if dep.startswith(path + "/")), None):
+                version = self._version_read(containing, entry)
+                unresolved += [] if version else [dep]
+                inputs += [(dep, containing, version)] if version else []
+                continue
             inputs += [(dep, path, value) for path, value in parts or ()] if is_folder else [(dep, dep, md5)]
         return tuple(inputs), {}, tuple(unresolved)
 
@@ -279,11 +284,23 @@ class Resolver:
             files |= {f"{prefix}/{name}" if name else prefix: digest for name, digest in listing.items()}
         return md5 in {md5_of_folder(files), md5_of_folder(files | PLACEHOLDER)}
 
-    def _containing(self, path: str, dep: str, md5: str, now: str) -> str:
-        """Hash of the version of an output that contained a file with this hash: that of this dvc.lock, or else an earlier one."""
-        name = dep.removeprefix(path + "/")
-        versions = [now, *(value for value in self._versions[path] if value != now)]
-        return next((value for value in versions if (self.listing(value) or {}).get(name) == md5), now)
+    def _version_read(self, path: str, entry: Entry, now: str | None = None) -> str | None:
+        """Hash of the version of an output of which an entry read files or folders, i.e. that has all of them with their hashes: that of its dvc.lock
+        (`now`), or else another one; None if none that is available has."""
+        parts = {dep.removeprefix(path + "/"): md5 for dep, md5 in entry.inputs if dep.startswith(path + "/")}
+        for version in dict.fromkeys([*([now] if now else []), *self._versions[path]]):
+            listing = self.listing(version) or {}
+            if all(part_of(listing, name) == md5 for name, md5 in parts.items()):
+                return version
+        return None
+
+
+def part_of(listing: Mapping[str, str], name: str) -> str | None:
+    """Hash of a file or folder in an output, as DVC computes it; None if the output does not have it."""
+    if name in listing:
+        return listing[name]
+    files = {path.removeprefix(f"{name}/"): md5 for path, md5 in listing.items() if path.startswith(f"{name}/")}
+    return md5_of_folder(files) if files else None
 
 
 class LockParts(dict[str, str]):
@@ -363,6 +380,17 @@ def watched_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
     if section != "aligned" or not isinstance(settings, dict):
         return set()
     return set() if learns_from_reward_model(settings) else {"data/reward_model"}
+
+
+def unread_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
+    """Dependencies that a stage does not open with its parameters: DVC has one list of them for all variants of `aligned`."""
+    section, _, variant = address.partition("@")
+    settings = ((stage.get("params") or {}).get("params.yaml") or {}).get(f"{section}.{variant}")
+    if section != "aligned" or not isinstance(settings, dict):
+        return set()
+    if settings.get("reward_target") != "response":
+        return {"data/splits/train", "data/splits/validation"}
+    return {"data/preferences"} | (set() if learns_from_reward_model(settings) else {"data/reward_model"})
 
 
 def declared_models(pipeline: bytes) -> frozenset[str]:

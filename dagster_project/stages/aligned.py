@@ -1,4 +1,4 @@
-"""preferences + reward_model + merged@SFT -> aligned@X. Preference training of an SFT model, which is also its
+"""preferences or splits + reward_model + merged@SFT -> aligned@X. Preference training of an SFT model, which is also its
 reference; compares the answers before and after."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
@@ -22,8 +22,8 @@ from dagster_project.evaluation.paired import alignment
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
-from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
-from dagster_project.training.trainers.alignment import preference, teacher, trl_options
+from dagster_project.training.tokens.preference_pairs import answered, both, refuse_misfits
+from dagster_project.training.trainers.alignment import preference, tasks, teacher, trl_options
 from dagster_project.training.trainers.alignment.preference import (
     AlignmentMethod,
     AlignmentRun,
@@ -66,12 +66,13 @@ CHECK_DESCRIPTIONS = {
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
     "prefers_as_people_do": "On held-out pairs the chosen answer is more likely per token in significantly more than half of them.",
+    "solves_more_held_out_tasks": "With `reward_target: response`: rewards of held-out answers are significantly higher than before.",
     "reward_is_not_gamed": "The rewards of held-out answers did not rise through length, repetition or unfinished answers.",
     "rewards_differ": "Online: answers that are compared with each other had different rewards, so that there was something to learn.",
     "reward_model_is_reliable": "The reward model used for training or monitoring passed its checks.",
 }
 
-ONLINE_KEYS = ("rewards", TIME_KEY, "constant_reward_steps")
+ONLINE_KEYS = ("rewards", "reward_target", TIME_KEY, "constant_reward_steps")
 """Keys of an entry that only online methods use."""
 EVALUATION_BATCH = 16
 """Answers per forward pass without training."""
@@ -96,6 +97,10 @@ class Params(PreferenceParams):
     rules score an answer's content and its calls, as JSON, without the trace. Ready-made ones that can be verified, with a weight or a mapping of
     `weight` and their options: exact_match, number_match, regex, json_schema, tool_call, reasoning_format and length_window, see docs/alignment.md.
     Your own function: data/rewards/FILE.py:FUNCTION."""
+    reward_target: Literal["chosen", "response"] = "chosen"
+    """Online: where prompts come from, and what exact_match, number_match and tool_call compare answers with. chosen: preference pairs, and their chosen
+    answers. response: records of the training split of `splits`, and their responses; answers to records of its validation split are measured before
+    and after. No pair is read then, see docs/alignment.md."""
     reward_seconds: float = Field(default=60.0, gt=0, le=86_400)
     """Longest time that a function in data/rewards may take for the answers of one call, in seconds."""
     constant_reward_steps: int | None = Field(default=10, ge=1)
@@ -119,12 +124,15 @@ class Sources:
     """Folders that an alignment reads."""
 
     preferences: Path
-    reward_model: Path
+    reward_model: Path | None
+    """None in a project without one."""
     sft: Path
     functions: Path | None = None
     """Folder of reward functions and of files for rewards, if the method uses any."""
-    teacher: Path | None = None
-    """The larger model of a distillation."""
+    larger: Path | None = None
+    """The teacher of a distillation."""
+    splits: Path | None = None
+    """Folder of instruction records, if they are the tasks."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -135,7 +143,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     refuse_unmerged(ctx.values["adapter"], params.adapter, f"{where}.adapter")
     methods.check("lora", params.peft, params.quantization, True, where)
     method = params.parsed_method(where, ctx.value)
-    trl_options.refuse(params.method, params.trl, method.model_dump(), params.optim, f"{where}.trl")
+    trl_options.refuse(params.method, params.trl, method.model_dump(), params.optim, f"{where}.trl", params.gradient_accumulation_steps)
     if params.sharding and not method.can_shard:
         reason = "needs the whole model in each process" if method.learns_from_rewards else "does not support it"
         raise InputError(
@@ -147,6 +155,11 @@ def validate(params: Params, ctx: ValidationContext) -> None:
         teacher.locate(method.given_teacher, ctx.root, f"{where}.options.teacher")
     if method.learns_from_rewards:
         check(params.rewards, f"{where}.rewards", ctx.root)
+        if params.rewards.get(MODEL) and MODEL not in ctx.values:
+            raise InputError(
+                f"params.yaml: {where}.rewards: {params.method} learns from {MODEL}, and there is no such section",
+                "add it, or reward by rules alone: rewards: {distinct: 1.0}",
+            )
     elif unused := next((key for key in ONLINE_KEYS if key in ctx.value), None):
         raise InputError(f"params.yaml: {where}.{unused}: {params.method} learns from pairs alone", "leave it out")
 
@@ -160,7 +173,7 @@ def run(ctx: StageContext) -> Report:
         params,
         ctx.compute,
         ctx.output_of("preferences"),
-        ctx.output_of("reward_model"),
+        ctx.output_of("reward_model") if MODEL in ctx.values and _is_used(params) else None,
         ctx.outputs_of("merged") / params.adapter,
         out=ctx.out,
         curve_file=ctx.plot("alignment"),
@@ -169,7 +182,13 @@ def run(ctx: StageContext) -> Report:
         pages=ctx.pages,
         functions=ctx.root / FOLDER if reads_files(params.rewards) else None,
         larger=teacher.locate(given, ctx.root, f"{where}.options.teacher") if given else None,
+        splits=ctx.output_of("splits") if params.reward_target == tasks.RESPONSE else None,
     )
+
+
+def _is_used(params: Params) -> bool:
+    """Whether the reward model scores answers: those that are learned from, or held-out ones. Tasks are measured by the rewards alone."""
+    return params.reward_target != tasks.RESPONSE or bool(params.rewards.get(MODEL))
 
 
 def produce(
@@ -177,7 +196,7 @@ def produce(
     params: Params,
     compute: Compute,
     preferences: Path,
-    reward_model: Path,
+    reward_model: Path | None,
     sft: Path,
     out: Path,
     curve_file: Path,
@@ -186,27 +205,25 @@ def produce(
     pages: Path | None = None,
     functions: Path | None = None,
     larger: Path | None = None,
+    splits: Path | None = None,
 ) -> Report:
     """Args:
+    reward_model: its folder; None in a project without one.
     sft: the standalone model of the SFT variant.
     functions: folder of reward functions, if the rewards name any.
     larger: folder of the teacher, for methods with one.
+    splits: folder of instruction records, if their responses are the targets of the rewards.
     checkpoints: the variant's folder, which survives a killed run. It is removed unless a check blocks.
     """
-    where = f"aligned.{variant}"
+    where, sources = f"aligned.{variant}", Sources(preferences, reward_model, sft, functions, larger, splits)
     if compute.processes > 1 and (params.sharding or params.parsed_method(where).shares_processes) and place().size == 1:
-        folders = {
-            "preferences": preferences, "reward_model": reward_model, "sft": sft, "out": out, "curve_file": curve_file,
-            "checkpoints": checkpoints, "live": live, "pages": pages, "functions": functions,
-        }  # fmt: skip
+        folders = {**vars(sources), "out": out, "curve_file": curve_file, "checkpoints": checkpoints, "live": live, "pages": pages}
         return _produce_in_processes(variant, params, compute, folders)
     import_libraries()
-    sources = Sources(preferences, reward_model, sft, functions, larger)
-    pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     method = params.parsed_method(where)
-    _refuse(pairs, params, method, sources, where)
+    pairs, counts = _examples(params, method, sources, where)
     usable, reliable = _examine(reward_model, sft, params, method, where)
-    if reliable.blocking and not reliable.passed:
+    if reliable and reliable.blocking and not reliable.passed:
         return Report(checks=[reliable])
     called = started(functions, params.rewards, params.reward_seconds, f"{where}.rewards")
     claim_gpu()
@@ -226,8 +243,7 @@ def produce(
     audit = WeightAudit(prepared.model, checkpoints)
     identity = _identity(params, compute, method, sources, device, dtype)
     kept = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
-    inputs = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items() if path}
-    start_others({**_shared(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__)
+    _start_others(params, compute, {**vars(sources), "checkpoints": checkpoints}, usable, identity)
     load_judge = partial(_judge, reward_model, params, device, dtype, usable)
     judge = load_judge() if method.learns_from_rewards else None
     rewards = Rewards(params.rewards, judge, called, _root_of(functions), f"{where}.rewards") if method.learns_from_rewards else None
@@ -245,8 +261,8 @@ def produce(
         return Report(checks=differ)
     history.curve = sampled.with_components(history.curve, names) if rewards else history.curve
     judge = judge or load_judge()  # methods that learn from pairs need its memory only now
-    used = [shared, judge.shared] if judge else [shared]
-    preferred, watch = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], judge, params, method, out))
+    used, scorer = [shared, *([judge.shared] if judge else [])], tasks.HeldOut(rewards) if rewards and splits else judge
+    measured = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], scorer, params, method, out))
     shared.join()
     change = audit.change()
     document = document_of(history, change, _settings(params, method), compute, device, dtype)
@@ -255,21 +271,23 @@ def produce(
     sampled.write(out / FOLDER_OF_ANSWERS, names)
     document |= {"step_0": start} if method.has_reference else {"reference": None}
     _write_training(document, history, [*method.figures, *names], _ids(pairs["train"], method), sft, out, curve_file)
-    signs = alignment.gamed(watch)
+    signs = alignment.gamed(measured["watch"])
     if pages:
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **({"components": names} if rewards else {})})
     report = Report(
-        metrics=_metrics(params, method, history, prepared)
+        metrics=_metrics(params, method, history, prepared, sources)
         | ({"sampled": sampled.summary()} if rewards else {})
-        | {"preference": preferred, "watch": watch, "environment": document["versions"]},
+        | counts
+        | measured
+        | {"environment": document["versions"]},
         checks=[
             *([_starts_as_the_reference(start, history, method)] if method.has_reference else []),
             _learned(history, prepared),
             change.check(),
-            _prefers(preferred["accuracy"], len(pairs["test"])),
-            _not_gamed(signs, watch, judge is not None),
+            _improved(measured, len(pairs["test"])),
+            _not_gamed(signs, measured["watch"], reward_model),
             *differ,
-            reliable,
+            *([reliable] if reliable else []),
         ],
         measured={"training_seconds": round(history.seconds, 1), "peak_memory_bytes": peak_memory(device.type)},
     )
@@ -284,12 +302,20 @@ def _produce_in_processes(variant: str, params: Params, compute: Compute, folder
     return read_report(launch(compute.processes, __name__, {"variant": variant, **_shared(params, compute), "folders": paths}))
 
 
+def _start_others(params: Params, compute: Compute, folders: Mapping[str, Path | None], usable: bool, identity: Mapping[str, str]) -> None:
+    """Start this stage in the other processes of a group, if there is one."""
+    inputs = {name: portable(path) for name, path in folders.items() if path}
+    start_others({**_shared(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__)
+
+
 def _identity(
     params: Params, compute: Compute, method: AlignmentMethod, sources: Sources, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
-    models = {"SFT model": sources.sft, **({"reward model": sources.reward_model} if method.learns_from_rewards else {})}
+    judges = {"reward model": sources.reward_model} if method.learns_from_rewards and sources.reward_model else {}
+    models = {"SFT model": sources.sft, **judges}
     functions = {"reward functions": sha256_of_functions(sources.functions)} if sources.functions else {}
-    return functions | preference_identity(params, compute, device, dtype, sources.preferences, models, Path(__file__))
+    data = sources.splits / tasks.SPLITS["train"] if sources.splits else sources.preferences
+    return functions | preference_identity(params, compute, device, dtype, data, models, Path(__file__))
 
 
 def _shared(params: Params, compute: Compute) -> dict[str, Any]:
@@ -302,7 +328,8 @@ def _shared(params: Params, compute: Compute) -> dict[str, Any]:
 def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
     """Work of the first process of a group: all of the stage."""
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
-    return report_document(produce(work["variant"], params, compute, **{name: Path(path) for name, path in work["folders"].items()}))
+    folders = {name: Path(path) for name, path in work["folders"].items()}
+    return report_document(produce(work["variant"], params, compute, **{MODEL: None, **folders}))  # type: ignore[arg-type]
 
 
 def other_process(work: Mapping[str, Any]) -> None:
@@ -315,7 +342,7 @@ def other_process(work: Mapping[str, Any]) -> None:
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
     folders = {name: Path(path) for name, path in work["folders"].items()}
     checkpoints = folders.pop("checkpoints")
-    sources = Sources(**folders)
+    sources = Sources(**{MODEL: None, **folders})  # type: ignore[arg-type]
     device, dtype = prepare(compute)
     if not is_first_host():
         if missing := next((path for path in folders.values() if not path.is_dir()), None):
@@ -330,7 +357,7 @@ def other_process(work: Mapping[str, Any]) -> None:
     called = started(sources.functions, params.rewards, params.reward_seconds, "aligned: rewards")
     root = _root_of(sources.functions)
     rewards = Rewards(params.rewards, judge, called, root, "aligned: rewards") if method.learns_from_rewards else None
-    pairs = {split: read_preferences(sources.preferences / split) for split in ("train", "validation")}
+    pairs, _ = _read(params, sources, "aligned")
 
     def begin() -> None:
         sharding.in_step([shared], _nothing)
@@ -364,10 +391,10 @@ def _nothing() -> None:
     return None
 
 
-def _judge(folder: Path, params: Params, device: torch.device, dtype: torch.dtype, usable: bool) -> RewardModel | None:
+def _judge(folder: Path | None, params: Params, device: torch.device, dtype: torch.dtype, usable: bool) -> RewardModel | None:
     """The reward model; None if it is not used, or cannot be."""
     with advice_on_memory():
-        return RewardModel(folder, device, dtype, params.sharding) if usable else None
+        return RewardModel(folder, device, dtype, params.sharding) if folder and usable else None
 
 
 def _policy(sft: Path, params: Params, device: torch.device, dtype: torch.dtype, where: str) -> tuple[PreparedModel, ShardedModel]:
@@ -383,14 +410,18 @@ def _settings(params: Params, method: AlignmentMethod) -> dict[str, Any]:
     """Settings that had an effect."""
     unused = {TIME_KEY} if method.learns_from_rewards else {TIME_KEY, "constant_reward_steps"}
     unused |= set() if params.trl else {"trl"}
+    unused |= set() if params.reward_target == tasks.RESPONSE else {"reward_target"}
     return params.settings({*method.ignored_params, *unused}) | {"options": method.model_dump()}
 
 
-def _metrics(params: Params, method: AlignmentMethod, history: TrainingHistory, prepared: PreparedModel) -> dict[str, Any]:
+def _metrics(
+    params: Params, method: AlignmentMethod, history: TrainingHistory, prepared: PreparedModel, sources: Sources
+) -> dict[str, Any]:
     return {
         "method": params.method,
         "adapter": params.adapter,
         **({"rewards": params.rewards} if method.learns_from_rewards else {}),
+        **({"reward_target": params.reward_target} if params.reward_target == tasks.RESPONSE else {}),
         **({"loss_type": method.loss_type} if isinstance(method, preference.Grpo) else {}),
         **({} if method.has_reference else {"reference": None}),
         **({"teacher": method.given_teacher.model_dump()} if method.given_teacher else {}),
@@ -399,6 +430,7 @@ def _metrics(params: Params, method: AlignmentMethod, history: TrainingHistory, 
         **({"stopped": history.stopped} if isinstance(history, StoppedHistory) else {}),
         "tokens": history.tokens,
         "trainable_parameters": prepared.trainable,
+        **({} if sources.reward_model else {MODEL: "none"}),
     }
 
 
@@ -433,22 +465,29 @@ def _ids(pairs: Sequence[Mapping[str, Any]], method: AlignmentMethod) -> list[li
 def _evaluate(
     policies: alignment.Policies,
     pairs: Sequence[Mapping[str, Any]],
-    judge: RewardModel | None,
+    judge: RewardModel | tasks.HeldOut | None,
     params: Params,
     method: AlignmentMethod,
     out: Path,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Preferences of policy and SFT model on held-out pairs, and differences of their answers; writes
-    samples.parquet."""
+) -> dict[str, Any]:
+    """Preferences of policy and SFT model on held-out pairs or rewards on held-out tasks, and differences of their
+    answers; writes samples.parquet."""
     prompts = list({str(pair["prompt"]): pair for pair in pairs}.values())[: params.samples]
-    rows, watch = alignment.samples(policies, prompts, judge, params.max_new_tokens)
+    rows, watch = alignment.samples(policies, prompts, cast("RewardModel | None", judge), params.max_new_tokens)
     write_table(out / "samples.parquet", rows, alignment.sample_schema())
-    return alignment.preference(policies, pairs, method.has_reference), watch
+    if not isinstance(judge, tasks.HeldOut):
+        return {"preference": alignment.preference(policies, pairs, method.has_reference), "watch": watch}
+    before, after = judge.components
+    return {"held_out": {name: alignment.paired(before[name], after[name]) for name in before}, "watch": watch}
 
 
 def _initial_difference(policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Difference of policy and reference before the first step."""
-    examples = [(prompt, answer) for prompt, *answers in both(policies.tokenizer, pairs) for answer in answers]
+    if all("rejected" in pair for pair in pairs):
+        examples = [(prompt, answer) for prompt, *answers in both(policies.tokenizer, pairs) for answer in answers]
+    else:
+        conversations = [[*task["prompt"], *task["chosen"]] for task in pairs]
+        examples = answered(policies.tokenizer, conversations, [task["tools"] for task in pairs])
     sft, aligned = (policies.log_probabilities(who, examples, f"step 0, {who}") for who in ("sft", "aligned"))
     return {
         "largest_log_probability_difference": max(abs(a - b) for (a, _), (b, _) in zip(sft, aligned, strict=True)),
@@ -500,26 +539,41 @@ def _starts_as_the_reference(start: Mapping[str, float], history: TrainingHistor
     )
 
 
+def _improved(measured: Mapping[str, Any], examples: int) -> CheckResult:
+    """Whether what is learned shows on held-out pairs or tasks."""
+    if "preference" in measured:
+        return _prefers(measured["preference"]["accuracy"], examples)
+    reward, prompts = measured["held_out"]["reward"], measured["watch"]["prompts"]
+    low, high = reward["interval"]
+    note = f"reward {reward['sft']:.3f} -> {reward['aligned']:.3f} on {prompts} held-out tasks (difference {low:+.3f} to {high:+.3f})"
+    return CheckResult("solves_more_held_out_tasks", passed=low > 0, severity="warn", note=note)
+
+
 def _prefers(accuracy: Mapping[str, Any], pairs: int) -> CheckResult:
     low, high = accuracy["aligned_interval"]
     note = f"{accuracy['aligned']:.3f} of {pairs} held-out pairs ({low:.3f} to {high:.3f}), {accuracy['sft']:.3f} before"
     return CheckResult("prefers_as_people_do", passed=low > 0.5, severity="warn", note=note)
 
 
-def _not_gamed(signs: Sequence[str], watch: Mapping[str, Any], rewarded: bool) -> CheckResult:
-    reward_note = "reward {sft:.3f} -> {aligned:.3f}".format(**watch["reward"]) if rewarded else "rewards were not measured"
+def _not_gamed(signs: Sequence[str], watch: Mapping[str, Any], reward_model: Path | None) -> CheckResult:
+    unmeasured = (
+        "rewards were not measured" if reward_model else "no reward model watches: length, repetition and unfinished answers were compared"
+    )
+    reward_note = "reward {sft:.3f} -> {aligned:.3f}".format(**watch["reward"]) if "reward" in watch else unmeasured
     return CheckResult("reward_is_not_gamed", passed=not signs, severity="warn", note="; ".join(signs) or reward_note)
 
 
-def _examine(reward_model: Path, sft: Path, params: Params, method: AlignmentMethod, where: str) -> tuple[bool, CheckResult]:
-    """Whether the reward model can score answers, and the check `reward_model_is_reliable`. The check blocks methods
-    that learn from the reward model's scores. Other methods are only monitored with it: they continue and report the
-    failure.
+def _examine(reward_model: Path | None, sft: Path, params: Params, method: AlignmentMethod, where: str) -> tuple[bool, CheckResult | None]:
+    """Whether the reward model can score answers, and the check `reward_model_is_reliable`, if there is one. The check
+    blocks methods that learn from the reward model's scores. Other methods are only monitored with it: they continue
+    and report the failure.
 
     Raises:
         InputError: the method learns from a reward model of another tokenizer.
     """
     learns = method.learns_from_rewards and bool(params.rewards.get(MODEL))
+    if reward_model is None:
+        return False, None
     usable = (reward_model / "config.json").is_file()
     failed = failed_checks(reward_model)
     problems = [f"{name}: {note}" for name, note in failed.items()]
@@ -544,19 +598,35 @@ def _examine(reward_model: Path, sft: Path, params: Params, method: AlignmentMet
     return usable, CheckResult("reward_model_is_reliable", passed=False, severity="warn", count=len(problems), note=note)
 
 
-def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, method: AlignmentMethod, sources: Sources, where: str) -> None:
-    """Find faults before a model is loaded that would otherwise fail late.
+def _read(params: Params, sources: Sources, where: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """Pairs by split, or tasks in their place with what the report says of them."""
+    if sources.splits is None:
+        return {split: read_preferences(sources.preferences / split) for split in ("train", "validation", "test")}, {}
+    found, counts = tasks.tasks_of(sources.splits, ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)))
+    return found, {"tasks": counts}
+
+
+def _examples(
+    params: Params, method: AlignmentMethod, sources: Sources, where: str
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """As `_read`, after faults were found that would otherwise show late, when a model is loaded.
 
     Raises:
         InputError: there is one.
     """
+    pairs, counts = _read(params, sources, where)
+    if not (sources.sft / "config.json").is_file():
+        raise InputError(f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model", "name a variant that is merged")
+    if counts:
+        tasks.refuse_without_tasks(counts["tasks"], where)
+        tasks.refuse_misfits(tokenizer_of(sources.sft), pairs, f"data/merged/{params.adapter}")
+        return pairs, counts
     for split in ("train", "test"):
         if not pairs[split]:
             raise InputError(f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources")
-    if not (sources.sft / "config.json").is_file():
-        raise InputError(f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model", "name a variant that is merged")
-    if method.given_teacher and sources.teacher:
-        teacher.verify(method.given_teacher, sources.teacher, sources.sft, f"{where}.options.teacher")
+    if method.given_teacher and sources.larger:
+        teacher.verify(method.given_teacher, sources.larger, sources.sft, f"{where}.options.teacher")
     if method.learns_from_rewards:
         refuse_missing_targets(ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)), pairs["train"], f"{where}.rewards")
     refuse_misfits(tokenizer_of(sources.sft), pairs, f"data/merged/{params.adapter}")
+    return pairs, counts

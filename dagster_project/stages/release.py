@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +79,8 @@ def run(ctx: StageContext) -> Report:
     }
     trained = {f"{name}@{variant}": ctx.outputs_of(name) / variant for name in ("adapter", "aligned") for variant in ctx.values[name]}
     trained["reward_model"] = ctx.output_of("reward_model")
+    if "reward_model" not in ctx.values:
+        ctx = replace(ctx, earlier=tuple(stage for stage in ctx.earlier if stage != "reward_model"))
     key = read_key(ctx.root)
     return produce(
         ctx.params("release", Params), ctx.compute, ctx.output_of("comparison"), merged, trained, ctx.reports(), key, out=ctx.out

@@ -40,12 +40,12 @@ def draw_alignment(documents: Documents) -> None:
     rewards = (PLOTS[0][0], WITHOUT_REFERENCE if "reference" in metrics else PLOTS[0][1], PLOTS[0][2])
     figures = [curve_figure(title, note, points, names) for title, note, names in (rewards, by_component, *PLOTS[1:])]
     sections = {
-        "Watch": _watch(metrics["watch"], history["signs"]),
+        "Watch": _watch(metrics["watch"], history["signs"], "reward_model" in metrics, metrics.get("held_out", {})),
         "Curves": {"overfitting_since": overfitting_since(points), "figures": [figure for figure in figures if figure]},
         "Answers": _answers(read_table(documents.out / "samples.parquet")),
         **({"Sampled": _sampled(sorted((documents.out / "answers").glob("*.parquet")), components)} if components else {}),
     }
-    reliable = metrics["checks"]["reward_model_is_reliable"]
+    reliable = metrics["checks"].get("reward_model_is_reliable", {"passed": True})
     text = render(
         "alignment.jinja", f"Alignment of {documents.variant}", sections, variant=documents.variant, metrics=metrics,
         warning="" if reliable["passed"] else reliable["note"], figures=_key_figures(metrics),
@@ -54,12 +54,15 @@ def draw_alignment(documents: Documents) -> None:
 
 
 def _key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    watch, agreement = metrics["watch"], metrics["preference"]["accuracy"]
-    figures = [("agreement", f"{agreement['aligned']:.0%}", f"of held-out pairs, from {agreement['sft']:.0%}")]
+    watch, figures = metrics["watch"], []
+    if "preference" in metrics:
+        agreement = metrics["preference"]["accuracy"]
+        figures = [("agreement", f"{agreement['aligned']:.0%}", f"of held-out pairs, from {agreement['sft']:.0%}")]
     if "reward" in watch:
+        by = "the rewards" if "held_out" in metrics else "the reward model"
         figures += [
             ("reward", f"{watch['reward']['aligned']:.2f}", f"from {watch['reward']['sft']:.2f}"),
-            ("better answers", f"{watch['win_rate']['value']:.0%}", "by the reward model"),
+            ("better answers", f"{watch['win_rate']['value']:.0%}", f"by {by}"),
         ]
     return [
         *figures,
@@ -69,7 +72,11 @@ def _key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _watch(watch: Mapping[str, Any], signs: Sequence[str]) -> dict[str, Any]:
+def _watch(watch: Mapping[str, Any], signs: Sequence[str], alone: bool, held_out: Mapping[str, Any]) -> dict[str, Any]:
+    """Args:
+    alone: whether no reward model scores answers.
+    held_out: rewards of tasks, by name.
+    """
     named = {
         "reward": "reward",
         "tokens": "tokens per answer",
@@ -78,9 +85,13 @@ def _watch(watch: Mapping[str, Any], signs: Sequence[str]) -> dict[str, Any]:
     }
     rows = [
         (words, found["sft"], found["aligned"], f"{found['difference']:+.3f}", "{:+.3f} to {:+.3f}".format(*found["interval"]))
-        for words, found in ((words, watch[name]) for name, words in named.items() if name in watch)
+        for words, found in (
+            *((words, watch[name]) for name, words in named.items() if name in watch),
+            *((f"reward {name}", found) for name, found in held_out.items() if name != "reward"),
+        )
     ]
-    unmeasured = "" if "reward" in watch else "No reward was measured. "
+    unmeasured = "There is no reward model: only the answers themselves are watched. " if alone else "No reward was measured. "
+    unmeasured = "" if "reward" in watch else unmeasured
     metrics = "Length" if unmeasured else "Reward, length"
     verdict = (
         f"Possible reward hacking: {'; '.join(signs)}."

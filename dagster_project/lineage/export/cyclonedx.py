@@ -41,6 +41,7 @@ def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
     whole = component(
         ComponentType.MACHINE_LEARNING_MODEL, "model", model["stage"], model["sha256"],
         sha256_is=SUM, md5=model.get("md5"), commit=summary["code"]["commit"], clean=summary["code"]["clean"],
+        watched_by=", ".join(f"{one['stage']} {one['md5']}" for one in summary.get("watched_by", ())) or None,
         licenses=json.dumps(summary["licenses"]["listed"]),
     )  # fmt: skip
     weights = [digest for name, digest in base.get("sha256", {}).items() if name.endswith(".safetensors")]

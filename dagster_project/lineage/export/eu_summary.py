@@ -91,6 +91,7 @@ def _general(summary: Mapping[str, Any]) -> list[str]:
                 "Trained on new data continuously": given(provider, "continuous_training"),
                 "Linguistic characteristics": " ".join(scripts(summary)) or missing(),
                 "Other relevant characteristics": _used(summary),
+                **_watched_by(summary),
             }
         ),
     ]
@@ -131,6 +132,14 @@ def _used(summary: Mapping[str, Any]) -> str:
         for model, part in records["learnt_by"].items()
     ]
     return f"used by training steps: {'; '.join(parts)}"
+
+
+def _watched_by(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Models that measured a training: what they were trained on is not listed among its data."""
+    names = [
+        f"{markdown(one['stage'])} (content md5 {one['md5']}) during {markdown(one['training'])}" for one in summary.get("watched_by", ())
+    ]
+    return {"Watched by, not trained on": f"{'; '.join(names)}: its training data are not part of this summary"} if names else {}
 
 
 def _sources(summary: Mapping[str, Any]) -> list[str]:

@@ -54,6 +54,7 @@ def summarize(subject: Subject) -> dict[str, Any]:
         "model": {**audit["model"], **summary["model"]},
         "stages": stages,
         "watched": list(audit["watched"]["stages"]),
+        "watched_by": audit.get("watched_by", []),
         "parameters": published_parameters(audit["parameters"]),
         "code": audit["code"],
         "outcomes": {path: source["outcomes"] for path, source in audit["sources"].items()},

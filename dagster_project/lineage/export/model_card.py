@@ -136,6 +136,8 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
     recorded = [[name, s["commit"], s["date"]] for name, s in summary["stages"].items() if s.get("commit")]
     if recorded:
         parts += ["The first commit that recorded the run of each stage:", _table(["stage", "commit", "date"], recorded)]
+    for one in summary.get("watched_by", ()):
+        parts.append(f"The training of {markdown(one['training'])} was watched by {markdown(one['stage'])}: measured, not learned from.")
     if summary.get("watched"):
         parts.append(
             f"Compared with it or only used to measure it, so that nothing was learned from them: {markdown(', '.join(summary['watched']))}."

@@ -62,10 +62,14 @@ def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     learns = aligned is not None and learns_from_reward_model(aligned)
     own = {variant, aligned["adapter"], *([judge] if learns else [])} if aligned else {variant}
 
+    has_pairs = aligned is not None and aligned.get("reward_target") != "response"
+
     def contributes(stage: str, of: str) -> bool:
         if stage == "reward_model":
             return learns
-        return of == variant or (of in own and stage in {"adapter", "merged"}) if of else bool(aligned) or stage not in PREFERENCE_STAGES
+        return (
+            of == variant or (of in own and stage in {"adapter", "merged"}) if of else has_pairs or learns or stage not in PREFERENCE_STAGES
+        )
 
     return [name for name in reports if contributes(name.partition("@")[0], name.partition("@")[2])]
 

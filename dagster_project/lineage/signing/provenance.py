@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from dagster_project.lineage.export.summary import published_parameters
 from dagster_project.lineage.history import is_within
+from dagster_project.lineage.runs import unread_inputs, watched_inputs
 from dagster_project.lineage.signing import envelope
 from dagster_project.lineage.signing.envelope import STATEMENT_TYPE, SignatureError
 from dagster_project.lineage.signing.keys import PrivateKey, PublicKey
@@ -27,6 +28,9 @@ BUILD_TYPE = "urn:pedigree:dvc-stage:1"
 BUILDER = "urn:pedigree:run"
 REMADE = "pedigree verify --deep"
 """Name of the by-product that says with which result a stage was made again before it was signed."""
+
+WATCHED = {"learned_from": False}
+"""Annotation of files that a stage was only measured by or compared with, such as a reward model during DPO, or did not open."""
 
 _DIGESTS = {"md5": re.compile("[0-9a-f]{32}"), "sha256": re.compile("[0-9a-f]{64}")}
 
@@ -73,7 +77,12 @@ def statement(record: StageRecord) -> dict[str, Any]:
         "deps": {path: list(record.producers.get(path, ())) for path in deps},
         "outs": outs,
     }
-    dependencies = [{"uri": f"dvc.lock#{record.address}", "digest": {"sha256": _sha256(record.text)}}, *_descriptors(record.files, deps)]
+    watched = watched_inputs(record.address, record.entry) | unread_inputs(record.address, record.entry)
+    read = [
+        one | ({"annotations": WATCHED} if any(is_within(one["name"], path) for path in watched) else {})
+        for one in _descriptors(record.files, deps)
+    ]
+    dependencies = [{"uri": f"dvc.lock#{record.address}", "digest": {"sha256": _sha256(record.text)}}, *read]
     details: dict[str, Any] = {"builder": _builder(record.report)}
     if record.remade is not None:
         details["byproducts"] = [{"name": REMADE, "annotations": record.remade}]

@@ -119,7 +119,7 @@ class JsonSchema(ReadyReward):
 
     definition: dict[str, Any] | None = Field(default=None, alias="schema")
     """The schema."""
-    file: str | None = None
+    file: str | None = Field(default=None, min_length=1)
     """A file in data/rewards/ with it, in its place."""
 
     def loaded(self, root: Path, where: str) -> ReadyReward:
@@ -139,8 +139,14 @@ class JsonSchema(ReadyReward):
         if not path.is_relative_to((root / FOLDER).resolve()):
             raise InputError(f"params.yaml: {where}.file: {self.file} is not in {FOLDER}/", "DVC watches only files there: move it")
         try:
-            schema = json.loads(path.read_bytes())
-        except (ValueError, RecursionError, OSError) as error:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"params.yaml: {where}.file: {self.file} cannot be read: {error.strerror}", "name a JSON file that is there"
+            ) from None
+        try:
+            schema = json.loads(content)
+        except (ValueError, RecursionError) as error:
             raise InputError(f"params.yaml: {where}.file: {self.file} is not JSON: {error}", "fix the file") from None
         if not isinstance(schema, dict):
             raise InputError(f"params.yaml: {where}.file: {self.file}: expected an object, found {type(schema).__name__}", "fix the file")

@@ -79,14 +79,19 @@ class Rewards:
         self.functions = {function.name: function for function in functions}
         self.ready = ready(rewards, where, root)
 
-    def components(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message]) -> dict[str, list[float]]:
+    def components(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message], alone: bool = False) -> dict[str, list[float]]:
         """Name of a reward -> its value for each generated answer to the prompts of these pairs, without its weight. Answers are messages of the
-        assistant."""
+        assistant.
+
+        Args:
+            alone: no other process scores answers at the same time.
+        """
         found = {}
         for name in self.weights:
             if name == MODEL:
                 assert self.model
-                found[name] = in_step([self.model.shared], partial(self.model.of_answers, pairs, answers))
+                score = partial(self.model.of_answers, pairs, answers)
+                found[name] = score() if alone else in_step([self.model.shared], score)
             elif name in self.functions:
                 records = [{**pair, "answer": answer} for pair, answer in zip(pairs, answers, strict=True)]
                 found[name] = self.functions[name]([pair["prompt"] for pair in pairs], [judged_text(answer) for answer in answers], records)

@@ -88,12 +88,13 @@ CONTROLLED = {
 """Argument that Pedigree decides -> why, or the key in its place."""
 
 
-def refuse(method: str, given: Mapping[str, Any], options: Mapping[str, Any], optim: str, where: str) -> None:
+def refuse(method: str, given: Mapping[str, Any], options: Mapping[str, Any], optim: str, where: str, accumulated: int = 1) -> None:
     """Check the arguments of an entry.
 
     Args:
         options: of the method.
         optim: the optimizer.
+        accumulated: `gradient_accumulation_steps`.
     Raises:
         InputError: an argument cannot be passed on, has a wrong value, or no effect.
     """
@@ -105,6 +106,8 @@ def refuse(method: str, given: Mapping[str, Any], options: Mapping[str, Any], op
     valid = f"keys that can be passed on to TRL for {method}: {', '.join(accepted)}"
     for name in (str(name) for name in given if name not in accepted):
         reason = "answers are sampled by Pedigree's own loop, not by vLLM" if "vllm" in name else CONTROLLED.get(name)
+        if not reason and name in options:
+            raise InputError(f"params.yaml: {where}.{name}: it is an option of {method}", f"set options.{name}; {valid}")
         if reason:
             raise InputError(f"params.yaml: {where}.{name}: Pedigree decides it", f"{reason}; {valid}")
         close = get_close_matches(name, [*accepted, *CONTROLLED], 1)
@@ -113,7 +116,7 @@ def refuse(method: str, given: Mapping[str, Any], options: Mapping[str, Any], op
             f"{f'did you mean {close[0]}? ' if close else ''}{valid}",
         )
     parse(OPTIONS[method], dict(given), where)
-    _refuse_without_effect(given, options, optim, where)
+    _refuse_without_effect(given, options, optim, where, accumulated)
 
 
 DIVERGENCES = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"})
@@ -122,16 +125,31 @@ CLIPPED = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "luspo"})
 """Losses of GRPO that read `delta`."""
 
 
-def _refuse_without_effect(given: Mapping[str, Any], options: Mapping[str, Any], optim: str, where: str) -> None:
+def _refuse_without_effect(given: Mapping[str, Any], options: Mapping[str, Any], optim: str, where: str, accumulated: int) -> None:
     """Raises: InputError: with the other settings of the entry an argument does nothing, or TRL refuses it."""
     loss, kind = options.get("loss_type"), given.get("f_divergence_type", "reverse_kl")
+    unclipped = _unclipped(int(options.get("num_iterations") or 1), accumulated)
     problems = {
         "f_divergence_type": kind != "reverse_kl" and loss not in DIVERGENCES and f"not implemented for the loss {loss}",
         "f_alpha_divergence_coef": kind != "alpha_divergence" and "has an effect only with f_divergence_type: alpha_divergence",
-        "delta": loss not in CLIPPED and f"has no effect on the loss {loss}",
+        "delta": unclipped if loss in CLIPPED else f"has no effect on the loss {loss}",
+        "epsilon_high": unclipped,
         "use_bias_correction_kl": not options.get("beta") and "has no effect with options.beta: 0",
         **dict.fromkeys(Optimizer.model_fields, not optim.startswith("adamw") and f"has no effect with optim: {optim}"),
     }
     for name in given:
         if problem := problems.get(name):
             raise InputError(f"params.yaml: {where}.{name}: {problem}", "leave it out, or change that setting")
+
+
+def _unclipped(iterations: int, accumulated: int) -> str:
+    """Why no ratio of probabilities is ever clipped; empty if it can be. TRL takes `iterations` passes on each batch of answers, and a step after
+    `accumulated` passes: if no step ends between the passes on a batch, the policy is always the one that wrote it."""
+    if accumulated % iterations:
+        return ""
+    settings = (
+        "options.num_iterations: 1"
+        if iterations == 1
+        else f"gradient_accumulation_steps: {accumulated} and options.num_iterations: {iterations}"
+    )
+    return f"has no effect with {settings}: the weights do not change between the passes on a batch of answers, so there is nothing to clip"

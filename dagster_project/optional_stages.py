@@ -1,0 +1,38 @@
+"""Stages that a project may leave out of params.yaml and dvc.yaml: nothing reads them unless a setting names them (docs/alignment.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError
+from dagster_project.lineage.history import stages_of
+
+OPTIONAL = frozenset({"reward_model"})
+"""Each has a section and a stage of its name."""
+_UPGRADES = "; with an installed package, `pedigree upgrade` writes dvc.yaml to fit"
+
+
+def present(root: Path, values: Mapping[str, Any], sections: Sequence[str]) -> list[str]:
+    """The sections without those that the project leaves out.
+
+    Args:
+        values: of params.yaml.
+    Raises:
+        InputError: only one of params.yaml and dvc.yaml has an optional stage. Without it in dvc.yaml, stages would read what nothing records.
+    """
+    path, stages = root / "dvc.yaml", dict[str, Any]()
+    with suppress(InputError):  # commands that need the file say what is wrong with it
+        stages = stages_of(path.read_text(encoding="utf-8", errors="replace"), path.name) if path.is_file() else {}
+    for name in OPTIONAL if "aligned" in stages else ():
+        in_pipeline = name in stages
+        if name in values and not in_pipeline:
+            raise InputError(f"params.yaml: {name}: dvc.yaml has no such stage", f"remove the section, or restore the stage{_UPGRADES}")
+        if name not in values and in_pipeline:
+            raise InputError(
+                f"params.yaml has no section {name}, but dvc.yaml has the stage",
+                f"add the section, or remove the stage and what names it, see docs/alignment.md#without-a-reward-model{_UPGRADES}",
+            )
+    return [section for section in sections if section in values or section not in OPTIONAL]
