@@ -90,16 +90,7 @@ def impact(
     Raises:
         InputError: the question cannot be answered: no such source or hash was ever recorded, the id is malformed, or there is nothing to look at.
     """
-    if text is not None and not text.strip():
-        raise InputError("--text: the text is empty", "give the whole text of a message, or a part of it with --containing")
-    if near and record is None and text is None:
-        raise InputError("--near needs a text to compare", "use it with --text or --record")
-    if regex and containing is None:
-        raise InputError("--regex needs an expression", "use it with --containing")
-    if record is not None and not RECORD_ID.fullmatch(record):
-        raise InputError(
-            f"--record {visible(record)}: not the id of a record", "an example_id has 32 hexadecimal digits; look a text up with --text"
-        )
+    _refuse_question(record, text, near, containing, regex)
     index = Index(root)
     index.read_records()
     query = _ImpactQuery(index)
@@ -161,6 +152,19 @@ def impact(
         "unreadable": index.unreadable,
         "shallow": index.history.shallow,
     }
+
+
+def _refuse_question(record: str | None, text: str | None, near: bool, containing: str | None, regex: bool) -> None:
+    if text is not None and not text.strip():
+        raise InputError("--text: the text is empty", "give the whole text of a message, or a part of it with --containing")
+    if near and record is None and text is None:
+        raise InputError("--near needs a text to compare", "use it with --text or --record")
+    if regex and containing is None:
+        raise InputError("--regex needs an expression", "use it with --containing")
+    if record is not None and not RECORD_ID.fullmatch(record):
+        raise InputError(
+            f"--record {visible(record)}: not the id of a record", "an example_id has 32 hexadecimal digits; look a text up with --text"
+        )
 
 
 def exposed_models(index: Index, ids: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -264,14 +264,11 @@ def produce(
     used, scorer = [shared, *([judge.shared] if judge else [])], tasks.HeldOut(rewards) if rewards and splits else judge
     measured = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], scorer, params, method, out))
     shared.join()
-    change = audit.change()
-    document = document_of(history, change, _settings(params, method), compute, device, dtype)
-    document |= {"processes": place().size} if place().size > 1 else {}
+    change, signs = audit.change(), alignment.gamed(measured["watch"])
     prepared.save(out)
     sampled.write(out / FOLDER_OF_ANSWERS, names)
-    document |= {"step_0": start} if method.has_reference else {"reference": None}
+    document = document_of(history, change, _settings(params, method), compute, device, dtype) | _begun(start, method)
     _write_training(document, history, [*method.figures, *names], _ids(pairs["train"], method), sft, out, curve_file)
-    signs = alignment.gamed(measured["watch"])
     if pages:
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **({"components": names} if rewards else {})})
     report = Report(
@@ -294,6 +291,12 @@ def produce(
     if not report.failures:
         remove(checkpoints)
     return report
+
+
+def _begun(start: Mapping[str, float], method: AlignmentMethod) -> dict[str, Any]:
+    """What training.json says of the processes of a training, and of the policy before the first step."""
+    processes = {"processes": place().size} if place().size > 1 else {}
+    return processes | ({"step_0": start} if method.has_reference else {"reference": None})
 
 
 def _produce_in_processes(variant: str, params: Params, compute: Compute, folders: Mapping[str, Path | None]) -> Report:
