@@ -32,6 +32,7 @@ PHASES = {"dpo": "SFT, DPO", "kto": "SFT, KTO", "orpo": "SFT, ORPO", "simpo": "S
 SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 2.5e-4},
     "kto": {"learning_rate": 2.5e-4},
+    **{name: {"learning_rate": 2.5e-4} for name in ("orpo", "simpo", "cpo")},
     "rloo": {"learning_rate": 2e-4, "options": {"max_completion_length": 48}},
     "grpo": {"learning_rate": 2e-4, "options": {"max_completion_length": 48}},
     "ppo": {"options": {"response_length": 48, "learning_rate": 1e-4, "target_kl": 6.0, "horizon": 64}},

@@ -692,6 +692,19 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             "aligned.x.options.teacher.folder: models/x does not exist",
         ),
         (
+            {
+                "aligned": {
+                    "x": {
+                        "method": "gkd",
+                        "adapter": "lora",
+                        "options": {"teacher": {"folder": "models/x", "sha256": {}}},
+                        "peft": {"target_modules": ["q_proj", "lm_head"]},
+                    }
+                }
+            },
+            "aligned.x.peft.target_modules: TRL's GKD does not train lm_head",
+        ),
+        (
             {"compute": {"processes": 2}, "aligned": {"x": {"method": "simpo", "adapter": "lora", "sharding": {"fsdp": "full_shard"}}}},
             "aligned.x.sharding: simpo does not support it",
         ),

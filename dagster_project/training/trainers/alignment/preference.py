@@ -431,6 +431,10 @@ class Gkd(TrlMethod):
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest of these answers, in tokens."""
 
+    def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
+        if "lm_head" in str(getattr(params, "peft", {}).get("target_modules")):
+            raise InputError(f"params.yaml: {where}.peft.target_modules: TRL's GKD does not train lm_head", "leave it out")
+
     @property
     def given_teacher(self) -> Teacher:
         return self.teacher
