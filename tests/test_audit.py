@@ -43,6 +43,12 @@ def test_a_model_is_found_by_name_by_path_and_by_hash(finished: Path) -> None:
     assert audit(finished, by_name["model"]["md5"][:10]) == by_name
 
 
+def test_one_file_of_a_release_is_that_of_the_model_of_which_the_release_is_a_copy(finished: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "anything.safetensors"
+    weights.write_bytes((finished / "data/release/model.safetensors").read_bytes())
+    assert audit(finished, str(weights)) == audit(finished, "merged@lora")
+
+
 def test_the_diff_names_a_changed_record_and_the_audit_of_the_earlier_model_does_not_change(finished: Path) -> None:
     for command in (["git", "add", "-A"], ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "run"]):
         assert run(command, finished).returncode == 0

@@ -353,6 +353,32 @@ def test_a_model_leaves_as_safetensors_and_is_found_again(folder: Path, tmp_path
     assert code == 0 and found["verdict"] == "unverified" and found["verified"] is False and found["says"]["model"] == made["md5"]
 
 
+def test_one_file_of_a_model_is_found_by_its_hash_or_by_what_it_says(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project, made = recorded(tmp_path / "project", folder), tmp_path / "made"
+    here, elsewhere = ("--project", str(project.root)), ("--project", str(tmp_path))
+    plain = Path(shutil.copy(folder / "model.safetensors", tmp_path / "found.safetensors"))
+    code, found = ask(capsys, "audit", str(plain), *here)
+    assert code == 0 and found["model"]["stage"] == "merged@lora" and "a.jsonl" in found["sources"]
+    assert main(["audit", str(plain), *elsewhere]) == 2
+    assert "does not say where it is from" in capsys.readouterr().err
+
+    assert ask(capsys, "export", "merged@lora", "--format", "safetensors", "--out", str(made), *here)[0] == 0
+    exported = Path(shutil.copy(made / "model.safetensors", tmp_path / "exported.safetensors"))
+    code, found = ask(capsys, "audit", str(exported), *here)
+    assert code == 0 and found["verdict"] == "verified" and found["compared"]["file"] is True and "one of those" in found["means"]
+    assert found["lineage"]["model"]["stage"] == "merged@lora"
+    code, found = ask(capsys, "audit", str(exported), *elsewhere)
+    assert code == 0 and found["verdict"] == "unverified" and not found["verified"] and found["says"]["stage"] == "merged@lora"
+    flip(exported)
+    code, found = ask(capsys, "audit", str(exported), *here)
+    assert code == 1 and found["verdict"] == "different" and found["differs"] == ["exported.safetensors"]
+    flip(plain)
+    assert main(["audit", str(plain), *here]) == 2
+    assert "no output in history contains these files" in capsys.readouterr().err
+
+
 def test_a_fresh_clone_verifies_by_the_hash_of_the_whole_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project, copy = recorded(tmp_path / "project", folder), tmp_path / "copy"
     assert ask(capsys, "export", "merged@lora", "--format", "safetensors", "--out", str(copy), "--project", str(project.root))[0] == 0

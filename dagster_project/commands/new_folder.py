@@ -12,11 +12,12 @@ from dagster_project.core.errors import InputError
 
 
 @contextmanager
-def new_folder(place: Path) -> Iterator[Path]:
+def new_folder(place: Path, option: str = "--out") -> Iterator[Path]:
     """A folder beside `place` in which files are written, and that is renamed to it at the end. After an error nothing is left.
 
     Args:
-        place: the value of --out.
+        place: a folder that does not exist, or is empty.
+        option: the option that names it, for messages.
     Raises:
         InputError: nothing can be written there.
     """
@@ -25,7 +26,7 @@ def new_folder(place: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise InputError(f"--out {place}: {error.strerror}", "name a folder that can be written") from None
+        raise InputError(f"{option} {place}: {error.strerror}", "name a folder that can be written") from None
     try:
         made = scratch / "made"
         made.mkdir()

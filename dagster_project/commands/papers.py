@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.extras import missing_extra
+from dagster_project.commands.new_folder import new_folder
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import write_text
@@ -72,28 +72,19 @@ def hand_over(root: Path, model: str, folder: Path, issued: date | None, key_fil
     texts, document = all_formats(root, model, None, issued)
     attested = _attestations(target, key) if key else None
     try:
-        place = folder.resolve()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    except OSError as error:
-        raise InputError(f"--all {folder}: {error.strerror}", "name a folder that can be written") from None
-    try:
-        made.chmod(0o755)
-        found = _copy(target, made)
-        facts = _signed_facts(target, key, attested)
-        document = _complete({**document, **facts, "model_files": len(found.files)}, found)
-        _write(made, texts, document)
-        if key and attested:
-            (made / ATTESTATIONS).write_bytes(attested["content"])
-            write_text(made / PUBLIC_KEY, key.public.pem.decode())
-            signed = contents(made, IGNORED)
-            write_text(made / SIGNATURE, bundle(manifest(place.name, signed), key))
-            document["signature"]["files"] = len(signed.files)
-        made.replace(place)
+        with new_folder(folder, "--all") as made:
+            found = _copy(target, made)
+            facts = _signed_facts(target, key, attested)
+            document = _complete({**document, **facts, "model_files": len(found.files)}, found)
+            _write(made, texts, document)
+            if key and attested:
+                (made / ATTESTATIONS).write_bytes(attested["content"])
+                write_text(made / PUBLIC_KEY, key.public.pem.decode())
+                signed = contents(made, IGNORED)
+                write_text(made / SIGNATURE, bundle(manifest(folder.resolve().name, signed), key))
+                document["signature"]["files"] = len(signed.files)
     except OSError as error:
         raise InputError(f"--all {folder}: {error.strerror}", "name a folder with enough space that can be written") from None
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return {**document, "folder": str(folder), "page": PAGE}
 
 

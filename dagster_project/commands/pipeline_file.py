@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project import __version__
+from dagster_project.commands.adapter_reads import listed
 from dagster_project.core import params
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import is_code
@@ -109,8 +110,10 @@ class Update:
 
 
 def update_pipeline(root: Path, recorded: CodeLock) -> Update:
-    """Write dvc.yaml of this version over that of an earlier one, unless it was edited since, without stages that params.yaml leaves out."""
-    text, path = pipeline_text(left_out(root)), root / "dvc.yaml"
+    """Write dvc.yaml of this version over that of an earlier one, unless it was edited since: without stages that params.yaml leaves out, and with
+    what each adapter reads."""
+    adapters, path = params.read(root).get("adapter"), root / "dvc.yaml"
+    text = listed(pipeline_text(left_out(root)), adapters if isinstance(adapters, dict) else {})
     lock = current_lock(text)
     present = path.read_text(encoding="utf-8")
     if sha256_of_text(present) == recorded.pipeline:

@@ -113,7 +113,7 @@ class Subject:
 
 
 def find(index: Index, model: str, rev: str | None = None) -> Subject:
-    """The run that a name, a path, a content hash or a copied folder refers to. "REV:MODEL" refers to a revision, as in git.
+    """The run that a name, a path, a content hash or a copied folder or file refers to. "REV:MODEL" refers to a revision, as in git.
 
     Raises:
         InputError: nothing matches, or more than one run does.
@@ -136,6 +136,8 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
     hashes = (
         _outputs_copied_to(index, Path(model)) if path_exists(Path(model)) else index.outputs_with_prefix(model) if len(model) >= 6 else []
     )
+    if len(hashes) > 1 and Path(model).is_file():
+        hashes = _originals(index, hashes, lock)
     if len(hashes) > 1:
         raise InputError(f"{model} could be {', '.join(hashes)}", "give more of the hash")
     if hashes:
@@ -188,6 +190,14 @@ def _outputs_copied_to(index: Index, path_on_disk: Path) -> list[str]:
     weights = [md5 for name, md5 in listing.items() if name.endswith(WEIGHTS)]
     holders = [set(index.outputs_with_file(md5)) & index.runs_by_output.keys() for md5 in weights]
     return sorted(set.intersection(*holders)) if holders else []
+
+
+def _originals(index: Index, hashes: Sequence[str], lock: Mapping[str, StageRun]) -> list[str]:
+    """Those of the outputs with one file that are not copies of another one of them, as a release is; if there are several, those of the given lock."""
+    runs = {md5: index.runs_by_output[md5] for md5 in hashes if md5 in index.runs_by_output}
+    made = [md5 for md5, found in runs.items() if not any(index.is_copy(run) for run in found)] or [*runs]
+    here = [md5 for md5 in made if any(run in lock.values() for run in runs[md5])]
+    return sorted(made if len(made) == 1 or not here else here)
 
 
 def audit(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:

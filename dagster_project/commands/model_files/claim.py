@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,12 @@ class ClaimingFile:
 
     path: Path
     form: str
-    """gguf, or safetensors: a folder of a model."""
+    """gguf, or safetensors: a folder of a model, or one file of it."""
     claim: Claim
 
 
 def read(path: Path) -> ClaimingFile | None:
-    """The claim in a GGUF file, in a folder with one, or in a folder with safetensors; None if there is nothing of the kind, or it has no claim.
+    """The claim in a GGUF or safetensors file, or in a folder with such files; None if there is nothing of the kind, or it has no claim.
 
     Raises:
         InputError: a file is damaged, the files of a folder claim different origins, or a folder has several GGUF files.
@@ -112,6 +113,9 @@ def read(path: Path) -> ClaimingFile | None:
         if len(claims) > 1:
             raise InputError(f"{path}: its files claim to be parts of different models", "copy the folder again")
         return ClaimingFile(path, "safetensors", claims.pop()) if claims else None
+    if _is_safetensors(path):
+        claim = Claim.from_fields(safetensors_metadata.own_metadata(path))
+        return None if claim == Claim() else ClaimingFile(path, "safetensors", claim)
     if not (path.is_file() and gguf_metadata.is_gguf(path)):
         return None
     fields = gguf_metadata.read(path).fields
@@ -119,8 +123,12 @@ def read(path: Path) -> ClaimingFile | None:
     return None if claim == Claim() else ClaimingFile(path, "gguf", claim)
 
 
+def _is_safetensors(path: Path) -> bool:
+    return path.is_file() and fnmatch(path.name, WEIGHTS)
+
+
 def is_model_file(path: Path) -> bool:
-    """Whether a path is a GGUF file, or a folder with weights."""
+    """Whether a path is a GGUF or safetensors file, or a folder with weights."""
     if path.is_dir():
         return any(path.glob(GGUF)) or any(path.glob(WEIGHTS))
-    return path.is_file() and gguf_metadata.is_gguf(path)
+    return _is_safetensors(path) or (path.is_file() and gguf_metadata.is_gguf(path))

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.model_files.claim import RELEASE, TABLES, Claim, ClaimingFile, audit_hash, lock_hash
-from dagster_project.commands.model_files.safetensors_metadata import listing_without_pedigree
+from dagster_project.commands.model_files.safetensors_metadata import listing_without_pedigree, md5_without_pedigree
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.text import visible
 from dagster_project.lineage import lineage
 from dagster_project.lineage.history import Revision, commit_of
 from dagster_project.lineage.index import Index
 
+ONE_FILE = "verified: the file is one of those that this project recorded for the model, apart from the added metadata"
 VERDICTS = {
     "verified": "verified: all files are those that this project recorded for the model, apart from the added metadata",
     "different": "NOT VERIFIED: files, or what they say about their origin, differ from what this project recorded for the model",
@@ -46,9 +47,10 @@ def examine(root: Path | None, file: ClaimingFile) -> dict[str, Any]:
     found = lineage.document(subject)
     compared: dict[str, bool | None] = {"content hash in history": True, **_compared_claims(root, file.claim, subject, found)}
     differs = _differing_files(index, subject, file.path) if file.form == "safetensors" else None
-    compared["weights" if file.form == "gguf" else "files"] = None if differs is None else not differs
+    compared["weights" if file.form == "gguf" else "file" if file.path.is_file() else "files"] = None if differs is None else not differs
     verdict = "different" if False in compared.values() else "claimed" if differs is None else "verified"
-    return _judged(document, verdict, compared, differs, found)
+    judged = _judged(document, verdict, compared, differs, found)
+    return judged | {"means": ONE_FILE} if judged["verified"] and file.path.is_file() else judged
 
 
 def _judged(
@@ -101,11 +103,15 @@ def _is_recorded_at(root: Path, commit: str, model: str) -> bool | None:
 
 
 def _differing_files(index: Index, subject: lineage.Subject, folder: Path) -> list[str] | None:
-    """Files that are not as recorded, missing or added; None if the record of single files is not available here.
+    """Files that are not as recorded, missing or added; None if the record of single files is not available here. Of one file: the file itself, if no
+    file of the model is the same.
 
     A copy has all files of the model, apart from tables of records; so its hash as a whole is the recorded one where there are no such tables.
     Links to folders, devices and the like are in no record.
     """
+    if folder.is_file():
+        known = index.files(subject.run.md5)
+        return None if known is None else [] if md5_without_pedigree(folder) in known.values() else [folder.name]
     if others := sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_file_or_folder(path)):
         return others
     copied = listing_without_pedigree(folder)
