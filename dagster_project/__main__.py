@@ -378,7 +378,7 @@ def erase(options: argparse.Namespace) -> int:
 
 
 def why(options: argparse.Namespace) -> int:
-    """Rank the training records of a model by their likeness to a question and its answer, or list those that fit similar records the least."""
+    """Rank the training records of a model by their likeness to a question and its answer, or list those that fit the others the least."""
     if options.diff:
         return _why_diff(options)
     if not options.model:
@@ -418,7 +418,7 @@ def _index_gradients(options: argparse.Namespace) -> int:
 
 
 def _suspects(options: argparse.Namespace) -> int:
-    """List the records whose gradients fit those of similar records the least, and write them as a review queue."""
+    """List the records whose gradients fit those of the others the least, and write them as a review queue."""
     from dagster_project.commands import why_suspects as module
 
     if given := [name for name in (*QUESTION, "prove") if getattr(options, name)]:
@@ -444,7 +444,8 @@ def _why_diff(options: argparse.Namespace) -> int:
         raise InputError(f"why: --diff names both models: not with {options.model}", "leave it out")
     if options.html:
         _require_suffix("--html", options.html, HTML)
-    document = module.answer_diff(_project(options), *options.diff, options.top)
+    before, after = options.diff
+    document = module.answer_diff(_project(options), before, after, options.top)
     if options.html:
         from dagster_project.views.why_diff import why_diff_page
 
@@ -1073,7 +1074,7 @@ def _add_why(commands: Any) -> None:
         help="instead: for answers in which two versions differ, each as MODEL or REV:MODEL, the records of their difference",
     )
     add("--index", action="store_true", help="compute the gradients of all its training records, which questions need, once per training")
-    add("--suspects", action="store_true", help="list records whose gradients fit those of similar records the least, as a review queue")
+    add("--suspects", action="store_true", help="list records whose gradients fit those of the others the least, as a review queue")
     add("--prompt", metavar="TEXT", help="the question")
     add("--answer", metavar="TEXT", help="the answer to explain (default: the model's own most likely answer)")
     add("--span", metavar="TEXT", help="only this part of the answer, wherever it occurs in it (default: the whole answer)")

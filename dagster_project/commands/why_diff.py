@@ -223,12 +223,10 @@ def differing(other: str, text: str) -> list[tuple[int, int]]:
     >>> differing('{"category": "bug", "n": 1}', '{"category": "idea", "n": 1}')
     [(14, 18)]
     """
-    words = [[*re.finditer(r"\w+|[^\w\s]", one)] for one in (other, text)]
-    matcher = SequenceMatcher(None, *([match.group() for match in one] for one in words), autojunk=False)
+    old, new = ([*re.finditer(r"\w+|[^\w\s]", one)] for one in (other, text))
+    matcher = SequenceMatcher(None, [match.group() for match in old], [match.group() for match in new], autojunk=False)
     return [
-        (words[1][start].start(), words[1][stop - 1].end())
-        for tag, _, _, start, stop in matcher.get_opcodes()
-        if tag != "equal" and stop > start
+        (new[start].start(), new[stop - 1].end()) for tag, _, _, start, stop in matcher.get_opcodes() if tag != "equal" and stop > start
     ]
 
 

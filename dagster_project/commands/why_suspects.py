@@ -1,4 +1,4 @@
-"""`pedigree why --suspects`: records whose gradients do not fit those of similar records, as a queue for people to look at (docs/why.md)."""
+"""`pedigree why --suspects`: records whose gradients do not fit those of the others, as a queue for people to look at (docs/why.md)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ CHECK = "conflicting_responses"
 """The check that the queue names: of those whose rows can be reviewed, the one on answers that contradict others."""
 NAME = "suspects"
 """Files about the queue in the folder of pages of `instructions`."""
-CAVEAT = (
-    "Ranks and scores say how well gradients fit those of similar records. A rare but right answer can be among the first: look at each."
-)
+CAVEAT = "Ranks and scores say how well gradients fit those of the others. A rare but right answer can be among the first: look at each."
 
 
 def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The document of `pedigree why --suspects` -> one page: records whose gradients do not fit those of similar ones, for people to look at."""
+"""The document of `pedigree why --suspects` -> one page: records whose gradients do not fit those of the others, for people to look at."""
 
 from __future__ import annotations
 

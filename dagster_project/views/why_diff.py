@@ -31,7 +31,7 @@ def why_diff_page(document: Mapping[str, Any]) -> str:
         "Notes": [*(f"Also different, and not explained by records: {line}" for line in others), *document["notes"]],
     }
     before, after = ({"stage": one["stage"], "md5": one["md5"][:12]} for one in document["models"])
-    return render("why_diff.jinja", "Which records changed these answers?", sections, before=before, after=after, figures=figures)
+    return render("why_diff.jinja", "Answers that changed, and records like them", sections, before=before, after=after, figures=figures)
 
 
 def _answer(one: Mapping[str, Any]) -> dict[str, Any]:
