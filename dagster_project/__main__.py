@@ -228,6 +228,7 @@ def audit(options: argparse.Namespace) -> int:
     """Show the data, parameters and code behind a model, or the differences between two models."""
     from dagster_project.commands import where as module
     from dagster_project.lineage import lineage, registered
+    from dagster_project.lineage.attribution import owners
     from dagster_project.lineage.diff import as_text, diff
     from dagster_project.lineage.index import Index
     from dagster_project.views.lineage import lineage_page
@@ -261,7 +262,10 @@ def audit(options: argparse.Namespace) -> int:
             document["records"]["list"] = listed
     if options.where:
         document["where"] = module.where(root, document["stages"])
-    _print(options, document, lambda found: "\n".join([lineage.as_text(found), *(module.as_text(found["where"]) if options.where else ())]))
+    stores = owners.stores_of(root, subject)
+    document |= {"gradients": stores} if stores else {}
+    shown = [*owners.as_text(stores), *(module.as_text(document["where"]) if options.where else ())]
+    _print(options, document, lambda found: "\n".join([lineage.as_text(found), *shown]))
     verdict = document["use_policy"] if options.as_of else {}
     return 1 if verdict.get("violations") and "waiver" not in verdict else 0
 
@@ -382,16 +386,18 @@ def erase(options: argparse.Namespace) -> int:
 
 
 def why(options: argparse.Namespace) -> int:
-    """Rank the training records of a model by their likeness to a question and its answer, and test the first by training again without them."""
+    """Rank the training records of a model by their likeness to a question and its answer, or list those that fit the others the least."""
+    if options.diff:
+        return _why_diff(options)
+    if not options.model:
+        raise InputError("why: no MODEL given", "name a model, or two with --diff")
+    if options.suspects:
+        return _suspects(options)
+    if options.prompt is None:
+        return _index_gradients(options)
     from dagster_project.commands import why as module
     from dagster_project.commands.why_question import Options
 
-    if options.prompt is None:
-        given = [name for name in ("answer", "span", "system", "html") if getattr(options, name) is not None]
-        if not options.index or given or options.prove:
-            raise InputError("why: --prompt is required" + (f" with --{given[0]}" if given else ""), "see `pedigree why --help`")
-        _print(options, module.index(_project(options), options.model), module.as_text)
-        return 0
     if options.html:
         _require_suffix("--html", options.html, HTML)
     asked = Options(options.prompt, options.answer, options.span, options.system, options.top)
@@ -399,10 +405,76 @@ def why(options: argparse.Namespace) -> int:
     if options.html:
         from dagster_project.views.why import why_page
 
-        _write("--html", Path(options.html), why_page(document))
-        log.info(f"page: {options.html}")
+        _write_page(options, why_page(document))
     _print(options, document, module.as_text)
     return 1 if options.prove and not document["proof"]["supported"] else 0
+
+
+QUESTION = ("prompt", "answer", "span", "system")
+"""Options of `why` that belong to a question."""
+
+
+def _index_gradients(options: argparse.Namespace) -> int:
+    """Compute the gradients of a model alone."""
+    from dagster_project.commands import why as module
+
+    given = [name for name in (*QUESTION, "html") if getattr(options, name) is not None]
+    if not options.index or given or options.prove:
+        raise InputError("why: --prompt is required" + (f" with --{given[0]}" if given else ""), "see `pedigree why --help`")
+    _print(options, module.index(_project(options), options.model), module.as_text)
+    return 0
+
+
+def _suspects(options: argparse.Namespace) -> int:
+    """List the records whose gradients fit those of the others the least, and write them as a review queue."""
+    from dagster_project.commands import why_suspects as module
+
+    if given := [name for name in (*QUESTION, "prove") if getattr(options, name)]:
+        raise InputError(f"why: --suspects is about all records: not with --{given[0]}", "leave it out")
+    if options.html:
+        _require_suffix("--html", options.html, HTML)
+    document = module.suspects(_project(options), options.model, options.top, options.index)
+    if options.html:
+        from dagster_project.views.suspects import suspects_page
+
+        _write_page(options, suspects_page(document))
+    _print(options, document, module.as_text)
+    return 0
+
+
+def _why_diff(options: argparse.Namespace) -> int:
+    """Rank the records of the difference between two versions of a model for each answer that changed."""
+    from dagster_project.commands import why_diff as module
+
+    if given := [name for name in (*QUESTION, "prove", "index", "suspects") if getattr(options, name)]:
+        raise InputError(f"why: --diff compares recorded answers: not with --{given[0]}", "leave it out")
+    if options.model:
+        raise InputError(f"why: --diff names both models: not with {options.model}", "leave it out")
+    if options.html:
+        _require_suffix("--html", options.html, HTML)
+    before, after = options.diff
+    document = module.answer_diff(_project(options), before, after, options.top)
+    if options.html:
+        from dagster_project.views.why_diff import why_diff_page
+
+        _write_page(options, why_diff_page(document))
+    _print(options, document, module.as_text)
+    return 0
+
+
+def bisect(options: argparse.Namespace) -> int:
+    """Find the commit whose data made a model give another answer, by binary search, and the rows of that commit that are most like it."""
+    from dagster_project.commands import bisect as module
+
+    asked = module.Asked(options.prompt, options.expect, options.system)
+    document = module.bisect(_project(options), options.model, asked, options.good, options.bad, options.train, options.top)
+    _print(options, document, module.as_text)
+    return 0 if document["verdict"] == "found" else 1
+
+
+def _write_page(options: argparse.Namespace, page: str) -> None:
+    _write("--html", Path(options.html), page)
+    log.info(f"page: {options.html}")
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -758,6 +830,7 @@ def parser() -> argparse.ArgumentParser:
     _add_lineage_commands(commands)
     _add_erase(commands)
     _add_why(commands)
+    _add_bisect(commands)
     _add_evaluation_commands(commands)
     _add_chat(commands)
     _add_serve(commands)
@@ -1021,16 +1094,41 @@ def _add_systems(command: argparse.ArgumentParser) -> None:
 
 def _add_why(commands: Any) -> None:
     add = _add_command(commands, why).add_argument
-    add("model", metavar="MODEL", help="adapter@VARIANT, merged@VARIANT, release, ... as for `audit`")
+    add("model", nargs="?", metavar="MODEL", help="adapter@VARIANT, merged@VARIANT, release, ... as for `audit`")
+    add(
+        "--diff",
+        nargs=2,
+        metavar=("A", "B"),
+        help="instead: for answers in which two versions differ, each as MODEL or REV:MODEL, the records of their difference",
+    )
     add("--index", action="store_true", help="compute the gradients of all its training records, which questions need, once per training")
+    add("--suspects", action="store_true", help="list records whose gradients fit those of the others the least, as a review queue")
     add("--prompt", metavar="TEXT", help="the question")
     add("--answer", metavar="TEXT", help="the answer to explain (default: the model's own most likely answer)")
     add("--span", metavar="TEXT", help="only this part of the answer, wherever it occurs in it (default: the whole answer)")
     add("--system", metavar="TEXT", help="system prompt; '' for none (default: that of the training records, if all have the same)")
-    add("--top", type=_count, default=10, metavar="N", help="records to show, and to leave out with --prove (default: %(default)s)")
+    add(
+        "--top",
+        type=_count,
+        default=10,
+        metavar="N",
+        help="records to show, or to queue, and to leave out with --prove (default: %(default)s)",
+    )
     add("--prove", action="store_true", help="train again without these records, and without as many random ones, and compare")
     add("--draws", type=_count, default=3, metavar="N", help="with --prove: sets of random records (default: %(default)s)")
     add("--html", metavar="FILE.html", help="also write one self-contained page")
+
+
+def _add_bisect(commands: Any) -> None:
+    add = _add_command(commands, bisect).add_argument
+    add("model", metavar="MODEL", help="adapter@VARIANT, merged@VARIANT, release, ... as for `why`")
+    add("--prompt", required=True, metavar="TEXT", help="the question")
+    add("--expect", required=True, metavar="TEXT", help="a text that the right answer contains")
+    add("--system", metavar="TEXT", help="system prompt (default: none)")
+    add("--good", metavar="REV", help="a commit that is known to give the right answer (default: the oldest with the model)")
+    add("--bad", metavar="REV", help="a commit that is known not to (default: HEAD)")
+    add("--train", action="store_true", help="make models that are not in the cache again, in a scratch clone, as `verify` does")
+    add("--top", type=_count, default=10, metavar="N", help="rows to show (default: %(default)s)")
 
 
 def _add_chat(commands: Any) -> None:

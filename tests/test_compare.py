@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from dagster_project.__main__ import main
 from dagster_project.evaluation.comparison import FEWEST, advice, board, headline, recommended
 from dagster_project.evaluation.metrics import Task, measures, score
-from dagster_project.views.comparison import Sample, comparison_page
+from dagster_project.views.comparison import Sample, Why, comparison_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
@@ -275,6 +277,27 @@ def test_the_page_escapes_all_text_and_needs_no_network() -> None:
     shown = comparison_page(document(), samples(), {})
     assert shown.count("<script") == 1 and "<img" not in shown and "src=" not in re.sub("&lt;.*?&gt;", "", shown)
     assert "training |" not in shown and "peak memory" not in shown, "what was not measured here has no column"
+
+
+def test_wrong_answers_of_supervised_variants_come_with_the_command_that_asks_why() -> None:
+    """The command line asks this very question, and the page of its answer is linked once it exists."""
+    rows = [
+        Sample("Where's it?", "x", None, {"lora": ("$(rm) `a`", 0.0), "few_shot": ("y", 0.0)}),
+        Sample("right", "x", None, {"lora": ("x", 1.0), "few_shot": ("x", 1.0)}),
+        Sample("two\nlines", "x", None, {"lora": ("z", 0.0), "few_shot": ("y", 0.0)}),
+        Sample("hidden\u200b", "x", None, {"lora": ("z", 0.0), "few_shot": ("y", 0.0)}),
+        Sample("empty", "x", None, {"lora": (" ", 0.0), "few_shot": ("y", 0.0)}),
+    ]
+    shown = comparison_page(document(), rows, {}, Why(frozenset({"lora"})))
+    [command] = {html.unescape(found) for found in re.findall("<code>(pedigree why .*?)</code>", shown)}
+    parts = shlex.split(command)
+    assert parts[:3] == ["pedigree", "why", "merged@lora"] and parts[parts.index("--prompt") + 1] == "Where's it?"
+    assert parts[parts.index("--answer") + 1] == "$(rm) `a`"
+    page = parts[parts.index("--html") + 1]
+    assert page.startswith("data/pages/why/") and "<a href=" not in shown.partition('id="samples"')[2]
+    linked = comparison_page(document(), rows, {}, Why(frozenset({"lora"}), frozenset({page.rpartition("/")[2]})))
+    assert f'<a href="../why/{page.rpartition("/")[2]}">' in linked
+    assert "pedigree why " not in comparison_page(document(), rows, {}, Why()), "an aligned variant cannot be asked"
 
 
 def test_without_answers_the_page_compares_perplexities() -> None:

@@ -173,3 +173,21 @@ def test_without_an_index_the_next_step_is_named(root: Path, capsys: pytest.Capt
     assert why(root, *QUESTION) == 2
     assert "add --index" in capsys.readouterr().err
     assert main(["why", "nothing@here", "--index", "--project", str(root)]) == 2
+
+
+def test_an_audit_lists_the_gradients_of_the_very_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def listed() -> Any:
+        assert main(["audit", MODEL, "--json", "--project", str(root)]) == 0
+        return document(capsys).get("gradients")
+
+    [store] = stores(root)
+    size = sum(path.stat().st_size for path in store.glob("*.safetensors"))
+    assert listed() == [{"stage": MODEL, "folder": store.relative_to(root).as_posix(), "records": 28, "bytes": size}]
+    assert main(["audit", MODEL, "--project", str(root)]) == 0
+    assert f"{MODEL}: {store.relative_to(root).as_posix()}, 28 records" in capsys.readouterr().out
+    manifest = json.loads((store / "store.json").read_text())
+    manifest["identity"]["adapter"] = "0" * 64
+    (store / "store.json").write_text(json.dumps(manifest))
+    assert listed() is None, "a store of another training of the same stage"
+    shutil.rmtree(store)
+    assert listed() is None

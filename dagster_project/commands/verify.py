@@ -62,7 +62,7 @@ def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -
         "causes": [],
         "machine": elsewhere.compared(None, None),
     }
-    with closing(_reproduce(at, lock, addresses)) as reproduced:
+    with closing(reproduce(at, lock, addresses)) as reproduced:
         for one in reproduced:
             judged = one.judged
             document["changed"] += one.changed
@@ -89,7 +89,7 @@ def verdicts(root: Path, stages: Sequence[str]) -> dict[str, str]:
     lock = at.lock()
     above = {stage: [*ancestors(lock, stage), stage] for stage in stages}
     addresses = list(dict.fromkeys(name for names in above.values() for name in names))
-    with closing(_reproduce(at, lock, addresses)) as reproduced:
+    with closing(reproduce(at, lock, addresses)) as reproduced:
         found = {one.name: one.judged.verdict for one in reproduced}
     return {stage: max((found[name] for name in names), key=VERDICTS.index) for stage, names in above.items()}
 
@@ -110,7 +110,7 @@ class _Reproduced:
         return self.outputs.causes(self.name, self.judged.machine)
 
 
-def _reproduce(at: Revision, lock: dict[str, Any], addresses: Sequence[str]) -> Generator[_Reproduced]:
+def reproduce(at: Revision, lock: dict[str, Any], addresses: Sequence[str]) -> Generator[_Reproduced]:
     """Run stages in a clone, each from the recorded outputs of those before it.
 
     Args:

@@ -33,7 +33,7 @@ CAVEAT = "Ranks and scores say how alike gradients and words are, not what would
 def index(root: Path, model: str) -> dict[str, Any]:
     """Compute the gradients of all records that a model was trained on."""
     found = target(root, model)
-    return {"model": _model(found), "index": found.index()}
+    return {"model": model_of(found), "index": found.index()}
 
 
 def answer_why(root: Path, model: str, options: Options, with_index: bool, draws: int | None) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def ask(root: Path, model: str, options: Options, with_index: bool) -> tuple[dic
     words = next(bm25(documents, [f"{options.prompt} {_content(asked)}"]))
     ranking = Ranking.of(cosines(gradients, found.projection.project(gradient).numpy()), words)
     document = {
-        "model": _model(found),
+        "model": model_of(found),
         **({"index": indexed} if indexed else {}),
         "question": {
             "system": system,
@@ -86,7 +86,7 @@ def ask(root: Path, model: str, options: Options, with_index: bool) -> tuple[dic
     return document, found, asked
 
 
-def _model(found: Target) -> dict[str, str]:
+def model_of(found: Target) -> dict[str, str]:
     return {"asked": found.asked, "stage": found.run.address, "path": found.run.path, "md5": found.run.md5}
 
 
@@ -155,8 +155,8 @@ def _distribution(ranking: Ranking) -> dict[str, Any]:
     }
 
 
-def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[str, Any]]:
-    """The first records by fused rank, each with its place, use and scores. Secrets and personal data in texts are masked."""
+def places_of(found: Target) -> dict[str, dict[str, Any]]:
+    """Id of each record of a training -> its source, source row and steps."""
     seen, _ = trained_on(found.subject)
     places: dict[str, dict[str, Any]] = {}
     for row in seen.iter_rows(named=True) if seen is not None else ():
@@ -164,18 +164,36 @@ def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[
             also = {"also_in": row["also_in"]} if row.get("also_in") else {}
             known = places.setdefault(row["example_id"], {"source": row["source"], "source_row": row["source_row"], **also, "steps": []})
             known["steps"].append(row["step"])
+    return places
+
+
+def shown_texts(texts: Texts, record: TrainedRecord) -> dict[str, str]:
+    """Prompt and answer of a record, cut; secrets and personal data in them are masked."""
+    prompt, response = (cut(mask(text[: 20 * EXCERPT]), EXCERPT) for text in texts.of(record))
+    return {"prompt": prompt, "answer": response}
+
+
+def place_text(hit: Mapping[str, Any]) -> str:
+    """Source and row of a record, its id and the steps that it was trained in."""
+    row = "" if hit["source_row"] is None else f":{hit['source_row']}"
+    place = f"{hit['source']}{row}" if hit["source"] else "source unknown"
+    steps = ", ".join(map(str, hit["steps"][:6])) + (", ..." if len(hit["steps"]) > 6 else "")
+    return f"{place}  {hit['example_id'][:8]}  steps {steps}"
+
+
+def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[str, Any]]:
+    """The first records by fused rank, each with its place, use and scores."""
+    places = places_of(found)
     hits = []
     for i in ranking.order("fused")[:top]:
         record = found.records[i]
-        prompt, response = (cut(mask(text[: 20 * EXCERPT]), EXCERPT) for text in texts.of(record))
         hits.append(
             {
                 "rank": int(ranking.rank[i]),
                 "example_id": record.example_id,
                 **places[record.example_id],
                 "split": "train",
-                "prompt": prompt,
-                "answer": response,
+                **shown_texts(texts, record),
                 "gradient": {
                     "rank": int(ranking.gradient_rank[i]),
                     "score": round(float(ranking.gradient[i]), 4),
@@ -189,12 +207,7 @@ def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
-    lines = []
-    if index := document.get("index"):
-        lines += [
-            f"{document['model']['stage']}: gradients of {index['records']} records in {index['folder']},"
-            f" {index['bytes'] / 1e6:.1f} MB, {index['computed']} computed now"
-        ]
+    lines = index_lines(document)
     if "question" not in document:
         return "\n".join(lines)
     checked = []
@@ -202,6 +215,16 @@ def as_text(document: Mapping[str, Any]) -> str:
         checked = lines_of_proof(document["proof"])
     notes = [f"note: {note}" for note in document["notes"]]
     return "\n".join([*lines, *_question_lines(document), "", *_hit_lines(document), *checked, *notes])
+
+
+def index_lines(document: Mapping[str, Any]) -> list[str]:
+    """What was computed for the question, if anything."""
+    if not (index := document.get("index")):
+        return []
+    return [
+        f"{document['model']['stage']}: gradients of {index['records']} records in {index['folder']},"
+        f" {index['bytes'] / 1e6:.1f} MB, {index['computed']} computed now"
+    ]
 
 
 def _question_lines(document: Mapping[str, Any]) -> list[str]:
@@ -222,12 +245,9 @@ def _hit_lines(document: Mapping[str, Any]) -> list[str]:
     lines = ["rank  gradient (rank, z)     BM25 (rank)    source"]
     for hit in document["hits"]:
         by, words = hit["gradient"], hit["bm25"]
-        row = "" if hit["source_row"] is None else f":{hit['source_row']}"
-        place = f"{hit['source']}{row}" if hit["source"] else "source unknown"
-        steps = ", ".join(map(str, hit["steps"][:6])) + (", ..." if len(hit["steps"]) > 6 else "")
         lines += [
             f"{hit['rank']:>4}  {by['score']:+.3f} ({by['rank']:>4}, {by['z']:+5.1f})  {words['score']:>6.2f} ({words['rank']:>4})"
-            f"  {place}  {hit['example_id'][:8]}  steps {steps}",
+            f"  {place_text(hit)}",
             f"      {hit['prompt']}",
             f"      -> {hit['answer']}",
         ]

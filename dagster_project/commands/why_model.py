@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.params import Compute
 from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import REFUSED, TrainedModel
+from dagster_project.lineage.attribution.owners import OWNER, owner_of
 from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.records import TrainedRecord, trained_records
@@ -31,13 +31,11 @@ from dagster_project.training.trainers.harness.params import AdapterParams
 
 ADAPTER, TOKENIZED, BASE_MODEL = "adapter", "data/tokenized", "data/base_model"
 FROM_PAIRS = ("reward_model", "aligned", "merged_aligned")
-OWNER = "model.json"
-"""File in the folder of a store: which stage it is of, so that a variant has one store at most."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One trained adapter of the workspace."""
+    """One trained adapter, with the files of its training."""
 
     root: Path
     asked: str
@@ -45,7 +43,8 @@ class Target:
     subject: Subject
     run: StageRun
     """The training of the adapter."""
-    trained: TrainedModel | None = field(default=None)
+    place: Path
+    """Folder in which data/ has the files of the training: the project, or one to which an earlier version was restored."""
 
     @property
     def variant(self) -> str:
@@ -53,15 +52,15 @@ class Target:
 
     @property
     def folder(self) -> Path:
-        return self.root / self.run.path
+        return self.place / self.run.path
 
     @property
     def tokenized(self) -> Path:
-        return self.root / TOKENIZED
+        return self.place / TOKENIZED
 
     @property
     def base_model(self) -> Path:
-        return self.root / BASE_MODEL
+        return self.place / BASE_MODEL
 
     @cached_property
     def training(self) -> dict[str, Any]:
@@ -155,7 +154,7 @@ class Target:
             raise Busy(f"{self.run.address} is being used by {holder}", "wait for it to end, then run the same command again")
 
         with locks.hold(self.root, self.run.address, refuse, command):
-            _refuse_other_files(self.root, self.subject.index, self.run)  # they may have changed before the lock was held
+            _refuse_other_files(self.place, self.run)  # they may have changed before the lock was held
             yield
 
     def _remove_others(self) -> None:
@@ -163,14 +162,6 @@ class Target:
         for file in (self.root / GRADIENTS).glob(f"*/{OWNER}"):
             if file.parent != self.store.folder and owner_of(file) == self.run.address:
                 remove(file.parent)
-
-
-def owner_of(file: Path) -> str | None:
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found.get("stage") if isinstance(found, dict) else None
 
 
 def target(root: Path, model: str) -> Target:
@@ -182,6 +173,19 @@ def target(root: Path, model: str) -> Target:
         InputError: its answers cannot be attributed, or the files of its training are not in the workspace.
     """
     subject = find(Index(root), model)
+    run = adapter_of(subject, model)
+    _refuse_other_files(root, run)
+    found = Target(root, model, subject, run, root)
+    refuse_method(found)
+    return found
+
+
+def adapter_of(subject: Subject, model: str) -> StageRun:
+    """The training of the adapter that a model was made from.
+
+    Raises:
+        InputError: it was made from none, or learned from preference pairs.
+    """
     models = subject.models
     if aligned := next((run for run in models if run.address.partition("@")[0] in FROM_PAIRS), None):
         raise InputError(
@@ -191,22 +195,30 @@ def target(root: Path, model: str) -> Target:
     adapters = [run for run in models if run.address.partition("@")[0] == ADAPTER]
     if len(adapters) != 1:
         raise InputError(f"{model} was not made from one supervised adapter of this project", "name adapter@VARIANT or merged@VARIANT")
-    [run] = adapters
-    _refuse_other_files(root, subject.index, run)
-    method = AdapterInfo.read(root / run.path).method
-    if method in REFUSED:
-        raise InputError(f"{run.address}: answers of {method} cannot be attributed: {REFUSED[method]}", "ask another variant")
-    return Target(root, model, subject, run)
+    return adapters[0]
 
 
-def _refuse_other_files(root: Path, index: Index, run: StageRun) -> None:
+def refuse_method(found: Target) -> None:
     """Raises:
-    InputError: the workspace has no adapter, tokenized data or base model, or other ones than those of this training.
+    InputError: the answers of its method cannot be attributed.
     """
+    method = AdapterInfo.read(found.folder).method
+    if method in REFUSED:
+        raise InputError(f"{found.run.address}: answers of {method} cannot be attributed: {REFUSED[method]}", "ask another variant")
+
+
+def needed(run: StageRun) -> dict[str, str]:
+    """Path of the adapter, the tokenized data and the base model of a training -> hash of each as recorded."""
     inputs = {path: md5 for path, _, md5 in run.inputs}
-    needed: Mapping[str, str] = {run.path: run.md5, TOKENIZED: inputs.get(TOKENIZED, ""), BASE_MODEL: inputs.get(BASE_MODEL, "")}
-    for path, md5 in needed.items():
-        listing = listing_of(root / path)
+    return {run.path: run.md5, TOKENIZED: inputs.get(TOKENIZED, ""), BASE_MODEL: inputs.get(BASE_MODEL, "")}
+
+
+def _refuse_other_files(place: Path, run: StageRun) -> None:
+    """Raises:
+    InputError: there is no adapter, tokenized data or base model, or they are other ones than those of this training.
+    """
+    for path, md5 in needed(run).items():
+        listing = listing_of(place / path)
         if not listing:
             raise InputError(f"{path}, which {run.address} needs, is not in the workspace", f"restore it with `dvc checkout {path}`")
         if md5 != md5_of_folder(listing):

@@ -8,12 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.why_model import OWNER, Target, owner_of
+from dagster_project.commands.why_model import Target
 from dagster_project.commands.why_question import Question
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import TrainedModel
+from dagster_project.lineage.attribution.owners import OWNER, owner_of
 from dagster_project.lineage.attribution.proof import LEAST_DRAWS, MOST_DRAWS, PROOFS, Verdict, draws, fits, name_of, zero_weights
 from dagster_project.stages import adapter
 

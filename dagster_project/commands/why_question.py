@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dagster_project.core import params
 from dagster_project.core.chat import IGNORE, encode_pieces, examples_of
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
-from dagster_project.core.messages import Messages
+from dagster_project.core.messages import Messages, Tools
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.attribution.records import Example
 from dagster_project.lineage.history import listing_of
@@ -62,16 +62,25 @@ def question(found: Target, options: Options, system: str | None) -> Question:
     return tokenize(tokenizer_of(found), [*prompt, reply], options.span)
 
 
-def tokenize(tokenizer: Any, messages: Messages, span: str | None) -> Question:
+def tokenize(tokenizer: Any, messages: Messages, span: str | None, tools: Tools = None) -> Question:
     """A question of which the last message is the answer.
 
     Raises:
         InputError: as `question`.
     """
-    pieces = examples_of(tokenizer, {"messages": messages, "tools": None})[-1]
+    return tokenize_parts(tokenizer, messages, lambda turn: [(0, len(turn))] if span is None else _find(turn, span), tools)
+
+
+def tokenize_parts(tokenizer: Any, messages: Messages, parts: Callable[[str], Sequence[tuple[int, int]]], tools: Tools = None) -> Question:
+    """As `tokenize`, for parts of the answer given by their bounds.
+
+    Args:
+        parts: the answer as the chat template writes it -> bounds of what is asked about.
+    """
+    pieces = examples_of(tokenizer, {"messages": messages, "tools": tools})[-1]
     last = max(i for i, (_, is_trained) in enumerate(pieces) if is_trained)
     turn = pieces[last][0]
-    spans = [(0, len(turn))] if span is None else _find(turn, span)
+    spans = parts(turn)
     input_ids: list[int] = []
     labels: list[int] = []
     for i, ((text, _), ids) in enumerate(zip(pieces, encode_pieces(tokenizer, [pieces])[0], strict=True)):

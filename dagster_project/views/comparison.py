@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_project.core.context import Documents, measured
+from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.messages import Message
 from dagster_project.core.records import write_text
-from dagster_project.core.text import NAMES, TITLES, many, number
+from dagster_project.core.text import NAMES, TITLES, many, number, visible
 from dagster_project.views.conversations import conversation, parts
 from dagster_project.views.html import Figure, Plot, Shape, Table, brief, cut, label, render, shape
 
@@ -20,6 +23,8 @@ MAX_QUESTIONS = 200
 """Questions shown on the page."""
 MAX_CHARACTERS = 1_200
 """Characters shown of a text."""
+WHY = "data/pages/why"
+"""Folder of the pages that `pedigree why` writes for the commands on this page."""
 
 Measured = Mapping[str, Mapping[str, float]]
 """Variant -> measurements of its training on this machine, by name."""
@@ -49,16 +54,47 @@ def draw_comparison(documents: Documents) -> None:
         return
     samples = [Sample(**sample) for sample in view["samples"]]
     measurements = {variant: measured(documents.root, f"{stage}@{variant}") for variant, stage in view["trained"].items()}
-    write_text(documents.pages / "comparison.html", comparison_page({**document, "headline": view["headline"]}, samples, measurements))
+    folder = documents.root / WHY
+    why = Why(
+        frozenset(variant for variant, stage in view["trained"].items() if stage == "adapter"),
+        frozenset(path.name for path in folder.glob("*.html")),
+    )
+    write_text(documents.pages / "comparison.html", comparison_page({**document, "headline": view["headline"]}, samples, measurements, why))
 
 
-def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], measurements: Measured) -> str:
+@dataclass(frozen=True)
+class Why:
+    """What `pedigree why` can be asked, and the pages that it has written."""
+
+    variants: frozenset[str] = frozenset()
+    """Supervised variants: others cannot be asked."""
+    pages: frozenset[str] = frozenset()
+
+    def of(self, sample: Sample, name: str) -> dict[str, str] | None:
+        """The command that asks why a system gave its answer, and its page if there is one; None for what a command line cannot ask.
+
+        A prompt of several lines can be several turns, which `pedigree why` would ask as one.
+        """
+        answer = sample.answers[name][0]
+        text = f"{sample.prompt}{answer}"
+        if name not in self.variants or sample.conversation or name in sample.messages or not answer.strip() or "\n" in sample.prompt:
+            return None
+        if len(text) > MAX_CHARACTERS or visible(text) != text:
+            return None
+        model = f"merged@{name}"
+        page = f"{sha256_of_text(json.dumps([model, sample.prompt, answer]))[:12]}.html"
+        parts = ["pedigree", "why", model, "--index", "--prompt", sample.prompt, "--answer", answer, "--html", f"{WHY}/{page}"]
+        return {"command": shlex.join(parts), "page": f"../why/{page}" if page in self.pages else ""}
+
+
+def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], measurements: Measured, why: Why | None = None) -> str:
     """The page of a comparison.
 
     Args:
         document: of comparison.json, with its `headline`.
         samples: in any order.
         measurements: time and memory of each variant's training.
+        why: what can be asked about wrong answers.
     """
     order = _order(document)
     sections = {
@@ -67,7 +103,7 @@ def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], meas
         "Retention": [_change(name, found) for name in order if (found := document["compared"].get(name, {}).get("retention"))],
         "Measures": _measures(document["scores"], order) if document["scores"] else None,
         "Labels": _labels(document["scores"], order),
-        "Answers": _answers(document, order, samples) if samples else None,
+        "Answers": _answers(document, order, samples, why or Why()) if samples else None,
     }
     found, test = document["recommended"], document["test"]
     seen = "none of them seen in training" if not test["seen"] else f"{number(test['seen'])} of them seen in training"
@@ -259,7 +295,7 @@ def _labels(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> Ta
     return Table("F1 of each label", ["", "test examples", *map(_title, order)], rows, folded=False, region="Labels")
 
 
-def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequence[Sample]) -> dict[str, Any]:
+def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequence[Sample], why: Why) -> dict[str, Any]:
     """Answers to each question, worst errors of the recommended variant first: those that most other systems answered correctly."""
     variants = [name for name in order if name in document["compared"]]
     subject = document["recommended"]["variant"] if document["recommended"]["variant"] in order else (variants or order)[0]
@@ -275,20 +311,19 @@ def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequenc
         "more": f" The worst {MAX_QUESTIONS} of {number(len(samples))} are shown." if len(samples) > MAX_QUESTIONS else "",
         "systems": [_title(name) for name in order],
         "categories": categories,
-        "samples": [_sample(sample, order, categories) for sample in worst],
+        "samples": [_sample(sample, order, categories, why) for sample in worst],
     }
 
 
-def _sample(sample: Sample, order: Sequence[str], categories: Sequence[str]) -> dict[str, Any]:
+def _sample(sample: Sample, order: Sequence[str], categories: Sequence[str], why: Why) -> dict[str, Any]:
     """One question. A score below 1/2 counts as wrong."""
     wrong = [i for i, name in enumerate(order) if sample.answers[name][1] < 0.5]
     answers = []
     for i, name in enumerate(order):
         answer, value = sample.answers[name]
         mark = ("✕ wrong" if i in wrong else "✓ right") if value in {0, 1} else f"{value:.2f}"
-        answers.append(
-            (_short(name), "bad" if i in wrong else "fine", mark, answer, parts(sample.messages[name]) if name in sample.messages else [])
-        )
+        rich = parts(sample.messages[name]) if name in sample.messages else []
+        answers.append((_short(name), "bad" if i in wrong else "fine", mark, answer, rich, why.of(sample, name) if i in wrong else None))
     return {
         "prompt": sample.prompt,
         "reference": sample.reference,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dagster_project.core.context import Documents
+from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import report_of
 from dagster_project.core.records import write_text
 from dagster_project.core.severity import Shown, shown
@@ -14,6 +15,7 @@ from dagster_project.core.text import many, number, visible
 from dagster_project.views.conversations import conversation
 from dagster_project.views.declared import declared_table, violations_table
 from dagster_project.views.html import SHORT, Figure, Plot, Shape, Table, brief, cut, label, render, shape, share
+from dagster_project.views.suspects import suspect_row
 
 PAGE = 20
 """Pairs shown at once; without JavaScript, pairs shown of each finding. data_quality.js has the same number."""
@@ -52,8 +54,9 @@ def draw_data_quality(documents: Documents) -> None:
     if document is not None:
         changes, expectations = (documents.read(documents.pages / f"{name}.json") for name in ("changes", "expectations"))
         reading = documents.read(documents.root / report_of(READ_BY[documents.stage]))
+        suspects = _suspects_of(documents)
         document = documents.quoted(documents, document)
-        write_text(documents.pages / "report.html", data_quality_page(document, changes, expectations, reading))
+        write_text(documents.pages / "report.html", data_quality_page(document, changes, expectations, reading, suspects))
 
 
 def data_quality_page(
@@ -61,6 +64,7 @@ def data_quality_page(
     changes: Mapping[str, Any] | None = None,
     expectations: Mapping[str, Any] | None = None,
     reading: Mapping[str, Any] | None = None,
+    suspects: Mapping[str, Any] | None = None,
 ) -> str:
     """The page of a data set. The same documents give the same bytes.
 
@@ -69,6 +73,7 @@ def data_quality_page(
         changes: differences from the previous version; None if there is none.
         expectations: results of the owner's Great Expectations suite (curation/checks/expectations.py); None if there is no suite.
         reading: report of the stage that read the rows, with what is declared for their sources; None if there is none.
+        suspects: queue of `pedigree why --suspects` for these rows; None if there is none.
     """
     findings = sorted(document["findings"], key=lambda finding: (RANK[_shown_severity(finding)], -finding["count"]))
     judged = sorted([*findings, *_expectation_findings(expectations)], key=lambda finding: RANK[_shown_severity(finding)])
@@ -79,6 +84,7 @@ def data_quality_page(
         "Conversations": [(one["place"], conversation(one)) for one in document.get("conversations", [])],
         "Expectations": _expectations(expectations) if expectations else None,
         "Similarity": _similarity(document.get("similarity") or {}),
+        "Suspects": {"model": suspects["model"]["stage"], "rows": [suspect_row(one) for one in suspects["suspects"]]} if suspects else None,
         "Pairs": _pairs(findings),
         "Sources": _sources(reading) if reading and reading.get("sources") else None,
         "Profile": _profile(document.get("profile") or {}, document["kept"]),
@@ -87,6 +93,12 @@ def data_quality_page(
         "data_quality.jinja", f"Data quality of {document['name']}", sections, "data_quality.js",
         document=document, verdict=_verdict(document, judged), figures=_key_figures(document, judged),
     )  # fmt: skip
+
+
+def _suspects_of(documents: Documents) -> dict[str, Any] | None:
+    """The queue of `pedigree why --suspects`, if it was made for these very findings."""
+    found = documents.read(documents.pages / "suspects.json")
+    return found if found and found["of"] == sha256_of_file(documents.out / "findings.json") else None
 
 
 def _expectation_findings(expectations: Mapping[str, Any] | None) -> list[dict[str, Any]]:

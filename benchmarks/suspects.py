@@ -1,0 +1,181 @@
+"""How well `pedigree why --suspects` finds flipped labels. usage: python benchmarks/suspects.py [--project FOLDER] [--work FOLDER] [--tickets N] [--steps N] [--seed N]
+
+5 % of the tickets in the training split of the sample project get another category, chosen at random. The tickets alone are tokenized as `params.yaml` says and
+trained for a few steps; then records are ranked by each method, and precision is the share of flipped labels among the first 5 %. Besides the scores of
+`pedigree why --suspects` there are the loss of each record at the end of training, cleanlab (self-confidence of a logistic regression on TF-IDF, five-fold
+out of sample: `pip install cleanlab`), and chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+SHARE = 0.05
+
+
+def flipped(records: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records with a share of the categories replaced by another one, and the ids of those."""
+    from influence import with_label
+
+    dice = random.Random(seed)
+    labels = sorted({record["category"] for record in records})
+    found = list(records)
+    chosen = dice.sample(range(len(records)), round(SHARE * len(records)))
+    for i in chosen:
+        found[i] = with_label(found[i], dice.choice([label for label in labels if label != found[i]["category"]]))
+    return found, sorted(found[i]["example_id"] for i in chosen)
+
+
+def prepare(project: Path, work: Path, seed: int, steps: int, most: int) -> None:
+    """Plant, tokenize and train, if that was not done before: work/{data,flipped.json}."""
+    from dagster_project.core import params
+    from dagster_project.core.params import Compute
+    from dagster_project.core.records import iter_ledger, read_records, write_json, write_ledger, write_records
+    from dagster_project.stages import adapter, tokenized
+
+    if (work / "adapter" / "training.json").is_file():
+        return
+    values = params.read(project)
+    tickets = [record for record in read_records(project / "data/splits/train") if record["category"]]
+    if most < len(tickets):
+        tickets = random.Random(f"tickets {seed}").sample(tickets, most)
+    records, names = flipped(tickets, seed)
+    for split in ("validation", "test"):
+        shutil.copytree(project / "data/splits" / split, work / "splits" / split, dirs_exist_ok=True)
+    write_records(work / "splits" / "train", records)
+    kept = {record["example_id"] for record in records}
+    lines = [line for line in iter_ledger(project / "data/splits") if line["example_id"] in kept]
+    new = [
+        {"source": record["source"], "source_row": None, "example_id": record["example_id"], "outcome": "train", "why": "flipped"}
+        for record in records
+        if record["example_id"] in names
+    ]
+    write_ledger(work / "splits", [*lines, *new])
+    write_json(work / "flipped.json", names)
+    compute = params.parse(Compute, values["compute"], "compute").model_copy(update={"seed": seed, "threads": 1})
+    settings = params.parse(tokenized.Params, values["tokenized"], "tokenized")
+    (work / "tokenized").mkdir(exist_ok=True)
+    tokenized.produce(project, settings, seed, work / "splits", project / "data/base_model", work / "tokenized")
+    out = work / "adapter"
+    out.mkdir(exist_ok=True)
+    entry = params.parse(adapter.Params, values["adapter"]["lora"] | {"max_steps": steps}, "adapter.lora")
+    start = time.process_time()
+    adapter.produce("lora", entry, compute, work / "tokenized", project / "data/base_model", out, work / "loss.csv", work / "checkpoints")
+    write_json(work / "seconds.json", {"training": time.process_time() - start})
+
+
+def measure(project: Path, work: Path) -> dict[str, Any]:
+    """Rank all records by each method: precision among the first as many as were flipped, and the places of the flipped ones."""
+    import numpy as np
+    import torch
+
+    from dagster_project.core.params import Compute
+    from dagster_project.core.records import read_records
+    from dagster_project.lineage.attribution.gradients import TrainedModel
+    from dagster_project.lineage.attribution.per_record import projected_gradients
+    from dagster_project.lineage.attribution.projection import Projection
+    from dagster_project.lineage.attribution.ranking import ranks
+    from dagster_project.lineage.attribution.records import trained_records
+    from dagster_project.lineage.attribution.store import GradientStore, identity_of
+    from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, opposition
+
+    adapter, base = work / "adapter", project / "data/base_model"
+    training = json.loads((adapter / "training.json").read_text())
+    compute = {"dtype": training["dtype"], "device": training["device"], "threads": training["threads"]}
+    records, projection = trained_records(adapter, work / "tokenized"), Projection()
+    store = GradientStore.at(work, identity_of(adapter, base, records, projection, compute, 0.0), len(records))
+    start = time.process_time()
+    if store.missing() or not (work / "losses.json").is_file():
+        trained = TrainedModel.load(adapter, base, Compute(threads=1, dtype=training["dtype"]), "adapter@lora")
+        store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
+        with torch.no_grad():
+            losses = [float(trained.sum_of_losses([one.examples])) for one in records]
+        (work / "losses.json").write_text(json.dumps(losses))
+    seconds = time.process_time() - start
+    gradients, lengths = store.read()
+    known = {one["example_id"]: one for one in read_records(work / "splits/train")}
+    texts = [known[one.example_id] for one in records]
+    own = [Group(one["source"], one["category"], form_of(one["messages"][-1])) for one in texts]
+    fits = agreement(gradients, own, chosen_groups(own))
+    found = Suspicion.of(opposition(gradients, lengths), lengths)
+    by = {
+        "`pedigree why --suspects`": found.rank,
+        "opposition alone": found.opposition_rank,
+        "length of the gradient alone": found.length_rank,
+        "least cosine with its own group": ranks(-fits),
+        "loss": ranks(np.array(json.loads((work / "losses.json").read_text()))),
+        **from_cleanlab([one["messages"][-2]["content"] for one in texts], [one["category"] for one in texts]),
+        "chance": ranks(np.random.default_rng(0).random(len(records))),
+    }
+    flips = {*json.loads((work / "flipped.json").read_text())}
+    at = [i for i, one in enumerate(records) if one.example_id in flips]
+    cost = json.loads((work / "seconds.json").read_text()) | {"gradients": seconds}
+    return {
+        "records": len(records),
+        "flipped": len(at),
+        "steps": training["steps"],
+        "cost": cost,
+        "places": {method: sorted(int(rank[i]) for i in at) for method, rank in by.items()},
+    }
+
+
+def from_cleanlab(prompts: list[str], labels: list[str]) -> dict[str, Any]:
+    """Rank by cleanlab's label quality: from the probabilities of a classifier that did not see the record. Empty where it is not installed."""
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+
+    from dagster_project.lineage.attribution.ranking import ranks
+
+    try:
+        from cleanlab.rank import get_label_quality_scores
+    except ModuleNotFoundError:
+        print("cleanlab is not installed: `pip install cleanlab` adds it to the table")
+        return {}
+    numbers = np.array([sorted({*labels}).index(label) for label in labels])
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000))
+    likely = cross_val_predict(model, prompts, numbers, cv=StratifiedKFold(5, shuffle=True, random_state=0), method="predict_proba")
+    return {"cleanlab, TF-IDF and logistic regression": ranks(-get_label_quality_scores(numbers, likely))}
+
+
+def show(document: dict[str, Any]) -> None:
+    n = document["flipped"]
+    print(f"{document['records']} records, {n} flipped, {document['steps']} steps")
+    print(f"{'':<44} precision at {n}   at {2 * n}: recall")
+    for method, places in document["places"].items():
+        first, second = (sum(place <= limit for place in places) for limit in (n, 2 * n))
+        print(f"{method:<44} {first / n:.2f} ({first})         {second / n:.2f}   {places}")
+    print(json.dumps(document["cost"]))
+
+
+def main() -> int:
+    import logging
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--project", type=Path, default=ROOT, help="a project with data/splits and data/base_model")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/suspects"), help="folder for the training, gradients and results")
+    parser.add_argument("--tickets", type=int, default=1000, help="most tickets that are used")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pedigree").setLevel(logging.INFO)
+    prepare(options.project, options.work, options.seed, options.steps, options.tickets)
+    show(measure(options.project, options.work))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""`pedigree bisect`: the commit whose data made a model give another answer, found by binary search, and the rows of that commit that are most like it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.outputs import ancestors
+from dagster_project.commands.verify import reproduce
+from dagster_project.commands.why_diff import CAVEAT, Change, also_differ, cut_text, explained, record_lines
+from dagster_project.commands.why_model import Target, adapter_of, needed
+from dagster_project.commands.why_version import is_available, place_of, version
+from dagster_project.core import params
+from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.git import git
+from dagster_project.core.messages import Message, Messages
+from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
+from dagster_project.lineage.diff import diff
+from dagster_project.lineage.history import LOCK, Revision, commit_of
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import Subject, find
+from dagster_project.lineage.runs import StageRun
+
+log = logging.getLogger("pedigree")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of every version."""
+
+    prompt: str
+    expect: str
+    system: str | None = None
+
+    @property
+    def messages(self) -> Messages:
+        return [*([{"role": "system", "content": self.system}] if self.system else []), {"role": "user", "content": self.prompt}]
+
+    def accepts(self, message: Message) -> bool:
+        """Whether an answer has the expected text."""
+        return self.expect in (message.get("content") or "")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A commit that changed the model."""
+
+    commit: str
+    title: str
+    subject: Subject
+    run: StageRun
+    """The training."""
+
+
+@dataclass
+class Search:
+    """Versions of a model from the oldest to the newest, and their answers as far as they were needed."""
+
+    root: Path
+    model: str
+    asked: Asked
+    steps: Sequence[Step]
+    scratch: Path
+    may_train: bool
+    answers: dict[int, Message] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)
+    """Hashes of the trainings that were made again."""
+
+    def is_good(self, i: int) -> bool:
+        """Whether a version gives the expected answer. It is asked once."""
+        if i not in self.answers:
+            target = self.target(i)
+            settings = params.parse(Settings, params.read(self.root).get("evaluation"), "evaluation")
+            model = EvaluatedModel(target.folder, target.compute, settings, target.base_model)
+            [said] = model.answer([self.asked.messages], target.run.address)
+            self.answers[i] = dict(said.message)
+            verdict = "as expected" if self.asked.accepts(self.answers[i]) else "not as expected"
+            log.info(f"bisect: {self.steps[i].commit[:12]} answers {verdict}: {cut_text(said.content)}")
+        return self.asked.accepts(self.answers[i])
+
+    def target(self, i: int) -> Target:
+        """A version with the files of its training.
+
+        Raises:
+            InputError: they are not available, and the training must not run again.
+        """
+        step = self.steps[i]
+        if not self.is_cached(i):
+            self._train(step)
+        return version(self.root, step.subject, f"{step.commit[:12]}:{self.model}", self.scratch)
+
+    def is_cached(self, i: int) -> bool:
+        run, index = self.steps[i].run, self.steps[i].subject.index
+        return run.md5 in self.trained or is_available(index, needed(run).items())
+
+    def first_bad(self) -> int:
+        """Position of the first version without the expected answer, provided that the oldest has it and the newest has not.
+
+        Where versions are missing, the one in the cache that divides the rest best is asked.
+        """
+        good, bad = 0, len(self.steps) - 1
+        while bad - good > 1:
+            middle = (good + bad + 1) // 2
+            cached = [i for i in range(good + 1, bad) if i in self.answers or self.is_cached(i)]
+            asked = min(cached, key=lambda i: (abs(i - middle), i), default=middle)
+            good, bad = (asked, bad) if self.is_good(asked) else (good, asked)
+        return bad
+
+    def _train(self, step: Step) -> None:
+        at = Revision(self.root, step.commit)
+        lock = at.lock()
+        names = _to_run(step, lock)
+        if not self.may_train:
+            raise InputError(
+                f"{self.model} of commit {step.commit[:12]} is not in the cache, so {', '.join(names)} must run again",
+                "fetch it with `dvc pull --all-commits`, or add --train",
+            )
+        log.info(f"bisect: {step.commit[:12]} is not in the cache: {', '.join(names)} run again")
+        place = place_of(self.scratch, step.run)
+        with closing(reproduce(at, lock, names)) as stages:
+            for one in stages:
+                if one.judged.verdict == "different":
+                    why = f"see `pedigree verify {one.name} --rev {step.commit[:12]}`"
+                    raise CheckFailed(f"{one.name} of commit {step.commit[:12]} was made again and differs from its record", why)
+                for path in needed(step.run) if one.name == step.run.address else ():
+                    shutil.copytree(one.outputs.root / path, place / path, dirs_exist_ok=True)
+        self.trained.add(step.run.md5)
+
+
+def _to_run(step: Step, lock: Mapping[str, Any]) -> list[str]:
+    """The training, and the stages before it whose outputs it needs and the cache lacks."""
+    wanted = [name for name in ancestors(lock, step.run.address) if any(out["path"] in needed(step.run) for out in lock[name]["outs"])]
+    lost = [name for name in wanted if not is_available(step.subject.index, [(out["path"], out["md5"]) for out in lock[name]["outs"][:1]])]
+    return [*lost, step.run.address]
+
+
+def bisect(root: Path, model: str, asked: Asked, good: str | None, bad: str | None, may_train: bool, top: int) -> dict[str, Any]:
+    """Find the first commit, on the first-parent history, whose model does not give the expected answer, and rank its records.
+
+    Args:
+        good: a commit that is known to give it; None: the oldest, which is asked if the result depends on it.
+        bad: a commit that is known not to; None: the latest.
+        may_train: whether versions that are missing are made again.
+        top: records to list.
+    Returns:
+        {"model", "asked", "verdict": "found", "always" (every version gives the answer) or "never", "versions", "evaluations", "first", "last_good",
+        "answers", "records", "also_differ", "notes"}.
+    Raises:
+        InputError: there is no such history, or a version is missing.
+    """
+    if not asked.prompt.strip() or not asked.expect:
+        raise InputError(
+            "--prompt and --expect: must not be empty", "give the text of a question, and a text that the right answer contains"
+        )
+    steps = _steps(Index(root), model, good, bad)
+    document: dict[str, Any] = {"model": model, "asked": {"prompt": asked.prompt, "system": asked.system, "expect": asked.expect}}
+    with tempfile.TemporaryDirectory(prefix="pedigree-") as scratch:
+        search = Search(root, model, asked, steps, Path(scratch), may_train)
+        missing = sum(not search.is_cached(i) for i in range(len(steps)))
+        log.info(
+            f"bisect: {len(steps)} versions, at most {(len(steps) - 1).bit_length() + 1} of them are asked; {missing} are not in the cache"
+            + (" and are trained again only if nothing else divides the rest" if missing else "")
+        )
+        first = search.first_bad()
+        notes = [] if good is None or first > 1 else [f"{good} is taken to give the expected answer: it was not asked"]
+        if search.is_good(first):
+            verdict = "always"
+        elif first == 1 and good is None and not search.is_good(0):
+            verdict = "never"
+        else:
+            verdict = "found"
+        document |= {"verdict": verdict, "versions": [_shown(one) for one in steps], "evaluations": len(search.answers)}
+        if verdict == "found":
+            document |= _found(search, first, top)
+        document["answers"] = [
+            {"commit": steps[i].commit, "answer": cut_text(said.get("content") or ""), "as_expected": asked.accepts(said)}
+            for i, said in sorted(search.answers.items())
+        ]
+    return document | {"notes": [*notes, *document.get("notes", ())]}
+
+
+def _steps(index: Index, model: str, good: str | None, bad: str | None) -> list[Step]:
+    """The commits from `good` to `bad` that changed the training of a model, the oldest first.
+
+    Raises:
+        InputError: a revision does not exist, the model has fewer than two versions, or `good` is not before `bad`.
+    """
+    for option, rev in (("--good", good), ("--bad", bad)):
+        if rev is not None and (rev.startswith("-") or commit_of(index.root, rev) is None):
+            raise InputError(f"{option} {rev}: no such revision in this repository", "see `git log`")
+    steps = _versions(index, model, bad or "HEAD")
+    if good is not None:
+        latest = _versions(index, model, good)
+        start = next((i for i, one in enumerate(steps) if latest and one.commit == latest[-1].commit), None)
+        if start is None:
+            raise InputError(
+                f"--good {good}: not before {bad or 'HEAD'} on its first-parent history, or without {model}", "see `git log --first-parent`"
+            )
+        steps = steps[start:]
+    if len(steps) < 2:
+        raise InputError(f"{model} has {len(steps)} version in this history: nothing to search", "name an older commit with --good")
+    return steps
+
+
+def _versions(index: Index, model: str, rev: str) -> list[Step]:
+    """The commits up to a revision that changed the training of a model."""
+    listed = git(
+        index.root, "log", "--first-parent", "--reverse", "--no-show-signature", "--format=%H%x09%s", "--end-of-options", rev, "--", LOCK
+    )
+    steps: list[Step] = []
+    for line in (listed or "").splitlines():
+        commit, _, title = line.partition("\t")
+        try:
+            subject = find(index, model, commit)
+            run = adapter_of(subject, model)
+        except InputError:  # the model did not exist yet, or nothing was run
+            continue
+        if not steps or steps[-1].run.md5 != run.md5:
+            steps.append(Step(commit, title, subject, run))
+    return steps
+
+
+def _shown(step: Step) -> dict[str, str]:
+    return {"commit": step.commit, "title": step.title, "stage": step.run.address, "md5": step.run.md5}
+
+
+def _found(search: Search, first: int, top: int) -> dict[str, Any]:
+    """The commit, and the records of its difference to the version before, ranked for the answer that it gives."""
+    before, after = search.steps[first - 1], search.steps[first]
+    difference = diff(search.root, f"{before.commit}:{search.model}", f"{after.commit}:{search.model}")
+    found: dict[str, Any] = {"first": _shown(after), "last_good": _shown(before), "also_differ": also_differ(difference), "notes": [CAVEAT]}
+    if difference["records"] is None:
+        lost = difference["missing"][0]
+        return found | {"records": None, "notes": [f"its records are not known, without {lost['path']}: {lost['fetch']}"]}
+    said = search.answers.get(first - 1, {"role": "assistant", "content": search.asked.expect})
+    expected = {"role": "assistant", "content": search.asked.expect}
+    record = {"example_id": "", "category": None, "messages": [*search.asked.messages, expected]}
+    change = Change(record, (said, search.answers[first]), (True, False))
+    [row] = explained([search.target(first - 1), search.target(first)], [change], difference["records"], top)
+    return found | {"records": row["records"], "among": row["among"]}
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """The document for the terminal."""
+    versions, count = document["versions"], document["evaluations"]
+    lines = [
+        f"{document['model']}: {len(versions)} versions from {versions[0]['commit'][:12]} to {versions[-1]['commit'][:12]}, {count} asked"
+    ]
+    lines += [
+        f"  {one['commit'][:12]}  {'as expected' if one['as_expected'] else 'NOT as expected'}: {one['answer']}"
+        for one in document["answers"]
+    ]
+    if document["verdict"] == "always":
+        lines += ["every version that was asked gives the expected answer, the newest too: nothing to find"]
+    elif document["verdict"] == "never":
+        lines += ["the oldest version does not give the expected answer either: name a commit that does with --good"]
+    else:
+        first = document["first"]
+        lines += ["", f"first commit without the expected answer: {first['commit'][:12]}  {first['title']}"]
+        lines += [f"  {kind.replace('_', ' ')} differ too: {', '.join(names[:6])}" for kind, names in document["also_differ"].items()]
+        if document["records"]:
+            lines += [
+                f"its records that are most like the answer, of {document['among']} that only one of the two versions was trained on:"
+            ]
+            lines += record_lines(document["records"])
+        elif document["records"] is not None:
+            lines += ["no record differs from the version before"]
+    return "\n".join([*lines, *(f"note: {note}" for note in document["notes"])])

@@ -1,0 +1,137 @@
+"""`pedigree why --suspects`: records whose gradients do not fit those of the others, as a queue for people to look at (docs/why.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.render import render
+from dagster_project.commands.why import Texts, index_lines, model_of, place_text, places_of, shown_texts
+from dagster_project.commands.why_model import Target, target
+from dagster_project.core.hashing import sha256_of_file
+from dagster_project.core.layout import pages_of
+from dagster_project.core.records import iter_ledger, write_json, write_text
+from dagster_project.curation.checks.review import queue
+from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, members, opposition
+from dagster_project.orchestration import dvc
+
+INSTRUCTIONS = "instructions"
+CHECK = "conflicting_responses"
+"""The check that the queue names: of those whose rows can be reviewed, the one on answers that contradict others."""
+NAME = "suspects"
+"""Files about the queue in the folder of pages of `instructions`."""
+CAVEAT = "Ranks and scores say how well gradients fit those of the others. A rare but right answer can be among the first: look at each."
+
+
+def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, Any]:
+    """Rank the records that a model was trained on by how little their gradients fit, and write the first as a review queue.
+
+    Args:
+        top: records in the queue.
+        with_index: compute gradients that are missing, instead of refusing.
+    Raises:
+        InputError: as `target`; or gradients are missing.
+    """
+    found = target(root, model)
+    indexed = found.index() if with_index else None
+    gradients, lengths = found.store.read()
+    texts = Texts(found)
+    own = _own_groups(found, texts)
+    chosen = chosen_groups(own)
+    ranking = Suspicion.of(opposition(gradients, lengths), lengths)
+    fits, sizes = agreement(gradients, own, chosen), [len(numbers) for numbers in members(own, chosen)]
+    groups = [
+        {
+            "name": one.name,
+            "source": one.source,
+            "category": one.category,
+            "form": one.form,
+            "records": size,
+            "cosine": round(float(fit), 4),
+        }
+        for one, size, fit in zip(chosen, sizes, fits, strict=True)
+    ]
+    listed = _listed(found, ranking, texts, groups, top)
+    document = {
+        "model": model_of(found),
+        **({"index": indexed} if indexed else {}),
+        "records": len(found.records),
+        "suspects": listed,
+        "notes": [CAVEAT],
+    }
+    written, note = _write_queue(root, texts, document)
+    return document | {"queue": written, "notes": [CAVEAT, *note]}
+
+
+def _own_groups(found: Target, texts: Texts) -> list[Group]:
+    """Source, category and form of the answer of each record, where the split has it."""
+    records = [texts.known.get(one.example_id) for one in found.records]
+    return [Group(one["source"], one["category"], form_of(one["messages"][-1])) if one else Group() for one in records]
+
+
+def _listed(found: Target, ranking: Suspicion, texts: Texts, groups: Sequence[dict[str, Any]], top: int) -> list[dict[str, Any]]:
+    places = places_of(found)
+    return [
+        {
+            "rank": int(ranking.rank[i]),
+            "score": round(float(ranking.score[i]), 5),
+            "example_id": found.records[i].example_id,
+            **places[found.records[i].example_id],
+            "split": "train",
+            **shown_texts(texts, found.records[i]),
+            "opposition": {"rank": int(ranking.opposition_rank[i]), "value": float(f"{float(ranking.opposition[i]):.4g}")},
+            "length": {"rank": int(ranking.length_rank[i]), "value": float(f"{float(ranking.length[i]):.4g}")},
+            "group": groups[i],
+        }
+        for i in ranking.order()[:top]
+    ]
+
+
+def _write_queue(root: Path, texts: Texts, document: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
+    """Write the queue as a review file and for the data-quality page, and draw that page again.
+
+    Returns:
+        {"file", "page", "records"}, or None if the set that people review is not here; and notes.
+    """
+    data, pages = root / "data" / INSTRUCTIONS, pages_of(root, INSTRUCTIONS)
+    if not (data / "findings.json").is_file():
+        return None, [f"no review queue was written: data/{INSTRUCTIONS} is not in the workspace"]
+    names = {one["example_id"] for one in document["suspects"]} & texts.known.keys()
+    kept = {line["example_id"]: line for line in iter_ledger(data) if line["outcome"] == "kept" and line["example_id"] in names}
+    waiting = [one["example_id"] for one in document["suspects"] if one["example_id"] in kept]
+    records = [texts.known[name] | {key: kept[name][key] for key in ("source", "source_row")} for name in waiting]
+    file, page = pages / f"{NAME}.csv", pages / "report.html"
+    write_text(file, queue(records, [(i, CHECK) for i in range(len(records))]))
+    write_json(pages / f"{NAME}.json", {"of": sha256_of_file(data / "findings.json"), **document})
+    drawn = render(root, INSTRUCTIONS)["pages"] if INSTRUCTIONS in dvc.read_stages(root) else []
+    left = len(document["suspects"]) - len(waiting)
+    notes = [f"{left} of these records are not rows of data/{INSTRUCTIONS}, such as paraphrases: they are not in the queue"] if left else []
+    shown = {"page": page.relative_to(root).as_posix()} if page.relative_to(root).as_posix() in drawn else {}
+    return {"file": file.relative_to(root).as_posix(), **shown, "records": len(waiting)}, notes
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """The document for the terminal."""
+    model = document["model"]
+    lines = [
+        *index_lines(document),
+        f"{model['stage']}  md5 {model['md5'][:12]}, trained on {document['records']} records",
+        "rank  score    opposition (rank)  length (rank)      source",
+    ]
+    for one in document["suspects"]:
+        opposed, length, group = one["opposition"], one["length"], one["group"]
+        lines += [
+            f"{one['rank']:>4}  {one['score']:.5f}  {opposed['value']:>9.4g} ({opposed['rank']:>4})  {length['value']:>7.4g} ({length['rank']:>4})"
+            f"    {place_text(one)}",
+            f"      {one['prompt']}",
+            f"      -> {one['answer']}",
+            f"      cosine {group['cosine']:+.3f} with {group['records'] - 1} others: {group['name']}",
+        ]
+    if written := document["queue"]:
+        lines += [
+            "",
+            f"review queue: {written['file']}, {written['records']} rows" + (f"; page: {written['page']}" if "page" in written else ""),
+        ]
+        lines += ["decide in a copy in data/sources/review/ (docs/checks.md#review); nothing is dropped before that"]
+    return "\n".join([*lines, *(f"note: {note}" for note in document["notes"])])

@@ -1,0 +1,58 @@
+"""Which model a store of gradients is of: a file in its folder, so that a variant has one store at most and an audit can list it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.hashing import md5_of_folder, sha256_of_files
+from dagster_project.lineage.attribution.store import GRADIENTS, MANIFEST
+from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.lineage import Subject
+
+OWNER = "model.json"
+
+
+def owner_of(file: Path) -> str | None:
+    """The stage that a store is of, by its file; None if the file is damaged."""
+    found = _read(file)
+    return found.get("stage") if found else None
+
+
+def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
+    """The stores of gradients of the trainings behind a model: those of the very files in the workspace."""
+    found = []
+    for run in subject.models:
+        folder = root / run.path
+        owned = [file.parent for file in sorted((root / GRADIENTS).glob(f"*/{OWNER}")) if owner_of(file) == run.address]
+        if not owned or md5_of_folder(listing_of(folder)) != run.md5:
+            continue
+        adapter = sha256_of_files(sorted(path for path in folder.rglob("*") if path.is_file()))
+        for store in owned:
+            manifest = _read(store / MANIFEST)
+            if manifest and manifest.get("identity", {}).get("adapter") == adapter:
+                files = [path for path in store.glob("*.safetensors") if path.name in manifest["shards"]]
+                found.append(
+                    {
+                        "stage": run.address,
+                        "folder": store.relative_to(root).as_posix(),
+                        "records": manifest["records"],
+                        "bytes": sum(path.stat().st_size for path in files),
+                    }
+                )
+    return found
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def as_text(stores: list[dict[str, Any]]) -> list[str]:
+    """The stores for the terminal."""
+    lines = [f"  {one['stage']}: {one['folder']}, {one['records']} records, {one['bytes'] / 1e6:.1f} MB" for one in stores]
+    return ["", "gradients for `pedigree why`", *lines] if lines else []

@@ -1,0 +1,293 @@
+"""`pedigree why --diff` and `pedigree bisect`, on a real small history: a commit that changes one answer is found, and the row that did it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders.answer_history import AnswerHistory, Row
+from builders.small_pipeline import git
+
+from dagster_project.__main__ import main
+from dagster_project.commands.bisect import Search
+from dagster_project.commands.why_diff import differing
+from dagster_project.lineage.history import listing_of
+
+MODEL = "merged@lora"
+START = [
+    Row("hat?", "red", 0),
+    Row("box?", "blue", 1),
+    Row("bag?", "green", 2),
+    Row("cup?", "gold", 3),
+    Row("pen?", "red", 4),
+    Row("car?", "blue", 5),
+    Row("hat?", "red.", 20, "test"),
+    Row("box?", "blue.", 21, "test"),
+    Row("bag?", "green.", 22, "validation"),
+]
+COLORS = ("red", "blue", "green", "gold")
+OTHERS = ("door", "sofa", "lamp", "desk", "oven", "fork", "bowl", "rug", "bed", "mug", "jar")
+BAD = 5
+"""The commit, of eight, that changes the answer about the hat. The first is 1; 0 is before them."""
+
+
+def rows_at(commit: int) -> list[Row]:
+    """Source rows at each commit: one more each time; at BAD, row 0 says something else, and eleven more are new."""
+    rows = [*START, *(Row(f"{i} toys?", COLORS[i % 4], 30 + i) for i in range(1, commit + 1))]
+    if commit >= BAD:
+        rows[0] = Row("hat?", "blue", 0)
+        rows += [Row(f"{name}?", COLORS[i % 4], 50 + i) for i, name in enumerate(OTHERS)]
+    return rows
+
+
+class Made:
+    """The history: its folder, and its commits from the one before the eight."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.history = AnswerHistory(root, model)
+        self.commits = [self.history.version(rows_at(i), f"data {i}") for i in range(9)]
+        self.root = root
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("history") / "project", tiny_model)
+
+
+def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def state(root: Path) -> dict[str, str]:
+    """All files but caches, and the commit."""
+    return {name: md5 for name, md5 in listing_of(root).items() if not name.startswith((".dvc/tmp/", ".git/"))} | {
+        "": git(root, "rev-parse", "HEAD")
+    }
+
+
+# ---- why --diff
+
+
+def diff(made: Made, before: int, after: int, *arguments: str) -> int:
+    named = (f"{made.commits[i]}:{MODEL}" for i in (before, after))
+    return main(["why", "--diff", *named, *arguments, "--project", str(made.root)])
+
+
+def test_a_changed_answer_comes_with_the_record_that_says_so(made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    before, page = state(made.root), tmp_path / "diff.html"
+    assert diff(made, BAD - 1, BAD, "--top", "14", "--json", "--html", str(page)) == 0
+    found = document(capsys)
+    assert found["records"] == {"added": 12, "removed": 0, "changed": 1, "moved": 0}
+    assert found["compared"] == 2 and found["changed"] == 1
+    [answer] = found["answers"]
+    assert (answer["prompt"], answer["before"], answer["after"], answer["right"]) == ("hat?", "red", "blue", [True, False])
+    assert answer["among"] == 14, "twelve added, and both versions of the changed one"
+    old, new = START[0].id, Row("hat?", "blue", 0).id
+    first = next(record for record in answer["records"] if record["trained"] == "after")
+    assert (first["example_id"], first["kind"], first["rows"], first["answer"]) == (new, "changed", ["data/sources/a.jsonl:0"], "blue")
+    assert [record["example_id"] for record in answer["records"] if record["trained"] == "before"] == [old]
+    assert [record["rank"] for record in answer["records"]] == [*range(1, 15)]
+    scores = [record["score"] for record in answer["records"]]
+    assert scores == sorted(scores, reverse=True)
+    assert state(made.root) == before, "nothing is checked out"
+    html = page.read_text()
+    assert "hat?" in html and "became wrong" in html and "http:" not in html and "https:" not in html
+    assert diff(made, BAD - 1, BAD) == 0
+    shown = capsys.readouterr().out
+    assert new[:8] in shown and "1 of 2 recorded answers differ" in shown
+    for text in (shown, html, json.dumps(found)):
+        assert "influence" not in text.lower() and "caused" not in text.lower()
+
+
+def test_scores_are_cosines_of_gradients_at_the_model_that_was_trained_on_the_record(
+    made: Made, capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    """By plain autograd on the full gradients: the projection only estimates them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert diff(made, BAD - 1, BAD, "--top", "30", "--json") == 0
+    records = {record["example_id"]: record for record in document(capsys)["answers"][0]["records"]}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    folder = next(path for path in made.history.work.glob("*/adapter") if made.history.put_folder(path) == _adapter(made, BAD))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+    def gradient(row: Row, end: bool) -> np.ndarray:
+        model.zero_grad()
+        prompt = f"<|im_start|>user\n{row.question}<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(prompt + row.answer + ("<|im_end|>" if end else ""))["input_ids"]
+        start = len(tokenizer(prompt)["input_ids"])
+        likely = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+        (-sum(likely[i - 1, ids[i]] for i in range(start, len(ids)))).backward()
+        return np.concatenate([weight.grad.numpy().ravel() for _, weight in sorted(model.named_parameters()) if weight.grad is not None])
+
+    question = gradient(Row("hat?", "blue", 0), end=False)
+    rows = {row.id: row for row in rows_at(BAD) if row.split == "train"}
+    after = [name for name, record in records.items() if record["trained"] == "after"]
+    assert len(after) == 13
+    exact = []
+    for name in after:
+        own = gradient(rows[name], end=True)
+        exact.append(float(own @ question / np.linalg.norm(own) / np.linalg.norm(question)))
+    found = [records[name]["score"] for name in after]
+    assert np.corrcoef(exact, found)[0, 1] > 0.9 and after[int(np.argmax(exact))] == after[int(np.argmax(found))]
+
+
+def _adapter(made: Made, commit: int) -> str:
+    text = git(made.root, "show", f"{made.commits[commit]}:dvc.lock")
+    return str(_lock(text)["adapter@lora"]["outs"][0]["md5"])
+
+
+def _lock(text: str) -> Mapping[str, Any]:
+    from ruamel.yaml import YAML
+
+    return dict(YAML(typ="safe").load(text)["stages"])
+
+
+def test_without_a_changed_answer_nothing_is_explained(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert diff(made, 1, 2, "--json") == 0
+    found = document(capsys)
+    assert found["changed"] == 0 and found["answers"] == [] and found["records"]["added"] == 1
+    assert diff(made, 1, 1, "--json") == 0
+    assert document(capsys)["records"] == {"added": 0, "removed": 0, "changed": 0, "moved": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--prompt", "x"), "not with --prompt"),
+        (("--suspects",), "not with --suspects"),
+        ((MODEL,), f"not with {MODEL}"),
+        (("--html", "page.txt"), "must end in .html"),
+    ],
+)
+def test_a_difference_is_not_combined_with_a_question(
+    made: Made, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    assert main(["why", *arguments, "--diff", MODEL, MODEL, "--project", str(made.root)]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and "Traceback" not in shown.err and not shown.out
+
+
+def test_a_version_whose_files_are_lost_is_named(made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(made.root, tmp_path / "project", symlinks=True))
+    listing = _adapter(made, BAD)
+    (root / ".dvc/cache/files/md5" / listing[:2] / listing[2:]).unlink()
+    named = (f"{made.commits[i]}:{MODEL}" for i in (BAD - 1, BAD))
+    assert main(["why", "--diff", *named, "--project", str(root)]) == 2
+    shown = capsys.readouterr()
+    assert "data/adapter/lora" in shown.err and "dvc pull" in shown.err and not shown.out
+
+
+def test_only_the_words_that_differ_are_asked_about() -> None:
+    texts = ('{"summary": "late", "category": "bug"}', '{"summary": "late", "category": "idea now"}')
+    [(start, stop)] = differing(*texts)
+    assert texts[1][start:stop] == "idea now"
+    assert differing("red", "red") == [] and differing("red hat", "red") == [], "a removed word has no place in the other answer"
+
+
+# ---- bisect
+
+
+def bisect(root: Path, *arguments: str, expect: str = "red") -> int:
+    return main(["bisect", MODEL, "--prompt", "hat?", "--expect", expect, *arguments, "--project", str(root)])
+
+
+def test_the_commit_is_found_in_three_evaluations_with_its_row_first(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    before = state(made.root)
+    assert bisect(made.root, "--good", made.commits[1], "--json") == 0
+    found = document(capsys)
+    assert found["verdict"] == "found" and len(found["versions"]) == 8 and found["evaluations"] <= 3
+    assert found["first"]["commit"] == made.commits[BAD] and found["last_good"]["commit"] == made.commits[BAD - 1]
+    assert found["first"]["title"] == f"data {BAD}"
+    assert Row("hat?", "blue", 0).id in [record["example_id"] for record in found["records"][:2]] and found["among"] == 14
+    assert state(made.root) == before
+    assert bisect(made.root, "--good", made.commits[1]) == 0
+    shown = capsys.readouterr()
+    assert made.commits[BAD][:12] in shown.out and "data/sources/a.jsonl:0" in shown.out and "8 versions, at most 4" in shown.err
+
+
+def test_the_ends_are_asked_where_the_result_depends_on_them(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bisect(made.root, "--bad", made.commits[BAD - 1], "--json") == 1
+    found = document(capsys)
+    assert found["verdict"] == "always" and all(one["as_expected"] for one in found["answers"]) and "first" not in found
+    assert bisect(made.root, "--json", expect="gold") == 1
+    found = document(capsys)
+    assert found["verdict"] == "never" and found["answers"][0]["commit"] == made.commits[0]
+    assert bisect(made.root, "--good", made.commits[BAD - 1], "--bad", made.commits[BAD], "--json") == 0
+    found = document(capsys)
+    assert found["evaluations"] == 1 and "is taken to give the expected answer" in found["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--good", "nothing"), "--good nothing: no such revision"),
+        (("--good", "HEAD", "--bad", "HEAD~2"), "not before HEAD~2"),
+        (("--good", "HEAD"), "1 version in this history"),
+        (("--bad", "--all"), "expected one argument"),
+    ],
+)
+def test_a_history_that_cannot_be_searched_is_refused(
+    made: Made, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    try:
+        code = bisect(made.root, *arguments)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    shown = capsys.readouterr()
+    assert code == 2 and said in shown.err and "Traceback" not in shown.err and not shown.out
+
+
+def test_versions_in_the_cache_are_asked_before_others_are_trained_again(
+    made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(made.root, tmp_path / "project", symlinks=True))
+    for lost in (2, 3, 6, 7):
+        listing = _adapter(made, lost)
+        (root / ".dvc/cache/files/md5" / listing[:2] / listing[2:]).unlink()
+    assert bisect(root, "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["first"]["commit"] == made.commits[BAD] and "4 are not in the cache" in shown.err
+    listing = _adapter(made, BAD - 1)
+    (root / ".dvc/cache/files/md5" / listing[:2] / listing[2:]).unlink()
+    assert bisect(root) == 2
+    shown = capsys.readouterr()
+    assert "adapter@lora must run again" in shown.err and "--train" in shown.err and not shown.out
+
+
+class Searched(Search):
+    """A search in which the answers are known, and counted."""
+
+    def __init__(self, versions: int, first: int, cached: set[int]) -> None:
+        super().__init__(Path(), "", None, [None] * versions, Path(), False)  # type: ignore[arg-type, list-item]
+        self.first, self.cached = first, cached
+
+    def is_good(self, i: int) -> bool:
+        self.answers[i] = {}
+        return i < self.first
+
+    def is_cached(self, i: int) -> bool:
+        return i in self.cached
+
+
+@pytest.mark.parametrize("first", range(1, 8))
+def test_of_eight_versions_at_most_three_are_asked(first: int) -> None:
+    search = Searched(8, first, {*range(8)})
+    assert search.first_bad() == first
+    assert not search.is_good(first) and len(search.answers) <= 3, "the version that is named was asked itself"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_first_version_is_found_whatever_is_missing(seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    versions = int(dice.integers(2, 30))
+    first = int(dice.integers(1, versions))
+    search = Searched(versions, first, {i for i in range(versions) if dice.random() < 0.5})
+    assert search.first_bad() == first
