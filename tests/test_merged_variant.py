@@ -58,6 +58,7 @@ def test_a_merged_variant_is_a_variant_like_any_other(finished: Path) -> None:
     taken = {name: board["costs"][name]["steps"] for name in ("lora", "other", "soup")}
     assert taken["soup"] == taken["lora"] + taken["other"]
     assert json.loads((finished / "data/release/release.json").read_text())["variant"] == "soup"
+    assert "- merge of: lora 0.6, other 0.4" in (finished / "data/release/README.md").read_text()
     evidence = {path.relative_to(finished / "data/release/audit").as_posix() for path in (finished / "data/release/audit").rglob("*.*")}
     kept = {f"adapter_{name}/{file}" for name in ("lora", "other") for file in ("training.json", "examples.parquet")}
     assert evidence == {"audit.json", "adapter_soup/training.json", *kept}

@@ -14,11 +14,12 @@ from builders.adapters import changes, factors, make_adapter, scale
 from conftest import ROOT
 
 from dagster_project.commands.adapter_reads import listed, write_reads
-from dagster_project.commands.pipeline_file import pipeline_text
+from dagster_project.commands.pipeline_file import current_lock, pipeline_text, update_pipeline
 from dagster_project.core.context import ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import Report
+from dagster_project.lineage import code_lock
 from dagster_project.stages import adapter
 from dagster_project.training.trainers.merging.merge import CHECK, merge_adapters
 
@@ -331,6 +332,19 @@ def test_a_pipeline_that_does_not_list_what_params_yaml_merges_is_refused_until_
     with pytest.raises(InputError, match="soup is trained, and its stage reads"):
         validate({"a": LORA, "b": LORA, "soup": LORA}, _with(tmp_path))
     assert write({"a": LORA}) and (tmp_path / "dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
+
+
+def test_an_upgrade_of_a_project_with_an_installed_package_keeps_the_list(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text(pipeline_text())
+    (tmp_path / code_lock.FILE).write_text(current_lock().text())
+    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": TWO}))
+    assert write_reads(tmp_path)["changed"]
+    written = (tmp_path / "dvc.yaml").read_text()
+    update = update_pipeline(tmp_path, code_lock.read(tmp_path))
+    assert (update.edited, update.redefined) == ([], []) and (tmp_path / "dvc.yaml").read_text() == written != pipeline_text()
+    assert update.lock == code_lock.read(tmp_path)
+    (tmp_path / "dvc.yaml").write_text(written.replace("meta: {group: 3_training", "meta: {group: own"))
+    assert update_pipeline(tmp_path, code_lock.read(tmp_path)).edited  # by a person
 
 
 def _with(root: Path, *more: str) -> Path:

@@ -86,6 +86,8 @@ PREFERENCE_STAGES = {"raw_preferences", "preferences"}
 """Stages that only aligned models depend on."""
 TRAINING = (
     "method",
+    "merge_of",
+    "distance_from_weighted_sum",
     "trainable_parameters",
     "trainable_percent",
     "steps",

@@ -154,9 +154,9 @@ def _merged(params: AdapterParams, seed: int, folders: Mapping[str, Path], base_
     except (ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"params.yaml: {where}.merge_of: PEFT cannot merge these adapters: {reason}", ADAPTERS) from None
+    model.set_adapter("default")
     for name in names.values():
         model.delete_adapter(name)
-    model.set_adapter("default")
     return model
 
 
