@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from dagster_project import pipeline
 from dagster_project.orchestration import dvc
 
+GRAPH = grimp.build_graph("dagster_project", exclude_type_checking_imports=True, cache_dir=None)  # what is imported for types never runs
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
@@ -25,10 +26,9 @@ def test_stages_with_variants_are_the_foreach_stages() -> None:
 
 @pytest.mark.parametrize("name", list(STAGES))
 def test_code_dependencies_cover_every_module_the_stage_imports(name: str) -> None:
-    graph = grimp.build_graph("dagster_project", exclude_type_checking_imports=True)  # these never run
     module = pipeline.module_of(name).__name__
-    packages = {"dagster_project", *(m for m in graph.modules if graph.find_children(m))}
-    imported = {f"{m.replace('.', '/')}.py" for m in (graph.find_upstream_modules(module) | {module}) - packages}
+    packages = {"dagster_project", *(m for m in GRAPH.modules if GRAPH.find_children(m))}
+    imported = {f"{m.replace('.', '/')}.py" for m in (GRAPH.find_upstream_modules(module) | {module}) - packages}
     declared = [dep for dep in STAGES[name].get("do", STAGES[name])["deps"] if dvc.is_code(dep)]
     covered = {entry: {path for path in imported if path == entry or path.startswith(f"{entry}/")} for entry in declared}
     assert imported - set().union(*covered.values()) == set(), "imported, and not covered by dvc.yaml"

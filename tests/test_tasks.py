@@ -70,6 +70,15 @@ def test_a_task_is_the_prompt_of_a_record_with_its_response_as_target(tmp_path: 
     }
 
 
+def test_records_without_unit_tests_are_left_out_and_those_of_the_others_run(tmp_path: Path) -> None:
+    rows = [row("Add.", "def add(a, b): return a + b") | {"meta": '{"tests": "assert add(1, 2) == 3"}'}, row("Name?", "Wren")]
+    rewards: dict[str, Any] = {"unit_tests": {"run": "unprotected"}}
+    found, counts = tasks_of(split(tmp_path / "splits", train=rows), ready(rewards, WHERE, tmp_path))
+    assert counts["train"]["left_out"] == {"no target of unit_tests": 1}
+    answers = [{"role": "assistant", "content": f"def add(a, b): return a {sign} b"} for sign in "+-"]
+    assert HeldOut(Rewards(rewards, None)).of_answers(found["train"] * 2, answers) == [1.0, 0.0]
+
+
 def test_records_whose_last_answer_is_not_trained_on_are_no_tasks(tmp_path: Path) -> None:
     rows = [row("a", "b"), row("c", "d", weight=0), {**row("e", "f"), "messages": [{"role": "user", "content": "e"}]}]
     _, counts = tasks_of(split(tmp_path / "splits", train=rows), {})
@@ -180,6 +189,13 @@ def test_only_online_methods_take_it(new: Path) -> None:
     edit_params(new, lambda values: values["aligned"].update(x={"method": "rloo", "adapter": "lora", "reward_target": "answer"}))
     with pytest.raises(InputError, match=r"aligned\.x\.reward_target"):
         validate(new)
+    tested = {"method": "rloo", "adapter": "lora", "rewards": {"unit_tests": {"run": "sandbox"}}, "per_device_train_batch_size": 8}
+    edit_params(new, lambda values: values["aligned"].update(x=tested))
+    with pytest.raises(InputError, match=r"aligned\.x\.rewards\.unit_tests: pairs have no tests\nhint: set reward_target: response"):
+        validate(new)
+    edit_params(new, lambda values: values["aligned"].update(x={**tested, "reward_target": "response"}))
+    validate(new)
+    edit_params(new, lambda values: values["aligned"].update(x={**tested, "reward_target": "answer"}))
     with pytest.raises(InputError, match="reward_target"):
         plan_variants(new, ["x"])
 

@@ -79,11 +79,9 @@ def impact(
         containing: part of a message (lineage/search.py).
         regex: `containing` is a regular expression.
     Returns:
-        {"asked", "published", "erased", "verdict", "records", "models", "watched", "near", "matches", "read_by", "unknown", "looked_at", "unreadable",
-        "shallow"}.
+        {"asked", "published", "erased", "verdict", "records", "models", "watched", "near", "matches", "read_by", "unknown", "looked_at", ...}.
         `models`, in the order of history, have the splits and training steps, the parent that saw the record, the commits at which this holds, and the
-        registered versions of the model, if it has any;
-        `watched`, if there are any: models that did not see the record, but whose training was measured by one that did, a reward model;
+        registered versions of the model, if it has any; `watched`, if not empty: those that did not see it, but were measured by one that did;
         `unknown` lists models that cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was asked
         for; `erased`: the day, if it was erased: models that were deleted then are not listed. The verdict is "yes", "no" only if everything was
         looked at, or else "cannot tell".

@@ -95,7 +95,7 @@ class Params(PreferenceParams):
     """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
     distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words. These
     rules score an answer's content and its calls, as JSON, without the trace. Ready-made ones that can be verified, with a weight or a mapping of
-    `weight` and their options: exact_match, number_match, regex, json_schema, tool_call, reasoning_format and length_window, see docs/alignment.md.
+    `weight` and their options: exact_match, number_match, regex, json_schema, tool_call, reasoning_format, length_window and unit_tests, see docs/alignment.md.
     Your own function: data/rewards/FILE.py:FUNCTION."""
     reward_target: Literal["chosen", "response"] = "chosen"
     """Online: where prompts come from, and what exact_match, number_match and tool_call compare answers with. chosen: preference pairs, and their chosen
@@ -155,6 +155,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
         teacher.locate(method.given_teacher, ctx.root, f"{where}.options.teacher")
     if method.learns_from_rewards:
         check(params.rewards, f"{where}.rewards", ctx.root)
+        if "unit_tests" in params.rewards and params.reward_target != tasks.RESPONSE:
+            raise InputError(f"params.yaml: {where}.rewards.unit_tests: pairs have no tests", "set reward_target: response")
         if params.rewards.get(MODEL) and MODEL not in ctx.values:
             raise InputError(
                 f"params.yaml: {where}.rewards: {params.method} learns from {MODEL}, and there is no such section",
@@ -621,6 +623,8 @@ def _examples(
     if not (sources.sft / "config.json").is_file():
         raise InputError(f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model", "name a variant that is merged")
     if counts:
+        for reward in ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)).values():
+            reward.probe()
         tasks.refuse_without_tasks(counts["tasks"], where)
         tasks.refuse_misfits(tokenizer_of(sources.sft), pairs, f"data/merged/{params.adapter}")
         return pairs, counts

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import JSON, Call, Message, Tools, calls
 from dagster_project.core.params import Section, inside, parse
 from dagster_project.core.tool_schemas import BROKEN, ArgumentsSchema, arguments_schema
+from dagster_project.training.trainers.alignment.code_runner import code_in, passes
 from dagster_project.training.trainers.alignment.reward_functions import FOLDER
 from dagster_project.training.trainers.alignment.reward_model import judged_text
 
@@ -46,6 +47,9 @@ class ReadyReward(Section):
     def has_target(self, record: Record) -> bool:
         """Whether the record has what the answer is compared with."""
         return True
+
+    def probe(self) -> None:
+        """Raises: InputError: it cannot work on this machine."""
 
     def loaded(self, root: Path, where: str) -> ReadyReward:
         """The reward with the files that it names.
@@ -211,9 +215,49 @@ class LengthWindow(ReadyReward):
         return 1.0 if self.max_words is None or words <= self.max_words else self.max_words / words
 
 
+class UnitTests(ReadyReward):
+    """1 if the answer's code (its last fenced block, or all of it) runs, and then the tests that the record has in `meta`. Only with `reward_target: response`. It runs code that the model wrote: nothing is run unless `run` says how."""
+
+    needs: ClassVar[str] = "tests in meta"
+    run: Literal["sandbox", "unprotected"] | None = None
+    """How code is run; required. sandbox: without network, other processes and files that it can write; refused where the system does not allow that.
+    unprotected: within the limits alone, as you."""
+    tests: str = Field(default="tests", min_length=1)
+    """Key of `meta` with the tests: Python code that raises an exception if one fails, or a list of such texts."""
+    seconds: int = Field(default=5, ge=1, le=3600)
+    """Processor time for an answer; wall time is limited to ten times that."""
+    memory_mb: int = Field(default=512, ge=64)
+    """Address space, in MiB."""
+
+    def loaded(self, root: Path, where: str) -> ReadyReward:
+        if self.run is None:
+            raise InputError(
+                f"params.yaml: {where}.run: {where.rpartition('.')[2]} runs code that the model writes, and is off unless you say how",
+                "set run: sandbox, or read docs/security.md#code-that-a-model-wrote",
+            )
+        return self
+
+    def probe(self) -> None:
+        self._passes("", "")
+
+    def score(self, answer: Message, record: Record) -> float:
+        return float(self._passes(code_in(answer["content"]), self._tests(record)))
+
+    def has_target(self, record: Record) -> bool:
+        return bool(self._tests(record).strip())
+
+    def _passes(self, code: str, tests: str) -> bool:
+        return passes(code, tests, self.run == "sandbox", self.seconds, self.memory_mb << 20)
+
+    def _tests(self, record: Record) -> str:
+        found = json.loads(record.get("meta") or "{}").get(self.tests)
+        parts = found if isinstance(found, list) else [found]
+        return "\n".join(part for part in parts if isinstance(part, str))
+
+
 READY: dict[str, type[ReadyReward]] = {
     "exact_match": ExactMatch, "number_match": NumberMatch, "regex": Regex, "json_schema": JsonSchema, "tool_call": ToolCall,
-    "reasoning_format": ReasoningFormat, "length_window": LengthWindow,
+    "reasoning_format": ReasoningFormat, "length_window": LengthWindow, "unit_tests": UnitTests,
 }  # fmt: skip
 """Name in params.yaml -> reward."""
 

@@ -46,7 +46,7 @@ def tasks_of(splits: Path, rewards: Mapping[str, ReadyReward]) -> tuple[dict[str
 
 def _task(record: Mapping[str, Any]) -> Task:
     *prompt, response = record["messages"]
-    known = {name: record.get(name) for name in ("example_id", "tools", "category", "group_id")}
+    known = {name: record.get(name) for name in ("example_id", "tools", "category", "group_id", "meta")}
     return {**known, "prompt": prompt, "chosen": [response]}
 
 

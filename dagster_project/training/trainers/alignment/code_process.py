@@ -1,0 +1,134 @@
+"""The process that runs an answer's code and the record's tests. It is run as a file, by an interpreter without site-packages, and imports the standard
+library alone.
+
+Its standard input has one JSON document: {"code", "tests", "token", "sandbox", "seconds", "memory"}. It writes the token once all tests have passed, or
+`UNABLE` if the sandbox cannot be set up; what the code prints goes nowhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+UNABLE = "unable: "
+NEW_NAMESPACES = 0x00020000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
+"""CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET: mounts, queues, users, processes and network of its own."""
+MS_REC, MS_PRIVATE, AT_RECURSIVE = 0x4000, 0x40000, 0x8000
+READ_ONLY = 1 | 2 | 4
+"""MOUNT_ATTR_RDONLY, _NOSUID and _NODEV: a device can be written on a mount that is read-only."""
+SYS_MOUNT_SETATTR = 442
+"""Since Linux 5.12, the same number on all processors."""
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, CAPABILITIES = 1, 38, 22, 2, 0x20080522
+PROCESSORS = {"x86_64": (0xC000003E, (41, 56, 57, 58)), "aarch64": (0xC00000B7, (198, 220))}
+"""Processor -> its number in AUDIT_ARCH, and those of the system calls socket, clone, fork and vfork, as far as it has them."""
+IO_URING_SETUP, CLONE3, OTHER_ABI = 425, 435, 0x40000000
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000
+"""Results of a filter; REFUSE is the error EPERM."""
+LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+"""Instructions of a filter: load a word of the call, compare it, return."""
+FILE = 1 << 20
+"""Most bytes of a written file, where files can be written at all."""
+
+
+def _called(name: str, *arguments: Any) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) != 0:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+
+
+def _refuse_calls() -> None:
+    """Refuse sockets and new processes. Sockets with a path, such as docker.sock, are outside of the network namespace, and can be written on a mount that
+    is read-only; root may start processes in spite of the limit."""
+    processor, numbers = PROCESSORS[os.uname().machine]
+    refused = [*numbers, IO_URING_SETUP, CLONE3]
+    steps = [
+        (LOAD, 0, 0, 4),
+        (IF_EQUAL, 1, 0, processor),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, 0),
+        (IF_AT_LEAST, len(refused) + 1, 0, OTHER_ABI),
+    ]
+    steps += [(IF_EQUAL, len(refused) - i, 0, number) for i, number in enumerate(refused)]
+    steps += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
+    filters = b"".join(struct.pack("HBBI", *step) for step in steps)
+    code = ctypes.create_string_buffer(filters, len(filters))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(code)))
+    _called("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
+
+
+def _isolate() -> None:
+    """No network, no other processes, and no file that can be written. The caller has to fork: only its children are in the new process namespace.
+
+    Raises:
+        OSError: the system does not allow it.
+    """
+    if os.uname().machine not in PROCESSORS:
+        raise OSError(0, f"no filter of system calls for {os.uname().machine}")
+    user, group = os.getuid(), os.getgid()
+    _called("unshare", NEW_NAMESPACES)
+    for name, content in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        with Path(f"/proc/self/{name}").open("w") as file:
+            file.write(content)
+    _called("mount", b"none", b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None)
+    attributes = (ctypes.c_uint64 * 4)(READ_ONLY, 0, 0, 0)
+    _called("syscall", SYS_MOUNT_SETATTR, -1, b"/", AT_RECURSIVE, ctypes.byref(attributes), ctypes.c_size_t(32))
+    header, none = (ctypes.c_uint32 * 2)(CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
+    _called("capset", ctypes.byref(header), ctypes.byref(none))  # with capabilities it could undo all this
+    _called("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def _end_with_parent() -> None:
+    """End when the process that started this one is killed. A change of capabilities would undo it, and a fork does."""
+    if sys.platform == "linux":
+        _called("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def _limit(seconds: int, memory: int) -> None:
+    limits = {"CPU": seconds, "AS": memory, "FSIZE": FILE, "CORE": 0, "NOFILE": 32, "NPROC": 0}
+    for name, most in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+
+
+def _run(work: dict[str, Any], result: int, nowhere: int) -> None:
+    """Run code and tests, then write the token. Whatever ends the process before that is a failure."""
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
+    _limit(work["seconds"], work["memory"])
+    if work["sandbox"]:
+        _refuse_calls()
+    token, names = work.pop("token"), {"__name__": "answer"}
+    exec(compile(work["code"], "answer.py", "exec"), names)
+    exec(compile(work["tests"], "tests.py", "exec"), names)
+    os.write(result, token.encode())
+
+
+def main() -> None:
+    work, nowhere = json.load(sys.stdin), os.open(os.devnull, os.O_RDWR)
+    try:
+        if work["sandbox"]:
+            _isolate()
+    except OSError as error:
+        print(f"{UNABLE}{error.strerror or error}", flush=True)
+        return
+    _end_with_parent()
+    result = os.dup(1)
+    if child := os.fork():
+        os.close(result)
+        os.waitpid(child, 0)
+        return
+    _end_with_parent()
+    try:
+        _run(work, result, nowhere)
+    finally:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
