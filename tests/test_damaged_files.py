@@ -281,6 +281,19 @@ def test_a_link_to_a_device_is_not_read(root: Path) -> None:
         read_stages(root)
 
 
+@pytest.mark.parametrize("name", ["params.yaml", "dvc.yaml"])
+def test_a_link_to_nowhere_is_one_message(
+    root: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    (root / name).unlink()
+    (root / name).symlink_to("nowhere")
+    for words in ("run --all", "sync", "verify --integrity"):
+        assert main(words.split()) == 2, words
+        shown = capsys.readouterr().err
+        assert shown.count("error: ") == 1 and name in shown and "hint: " in shown, (words, shown)
+
+
 def test_line_ends_that_git_changed_are_named(root: Path) -> None:
     path = root / "data/reports/tok.json"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
