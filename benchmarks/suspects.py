@@ -3,7 +3,7 @@
 5 % of the tickets in the training split of the sample project get another category, chosen at random. The tickets alone are tokenized as `params.yaml` says and
 trained for a few steps; then records are ranked by each method, and precision is the share of flipped labels among the first 5 %. Besides the scores of
 `pedigree why --suspects` there are the loss of each record at the end of training, cleanlab (self-confidence of a logistic regression on TF-IDF, five-fold
-out of sample: `pip install cleanlab`), and chance.
+out of sample; extra `bench`), and chance.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def from_cleanlab(prompts: list[str], labels: list[str]) -> dict[str, Any]:
     try:
         from cleanlab.rank import get_label_quality_scores
     except ModuleNotFoundError:
-        print("cleanlab is not installed: `pip install cleanlab` adds it to the table")
+        print("cleanlab is not installed: `pip install -e '.[bench]'` adds it to the table")
         return {}
     numbers = np.array([sorted({*labels}).index(label) for label in labels])
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000))

@@ -395,8 +395,9 @@ def why(options: argparse.Namespace) -> int:
         return _suspects(options)
     if options.prompt is None:
         return _index_gradients(options)
-    from dagster_project.commands import why as module
-    from dagster_project.commands.why_question import Options
+    with lean_imports():
+        from dagster_project.commands import why as module
+        from dagster_project.commands.why_question import Options
 
     if options.html:
         _require_suffix("--html", options.html, HTML)

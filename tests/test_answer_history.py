@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import training_pipeline
 from builders.answer_history import AnswerHistory, Row
 from builders.small_pipeline import git
+from builders.training import make_data
+from conftest import dvc
 
 from dagster_project.__main__ import main
 from dagster_project.commands.bisect import Search
@@ -260,6 +263,37 @@ def test_versions_in_the_cache_are_asked_before_others_are_trained_again(
     assert bisect(root) == 2
     shown = capsys.readouterr()
     assert "adapter@lora must run again" in shown.err and "--train" in shown.err and not shown.out
+
+
+def test_a_lost_version_is_trained_again_and_answers_as_it_did(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A project of the stage `adapter@x` alone, whose data changed once."""
+    root = training_pipeline.make_project(tmp_path / "project", tiny_model, {"method": "full", "learning_rate": 1e-2, "max_steps": 4})
+
+    def run(message: str) -> None:
+        done = dvc(root, "repro", "-q")
+        assert done.returncode == 0, done.stderr + done.stdout
+        git(root, "add", "-A")
+        git(root, "commit", "-qm", message)
+
+    run("first")
+    lost = _lock((root / "dvc.lock").read_text())["adapter@x"]["outs"][0]["md5"]
+    make_data(root / "data", rows=3)
+    assert dvc(root, "add", "-q", "data/tokenized").returncode == 0
+    run("second")
+    named = ("bisect", "adapter@x", "--prompt", "hat?", "--expect", "no model says this", "--json", "--project", str(root))
+    assert main([*named]) == 1
+    whole = document(capsys)
+    assert whole["verdict"] == "never" and whole["evaluations"] == 2
+    (root / ".dvc/cache/files/md5" / lost[:2] / lost[2:]).unlink()
+    assert main([*named]) == 2
+    assert "adapter@x must run again" in capsys.readouterr().err
+    before = state(root)
+    assert main([*named, "--train"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == whole and "adapter@x run again" in shown.err
+    assert state(root) == before
 
 
 class Searched(Search):

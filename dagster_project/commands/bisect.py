@@ -118,10 +118,10 @@ class Search:
         names = _to_run(step, lock)
         if not self.may_train:
             raise InputError(
-                f"{self.model} of commit {step.commit[:12]} is not in the cache, so {', '.join(names)} must run again",
+                f"{self.model} of commit {step.commit[:12]} is not in the cache, so {', '.join(names)} must run again{_cost(step)}",
                 "fetch it with `dvc pull --all-commits`, or add --train",
             )
-        log.info(f"bisect: {step.commit[:12]} is not in the cache: {', '.join(names)} run again")
+        log.info(f"bisect: {step.commit[:12]} is not in the cache: {', '.join(names)} run again{_cost(step)}")
         place = place_of(self.scratch, step.run)
         with closing(reproduce(at, lock, names)) as stages:
             for one in stages:
@@ -131,6 +131,13 @@ class Search:
                 for path in needed(step.run) if one.name == step.run.address else ():
                     shutil.copytree(one.outputs.root / path, place / path, dirs_exist_ok=True)
         self.trained.add(step.run.md5)
+
+
+def _cost(step: Step) -> str:
+    """What the report of a training says that it took."""
+    report = step.subject.index.report(step.run)
+    taken = [f"{report[name]:,} {name}" for name in ("steps", "tokens") if isinstance(report.get(name), int)]
+    return f" (the training took {', '.join(taken)})" if taken else ""
 
 
 def _to_run(step: Step, lock: Mapping[str, Any]) -> list[str]:

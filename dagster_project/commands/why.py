@@ -20,6 +20,7 @@ from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, cosines, stands_out
 from dagster_project.lineage.attribution.records import TrainedRecord
 from dagster_project.lineage.lineage import trained_on
+from dagster_project.training.methods.hardware import import_libraries
 
 log = logging.getLogger("pedigree")
 
@@ -58,9 +59,10 @@ def ask(root: Path, model: str, options: Options, with_index: bool) -> tuple[dic
     found = target(root, model)
     indexed = found.index() if with_index else None
     gradients, _ = found.store.read()
+    import_libraries()  # before a tokenizer imports them in more time
     texts = Texts(found)
     system, notes = _system(texts, options)
-    asked = question(found, options, system)
+    asked = question(found, options, system, texts.tokenizer)
     log_probability, gradient = found.model.of_span(asked.example)
     documents = [f"{prompt} {response}" for prompt, response in map(texts.of, found.records)]
     words = next(bm25(documents, [f"{options.prompt} {_content(asked)}"]))

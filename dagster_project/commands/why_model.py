@@ -13,6 +13,7 @@ from dagster_project.core import params
 from dagster_project.core.documents import read_document
 from dagster_project.core.errors import Busy, InputError
 from dagster_project.core.hashing import md5_of_folder
+from dagster_project.core.imports import lean_imports
 from dagster_project.core.params import Compute
 from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import REFUSED, TrainedModel
@@ -112,7 +113,8 @@ class Target:
     def model(self) -> TrainedModel:
         """The loaded model."""
         one_process = self.compute.model_copy(update={"processes": 1})
-        return TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
+        with lean_imports():  # of the model's own module
+            return TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
 
     def index(self) -> dict[str, Any]:
         """Compute what is missing in the store.

@@ -49,8 +49,11 @@ class Question:
         return sum(label != IGNORE for label in self.example.labels)
 
 
-def question(found: Target, options: Options, system: str | None) -> Question:
+def question(found: Target, options: Options, system: str | None, tokenizer: Any) -> Question:
     """Tokenize a question with its answer, which the model gives if it is not given.
+
+    Args:
+        tokenizer: of the model (`tokenizer_of`).
 
     Raises:
         InputError: the answer is empty, too long, or does not contain the part that is asked about.
@@ -59,7 +62,7 @@ def question(found: Target, options: Options, system: str | None) -> Question:
     reply = answer(found, prompt) if options.answer is None else {"role": "assistant", "content": options.answer}
     if not any(reply.get(name) for name in ("content", "reasoning_content", "tool_calls")):
         raise InputError("the answer is empty" if options.answer is not None else "the model's answer is empty", "give one with --answer")
-    return tokenize(tokenizer_of(found), [*prompt, reply], options.span)
+    return tokenize(tokenizer, [*prompt, reply], options.span)
 
 
 def tokenize(tokenizer: Any, messages: Messages, span: str | None, tools: Tools = None) -> Question:
