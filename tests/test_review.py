@@ -13,7 +13,8 @@ from builders.records import ask, placed
 from pydantic import ValidationError
 
 from dagster_project.core.errors import InputError
-from dagster_project.curation.checks.checks import Rules
+from dagster_project.curation.checks import findings
+from dagster_project.curation.checks.checks import CHECKS, Rules, judge
 from dagster_project.curation.checks.review import COLUMNS, Waiver, queue, read_decisions, refuse_expired
 
 WAIVER: dict[str, Any] = {"check": "pii", "rows": ["a.jsonl:3"], "reason": "our own address", "expires": date(2026, 6, 30)}
@@ -55,10 +56,24 @@ def test_completed_decisions_are_read_and_the_rest_stay_open(tmp_path: Path) -> 
     path = filled(
         tmp_path / "r.csv", {"decision": "accept", "reason": "fine"}, {}, {"decision": "Edit", "reason": "clearer", "new_response": "Yes."}
     )
-    assert [(d.decision, d.check, d.reason, d.new_response) for d in read_decisions(path)] == [
+    assert [(d.decision, d.check, d.reason, d.new_response) for d in read_decisions(path, CHECKS)] == [
         ("accept", "conflicting_responses", "fine", ""),
         ("edit", "conflicting_responses", "clearer", "Yes."),
     ]
+
+
+def test_a_row_that_a_person_drops_for_what_no_check_found_is_counted_as_reviewed(tmp_path: Path) -> None:
+    rows = placed([ask("Hi 0", "Hello."), ask("Hi 1", "Good day.")])
+    path = filled(tmp_path / "r.csv", {})
+    lines = list(csv.DictReader(io.StringIO(path.read_text(), newline="")))
+    lines[0] |= {"example_id": rows[1]["example_id"], "check": "reviewed", "decision": "drop", "reason": "wrong label"}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, COLUMNS).writeheader()
+        csv.DictWriter(file, COLUMNS).writerows(lines)
+    judged = judge(rows, [], Rules(), decisions=read_decisions(path, CHECKS))
+    assert judged.reason == [None, "reviewed"] and judged.dropped == {"reviewed": 1}
+    assert judged.said == {1: "dropped: wrong label"}
+    assert findings.references("a set", "alpaca", judged, [])["dropped"] == {"reviewed": 1}
 
 
 def test_a_cell_that_a_spreadsheet_would_run_is_made_harmless(tmp_path: Path) -> None:
@@ -71,12 +86,17 @@ def test_a_cell_that_a_spreadsheet_would_run_is_made_harmless(tmp_path: Path) ->
     [
         ({"decision": "keep", "reason": "x"}, "row 1: 'keep' is none of accept, drop, edit"),
         ({"decision": "drop"}, "row 1: no reason"),
+        (
+            {"decision": "drop", "reason": "x", "check": "typo"},
+            "row 1: 'typo' is no check of this set; for what no check found, write reviewed",
+        ),
+        ({"decision": "accept", "reason": "x", "check": "reviewed"}, "row 1: accept, but reviewed is no check"),
         ({"decision": "edit", "reason": "x"}, "row 1: edit, but new_prompt and new_response are both empty"),
     ],
 )
 def test_an_invalid_decision_is_refused_by_row(change: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        read_decisions(filled(tmp_path / "r.csv", change))
+        read_decisions(filled(tmp_path / "r.csv", change), CHECKS)
 
 
 @pytest.mark.parametrize(
@@ -85,4 +105,4 @@ def test_an_invalid_decision_is_refused_by_row(change: dict[str, str], message: 
 def test_an_invalid_review_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_bytes(content)
     with pytest.raises(InputError, match=message):
-        read_decisions(tmp_path / "r.csv")
+        read_decisions(tmp_path / "r.csv", CHECKS)

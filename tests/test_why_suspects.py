@@ -20,7 +20,7 @@ from dagster_project.core.context import Documents
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.records import example_id, write_json, write_ledger, write_records
 from dagster_project.curation.checks import findings
-from dagster_project.curation.checks.checks import Rules, judge
+from dagster_project.curation.checks.checks import CHECKS, Rules, judge
 from dagster_project.curation.checks.review import read_decisions
 from dagster_project.lineage.attribution import suspects as module
 from dagster_project.lineage.attribution.suspects import LEAST, Group, Suspicion, agreement, chosen_groups, form_of, members, opposition
@@ -245,7 +245,7 @@ def test_people_decide_on_the_queue_and_nothing_is_dropped_before(root: Path, ca
     assert "8 of these records are not rows of data/instructions" in found["notes"][-1]
     assert before.items() <= {path: path.read_bytes() for path in sorted((root / "data").rglob("*")) if path.is_file()}.items()
     file = root / found["queue"]["file"]
-    assert read_decisions(file) == []
+    assert read_decisions(file, CHECKS) == []
     rows = list(csv.DictReader(io.StringIO(file.read_text(), newline="")))
     listed = [one["example_id"] for one in found["suspects"] if int(one["example_id"][5:].split(".")[0]) < 5]
     assert [row["example_id"] for row in rows] == listed and all(row["decision"] == "" for row in rows)
@@ -265,9 +265,9 @@ def test_a_row_that_a_person_drops_is_counted_in_the_report(root: Path, capsys: 
         writer = csv.DictWriter(file, list(line))
         writer.writeheader()
         writer.writerow(line | {"example_id": rows[at]["example_id"], "decision": "drop", "reason": "wrong label"})
-    judged = judge(rows, [], Rules(policy={"pii": "warn"}), decisions=read_decisions(decided))
+    judged = judge(rows, [], Rules(policy={"pii": "warn"}), decisions=read_decisions(decided, CHECKS))
     assert [i for i, reason in enumerate(judged.reason) if reason] == [at]
-    assert sum(verdict.dropped for verdict in judged.verdicts.values()) == 1
+    assert judged.dropped == {"reviewed": 1}
     assert not any(judge(rows, [], Rules(policy={"pii": "warn"})).reason)
 
 

@@ -12,13 +12,11 @@ from dagster_project.commands.why_model import Target, target
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import pages_of
 from dagster_project.core.records import iter_ledger, write_json, write_text
-from dagster_project.curation.checks.review import queue
+from dagster_project.curation.checks.review import REVIEWED, queue
 from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, members, opposition
 from dagster_project.orchestration import dvc
 
 INSTRUCTIONS = "instructions"
-CHECK = "conflicting_responses"
-"""The check that the queue names: of those whose rows can be reviewed, the one on answers that contradict others."""
 NAME = "suspects"
 """Files about the queue in the folder of pages of `instructions`."""
 CAVEAT = "Ranks and scores say how well gradients fit those of the others. A rare but right answer can be among the first: look at each."
@@ -102,7 +100,7 @@ def _write_queue(root: Path, texts: Texts, document: Mapping[str, Any]) -> tuple
     waiting = [one["example_id"] for one in document["suspects"] if one["example_id"] in kept]
     records = [texts.known[name] | {key: kept[name][key] for key in ("source", "source_row")} for name in waiting]
     file, page = pages / f"{NAME}.csv", pages / "report.html"
-    write_text(file, queue(records, [(i, CHECK) for i in range(len(records))]))
+    write_text(file, queue(records, [(i, REVIEWED) for i in range(len(records))]))
     write_json(pages / f"{NAME}.json", {"of": sha256_of_file(data / "findings.json"), **document})
     drawn = render(root, INSTRUCTIONS)["pages"] if INSTRUCTIONS in dvc.read_stages(root) else []
     left = len(document["suspects"]) - len(waiting)

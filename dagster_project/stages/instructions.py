@@ -4,7 +4,6 @@ with its reason."""
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from dagster_project.core.records import (
 )
 from dagster_project.core.stored_rows import Selected, StoredRows
 from dagster_project.curation.checks import account, expectations, findings, references, row_cache
-from dagster_project.curation.checks.checks import CHECKS, Judgement, Rules, checks_of, judge
+from dagster_project.curation.checks.checks import Judgement, Rules, checks_of, judge
 from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
 from dagster_project.curation.checks.token_counts import tokens_of
 from dagster_project.curation.sources.benchmarks import read_items
@@ -75,7 +74,7 @@ def produce(
     previous: files of the output as recorded before, by relative path; used only for the changes shown on the page.
     """
     held_out = [item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)]
-    decisions = read_decisions(inside(root, params.review, "instructions.review")) if params.review else []
+    decisions = read_decisions(inside(root, params.review, "instructions.review"), checks_of("examples")) if params.review else []
     records = StoredRows(folder=out.parent)
     for line in placed_records(raw_examples):
         records.append_encoded(line)
@@ -100,11 +99,10 @@ def produce(
     write_ledger(out, _ledger(judged), repaired=any(judged.repaired.values()))
     account.write_account("instructions", judged, held_out, out, pages, previous, partial(_read_kept, out.parent))
 
-    dropped = Counter(why for why in judged.reason if why)
     return Report(
         rows_in=len(records),
         rows_out=len(kept),
-        dropped={name: dropped[name] for name in CHECKS if dropped[name]},
+        dropped=judged.dropped,
         fixed=judged.fixed,
         checks=checks,
         metrics={

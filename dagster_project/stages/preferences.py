@@ -4,7 +4,6 @@ share no prompt."""
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,7 +31,7 @@ from dagster_project.core.stored_rows import Selected, StoredRows
 from dagster_project.core.strings import StringIndex
 from dagster_project.curation.checks import account, findings, references, row_cache
 from dagster_project.curation.checks.check import Action
-from dagster_project.curation.checks.checks import CHECKS, Judgement, Rules, checks_of, judge
+from dagster_project.curation.checks.checks import Judgement, Rules, checks_of, judge
 from dagster_project.curation.checks.overlaps import Link, Overlaps
 from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
 from dagster_project.curation.checks.token_counts import tokens_of
@@ -117,7 +116,7 @@ def produce(
     previous: files of the output as recorded before, by relative path; used only for the changes shown on the page.
     """
     benchmarks = [item for path in params.benchmarks for item in read_items(inside(root, path, "preferences.benchmarks"), path)]
-    decisions = read_decisions(inside(root, params.review, "preferences.review")) if params.review else []
+    decisions = read_decisions(inside(root, params.review, "preferences.review"), checks_of("preferences")) if params.review else []
     test = [{**record, "source": "data/splits/test", "source_row": record["example_id"]} for record in read_records(splits / TEST)]
     records = StoredRows(map(as_record, iter_pairs(raw_preferences)), out.parent)
     division = Division()
@@ -137,12 +136,11 @@ def produce(
 
     held_out = [*benchmarks, *(Item(references.place(r), prompt_text(r["messages"]), text=response_text(r["messages"])) for r in test)]
     account.write_account("preferences", judged, held_out, out, pages, previous, _read_kept)
-    dropped = Counter(why for why in judged.reason if why)
     length: dict[str, Any] = {key: judged.profile[key] for key in ("chosen_longer_share", "length_rule_accuracy") if key in judged.profile}
     return Report(
         rows_in=len(records),
         rows_out=sum(map(len, rows.values())),
-        dropped={name: dropped[name] for name in CHECKS if dropped[name]},
+        dropped=judged.dropped,
         fixed=judged.fixed,
         checks=[findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()],
         metrics={

@@ -21,7 +21,7 @@ from dagster_project.curation.checks.check import Action, Check, DataSet, Kind, 
 from dagster_project.curation.checks.features import Features, columns, features
 from dagster_project.curation.checks.overlaps import GROUPED, Overlaps, find_overlaps
 from dagster_project.curation.checks.repair import REPAIRS, RepairResult, repair
-from dagster_project.curation.checks.review import Decision, Waived, Waiver, edited, ids_of, resolve
+from dagster_project.curation.checks.review import REVIEWED, Decision, Waived, Waiver, edited, ids_of, resolve
 from dagster_project.curation.checks.row_checks import ROW_CHECKS, gather, row_schema, set_violations, violations
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
@@ -190,6 +190,12 @@ class Judgement:
     """The records as they were given, without edits and repairs."""
     special: Collection[str] = ()
     """The base model's special tokens."""
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Check, or `REVIEWED`, -> rows dropped for it, in the order of `CHECKS`."""
+        counts = Counter(why for why in self.reason if why)
+        return {name: counts[name] for name in (*CHECKS, REVIEWED) if counts[name]}
 
     @property
     def fixed(self) -> dict[str, int]:

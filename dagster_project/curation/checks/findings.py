@@ -66,7 +66,6 @@ def references(name: str, layout: str, judged: Judgement, held_out: Sequence[Ite
     for one in findings:
         one["rows"] = [numbers.of(record) for record in Selected(judged.records, one["rows"])]
         one["matches"] = [{**found, "row": numbers.of(judged.records[found["row"]])} for found in one["matches"]]
-    dropped = Counter(why for why in judged.reason if why)
     compared = judged.overlaps.compared
     rich = conversations.chosen(Selected(judged.records, [i for i in judged.rich if judged.reason[i] is None]))
     return {
@@ -74,7 +73,7 @@ def references(name: str, layout: str, judged: Judgement, held_out: Sequence[Ite
         "format": layout,
         "rows": len(judged.records),
         "kept": judged.reason.count(None),
-        "dropped": {check: dropped[check] for check in CHECKS if dropped[check]},
+        "dropped": judged.dropped,
         **({"fixed": judged.fixed} if judged.fixed else {}),
         "findings": sorted(findings, key=lambda f: (ORDER[f["severity"]], -f["count"], f["check"])),
         **({"conversations": [Reference.of(record)._asdict() for record in rich]} if rich else {}),

@@ -7,7 +7,7 @@ import csv
 import datetime
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +24,8 @@ from dagster_project.core.text import cell
 from dagster_project.curation.sources.reading import locate
 
 Decide = Literal["accept", "drop", "edit"]
+REVIEWED = "reviewed"
+"""In the column `check`: no check found the row, a person did. Such a row can be dropped or edited."""
 COLUMNS = ("example_id", "place", "check", "prompt", "response", "decision", "reason", "new_prompt", "new_response")
 
 
@@ -185,11 +187,13 @@ def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: I
     return Waived(rows, pairs, reasons, unknown)
 
 
-def read_decisions(path: Path) -> list[Decision]:
+def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
     """The filled-in lines of a review file; lines without a decision are skipped.
 
+    Args:
+        checks: names of the checks of the set.
     Raises:
-        InputError: lists every line with an unknown decision, without a reason, or with nothing to edit.
+        InputError: lists every line with an unknown decision or check, without a reason, or with nothing to edit or accept.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -211,6 +215,10 @@ def read_decisions(path: Path) -> list[Decision]:
         key = (values["example_id"], values["check"])
         if decision not in get_args(Decide):
             problems.append(f"{path.name}: row {number}: {decision!r} is none of {', '.join(get_args(Decide))}")
+        elif key[1] not in {*checks, REVIEWED}:
+            problems.append(f"{path.name}: row {number}: {key[1]!r} is no check of this set; for what no check found, write {REVIEWED}")
+        elif decision == "accept" and key[1] == REVIEWED:
+            problems.append(f"{path.name}: row {number}: accept, but {REVIEWED} is no check that the row could violate")
         elif not values["reason"].strip():
             problems.append(f"{path.name}: row {number}: no reason")
         elif decision == "edit" and not (values["new_prompt"].strip() or values["new_response"].strip()):
