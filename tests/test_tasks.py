@@ -239,11 +239,19 @@ def test_another_test_split_makes_no_alignment_stale(new: Path) -> None:
     def stale() -> set[str]:
         return {address for address, state in dvc.read_stages(new).items() if state.changed}
 
+    def conflicts() -> tuple[list[str], set[str]]:
+        """What a run of the stage would refuse, and which of its dependencies are hashed before and after."""
+        found = dvc.verified_fingerprint(new, "aligned@math", lambda _: None)
+        return [what for what, _ in found.conflicts], set(found.now)
+
     assert not stale()
+    refused, hashed = conflicts()
+    assert refused == [] and {"data/splits/train", "data/splits/validation"} <= hashed
     (new / "data/splits/test/records-00000.parquet").write_text("other")
     assert {"aligned@math", "aligned@dpo"} & stale() == set() and "evaluation@lora" in stale()
     (new / "data/splits/train/records-00000.parquet").write_text("other")
     assert {"aligned@math", "aligned@dpo"} <= stale()
+    assert [what for what in conflicts()[0] if "data/splits" in what], "an input that its producer did not make is refused"
 
 
 FAQ, PAIRS = "data/sources/faq.jsonl", "data/sources/pairs.jsonl"
