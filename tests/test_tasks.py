@@ -23,6 +23,7 @@ from dagster_project.commands.verify import verify
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.evaluation.paired.alignment import PolicyAnswer
 from dagster_project.lineage.export.summary import chain
 from dagster_project.lineage.impact import impact
 from dagster_project.lineage.lineage import audit
@@ -148,6 +149,33 @@ def test_training_learns_from_the_training_split_and_is_measured_on_the_validati
     assert json.loads((tmp_path / "out" / "training.json").read_text())["settings"]["reward_target"] == "response"
 
 
+class Policies:
+    """Answers known by heart: the SFT model solves the first of four tasks, the policy the first three."""
+
+    def answer(self, who: str, tasks: list[dict[str, Any]], *_: Any) -> list[PolicyAnswer]:
+        solved = {"sft": 1, "aligned": 3}[who]
+        texts = [task["chosen"][0]["content"] if i < solved else "?" for i, task in enumerate(tasks)]
+        return [PolicyAnswer({"role": "assistant", "content": text}, text, [1], [2]) for text in texts]
+
+    def divergence(self, _: Any) -> float:
+        return 0.0
+
+
+def test_held_out_rewards_are_those_before_and_after(tmp_path: Path) -> None:
+    records = [row(f"v{i}", f"b{i}") for i in range(4)]
+    found, _ = tasks_of(split(tmp_path / "splits", validation=records), {})
+    scorer = HeldOut(Rewards({"exact_match": 2.0, "length_window": {"weight": 1.0, "max_words": 1}}, None))
+    params = aligned.Params(method="rloo", adapter="lora")
+    measured = aligned._evaluate(Policies(), found["test"], scorer, params, tmp_path / "out")  # type: ignore[arg-type]
+    means = {name: (one["sft"], one["aligned"], one["difference"]) for name, one in measured["held_out"].items()}
+    assert means == {"reward": (1.5, 2.5, 1.0), "exact_match": (0.25, 0.75, 0.5), "length_window": (1.0, 1.0, 0.0)}
+    assert measured["watch"]["win_rate"]["value"] == 0.75  # two are better, two are as good
+    check = aligned._improved(measured, 4)
+    low, high = measured["held_out"]["reward"]["interval"]
+    assert (check.name, check.passed) == ("solves_more_held_out_tasks", low > 0) and low <= 1.0 <= high
+    assert check.note.startswith("reward 1.500 -> 2.500 on 4 held-out tasks")
+
+
 @pytest.mark.parametrize(
     ("rows", "rewards", "message"),
     [
@@ -211,11 +239,19 @@ def test_another_test_split_makes_no_alignment_stale(new: Path) -> None:
     def stale() -> set[str]:
         return {address for address, state in dvc.read_stages(new).items() if state.changed}
 
+    def conflicts() -> tuple[list[str], set[str]]:
+        """What a run of the stage would refuse, and which of its dependencies are hashed before and after."""
+        found = dvc.verified_fingerprint(new, "aligned@math", lambda _: None)
+        return [what for what, _ in found.conflicts], set(found.now)
+
     assert not stale()
+    refused, hashed = conflicts()
+    assert refused == [] and {"data/splits/train", "data/splits/validation"} <= hashed
     (new / "data/splits/test/records-00000.parquet").write_text("other")
     assert {"aligned@math", "aligned@dpo"} & stale() == set() and "evaluation@lora" in stale()
     (new / "data/splits/train/records-00000.parquet").write_text("other")
     assert {"aligned@math", "aligned@dpo"} <= stale()
+    assert [what for what in conflicts()[0] if "data/splits" in what], "an input that its producer did not make is refused"
 
 
 FAQ, PAIRS = "data/sources/faq.jsonl", "data/sources/pairs.jsonl"
