@@ -156,6 +156,14 @@ def upgrade(options: argparse.Namespace) -> int:
     return 0
 
 
+def pipeline(options: argparse.Namespace) -> int:
+    """Write into dvc.yaml what each adapter reads, after an edit of params.yaml that merges adapters or adds one."""
+    from dagster_project.commands.adapter_reads import as_text, write_reads
+
+    _print(options, write_reads(_project(options)), as_text)
+    return 0
+
+
 def render(options: argparse.Namespace) -> int:
     """Draw pages again from the documents on disk, without running a stage."""
     from dagster_project.commands.render import as_text
@@ -819,6 +827,7 @@ def _add_pipeline_commands(commands: Any) -> None:
     add("--to", metavar="STAGE[@VARIANT]", help="stage at which each trial ends (default: the stage of the section)")
     _add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
     _add_command(commands, upgrade)
+    _add_command(commands, pipeline)
     _add_command(commands, sync).add_argument(
         "--key-prefix", default="", metavar="PREFIX", help="of the project's asset keys in an instance with other assets, e.g. ml/support"
     )

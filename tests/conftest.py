@@ -164,6 +164,7 @@ def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]],
 
 FIRST = (
     "test_two_front_ends",
+    "test_merged_variant",
     "test_machine",  # makes the finished project; files that need it follow when it exists
     "test_front_ends",
     "test_processes",

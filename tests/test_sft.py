@@ -570,7 +570,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_names_the_examples(tokenize
     bad = SHORT | {"example_ids": ["bad"], "weights": [float("nan")] * 5}
     write_table(tmp_path / "tokenized" / "train.parquet", [*([OTHER] * 3), bad], row_schema())
     report = tune(tokenized, tiny_model, tmp_path / "adapter", epochs=1)
-    assert [check.name for check in report.checks] == list(adapter.CHECK_DESCRIPTIONS)
+    assert [check.name for check in report.checks] == list(adapter.CHECK_DESCRIPTIONS)[:2]
     learned = report.failures[0]
     assert (learned.name, learned.rows, learned.blocking) == ("learned", ["bad"], True)
     assert re.match(r"the loss is nan at step \d; lower learning_rate", learned.note)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project import __version__
+from dagster_project.commands.adapter_reads import listed
+from dagster_project.core import params
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import is_code
 from dagster_project.lineage import code_lock
@@ -79,7 +81,9 @@ class Update:
 
 def update_pipeline(root: Path, recorded: CodeLock) -> Update:
     """Write dvc.yaml of this version over that of an earlier one, unless it was edited since."""
-    text, path, lock = pipeline_text(), root / "dvc.yaml", current_lock()
+    adapters, path = params.read(root).get("adapter"), root / "dvc.yaml"
+    text = listed(pipeline_text(), adapters if isinstance(adapters, dict) else {})
+    lock = replace(current_lock(), pipeline=sha256_of_text(text))
     present = path.read_text(encoding="utf-8")
     if sha256_of_text(present) == recorded.pipeline:
         if present != text:

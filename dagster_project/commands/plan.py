@@ -32,6 +32,7 @@ from dagster_project.training.planning.timing import Operations
 from dagster_project.training.planning.torch_internals import replaced
 from dagster_project.training.tokens import chat_templates
 from dagster_project.training.trainers.harness.params import AUTO
+from dagster_project.training.trainers.merging.entry import method_of
 from dagster_project.training.trainers.sft import auto
 from dagster_project.training.trainers.sft.sft import refuse_mistakes, steps
 
@@ -176,6 +177,8 @@ def _adapter(
     """
     train, validates = tokenized["train"], tokenized["validation"]["rows"] > 0
     entry = params.parse(Params, values["adapter"][name], f"adapter.{name}")
+    if entry.merge_of is not None:
+        return {"merge_of": entry.merge_of, "method": method_of(entry), "memory": None, "time": None, "advice": []}
     if entry.command is not None:  # what it will do is its own business
         return {
             "command": entry.command, "examples": train["examples"], "tokens_per_epoch": train["tokens"],
@@ -476,6 +479,9 @@ def as_text(document: dict[str, Any]) -> str:
 
 
 def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+    if "merge_of" in v:
+        of = ", ".join(f"{weight} of {parent}" for parent, weight in v["merge_of"].items())
+        return [f"{name}: merged by {v['method']}: {of}; nothing is trained"]
     if "command" in v:
         return [
             f"{name}: {v['examples']} examples, {v['tokens_per_epoch']:,} tokens per epoch, trained by `{visible(v['command'])}`",

@@ -1,4 +1,5 @@
-"""tokenized + base_model -> adapter@X. One variant trained by its entry in params.yaml, with a record of which weights changed and which examples were used."""
+"""tokenized + base_model -> adapter@X. One variant trained by its entry in params.yaml, with a record of which weights changed and which examples were used;
+or merged of other variants."""
 
 from __future__ import annotations
 
@@ -29,6 +30,9 @@ from dagster_project.training.trainers.harness.launch import launch, read_report
 from dagster_project.training.trainers.harness.params import AUTO, AdapterParams
 from dagster_project.training.trainers.harness.session import Diverged, OutOfMemory, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import LIBRARIES
+from dagster_project.training.trainers.merging import merge as merging
+from dagster_project.training.trainers.merging.entry import check_merge
+from dagster_project.training.trainers.merging.reads import refuse_other_reads
 from dagster_project.training.trainers.sft import auto
 from dagster_project.training.trainers.sft.fit import FitResult, TrainingData, fit
 from dagster_project.training.trainers.sft.sft import refuse_mistakes, warmup
@@ -38,6 +42,7 @@ log = logging.getLogger("pedigree")
 CHECK_DESCRIPTIONS = {
     "learned": "Every loss and every trained weight is finite, and the validation loss fell.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
+    merging.CHECK: merging.DESCRIPTION,
 }
 
 Params = AdapterParams
@@ -45,6 +50,10 @@ NO_HINTS = ExecutionHints()
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
+    if params.merge_of is not None:
+        check_merge(params, ctx.values["adapter"], ctx.section, ctx.root)
+        return
+    refuse_other_reads(ctx.root, ctx.section.partition(".")[2], ctx.values["adapter"])
     check_command(params, ctx.compute, ctx.section, ctx.root)
     if params.command is not None:
         return
@@ -59,6 +68,11 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 def run(ctx: StageContext) -> Report:
     params, inputs = ctx.variant_params("adapter", Params), (ctx.output_of("tokenized"), ctx.output_of("base_model"))
+    if params.merge_of is not None:
+        remove(ctx.live)  # the curves of an earlier training
+        return merging.merge_adapters(
+            str(ctx.variant), params, ctx.compute, ctx.outputs_of("adapter"), inputs[1], out=ctx.out, curve_file=ctx.plot("loss")
+        )
     if params.command is not None:
         remove(ctx.live)  # the curves of an earlier training
         folders = Folders(ctx.root, *inputs, ctx.scratch / "command", ctx.checkpoints, ctx.out, ctx.plot("loss"), ctx.pages)

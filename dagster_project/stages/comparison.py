@@ -68,7 +68,7 @@ def run(ctx: StageContext) -> Report:
             ctx.outputs_of(trained) / name / "training.json",
             ctx.outputs_of("adapter") / entry["adapter"] / "training.json" if trained == "aligned" else None,
             trained,
-            _failed_checks(ctx, [*_trainings(trained, name, entry), f"{merged}@{name}", f"{evaluation}@{name}"]),
+            _failed_checks(ctx, [*_trainings(trained, name, entry, ctx.values["adapter"]), f"{merged}@{name}", f"{evaluation}@{name}"]),
         )
         for trained, (evaluation, merged) in FOLDERS.items()
         for name, entry in ctx.values[trained].items()
@@ -86,11 +86,17 @@ def run(ctx: StageContext) -> Report:
     )
 
 
-def _trainings(trained: str, name: str, entry: Mapping[str, Any]) -> list[str]:
+def _trainings(trained: str, name: str, entry: Mapping[str, Any], adapters: Mapping[str, Any]) -> list[str]:
     """Stages that trained a variant; for an aligned one, including those of the SFT variant it started from."""
     if trained == "adapter":
-        return [f"adapter@{name}"]
-    return [f"adapter@{entry['adapter']}", f"merged@{entry['adapter']}", f"aligned@{name}"]
+        return [*_merged_of(adapters, name), f"adapter@{name}"]
+    return [*_merged_of(adapters, entry["adapter"]), f"adapter@{entry['adapter']}", f"merged@{entry['adapter']}", f"aligned@{name}"]
+
+
+def _merged_of(adapters: Mapping[str, Any], name: str) -> list[str]:
+    """The stages of the adapters that an adapter is merged of, also through others."""
+    parents = (adapters[name] or {}).get("merge_of") or {}
+    return list(dict.fromkeys(stage for one in parents for stage in (*_merged_of(adapters, one), f"adapter@{one}")))
 
 
 def _failed_checks(ctx: StageContext, addresses: Sequence[str]) -> list[str]:
@@ -226,7 +232,7 @@ def _differences(
 
 
 TAKEN = ("tokens", "trained_tokens", "steps")
-"""What a training takes. A training command may not record it."""
+"""What a training takes; of an adapter that is merged of others, their trainings. A training command may not record it."""
 
 
 def _cost(name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, variants: Mapping[str, Variant]) -> dict[str, float]:
@@ -236,7 +242,7 @@ def _cost(name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, 
         return {**prompt, "bytes": _size(base_model)} if prompt else {}
     files = [file for file in (variants[name].before, variants[name].training) if file]
     trainings = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    unknown = {key for one in trainings if "command" in one for key in TAKEN if key not in one}
+    unknown = {key for one in trainings if {"command", "merge_of"} & one.keys() for key in TAKEN if key not in one}
     taken = {key: sum(one.get(key, 0) for one in trainings) for key in TAKEN if key not in unknown}
     return {**prompt, "bytes": _size(variants[name].model), **taken}
 

@@ -62,18 +62,30 @@ def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     learns = aligned is not None and learns_from_reward_model(aligned)
     own = {variant, aligned["adapter"], *([judge] if learns else [])} if aligned else {variant}
 
+    merged = _merged_of(own, reports)
+
     def contributes(stage: str, of: str) -> bool:
         if stage == "reward_model":
             return learns
+        if stage == "adapter" and of in merged:
+            return True
         return of == variant or (of in own and stage in {"adapter", "merged"}) if of else bool(aligned) or stage not in PREFERENCE_STAGES
 
     return [name for name in reports if contributes(name.partition("@")[0], name.partition("@")[2])]
+
+
+def _merged_of(variants: set[str], reports: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The adapters that those of some variants are merged of, also through others."""
+    parents = {parent for name in variants for parent in reports.get(f"adapter@{name}", {}).get("merge_of", ())}
+    return parents | (_merged_of(parents, reports) if parents else set())
 
 
 PREFERENCE_STAGES = {"raw_preferences", "preferences"}
 """Stages that only aligned models depend on."""
 TRAINING = (
     "method",
+    "merge_of",
+    "distance_from_weighted_sum",
     "trainable_parameters",
     "trainable_percent",
     "steps",

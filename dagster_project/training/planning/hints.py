@@ -51,10 +51,12 @@ class Forecast:
 
 
 def forecast(ctx: StageContext) -> Forecast | None:
-    """Predict the memory of a stage that trains an adapter; None for other stages."""
+    """Predict the memory of a stage that trains an adapter; None for other stages, and for an adapter that is merged of others."""
     if ctx.stage != "adapter":
         return None
     params, compute = ctx.variant_params("adapter", AdapterParams), ctx.compute
+    if params.merge_of is not None:
+        return None
     if params.command is not None:
         return Forecast(ExecutionHints())  # its memory is unknown
     return forecast_training(

@@ -226,9 +226,12 @@ class AdapterParams(SftParams):
     """Files in data/trainers/ that are copied into the folder where `command` runs."""
     options: dict[str, Any] = {}
     """Keys of your own for `command`, passed on unchanged."""
+    merge_of: dict[str, float] | None = None
+    """Merge other entries of this section instead of training: name -> weight, e.g. `{faq: 0.6, triage: 0.4}`. `method` is then
+    one of PEFT's ways to merge (default: cat), `peft` has its keys. See docs/merging.md. null: train."""
 
     def settings(self) -> dict[str, Any]:
-        unused = {*COMMAND_KEYS, *(["sharding"] if self.sharding is None else [])}
+        unused = {*COMMAND_KEYS, "merge_of", *(["sharding"] if self.sharding is None else [])}
         return {name: value for name, value in super().settings().items() if name not in unused}
 
 

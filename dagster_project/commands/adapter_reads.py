@@ -1,0 +1,164 @@
+"""`pedigree pipeline`: writes into dvc.yaml what each adapter reads, where params.yaml merges some of others.
+
+DVC's loop gives all variants of a stage the same number of dependencies. So the loop lists the paths of each variant, `reads`, and a shorter list repeats
+its last path, which changes nothing (docs/decisions/049).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+from dagster_project.core import params
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_text
+from dagster_project.core.layout import is_code
+from dagster_project.lineage import code_lock
+from dagster_project.training.trainers.harness.params import AdapterParams
+from dagster_project.training.trainers.merging.entry import check_merge
+from dagster_project.training.trainers.merging.reads import ADAPTER, READS, parents_of, reads_of_merge
+
+LOOP = "foreach: ${adapter}"
+COMMENT = "# what each variant reads, written by `pedigree pipeline`: some are merged of others"
+WIDTH = 118
+_STAGE = re.compile(r"^  adapter:\n(?:(?:    .*)?\n)+", re.MULTILINE)
+_HEAD = re.compile(r"(?<=^  adapter:\n)(?:.*\n)*?(?=    do:)", re.MULTILINE)
+_DEPS = re.compile(r"^      deps:.*\n(?:        .*\n)*", re.MULTILINE)
+
+
+def write_reads(root: Path) -> dict[str, Any]:
+    """Write dvc.yaml, unless it already lists what params.yaml needs.
+
+    Returns:
+        {"changed", "adapters": {name: what it reads}}; empty if none is merged of others.
+    Raises:
+        InputError: an entry of params.yaml merges what cannot be merged, or the stage `adapter` of dvc.yaml has not the form that Pedigree writes.
+    """
+    values, path = params.read(root), root / "dvc.yaml"
+    if not path.is_file():
+        raise InputError(f"no dvc.yaml in {root}", "name the folder of a project with --project")
+    adapters = {name: values["adapter"][name] for name in params.variant_names(values, "adapter", required=True)}
+    for name in adapters:
+        if parents_of(adapters, name):  # a list of what does not exist, or a circle, would make dvc.yaml unusable
+            check_merge(params.parse(AdapterParams, adapters[name], f"adapter.{name}"), adapters, f"adapter.{name}", None)
+    before = path.read_text(encoding="utf-8")
+    text = listed(before, adapters)
+    if text != before:
+        path.write_text(text, encoding="utf-8")
+        _record_as_written(root, before, text)
+    return {"changed": text != before, "adapters": _reads(_trained_reads(_stage(text)), adapters) if _has_merges(adapters) else {}}
+
+
+def _record_as_written(root: Path, before: str, text: str) -> None:
+    """In a project with an installed package, dvc.yaml is still the one that Pedigree wrote, so that `pedigree upgrade` replaces it."""
+    if not code_lock.is_used(root) or not (root / code_lock.FILE).is_file():
+        return
+    lock = code_lock.read(root)
+    if lock.pipeline == sha256_of_text(before):
+        (root / code_lock.FILE).write_text(replace(lock, pipeline=sha256_of_text(text)).text(), encoding="utf-8")
+
+
+def listed(text: str, adapters: Mapping[str, Any]) -> str:
+    """dvc.yaml whose stage `adapter` lists what each variant reads; without a list if none is merged of others.
+
+    Args:
+        adapters: the section of params.yaml.
+    """
+    stage = _stage(text)
+    if not _has_merges(adapters) and LOOP in stage:
+        return text
+    deps = _deps(stage)
+    trained, code = _trained_reads(stage), [dep for dep in deps if is_code(dep)]
+    if _has_merges(adapters):
+        reads = _reads(trained, adapters)
+        slots = max(map(len, reads.values()))
+        lines = [f"      {_key(name)}: {{{READS}: [{', '.join(_padded(paths, slots))}]}}" for name, paths in reads.items()]
+        head = "\n".join([f"    {COMMENT}", "    foreach:", *lines])
+        paths = [f'"${{item.{READS}[{number}]}}"' for number in range(slots)]
+    else:
+        head, paths = f"    {LOOP}", trained
+    new = _HEAD.sub(lambda _: f"{head}\n", stage, count=1)
+    new = _DEPS.sub(lambda _: _wrapped([*paths, *code]), new, count=1)
+    return text.replace(stage, new, 1)
+
+
+def _has_merges(adapters: Mapping[str, Any]) -> bool:
+    return any(parents_of(adapters, name) for name in adapters)
+
+
+def _reads(trained: Sequence[str], adapters: Mapping[str, Any]) -> dict[str, list[str]]:
+    return {name: reads_of_merge(parents) if (parents := parents_of(adapters, name)) else list(trained) for name in adapters}
+
+
+def _padded(paths: Sequence[str], length: int) -> list[str]:
+    return [*paths, *[paths[-1]] * (length - len(paths))]
+
+
+def _key(name: str) -> str:
+    """A variant's name as a key that YAML reads as text."""
+    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) and name.lower() not in {
+        "y",
+        "n",
+        "yes",
+        "no",
+        "on",
+        "off",
+        "true",
+        "false",
+        "null",
+    }
+    return name if plain else json.dumps(name, ensure_ascii=False)
+
+
+def _stage(text: str) -> str:
+    """The text of the stage `adapter`."""
+    found = _STAGE.search(text)
+    if not found or not _HEAD.search(found[0]) or not _DEPS.search(found[0]):
+        raise InputError(
+            "dvc.yaml: the stage `adapter` is not a loop as Pedigree writes it", "compare with the dvc.yaml that `pedigree init` writes"
+        )
+    return found[0]
+
+
+def _parsed(stage: str) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return dict(YAML(typ="safe").load(stage)["adapter"])
+    except (YAMLError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"dvc.yaml: the stage `adapter` cannot be read: {' '.join(str(error).split())[:200]}", "see `git diff dvc.yaml`"
+        ) from None
+
+
+def _deps(stage: str) -> list[str]:
+    return [str(dep) for dep in _parsed(stage)["do"]["deps"]]
+
+
+def _trained_reads(stage: str) -> list[str]:
+    """What a trained adapter reads, apart from code: as listed already, or else by the dependencies of the loop."""
+    items = _parsed(stage)["foreach"]
+    if isinstance(items, dict):
+        lists = [list(dict.fromkeys(item[READS])) for item in items.values()]
+        if found := [reads for reads in lists if not any(path.startswith(f"{ADAPTER}/") for path in reads)]:
+            return found[0]
+    return [dep for dep in _deps(stage) if not is_code(dep) and "${item" not in dep]
+
+
+def _wrapped(deps: Sequence[str]) -> str:
+    lines = wrap(f"deps: [{', '.join(deps)}]", WIDTH - 6, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "".join(f"      {line}\n" for line in lines)
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """For the terminal."""
+    if not document["adapters"]:
+        return "dvc.yaml: no adapter is merged of others" + (", and the list of what each reads was removed" if document["changed"] else "")
+    lines = ["dvc.yaml written" if document["changed"] else "dvc.yaml is as it should be"]
+    return "\n".join([*lines, *(f"  adapter@{name} reads {', '.join(reads)}" for name, reads in document["adapters"].items())])

@@ -1,0 +1,256 @@
+"""Adapters -> one adapter, by PEFT's `add_weighted_adapter`. Nothing is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from shutil import copyfile
+from typing import TYPE_CHECKING, Any
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_file
+from dagster_project.core.params import Compute
+from dagster_project.core.records import CheckResult, Report, write_json, write_text
+from dagster_project.training.methods.build import save_adapter
+from dagster_project.training.methods.hardware import adding_adapters, prepare
+from dagster_project.training.methods.load import AdapterInfo, load_base
+from dagster_project.training.trainers.harness import weight_audit
+from dagster_project.training.trainers.harness.params import AdapterParams
+from dagster_project.training.trainers.merging.entry import ADAPTERS, EXACT, method_of, options_of, refuse_misfits, unmerged
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS, CONFIG, TEMPLATE = "adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"
+CHECK = "merged_what_it_should"
+DESCRIPTION = "Every merged weight is finite, the result changes the model, and with `cat` it is the weighted sum of the changes."
+ROUNDING = 1e-5
+"""Largest distance from the weighted sum, relative to it, that is attributed to rounding in float32."""
+TAKEN = ("steps", "tokens", "trained_tokens")
+"""What the trainings of the merged adapters took, added up."""
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?")
+"""A tensor of an adapter's file."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far the merged change of the weights is from the weighted sum of the changes, over all weights."""
+
+    parts: float
+    """Euclidean norm of all weighted changes together."""
+    sum_norm: float
+    """Of the weighted sum."""
+    norm: float
+    """Of the merged change."""
+    difference: float
+    """Of their difference."""
+
+    @property
+    def relative(self) -> float | None:
+        """None where the weighted sum is zero, or a weight is not finite."""
+        return self.difference / self.sum_norm if self.sum_norm > 0 and math.isfinite(self.difference) else None
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the changes cancel, but for rounding."""
+        return self.norm <= ROUNDING * self.parts
+
+    def rounded(self, digits: int) -> float | None:
+        return None if self.relative is None else float(f"{self.relative:.{digits}g}")
+
+
+def merge_adapters(
+    name: str, params: AdapterParams, compute: Compute, adapters: Path, base_model: Path, out: Path, curve_file: Path
+) -> Report:
+    """The stage of an adapter that is merged of others.
+
+    Args:
+        adapters: the folder with the outputs of all adapters.
+        curve_file: table of the training curve, which gets no rows.
+    Raises:
+        InputError: an adapter is not LoRA, or they do not fit together.
+    """
+    assert params.merge_of is not None
+    where, folders = f"adapter.{name}", {parent: adapters / parent for parent in params.merge_of}
+    quantization = _refuse_others(method_of(params), folders, where)
+    prepare(compute)
+    model = _merged(params, compute.seed, folders, base_model, where)
+    save_adapter(model, out, base_model=_config(next(iter(folders.values())))["base_model_name_or_path"])
+    _replace_config(out)
+    why_not = "" if params.merge else "params.yaml says merge: false"
+    AdapterInfo(quantization=quantization, merge=params.merge, why_not=why_not).write(out)  # type: ignore[arg-type]
+    if (template := next(iter(folders.values())) / TEMPLATE).is_file():
+        copyfile(template, out / TEMPLATE)
+    write_text(curve_file, "step,loss\n")
+    measured = distance(folders, params.merge_of, out)
+    document = _document(params, compute, folders, out, measured, where)
+    write_json(out / "training.json", document)
+    return _report(params, document, out, measured)
+
+
+def _refuse_others(method: str, folders: Mapping[str, Path], where: str) -> str:
+    """The quantization of the weights that all adapters were trained against.
+
+    Raises:
+        InputError: an adapter is not LoRA, or they were trained with other weights, templates or quantization.
+    """
+    configs: dict[str, dict[str, Any]] = {}
+    for parent, folder in folders.items():
+        config = _config(folder) if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file() else {}
+        if config.get("peft_type") != "LORA":
+            raise InputError(f"params.yaml: {where}.merge_of: adapter.{parent} is not LoRA", ADAPTERS)
+        if wrong := unmerged(config):
+            raise InputError(f"params.yaml: {where}.merge_of: adapter.{parent} has {wrong}, which PEFT does not merge", ADAPTERS)
+        configs[parent] = config
+    refuse_misfits(method, configs, where)
+    infos = {parent: AdapterInfo.read(folder).quantization for parent, folder in folders.items()}
+    templates = {(folder / TEMPLATE).read_text(encoding="utf-8") if (folder / TEMPLATE).is_file() else "" for folder in folders.values()}
+    for what, found in (("quantization", set(infos.values())), ("chat template", templates)):
+        if len(found) > 1:
+            raise InputError(
+                f"params.yaml: {where}.merge_of: the adapters were trained with different values of {what}",
+                f"train them again with the same {what}",
+            )
+    return next(iter(infos.values()))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
+
+
+def _merged(params: AdapterParams, seed: int, folders: Mapping[str, Path], base_model: Path, where: str) -> Any:
+    """The base model with the merged adapter, whose name in PEFT is "default": `save_pretrained` writes this one.
+
+    In float32, also where the base model is stored in bfloat16: PEFT rounds a new adapter to the format of the weights that it is for.
+    """
+    import torch
+    from peft import PeftModel
+
+    assert params.merge_of is not None
+    base, names = load_base(base_model, torch.device("cpu"), torch.float32), {parent: f"merged{i}" for i, parent in enumerate(folders)}
+    model: Any = None
+    try:
+        with adding_adapters():
+            for parent, folder in folders.items():
+                if model is None:
+                    model = PeftModel.from_pretrained(base, folder, adapter_name=names[parent])
+                else:
+                    model.load_adapter(folder, adapter_name=names[parent])
+            torch.manual_seed(seed)  # dare_linear and dare_ties draw at random
+            options = options_of(params, where).model_dump()
+            model.add_weighted_adapter(
+                list(names.values()),
+                list(params.merge_of.values()),
+                "default",
+                combination_type=method_of(params),
+                svd_full_matrices=False,
+                **options,
+            )
+    except (ValueError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"params.yaml: {where}.merge_of: PEFT cannot merge these adapters: {reason}", ADAPTERS) from None
+    model.set_adapter("default")
+    for name in names.values():
+        model.delete_adapter(name)
+    return model
+
+
+def _replace_config(out: Path) -> None:
+    """The scale of every adapter is in the merged weights, so that of the result is 1. PEFT keeps `use_rslora` of the first one, by which it would be
+    the square root of the rank."""
+    config = _config(out) | {"use_rslora": False, "lora_dropout": 0.0}
+    (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def distance(folders: Mapping[str, Path], weights: Mapping[str, float], merged: Path) -> Distance:
+    """Compare files: the change of each weight by the merged adapter with the weighted sum of the changes by the others, in float64."""
+    import torch
+
+    parts = [(weights[parent], *_factors(folder)) for parent, folder in folders.items()]
+    nothing = torch.zeros((), dtype=torch.float64)
+    scale, factors = _factors(merged)
+    squares = [0.0, 0.0, 0.0, 0.0]
+    for module in sorted({module for _, _, found in parts for module in found} | factors.keys()):
+        changes = [_change(weight * one(module), found[module]) for weight, one, found in parts if module in found]
+        own = _change(scale(module), factors[module]) if module in factors else nothing
+        total = sum(changes, nothing)
+        sums = [sum(float((change**2).sum()) for change in changes), *(float((one**2).sum()) for one in (total, own, own - total))]
+        squares = [one + more for one, more in zip(squares, sums, strict=True)]
+    return Distance(*map(math.sqrt, squares))
+
+
+def _factors(folder: Path) -> tuple[Any, dict[str, dict[str, torch.Tensor]]]:
+    """The scale of a module's change, as a function of its name, and the factors A and B of every module."""
+    from safetensors.torch import load_file
+
+    config = _config(folder)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        if match := FACTOR.fullmatch(name):
+            found.setdefault(match["module"], {})[match["factor"]] = tensor
+
+    def scale(module: str) -> float:
+        alphas = (alpha for key, alpha in config["alpha_pattern"].items() if re.match(rf"(.*\.)?({key})$", module))
+        alpha, rank = next(alphas, config["lora_alpha"]), config["r"]
+        return float(alpha) / (math.sqrt(rank) if config["use_rslora"] else rank)
+
+    return scale, found
+
+
+def _change(scale: float, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return scale * (factors["B"].double() @ factors["A"].double())
+
+
+def _document(
+    params: AdapterParams, compute: Compute, folders: Mapping[str, Path], out: Path, measured: Distance, where: str
+) -> dict[str, Any]:
+    """training.json: what was merged and how, and what the trainings of the merged adapters took, unless one of them did not record it."""
+    assert params.merge_of is not None
+    trainings = [json.loads((folder / "training.json").read_text(encoding="utf-8")) for folder in folders.values()]
+    return {
+        "merge_of": {
+            parent: {"weight": params.merge_of[parent], "sha256": sha256_of_file(folder / WEIGHTS)} for parent, folder in folders.items()
+        },
+        "settings": {"method": method_of(params), **options_of(params, where).model_dump(include={*params.peft})},
+        "rank": _config(out)["r"],
+        **{key: sum(one[key] for one in trainings) for key in TAKEN if all(key in one for one in trainings)},
+        "distance_from_weighted_sum": measured.rounded(6),
+        "seed": compute.seed,
+        "threads": compute.threads,
+        "versions": weight_audit.versions(weight_audit.LIBRARIES),
+    }
+
+
+def _report(params: AdapterParams, document: Mapping[str, Any], out: Path, measured: Distance) -> Report:
+    return Report(
+        metrics={
+            "method": method_of(params),
+            "merge_of": params.merge_of,
+            "rank": document["rank"],
+            "distance_from_weighted_sum": measured.rounded(3),
+            "environment": {**weight_audit.versions(()), **{name: version(name) for name in ("torch", "transformers", "trl", "peft")}},
+        },
+        checks=[_check(method_of(params), out, measured)],
+    )
+
+
+def _check(method: str, out: Path, measured: Distance) -> CheckResult:
+    from safetensors.torch import load_file
+
+    broken = sorted(name for name, tensor in load_file(out / WEIGHTS).items() if not bool(tensor.isfinite().all()))
+    away = measured.relative
+    note = "the weighted sum of the changes is zero"
+    if away is not None:
+        note = f"the distance of the change from the weighted sum of the changes is {away:.2g} of the norm of that sum"
+    if broken:
+        note = f"NaN or infinity in {len(broken)} weights, first in {broken[0]}"
+    elif measured.is_nothing:
+        note = "the merged adapter does not change the model"
+    passed = not broken and not measured.is_nothing and (method != EXACT or (away is not None and away < ROUNDING))
+    return CheckResult(CHECK, passed=passed, blocking=True, count=max(1, len(broken)) if not passed else 0, note=note)

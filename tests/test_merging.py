@@ -1,0 +1,398 @@
+"""An adapter that is merged of others: what the methods compute, what is refused, and what dvc.yaml lists."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders.adapters import changes, factors, make_adapter, scale
+from conftest import ROOT
+
+from dagster_project.commands.adapter_reads import listed, write_reads
+from dagster_project.commands.pipeline_file import current_lock, pipeline_text, update_pipeline
+from dagster_project.core.context import ValidationContext
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
+from dagster_project.core.records import Report
+from dagster_project.lineage import code_lock
+from dagster_project.lineage.export import summary
+from dagster_project.stages import adapter, comparison
+from dagster_project.training.trainers.merging.merge import CHECK, merge_adapters
+
+MERGED = {"merge_of": {"a": 0.6, "b": 0.4}}
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the outputs of all adapters."""
+    folder = tmp_path_factory.mktemp("adapter")
+    make_adapter(tiny_model, folder / "a", 1)
+    make_adapter(tiny_model, folder / "b", 2)
+    make_adapter(tiny_model, folder / "wide", 3, r=6, lora_alpha=9)
+    make_adapter(tiny_model, folder / "stable", 4, "rslora", r=4, lora_alpha=4)
+    make_adapter(tiny_model, folder / "patterned", 5, alpha_pattern={"v_proj": 2})
+    return folder
+
+
+def merge(adapters: Path, model: Path, out: Path, seed: int = 7, **entry: Any) -> Report:
+    out.mkdir(parents=True)
+    compute = Compute(seed=seed, threads=1, dtype="float32")
+    return merge_adapters("soup", adapter.Params(**entry), compute, adapters, model, out, out.parent / "loss.csv")
+
+
+def weighted_sum(adapters: Path, weights: Mapping[str, float]) -> dict[str, np.ndarray]:
+    parts = [(weight, changes(adapters / name)) for name, weight in weights.items()]
+    return {module: sum(weight * found[module] for weight, found in parts) for module in parts[0][1]}
+
+
+def distance(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
+    """Relative to the norm of `theirs`."""
+    squares = [(((ours[name] - theirs[name]) ** 2).sum(), (theirs[name] ** 2).sum()) for name in theirs]
+    return math.sqrt(sum(one for one, _ in squares) / sum(one for _, one in squares))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"a": 0.6, "b": 0.4},
+        {"a": 1.0, "b": -0.5},
+        {"a": 0.5, "wide": 0.3, "b": 0.2},
+        {"stable": 0.7, "a": 0.3},
+        {"patterned": 0.5, "b": 0.5},
+    ],
+    ids=["two", "negative weight", "ranks differ", "rslora", "alpha of a module"],
+)
+def test_by_default_the_change_of_the_weights_is_the_weighted_sum_of_the_changes(
+    adapters: Path, tiny_model: Path, tmp_path: Path, weights: dict[str, float]
+) -> None:
+    report = merge(adapters, tiny_model, tmp_path / "soup", merge_of=weights)
+    assert distance(changes(tmp_path / "soup"), weighted_sum(adapters, weights)) < 1e-6
+    assert report.metrics["distance_from_weighted_sum"] < 1e-6
+    assert [(check.name, check.passed, check.blocking) for check in report.checks] == [(CHECK, True, True)]
+
+
+def test_svd_with_the_rank_of_the_sum_is_the_weighted_sum_and_with_less_its_best_approximation(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    whole = weighted_sum(adapters, MERGED["merge_of"])
+    merge(adapters, tiny_model, tmp_path / "whole", **MERGED, method="svd", peft={"svd_rank": 8})
+    assert distance(changes(tmp_path / "whole"), whole) < 1e-5
+    merge(adapters, tiny_model, tmp_path / "less", **MERGED, method="svd", peft={"svd_rank": 3})
+    assert distance(changes(tmp_path / "less"), {name: truncated(change, 3) for name, change in whole.items()}) < 1e-5
+
+
+def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
+    """The matrix of this rank that is closest to another one (Eckart and Young)."""
+    u, s, v = np.linalg.svd(matrix)
+    return np.asarray((u[:, :rank] * s[:rank]) @ v[:rank])
+
+
+def of_factors(
+    adapters: Path, weights: Mapping[str, float], combine: Callable[[list[np.ndarray], list[float]], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Changes by a method that combines the matrices A with each other, and the matrices B: each with the root of weight and scale."""
+    found = {name: factors(adapters / name) for name in weights}
+    merged = {}
+    for module in found["a"]:
+        roots = [math.sqrt(weight * scale(adapters / name, module)) for name, weight in weights.items()]
+        one, two = (combine([found[name][module][factor] for name in weights], roots) for factor in ("A", "B"))
+        merged[module] = two @ one
+    return merged
+
+
+def test_linear_of_peft_adds_the_factors_so_that_it_is_far_from_the_weighted_sum_and_the_report_says_how_far(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    weights = MERGED["merge_of"]
+    report = merge(adapters, tiny_model, tmp_path / "soup", **MERGED, method="linear")
+    expected = of_factors(adapters, weights, lambda parts, roots: np.asarray(sum(r * p for r, p in zip(roots, parts, strict=True))))
+    assert distance(changes(tmp_path / "soup"), expected) < 1e-6
+    away = distance(changes(tmp_path / "soup"), weighted_sum(adapters, weights))
+    assert away > 0.5
+    assert report.metrics["distance_from_weighted_sum"] == pytest.approx(away, rel=1e-2)
+
+
+def ties(parts: Sequence[np.ndarray], weights: Sequence[float], density: float, by_number: bool = False) -> np.ndarray:
+    """TIES-Merging (arXiv 2306.01708, algorithm 1): keep the largest values of each task, elect a sign for each value, and average those that have it."""
+    trimmed = []
+    for part in parts:
+        kept = np.sort(np.abs(part).ravel())[::-1][: int(density * part.size)]
+        trimmed.append(np.where(np.abs(part) >= kept[-1], part, 0))
+    votes = sum(np.sign(part) if by_number else part for part in trimmed)
+    elected = np.where(np.asarray(votes) >= 0, 1, -1)
+    agreeing = [np.sign(part) == elected for part in trimmed]
+    total = sum(weight * part * agrees for weight, part, agrees in zip(weights, trimmed, agreeing, strict=True))
+    return np.asarray(total / np.maximum(sum(agrees.astype(int) for agrees in agreeing), 1))
+
+
+@pytest.mark.parametrize("by_number", [False, True], ids=["total", "frequency"])
+def test_ties_is_the_algorithm_of_the_paper_on_each_factor(adapters: Path, tiny_model: Path, tmp_path: Path, by_number: bool) -> None:
+    keys = {"density": 0.4, **({"majority_sign_method": "frequency"} if by_number else {})}
+    weights = {"a": 0.5, "b": 0.2, "patterned": 0.3}
+    merge(adapters, tiny_model, tmp_path / "soup", merge_of=weights, method="ties", peft=keys)
+    expected = of_factors(adapters, weights, lambda parts, roots: ties(parts, roots, 0.4, by_number))
+    assert distance(changes(tmp_path / "soup"), expected) < 1e-5
+
+
+def test_ties_svd_is_the_algorithm_of_the_paper_on_the_changes_and_then_their_best_approximation(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    merge(adapters, tiny_model, tmp_path / "soup", **MERGED, method="ties_svd", peft={"density": 0.4, "svd_rank": 5})
+    parts = [changes(adapters / name) for name in ("a", "b")]
+    expected = {name: truncated(ties([part[name] for part in parts], [0.6, 0.4], 0.4), 5) for name in parts[0]}
+    assert distance(changes(tmp_path / "soup"), expected) < 1e-4
+
+
+def test_dare_keeps_about_the_given_share_of_the_values_scaled_up_and_draws_them_by_the_seed(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    def bytes_of(name: str, **given: Any) -> bytes:
+        merge(adapters, tiny_model, tmp_path / name, merge_of={"a": 1.0, "b": 1.0}, method="dare_linear", peft={"density": 0.25}, **given)
+        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
+
+    assert bytes_of("one") == bytes_of("two") != bytes_of("other seed", seed=8)
+    parts, merged = [factors(adapters / name) for name in ("a", "b")], factors(tmp_path / "one")
+    kept = [0, 0]
+    for module in merged:
+        root = math.sqrt(scale(adapters / "a", module))
+        one, two = (root * part[module]["A"] / 0.25 for part in parts)
+        ways = {(x, y): np.isclose(merged[module]["A"], x * one + y * two, atol=1e-6) for x in (0, 1) for y in (0, 1)}
+        assert np.logical_or.reduce(list(ways.values())).all()
+        kept = [kept[0] + int((ways[1, 0] | ways[1, 1]).sum()), kept[1] + one.size]
+    assert kept[0] / kept[1] == pytest.approx(0.25, abs=0.05)
+
+
+def test_the_same_inputs_give_the_same_files_which_load_as_any_adapter_and_name_what_was_merged(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    from dagster_project.stages import merged
+
+    for name in ("one", "two"):
+        merge(adapters, tiny_model, tmp_path / name / "soup", **MERGED, method="ties_svd", peft={"density": 0.5})
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name / "soup").iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert {*files[0]} == {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "method.json", "training.json"}
+    document = json.loads(files[0]["training.json"])
+    assert {name: one["weight"] for name, one in document["merge_of"].items()} == MERGED["merge_of"]
+    assert (document["steps"], document["tokens"], document["trained_tokens"]) == (23, 2003, 203)  # of both trainings
+    report = merged.produce(Compute(threads=1), tiny_model, tmp_path / "one" / "soup", out=tmp_path / "merged")
+    assert [check.passed for check in report.checks] == [True]
+
+
+def test_adapters_of_a_quantized_model_give_one_that_says_so_and_one_can_stay_separate(tiny_model: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        make_adapter(tiny_model, tmp_path / "adapter" / name, seed, "qlora", quantization="nf4")
+    merge(tmp_path / "adapter", tiny_model, tmp_path / "soup", **MERGED, merge=False)
+    record = json.loads((tmp_path / "soup/method.json").read_text())
+    assert record == {"method": "lora", "quantization": "nf4", "merge": False, "why_not": "params.yaml says merge: false"}
+    assert distance(changes(tmp_path / "soup"), weighted_sum(tmp_path / "adapter", MERGED["merge_of"])) < 1e-6
+
+
+def test_the_check_fails_where_nothing_is_left_or_a_weight_is_not_finite(adapters: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from shutil import copytree
+
+    from safetensors.numpy import load_file, save_file
+
+    own = tmp_path / "adapter"
+    for name in ("a", "b"):
+        copytree(adapters / name, own / name)
+    tensors = load_file(own / "a/adapter_model.safetensors")
+    save_file(tensors, own / "b/adapter_model.safetensors")
+    report = merge(own, tiny_model, tmp_path / "nothing", merge_of={"a": 1.0, "b": -1.0})
+    assert not report.checks[0].passed and "does not change the model" in report.checks[0].note
+    first = min(tensors)
+    tensors[first] = np.full_like(tensors[first], np.nan)
+    save_file(tensors, own / "b/adapter_model.safetensors")
+    report = merge(own, tiny_model, tmp_path / "nan", **MERGED)
+    assert not report.checks[0].passed and "NaN" in report.checks[0].note
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"r": 6, "lora_alpha": 12}, "different r "),
+        ({"target_modules": ["q_proj"]}, "different target_modules"),
+        ({"layers_to_transform": [0]}, "different layers_to_transform"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"quantization": "nf4"}, "different values of quantization"),
+    ],
+)
+def test_adapters_that_do_not_fit_together_are_refused_by_their_files(
+    adapters: Path, tiny_model: Path, tmp_path: Path, keys: dict[str, Any], said: str
+) -> None:
+    from shutil import copytree
+
+    own = tmp_path / "adapter"
+    copytree(adapters / "a", own / "a")
+    make_adapter(tiny_model, own / "b", 2, **keys)
+    with pytest.raises(InputError, match=said):
+        merge(own, tiny_model, tmp_path / "soup", **MERGED, method="linear")
+
+
+def test_another_base_model_chat_template_or_method_is_refused(adapters: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from shutil import copytree
+
+    own = tmp_path / "adapter"
+    for name in ("a", "b"):
+        copytree(adapters / name, own / name)
+    (own / "b/chat_template.jinja").write_text("{{ other }}")
+    with pytest.raises(InputError, match="chat template"):
+        merge(own, tiny_model, tmp_path / "one", **MERGED)
+    (own / "b/chat_template.jinja").write_text("{{ messages }}")
+    config = json.loads((own / "b/adapter_config.json").read_text())
+    (own / "b/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "data/other"}))
+    with pytest.raises(InputError, match="different base_model_name_or_path"):
+        merge(own, tiny_model, tmp_path / "two", **MERGED)
+    (own / "b/adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
+    with pytest.raises(InputError, match=r"adapter\.b is not LoRA"):
+        merge(own, tiny_model, tmp_path / "three", **MERGED)
+
+
+LORA: dict[str, Any] = {"method": "lora", "peft": {"r": 4}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"soup": {"merge_of": {"a": 1.0}}}, "names 1 adapter"),
+        ({"soup": {"merge_of": {"a": 1.0, "x": 1.0}}}, r"there is no adapter\.x"),
+        ({"soup": {"merge_of": {"a": 1.0, "soup": 1.0}}}, "merged of itself: soup of soup"),
+        ({"b": {"merge_of": {"a": 1.0, "soup": 1.0}}}, "merged of itself: soup of b of soup"),
+        ({"soup": {"merge_of": {"a": 0.0, "b": 1.0}}}, r"merge_of\.a: the weight is 0"),
+        ({"soup": {"merge_of": {"a": float("nan"), "b": 1.0}}}, r"merge_of\.a: the weight is nan"),
+        ({"soup": {**MERGED, "method": "lora"}}, "'lora' is not a way to merge"),
+        ({"soup": {**MERGED, "method": "ties"}}, r"peft\.density: missing"),
+        ({"soup": {**MERGED, "method": "linear", "peft": {"density": 0.5}}}, r"peft\.density: linear does not use it"),
+        ({"soup": {**MERGED, "peft": {"densty": 0.5}}}, "densty: unknown key"),
+        ({"soup": {**MERGED, "learning_rate": 1e-3}}, r"soup\.learning_rate: is a key of a training"),
+        ({"soup": {**MERGED, "command": "python x.py"}}, r"soup\.command: is a key of a training"),
+        ({"b": {"method": "ia3"}}, r"adapter\.b is trained by ia3, which is not LoRA"),
+        ({"b": {"method": "full"}}, r"adapter\.b is trained by full, which is not LoRA"),
+        ({"b": {"method": "dora"}}, r"adapter\.b has use_dora"),
+        ({"b": {"method": "lora", "peft": {"init_lora_weights": "pissa"}}}, "init_lora_weights: pissa"),
+        ({"b": {"method": "qlora", "peft": {"r": 4}}}, "quantization is nf4 and none"),
+        ({"b": {"method": "lora", "peft": {"r": 8}}, "soup": {**MERGED, "method": "linear"}}, "different r "),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_merged_is_refused_before_anything_runs(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        validate({"a": LORA, "b": LORA, "soup": MERGED, **change}, tmp_path)
+
+
+def validate(entries: dict[str, Any], root: Path, name: str = "soup") -> None:
+    context = ValidationContext(root, {"adapter": entries, "compute": {}}, f"adapter.{name}")
+    adapter.validate(adapter.Params(**entries[name]), context)
+
+
+def test_a_rank_may_differ_where_the_method_allows_it_and_merges_of_merges_are_accepted(tmp_path: Path) -> None:
+    wide = {"method": "lora", "peft": {"r": 8}}
+    validate({"a": LORA, "b": wide, "soup": MERGED}, tmp_path)
+    validate({"a": {"method": "qlora"}, "b": {"method": "qlora"}, "soup": MERGED}, tmp_path)
+    validate({"a": LORA, "b": LORA, "c": LORA, "first": MERGED, "soup": {"merge_of": {"first": 0.5, "c": 0.5}}}, tmp_path)
+
+
+def test_a_variant_rests_on_the_trainings_of_its_parts_and_on_their_checks() -> None:
+    reports: dict[str, dict[str, Any]] = {
+        name: {} for name in ("splits", "adapter@a", "adapter@b", "adapter@c", "adapter@first", "adapter@soup", "merged@a", "merged@soup", "aligned@x")
+    }  # fmt: skip
+    reports["adapter@first"]["merge_of"], reports["adapter@soup"]["merge_of"] = {"a": 0.5, "b": 0.5}, {"first": 1.0, "a": 1.0}
+    reports["aligned@x"] |= {"method": "dpo", "adapter": "soup"}
+    parts = ["splits", "adapter@a", "adapter@b", "adapter@first", "adapter@soup", "merged@soup"]
+    assert summary.chain("soup", reports) == parts
+    assert summary.chain("x", reports) == [*parts, "aligned@x"]
+    assert summary.chain("a", reports) == ["splits", "adapter@a", "merged@a"]
+    entries = {"a": None, "b": LORA, "first": {"merge_of": {"a": 1.0, "b": 1.0}}, "soup": {"merge_of": {"first": 1.0, "a": 1.0}}}
+    trained = comparison._trainings("adapter", "soup", entries["soup"], entries)
+    assert trained == ["adapter@a", "adapter@b", "adapter@first", "adapter@soup"]
+    assert comparison._trainings("aligned", "x", {"adapter": "soup"}, entries) == [*trained, "merged@soup", "aligned@x"]
+    assert comparison._trainings("adapter", "a", {}, entries) == ["adapter@a"]
+
+
+# ---- what dvc.yaml lists -----------------------------------------------------------------------------------------------------------------
+
+TWO = {"a": LORA, "b": None, "soup": MERGED}
+
+
+@pytest.mark.parametrize("text", [(ROOT / "dvc.yaml").read_text(), pipeline_text()], ids=["clone", "installed package"])
+def test_the_pipeline_is_as_before_without_merged_adapters_and_lists_what_each_reads_with_them(text: str) -> None:
+    from ruamel.yaml import YAML
+
+    assert listed(text, {"a": LORA}) == text
+    written = listed(text, TWO)
+    three = listed(written, {**TWO, "c": LORA, "big": {"merge_of": {"a": 1.0, "b": 1.0, "c": 1.0}}})
+    assert listed(written, TWO) == written
+    assert listed(three, TWO) == written
+    assert listed(three, {"a": LORA}) == text
+    before, after = (YAML(typ="safe").load(one)["stages"] for one in (text, written))
+    assert {name for name in before if before[name] != after[name]} == {"adapter"}
+    assert {key for key in before["adapter"]["do"] if before["adapter"]["do"][key] != after["adapter"]["do"][key]} == {"deps"}
+    reads = {name: item["reads"] for name, item in after["adapter"]["foreach"].items()}
+    assert reads["a"] == reads["b"] == [dep for dep in before["adapter"]["do"]["deps"] if dep.startswith("data/")]
+    assert reads["soup"] == ["data/base_model", "data/adapter/a", "data/adapter/b"]
+    assert [*after["adapter"]["do"]["deps"][3:]] == [dep for dep in before["adapter"]["do"]["deps"] if not dep.startswith("data/")]
+
+
+def test_a_pipeline_that_does_not_list_what_params_yaml_merges_is_refused_until_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+
+    def write(entries: dict[str, Any]) -> bool:
+        (tmp_path / "params.yaml").write_text(json.dumps({"adapter": entries}))
+        return bool(write_reads(tmp_path)["changed"])
+
+    two = {"a": LORA, "b": LORA, "soup": MERGED}
+    with pytest.raises(InputError, match="adapter@soup does not read data/adapter/a, data/adapter/b"):
+        validate(two, tmp_path)
+    assert write(two) and not write(two)
+    validate(two, tmp_path)
+    with pytest.raises(InputError, match=r"does not list adapter\.c"):
+        validate({**two, "c": LORA}, tmp_path, "a")
+    with pytest.raises(InputError, match=r"lists adapter\.soup, which params.yaml does not have"):
+        validate({"a": LORA, "b": LORA}, tmp_path, "a")
+    with pytest.raises(InputError, match="soup is merged of a, c, and its stage reads"):
+        validate({"a": LORA, "c": LORA, "b": LORA, "soup": {"merge_of": {"a": 1.0, "c": 1.0}}} | {}, _with(tmp_path, "c"))
+    with pytest.raises(InputError, match="soup is trained, and its stage reads"):
+        validate({"a": LORA, "b": LORA, "soup": LORA}, _with(tmp_path))
+    assert write({"a": LORA}) and (tmp_path / "dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"a": LORA, "soup": {"merge_of": {"a": 1.0, "x": 1.0}}}, r"there is no adapter\.x"),
+        ({"a": LORA, "b": {"merge_of": {"a": 1.0, "soup": 1.0}}, "soup": {"merge_of": {"a": 1.0, "b": 1.0}}}, "merged of itself"),
+        ({"a": LORA, "b": LORA, "../x": MERGED}, "a variant's name may contain"),
+        ({}, "must name at least one variant"),
+    ],
+)
+def test_what_dvc_could_not_read_is_never_written(tmp_path: Path, entries: dict[str, Any], said: str) -> None:
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": entries}))
+    with pytest.raises(InputError, match=said):
+        write_reads(tmp_path)
+    assert (tmp_path / "dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
+
+
+def test_an_upgrade_of_a_project_with_an_installed_package_keeps_the_list(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text(pipeline_text())
+    (tmp_path / code_lock.FILE).write_text(current_lock().text())
+    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": TWO}))
+    assert write_reads(tmp_path)["changed"]
+    written = (tmp_path / "dvc.yaml").read_text()
+    update = update_pipeline(tmp_path, code_lock.read(tmp_path))
+    assert (update.edited, update.redefined) == ([], []) and (tmp_path / "dvc.yaml").read_text() == written != pipeline_text()
+    assert update.lock == code_lock.read(tmp_path)
+    (tmp_path / "dvc.yaml").write_text(written.replace("meta: {group: 3_training", "meta: {group: own"))
+    assert update_pipeline(tmp_path, code_lock.read(tmp_path)).edited  # by a person
+
+
+def _with(root: Path, *more: str) -> Path:
+    """A project whose pipeline lists a, b, more adapters and soup, which is merged of a and b."""
+    (root / "dvc.yaml").write_text(listed((ROOT / "dvc.yaml").read_text(), {"a": LORA, "b": LORA, **dict.fromkeys(more), "soup": MERGED}))
+    return root
