@@ -505,6 +505,15 @@ def push(options: argparse.Namespace) -> int:
     return 0
 
 
+def mlflow(options: argparse.Namespace) -> int:
+    """Register a model in MLflow, with its lineage as tags and its data as inputs of a run."""
+    from dagster_project.commands.mlflow_registry import as_text, register
+
+    document = register(_project(options), options.model, options.name, options.experiment, options.tracking_uri, options.upload)
+    _print(options, document, as_text)
+    return 0
+
+
 def impact(options: argparse.Namespace) -> int:
     """List every model in history that was trained on a record, a text, a source or a file."""
     from dagster_project.lineage import impact as module
@@ -753,6 +762,7 @@ def parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_serve(commands)
     _add_push(commands)
+    _add_mlflow(commands)
     _add_ui(commands)
     return whole
 
@@ -929,6 +939,15 @@ def _add_push(commands: Any) -> None:
     add("--dry-run", action="store_true", help="check, and list what would be uploaded; needs neither network nor token")
     add("--key", metavar="FILE", help="sign the files with this private key in PEM (default: the text in PEDIGREE_SIGNING_KEY)")
     add("--issued", type=_date, metavar="YYYY-MM-DD", help="of the papers (default: the date of the commit that recorded the model)")
+
+
+def _add_mlflow(commands: Any) -> None:
+    add = _add_command(commands, mlflow).add_argument
+    add("model", metavar="MODEL", help="release, merged@VARIANT, adapter@VARIANT, ... as for `audit`")
+    add("--tracking-uri", metavar="URI", help="e.g. sqlite:///mlflow.db or http://127.0.0.1:5000 (default: MLFLOW_TRACKING_URI)")
+    add("--name", help="of the registered model (default: the stage, with - in place of @)")
+    add("--experiment", default="pedigree", help="of the run (default: %(default)s)")
+    add("--upload", action="store_true", help="also store the model's files in MLflow")
 
 
 def _add_signing_commands(commands: Any) -> None:

