@@ -157,6 +157,7 @@ def test_a_model_leaves_as_safetensors_and_its_copy_is_audited_in_the_core(core:
         ("plan --model config.json", "train"),
         ("sign config.json --key config.json", "trust"),
         ("export merged@lora --format gguf", "gguf"),
+        ("mlflow merged@lora", "mlflow"),
     ],
 )
 def test_any_other_command_names_the_extra_that_it_needs(core: Path, tmp_path: Path, command: str, extra: str) -> None:

@@ -20,7 +20,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import Report
 from dagster_project.lineage import code_lock
-from dagster_project.stages import adapter
+from dagster_project.lineage.export import summary
+from dagster_project.stages import adapter, comparison
 from dagster_project.training.trainers.merging.merge import CHECK, merge_adapters
 
 MERGED = {"merge_of": {"a": 0.6, "b": 0.4}}
@@ -183,6 +184,15 @@ def test_the_same_inputs_give_the_same_files_which_load_as_any_adapter_and_name_
     assert [check.passed for check in report.checks] == [True]
 
 
+def test_adapters_of_a_quantized_model_give_one_that_says_so_and_one_can_stay_separate(tiny_model: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        make_adapter(tiny_model, tmp_path / "adapter" / name, seed, "qlora", quantization="nf4")
+    merge(tmp_path / "adapter", tiny_model, tmp_path / "soup", **MERGED, merge=False)
+    record = json.loads((tmp_path / "soup/method.json").read_text())
+    assert record == {"method": "lora", "quantization": "nf4", "merge": False, "why_not": "params.yaml says merge: false"}
+    assert distance(changes(tmp_path / "soup"), weighted_sum(tmp_path / "adapter", MERGED["merge_of"])) < 1e-6
+
+
 def test_the_check_fails_where_nothing_is_left_or_a_weight_is_not_finite(adapters: Path, tiny_model: Path, tmp_path: Path) -> None:
     from shutil import copytree
 
@@ -284,7 +294,25 @@ def validate(entries: dict[str, Any], root: Path, name: str = "soup") -> None:
 def test_a_rank_may_differ_where_the_method_allows_it_and_merges_of_merges_are_accepted(tmp_path: Path) -> None:
     wide = {"method": "lora", "peft": {"r": 8}}
     validate({"a": LORA, "b": wide, "soup": MERGED}, tmp_path)
+    validate({"a": {"method": "qlora"}, "b": {"method": "qlora"}, "soup": MERGED}, tmp_path)
     validate({"a": LORA, "b": LORA, "c": LORA, "first": MERGED, "soup": {"merge_of": {"first": 0.5, "c": 0.5}}}, tmp_path)
+
+
+def test_a_variant_rests_on_the_trainings_of_its_parts_and_on_their_checks() -> None:
+    reports: dict[str, dict[str, Any]] = {
+        name: {} for name in ("splits", "adapter@a", "adapter@b", "adapter@c", "adapter@first", "adapter@soup", "merged@a", "merged@soup", "aligned@x")
+    }  # fmt: skip
+    reports["adapter@first"]["merge_of"], reports["adapter@soup"]["merge_of"] = {"a": 0.5, "b": 0.5}, {"first": 1.0, "a": 1.0}
+    reports["aligned@x"] |= {"method": "dpo", "adapter": "soup"}
+    parts = ["splits", "adapter@a", "adapter@b", "adapter@first", "adapter@soup", "merged@soup"]
+    assert summary.chain("soup", reports) == parts
+    assert summary.chain("x", reports) == [*parts, "aligned@x"]
+    assert summary.chain("a", reports) == ["splits", "adapter@a", "merged@a"]
+    entries = {"a": None, "b": LORA, "first": {"merge_of": {"a": 1.0, "b": 1.0}}, "soup": {"merge_of": {"first": 1.0, "a": 1.0}}}
+    trained = comparison._trainings("adapter", "soup", entries["soup"], entries)
+    assert trained == ["adapter@a", "adapter@b", "adapter@first", "adapter@soup"]
+    assert comparison._trainings("aligned", "x", {"adapter": "soup"}, entries) == [*trained, "merged@soup", "aligned@x"]
+    assert comparison._trainings("adapter", "a", {}, entries) == ["adapter@a"]
 
 
 # ---- what dvc.yaml lists -----------------------------------------------------------------------------------------------------------------
@@ -332,6 +360,23 @@ def test_a_pipeline_that_does_not_list_what_params_yaml_merges_is_refused_until_
     with pytest.raises(InputError, match="soup is trained, and its stage reads"):
         validate({"a": LORA, "b": LORA, "soup": LORA}, _with(tmp_path))
     assert write({"a": LORA}) and (tmp_path / "dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"a": LORA, "soup": {"merge_of": {"a": 1.0, "x": 1.0}}}, r"there is no adapter\.x"),
+        ({"a": LORA, "b": {"merge_of": {"a": 1.0, "soup": 1.0}}, "soup": {"merge_of": {"a": 1.0, "b": 1.0}}}, "merged of itself"),
+        ({"a": LORA, "b": LORA, "../x": MERGED}, "a variant's name may contain"),
+        ({}, "must name at least one variant"),
+    ],
+)
+def test_what_dvc_could_not_read_is_never_written(tmp_path: Path, entries: dict[str, Any], said: str) -> None:
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": entries}))
+    with pytest.raises(InputError, match=said):
+        write_reads(tmp_path)
+    assert (tmp_path / "dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
 
 
 def test_an_upgrade_of_a_project_with_an_installed_package_keeps_the_list(tmp_path: Path) -> None:

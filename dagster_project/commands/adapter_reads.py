@@ -19,6 +19,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import is_code
 from dagster_project.lineage import code_lock
+from dagster_project.training.trainers.harness.params import AdapterParams
+from dagster_project.training.trainers.merging.entry import check_merge
 from dagster_project.training.trainers.merging.reads import ADAPTER, READS, parents_of, reads_of_merge
 
 LOOP = "foreach: ${adapter}"
@@ -35,11 +37,15 @@ def write_reads(root: Path) -> dict[str, Any]:
     Returns:
         {"changed", "adapters": {name: what it reads}}; empty if none is merged of others.
     Raises:
-        InputError: the stage `adapter` of dvc.yaml has not the form that Pedigree writes.
+        InputError: an entry of params.yaml merges what cannot be merged, or the stage `adapter` of dvc.yaml has not the form that Pedigree writes.
     """
-    adapters, path = params.read(root).get("adapter"), root / "dvc.yaml"
-    if not isinstance(adapters, dict) or not path.is_file():
-        raise InputError(f"{root} is not a project: no dvc.yaml, or no section `adapter` in params.yaml", "name the folder of a project")
+    values, path = params.read(root), root / "dvc.yaml"
+    if not path.is_file():
+        raise InputError(f"no dvc.yaml in {root}", "name the folder of a project with --project")
+    adapters = {name: values["adapter"][name] for name in params.variant_names(values, "adapter", required=True)}
+    for name in adapters:
+        if parents_of(adapters, name):  # a list of what does not exist, or a circle, would make dvc.yaml unusable
+            check_merge(params.parse(AdapterParams, adapters[name], f"adapter.{name}"), adapters, f"adapter.{name}", None)
     before = path.read_text(encoding="utf-8")
     text = listed(before, adapters)
     if text != before:

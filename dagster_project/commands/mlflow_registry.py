@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,6 +49,8 @@ def register(root: Path, model: str, name: str | None, experiment: str, uri: str
     Raises:
         InputError: not a model of the workspace, an incomplete lineage, or MLflow refuses something or cannot be reached.
     """
+    if find_spec("mlflow") is None:
+        raise ModuleNotFoundError("mlflow is not installed", name="mlflow")
     where = _address(uri or os.environ.get(VARIABLE, ""))
     subject = lineage.find(Index(root), model)
     if not subject.run.is_model:
@@ -155,13 +158,11 @@ def _quoted(name: str) -> str:
 def _inputs(document: Mapping[str, Any]) -> Iterator[Any]:
     """MLflow's inputs of the run: every source of the model's records with its sha256, and every data set of its lineage with its hash in dvc.lock."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
-    from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     def one(name: str, digest: str, facts: Mapping[str, Any], context: str) -> Any:
-        described = MetaDataset(CodeDatasetSource({key: str(value) for key, value in facts.items()}), name, digest[:SHORT_DIGEST]).to_dict()
-        entity = Dataset(**{key: described[key] for key in ("name", "digest", "source_type", "source")})
-        return DatasetInput(entity, [InputTag("mlflow.data.context", context)])
+        source = CodeDatasetSource({key: str(value) for key, value in facts.items()}).to_json()
+        return DatasetInput(Dataset(name, digest[:SHORT_DIGEST], "code", source), [InputTag("mlflow.data.context", context)])
 
     for path, facts in document["sources"].items():
         yield one(path, facts["sha256"], {key: facts[key] for key in ("sha256", "rows", "license", "format") if key in facts}, "source")

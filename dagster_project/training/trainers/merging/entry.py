@@ -77,13 +77,13 @@ def options_of(params: AdapterParams, where: str) -> MergeOptions:
     return options
 
 
-def check_merge(params: AdapterParams, adapters: Mapping[str, Any], where: str, root: Path) -> None:
+def check_merge(params: AdapterParams, adapters: Mapping[str, Any], where: str, root: Path | None) -> None:
     """Check an entry that merges, from params.yaml and dvc.yaml alone.
 
     Args:
         adapters: the section of params.yaml.
         where: dotted path of the entry, e.g. "adapter.soup".
-        root: the project's folder.
+        root: the project's folder; None: dvc.yaml is not checked.
     Raises:
         InputError: the entry, one of the adapters that it names, or what dvc.yaml says of it is wrong.
     """
@@ -115,7 +115,8 @@ def check_merge(params: AdapterParams, adapters: Mapping[str, Any], where: str, 
             f"params.yaml: {where}.merge_of: the adapters are trained against different weights: quantization is {' and '.join(sorted(kinds))}",
             "merge adapters with the same quantization",
         )
-    refuse_other_reads(root, name, adapters)
+    if root is not None:
+        refuse_other_reads(root, name, adapters)
 
 
 def refuse_circles(adapters: Mapping[str, Any], name: str, where: str) -> None:

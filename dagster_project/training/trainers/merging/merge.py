@@ -82,7 +82,8 @@ def merge_adapters(
     model = _merged(params, compute.seed, folders, base_model, where)
     save_adapter(model, out, base_model=_config(next(iter(folders.values())))["base_model_name_or_path"])
     _replace_config(out)
-    AdapterInfo(quantization=quantization, merge=params.merge).write(out)  # type: ignore[arg-type]
+    why_not = "" if params.merge else "params.yaml says merge: false"
+    AdapterInfo(quantization=quantization, merge=params.merge, why_not=why_not).write(out)  # type: ignore[arg-type]
     if (template := next(iter(folders.values())) / TEMPLATE).is_file():
         copyfile(template, out / TEMPLATE)
     write_text(curve_file, "step,loss\n")
