@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -100,6 +101,9 @@ def test_what_an_interrupted_installation_left_is_no_package(tmp_path: Path, mon
     before = packages()
     (tmp_path / "half-1.0.dist-info").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
+    assert packages() == before
+    assert versions_in([str(tmp_path)]) == {}
+    importlib.import_module("importlib_metadata")  # from now on, distributions are found by this library
     assert packages() == before
     assert versions_in([str(tmp_path)]) == {}
 

@@ -81,6 +81,10 @@ def machine() -> dict[str, Any]:
     }
 
 
+METADATA = ("METADATA", "PKG-INFO")
+"""Files with the name of a distribution. Without one, importlib.metadata gives no name, and its backport, which other libraries load, raises."""
+
+
 def packages() -> str:
     """The environment: sha256 over the lines "name==version" of all installed distributions, names normalized and lines sorted."""
     lines = {f"{re.sub('[-_.]+', '-', one.name).lower()}=={one.version}\n" for one in named(distributions())}
@@ -89,7 +93,7 @@ def packages() -> str:
 
 def named(found: Iterable[Distribution]) -> Iterator[Distribution]:
     """Those with a name: an interrupted installation can leave a `dist-info` folder without metadata, which pip does not count either."""
-    return (one for one in found if one.name)
+    return (one for one in found if any(map(one.read_text, METADATA)) and one.name)
 
 
 def onednn(flags: set[str], limits: dict[str, str]) -> str:
