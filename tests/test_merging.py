@@ -183,6 +183,19 @@ def test_the_same_inputs_give_the_same_files_which_load_as_any_adapter_and_name_
     assert [check.passed for check in report.checks] == [True]
 
 
+@pytest.mark.parametrize("method", ["cat", "dare_linear"])
+def test_the_order_of_the_adapters_in_params_yaml_which_dvc_does_not_compare_changes_no_byte(
+    adapters: Path, tiny_model: Path, tmp_path: Path, method: str
+) -> None:
+    keys = {"method": method, "peft": {"density": 0.5} if method != "cat" else {}}
+    orders = {"one": {"a": 0.6, "patterned": 0.4}, "two": {"patterned": 0.4, "a": 0.6}}
+    reports = {name: merge(adapters, tiny_model, tmp_path / name, merge_of=order, **keys) for name, order in orders.items()}
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in orders]
+    assert files[0] == files[1]
+    assert json.dumps(reports["one"].document()) == json.dumps(reports["two"].document())
+    assert distance(changes(tmp_path / "two"), weighted_sum(adapters, orders["one"])) < 1e-6 or method != "cat"
+
+
 def test_the_check_fails_where_nothing_is_left_or_a_weight_is_not_finite(adapters: Path, tiny_model: Path, tmp_path: Path) -> None:
     from shutil import copytree
 
@@ -337,7 +350,7 @@ def test_a_pipeline_that_does_not_list_what_params_yaml_merges_is_refused_until_
 def test_an_upgrade_of_a_project_with_an_installed_package_keeps_the_list(tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_text(pipeline_text())
     (tmp_path / code_lock.FILE).write_text(current_lock().text())
-    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": TWO}))
+    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": TWO, "reward_model": {}}))
     assert write_reads(tmp_path)["changed"]
     written = (tmp_path / "dvc.yaml").read_text()
     update = update_pipeline(tmp_path, code_lock.read(tmp_path))
