@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from dagster_project.commands.adapter_reads import listed, write_reads
 from dagster_project.commands.pipeline_file import current_lock, pipeline_text, update_pipeline
-from dagster_project.core.context import ValidationContext
+from dagster_project.core.context import Documents, StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import Report
@@ -181,6 +181,30 @@ def test_the_same_inputs_give_the_same_files_which_load_as_any_adapter_and_name_
     assert (document["steps"], document["tokens"], document["trained_tokens"]) == (23, 2003, 203)  # of both trainings
     report = merged.produce(Compute(threads=1), tiny_model, tmp_path / "one" / "soup", out=tmp_path / "merged")
     assert [check.passed for check in report.checks] == [True]
+
+
+def test_pages_and_curves_of_an_earlier_training_under_the_name_are_removed_and_none_is_drawn(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    from shutil import copytree
+
+    from dagster_project.pipeline import PEDIGREE
+
+    copytree(adapters, tmp_path / "data/adapter")
+    copytree(tiny_model, tmp_path / "data/base_model")
+    pages, live = tmp_path / "data/pages/adapter/soup", tmp_path / "data/live/adapter/soup"
+    for file in (pages / "training.html", pages / "history.json", pages / "audit.html", live / "loss.tsv"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{"curve": []}')
+    values = {"adapter": {"a": LORA, "b": LORA, "soup": MERGED}, "compute": {"threads": 1}}
+    ctx = StageContext(tmp_path, "adapter", "soup", tmp_path / "scratch", values, {"adapter": "adapter"})
+    ctx.out.mkdir(parents=True)
+    report = adapter.run(ctx)
+    assert [path.name for path in pages.iterdir()] == ["audit.html"] and not live.exists()
+    for file in ("history.json", "run.json"):  # such as a training that failed has left since
+        (pages / file).write_text('{"curve": [], "measured": {}}')
+    PEDIGREE.draw(Documents(tmp_path, ctx.address, ctx.out, pages, report.document()))
+    assert not (pages / "training.html").exists()
 
 
 @pytest.mark.parametrize("method", ["cat", "dare_linear"])
