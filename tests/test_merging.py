@@ -371,6 +371,45 @@ def test_a_pipeline_that_does_not_list_what_params_yaml_merges_is_refused_until_
     assert write({"a": LORA}) and (tmp_path / "dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"a": LORA, "soup": {"merge_of": {"a": 1.0, "x": 1.0}}}, r"there is no adapter\.x"),
+        ({"a": LORA, "soup": {"merge_of": {"a": 1.0, "soup": 1.0}}}, "merged of itself: soup of soup"),
+        ({"a": LORA, "b": LORA, "soup": {"merge_of": ["a", "b"]}}, r"adapter\.soup\.merge_of: Input should be a valid dictionary"),
+        ({"a": LORA, "b, data/other": LORA, "soup": {"merge_of": {"a": 1.0, "b, data/other": 1.0}}}, "a variant's name may contain"),
+        ({}, "must name at least one variant"),
+    ],
+)
+def test_a_wrong_entry_is_refused_before_it_is_written_into_the_pipeline(tmp_path: Path, entries: dict[str, Any], said: str) -> None:
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": entries}))
+    with pytest.raises(InputError, match=said):
+        write_reads(tmp_path)
+    assert (tmp_path / "dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "    foreach: ${adapter}\n    do:\n      deps:\n      - data/tokenized\n      - data/base_model\n",  # indented as DVC does it
+        "    foreach: {a: 1, b: 2}\n    do:\n      deps: [data/tokenized]\n",
+        "    matrix: {name: [a]}\n    do:\n      deps: [data/tokenized]\n",
+        "    foreach: ${adapter}\n    do:\n      deps:\n",
+    ],
+)
+def test_a_pipeline_of_another_form_is_refused_and_not_damaged(tmp_path: Path, stage: str) -> None:
+    text = f"stages:\n  adapter:\n{stage}      cmd: x\n"
+    (tmp_path / "dvc.yaml").write_text(text)
+    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": TWO}))
+    with pytest.raises(InputError, match=r"dvc\.yaml: the stage `adapter` "):
+        write_reads(tmp_path)
+    assert (tmp_path / "dvc.yaml").read_text() == text
+    (tmp_path / "dvc.yaml").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"dvc\.yaml: not UTF-8"):
+        write_reads(tmp_path)
+
+
 def test_an_upgrade_of_a_project_with_an_installed_package_keeps_the_list(tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_text(pipeline_text())
     (tmp_path / code_lock.FILE).write_text(current_lock().text())

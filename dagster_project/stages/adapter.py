@@ -52,9 +52,10 @@ NO_HINTS = ExecutionHints()
 
 def validate(params: Params, ctx: ValidationContext) -> None:
     if params.merge_of is not None:
-        check_merge(params, ctx.values["adapter"], ctx.section, ctx.root)
-        return
+        check_merge(params, ctx.values["adapter"], ctx.section)
     refuse_other_reads(ctx.root, ctx.section.partition(".")[2], ctx.values["adapter"])
+    if params.merge_of is not None:
+        return
     check_command(params, ctx.compute, ctx.section, ctx.root)
     if params.command is not None:
         return
