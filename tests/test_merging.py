@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from dagster_project.commands.adapter_reads import listed, write_reads
 from dagster_project.commands.pipeline_file import current_lock, pipeline_text, update_pipeline
-from dagster_project.core.context import ValidationContext
+from dagster_project.core.context import Documents, StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import Report
@@ -193,6 +193,43 @@ def test_adapters_of_a_quantized_model_give_one_that_says_so_and_one_can_stay_se
     assert distance(changes(tmp_path / "soup"), weighted_sum(tmp_path / "adapter", MERGED["merge_of"])) < 1e-6
 
 
+def test_pages_and_curves_of_an_earlier_training_under_the_name_are_removed_and_none_is_drawn(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    from shutil import copytree
+
+    from dagster_project.pipeline import PEDIGREE
+
+    copytree(adapters, tmp_path / "data/adapter")
+    copytree(tiny_model, tmp_path / "data/base_model")
+    pages, live = tmp_path / "data/pages/adapter/soup", tmp_path / "data/live/adapter/soup"
+    for file in (pages / "training.html", pages / "history.json", pages / "audit.html", live / "loss.tsv"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{"curve": []}')
+    values = {"adapter": {"a": LORA, "b": LORA, "soup": MERGED}, "compute": {"threads": 1}}
+    ctx = StageContext(tmp_path, "adapter", "soup", tmp_path / "scratch", values, {"adapter": "adapter"})
+    ctx.out.mkdir(parents=True)
+    report = adapter.run(ctx)
+    assert [path.name for path in pages.iterdir()] == ["audit.html"] and not live.exists()
+    for file in ("history.json", "run.json"):  # such as a training that failed has left since
+        (pages / file).write_text('{"curve": [], "measured": {}}')
+    PEDIGREE.draw(Documents(tmp_path, ctx.address, ctx.out, pages, report.document()))
+    assert not (pages / "training.html").exists()
+
+
+@pytest.mark.parametrize("method", ["cat", "dare_linear"])
+def test_the_order_of_the_adapters_in_params_yaml_which_dvc_does_not_compare_changes_no_byte(
+    adapters: Path, tiny_model: Path, tmp_path: Path, method: str
+) -> None:
+    keys = {"method": method, "peft": {"density": 0.5} if method != "cat" else {}}
+    orders = {"one": {"a": 0.6, "patterned": 0.4}, "two": {"patterned": 0.4, "a": 0.6}}
+    reports = {name: merge(adapters, tiny_model, tmp_path / name, merge_of=order, **keys) for name, order in orders.items()}
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in orders]
+    assert files[0] == files[1]
+    assert json.dumps(reports["one"].document()) == json.dumps(reports["two"].document())
+    assert distance(changes(tmp_path / "two"), weighted_sum(adapters, orders["one"])) < 1e-6 or method != "cat"
+
+
 def test_the_check_fails_where_nothing_is_left_or_a_weight_is_not_finite(adapters: Path, tiny_model: Path, tmp_path: Path) -> None:
     from shutil import copytree
 
@@ -366,12 +403,13 @@ def test_a_pipeline_that_does_not_list_what_params_yaml_merges_is_refused_until_
     ("entries", "said"),
     [
         ({"a": LORA, "soup": {"merge_of": {"a": 1.0, "x": 1.0}}}, r"there is no adapter\.x"),
-        ({"a": LORA, "b": {"merge_of": {"a": 1.0, "soup": 1.0}}, "soup": {"merge_of": {"a": 1.0, "b": 1.0}}}, "merged of itself"),
-        ({"a": LORA, "b": LORA, "../x": MERGED}, "a variant's name may contain"),
+        ({"a": LORA, "soup": {"merge_of": {"a": 1.0, "soup": 1.0}}}, "merged of itself: soup of soup"),
+        ({"a": LORA, "b": LORA, "soup": {"merge_of": ["a", "b"]}}, r"adapter\.soup\.merge_of: Input should be a valid dictionary"),
+        ({"a": LORA, "b, data/other": LORA, "soup": {"merge_of": {"a": 1.0, "b, data/other": 1.0}}}, "a variant's name may contain"),
         ({}, "must name at least one variant"),
     ],
 )
-def test_what_dvc_could_not_read_is_never_written(tmp_path: Path, entries: dict[str, Any], said: str) -> None:
+def test_a_wrong_entry_is_refused_before_it_is_written_into_the_pipeline(tmp_path: Path, entries: dict[str, Any], said: str) -> None:
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     (tmp_path / "params.yaml").write_text(json.dumps({"adapter": entries}))
     with pytest.raises(InputError, match=said):
@@ -379,10 +417,31 @@ def test_what_dvc_could_not_read_is_never_written(tmp_path: Path, entries: dict[
     assert (tmp_path / "dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "    foreach: ${adapter}\n    do:\n      deps:\n      - data/tokenized\n      - data/base_model\n",  # indented as DVC does it
+        "    foreach: {a: 1, b: 2}\n    do:\n      deps: [data/tokenized]\n",
+        "    matrix: {name: [a]}\n    do:\n      deps: [data/tokenized]\n",
+        "    foreach: ${adapter}\n    do:\n      deps:\n",
+    ],
+)
+def test_a_pipeline_of_another_form_is_refused_and_not_damaged(tmp_path: Path, stage: str) -> None:
+    text = f"stages:\n  adapter:\n{stage}      cmd: x\n"
+    (tmp_path / "dvc.yaml").write_text(text)
+    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": TWO}))
+    with pytest.raises(InputError, match=r"dvc\.yaml: the stage `adapter` "):
+        write_reads(tmp_path)
+    assert (tmp_path / "dvc.yaml").read_text() == text
+    (tmp_path / "dvc.yaml").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"dvc\.yaml: not UTF-8"):
+        write_reads(tmp_path)
+
+
 def test_an_upgrade_of_a_project_with_an_installed_package_keeps_the_list(tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_text(pipeline_text())
     (tmp_path / code_lock.FILE).write_text(current_lock().text())
-    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": TWO}))
+    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": TWO, "reward_model": {}}))
     assert write_reads(tmp_path)["changed"]
     written = (tmp_path / "dvc.yaml").read_text()
     update = update_pipeline(tmp_path, code_lock.read(tmp_path))

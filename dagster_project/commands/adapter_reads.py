@@ -18,13 +18,15 @@ from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import is_code
+from dagster_project.core.records import write_text
 from dagster_project.lineage import code_lock
-from dagster_project.training.trainers.harness.params import AdapterParams
-from dagster_project.training.trainers.merging.entry import check_merge
 from dagster_project.training.trainers.merging.reads import ADAPTER, READS, parents_of, reads_of_merge
 
 LOOP = "foreach: ${adapter}"
 COMMENT = "# what each variant reads, written by `pedigree pipeline`: some are merged of others"
+NOT_A_LOOP = "dvc.yaml: the stage `adapter` is not a loop as Pedigree writes it", "compare with the dvc.yaml that `pedigree init` writes"
+NOT_TEXT = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
+"""Words that YAML does not read as text."""
 WIDTH = 118
 _STAGE = re.compile(r"^  adapter:\n(?:(?:    .*)?\n)+", re.MULTILINE)
 _HEAD = re.compile(r"(?<=^  adapter:\n)(?:.*\n)*?(?=    do:)", re.MULTILINE)
@@ -37,21 +39,35 @@ def write_reads(root: Path) -> dict[str, Any]:
     Returns:
         {"changed", "adapters": {name: what it reads}}; empty if none is merged of others.
     Raises:
-        InputError: an entry of params.yaml merges what cannot be merged, or the stage `adapter` of dvc.yaml has not the form that Pedigree writes.
+        InputError: an entry that merges is wrong, or the stage `adapter` of dvc.yaml has not the form that Pedigree writes.
     """
-    values, path = params.read(root), root / "dvc.yaml"
-    if not path.is_file():
-        raise InputError(f"no dvc.yaml in {root}", "name the folder of a project with --project")
-    adapters = {name: values["adapter"][name] for name in params.variant_names(values, "adapter", required=True)}
-    for name in adapters:
-        if parents_of(adapters, name):  # a list of what does not exist, or a circle, would make dvc.yaml unusable
-            check_merge(params.parse(AdapterParams, adapters[name], f"adapter.{name}"), adapters, f"adapter.{name}", None)
-    before = path.read_text(encoding="utf-8")
+    adapters, path = _checked(params.read(root)), root / "dvc.yaml"
+    try:
+        before = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"dvc.yaml: not UTF-8: {error}", "see `git diff dvc.yaml`") from None
     text = listed(before, adapters)
     if text != before:
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
         _record_as_written(root, before, text)
     return {"changed": text != before, "adapters": _reads(_trained_reads(_stage(text)), adapters) if _has_merges(adapters) else {}}
+
+
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `adapter` of params.yaml.
+
+    Raises:
+        InputError: a name, or an entry that merges, is wrong. What it names would be written into dvc.yaml, which DVC then could not read.
+    """
+    from dagster_project.training.trainers.harness.params import AdapterParams
+    from dagster_project.training.trainers.merging.entry import check_merge
+
+    params.variant_names(values, "adapter", required=True)
+    adapters: dict[str, Any] = values["adapter"]
+    for name, entry in adapters.items():
+        if isinstance(entry, Mapping) and entry.get("merge_of") is not None:
+            check_merge(params.parse(AdapterParams, entry, f"adapter.{name}"), adapters, f"adapter.{name}")
+    return adapters
 
 
 def _record_as_written(root: Path, before: str, text: str) -> None:
@@ -60,7 +76,7 @@ def _record_as_written(root: Path, before: str, text: str) -> None:
         return
     lock = code_lock.read(root)
     if lock.pipeline == sha256_of_text(before):
-        (root / code_lock.FILE).write_text(replace(lock, pipeline=sha256_of_text(text)).text(), encoding="utf-8")
+        write_text(root / code_lock.FILE, replace(lock, pipeline=sha256_of_text(text)).text())
 
 
 def listed(text: str, adapters: Mapping[str, Any]) -> str:
@@ -72,18 +88,21 @@ def listed(text: str, adapters: Mapping[str, Any]) -> str:
     stage = _stage(text)
     if not _has_merges(adapters) and LOOP in stage:
         return text
-    deps = _deps(stage)
-    trained, code = _trained_reads(stage), [dep for dep in deps if is_code(dep)]
+    before, trained = _parsed(stage), _trained_reads(stage)
+    code = [dep for dep in before["do"]["deps"] if is_code(dep)]
     if _has_merges(adapters):
         reads = _reads(trained, adapters)
         slots = max(map(len, reads.values()))
-        lines = [f"      {_key(name)}: {{{READS}: [{', '.join(_padded(paths, slots))}]}}" for name, paths in reads.items()]
+        items: Any = {name: {READS: _padded(paths, slots)} for name, paths in reads.items()}
+        lines = [f"      {_key(name)}: {{{READS}: [{', '.join(item[READS])}]}}" for name, item in items.items()]
         head = "\n".join([f"    {COMMENT}", "    foreach:", *lines])
-        paths = [f'"${{item.{READS}[{number}]}}"' for number in range(slots)]
+        paths = [f"${{item.{READS}[{number}]}}" for number in range(slots)]
     else:
-        head, paths = f"    {LOOP}", trained
+        head, items, paths = f"    {LOOP}", LOOP.removeprefix("foreach: "), trained
     new = _HEAD.sub(lambda _: f"{head}\n", stage, count=1)
-    new = _DEPS.sub(lambda _: _wrapped([*paths, *code]), new, count=1)
+    new = _DEPS.sub(lambda _: _wrapped([*(f'"{path}"' if "$" in path else path for path in paths), *code]), new, count=1)
+    if _parsed(new) != {**before, "foreach": items, "do": {**before["do"], "deps": [*paths, *code]}}:
+        raise InputError(*NOT_A_LOOP)
     return text.replace(stage, new, 1)
 
 
@@ -101,17 +120,7 @@ def _padded(paths: Sequence[str], length: int) -> list[str]:
 
 def _key(name: str) -> str:
     """A variant's name as a key that YAML reads as text."""
-    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) and name.lower() not in {
-        "y",
-        "n",
-        "yes",
-        "no",
-        "on",
-        "off",
-        "true",
-        "false",
-        "null",
-    }
+    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) and name.lower() not in NOT_TEXT
     return name if plain else json.dumps(name, ensure_ascii=False)
 
 
@@ -119,9 +128,7 @@ def _stage(text: str) -> str:
     """The text of the stage `adapter`."""
     found = _STAGE.search(text)
     if not found or not _HEAD.search(found[0]) or not _DEPS.search(found[0]):
-        raise InputError(
-            "dvc.yaml: the stage `adapter` is not a loop as Pedigree writes it", "compare with the dvc.yaml that `pedigree init` writes"
-        )
+        raise InputError(*NOT_A_LOOP)
     return found[0]
 
 
@@ -130,25 +137,30 @@ def _parsed(stage: str) -> dict[str, Any]:
     from ruamel.yaml.error import YAMLError
 
     try:
-        return dict(YAML(typ="safe").load(stage)["adapter"])
+        parsed = dict(YAML(typ="safe").load(stage)["adapter"])
     except (YAMLError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"dvc.yaml: the stage `adapter` cannot be read: {' '.join(str(error).split())[:200]}", "see `git diff dvc.yaml`"
         ) from None
-
-
-def _deps(stage: str) -> list[str]:
-    return [str(dep) for dep in _parsed(stage)["do"]["deps"]]
+    items, body = parsed.get("foreach"), parsed.get("do")
+    lists: list[Any] = (
+        [item.get(READS) if isinstance(item, dict) else None for item in items.values()] if isinstance(items, dict) else [[items]]
+    )
+    lists.append(body.get("deps") if isinstance(body, dict) else None)
+    if not all(isinstance(one, list) and one and all(isinstance(path, str) for path in one) for one in lists):
+        raise InputError(*NOT_A_LOOP)
+    return parsed
 
 
 def _trained_reads(stage: str) -> list[str]:
     """What a trained adapter reads, apart from code: as listed already, or else by the dependencies of the loop."""
-    items = _parsed(stage)["foreach"]
+    parsed = _parsed(stage)
+    items = parsed["foreach"]
     if isinstance(items, dict):
         lists = [list(dict.fromkeys(item[READS])) for item in items.values()]
         if found := [reads for reads in lists if not any(path.startswith(f"{ADAPTER}/") for path in reads)]:
             return found[0]
-    return [dep for dep in _deps(stage) if not is_code(dep) and "${item" not in dep]
+    return [dep for dep in parsed["do"]["deps"] if not is_code(dep) and "${item" not in dep]
 
 
 def _wrapped(deps: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dagster_project.core.context import ExecutionHints, StageContext, ValidationContext
 from dagster_project.core.errors import InputError
+from dagster_project.core.layout import pages_of
 from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, remove, write_json, write_table
 from dagster_project.training.methods import build as methods
@@ -51,9 +52,10 @@ NO_HINTS = ExecutionHints()
 
 def validate(params: Params, ctx: ValidationContext) -> None:
     if params.merge_of is not None:
-        check_merge(params, ctx.values["adapter"], ctx.section, ctx.root)
-        return
+        check_merge(params, ctx.values["adapter"], ctx.section)
     refuse_other_reads(ctx.root, ctx.section.partition(".")[2], ctx.values["adapter"])
+    if params.merge_of is not None:
+        return
     check_command(params, ctx.compute, ctx.section, ctx.root)
     if params.command is not None:
         return
@@ -69,7 +71,9 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 def run(ctx: StageContext) -> Report:
     params, inputs = ctx.variant_params("adapter", Params), (ctx.output_of("tokenized"), ctx.output_of("base_model"))
     if params.merge_of is not None:
-        remove(ctx.live)  # the curves of an earlier training
+        pages = pages_of(ctx.root, ctx.address)
+        for earlier in (ctx.live, pages / "training.html", pages / "history.json"):  # of a training under this name
+            remove(earlier)
         return merging.merge_adapters(
             str(ctx.variant), params, ctx.compute, ctx.outputs_of("adapter"), inputs[1], out=ctx.out, curve_file=ctx.plot("loss")
         )

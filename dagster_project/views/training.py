@@ -19,10 +19,10 @@ PLOT_HEIGHT = 170
 
 
 def draw_training(documents: Documents) -> None:
-    """Write data/pages/adapter/<variant>/training.html: curves, memory, trained weights, tokens in the loss, settings."""
+    """Write data/pages/adapter/<variant>/training.html: curves, memory, trained weights, tokens in the loss, settings. An adapter that is merged of others has none."""
     training, run = documents.read(documents.out / "training.json"), documents.read(documents.pages / "run.json")
     history = documents.read(documents.pages / "history.json")
-    if training is None or run is None or history is None:
+    if training is None or run is None or history is None or "merge_of" in training:
         return
     audit = documents.read(documents.root / "data" / "tokenized" / "audit.json") or {"examples": []}
     examples = trained_examples(documents.root, audit)

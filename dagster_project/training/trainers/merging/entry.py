@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -13,7 +12,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section, parse
 from dagster_project.training.methods.build import ALIASES, STARTS_FROM_WEIGHTS, quantization_of
 from dagster_project.training.trainers.harness.params import AUTO, AdapterParams
-from dagster_project.training.trainers.merging.reads import parents_of, refuse_other_reads
+from dagster_project.training.trainers.merging.reads import parents_of
 
 METHODS: dict[str, tuple[str, ...]] = {
     "cat": (),
@@ -77,15 +76,14 @@ def options_of(params: AdapterParams, where: str) -> MergeOptions:
     return options
 
 
-def check_merge(params: AdapterParams, adapters: Mapping[str, Any], where: str, root: Path | None) -> None:
-    """Check an entry that merges, from params.yaml and dvc.yaml alone.
+def check_merge(params: AdapterParams, adapters: Mapping[str, Any], where: str) -> None:
+    """Check an entry that merges, from params.yaml alone.
 
     Args:
         adapters: the section of params.yaml.
         where: dotted path of the entry, e.g. "adapter.soup".
-        root: the project's folder; None: dvc.yaml is not checked.
     Raises:
-        InputError: the entry, one of the adapters that it names, or what dvc.yaml says of it is wrong.
+        InputError: the entry, or one of the adapters that it names, is wrong.
     """
     name = where.partition(".")[2]
     assert params.merge_of is not None
@@ -115,8 +113,6 @@ def check_merge(params: AdapterParams, adapters: Mapping[str, Any], where: str, 
             f"params.yaml: {where}.merge_of: the adapters are trained against different weights: quantization is {' and '.join(sorted(kinds))}",
             "merge adapters with the same quantization",
         )
-    if root is not None:
-        refuse_other_reads(root, name, adapters)
 
 
 def refuse_circles(adapters: Mapping[str, Any], name: str, where: str) -> None:

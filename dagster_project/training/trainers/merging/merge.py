@@ -76,7 +76,8 @@ def merge_adapters(
         InputError: an adapter is not LoRA, or they do not fit together.
     """
     assert params.merge_of is not None
-    where, folders = f"adapter.{name}", {parent: adapters / parent for parent in params.merge_of}
+    # sorted: to DVC a mapping with its keys in another order is the same value, so the bytes must not depend on it
+    where, folders = f"adapter.{name}", {parent: adapters / parent for parent in sorted(params.merge_of)}
     quantization = _refuse_others(method_of(params), folders, where)
     prepare(compute)
     model = _merged(params, compute.seed, folders, base_model, where)
@@ -146,7 +147,7 @@ def _merged(params: AdapterParams, seed: int, folders: Mapping[str, Path], base_
             options = options_of(params, where).model_dump()
             model.add_weighted_adapter(
                 list(names.values()),
-                list(params.merge_of.values()),
+                [params.merge_of[parent] for parent in folders],
                 "default",
                 combination_type=method_of(params),
                 svd_full_matrices=False,
@@ -231,7 +232,7 @@ def _report(params: AdapterParams, document: Mapping[str, Any], out: Path, measu
     return Report(
         metrics={
             "method": method_of(params),
-            "merge_of": params.merge_of,
+            "merge_of": dict(sorted((params.merge_of or {}).items())),
             "rank": document["rank"],
             "distance_from_weighted_sum": measured.rounded(3),
             "environment": {**weight_audit.versions(()), **{name: version(name) for name in ("torch", "transformers", "trl", "peft")}},
