@@ -172,7 +172,9 @@ def test_calls_that_reach_past_namespaces_and_limits_are_refused_in_the_sandbox(
 
 
 @pytest.mark.parametrize("isolated", [True, False])
-def test_code_that_leaves_its_session_and_its_parent_ends_at_the_limit(isolated: bool, sandbox: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_leaves_its_session_and_its_parent_ends_at_the_limit(
+    isolated: bool, sandbox: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(code_runner, "WAITS", 2)
     began = time.monotonic()
     assert not passes(f"{LIBC}import time\nos.setsid()\nlibc.prctl(1, 0, 0, 0, 0)\ntime.sleep(600)", "", isolated, 1, MEMORY)
