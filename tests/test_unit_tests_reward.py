@@ -149,6 +149,59 @@ def test_code_in_the_sandbox_starts_no_process_and_no_thread(sandbox: None) -> N
         )
 
 
+LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
+RESULT = "import os, sys\nresult = sys._getframe(1).f_locals['result']\n"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "libc.unshare(0x10000000 | 0x20000)",  # with a user namespace it could mount memory, and would not end with the training
+        "libc.prctl(1, 0, 0, 0, 0)",
+        "libc.shmget(0, 1 << 20, 0o1600)",
+        "libc.msgget(0, 0o1600)",
+        "libc.ptrace(0, 0, 0, 0)",
+        "libc.setns(os.open('/proc/self/ns/user', os.O_RDONLY), 0)",
+    ],
+)
+def test_calls_that_reach_past_namespaces_and_limits_are_refused_in_the_sandbox(call: str, sandbox: None) -> None:
+    code = f"{LIBC}import errno\nlibc = ctypes.CDLL(None, use_errno=True)\nfound = {call}\n"
+    assert passes(code, "assert found == -1 and ctypes.get_errno() == errno.EPERM", True, 2, MEMORY)
+    if "setns" not in call and "unshare" not in call:
+        assert passes(code, "assert found != -1", False, 2, MEMORY), "otherwise the sandbox is not what prevents it"
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_code_that_leaves_its_session_and_its_parent_ends_at_the_limit(
+    isolated: bool, sandbox: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_runner, "WAITS", 2)
+    began = time.monotonic()
+    assert not passes(f"{LIBC}import time\nos.setsid()\nlibc.prctl(1, 0, 0, 0, 0)\ntime.sleep(600)", "", isolated, 1, MEMORY)
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("written", ["b'unable: no sandbox'", "bytes(42)", "b''"])
+def test_code_cannot_stop_the_training_by_what_it_writes(written: str, isolated: bool, sandbox: None) -> None:
+    assert not passes(f"{RESULT}os.write(result, {written})\nos._exit(42)", "", isolated, 2, MEMORY)
+
+
+def test_what_code_writes_takes_no_memory_of_the_training(sandbox: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_runner, "WAITS", 2)
+    read: list[int] = []
+    communicate = subprocess.Popen.communicate
+
+    def counted(process: subprocess.Popen[bytes], *arguments: Any, **named: Any) -> Any:
+        found = communicate(process, *arguments, **named)
+        read.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", counted)
+    assert not passes(f"{RESULT}for _ in range(64): os.write(result, bytes(1 << 20))\nos._exit(0)", "", True, 1, MEMORY)
+    assert read == [0]
+
+
 @pytest.mark.parametrize("isolated", [True, False])
 def test_code_ends_with_a_training_that_is_killed(isolated: bool, sandbox: None) -> None:
     mark = f"# {os.urandom(8).hex()}"

@@ -22,7 +22,7 @@ from dagster_project.lineage.index import Index, RecordUse
 from dagster_project.lineage.published import erasure_of, missing_keys, record_of
 from dagster_project.lineage.registered import registered
 from dagster_project.lineage.rows import record_key
-from dagster_project.lineage.runs import StageRun, fetch_hint
+from dagster_project.lineage.runs import StageRun, fetch_hint, teacher_of
 from dagster_project.lineage.search import search
 from dagster_project.lineage.sources import stages_reading
 
@@ -45,6 +45,8 @@ class Exposure:
     """(records, first step, last step), for queries by source or hash; None if unknown."""
     steps_known: bool = True
     """Whether the training steps are known."""
+    distilled: bool = False
+    """Whether the query is a file of the larger model that it learned from."""
 
 
 TrainingSummary = tuple[int, int, int]
@@ -426,7 +428,8 @@ class _ImpactQuery:
         readers = {
             run.id for run in index.runs.values() for dep, _, md5 in run.inputs if md5.startswith(prefix) and dep not in run.entry.watched
         }
-        self._complete = bool(readers or index.outputs_with_prefix(prefix))
+        distilled = [run for run in index.runs.values() if self._is_distilled_from(run, prefix)]
+        self._complete = bool(readers or distilled or index.outputs_with_prefix(prefix))
         if not (self._complete or sources or files):
             if any(index.missing_reports(run, only_splits=False) for run in self._trained_models):
                 return  # one of these reports could name it
@@ -452,6 +455,13 @@ class _ImpactQuery:
         for run in index.runs.values():
             if run.is_model and run.md5 in outs and run.id not in self._exposures:
                 self._exposures[run.id] = Exposure()
+        for run in distilled:
+            self._exposures.setdefault(run.id, Exposure()).distilled = True
+
+    def _is_distilled_from(self, run: StageRun, prefix: str) -> bool:
+        """Whether a model learned from a larger one with such a file."""
+        teacher = teacher_of(run.address, self.index.lock_entry(run)) if run.address.startswith("aligned@") else None
+        return teacher is not None and any(digest.startswith(prefix) for digest in teacher["sha256"].values())
 
     def _summary_of_shards(self, run: StageRun, shards: Sequence[str]) -> tuple[int, int, int] | None:
         """(records, first step, last step) of a model's training on some shards; None if unknown."""
@@ -549,7 +559,7 @@ class _ImpactQuery:
                 "epochs": [epoch for _, epoch in exposure.steps] if exposure.steps_known else None,
             }
         if exposure.training_summary is None:
-            return {**document, "learnt": None}
+            return {**document, "learnt": None, **({"distilled": True} if exposure.distilled else {})}
         return {**document, "learnt": dict(zip(("records", "first_step", "last_step"), exposure.training_summary, strict=True))}
 
     def unknown(self, runs: Sequence[StageRun] | None = None) -> list[dict[str, Any]]:
@@ -772,6 +782,8 @@ def _shortened(values: Sequence[object]) -> str:
 def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     through = f" through {seen['by']} {seen['md5'][:12]}" if seen["md5"] != model["md5"] else ""
     splits = ", ".join(f"{split} {n}" for split, n in seen["splits"].items())
+    if seen.get("distilled"):
+        return f"distilled from it{through}"
     if not splits:
         return f"derived from it{through}" if through else "is this model"
     if "steps" in seen:

@@ -23,7 +23,7 @@ from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import ANSWERS, EVIDENCE, LEDGER, ORDER_UNKNOWN, record_key, rewarded_answers
 from dagster_project.lineage.run_index import WEIGHTS
-from dagster_project.lineage.runs import StageRun, fetch_hint, is_input
+from dagster_project.lineage.runs import StageRun, fetch_hint, is_input, teacher_of
 from dagster_project.lineage.sources import other_files
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     Args:
         as_of: the day for which the use policy is judged, instead of its own.
     Returns:
-        "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "other_files" that contributed; "base_model"; "stages" in flow order,
+        "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "other_files" that contributed; "base_model"; "teachers" that were distilled, if any, each with the "training", "folder" and "sha256" of files; "stages" in flow order,
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "watched_by", the models
         among them that measured a training, if any, each with the "training"; "records" it was
         trained on; "answers", per model those of its own that it learned from, if any; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,
@@ -244,6 +244,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "sources": sources,
         "other_files": other_files(index, {stage: entries[stage] for stage in contributing}, names, sources),
         "base_model": next((_origin(r) for r in made_from.values() if {"origin", "sha256"} <= r.keys()), {}),
+        **({"teachers": teachers} if (teachers := _teachers({stage.address: entries[stage] for stage in contributing})) else {}),
         "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], own_names) for stage in contributing},
         "watched": {
             "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], names) for stage in watched},
@@ -268,6 +269,11 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "missing": missing,
         "shallow": index.history.shallow,
     }
+
+
+def _teachers(entries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found = {address: teacher_of(address, entry) for address, entry in entries.items()}
+    return [{"training": address, **teacher} for address, teacher in found.items() if teacher]
 
 
 def _watchers(subject: Subject) -> list[dict[str, str]]:
@@ -594,7 +600,7 @@ def _machine_lines(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def as_text(audited: dict[str, Any]) -> str:
     """The audit as text for the terminal."""
-    from dagster_project.views.lineage import code_text, versions_text
+    from dagster_project.views.lineage import code_text, teacher_text, versions_text
 
     model, code = audited["model"], audited["code"]
     lines = [f"{model['stage']}  {model['path']}  md5 {model['md5']}", "", f"code       {code_text(code)}; {len(code['files'])} files"]
@@ -605,6 +611,7 @@ def as_text(audited: dict[str, Any]) -> str:
         lines += [
             f"base model {base['origin']}, {base.get('license', 'unknown')}, sha256 {base['sha256'].get('model.safetensors', '')[:16]}"
         ]
+    lines += [f"teacher    {teacher_text(one)}" for one in audited.get("teachers", ())]
     lines += [f"version    {versions_text(audited['registered'])}"] if "registered" in audited else []
     lines += [f"parent     {output['stage']}  md5 {output['md5']}" for output in audited["parents"]]
     lines += [f"trained on {line}" for line in training_lines(audited)]

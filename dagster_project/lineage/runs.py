@@ -372,25 +372,38 @@ def is_input(path: str) -> bool:
 def watched_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
     """Dependencies that a stage only compares with: the reward model of an alignment method that learns from pairs, and the splits whose test examples
     `preferences` leaves out."""
-    section, _, variant = address.partition("@")
-    if section == "preferences":
+    if address == "preferences":
         return {"data/splits"}
-    values = (stage.get("params") or {}).get("params.yaml") or {}
-    settings = values.get(f"{section}.{variant}")
-    if section != "aligned" or not isinstance(settings, dict):
-        return set()
-    return set() if learns_from_reward_model(settings) else {"data/reward_model"}
+    settings = _alignment(address, stage)
+    return set() if settings is None or learns_from_reward_model(settings) else {"data/reward_model"}
 
 
 def unread_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
     """Dependencies that a stage does not open with its parameters: DVC has one list of them for all variants of `aligned`."""
-    section, _, variant = address.partition("@")
-    settings = ((stage.get("params") or {}).get("params.yaml") or {}).get(f"{section}.{variant}")
-    if section != "aligned" or not isinstance(settings, dict):
+    settings = _alignment(address, stage)
+    if settings is None:
         return set()
     if settings.get("reward_target") != "response":
         return {"data/splits/train", "data/splits/validation"}
     return {"data/preferences"} | (set() if learns_from_reward_model(settings) else {"data/reward_model"})
+
+
+def teacher_of(address: str, stage: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The larger model that an alignment learned from (`gkd`): "folder", and "sha256" of each of its files, which the stage compared before it read
+    them. No dependency names it."""
+    options = (_alignment(address, stage) or {}).get("options")
+    teacher = options.get("teacher") if isinstance(options, dict) else None
+    if not isinstance(teacher, dict) or not isinstance(teacher.get("sha256"), dict):
+        return None
+    hashes = {str(name): str(digest).lower() for name, digest in sorted(teacher["sha256"].items())}
+    return {"folder": str(teacher.get("folder")), "sha256": hashes}
+
+
+def _alignment(address: str, stage: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The recorded parameters of a variant of `aligned`; None for other stages."""
+    section, _, variant = address.partition("@")
+    settings = ((stage.get("params") or {}).get("params.yaml") or {}).get(f"{section}.{variant}")
+    return settings if section == "aligned" and isinstance(settings, dict) else None
 
 
 def declared_models(pipeline: bytes) -> frozenset[str]:

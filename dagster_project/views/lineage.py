@@ -90,6 +90,7 @@ def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     if base := document["base_model"]:
         digest = base["sha256"].get("model.safetensors", "")
         facts.append(("base model", f"{base['origin']}, {base.get('license', 'unknown')}{f', sha256 {digest}' if digest else ''}"))
+    facts += [("teacher", teacher_text(one)) for one in document.get("teachers", ())]
     if template := document["chat_template"]:
         facts.append(("chat template", f"{template['name']}, sha256 {template['sha256']}"))
     if policy := document.get("use_policy"):
@@ -99,6 +100,13 @@ def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     if document["environment"]:
         facts.append(("environment", ", ".join(f"{name} {version}" for name, version in document["environment"].items())))
     return [*facts, ("verify with", f"pedigree verify {model['stage']}")]
+
+
+def teacher_text(teacher: Mapping[str, Any]) -> str:
+    """A teacher in words."""
+    weights = {name: digest for name, digest in teacher["sha256"].items() if name.endswith(".safetensors")}
+    hashes = ", ".join(f"{name} {digest}" for name, digest in weights.items())
+    return f"{teacher['folder']}, learned from by {teacher['training']}, sha256 of {hashes}"
 
 
 def _policy(verdict: Mapping[str, Any]) -> str:

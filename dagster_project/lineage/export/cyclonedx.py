@@ -50,6 +50,10 @@ def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
             ComponentType.MACHINE_LEARNING_MODEL, "base_model", base.get("origin", "unknown"), weights[0] if len(weights) == 1 else None,
             base.get("license"), parameters=base.get("parameters"), **{f"sha256:{name}": digest for name, digest in base.get("sha256", {}).items()},
         ),
+        *(
+            component(ComponentType.MACHINE_LEARNING_MODEL, f"teacher:{one['training']}", one["folder"], None, **{f"sha256:{name}": digest for name, digest in one["sha256"].items()})
+            for one in summary.get("teachers", ())
+        ),
         *(component(ComponentType.DATA, f"source:{path}", path, s["sha256"], s["license"], rows=s["rows"], format=s["format"]) for path, s in summary["sources"].items()),
         *(component(ComponentType.DATA, f"stage:{name}", name, s["sha256"], sha256_is=SUM, md5=s["md5"]) for name, s in _data(summary).items()),
     ]  # fmt: skip

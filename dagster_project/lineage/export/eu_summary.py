@@ -78,7 +78,7 @@ def _general(summary: Mapping[str, Any]) -> list[str]:
         _lines(
             {
                 "Versioned model name(s)": f"{name}; content md5 {model['md5']}",
-                "Model dependencies": f"modification of {origin}",
+                "Model dependencies": "; ".join([f"modification of {origin}", *_taught(summary)]),
                 "Summary of the base model": given(provider, "base_model_summary"),
                 "Date of placement of the model on the Union market": given(provider, "placed_on_market"),
             }
@@ -171,7 +171,7 @@ def _sources(summary: Mapping[str, Any]) -> list[str]:
         "### 2.4. User data",
         section("user", **{"Services and products": given(provider, "user_services")}),
         "### 2.5. Synthetic data",
-        _lines(_synthetic(sources)),
+        _lines(_synthetic(sources, _taught(summary))),
         "### 2.6. Other sources of data",
         _lines({"Used": lacking("category", undeclared) if undeclared or not sources else "no"}),
     ]
@@ -195,9 +195,21 @@ def _details(sources: Mapping[str, Mapping[str, Any]], paths: list[str]) -> dict
     return {"Modality": "text", "Datasets": "; ".join(shown)}
 
 
-def _synthetic(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Which data a model wrote, and which model."""
+def _taught(summary: Mapping[str, Any]) -> list[str]:
+    """The larger models that a training learned from."""
+    return [
+        f"distillation by {markdown(one['training'])} from {markdown(one['folder'])}, license {MISSING}, sha256 of "
+        + ", ".join(f"{markdown(name)} `{digest}`" for name, digest in one["sha256"].items() if name.endswith(".safetensors"))
+        for one in summary.get("teachers", ())
+    ]
+
+
+def _synthetic(sources: Mapping[str, Mapping[str, Any]], taught: list[str]) -> dict[str, str]:
+    """Which data a model wrote, and which model; the template counts model distillation among them."""
     answer, paths = uses_category(sources, "synthetic")
+    if taught:
+        known = _synthetic(sources, []) if paths else {}
+        return {**known, "Used": answer if paths else "yes", "Models that were distilled": "; ".join(taught)}
     if not paths:
         return {"Used": answer}
     generators = declared(sources, "generator")[0]

@@ -55,6 +55,7 @@ def summarize(subject: Subject) -> dict[str, Any]:
         "stages": stages,
         "watched": list(audit["watched"]["stages"]),
         "watched_by": audit.get("watched_by", []),
+        "teachers": audit.get("teachers", []),
         "parameters": published_parameters(audit["parameters"]),
         "code": audit["code"],
         "outcomes": {path: source["outcomes"] for path, source in audit["sources"].items()},

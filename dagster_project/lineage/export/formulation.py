@@ -45,6 +45,7 @@ def _task(name: str, summary: Mapping[str, Any], refs: set[str]) -> Json:
     stage = summary["stages"][name]
     read = [_component(one, summary, refs) or _output(summary["stages"][one]) for one in parents_of(name, summary["stages"])]
     read += [{"ref": f"source:{path}"} for path in stage.get("sources", ())]
+    read += [{"ref": f"teacher:{name}"}] if f"teacher:{name}" in refs else []
     values = [{"name": key, "value": json.dumps(value)} for key, value in stage.get("parameters", {}).items()]
     made = {"ref": "model"} if name == summary["model"]["stage"] else _component(name, summary, refs) or _output(stage)
     return {

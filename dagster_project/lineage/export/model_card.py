@@ -72,6 +72,11 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
     parts.append(
         f"Tuned from {markdown(base.get('origin', 'a base model that is not recorded'))}, license {markdown(base.get('license', 'unknown'))}, {base.get('parameters', 0):,} parameters (sha256 of {weights or 'its weights: unknown'})."
     )
+    for one in summary.get("teachers", ()):
+        hashes = ", ".join(f"`{markdown(name)}` {digest}" for name, digest in one["sha256"].items() if name.endswith(".safetensors"))
+        parts.append(
+            f"{markdown(one['training'])} is distilled from the larger model {markdown(one['folder'])}, license unknown (sha256 of {hashes})."
+        )
     parts.append(
         _lines(
             [

@@ -29,7 +29,7 @@ def from_reports(
         waivers: of checks of the release.
     Returns:
         {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics", "untuned", "advice"}, as in `export.summarize`;
-        and "use_policy", the verdict, if the project has a use policy.
+        and "use_policy", the verdict, if the project has a use policy; "teachers", the larger models that alignments learned from, if any.
     """
     variant = released or address.partition("@")[2]
     if released:
@@ -51,8 +51,13 @@ def from_reports(
         "metrics": {name: {key: value for key, value in report.items() if key not in NOT_METRICS} for name, report in measured.items()},
         "untuned": reports.get("baselines", {}).get("base", {}),
         "advice": reports.get("comparison", {}).get("advice", []),
+        **({"teachers": teachers} if (teachers := _teachers(reports)) else {}),
         **judged([report for name, report in reports.items() if name not in measured], waivers),
     }
+
+
+def _teachers(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{"training": name, **report["teacher"]} for name, report in reports.items() if "teacher" in report]
 
 
 def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -174,6 +179,10 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
         if not check["passed"]
     ]
     lines += [f"Check that did not pass: {one}" for one in failed]
+    lines += [
+        f"{one['training']} learned from {one['folder']}, a larger model: what it was trained on, and its license, are not recorded."
+        for one in summary.get("teachers", ())
+    ]
     lines += summary["licenses"]["problems"]
     if not summary["metrics"]:
         lines.append("It was not evaluated.")

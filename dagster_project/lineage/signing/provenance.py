@@ -12,12 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import TypeAdapter
 
 from dagster_project.lineage.export.summary import published_parameters
 from dagster_project.lineage.history import is_within
-from dagster_project.lineage.runs import unread_inputs, watched_inputs
+from dagster_project.lineage.runs import teacher_of, unread_inputs, watched_inputs
 from dagster_project.lineage.signing import envelope
 from dagster_project.lineage.signing.envelope import STATEMENT_TYPE, SignatureError
 from dagster_project.lineage.signing.keys import PrivateKey, PublicKey
@@ -82,7 +83,8 @@ def statement(record: StageRecord) -> dict[str, Any]:
         one | ({"annotations": WATCHED} if any(is_within(one["name"], path) for path in watched) else {})
         for one in _descriptors(record.files, deps)
     ]
-    dependencies = [{"uri": f"dvc.lock#{record.address}", "digest": {"sha256": _sha256(record.text)}}, *read]
+    entry = {"uri": f"dvc.lock#{record.address}", "digest": {"sha256": _sha256(record.text)}}
+    dependencies = [entry, *read, *_teacher(record)]
     details: dict[str, Any] = {"builder": _builder(record.report)}
     if record.remade is not None:
         details["byproducts"] = [{"name": REMADE, "annotations": record.remade}]
@@ -100,6 +102,15 @@ def statement(record: StageRecord) -> dict[str, Any]:
 def _descriptors(files: Files, paths: Sequence[str]) -> list[dict[str, Any]]:
     names = sorted(name for name in files if any(is_within(name, path) for path in paths))
     return [{"name": name, "digest": dict(files[name])} for name in names]
+
+
+def _teacher(record: StageRecord) -> list[dict[str, Any]]:
+    """The files of a larger model that was learned from, whose hashes the stage compared: DVC does not know them, so they have no name in dvc.lock."""
+    teacher = teacher_of(record.address, record.entry)
+    if teacher is None:
+        return []
+    folder = quote(teacher["folder"])
+    return [{"uri": f"file:{folder}/{quote(name)}", "digest": {"sha256": digest}} for name, digest in teacher["sha256"].items()]
 
 
 def _builder(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +191,7 @@ def _attested(signed: Mapping[str, Any]) -> Attested:
             "entry_sha256": entry["digest"]["sha256"],
             "deps": external["deps"],
             "outs": external["outs"],
-            "read": {one["name"]: one["digest"] for one in dependencies},
+            "read": {one["name"]: one["digest"] for one in dependencies if "name" in one},
             "made": {one["name"]: one["digest"] for one in signed["subject"]},
             "remade": next((one["annotations"]["verdict"] for one in details.get("byproducts", []) if one["name"] == REMADE), None),
         }

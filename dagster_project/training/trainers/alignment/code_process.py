@@ -1,8 +1,8 @@
 """The process that runs an answer's code and the record's tests. It is run as a file, by an interpreter without site-packages, and imports the standard
 library alone.
 
-Its standard input has one JSON document: {"code", "tests", "token", "sandbox", "seconds", "memory"}. It writes the token once all tests have passed, or
-`UNABLE` if the sandbox cannot be set up; what the code prints goes nowhere.
+Its standard input has one JSON document: {"code", "tests", "sandbox", "seconds", "wait", "memory"}. Its exit status says whether all tests passed. Code
+and tests run in a child, of which this process reads a few bytes and which it kills after `wait` seconds; what they print goes nowhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-UNABLE = "unable: "
+PASSED, FAILED, UNABLE = 40, 41, 42
+"""Exit statuses; with UNABLE, the sandbox cannot be set up, for the reason on standard output."""
 NEW_NAMESPACES = 0x00020000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 """CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET: mounts, queues, users, processes and network of its own."""
 MS_REC, MS_PRIVATE, AT_RECURSIVE = 0x4000, 0x40000, 0x8000
@@ -26,8 +27,12 @@ READ_ONLY = 1 | 2 | 4
 SYS_MOUNT_SETATTR = 442
 """Since Linux 5.12, the same number on all processors."""
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, CAPABILITIES = 1, 38, 22, 2, 0x20080522
-PROCESSORS = {"x86_64": (0xC000003E, (41, 56, 57, 58)), "aarch64": (0xC00000B7, (198, 220))}
-"""Processor -> its number in AUDIT_ARCH, and those of the system calls socket, clone, fork and vfork, as far as it has them."""
+PROCESSORS = {
+    "x86_64": (0xC000003E, (41, 56, 57, 58, 101, 157, 272, 308, 29, 64, 68, 248, 249, 250)),
+    "aarch64": (0xC00000B7, (198, 220, 117, 167, 97, 268, 194, 190, 186, 217, 218, 219)),
+}
+"""Processor -> its number in AUDIT_ARCH, and those of the system calls socket, clone, fork and vfork (as far as it has them), ptrace, prctl, unshare, setns,
+shmget, semget, msgget, add_key, request_key and keyctl."""
 IO_URING_SETUP, CLONE3, OTHER_ABI = 425, 435, 0x40000000
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000
 """Results of a filter; REFUSE is the error EPERM."""
@@ -44,8 +49,9 @@ def _called(name: str, *arguments: Any) -> None:
 
 
 def _refuse_calls() -> None:
-    """Refuse sockets and new processes. Sockets with a path, such as docker.sock, are outside of the network namespace, and can be written on a mount that
-    is read-only; root may start processes in spite of the limit."""
+    """Refuse calls that reach past the namespaces and limits. Sockets with a path, such as docker.sock, are outside of the network namespace, and can be
+    written on a mount that is read-only; root may start processes in spite of the limit; prctl and a user namespace undo the end with the parent, and the
+    latter can mount memory to write to; System V's memory is not part of the address space; keys of the user's session can be read."""
     processor, numbers = PROCESSORS[os.uname().machine]
     refused = [*numbers, IO_URING_SETUP, CLONE3]
     steps = [
@@ -96,39 +102,52 @@ def _limit(seconds: int, memory: int) -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 
 
-def _run(work: dict[str, Any], result: int, nowhere: int) -> None:
+def _run(work: dict[str, Any], token: bytes, result: int, nowhere: int) -> None:
     """Run code and tests, then write the token. Whatever ends the process before that is a failure."""
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     _limit(work["seconds"], work["memory"])
     if work["sandbox"]:
         _refuse_calls()
-    token, names = work.pop("token"), {"__name__": "answer"}
+    names = {"__name__": "answer"}
     exec(compile(work["code"], "answer.py", "exec"), names)
     exec(compile(work["tests"], "tests.py", "exec"), names)
-    os.write(result, token.encode())
+    os.write(result, token)
 
 
-def main() -> None:
+def _has_written(child: int, token: bytes, source: int, wait: int) -> bool:
+    """Whether a child wrote the token, and nothing else, before it ended or was killed."""
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.alarm(wait)
+    os.waitpid(child, 0)
+    signal.alarm(0)
+    os.set_blocking(source, False)  # what the child started may keep the other end open
+    try:
+        return os.read(source, len(token) + 1) == token
+    except BlockingIOError:
+        return False
+
+
+def main() -> int:
     work, nowhere = json.load(sys.stdin), os.open(os.devnull, os.O_RDWR)
     try:
         if work["sandbox"]:
             _isolate()
     except OSError as error:
-        print(f"{UNABLE}{error.strerror or error}", flush=True)
-        return
+        print(error.strerror or error, flush=True)
+        return UNABLE
     _end_with_parent()
-    result = os.dup(1)
+    token, (source, result) = os.urandom(16), os.pipe()
     if child := os.fork():
         os.close(result)
-        os.waitpid(child, 0)
-        return
+        return PASSED if _has_written(child, token, source, work["wait"]) else FAILED
     _end_with_parent()
     try:
-        _run(work, result, nowhere)
+        os.close(source)
+        _run(work, token, result, nowhere)
     finally:
         os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 READ = ("*.json", "*.safetensors", "*.model", "*.jinja")
 """Files that are read of a teacher: configuration, tokenizer and weights."""
 INDEX = "model.safetensors.index.json"
+MADE_HERE = ("base_model", "adapter", "merged", "reward_model", "aligned", "merged_aligned", "release")
+"""Stages whose outputs are models."""
 ADVICE = "copy the folder of a saved model: config.json, tokenizer and safetensors files"
 
 
@@ -34,9 +36,14 @@ def locate(teacher: Teacher, root: Path, where: str) -> Path:
     Args:
         where: dotted path of the teacher in params.yaml, for messages.
     Raises:
-        InputError: it is outside the project or no saved model, names files elsewhere, or a file has no hash.
+        InputError: it is outside the project, an output of a stage or no saved model, names files elsewhere, or a file has no hash.
     """
     folder = inside(root, teacher.folder, f"{where}.folder")
+    if any(folder.is_relative_to((root / "data" / stage).resolve()) for stage in MADE_HERE):
+        raise InputError(
+            f"params.yaml: {where}.folder: {teacher.folder} is the output of a stage, which DVC does not know as an input of this one",
+            "use a model that this project does not make",
+        )
     files = files_of(folder)
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise InputError(f"params.yaml: {where}.folder: {teacher.folder} has no config.json and safetensors files", ADVICE)
