@@ -11,15 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import training_pipeline
-from builders.answer_history import AnswerHistory, Row
+from builders.answer_history import EVALUATION, AnswerHistory, Row
+from builders.history import Project, entry
 from builders.small_pipeline import git
 from builders.training import make_data
 from conftest import dvc
 
 from dagster_project.__main__ import main
 from dagster_project.commands.bisect import Search
-from dagster_project.commands.why_diff import differing
+from dagster_project.commands.why_diff import differing, recorded_answers
+from dagster_project.evaluation.evaluator import write_results
 from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import find
 
 MODEL = "merged@lora"
 START = [
@@ -87,7 +91,7 @@ def test_a_changed_answer_comes_with_the_record_that_says_so(made: Made, capsys:
     assert diff(made, BAD - 1, BAD, "--top", "14", "--json", "--html", str(page)) == 0
     found = document(capsys)
     assert found["records"] == {"added": 12, "removed": 0, "changed": 1, "moved": 0}
-    assert found["compared"] == 2 and found["changed"] == 1
+    assert found["compared"] == 2 and found["changed"] == 1, "answers before the last one of a conversation are not compared"
     [answer] = found["answers"]
     assert (answer["prompt"], answer["before"], answer["after"], answer["right"]) == ("hat?", "red", "blue", [True, False])
     assert answer["among"] == 14, "twelve added, and both versions of the changed one"
@@ -186,6 +190,31 @@ def test_a_version_whose_files_are_lost_is_named(made: Made, capsys: pytest.Capt
     assert main(["why", "--diff", *named, "--project", str(root)]) == 2
     shown = capsys.readouterr()
     assert "data/adapter/lora" in shown.err and "dvc pull" in shown.err and not shown.out
+
+
+def test_recorded_answers_are_those_of_the_model_itself_and_not_of_one_that_is_merged_of_it(tmp_path: Path) -> None:
+    """An adapter that is merged of another one reads it, and its evaluation can be the first in dvc.lock."""
+    project = Project(tmp_path / "project")
+    (project.root / "dvc.yaml").write_text((project.root / "dvc.yaml").read_text().replace("{lora: 1}", "{both: 1, lora: 1}"))
+    lora = project.lock([("a", "train", "a.jsonl"), ("b", "test", "a.jsonl")])
+    parent = {"data/adapter/lora": lora["adapter@lora"]["outs"][0]["md5"]}
+    lock = {"adapter@both": entry("adapter@both", parent, project.put({"adapter_model.safetensors": b"both"}))}
+    lock |= project.merged(lock, "adapter@both", "merged@both")
+    for variant in ("both", "lora"):
+        lock |= lora if variant == "lora" else {}
+        file = tmp_path / "results.parquet"
+        row = {"system": variant, "example_id": "0" * 32, "turn": None, "answer": f"of {variant}", "reasoning": None, "tool_calls": None}
+        write_results(file, [row | {"label": None, "prompt_tokens": 1, "nll": None, "tokens": None}])
+        read = {f"data/merged/{variant}": lock[f"merged@{variant}"]["outs"][0]["md5"]}
+        name = f"evaluation@{variant}"
+        lock[name] = entry(name, read, project.put({"results.parquet": file.read_bytes()}))
+        lock[name]["params"] = {"params.yaml": {"evaluation": EVALUATION}}
+    project.commit(lock)
+    index = Index(project.root)
+    for model in ("adapter@lora", "merged@lora"):
+        found = recorded_answers(find(index, model))
+        assert found.stage == "evaluation@lora" and [row["answer"] for row in found.rows.values()] == ["of lora"]
+    assert recorded_answers(find(index, "adapter@both")).stage == "evaluation@both"
 
 
 def test_only_the_words_that_differ_are_asked_about() -> None:

