@@ -79,7 +79,7 @@ def test_force_runs_again_and_gives_the_same_version(finished: Path, synced_fini
         (lambda root: (root / "dagster_project/curation/splitting/split.py").open("a").write("# a change\n"), {"splits", "preferences"}),
         (lambda root: edit_params(root, lambda v: v["adapter"]["lora"].update(max_steps=9)), {"adapter@lora", "comparison"}),
         (lambda root: shutil.rmtree(root / "data" / "instructions"), {"instructions", "splits"}),
-        (lambda root: (root / "data/splits/train/records-00000.parquet").write_bytes(b"x"), {"splits", "tokenized", "preferences", "baselines", "evaluation@lora", "evaluation_aligned@dpo", "comparison"}),
+        (lambda root: (root / "data/splits/train/records-00000.parquet").write_bytes(b"x"), {"splits", "tokenized", "preferences", "baselines", "evaluation@lora", "aligned@dpo", "evaluation_aligned@dpo", "comparison"}),
     ],
     ids=["parameter", "code", "recipe", "deleted output", "tampered output"],
 )  # fmt: skip
