@@ -69,6 +69,7 @@ def split_blocks(source: HubSplit) -> Iterator[Block]:
 
     if source.problem:
         raise InputError(f"{source.name}: {source.problem}", "hub:org/name@REVISION:split")
+    _end_stalled_requests()
     datasets.disable_progress_bars()
     disable_progress_bars()
     datasets.logging.set_verbosity_error()
@@ -103,6 +104,27 @@ def split_blocks(source: HubSplit) -> Iterator[Block]:
     decode = _decoder(data.features)
     for table in data.with_format("arrow").iter(1024):
         yield Block(as_parsed, table_rows(table.to_batches(), decode))
+
+
+def _end_stalled_requests() -> None:
+    """Give every request the timeout of downloads: listings of files have none, and wait forever for a server that stops in its answer."""
+    require_version("huggingface-hub", ">=1,<3", "huggingface_hub.utils._http.default_client_factory")
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limit(request: Any) -> None:
+        given = request.extensions.get("timeout") or {}
+        parts = {name: given.get(name) for name in ("connect", "read", "write", "pool")}
+        request.extensions["timeout"] = {
+            name: constants.HF_HUB_DOWNLOAD_TIMEOUT if seconds is None else seconds for name, seconds in parts.items()
+        }
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], limit]}
+        return made
+
+    set_client_factory(client)
 
 
 def _cached_builder(folder: Path, repository: str) -> Any:
