@@ -143,7 +143,9 @@ def _parsed(stage: str) -> dict[str, Any]:
             f"dvc.yaml: the stage `adapter` cannot be read: {' '.join(str(error).split())[:200]}", "see `git diff dvc.yaml`"
         ) from None
     items, body = parsed.get("foreach"), parsed.get("do")
-    lists = [item.get(READS) if isinstance(item, dict) else None for item in items.values()] if isinstance(items, dict) else [[items]]
+    lists: list[Any] = (
+        [item.get(READS) if isinstance(item, dict) else None for item in items.values()] if isinstance(items, dict) else [[items]]
+    )
     lists.append(body.get("deps") if isinstance(body, dict) else None)
     if not all(isinstance(one, list) and one and all(isinstance(path, str) for path in one) for one in lists):
         raise InputError(*NOT_A_LOOP)
