@@ -1,4 +1,4 @@
-"""How time and memory grow with size. usage: python benchmarks/growth.py [--only data,stages,versions,training] [--rows N ...] [--out docs/scaling.md]
+"""How time and memory grow with size. usage: python benchmarks/growth.py [--only data,stages,versions,training] [--sizes N ...] [--out docs/scaling.md]
 
     data       each stage of data on N generated rows (`curation.py --pipeline`), in one process
     stages     definitions of Dagster, a sync that reports everything and one with nothing to report, of a pipeline of N stages

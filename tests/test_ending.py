@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from conftest import tool
 
 from dagster_project.commands import ending
 from dagster_project.lineage import lineage
@@ -160,6 +161,22 @@ def test_a_damaged_database_of_dagster_names_the_folder_to_delete(
     said = ending.explained(caught.value, ending.Interrupts(), "sync", tmp_path)
     assert said is not None and said.what == f"Dagster's home {tmp_path / '.dagster'}: a database is damaged"
     assert "delete that folder" in said.hint and said.exit_code == 2
+
+
+def test_a_database_of_mlflow_that_cannot_be_used_is_not_said_to_be_one_of_dagster(tmp_path: Path) -> None:
+    tool("mlflow")
+    from mlflow import MlflowClient
+
+    (tmp_path / "notes.txt").write_bytes(b"no database" * 100)
+    with pytest.raises(Exception) as caught:
+        MlflowClient(f"sqlite:///{tmp_path / 'notes.txt'}").get_experiment_by_name("pedigree")
+    said = ending.explained(caught.value, ending.Interrupts(), "run", tmp_path)
+    assert (
+        said is not None
+        and said.what.startswith("MLflow: ")
+        and "file is not a database" in said.what
+        and "MLFLOW_TRACKING_URI" in said.hint
+    )
 
 
 @pytest.mark.parametrize(("old", "new"), [('"__class__"', '"__class__'), ('"AssetMaterialization"', '"AssetMaterialisation"'), ("{", "[")])

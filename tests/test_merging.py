@@ -86,6 +86,16 @@ def test_svd_with_the_rank_of_the_sum_is_the_weighted_sum_and_with_less_its_best
     assert distance(changes(tmp_path / "less"), {name: truncated(change, 3) for name, change in whole.items()}) < 1e-5
 
 
+def test_a_rank_that_a_weight_does_not_have_is_refused_as_peft_could_not_load_the_result(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    sizes = {min(pair["B"].shape[0], pair["A"].shape[1]) for pair in factors(adapters / "a").values()}
+    most = min(sizes)
+    merge(adapters, tiny_model, tmp_path / "most", **MERGED, method="svd", peft={"svd_rank": most})
+    with pytest.raises(InputError, match=rf"svd_rank: the rank is {most + 1}, and a weight has {most} rows or columns"):
+        merge(adapters, tiny_model, tmp_path / "more", **MERGED, method="svd", peft={"svd_rank": most + 1})
+
+
 def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
     """The matrix of this rank that is closest to another one (Eckart and Young)."""
     u, s, v = np.linalg.svd(matrix)

@@ -96,6 +96,16 @@ def test_the_same_model_is_registered_once_and_another_one_is_the_next_version(
     assert other["created"] and int(other["version"]) == 2 and other["tags"]["pedigree.model"] != first["tags"]["pedigree.model"]
 
 
+def test_files_can_be_uploaded_after_a_model_was_registered_without_them(
+    project: Project, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("mlflow", "merged@lora", "--tracking-uri", address, "--project", str(project.root))
+    without, first, again, last = (ask(capsys, *command, *upload)[1] for upload in ((), ("--upload",), ("--upload",), ()))
+    assert without["source"].startswith("dvc:") and first["created"] and int(first["version"]) == 2
+    assert {path.name for path in Path(first["source"]).iterdir()} == {*FILES}
+    assert not again["created"] and again["run"] == first["run"] and not last["created"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -106,6 +116,12 @@ def test_the_same_model_is_registered_once_and_another_one_is_the_next_version(
         (("merged@x", "--tracking-uri", "sqlite:///mlflow.db"), "no such stage"),
         (("merged@lora", "--tracking-uri", "sqlite:///mlflow.db", "--name", "a/b"), "cannot contain"),
         (("merged@lora", "--tracking-uri", "http://127.0.0.1:9"), "MLflow: "),
+        (("merged@lora", "--tracking-uri", "http://"), "not an address of a server or database"),
+        (("merged@lora", "--tracking-uri", "http://[::1"), "not an address"),
+        (("merged@lora", "--tracking-uri", "sqlite://"), "a database in memory"),
+        (("merged@lora", "--tracking-uri", "sqlite:///:memory:"), "a database in memory"),
+        (("merged@lora", "--tracking-uri", "sqlite:///notes.txt"), "MLflow: (sqlite3.DatabaseError) file is not a database"),
+        (("merged@lora", "--tracking-uri", "mssql+other://me:secret@host"), "Can't load plugin"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_with_one_message(
@@ -118,9 +134,24 @@ def test_bad_input_is_refused_with_one_message(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "notes.txt").write_text("Notes, and not a database. " * 50)
     assert main(["mlflow", *arguments, "--project", str(project.root)]) == 2
     shown = capsys.readouterr()
     assert said in shown.err and "Traceback" not in shown.err and "secret" not in shown.err and not shown.out
+    assert "Dagster" not in shown.err and "run that was begun" not in shown.err
+
+
+def test_a_database_whose_driver_is_not_installed_is_refused_by_the_driver_s_name(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    for driver in ("psycopg", "psycopg2"):  # SQLAlchemy's default is one or the other
+        monkeypatch.setitem(sys.modules, driver, None)
+    address = "postgresql://me:secret@127.0.0.1:9/x"
+    assert main(["mlflow", "merged@lora", "--tracking-uri", address, "--project", str(project.root)]) == 2
+    shown = capsys.readouterr().err
+    assert "its driver is not installed: psycopg" in shown and "secret" not in shown
 
 
 def test_changed_files_are_not_uploaded(project: Project, address: str, capsys: pytest.CaptureFixture[str]) -> None:

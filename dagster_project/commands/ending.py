@@ -113,7 +113,7 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
         return error
     if isinstance(error, ModuleNotFoundError):
         return missing_extra(error, command)
-    return faults.explained(error, project) or _memory_ended(error) or _home_damaged(error, project)
+    return faults.explained(error, project) or _memory_ended(error) or _mlflow_failed(error) or _home_damaged(error, project)
 
 
 def _memory_ended(error: BaseException) -> PedigreeError | None:
@@ -129,6 +129,15 @@ def _is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def _mlflow_failed(error: BaseException) -> PedigreeError | None:
+    """A database of MLflow's failed, to which a training reports (`report_to: mlflow`)."""
+    if not _is_of_sqlalchemy(error) or not any(name.startswith("mlflow.") for name in _modules(error)):
+        return None
+    return PedigreeError(
+        f"MLflow: {' '.join(str(error).split())[:300]}", "see that MLFLOW_TRACKING_URI names a server or database that can be used"
+    )
+
+
 def _home_damaged(error: BaseException, project: Path) -> InputError | None:
     """A file of Dagster's home is not, or not any more, a database, or Dagster cannot read a record in it."""
     if not (_is_of_a_damaged_database(error) or _is_of_a_damaged_record(error)):
@@ -140,13 +149,22 @@ def _home_damaged(error: BaseException, project: Path) -> InputError | None:
 
 
 def _is_of_a_damaged_database(error: BaseException) -> bool:
-    """SQLAlchemy is Dagster's; no other library here uses it."""
     code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
-    return type(error).__module__.startswith("sqlalchemy") and code is not None and code & 0xFF in DAMAGED
+    return _is_of_sqlalchemy(error) and code is not None and code & 0xFF in DAMAGED
+
+
+def _is_of_sqlalchemy(error: BaseException) -> bool:
+    """Dagster and MLflow use it."""
+    return type(error).__module__.startswith("sqlalchemy")
+
+
+def _modules(error: BaseException) -> list[str]:
+    """Names of the modules that an exception came through, the innermost last."""
+    return [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def _is_of_a_damaged_record(error: BaseException) -> bool:
     """Whether Dagster's storage failed to deserialize what it had read."""
-    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = _modules(error)
     stored = [number for number, name in enumerate(modules) if name.startswith("dagster._core.storage.")]
     return bool(stored) and any(name.startswith("dagster_shared.serdes") for name in modules[stored[-1] :])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dagster_project.commands.extras import PACKAGES
 from dagster_project.commands.model_files import claim
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
@@ -26,6 +27,10 @@ VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT = "pedigree"
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+IN_MEMORY = ("", "/", "/:memory:")
+"""Paths of SQLite databases that are no files."""
+NOT_FETCHED = "dvc:"
+"""Beginning of the source of a version whose files are not in MLflow."""
 SET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # it would report every call to its makers
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # by default it tries for minutes
@@ -71,15 +76,19 @@ def register(root: Path, model: str, name: str | None, experiment: str, uri: str
 
 
 def _address(uri: str) -> str:
-    parts = urlsplit(uri)
-    if not uri or parts.scheme.partition("+")[0] not in (*SERVERS, *DATABASES):
-        raise InputError(
-            "--tracking-uri: no address of an MLflow server or database"
-            if not uri
-            else "--tracking-uri: not an address of a server or database",
-            f"e.g. sqlite:///mlflow.db or http://127.0.0.1:5000, also in {VARIABLE}",
-        )
-    if parts.scheme in SERVERS and (parts.username or parts.password):
+    example = f"e.g. sqlite:///mlflow.db or http://127.0.0.1:5000, also in {VARIABLE}"
+    if not uri:
+        raise InputError("--tracking-uri: no address of an MLflow server or database", example)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        raise InputError("--tracking-uri: not an address", example) from None
+    kind = parts.scheme.partition("+")[0]
+    if kind not in (*SERVERS, *DATABASES) or (kind in SERVERS and not parts.hostname):
+        raise InputError("--tracking-uri: not an address of a server or database", example)
+    if kind == "sqlite" and parts.path in IN_MEMORY:
+        raise InputError("--tracking-uri: a database in memory, which ends with this command", example)
+    if kind in SERVERS and (parts.username or parts.password):
         raise InputError(
             "--tracking-uri: the address has a user or password, which would be shown",
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
@@ -104,6 +113,7 @@ def _write(
         result = {"name": name, "tags": dict(tags), "inputs": [one.dataset.name for one in inputs]}
         # the commit is left out: it is added once the same lock is committed
         same = [one for one in versions if all(one.tags.get(key) == tags[key] for key in ("pedigree.model", "pedigree.audit_sha256"))]
+        same = [one for one in same if not folder or not one.source.startswith(NOT_FETCHED)]
         if same:
             return {**result, "version": same[0].version, "created": False, "run": same[0].run_id, "source": same[0].source}
         known = client.get_experiment_by_name(experiment)
@@ -114,7 +124,7 @@ def _write(
         )
         try:
             _log(client, run.info.run_id, document, inputs)
-            source = f"dvc:{subject.run.path}@{subject.run.md5}"
+            source = f"{NOT_FETCHED}{subject.run.path}@{subject.run.md5}"
             if folder:
                 client.log_artifacts(run.info.run_id, str(folder), "model")
                 source = f"{run.info.artifact_uri}/model"
@@ -139,14 +149,17 @@ def _mlflow(uri: str) -> Iterator[Any]:
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield MlflowClient(tracking_uri=uri, registry_uri=uri)
-    except MlflowException as error:
-        reason = " ".join(str(error).split())[:300].replace(uri, "the address")
-        raise InputError(
-            f"MLflow: {reason}", "see that the server runs and accepts this; the run that was begun is marked as failed"
-        ) from None
+    except (MlflowException, SQLAlchemyError) as error:
+        reason = " ".join(str(error).replace(uri, "the address").split())[:300]
+        raise InputError(f"MLflow: {reason}", "see that the server or database runs and accepts this") from None
+    except ModuleNotFoundError as error:
+        if error.name in PACKAGES["mlflow"]:
+            raise
+        raise InputError(f"--tracking-uri: its driver is not installed: {error.name}", f"`pip install {error.name}`") from None
 
 
 def _quoted(name: str) -> str:

@@ -73,7 +73,7 @@ def merge_adapters(
         adapters: the folder with the outputs of all adapters.
         curve_file: table of the training curve, which gets no rows.
     Raises:
-        InputError: an adapter is not LoRA, or they do not fit together.
+        InputError: an adapter is not LoRA, they do not fit together, or the rank is too large for a weight.
     """
     assert params.merge_of is not None
     # sorted: to DVC a mapping with its keys in another order is the same value, so the bytes must not depend on it
@@ -83,6 +83,7 @@ def merge_adapters(
     model = _merged(params, compute.seed, folders, base_model, where)
     save_adapter(model, out, base_model=_config(next(iter(folders.values())))["base_model_name_or_path"])
     _replace_config(out)
+    _refuse_small_weights(out, where)
     why_not = "" if params.merge else "params.yaml says merge: false"
     AdapterInfo(quantization=quantization, merge=params.merge, why_not=why_not).write(out)  # type: ignore[arg-type]
     if (template := next(iter(folders.values())) / TEMPLATE).is_file():
@@ -167,6 +168,18 @@ def _replace_config(out: Path) -> None:
     the square root of the rank."""
     config = _config(out) | {"use_rslora": False, "lora_dropout": 0.0}
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _refuse_small_weights(out: Path, where: str) -> None:
+    """Raises:
+    InputError: a weight has fewer rows or columns than the rank of the result. A method with svd then writes factors that PEFT cannot load.
+    """
+    rank, smallest = _config(out)["r"], min(pair["A"].shape[0] for pair in _factors(out)[1].values())
+    if smallest < rank:
+        raise InputError(
+            f"params.yaml: {where}.peft.svd_rank: the rank is {rank}, and a weight has {smallest} rows or columns",
+            f"set svd_rank to {smallest} or less",
+        )
 
 
 def distance(folders: Mapping[str, Path], weights: Mapping[str, float], merged: Path) -> Distance:
