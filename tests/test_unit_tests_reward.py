@@ -84,6 +84,28 @@ def test_tests_can_be_a_list_under_another_key_and_all_must_pass() -> None:
 
 
 @pytest.mark.parametrize(
+    "tests",
+    [
+        "def check(candidate):\n    assert candidate(1, 2) == 3\n",  # HumanEval's
+        "METADATA = {'author': 'x'}\n\n\ndef check(candidate):\n    assert candidate(1, 2) == 3\n",
+        "import unittest\n\nclass Sums(unittest.TestCase):\n    def test_add(self):\n        assert add(1, 2) == 3\n\nif __name__ == '__main__':\n    unittest.main()\n",
+        "'Tests.'\ndef test_add():\n    assert add(1, 2) == 3",
+        "assert add(1, 2 ==",
+        ["assert add(1, 2) == 3", {"input": "1 2", "output": "3"}],
+        {"inputs": ["1 2"], "outputs": ["3"]},
+        "\0",
+    ],
+)
+def test_tests_that_would_pass_whatever_the_answer_is_are_no_target(tests: Any) -> None:
+    reward = parse_ready("unit_tests", UNPROTECTED["unit_tests"], WHERE, Path())
+    assert not reward.has_target(task(tests))
+    if isinstance(tests, str) and "check" in tests:
+        called = f"{tests}\ncheck(add)"
+        assert reward.has_target(task(called))
+        assert Rewards(UNPROTECTED, None)([task(called)] * 2, [said(ADD), said("def add(a, b): return 0")])[0] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
     ("entry", "message"),
     [
         (1.0, r"unit_tests\.run: unit_tests runs code that the model writes, and is off unless you say how"),
