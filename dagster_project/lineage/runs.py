@@ -370,12 +370,15 @@ def is_input(path: str) -> bool:
 
 
 def watched_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
-    """Dependencies that a stage only compares with: the reward model of an alignment method that learns from pairs, and the splits whose test examples
-    `preferences` leaves out."""
+    """Dependencies that a stage only compares with: the reward model of an alignment method that learns from pairs, the validation records of one that
+    learns from tasks, and the splits whose test examples `preferences` leaves out."""
     if address == "preferences":
         return {"data/splits"}
     settings = _alignment(address, stage)
-    return set() if settings is None or learns_from_reward_model(settings) else {"data/reward_model"}
+    if settings is None:
+        return set()
+    measured = {"data/splits/validation"} if settings.get("reward_target") == "response" else set()
+    return measured if learns_from_reward_model(settings) else {*measured, "data/reward_model"}
 
 
 def unread_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
