@@ -71,7 +71,7 @@ def _weights_in_index(folder: Path) -> set[str]:
         return set()
     try:
         return {str(name) for name in json.loads((folder / INDEX).read_bytes())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{folder.name}/{INDEX} is not an index of weights", "save the model again") from None
 
 
