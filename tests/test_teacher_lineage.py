@@ -15,6 +15,7 @@ from dagster_project.lineage.export.cyclonedx import cyclonedx
 from dagster_project.lineage.export.eu_summary import eu_summary
 from dagster_project.lineage.export.export import summarize
 from dagster_project.lineage.export.model_card import model_card
+from dagster_project.lineage.export.spdx import spdx
 from dagster_project.lineage.export.summary import from_reports
 from dagster_project.lineage.impact import as_text, impact
 from dagster_project.lineage.index import Index
@@ -75,6 +76,16 @@ def test_papers_name_the_teacher(made: Project, name: str) -> None:
         found = {one["name"]: one["value"] for one in parts["teacher:aligned@student"]["properties"]}
         assert parts["teacher:aligned@student"]["name"] == TEACHER["folder"]
         assert found == {"pedigree:sha256:model.safetensors": WEIGHTS, "pedigree:sha256:config.json": CONFIG}
+    graph = json.loads(spdx(summary, date(2026, 1, 2)))["@graph"]
+    packages = {one["spdxId"]: one for one in graph if one["type"] == "ai_AIPackage"}
+    (whole,) = [one for one in packages.values() if one["name"] == f"merged_aligned@{name}"]
+    parents = {
+        packages[to]["name"]: [digest["hashValue"] for digest in packages[to]["verifiedUsing"]]
+        for one in graph
+        if one["type"] == "Relationship" and one["relationshipType"] == "descendantOf" and one["from"] == whole["spdxId"]
+        for to in one["to"]
+    }
+    assert parents == ({TEACHER["folder"]: [WEIGHTS]} if distilled else {})
     synthetic = eu[eu.index("### 2.5") : eu.index("### 2.6")]
     assert ("- **Used:** yes" in synthetic and WEIGHTS in synthetic, f"distillation by aligned@{name}" in eu[: eu.index("## 2")]) == (
         distilled,
