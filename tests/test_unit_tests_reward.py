@@ -128,6 +128,15 @@ def test_limits_end_what_takes_too_long_or_too_much(isolated: bool, sandbox: Non
         assert time.monotonic() - began < 45
 
 
+def test_files_are_limited_in_size_and_number() -> None:
+    for size, fits in ((1 << 19, True), (1 << 21, False)):
+        assert (
+            passes(f"open('x', 'wb').write(bytes({size}))", f"import os; assert os.path.getsize('x') == {size}", False, 2, MEMORY) == fits
+        )
+    for number, fits in ((20, True), (40, False)):
+        assert passes(f"found = [open('/dev/null') for _ in range({number})]", "", False, 2, MEMORY) == fits
+
+
 def test_code_has_no_variables_of_the_environment_and_an_empty_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert passes("import os", "assert 'HF_TOKEN' not in os.environ and os.listdir() == []", False, 2, MEMORY)
