@@ -392,14 +392,14 @@ def unread_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
 
 
 def teacher_of(address: str, stage: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The larger model that an alignment learned from (`gkd`): "folder", and "sha256" of each of its files, which the stage compared before it read
+    """The larger model that an alignment learned from (`gkd`): "folder", "license", and "sha256" of each of its files, which the stage compared before it read
     them. No dependency names it."""
     options = (_alignment(address, stage) or {}).get("options")
     teacher = options.get("teacher") if isinstance(options, dict) else None
     if not isinstance(teacher, dict) or not isinstance(teacher.get("sha256"), dict):
         return None
     hashes = {str(name): str(digest).lower() for name, digest in sorted(teacher["sha256"].items())}
-    return {"folder": str(teacher.get("folder")), "sha256": hashes}
+    return {"folder": str(teacher.get("folder")), "license": str(teacher.get("license") or "unknown"), "sha256": hashes}
 
 
 def _alignment(address: str, stage: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -106,7 +106,7 @@ def teacher_text(teacher: Mapping[str, Any]) -> str:
     """A teacher in words."""
     weights = {name: digest for name, digest in teacher["sha256"].items() if name.endswith(".safetensors")}
     hashes = ", ".join(f"{name} {digest}" for name, digest in weights.items())
-    return f"{teacher['folder']}, learned from by {teacher['training']}, sha256 of {hashes}"
+    return f"{teacher['folder']}, {teacher['license']}, learned from by {teacher['training']}, sha256 of {hashes}"
 
 
 def _policy(verdict: Mapping[str, Any]) -> str:

@@ -145,7 +145,7 @@ class _Graph:
             software_packageVersion=weights[0] if weights else UNKNOWN, software_primaryPurpose=types.software_SoftwarePurpose.model,
             verifiedUsing=[one for digest in weights for one in self.hashes(file=digest)],
         )  # fmt: skip
-        self.license(element, None)
+        self.license(element, facts["license"])
         return element
 
     def source(self, path: str, facts: Mapping[str, Any]) -> Any:

@@ -28,6 +28,8 @@ class Teacher(Section):
     """A folder inside the project with config.json, the tokenizer and safetensors files."""
     sha256: dict[str, str]
     """File -> its sha256. Every json, safetensors, model and jinja file of the folder must be listed, and match."""
+    license: str = "unknown"
+    """License of the teacher, as its publisher states it. It is not checked."""
 
 
 def locate(teacher: Teacher, root: Path, where: str) -> Path:
