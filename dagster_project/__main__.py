@@ -632,11 +632,14 @@ def import_votes(options: argparse.Namespace) -> int:
 
 def judge(options: argparse.Namespace) -> int:
     """Compare the answers of two systems by a language model, in both orders, or by the reward model."""
+    from dagster_project.core import params
     from dagster_project.evaluation import judge as module
 
     if options.reward_model == bool(options.endpoint and options.model):
         raise InputError("judge: requires exactly one judge", "give either --endpoint and --model, or --reward-model")
     if options.reward_model:
+        if "reward_model" not in params.read(_project(options)):  # a folder that was left behind is not the project's
+            raise InputError("params.yaml has no section reward_model", "give --endpoint and --model")
         document = module.by_reward(_match(options), options.n, _project(options) / "data" / "reward_model")
         _print(options, document, module.by_reward_text)
         return 1 if document["alarm"] else 0

@@ -301,6 +301,10 @@ def test_lineage_names_the_records_of_tasks_and_no_pairs(made: Project) -> None:
     assert learned(made, "mice") == {"aligned@dpo": ["aligned@dpo [5]"]}
     by = {one["stage"]: [seen["by"] for seen in one["seen"]] for one in impact(made.root, record=identity("cats"))["models"]}
     assert by["aligned@dpo"] == ["adapter@lora"] and set(by["aligned@math"]) == {"aligned@math", "adapter@lora"}
+    measured = [one for one in impact(made.root, record=identity("fish"))["models"] if one["stage"] == "aligned@math"]
+    assert [(seen["by"], seen["splits"], seen["steps"]) for seen in measured[0]["seen"] if seen["by"] == "aligned@math"] == [
+        ("aligned@math", {"validation": 1}, []),
+    ]  # fmt: skip
     math, dpo = (audit(made.root, f"aligned@{name}") for name in ("math", "dpo"))
     assert set(math["sources"]) == {FAQ} and set(dpo["sources"]) == {FAQ, PAIRS}
     assert math["records"]["learnt_by"]["aligned@math"]["records"] == 1
@@ -327,11 +331,12 @@ def test_the_splits_that_were_read_are_those_of_the_run_and_not_later_ones(made:
 
 def test_statements_and_cards_follow(made: Project) -> None:
     settings = {"method": "grpo", "reward_target": "response", "rewards": {"exact_match": 1.0}}
-    files = {f"{path}/x": {"md5": "0" * 32, "sha256": "0" * 64} for path in ("data/preferences", "data/splits/train", "data/reward_model")}
+    folders = ("data/preferences", "data/splits/train", "data/splits/validation", "data/reward_model")
+    files = {f"{path}/x": {"md5": "0" * 32, "sha256": "0" * 64} for path in folders}
     deps = [{"path": path.removesuffix("/x")} for path in files]
     for given, unread in (
-        (settings, {"data/preferences/x", "data/reward_model/x"}),
-        ({"method": "dpo"}, {"data/splits/train/x", "data/reward_model/x"}),
+        (settings, {"data/preferences/x", "data/splits/validation/x", "data/reward_model/x"}),
+        ({"method": "dpo"}, {"data/splits/train/x", "data/splits/validation/x", "data/reward_model/x"}),
     ):
         read = {"cmd": "run", "deps": deps, "outs": [], "params": {"params.yaml": {"aligned.a": given}}}
         found = statement(StageRecord("aligned@a", read, "", {}, files, {}))["predicate"]["buildDefinition"]["resolvedDependencies"]

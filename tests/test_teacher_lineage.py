@@ -15,6 +15,7 @@ from dagster_project.lineage.export.cyclonedx import cyclonedx
 from dagster_project.lineage.export.eu_summary import eu_summary
 from dagster_project.lineage.export.export import summarize
 from dagster_project.lineage.export.model_card import model_card
+from dagster_project.lineage.export.spdx import spdx
 from dagster_project.lineage.export.summary import from_reports
 from dagster_project.lineage.impact import as_text, impact
 from dagster_project.lineage.index import Index
@@ -25,7 +26,7 @@ from dagster_project.training.trainers.alignment import teacher
 from dagster_project.views.lineage import _details
 
 WEIGHTS, CONFIG = "a1" * 32, "c2" * 32
-TEACHER = {"folder": "models/large one", "sha256": {"model.safetensors": WEIGHTS, "config.json": CONFIG}}
+TEACHER = {"folder": "models/large one", "license": "GPL-3.0-only", "sha256": {"model.safetensors": WEIGHTS, "config.json": CONFIG}}
 SETTINGS: dict[str, Any] = {"method": "gkd", "adapter": "lora", "options": {"teacher": TEACHER}}
 PAIRS = "data/sources/pairs.jsonl"
 
@@ -54,7 +55,7 @@ def made(tmp_path: Path) -> Project:
 def test_an_audit_names_the_teacher_and_its_hashes(made: Project, stage: str) -> None:
     found = audit(made.root, f"{stage}@student")
     assert found["teachers"] == [{"training": "aligned@student", **TEACHER}]
-    line = f"models/large one, learned from by aligned@student, sha256 of model.safetensors {WEIGHTS}"
+    line = f"models/large one, GPL-3.0-only, learned from by aligned@student, sha256 of model.safetensors {WEIGHTS}"
     assert f"teacher    {line}" in audit_text(found) and ("teacher", line) in _details(found)
     other = audit(made.root, f"{stage}@dpo")
     assert "teachers" not in other and "\nteacher  " not in audit_text(other)
@@ -74,11 +75,23 @@ def test_papers_name_the_teacher(made: Project, name: str) -> None:
     if distilled:
         found = {one["name"]: one["value"] for one in parts["teacher:aligned@student"]["properties"]}
         assert parts["teacher:aligned@student"]["name"] == TEACHER["folder"]
+        assert parts["teacher:aligned@student"]["licenses"] == [{"license": {"id": TEACHER["license"]}}]
         assert found == {"pedigree:sha256:model.safetensors": WEIGHTS, "pedigree:sha256:config.json": CONFIG}
+    graph = json.loads(spdx(summary, date(2026, 1, 2)))["@graph"]
+    packages = {one["spdxId"]: one for one in graph if one["type"] == "ai_AIPackage"}
+    (whole,) = [one for one in packages.values() if one["name"] == f"merged_aligned@{name}"]
+    parents = {
+        packages[to]["name"]: [digest["hashValue"] for digest in packages[to]["verifiedUsing"]]
+        for one in graph
+        if one["type"] == "Relationship" and one["relationshipType"] == "descendantOf" and one["from"] == whole["spdxId"]
+        for to in one["to"]
+    }
+    assert parents == ({TEACHER["folder"]: [WEIGHTS]} if distilled else {})
     synthetic = eu[eu.index("### 2.5") : eu.index("### 2.6")]
     assert ("- **Used:** yes" in synthetic and WEIGHTS in synthetic, f"distillation by aligned@{name}" in eu[: eu.index("## 2")]) == (
         distilled,
     ) * 2
+    assert ("license: gpl-3.0-only" in card) == distilled, "the most restrictive one, of what it was made from"
     assert (f"aligned@{name} is distilled from the larger model models/large one" in card and WEIGHTS in card) == distilled
 
 

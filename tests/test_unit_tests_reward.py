@@ -84,6 +84,28 @@ def test_tests_can_be_a_list_under_another_key_and_all_must_pass() -> None:
 
 
 @pytest.mark.parametrize(
+    "tests",
+    [
+        "def check(candidate):\n    assert candidate(1, 2) == 3\n",  # HumanEval's
+        "METADATA = {'author': 'x'}\n\n\ndef check(candidate):\n    assert candidate(1, 2) == 3\n",
+        "import unittest\n\nclass Sums(unittest.TestCase):\n    def test_add(self):\n        assert add(1, 2) == 3\n\nif __name__ == '__main__':\n    unittest.main()\n",
+        "'Tests.'\ndef test_add():\n    assert add(1, 2) == 3",
+        "assert add(1, 2 ==",
+        ["assert add(1, 2) == 3", {"input": "1 2", "output": "3"}],
+        {"inputs": ["1 2"], "outputs": ["3"]},
+        "\0",
+    ],
+)
+def test_tests_that_would_pass_whatever_the_answer_is_are_no_target(tests: Any) -> None:
+    reward = parse_ready("unit_tests", UNPROTECTED["unit_tests"], WHERE, Path())
+    assert not reward.has_target(task(tests))
+    if isinstance(tests, str) and "check" in tests:
+        called = f"{tests}\ncheck(add)"
+        assert reward.has_target(task(called))
+        assert Rewards(UNPROTECTED, None)([task(called)] * 2, [said(ADD), said("def add(a, b): return 0")])[0] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
     ("entry", "message"),
     [
         (1.0, r"unit_tests\.run: unit_tests runs code that the model writes, and is off unless you say how"),
@@ -104,6 +126,15 @@ def test_limits_end_what_takes_too_long_or_too_much(isolated: bool, sandbox: Non
         began = time.monotonic()
         assert not passes(code, "", isolated, 1, MEMORY)
         assert time.monotonic() - began < 45
+
+
+def test_files_are_limited_in_size_and_number() -> None:
+    for size, fits in ((1 << 19, True), (1 << 21, False)):
+        assert (
+            passes(f"open('x', 'wb').write(bytes({size}))", f"import os; assert os.path.getsize('x') == {size}", False, 2, MEMORY) == fits
+        )
+    for number, fits in ((20, True), (40, False)):
+        assert passes(f"found = [open('/dev/null') for _ in range({number})]", "", False, 2, MEMORY) == fits
 
 
 def test_code_has_no_variables_of_the_environment_and_an_empty_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +218,17 @@ def test_code_cannot_stop_the_training_by_what_it_writes(written: str, isolated:
     assert not passes(f"{RESULT}os.write(result, {written})\nos._exit(42)", "", isolated, 2, MEMORY)
 
 
-def test_what_code_writes_takes_no_memory_of_the_training(sandbox: None, monkeypatch: pytest.MonkeyPatch) -> None:
+OUTER = (
+    "import os, glob\n"
+    "found = [p for p in glob.glob('/proc/[0-9]*') if b'code_process.py' in open(p + '/cmdline', 'rb').read()]\n"
+    "for p in found:\n"
+    "    try:\n        result = os.open(p + '/fd/1', os.O_WRONLY)\n        break\n    except OSError:\n        pass\n"
+)
+"""Opens the standard output of the process that waits for the code, through /proc."""
+
+
+@pytest.mark.parametrize("opens", [RESULT, OUTER])
+def test_what_code_writes_takes_no_memory_of_the_training(opens: str, sandbox: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_runner, "WAITS", 2)
     read: list[int] = []
     communicate = subprocess.Popen.communicate
@@ -198,7 +239,7 @@ def test_what_code_writes_takes_no_memory_of_the_training(sandbox: None, monkeyp
         return found
 
     monkeypatch.setattr(subprocess.Popen, "communicate", counted)
-    assert not passes(f"{RESULT}for _ in range(64): os.write(result, bytes(1 << 20))\nos._exit(0)", "", True, 1, MEMORY)
+    assert not passes(f"{opens}for _ in range(64): os.write(result, bytes(1 << 20))\nos._exit(0)", "", True, 1, MEMORY)
     assert read == [0]
 
 

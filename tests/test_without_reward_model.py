@@ -67,6 +67,17 @@ def test_an_upgrade_writes_a_pipeline_without_the_stage_that_params_leave_out(ne
     assert (new / "dvc.yaml").read_text() == whole == pipeline_text()
 
 
+def test_a_reward_model_that_was_left_behind_judges_nothing(new: Path) -> None:
+    edit_params(new, without_section)
+    without_stage(new)
+    (new / "data/reward_model").mkdir(parents=True, exist_ok=True)
+    (new / "data/reward_model/config.json").write_text("{}")
+    for name in ("ours", "theirs"):
+        (new / f"{name}.jsonl").write_text('{"id": "1", "prompt": "a", "answer": "b"}\n')
+    done = run(["python", "-m", "dagster_project", "judge", "ours.jsonl", "theirs.jsonl", "--reward-model"], new)
+    assert done.returncode == 2 and "params.yaml has no section reward_model" in done.stderr, done.stderr
+
+
 def test_the_rest_of_the_pipeline_is_the_same_without_the_stage() -> None:
     whole, less = (YAML(typ="safe").load(text) for text in (pipeline_text(), pipeline_text(["reward_model"])))
     del whole["stages"]["reward_model"], whole["artifacts"]["reward-model"]

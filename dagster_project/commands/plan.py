@@ -221,7 +221,9 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
 
     entry = params.parse(aligned.Params, values, f"aligned.{name}")
     method = entry.parsed_method(f"aligned.{name}")
-    pairs: Sequence[tuple[list[int], ...]] = _tasks(root, entry, base_model) if _has_tasks(values) else _training_pairs(root, base_model)
+    pairs: Sequence[tuple[list[int], ...]] = (
+        _tasks(root, entry, name, base_model) if _has_tasks(values) else _training_pairs(root, base_model)
+    )
     sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in pairs]
     lengths = [length for pair in sequences for length, _ in pair]
     per_pass, passes = method.passes(entry)
@@ -260,13 +262,13 @@ def _has_tasks(values: dict[str, Any]) -> bool:
     return values.get("reward_target") == "response"
 
 
-def _tasks(root: Path, entry: Any, base_model: Path) -> list[tuple[list[int], list[int]]]:
+def _tasks(root: Path, entry: Any, name: str, base_model: Path) -> list[tuple[list[int], list[int]]]:
     """Token ids of prompt and response of each task, by the template that the policy is tuned with."""
     from dagster_project.training.tokens.preference_pairs import answered
     from dagster_project.training.trainers.alignment import rewards, tasks
 
-    found, counts = tasks.tasks_of(root / "data" / "splits", rewards.ready(entry.rewards, "aligned", root))
-    tasks.refuse_without_tasks(counts, "aligned")
+    found, counts = tasks.tasks_of(root / "data" / "splits", rewards.ready(entry.rewards, f"aligned.{name}.rewards", root))
+    tasks.refuse_without_tasks(counts, f"aligned.{name}")
     conversations = [[*task["prompt"], *task["chosen"]] for task in found["train"]]
     return [
         (prompt, answer)

@@ -22,7 +22,7 @@ from dagster_project.lineage.index import Index, RecordUse
 from dagster_project.lineage.published import erasure_of, missing_keys, record_of
 from dagster_project.lineage.registered import registered
 from dagster_project.lineage.rows import record_key
-from dagster_project.lineage.runs import StageRun, fetch_hint, teacher_of
+from dagster_project.lineage.runs import StageRun, fetch_hint
 from dagster_project.lineage.search import search
 from dagster_project.lineage.sources import stages_reading
 
@@ -428,7 +428,7 @@ class _ImpactQuery:
         readers = {
             run.id for run in index.runs.values() for dep, _, md5 in run.inputs if md5.startswith(prefix) and dep not in run.entry.watched
         }
-        distilled = [run for run in index.runs.values() if self._is_distilled_from(run, prefix)]
+        distilled = index.distilled_from(prefix)
         self._complete = bool(readers or distilled or index.outputs_with_prefix(prefix))
         if not (self._complete or sources or files):
             if any(index.missing_reports(run, only_splits=False) for run in self._trained_models):
@@ -457,11 +457,6 @@ class _ImpactQuery:
                 self._exposures[run.id] = Exposure()
         for run in distilled:
             self._exposures.setdefault(run.id, Exposure()).distilled = True
-
-    def _is_distilled_from(self, run: StageRun, prefix: str) -> bool:
-        """Whether a model learned from a larger one with such a file."""
-        teacher = teacher_of(run.address, self.index.lock_entry(run)) if run.address.startswith("aligned@") else None
-        return teacher is not None and any(digest.startswith(prefix) for digest in teacher["sha256"].values())
 
     def _summary_of_shards(self, run: StageRun, shards: Sequence[str]) -> tuple[int, int, int] | None:
         """(records, first step, last step) of a model's training on some shards; None if unknown."""

@@ -212,7 +212,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     Args:
         as_of: the day for which the use policy is judged, instead of its own.
     Returns:
-        "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "other_files" that contributed; "base_model"; "teachers" that were distilled, if any, each with the "training", "folder" and "sha256" of files; "stages" in flow order,
+        "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "other_files" that contributed; "base_model"; "teachers" that were distilled, if any, each with the "training", "folder", "license" and "sha256" of files; "stages" in flow order,
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "watched_by", the models
         among them that measured a training, if any, each with the "training"; "records" it was
         trained on; "answers", per model those of its own that it learned from, if any; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,

@@ -31,6 +31,7 @@ from dagster_project.lineage.runs import (
     is_input,
     lock_parts,
     output,
+    teacher_of,
     unread_inputs,
     watched_inputs,
 )
@@ -533,6 +534,13 @@ class RunIndex(Database):
     @cached_property
     def _split_paths(self) -> frozenset[str]:
         return frozenset(producer.path for md5 in self.split_outputs for producer in self.runs_by_output.get(md5, []))
+
+    def distilled_from(self, prefix: str) -> list[StageRun]:
+        """The models that learned from a larger one with a file whose sha256 has this prefix."""
+        query = "SELECT id FROM run WHERE address LIKE 'aligned@%' AND instr(text, ?)"
+        named = {number for (number,) in self._db.execute(query, (prefix,))}
+        teachers = {run: teacher_of(run.address, self.lock_entry(run)) for run in self.runs.values() if run.entry.id in named}
+        return [run for run, one in teachers.items() if one and any(digest.startswith(prefix) for digest in one["sha256"].values())]
 
     def entries_reading(self, path: str) -> list[tuple[str, str, str]]:
         """(address, dependency, section of dvc.lock) of the entries that read a file or folder, the folder that it is in, or files in it.

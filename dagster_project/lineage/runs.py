@@ -370,12 +370,15 @@ def is_input(path: str) -> bool:
 
 
 def watched_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
-    """Dependencies that a stage only compares with: the reward model of an alignment method that learns from pairs, and the splits whose test examples
-    `preferences` leaves out."""
+    """Dependencies that a stage only compares with: the reward model of an alignment method that learns from pairs, the validation records of one that
+    learns from tasks, and the splits whose test examples `preferences` leaves out."""
     if address == "preferences":
         return {"data/splits"}
     settings = _alignment(address, stage)
-    return set() if settings is None or learns_from_reward_model(settings) else {"data/reward_model"}
+    if settings is None:
+        return set()
+    measured = {"data/splits/validation"} if settings.get("reward_target") == "response" else set()
+    return measured if learns_from_reward_model(settings) else {*measured, "data/reward_model"}
 
 
 def unread_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
@@ -389,14 +392,14 @@ def unread_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
 
 
 def teacher_of(address: str, stage: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The larger model that an alignment learned from (`gkd`): "folder", and "sha256" of each of its files, which the stage compared before it read
+    """The larger model that an alignment learned from (`gkd`): "folder", "license", and "sha256" of each of its files, which the stage compared before it read
     them. No dependency names it."""
     options = (_alignment(address, stage) or {}).get("options")
     teacher = options.get("teacher") if isinstance(options, dict) else None
     if not isinstance(teacher, dict) or not isinstance(teacher.get("sha256"), dict):
         return None
     hashes = {str(name): str(digest).lower() for name, digest in sorted(teacher["sha256"].items())}
-    return {"folder": str(teacher.get("folder")), "sha256": hashes}
+    return {"folder": str(teacher.get("folder")), "license": str(teacher.get("license") or "unknown"), "sha256": hashes}
 
 
 def _alignment(address: str, stage: Mapping[str, Any]) -> dict[str, Any] | None:

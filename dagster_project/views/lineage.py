@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from dagster_project.core.text import commit_text, many, number
+from dagster_project.core.text import commit_text, many, number, visible
 from dagster_project.views.declared import declared_table, violations_table
 from dagster_project.views.html import Figure, Plot, Table, cut, label, render, shape
 
@@ -106,7 +106,7 @@ def teacher_text(teacher: Mapping[str, Any]) -> str:
     """A teacher in words."""
     weights = {name: digest for name, digest in teacher["sha256"].items() if name.endswith(".safetensors")}
     hashes = ", ".join(f"{name} {digest}" for name, digest in weights.items())
-    return f"{teacher['folder']}, learned from by {teacher['training']}, sha256 of {hashes}"
+    return f"{visible(teacher['folder'])}, {visible(teacher['license'])}, learned from by {teacher['training']}, sha256 of {hashes}"
 
 
 def _policy(verdict: Mapping[str, Any]) -> str:

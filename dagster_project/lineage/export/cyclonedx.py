@@ -51,7 +51,7 @@ def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
             base.get("license"), parameters=base.get("parameters"), **{f"sha256:{name}": digest for name, digest in base.get("sha256", {}).items()},
         ),
         *(
-            component(ComponentType.MACHINE_LEARNING_MODEL, f"teacher:{one['training']}", one["folder"], None, **{f"sha256:{name}": digest for name, digest in one["sha256"].items()})
+            component(ComponentType.MACHINE_LEARNING_MODEL, f"teacher:{one['training']}", one["folder"], None, one["license"], **{f"sha256:{name}": digest for name, digest in one["sha256"].items()})
             for one in summary.get("teachers", ())
         ),
         *(component(ComponentType.DATA, f"source:{path}", path, s["sha256"], s["license"], rows=s["rows"], format=s["format"]) for path, s in summary["sources"].items()),

@@ -198,7 +198,7 @@ def _details(sources: Mapping[str, Mapping[str, Any]], paths: list[str]) -> dict
 def _taught(summary: Mapping[str, Any]) -> list[str]:
     """The larger models that a training learned from."""
     return [
-        f"distillation by {markdown(one['training'])} from {markdown(one['folder'])}, license {MISSING}, sha256 of "
+        f"distillation by {markdown(one['training'])} from {markdown(one['folder'])}, license {markdown(one['license'])}, sha256 of "
         + ", ".join(f"{markdown(name)} `{digest}`" for name, digest in one["sha256"].items() if name.endswith(".safetensors"))
         for one in summary.get("teachers", ())
     ]

@@ -37,7 +37,8 @@ def summarize(subject: Subject) -> dict[str, Any]:
     contributing = dict(zip(audit["stages"], subject.contributing, strict=True))
     reports = {name: index.report(run) for name, run in contributing.items()}
     reports |= {run.address: index.report(run) for run in measuring(subject) if run not in contributing.values()}
-    summary = from_reports(address, reports, reports[address].get("variant", "") if address == "release" else "", audit["waivers"])
+    released = reports[address].get("variant", "") if address == "release" else ""
+    summary = from_reports(address, reports, released, audit["waivers"], audit.get("teachers", ()))
     commits = audit["code"]["stages"]
     stages = {
         name: {
@@ -55,7 +56,6 @@ def summarize(subject: Subject) -> dict[str, Any]:
         "stages": stages,
         "watched": list(audit["watched"]["stages"]),
         "watched_by": audit.get("watched_by", []),
-        "teachers": audit.get("teachers", []),
         "parameters": published_parameters(audit["parameters"]),
         "code": audit["code"],
         "outcomes": {path: source["outcomes"] for path, source in audit["sources"].items()},

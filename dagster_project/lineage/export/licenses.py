@@ -46,15 +46,19 @@ def _family_of_name(name: str) -> str:
     return next((one for one, names in FAMILIES.items() if re.fullmatch(names, name, re.IGNORECASE)), OWN_TERMS)
 
 
-def summarize_licenses(base_model: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_licenses(
+    base_model: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """The licenses of everything that a model was made from.
 
     Returns:
-        {"listed": [{"license", "family", "of": ["base model", source, ...]}, ...], most restrictive first; "problems": [sentence, ...]}
+        {"listed": [{"license", "family", "of": ["base model", "teacher FOLDER", source, ...]}, ...], most restrictive first; "problems": [sentence, ...]}
     """
     owners: dict[str, list[str]] = {}
     if base_model:
         owners[base_model.get("license") or UNKNOWN] = ["base model"]
+    for teacher in teachers:
+        owners.setdefault(teacher["license"], []).append(f"teacher {teacher['folder']}")
     for path, source in sources.items():
         owners.setdefault(source.get("license") or UNKNOWN, []).append(path)
     ordered = sorted(owners, key=lambda license: (ORDER.index(family(license)), license.lower()))

@@ -75,7 +75,7 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
     for one in summary.get("teachers", ()):
         hashes = ", ".join(f"`{markdown(name)}` {digest}" for name, digest in one["sha256"].items() if name.endswith(".safetensors"))
         parts.append(
-            f"{markdown(one['training'])} is distilled from the larger model {markdown(one['folder'])}, license unknown (sha256 of {hashes})."
+            f"{markdown(one['training'])} is distilled from the larger model {markdown(one['folder'])}, license {markdown(one['license'])} (sha256 of {hashes})."
         )
     parts.append(
         _lines(

@@ -38,7 +38,7 @@ def spdx(summary: Mapping[str, Any], issued: date) -> str:
     trained = [packages[f"stage:{name}"] for name in INPUTS if f"stage:{name}" in packages]
     graph.relate(model, "trainedOn", trained)
     graph.relate(model, "testedOn", [packages["stage:splits"]] if summary["metrics"] and "stage:splits" in packages else [])
-    graph.relate(model, "descendantOf", [base] if base else [])
+    graph.relate(model, "descendantOf", [*([base] if base else []), *map(graph.teacher, summary.get("teachers", ()))])
     graph.relate(model, "dependsOn", libraries)
     for name, stage in summary["stages"].items():
         if "rows_in" in stage:
@@ -135,6 +135,17 @@ class _Graph:
             ai_informationAboutApplication=f"{base['parameters']} parameters" if "parameters" in base else None,
         )  # fmt: skip
         self.license(element, base.get("license"))
+        return element
+
+    def teacher(self, facts: Mapping[str, Any]) -> Any:
+        types, weights = self.types, [digest for path, digest in facts["sha256"].items() if path.endswith(".safetensors")]
+        element = self.add(
+            types.ai_AIPackage, "teacher", facts["training"], facts["folder"], suppliedBy=self.unknown, releaseTime=self.released,
+            comment=f"{facts['training']} was distilled from it. releaseTime is the issue date of this document", software_downloadLocation=NO_ASSERTION,
+            software_packageVersion=weights[0] if weights else UNKNOWN, software_primaryPurpose=types.software_SoftwarePurpose.model,
+            verifiedUsing=[one for digest in weights for one in self.hashes(file=digest)],
+        )  # fmt: skip
+        self.license(element, facts["license"])
         return element
 
     def source(self, path: str, facts: Mapping[str, Any]) -> Any:

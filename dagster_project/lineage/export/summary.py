@@ -18,7 +18,11 @@ NAMESPACE = UUID("6f1d7c1e-2f0b-5f5e-9a53-0f0c6b1f2a90")
 
 
 def from_reports(
-    address: str, reports: Mapping[str, Mapping[str, Any]], released: str = "", waivers: Sequence[Mapping[str, Any]] = ()
+    address: str,
+    reports: Mapping[str, Mapping[str, Any]],
+    released: str = "",
+    waivers: Sequence[Mapping[str, Any]] = (),
+    teachers: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The lineage of a model as recorded in reports: a stage has these, but neither git nor dvc.lock.
 
@@ -27,6 +31,7 @@ def from_reports(
         reports: in flow order, the report of every stage upstream of the model, its own if it exists yet, and those of its evaluation.
         released: for a release, its variant; stages of other variants are left out.
         waivers: of checks of the release.
+        teachers: as recorded in dvc.lock; None: those of the reports.
     Returns:
         {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics", "untuned", "advice"}, as in `export.summarize`;
         and "use_policy", the verdict, if the project has a use policy; "teachers", the larger models that alignments learned from, if any.
@@ -38,11 +43,12 @@ def from_reports(
     measured = {name: report for name, report in reports.items() if name.startswith("evaluation") and name.partition("@")[2] == variant}
     base, own = with_license(reports.get("base_model", {})), reports.get(address, {})
     sources = {path: with_unknown(facts, path) for report in reports.values() for path, facts in report.get("sources", {}).items()}
+    taught = _teachers(reports) if teachers is None else teachers
     return {
         "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": own.get("merged", address == "release")},
         "sources": sources,
         "base_model": {key: base[key] for key in ("origin", "license", "parameters", "dtype", "sha256") if key in base},
-        "licenses": summarize_licenses(base, sources),
+        "licenses": summarize_licenses(base, sources, taught),
         "stages": {
             name: _stage(report) for name, report in reports.items() if name not in measured and name not in {"baselines", "comparison"}
         },
@@ -51,7 +57,7 @@ def from_reports(
         "metrics": {name: {key: value for key, value in report.items() if key not in NOT_METRICS} for name, report in measured.items()},
         "untuned": reports.get("baselines", {}).get("base", {}),
         "advice": reports.get("comparison", {}).get("advice", []),
-        **({"teachers": teachers} if (teachers := _teachers(reports)) else {}),
+        **({"teachers": taught} if taught else {}),
         **judged([report for name, report in reports.items() if name not in measured], waivers),
     }
 
@@ -180,7 +186,7 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
     ]
     lines += [f"Check that did not pass: {one}" for one in failed]
     lines += [
-        f"{one['training']} learned from {one['folder']}, a larger model: what it was trained on, and its license, are not recorded."
+        f"{one['training']} learned from {one['folder']}, a larger model: what that was trained on is not recorded."
         for one in summary.get("teachers", ())
     ]
     lines += summary["licenses"]["problems"]

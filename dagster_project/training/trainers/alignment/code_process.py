@@ -137,6 +137,8 @@ def main() -> int:
         print(error.strerror or error, flush=True)
         return UNABLE
     _end_with_parent()
+    for stream in (0, 1):  # the child can open those of this process, through /proc
+        os.dup2(nowhere, stream)
     token, (source, result) = os.urandom(16), os.pipe()
     if child := os.fork():
         os.close(result)

@@ -5,6 +5,7 @@ A reward is one class below: its fields are its options in params.yaml, its docs
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import Counter
@@ -218,12 +219,13 @@ class LengthWindow(ReadyReward):
 class UnitTests(ReadyReward):
     """1 if the answer's code (its last fenced block, or all of it) runs, and then the tests that the record has in `meta`. Only with `reward_target: response`. It runs code that the model wrote: nothing is run unless `run` says how."""
 
-    needs: ClassVar[str] = "tests in meta"
+    needs: ClassVar[str] = "tests in meta that run"
     run: Literal["sandbox", "unprotected"] | None = None
     """How code is run; required. sandbox: without network, other processes and files that it can write; refused where the system does not allow that.
     unprotected: within the limits alone, as you."""
     tests: str = Field(default="tests", min_length=1)
-    """Key of `meta` with the tests: Python code that raises an exception if one fails, or a list of such texts."""
+    """Key of `meta` with the tests: Python code that raises an exception if one fails, or a list of such texts. Code that only defines functions, and
+    calls none, tests nothing: such records are left out."""
     seconds: int = Field(default=5, ge=1, le=3600)
     """Processor time for an answer; wall time is limited to ten times that."""
     memory_mb: int = Field(default=512, ge=64)
@@ -244,7 +246,7 @@ class UnitTests(ReadyReward):
         return float(self._passes(code_in(answer["content"]), self._tests(record)))
 
     def has_target(self, record: Record) -> bool:
-        return bool(self._tests(record).strip())
+        return runs_something(self._tests(record))
 
     def _passes(self, code: str, tests: str) -> bool:
         return passes(code, tests, self.run == "sandbox", self.seconds, self.memory_mb << 20)
@@ -252,7 +254,7 @@ class UnitTests(ReadyReward):
     def _tests(self, record: Record) -> str:
         found = json.loads(record.get("meta") or "{}").get(self.tests)
         parts = found if isinstance(found, list) else [found]
-        return "\n".join(part for part in parts if isinstance(part, str))
+        return "\n".join(parts) if all(isinstance(part, str) for part in parts) else ""
 
 
 READY: dict[str, type[ReadyReward]] = {
@@ -305,6 +307,34 @@ def number_in(text: str) -> Decimal | None:
     sign, digits = found[0 if marked else -1]
     number = Decimal(digits.replace(",", ""))
     return -number if sign in {"-", "\u2212"} and sign else number
+
+
+# ---- tests ------------------------------------------------------------------------------------------------------------------------------
+
+
+def runs_something(tests: str) -> bool:
+    """Whether code does more than import, assign and define: test functions that nobody calls pass whatever is tested. False if it is not Python.
+
+    >>> runs_something("def check(f): assert f(1) == 2"), runs_something("assert add(1, 1) == 2")
+    (False, True)
+    """
+    try:
+        statements = ast.parse(tests).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return any(not isinstance(one, PASSIVE) and not _is_text(one) and not _is_of_a_program(one) for one in statements)
+
+
+PASSIVE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Pass)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _is_of_a_program(statement: ast.stmt) -> bool:
+    """Whether it is `if __name__ == "__main__"`, which tests of an answer are not."""
+    return isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test) and not statement.orelse
 
 
 # ---- calls ------------------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ class Teacher(Section):
     """A folder inside the project with config.json, the tokenizer and safetensors files."""
     sha256: dict[str, str]
     """File -> its sha256. Every json, safetensors, model and jinja file of the folder must be listed, and match."""
+    license: str = "unknown"
+    """License of the teacher, as its publisher states it. It is not checked."""
 
 
 def locate(teacher: Teacher, root: Path, where: str) -> Path:
@@ -71,7 +73,7 @@ def _weights_in_index(folder: Path) -> set[str]:
         return set()
     try:
         return {str(name) for name in json.loads((folder / INDEX).read_bytes())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{folder.name}/{INDEX} is not an index of weights", "save the model again") from None
 
 
