@@ -464,7 +464,7 @@ def _why_diff(options: argparse.Namespace) -> int:
 
 
 def bisect(options: argparse.Namespace) -> int:
-    """Find the commit whose data made a model give another answer, by binary search, and the rows of that commit that are most like it."""
+    """Find the first commit whose model no longer gives an expected answer, by binary search, and the rows of that commit that are most like it."""
     from dagster_project.commands import bisect as module
 
     asked = module.Asked(options.prompt, options.expect, options.system)

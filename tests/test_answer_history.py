@@ -14,12 +14,14 @@ from builders import training_pipeline
 from builders.answer_history import EVALUATION, AnswerHistory, Row
 from builders.history import Project, entry
 from builders.small_pipeline import git
-from builders.training import make_data
+from builders.training import LORA
 from conftest import dvc
 
 from dagster_project.__main__ import main
 from dagster_project.commands.bisect import Search
 from dagster_project.commands.why_diff import differing, recorded_answers
+from dagster_project.commands.why_model import adapter_of
+from dagster_project.core.errors import InputError
 from dagster_project.evaluation.evaluator import write_results
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.index import Index
@@ -215,6 +217,9 @@ def test_recorded_answers_are_those_of_the_model_itself_and_not_of_one_that_is_m
         found = recorded_answers(find(index, model))
         assert found.stage == "evaluation@lora" and [row["answer"] for row in found.rows.values()] == ["of lora"]
     assert recorded_answers(find(index, "adapter@both")).stage == "evaluation@both"
+    for model in ("adapter@both", "merged@both"):
+        with pytest.raises(InputError, match="adapter@both is merged of other adapters and has no training of its own"):
+            adapter_of(find(index, model), model)
 
 
 def test_only_the_words_that_differ_are_asked_about() -> None:
@@ -277,6 +282,40 @@ def test_a_history_that_cannot_be_searched_is_refused(
     assert code == 2 and said in shown.err and "Traceback" not in shown.err and not shown.out
 
 
+def test_a_model_that_cannot_be_searched_is_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = Project(tmp_path / "project")
+    lock = project.lock([("a", "train", "a.jsonl")])
+    aligned = {"data/merged/lora": lock["merged@lora"]["outs"][0]["md5"]}
+    lock["aligned@dpo"] = entry("aligned@dpo", aligned, project.put({"adapter_model.safetensors": b"dpo"}))
+    project.commit({}, "before")
+    project.commit(lock)
+
+    def refused(root: Path, model: str) -> str:
+        assert main(["bisect", model, "--prompt", "hat?", "--expect", "red", "--project", str(root)]) == 2
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err and not shown.out
+        return shown.err
+
+    assert "nothing@here: no such stage" in refused(project.root, "nothing@here")
+    assert "aligned@dpo was trained on preference pairs" in refused(project.root, "aligned@dpo")
+    assert "1 version in this history" in refused(project.root, MODEL)
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", "--depth", "1", project.root.as_uri(), str(clone))
+    assert "this clone is shallow" in refused(clone, MODEL)
+
+
+def test_a_good_version_that_is_not_in_the_cache_costs_the_list_of_rows_alone(
+    made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(made.root, tmp_path / "project", symlinks=True))
+    listing = _adapter(made, BAD - 1)
+    (root / ".dvc/cache/files/md5" / listing[:2] / listing[2:]).unlink()
+    assert bisect(root, "--good", made.commits[BAD - 1], "--bad", made.commits[BAD], "--json") == 0
+    found = document(capsys)
+    assert found["first"]["commit"] == made.commits[BAD] and found["records"] is None
+    assert "not in the cache" in found["notes"][-1] and "--train" in found["notes"][-1]
+
+
 def test_versions_in_the_cache_are_asked_before_others_are_trained_again(
     made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -294,35 +333,33 @@ def test_versions_in_the_cache_are_asked_before_others_are_trained_again(
     assert "adapter@lora must run again" in shown.err and "--train" in shown.err and not shown.out
 
 
-def test_a_lost_version_is_trained_again_and_answers_as_it_did(
+def test_a_version_that_is_not_in_the_cache_is_trained_again_if_asked_for(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A project of the stage `adapter@x` alone, whose data changed once."""
-    root = training_pipeline.make_project(tmp_path / "project", tiny_model, {"method": "full", "learning_rate": 1e-2, "max_steps": 4})
-
-    def run(message: str) -> None:
+    root = tmp_path / "project"
+    commits = []
+    for rate in (1e-2, 2e-2):
+        values = {**LORA, "num_train_epochs": 1, "learning_rate": rate}
+        if commits:
+            (root / "params.yaml").write_text(json.dumps({"variants": {"x": values}}))
+        else:
+            training_pipeline.make_project(root, tiny_model, values)
         done = dvc(root, "repro", "-q")
         assert done.returncode == 0, done.stderr + done.stdout
         git(root, "add", "-A")
-        git(root, "commit", "-qm", message)
-
-    run("first")
-    lost = _lock((root / "dvc.lock").read_text())["adapter@x"]["outs"][0]["md5"]
-    make_data(root / "data", rows=3)
-    assert dvc(root, "add", "-q", "data/tokenized").returncode == 0
-    run("second")
-    named = ("bisect", "adapter@x", "--prompt", "hat?", "--expect", "no model says this", "--json", "--project", str(root))
-    assert main([*named]) == 1
-    whole = document(capsys)
-    assert whole["verdict"] == "never" and whole["evaluations"] == 2
-    (root / ".dvc/cache/files/md5" / lost[:2] / lost[2:]).unlink()
-    assert main([*named]) == 2
-    assert "adapter@x must run again" in capsys.readouterr().err
+        git(root, "commit", "-qm", f"rate {rate}")
+        commits.append(git(root, "rev-parse", "HEAD").strip())
+    listing = str(_lock(git(root, "show", f"{commits[0]}:dvc.lock"))["adapter@x"]["outs"][0]["md5"])
+    (root / ".dvc/cache/files/md5" / listing[:2] / listing[2:]).unlink()
     before = state(root)
-    assert main([*named, "--train"]) == 1
+    asked = ["bisect", "adapter@x", "--prompt", "hat?", "--expect", "no answer has this text", "--project", str(root)]
+    assert main(asked) == 2
+    assert "adapter@x must run again" in capsys.readouterr().err
+    assert main([*asked, "--train", "--json"]) == 1
     shown = capsys.readouterr()
-    assert json.loads(shown.out) == whole and "adapter@x run again" in shown.err
-    assert state(root) == before
+    found = json.loads(shown.out)
+    assert found["verdict"] == "never" and [one["commit"] for one in found["answers"]] == commits
+    assert "adapter@x run again" in shown.err and state(root) == before
 
 
 class Searched(Search):

@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
-from dagster_project.__main__ import main
+from dagster_project.__main__ import main, parser
+from dagster_project.core.context import Documents
+from dagster_project.core.records import write_json, write_records
 from dagster_project.evaluation.comparison import FEWEST, advice, board, headline, recommended
 from dagster_project.evaluation.metrics import Task, measures, score
-from dagster_project.views.comparison import Sample, Why, comparison_page
+from dagster_project.evaluation.samples import sample
+from dagster_project.training.inference.answers import Answer
+from dagster_project.views.comparison import Sample, Why, _why, comparison_page, draw_comparison
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
@@ -284,20 +288,66 @@ def test_wrong_answers_of_supervised_variants_come_with_the_command_that_asks_wh
     rows = [
         Sample("Where's it?", "x", None, {"lora": ("$(rm) `a`", 0.0), "few_shot": ("y", 0.0)}),
         Sample("right", "x", None, {"lora": ("x", 1.0), "few_shot": ("x", 1.0)}),
-        Sample("two\nlines", "x", None, {"lora": ("z", 0.0), "few_shot": ("y", 0.0)}),
         Sample("hidden\u200b", "x", None, {"lora": ("z", 0.0), "few_shot": ("y", 0.0)}),
         Sample("empty", "x", None, {"lora": (" ", 0.0), "few_shot": ("y", 0.0)}),
+        Sample("several turns", "x", None, {"lora": ("z", 0.0), "few_shot": ("y", 0.0)}),
     ]
-    shown = comparison_page(document(), rows, {}, Why(frozenset({"lora"})))
-    [command] = {html.unescape(found) for found in re.findall("<code>(pedigree why .*?)</code>", shown)}
+    systems = {(row.prompt, "x"): "Be brief.\nUse JSON." for row in rows[:-1]}
+    shown = comparison_page(document(), rows, {}, Why({"lora": "0" * 64}, systems))
+    [command] = commands(shown)
     parts = shlex.split(command)
-    assert parts[:3] == ["pedigree", "why", "merged@lora"] and parts[parts.index("--prompt") + 1] == "Where's it?"
-    assert parts[parts.index("--answer") + 1] == "$(rm) `a`"
-    page = parts[parts.index("--html") + 1]
+    page = parts.pop()
+    assert parts == [
+        *("pedigree", "why", "merged@lora", "--system", "Be brief.\nUse JSON.", "--prompt", "Where's it?"),
+        *("--answer", "$(rm) `a`", "--index", "--html"),
+    ]
     assert page.startswith("data/pages/why/") and "<a href=" not in shown.partition('id="samples"')[2]
-    linked = comparison_page(document(), rows, {}, Why(frozenset({"lora"}), frozenset({page.rpartition("/")[2]})))
-    assert f'<a href="../why/{page.rpartition("/")[2]}">' in linked
-    assert "pedigree why " not in comparison_page(document(), rows, {}, Why()), "an aligned variant cannot be asked"
+    name = page.rpartition("/")[2]
+    assert f'<a href="../why/{name}">' in comparison_page(document(), rows, {}, Why({"lora": "0" * 64}, systems, frozenset({name})))
+    assert f"../why/{name}" not in comparison_page(document(), rows, {}, Why({"lora": "1" * 64}, systems, frozenset({name}))), (
+        "the page is of an earlier model"
+    )
+    assert "pedigree why " not in comparison_page(document(), rows, {}, Why({}, systems)), "an aligned variant cannot be asked"
+
+
+def commands(page: str) -> list[str]:
+    """Those that ask why, on a comparison page."""
+    return [html.unescape(found) for found in re.findall("<code>(pedigree why .*?)</code>", page, re.DOTALL)]
+
+
+def test_the_command_has_the_system_prompt_of_the_test_question_and_is_understood(tmp_path: Path) -> None:
+    """From the files of a project. Questions that the command line cannot ask, and variants that have no training, have none."""
+
+    def record(i: int, *messages: tuple[str, str]) -> dict[str, Any]:
+        turns = [{"role": role, "content": text} for role, text in [*messages, ("assistant", "x")]]
+        return {"example_id": f"{i:032}", "source": "a.jsonl", "messages": turns, "category": None, "meta": "{}"}
+
+    triage, user = ("system", "Triage."), "user"
+    asked = [
+        record(0, triage, (user, "-one")),
+        record(1, (user, "two")),
+        record(2, triage, (user, "a"), ("assistant", "b"), (user, "c")),
+        record(3, triage, (user, "four")),
+        record(4, ("system", "Reply."), (user, "four")),
+    ]
+    write_records(tmp_path / "data/splits/test", asked)
+    variants = {"lora": {"steps": 1}, "both": {"merge_of": {"lora": 1}}, "own": {"command": "python train.py"}}
+    for name, training in variants.items():
+        write_json(tmp_path / f"data/adapter/{name}/training.json", training)
+        write_json(tmp_path / f"data/reports/merged/{name}.json", {"output_sha256": name})
+    samples = [sample(one, {name: Answer("-z") for name in ("lora", "few_shot")}, {"lora": 0.0, "few_shot": 0.0}) for one in asked]
+    out, pages = tmp_path / "data/comparison", tmp_path / "data/pages/comparison"
+    write_json(out / "comparison.json", document())
+    trained = dict.fromkeys(variants, "adapter") | {"dpo": "aligned"}
+    write_json(pages / "samples.json", {"headline": "", "trained": trained, "samples": samples})
+    draw_comparison(Documents(tmp_path, "comparison", out, pages, {}))
+    found = [parser().parse_args(shlex.split(command)[1:]) for command in commands((pages / "comparison.html").read_text())]
+    assert sorted((one.prompt, one.system, one.answer, one.model, one.index) for one in found) == [
+        ("-one", "Triage.", "-z", "merged@lora", True),
+        ("two", "", "-z", "merged@lora", True),
+    ]
+    view = _why(Documents(tmp_path, "comparison", out, pages, {}), {"trained": trained})
+    assert view.models == {"lora": "lora"}
 
 
 def test_without_answers_the_page_compares_perplexities() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from builders.training import LORA
 from conftest import dvc
 
 from dagster_project.__main__ import main
+from dagster_project.commands.why_suspects import _own_groups
 from dagster_project.core.context import Documents
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.records import example_id, write_json, write_ledger, write_records
@@ -42,6 +44,7 @@ MODEL = "adapter@x"
         ({"content": "Yes."}, "text"),
         ({"content": "", "tool_calls": [{"type": "function"}]}, "calls"),
         ({"content": None}, "text"),
+        ({"content": "[" * 100_000}, "text"),
     ],
 )
 def test_the_form_of_an_answer_is_how_it_is_built(message: dict[str, Any], form: str) -> None:
@@ -59,6 +62,18 @@ def test_a_record_of_a_small_group_is_compared_with_a_wider_one() -> None:
     assert inside[0].tolist() == [*range(LEAST)]
     assert inside[LEAST].tolist() == [*range(2 * LEAST - 1)], "the wider group has the records of the narrow one too"
     assert inside[-1].tolist() == [*range(len(own))]
+
+
+def test_keys_of_an_answer_in_the_name_of_its_group_are_cut_and_masked() -> None:
+    answers = [{"anna@example.org": 1, "bert@example.org": 2}, {f"key{i}": i for i in range(1000)}]
+    known = {
+        str(i): {"source": "a", "category": None, "messages": [{"role": "assistant", "content": json.dumps(answer)}]}
+        for i, answer in enumerate(answers)
+    }
+    names = [SimpleNamespace(example_id=name) for name in (*known, "unknown")]
+    own = _own_groups(SimpleNamespace(records=names), SimpleNamespace(known=known))  # type: ignore[arg-type]
+    assert own[0].form == "JSON with [e-mail], [e-mail]" and own[1].form.startswith("JSON with key0, key1, ") and len(own[1].form) < 140
+    assert own[2] == Group()
 
 
 # ---- scores

@@ -1,4 +1,4 @@
-"""`pedigree bisect`: the commit whose data made a model give another answer, found by binary search, and the rows of that commit that are most like it."""
+"""`pedigree bisect`: the first commit whose model no longer gives an expected answer, by binary search, and the rows of that commit that are most like it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from dagster_project.lineage.lineage import Subject, find
 from dagster_project.lineage.runs import StageRun
 
 log = logging.getLogger("pedigree")
+
+SHALLOW = "this clone is shallow: versions before its first commit were not searched (`git fetch --unshallow` brings them)"
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def bisect(root: Path, model: str, asked: Asked, good: str | None, bad: str | No
         )
         first = search.first_bad()
         notes = [] if good is None or first > 1 else [f"{good} is taken to give the expected answer: it was not asked"]
+        notes += [SHALLOW] if good is None and steps[0].subject.index.history.shallow else []
         if search.is_good(first):
             verdict = "always"
         elif first == 1 and good is None and not search.is_good(0):
@@ -203,20 +206,24 @@ def _steps(index: Index, model: str, good: str | None, bad: str | None) -> list[
             raise InputError(f"{option} {rev}: no such revision in this repository", "see `git log`")
     steps = _versions(index, model, bad or "HEAD")
     if good is not None:
-        latest = _versions(index, model, good)
-        start = next((i for i, one in enumerate(steps) if latest and one.commit == latest[-1].commit), None)
+        latest = _versions(index, model, good)[-1]
+        start = next((i for i, one in enumerate(steps) if one.commit == latest.commit), None)
         if start is None:
-            raise InputError(
-                f"--good {good}: not before {bad or 'HEAD'} on its first-parent history, or without {model}", "see `git log --first-parent`"
-            )
+            raise InputError(f"--good {good}: not before {bad or 'HEAD'} on its first-parent history", "see `git log --first-parent`")
         steps = steps[start:]
     if len(steps) < 2:
-        raise InputError(f"{model} has {len(steps)} version in this history: nothing to search", "name an older commit with --good")
+        shallow = "this clone is shallow: `git fetch --unshallow` brings earlier ones" if index.history.shallow else ""
+        hint = shallow or ("name an older commit with --good" if good else "a search needs a commit that changed it")
+        raise InputError(f"{model} has 1 version in this history: nothing to search", hint)
     return steps
 
 
 def _versions(index: Index, model: str, rev: str) -> list[Step]:
-    """The commits up to a revision that changed the training of a model."""
+    """The commits up to a revision that changed the training of a model, at least one.
+
+    Raises:
+        InputError: no commit has this model, or its answers cannot be attributed: why not for the revision itself.
+    """
     listed = git(
         index.root, "log", "--first-parent", "--reverse", "--no-show-signature", "--format=%H%x09%s", "--end-of-options", rev, "--", LOCK
     )
@@ -230,6 +237,9 @@ def _versions(index: Index, model: str, rev: str) -> list[Step]:
             continue
         if not steps or steps[-1].run.md5 != run.md5:
             steps.append(Step(commit, title, subject, run))
+    if not steps:
+        adapter_of(find(index, model, rev), model)
+        raise InputError(f"{model}: no commit of the first-parent history of {rev} has it", "see `git log --first-parent -- dvc.lock`")
     return steps
 
 
@@ -245,6 +255,9 @@ def _found(search: Search, first: int, top: int) -> dict[str, Any]:
     if difference["records"] is None:
         lost = difference["missing"][0]
         return found | {"records": None, "notes": [f"its records are not known, without {lost['path']}: {lost['fetch']}"]}
+    if not (first - 1 in search.answers or search.may_train or search.is_cached(first - 1)):  # given with --good
+        lost = f"its records were not ranked: {search.model} of commit {before.commit[:12]} is not in the cache"
+        return found | {"records": None, "notes": [f"{lost} (fetch it with `dvc pull --all-commits`, or add --train)"]}
     said = search.answers.get(first - 1, {"role": "assistant", "content": search.asked.expect})
     expected = {"role": "assistant", "content": search.asked.expect}
     record = {"example_id": "", "category": None, "messages": [*search.asked.messages, expected]}
@@ -277,5 +290,5 @@ def as_text(document: Mapping[str, Any]) -> str:
             ]
             lines += record_lines(document["records"])
         elif document["records"] is not None:
-            lines += ["no record differs from the version before"]
+            lines += ["no record of the difference was trained on by one of the two versions alone"]
     return "\n".join([*lines, *(f"note: {note}" for note in document["notes"])])

@@ -186,7 +186,7 @@ def adapter_of(subject: Subject, model: str) -> StageRun:
     """The training of the adapter that a model was made from.
 
     Raises:
-        InputError: it was made from none, or learned from preference pairs.
+        InputError: it was made from none, learned from preference pairs, or is merged of several adapters.
     """
     models = subject.models
     if aligned := next((run for run in models if run.address.partition("@")[0] in FROM_PAIRS), None):
@@ -195,6 +195,12 @@ def adapter_of(subject: Subject, model: str) -> StageRun:
             "ask the supervised model that it started from, e.g. merged@lora",
         )
     adapters = [run for run in models if run.address.partition("@")[0] == ADAPTER]
+    *parts, last = adapters or [subject.run]
+    if any(part.md5 == md5 for part in parts for _, _, md5 in last.inputs):
+        names = ", ".join(part.address for part in parts)
+        raise InputError(
+            f"{model}: {last.address} is merged of other adapters and has no training of its own", f"ask one of these: {names}"
+        )
     if len(adapters) != 1:
         raise InputError(f"{model} was not made from one supervised adapter of this project", "name adapter@VARIANT or merged@VARIANT")
     return adapters[0]

@@ -6,17 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands.nearest_records import cut
 from dagster_project.commands.render import render
-from dagster_project.commands.why import Texts, index_lines, model_of, place_text, places_of, shown_texts
+from dagster_project.commands.why import EXCERPT, Texts, index_lines, model_of, place_text, places_of, shown_texts
 from dagster_project.commands.why_model import Target, target
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import pages_of
 from dagster_project.core.records import iter_ledger, write_json, write_text
+from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.review import REVIEWED, queue
 from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, members, opposition
 from dagster_project.orchestration import dvc
 
 INSTRUCTIONS = "instructions"
+FORM = 120
+"""Characters of the form of an answer that are compared and shown."""
 NAME = "suspects"
 """Files about the queue in the folder of pages of `instructions`."""
 CAVEAT = "Ranks and scores say how well gradients fit those of the others. A rare but right answer can be among the first: look at each."
@@ -63,9 +67,10 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
 
 
 def _own_groups(found: Target, texts: Texts) -> list[Group]:
-    """Source, category and form of the answer of each record, where the split has it."""
+    """Source, category and form of the answer of each record, where the split has it. Keys of JSON are text of the data: cut, and masked."""
     records = [texts.known.get(one.example_id) for one in found.records]
-    return [Group(one["source"], one["category"], form_of(one["messages"][-1])) if one else Group() for one in records]
+    forms = [cut(mask(form_of(one["messages"][-1])[: 20 * EXCERPT]), FORM) if one else None for one in records]
+    return [Group(one["source"], one["category"], form) if one else Group() for one, form in zip(records, forms, strict=True)]
 
 
 def _listed(found: Target, ranking: Suspicion, texts: Texts, groups: Sequence[dict[str, Any]], top: int) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from dagster_project.core.context import Documents, measured
 from dagster_project.core.hashing import sha256_of_text
-from dagster_project.core.messages import Message
-from dagster_project.core.records import write_text
+from dagster_project.core.layout import report_of
+from dagster_project.core.messages import Message, is_plain
+from dagster_project.core.records import iter_records, write_text
 from dagster_project.core.text import NAMES, TITLES, many, number, visible
 from dagster_project.views.conversations import conversation, parts
 from dagster_project.views.html import Figure, Plot, Shape, Table, brief, cut, label, render, shape
@@ -23,6 +24,8 @@ MAX_QUESTIONS = 200
 """Questions shown on the page."""
 MAX_CHARACTERS = 1_200
 """Characters shown of a text."""
+MAX_COMMAND = 4_000
+"""Characters of the texts in a command that asks why."""
 WHY = "data/pages/why"
 """Folder of the pages that `pedigree why` writes for the commands on this page."""
 
@@ -54,37 +57,57 @@ def draw_comparison(documents: Documents) -> None:
         return
     samples = [Sample(**sample) for sample in view["samples"]]
     measurements = {variant: measured(documents.root, f"{stage}@{variant}") for variant, stage in view["trained"].items()}
-    folder = documents.root / WHY
-    why = Why(
-        frozenset(variant for variant, stage in view["trained"].items() if stage == "adapter"),
-        frozenset(path.name for path in folder.glob("*.html")),
+    write_text(
+        documents.pages / "comparison.html",
+        comparison_page({**document, "headline": view["headline"]}, samples, measurements, _why(documents, view)),
     )
-    write_text(documents.pages / "comparison.html", comparison_page({**document, "headline": view["headline"]}, samples, measurements, why))
 
 
 @dataclass(frozen=True)
 class Why:
     """What `pedigree why` can be asked, and the pages that it has written."""
 
-    variants: frozenset[str] = frozenset()
-    """Supervised variants: others cannot be asked."""
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Variant that can be asked -> hash of its model."""
+    systems: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """(prompt, reference) of a test question of one turn -> its system prompt; empty if it has none."""
     pages: frozenset[str] = frozenset()
 
     def of(self, sample: Sample, name: str) -> dict[str, str] | None:
-        """The command that asks why a system gave its answer, and its page if there is one; None for what a command line cannot ask.
+        """The command that asks why a system gave its answer, and its page if there is one; None for what a command line cannot ask."""
+        answer, system = sample.answers[name][0], self.systems.get((sample.prompt, sample.reference))
+        if name not in self.models or name in sample.messages or system is None or not answer.strip():
+            return None
+        text = f"{system}{sample.prompt}{answer}"
+        if len(text) > MAX_COMMAND or visible(text) != text:
+            return None
+        asked = [f"merged@{name}", *_option("system", system), *_option("prompt", sample.prompt), *_option("answer", answer)]
+        page = f"{sha256_of_text(json.dumps([self.models[name], *asked]))[:12]}.html"
+        command = shlex.join(["pedigree", "why", *asked, "--index", "--html", f"{WHY}/{page}"])
+        return {"command": command, "page": f"../why/{page}" if page in self.pages else ""}
 
-        A prompt of several lines can be several turns, which `pedigree why` would ask as one.
-        """
-        answer = sample.answers[name][0]
-        text = f"{sample.prompt}{answer}"
-        if name not in self.variants or sample.conversation or name in sample.messages or not answer.strip() or "\n" in sample.prompt:
-            return None
-        if len(text) > MAX_CHARACTERS or visible(text) != text:
-            return None
-        model = f"merged@{name}"
-        page = f"{sha256_of_text(json.dumps([model, sample.prompt, answer]))[:12]}.html"
-        parts = ["pedigree", "why", model, "--index", "--prompt", sample.prompt, "--answer", answer, "--html", f"{WHY}/{page}"]
-        return {"command": shlex.join(parts), "page": f"../why/{page}" if page in self.pages else ""}
+
+def _option(name: str, value: str) -> list[str]:
+    """An option of a command line. A value that begins with a dash would be read as an option itself."""
+    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+
+
+def _why(documents: Documents, view: Mapping[str, Any]) -> Why:
+    """What can be asked: supervised variants that were trained here, and questions of the test split with one turn and without tools."""
+    models = {}
+    for variant in (name for name, stage in view["trained"].items() if stage == "adapter"):
+        training = documents.read(documents.root / "data" / "adapter" / variant / "training.json")
+        report = documents.read(documents.root / report_of(f"merged@{variant}"))
+        if training and report and not training.keys() & {"command", "merge_of"}:
+            models[variant] = report.get("output_sha256", "")
+    systems: dict[tuple[str, str], set[str]] = {}
+    for record in iter_records(documents.root / "data" / "splits" / "test") if models else ():
+        *prompt, response = record["messages"]
+        if [one["role"] for one in prompt] in (["user"], ["system", "user"]) and is_plain(prompt) and not record.get("tools"):
+            system = prompt[0]["content"] if len(prompt) == 2 else ""
+            systems.setdefault((prompt[-1]["content"], response["content"]), set()).add(system)
+    only = {asked: found.pop() for asked, found in systems.items() if len(found) == 1}
+    return Why(models, only, frozenset(path.name for path in (documents.root / WHY).glob("*.html")))
 
 
 def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], measurements: Measured, why: Why | None = None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.hashing import md5_of_folder, sha256_of_files
-from dagster_project.lineage.attribution.store import GRADIENTS, MANIFEST
+from dagster_project.lineage.attribution.store import GRADIENTS, MANIFEST, SHARD
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.lineage import Subject
 
@@ -21,7 +21,11 @@ def owner_of(file: Path) -> str | None:
 
 
 def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
-    """The stores of gradients of the trainings behind a model: those of the very files in the workspace."""
+    """The stores of gradients of the trainings behind a model: those of the very files in the workspace.
+
+    Returns:
+        {"stage", "folder", "records" (whose gradients are stored), "of" (all records of the training), "bytes"} of each.
+    """
     found = []
     for run in subject.models:
         folder = root / run.path
@@ -30,18 +34,28 @@ def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
             continue
         adapter = sha256_of_files(sorted(path for path in folder.rglob("*") if path.is_file()))
         for store in owned:
-            manifest = _read(store / MANIFEST)
-            if manifest and manifest.get("identity", {}).get("adapter") == adapter:
-                files = [path for path in store.glob("*.safetensors") if path.name in manifest["shards"]]
+            manifest = _manifest(store)
+            if manifest and manifest["identity"].get("adapter") == adapter:
+                total = manifest["records"]
+                sizes = {f"gradients-{n:05d}.safetensors": min(SHARD, total - n * SHARD) for n in range(-(-total // SHARD))}
+                files = [path for path in store.glob("*.safetensors") if path.name in manifest["shards"] and path.name in sizes]
                 found.append(
                     {
                         "stage": run.address,
                         "folder": store.relative_to(root).as_posix(),
-                        "records": manifest["records"],
+                        "records": sum(sizes[path.name] for path in files),
+                        "of": total,
                         "bytes": sum(path.stat().st_size for path in files),
                     }
                 )
     return found
+
+
+def _manifest(store: Path) -> dict[str, Any] | None:
+    """The list of files of a store; None if there is none, or it is damaged."""
+    found = _read(store / MANIFEST) or {}
+    shapes = {"identity": dict, "records": int, "shards": dict}
+    return found if all(isinstance(found.get(key), shape) for key, shape in shapes.items()) else None
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -54,5 +68,9 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def as_text(stores: list[dict[str, Any]]) -> list[str]:
     """The stores for the terminal."""
-    lines = [f"  {one['stage']}: {one['folder']}, {one['records']} records, {one['bytes'] / 1e6:.1f} MB" for one in stores]
+    lines = [
+        f"  {one['stage']}: {one['folder']}, {one['records']} of {one['of']} records, {one['bytes'] / 1e6:.1f} MB"
+        + ("" if one["records"] == one["of"] else ", incomplete: --index computes the others")
+        for one in stores
+    ]
     return ["", "gradients for `pedigree why`", *lines] if lines else []

@@ -33,7 +33,7 @@ def form_of(answer: Message | None) -> str:
         return "calls"
     try:
         found = json.loads(answer.get("content") or "")
-    except ValueError:
+    except (ValueError, RecursionError):  # also thousands of brackets
         return "text"
     return f"JSON with {', '.join(sorted(found))}" if isinstance(found, dict) else "JSON" if isinstance(found, list) else "text"
 
