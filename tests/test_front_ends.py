@@ -169,3 +169,18 @@ def test_definitions_are_hidden_in_graph_and_catalog(finished: Path) -> None:
         hidden = "dagster/auto_created_stub_asset" in graph.get(key).metadata
         assert hidden == (key.path[0] == "def"), key
         assert not hidden or graph.get(key).is_external
+
+
+def test_every_stage_has_a_result_for_each_check_that_dagster_requires(finished: Path) -> None:
+    project = PedigreeProject(finished)
+    for address, state in project.load().items():
+        report = json.loads((finished / str(state.report)).read_text())
+        found = [one.check_name for one in project.check_results(address, state, report)]
+        assert sorted(found) == sorted(project.check_descriptions(address, state)), address
+        blocked = {"passed": False, "checks": {name: {**check, "passed": False} for name, check in [*report["checks"].items()][:1]}}
+        assert [one.check_name for one in project.check_results(address, state, blocked)] == [*blocked["checks"]]
+
+
+def test_a_training_on_pairs_is_materialized_although_some_checks_are_for_online_methods(finished: Path, synced_finished: Any) -> None:
+    done = materialize(finished, synced_finished, "aligned@dpo", tags={"pedigree/force": "true"})
+    assert done.success

@@ -405,7 +405,7 @@ def _account(case: Case, records: list[dict[str, Any]]) -> None:
 
 def _play_review(path: Path) -> str:
     try:
-        found = read_decisions(path)
+        found = read_decisions(path, CHECKS)
     except InputError as error:
         assert error.hint and path.name in error.what
         return "refused"

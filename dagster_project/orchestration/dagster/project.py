@@ -43,6 +43,10 @@ class RunConfig(DvcRunConfig):
     stages of a run."""
 
 
+NOT_APPLICABLE = {"passed": True, "severity": "info", "count": 0, "note": "does not apply to this variant"}
+"""The result of a check that only other variants of a stage have."""
+
+
 @dataclass(frozen=True)
 class PedigreeProject(DvcProject):
     """A DVC project whose stages `python -m dagster_project run` runs."""
@@ -116,8 +120,11 @@ class PedigreeProject(DvcProject):
         return self.pipeline.check_descriptions(address.partition("@")[0])
 
     def check_results(self, address: str, state: StageState | None, report: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
-        """Results with the same severity as on the data-quality page. Whether a check blocks was decided when the stage ran."""
+        """Results with the same severity as on the data-quality page. Whether a check blocks was decided when the stage ran. Dagster requires a result
+        of every check of the asset: one that a complete report does not have does not apply to this variant."""
         found: dict[str, Any] = report.get("checks", {})
+        if found and not self.blocks(report):
+            found = dict.fromkeys(self.pipeline.check_descriptions(address.partition("@")[0]), NOT_APPLICABLE) | found
         return [
             check_result(
                 self.asset_key(address), name, description, found[name],
