@@ -259,6 +259,33 @@ def test_the_check_fails_where_nothing_is_left_or_a_weight_is_not_finite(adapter
     assert not report.checks[0].passed and "NaN" in report.checks[0].note
 
 
+def test_cat_is_the_weighted_sum_also_where_the_adapters_nearly_cancel_and_anything_else_blocks(
+    adapters: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shutil import copytree
+
+    from peft import LoraModel
+    from safetensors.numpy import load_file, save_file
+
+    own, weights = tmp_path / "adapter", {"a": 0.7, "b": -0.7}
+    for name in weights:
+        copytree(adapters / "a", own / name)
+    noise, tensors = np.random.default_rng(0), load_file(own / "a/adapter_model.safetensors")
+    near = {name: (tensor * (1 + 1e-3 * noise.standard_normal(tensor.shape))).astype(np.float32) for name, tensor in tensors.items()}
+    save_file(near, own / "b/adapter_model.safetensors")
+    report = merge(own, tiny_model, tmp_path / "soup", merge_of=weights)
+    assert report.checks[0].passed and report.metrics["distance_from_weighted_sum"] > 1e-5
+
+    add = LoraModel.add_weighted_adapter
+
+    def wrong(self: Any, names: list[str], given: list[float], *others: Any, **keys: Any) -> None:
+        add(self, names, [given[0] + 1e-4, *given[1:]], *others, **keys)
+
+    monkeypatch.setattr(LoraModel, "add_weighted_adapter", wrong)
+    report = merge(adapters, tiny_model, tmp_path / "wrong", **MERGED)
+    assert not report.checks[0].passed and report.checks[0].blocking
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
