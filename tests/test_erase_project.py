@@ -76,7 +76,11 @@ def plant(root: Path) -> None:
     edit_params(root, change)
 
 
-CACHES = (".dvc/tmp/pedigree/gradients/0a/gradients-00000.safetensors", ".dvc/tmp/pedigree/proofs/0a/0b/adapter_model.safetensors")
+CACHES = (
+    ".dvc/tmp/pedigree/gradients/0a/gradients-00000.safetensors",
+    ".dvc/tmp/pedigree/proofs/0a/0b/adapter_model.safetensors",
+    "data/pages/why/0a.html",
+)
 """What `pedigree why` keeps."""
 
 

@@ -29,6 +29,7 @@ from dagster_project.orchestration.erasure.places import Search, search
 from dagster_project.orchestration.erasure.plan import REMAKE, found_in_models, models_now, needles_in, save, usable_key
 from dagster_project.orchestration.erasure.remotes import needed_objects, remotes_of, removers
 from dagster_project.orchestration.run_all import run_all
+from dagster_project.views.comparison import WHY
 
 log = logging.getLogger("pedigree")
 
@@ -172,6 +173,7 @@ class Erasure:
             Path(self.root, path).unlink(missing_ok=True)
         for name in OWN_SCRATCH:
             remove(self.root / ".dvc" / "tmp" / "pedigree" / name)
+        remove(self.root / WHY)  # also pages with a short text, which no search finds: they have the beginning of an id alone
 
     def index(self) -> None:
         """Remove the records from the index of audits."""
