@@ -61,9 +61,7 @@ def _value(parsed: Any, key: str) -> Any:
 
 def _searched(parsed: Any, key: str) -> Any:
     """The same by the search that DVC uses: the key is a pattern, and a part of it may be a number."""
-    import dpath
-
-    return dpath.get(parsed, key, separator=".", default=_ABSENT)
+    return private_module("dvc.dependency.param").dpath.get(parsed, key, separator=".", default=_ABSENT)
 
 
 def _same(value: Any, recorded: Any) -> bool:
