@@ -33,7 +33,9 @@ def explained(error: Exception, root: Path) -> InputError | None:
     exceptions = private_module("dvc.exceptions")
     if isinstance(error, sqlite3.DatabaseError) and (folder := _folder_of_cache(error)):
         return InputError(f"{folder}: DVC's cache of hashes is damaged: {error}", "remove this folder: DVC makes it again")
-    if isinstance(error, FileNotFoundError) and (path := root / str(error.filename or ".")).is_symlink():  # DVC sees a file there
+    if (
+        isinstance(error, FileNotFoundError) and error.filename and (path := root / str(error.filename)).is_symlink()
+    ):  # DVC sees a file there
         return InputError(f"{path} is a link to a file that is not there", "replace the link by the file, for example from git")
     if isinstance(error, KeyError) and "getpwuid" in str(error):
         return InputError(

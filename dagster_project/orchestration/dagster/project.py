@@ -43,8 +43,13 @@ class RunConfig(DvcRunConfig):
     stages of a run."""
 
 
-NOT_APPLICABLE = {"passed": True, "severity": "info", "count": 0, "note": "does not apply to this variant"}
-"""The result of a check that only other variants of a stage have."""
+NOT_IN_REPORT = {
+    "passed": True,
+    "severity": "info",
+    "count": 0,
+    "note": "the report has no such check: only other variants have it, or it is newer than this run",
+}
+"""The result of a check that a complete report does not have."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +126,10 @@ class PedigreeProject(DvcProject):
 
     def check_results(self, address: str, state: StageState | None, report: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
         """Results with the same severity as on the data-quality page. Whether a check blocks was decided when the stage ran. Dagster requires a result
-        of every check of the asset: one that a complete report does not have does not apply to this variant."""
+        of every check of the asset, also of those that a complete report does not have."""
         found: dict[str, Any] = report.get("checks", {})
         if found and not self.blocks(report):
-            found = dict.fromkeys(self.pipeline.check_descriptions(address.partition("@")[0]), NOT_APPLICABLE) | found
+            found = dict.fromkeys(self.pipeline.check_descriptions(address.partition("@")[0]), NOT_IN_REPORT) | found
         return [
             check_result(
                 self.asset_key(address), name, description, found[name],
