@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,21 @@ FRONT_ENDS = {
 }
 
 
+@pytest.fixture
+def busy() -> Iterator[None]:
+    """A process on each core that never waits."""
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    yield
+    for hog in hogs:
+        hog.kill()
+        hog.wait()
+
+
+@pytest.mark.usefixtures("busy")
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_waiting_threads_sleep_whichever_front_end_starts_a_stage(project: Path, monkeypatch: pytest.MonkeyPatch, front_end: str) -> None:
+def test_beside_other_work_waiting_threads_sleep_whichever_front_end_starts_a_stage(
+    project: Path, monkeypatch: pytest.MonkeyPatch, front_end: str
+) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setenv("OMP_DISPLAY_ENV", "true")  # the OpenMP library prints what it found when torch loaded it
     (project / ".dagster").mkdir()
@@ -103,10 +117,47 @@ def test_waiting_threads_sleep_whichever_front_end_starts_a_stage(project: Path,
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stdout + done.stderr
 
 
-def test_a_wait_policy_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    own_process.prepare(["check", "data.jsonl"])
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
+def kernel(path: Path, running: int) -> Path:
+    """A copy of what the kernel writes, with `running` threads."""
+    path.write_text(f"cpu  1 2 3 4\nctxt 5\nprocesses 6\nprocs_running {running}\nprocs_blocked 0\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "running, looks, expected",
+    [
+        (1, 3, {"GOMP_SPINCOUNT": "3000"}),
+        (2, 3, {"OMP_WAIT_POLICY": "passive"}),
+        (1, 0, {"OMP_WAIT_POLICY": "passive"}),
+    ],
+    ids=["quiet", "beside another process", "a command that computes nothing"],
+)
+def test_threads_spin_briefly_only_if_nothing_else_runs(tmp_path: Path, running: int, looks: int, expected: dict[str, str]) -> None:
+    environment: dict[str, str] = {}
+    own_process.set_waiting(environment, looks, kernel(tmp_path / "stat", running))
+    assert environment == {**expected, "PEDIGREE_WAITING": next(iter(expected))}
+
+
+def test_threads_sleep_where_the_kernel_does_not_say_what_runs(tmp_path: Path) -> None:
+    for stat in (tmp_path / "none", tmp_path / "empty"):
+        (tmp_path / "empty").write_text("")
+        environment: dict[str, str] = {}
+        own_process.set_waiting(environment, 3, stat)
+        assert environment["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_each_process_decides_for_itself_how_its_threads_wait(tmp_path: Path) -> None:
+    environment: dict[str, str] = {}
+    own_process.set_waiting(environment, 3, kernel(tmp_path / "stat", 2))
+    own_process.set_waiting(environment, 3, kernel(tmp_path / "stat", 1))
+    assert environment == {"GOMP_SPINCOUNT": "3000", "PEDIGREE_WAITING": "GOMP_SPINCOUNT"}
+
+
+@pytest.mark.parametrize("setting", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_a_wait_policy_of_the_user_is_kept(tmp_path: Path, setting: dict[str, str]) -> None:
+    environment = dict(setting)
+    own_process.set_waiting(environment, 3, kernel(tmp_path / "stat", 1))
+    assert environment == setting
 
 
 def test_the_guard_of_a_stage_parses_the_pipeline_as_often_as_one_stage_needs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
