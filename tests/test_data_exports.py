@@ -35,6 +35,7 @@ from dagster_project.lineage.export.eu_summary import eu_summary
 from dagster_project.lineage.export.export import export, summarize
 from dagster_project.lineage.export.registry import formats
 from dagster_project.lineage.export.spdx import spdx
+from dagster_project.lineage.export.summary import from_reports
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find
 from dagster_project.lineage.provider import Provider, provider
@@ -336,6 +337,25 @@ def test_declarations_answer_the_questions_about_sources(finished: Path) -> None
     assert "**Latest date of data acquisition/collection for model training:** 2025-02-03\n" in whole and f"Model 9 for {third}" in whole
     assert f"({sources[second]['rows']} rows, collected *missing* to 2025-02-03)" in whole and "`provider.user_services`" in whole
     assert "`provider.crawlers`" not in whole
+
+
+@pytest.mark.parametrize("sampled, count", [({"sampled": {"answers": 256}}, "256"), ({}, "*missing*")], ids=["counted", "not counted"])
+def test_a_model_that_learned_from_its_own_answers_used_synthetic_data(finished: Path, sampled: dict[str, Any], count: str) -> None:
+    reports = {name: json.loads((finished / f"data/reports/{name}.json").read_text()) for name in ("base_model", "raw_examples")}
+    for source in reports["raw_examples"]["sources"].values():
+        source["category"] = "user"
+
+    def synthetic(method: str) -> str:
+        aligned = {"method": method, "output_sha256": "0" * 64, **sampled}
+        known = from_reports("aligned@it", reports | {"aligned@it": aligned})
+        text = eu_summary(
+            summary_of(finished, "merged@lora") | {key: known[key] for key in ("sources", "own_answers") if key in known}, ISSUED
+        )
+        return text[text.index("### 2.5") : text.index("### 2.6")]
+
+    online, offline = synthetic("rloo"), synthetic("dpo")
+    assert "- **Used:** yes" in online and f"aligned@it (rloo) learned from {count} answers that it wrote during training" in online
+    assert "**Used:** yes" not in offline and "learned from" not in offline
 
 
 def test_a_category_is_denied_only_if_every_source_declares_another() -> None:

@@ -171,7 +171,7 @@ def _sources(summary: Mapping[str, Any]) -> list[str]:
         "### 2.4. User data",
         section("user", **{"Services and products": given(provider, "user_services")}),
         "### 2.5. Synthetic data",
-        _lines(_synthetic(sources, _taught(summary))),
+        _lines(_synthetic(sources, _taught(summary)) | _own_answers(summary)),
         "### 2.6. Other sources of data",
         _lines({"Used": lacking("category", undeclared) if undeclared or not sources else "no"}),
     ]
@@ -202,6 +202,16 @@ def _taught(summary: Mapping[str, Any]) -> list[str]:
         + ", ".join(f"{markdown(name)} `{digest}`" for name, digest in one["sha256"].items() if name.endswith(".safetensors"))
         for one in summary.get("teachers", ())
     ]
+
+
+def _own_answers(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Answers of the model itself, from which it learned: the template counts what alignment generates among synthetic data."""
+    online = [
+        f"{markdown(one['training'])} ({markdown(one['method'])}) learned from {MISSING if one['answers'] is None else one['answers']} answers "
+        "that it wrote during training"
+        for one in summary.get("own_answers", ())
+    ]
+    return {"Used": "yes", "Answers of the model itself": "; ".join(online)} if online else {}
 
 
 def _synthetic(sources: Mapping[str, Mapping[str, Any]], taught: list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID, uuid5
 
-from dagster_project.core.records import learns_from_reward_model, with_license
+from dagster_project.core.records import REWARD_METHODS, learns_from_reward_model, with_license
 from dagster_project.curation.sources.declarations import with_unknown
 from dagster_project.curation.sources.use_policy import judged
 from dagster_project.lineage.export.licenses import summarize_licenses
@@ -34,7 +34,8 @@ def from_reports(
         teachers: as recorded in dvc.lock; None: those of the reports.
     Returns:
         {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics", "untuned", "advice"}, as in `export.summarize`;
-        and "use_policy", the verdict, if the project has a use policy; "teachers", the larger models that alignments learned from, if any.
+        and "use_policy", the verdict, if the project has a use policy; "teachers", the larger models that alignments learned from, and "own_answers", the alignments that learned from
+        answers of the model that they trained, if any.
     """
     variant = released or address.partition("@")[2]
     if released:
@@ -44,6 +45,7 @@ def from_reports(
     base, own = with_license(reports.get("base_model", {})), reports.get(address, {})
     sources = {path: with_unknown(facts, path) for report in reports.values() for path, facts in report.get("sources", {}).items()}
     taught = _teachers(reports) if teachers is None else teachers
+    online = _own_answers(reports)
     return {
         "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": own.get("merged", address == "release")},
         "sources": sources,
@@ -58,12 +60,22 @@ def from_reports(
         "untuned": reports.get("baselines", {}).get("base", {}),
         "advice": reports.get("comparison", {}).get("advice", []),
         **({"teachers": taught} if taught else {}),
+        **({"own_answers": online} if online else {}),
         **judged([report for name, report in reports.items() if name not in measured], waivers),
     }
 
 
 def _teachers(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"training": name, **report["teacher"]} for name, report in reports.items() if "teacher" in report]
+
+
+def _own_answers(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Their number is None in reports of versions that did not count them."""
+    return [
+        {"training": name, "method": report["method"], "answers": report.get("sampled", {}).get("answers")}
+        for name, report in reports.items()
+        if report.get("method") in REWARD_METHODS
+    ]
 
 
 def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
