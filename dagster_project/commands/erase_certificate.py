@@ -65,6 +65,7 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
             "entries of its run cache": len(removed["runs"]),
             "objects of remotes": {name: len(oids) for name, oids in removed["remotes"].items()},
             "pages and scratch files": len(plan["files"]),
+            **({"papers in data/release, as a whole": len(plan["papers"])} if plan.get("papers") else {}),
             "files of Dagster, cleaned or deleted": len(plan["dagster"]),
         },
         "models": {

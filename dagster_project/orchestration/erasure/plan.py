@@ -19,6 +19,7 @@ from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.core.published_ids import CREATE, SAMPLE_KEY, read_key
 from dagster_project.core.records import write_json
+from dagster_project.lineage import papers_in_place
 from dagster_project.lineage.erasure import removal
 from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles
@@ -142,6 +143,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "before": _outputs(index),
         "places": places.document(),
         "searched": places.searched(),
+        "papers": papers_in_place.present(root),
         "blobs": places.blobs,
         "remotes elsewhere": remotes.elsewhere,
         "event log elsewhere": _has_event_log_elsewhere(root),
