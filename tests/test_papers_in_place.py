@@ -31,6 +31,7 @@ from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
 from dagster_project.orchestration import integrity
 from dagster_project.orchestration.dvc import outputs
+from dagster_project.orchestration.erasure.steps import Erasure
 
 ISSUED = ("--issued", "2026-01-31")
 RELEASE = "data/release"
@@ -326,6 +327,16 @@ def test_bad_input_is_one_message_and_changes_nothing(
     monkeypatch.chdir(finished)
     assert main(["export", "release", "--all", RELEASE, *ISSUED]) == 0, "the folder may be named"
     assert names(finished / "data") > before
+
+
+def test_an_erasure_deletes_them_and_leaves_the_release_alone(tmp_path: Path) -> None:
+    """They state hashes of the sources before, and can have been written from an earlier version."""
+    for name in ("papers/README.md", "papers.html", "model.sig", "model.intoto.jsonl", "model.pub", "config.json", "audit/audit.json"):
+        (tmp_path / RELEASE / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / RELEASE / name).write_text("x")
+    needles = {"texts": [], "groups": [], "ids": [], "unsearchable": 0}
+    Erasure(tmp_path, {"needles": needles, "files": []}, lambda _: None).files()
+    assert names(tmp_path / RELEASE) == {"config.json", "audit/audit.json"}
 
 
 def test_lines_are_added_once_and_nothing_else_of_the_file_changes(tmp_path: Path) -> None:
