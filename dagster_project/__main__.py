@@ -226,6 +226,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def audit(options: argparse.Namespace) -> int:
     """Show the data, parameters and code behind a model, or the differences between two models."""
+    from dagster_project.commands import papers
     from dagster_project.commands import where as module
     from dagster_project.lineage import lineage, registered
     from dagster_project.lineage.attribution import owners
@@ -251,6 +252,8 @@ def audit(options: argparse.Namespace) -> int:
             _require_suffix(option, name, suffixes)
     subject = lineage.find(Index(root), options.model, options.rev)
     document = lineage.document(subject, options.as_of) | registered.of_model(root, subject.run.md5)
+    if subject.run.address == "release" and subject.run.in_workspace and (note := papers.of_another_version(root, subject.run.md5)):
+        log.warning(note)
     if options.json or options.html or options.records:
         records, _ = lineage.trained_on(subject)
         listed = lineage.listed(records) if options.json or options.html else []
@@ -501,7 +504,7 @@ def export(options: argparse.Namespace) -> int:
     """Write a model's lineage for other tools and readers, or the model itself for servers: GGUF, safetensors, an adapter."""
     from dagster_project.lineage.export.export import export as export_model
 
-    if options.all:
+    if options.all is not None:
         return _export_all(options)
     if options.with_model or options.key:
         raise InputError("export: --with-model and --key require --all", "see `pedigree export --help`")
@@ -554,15 +557,23 @@ def _export_all(options: argparse.Namespace) -> int:
         raise InputError("--quantization requires --format gguf", "leave it out")
     if options.out:
         raise InputError("--out cannot be combined with --all", "leave it out: --all names the folder")
-    if options.key and not options.with_model:
+    in_place = papers.is_in_place(_project(options), options.model, options.all)
+    if options.key and not options.with_model and not in_place:
         raise InputError("--key requires --with-model", "`pedigree sign FOLDER --key FILE` signs a folder of exports alone")
-    if options.with_model and options.rev:
-        raise InputError("--rev cannot be combined with --with-model: the model is that of the workspace", "check out the revision first")
-    given = (_project(options), options.model, Path(options.all))
-    if options.with_model:
-        document = papers.hand_over(*given, options.issued, options.key)
+    if in_place and options.with_model:
+        raise InputError(
+            "--with-model: without another folder, papers are written beside the files of the release", "leave it out, or name a new folder"
+        )
+    if (options.with_model or in_place) and options.rev:
+        option = "--with-model" if options.with_model else "--all without a folder"
+        raise InputError(f"--rev cannot be combined with {option}: the model is that of the workspace", "check out the revision first")
+    given = (_project(options), options.model)
+    if in_place:
+        document = papers.write_in_place(*given, options.issued, options.key)
+    elif options.with_model:
+        document = papers.hand_over(*given, Path(options.all), options.issued, options.key)
     else:
-        document = papers.write_exports(*given, options.rev, options.issued)
+        document = papers.write_exports(*given, Path(options.all), options.rev, options.issued)
     _print(options, document, papers.as_text)
     return 0
 
@@ -994,7 +1005,13 @@ def _add_lineage_commands(commands: Any) -> None:
         choices=[*formats(), *MODEL_FORMATS, "adapter"],
         help="gguf and safetensors write the model itself, adapter a folder for PEFT and vLLM, the others describe the model",
     )
-    form.add_argument("--all", metavar="FOLDER", help="write all formats to a folder, with papers.html, which lists them")
+    form.add_argument(
+        "--all",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="write all formats to a folder, with papers.html, which lists them (default, of a release: beside its files, signed if there is a key)",
+    )
     add("--quantization", choices=QUANTIZATIONS, help="with --format gguf: its number format (default: f16)")
     add(
         "--out",
@@ -1003,7 +1020,11 @@ def _add_lineage_commands(commands: Any) -> None:
         help="with --format (default: standard output); of gguf and safetensors a new folder (default: in build/), of an adapter too (default: here)",
     )
     add("--with-model", action="store_true", help="with --all: also copy the files of the release, and sign the folder if there is a key")
-    add("--key", metavar="FILE", help="with --with-model: private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)")
+    add(
+        "--key",
+        metavar="FILE",
+        help="with --with-model, or --all without FOLDER: private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)",
+    )
     add("--rev", help=workspace)
     add("--issued", type=_date, metavar="YYYY-MM-DD", help="default: the date of the commit that recorded the model")
 

@@ -145,6 +145,10 @@ def dry_run_text(document: Mapping[str, Any]) -> str:
     """The plan for the terminal."""
     lines = [f"{document['records']} records to erase, and {document['made']} that the pipeline made from them", ""]
     lines += [f"  {path}: {_count(change['rows'], 'row')}" for path, change in document["sources"].items()]
+    lines += [
+        f"  {path}: {_count(one['rows'], 'row')}, left out from now on; the source still has them"
+        for path, one in document["remote"].items()
+    ]
     lines += ["", "relatives:"]
     for kind, names in document["relatives"].items():
         state = "erased too" if kind in document["chosen"] or kind == "same row" else f"declined; --also {kind} erases them"
@@ -165,6 +169,7 @@ def dry_run_text(document: Mapping[str, Any]) -> str:
     lines += [] if document["models"] or document["unknown"] else ["  none"]
     known = {address: value for address, value in document["cost"]["seconds"].items() if value}
     lines += ["", f"{len(document['stages'])} stages are made again; {len(known)} of them took {sum(known.values()):.0f} s the last time"]
+    lines += [f"deleted: {', '.join(document['papers'])} in data/release"] if document["papers"] else []
     lines += [f"not reached: DVC remotes {', '.join(document['remotes elsewhere'])}"] if document["remotes elsewhere"] else []
     lines += ["not reached: what dagster.yaml keeps outside Dagster's home"] if document["event log elsewhere"] else []
     return "\n".join([*lines, "nothing was changed; the same command without --dry-run carries this out"])

@@ -21,6 +21,8 @@ FOLDER = "data/erasures"
 OUTSIDE_GIT = ".dvc/tmp/pedigree/erased"
 """Folder of lists of git blobs. A guess can be tested by the hash of an old source file, so git does not track it."""
 BLOBS = "blobs of git history"
+LEFT_OUT = "rows left out at reading"
+"""Of sources on the Hub and in S3, which nobody can edit from here."""
 EVENT_LOG_ELSEWHERE = "what dagster.yaml keeps outside Dagster's home, such as an event log in Postgres"
 PREDICATE_TYPE = "urn:pedigree:erasure:1"
 NEVER_REACHED = (
@@ -36,7 +38,12 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
     models = {outcome: [_model(model) for model in plan["models"] if model["outcome"] == outcome] for outcome in (REMAKE, RETIRE, KEEP)}
     searched = plan["searched"]
     removed = plan["removed"]
-    not_reached = [*NEVER_REACHED, *(f"the DVC remote {name}" for name in plan["remotes elsewhere"])]
+    remote = plan.get("remote", {})
+    not_reached = [
+        *NEVER_REACHED,
+        *(f"{path} at revision {one['revision']}, which still holds {_rows(one)}" for path, one in remote.items()),
+    ]
+    not_reached += [*(f"the DVC remote {name}" for name in plan["remotes elsewhere"])]
     not_reached += [EVENT_LOG_ELSEWHERE] if plan["event log elsewhere"] else []
     not_reached += (
         ["DVC's cache, which is outside the project and may be shared: nothing was removed from it"] if plan["shared cache"] else []
@@ -54,6 +61,7 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
             "rows": {path: len(change["rows"]) for path, change in plan["sources"].items()},
             # not the hash of before: who has all other rows of a file could test a guess by it
             "sources": {path: change["after"] for path, change in plan["sources"].items()},
+            **({LEFT_OUT: {path: len(one["rows"]) for path, one in remote.items()}} if remote else {}),
         },
         "relatives": {
             kind: {"rows": len(names), "erased": kind in plan["chosen"] or kind == "same row"} for kind, names in plan["relatives"].items()
@@ -65,6 +73,7 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
             "entries of its run cache": len(removed["runs"]),
             "objects of remotes": {name: len(oids) for name, oids in removed["remotes"].items()},
             "pages and scratch files": len(plan["files"]),
+            **({"papers in data/release, as a whole": len(plan["papers"])} if plan.get("papers") else {}),
             "files of Dagster, cleaned or deleted": len(plan["dagster"]),
         },
         "models": {
@@ -87,6 +96,10 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
         "git": {"blobs": len(plan["blobs"]), "objects searched": searched["git objects"]},
         "blobs": plan["blobs"],
     }
+
+
+def _rows(of: Mapping[str, Any]) -> str:
+    return f"{len(of['rows'])} row{'' if len(of['rows']) == 1 else 's'} of them"
 
 
 def _impact(found: Mapping[str, Sequence[str]]) -> str:
@@ -146,9 +159,13 @@ def certificate_text(document: Mapping[str, Any]) -> str:
     erased, models = document["erased"], document["models"]
     lines = [f"Erasure of {document['date']}" + (f": {document['reason']}" if document["reason"] else ""), ""]
     lines += [
-        f"{erased['records']} records were taken out of the sources, and {erased['made from them']} that the pipeline had made from them."
+        f"{erased['records']} records were taken out of the sources{' or are left out of what is read from them' if LEFT_OUT in erased else ''},"
+        f" and {erased['made from them']} that the pipeline had made from them."
     ]
     lines += [f"  {path}: {rows} rows" for path, rows in erased["rows"].items()]
+    lines += [
+        f"  {path}: {rows} rows, left out at each reading: the source still has them" for path, rows in erased.get(LEFT_OUT, {}).items()
+    ]
     lines += [
         f"  {kind}: {one['rows']} rows, {'erased too' if one['erased'] else 'NOT erased'}"
         for kind, one in document["relatives"].items()

@@ -23,6 +23,7 @@ from dagster_project.core.layout import RECORD_KEY
 from dagster_project.core.records import remove
 from dagster_project.curation.sources.hub import HubSplit
 from dagster_project.lineage import code_lock
+from dagster_project.lineage.papers_in_place import COMMENT, IGNORE_LINES
 from dagster_project.pipeline import VARIANTS_OF
 
 log = logging.getLogger("pedigree")
@@ -41,7 +42,7 @@ DVC_FILES = {
     ".dvc/config": "[core]\n    analytics = false\n",
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
     ".dvcignore": "# Files of editors, Python and operating systems, which must not make a stage stale.\n"
-    "__pycache__\n*.pyc\n*.swp\n*~\n.#*\n.DS_Store\n.dagster\n.venv\ndata/live/.gitkeep\n",
+    "__pycache__\n*.pyc\n*.swp\n*~\n.#*\n.DS_Store\n.dagster\n.venv\ndata/live/.gitkeep\n" + "\n".join([COMMENT, *IGNORE_LINES, ""]),
 }
 """What `dvc init` sets up, and what DVC ignores."""
 

@@ -22,6 +22,7 @@ from dagster_project.core.hashing import md5_of_folder
 from dagster_project.lineage import lineage
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.index import Index
+from dagster_project.lineage.papers_in_place import without_papers
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT = "pedigree"
@@ -126,7 +127,8 @@ def _write(
             _log(client, run.info.run_id, document, inputs)
             source = f"{NOT_FETCHED}{subject.run.path}@{subject.run.md5}"
             if folder:
-                client.log_artifacts(run.info.run_id, str(folder), "model")
+                for file in (file for file in sorted(without_papers(folder, folder.rglob("*"))) if file.is_file()):
+                    client.log_artifact(run.info.run_id, str(file), Path("model", file.parent.relative_to(folder)).as_posix())
                 source = f"{run.info.artifact_uri}/model"
             if not found:
                 client.create_registered_model(name)

@@ -1,12 +1,16 @@
-"""`pedigree export MODEL --all FOLDER`: all exports and a page that lists them; with the files of a release, its attestations and a signature, the folder that is handed over."""
+"""`pedigree export MODEL --all [FOLDER]`: all exports and a page that lists them; with the files of a release, its attestations and a signature, the folder that is handed over,
+which can be data/release itself."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ from dagster_project.core.records import write_text
 from dagster_project.lineage.export import registry
 from dagster_project.lineage.export.folder import FOLDER, PAGE, all_formats
 from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.papers_in_place import IGNORE_FILE, IGNORE_LINES, NAMES, delete, missing_lines
+from dagster_project.lineage.papers_in_place import RELEASE as RELEASE_FOLDER
 from dagster_project.lineage.signing import papers
 from dagster_project.lineage.signing.keys import KEY_VARIABLE, PrivateKey, private_key
 from dagster_project.lineage.signing.model_signature import (
@@ -29,6 +35,7 @@ from dagster_project.lineage.signing.model_signature import (
     bundle,
     contents,
     manifest,
+    together,
 )
 from dagster_project.lineage.signing.target import Target, find, refuse_in_output
 from dagster_project.views.papers import papers_page
@@ -67,51 +74,163 @@ def hand_over(root: Path, model: str, folder: Path, issued: date | None, key_fil
     Raises:
         InputError: the model is not a release, or not the recorded one; no usable key; or the folder has files or cannot be written.
     """
-    key = private_key(key_file) if key_file or os.environ.get(KEY_VARIABLE) else None
-    target = _release(root, model, folder)
-    texts, document = all_formats(root, model, None, issued)
-    attested = _attestations(target, key) if key else None
+    key = _key(key_file)
+    target = _release(root, model, f"--with-model copies a {RELEASE} only", f"name {RELEASE}, or leave out --with-model", folder)
+    papers_of = _Papers.of(target, model, issued, key)
     try:
         with new_folder(folder, "--all") as made:
-            found = _copy(target, made)
-            facts = _signed_facts(target, key, attested)
-            document = _complete({**document, **facts, "model_files": len(found.files)}, found)
-            _write(made, texts, document)
-            if key and attested:
-                (made / ATTESTATIONS).write_bytes(attested["content"])
-                write_text(made / PUBLIC_KEY, key.public.pem.decode())
-                signed = contents(made, IGNORED)
-                write_text(made / SIGNATURE, bundle(manifest(folder.resolve().name, signed), key))
-                document["signature"]["files"] = len(signed.files)
+            document = papers_of.write(made, _copy(target, made), folder.resolve().name)
     except OSError as error:
         raise InputError(f"--all {folder}: {error.strerror}", "name a folder with enough space that can be written") from None
     return {**document, "folder": str(folder), "page": PAGE}
 
 
-def _release(root: Path, model: str, folder: Path) -> Target:
+def write_in_place(root: Path, model: str, issued: date | None, key_file: str | None) -> dict[str, Any]:
+    """Write the papers of a release beside its files, over those of an earlier export. The files of the release stay as they are, and DVC ignores the papers.
+
+    Args:
+        key_file: as for `hand_over`.
+    Returns:
+        As `hand_over`.
+    Raises:
+        InputError: as `hand_over`, or DVC would report the papers as a change of the release.
+    """
+    key, only = _key(key_file), f"--all without a folder writes beside the files of a {RELEASE} only"
+    target = _release(root, model, only, "name a folder: --all FOLDER")
+    if key:
+        target.refuse_other_key(key.public)
+    _refuse_unignored(root)
+    papers_of = _Papers.of(target, model, issued, key)
+    scratch_of_project = root / ".dvc" / "tmp" / "pedigree"
+    try:
+        scratch_of_project.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="papers.", dir=scratch_of_project) as scratch:
+            document = papers_of.write(Path(scratch), contents(target.folder, (*IGNORED, *NAMES)), target.folder.name, target.folder)
+            delete(root)
+            for name in (*(name for name in NAMES if name != SIGNATURE), SIGNATURE):  # last: without it, nothing passes for signed
+                if (Path(scratch) / name).exists():
+                    (Path(scratch) / name).replace(target.folder / name)
+    except OSError as error:
+        raise InputError(f"{target.path}: {error.strerror}", "make space, or see who may write there; then run the command again") from None
+    try:
+        target.refuse_unrecorded()
+    except InputError:  # the release changed meanwhile
+        delete(root)
+        raise
+    return {**document, "folder": target.path, "page": PAGE}
+
+
+def is_in_place(root: Path, model: str, folder: str) -> bool:
+    """Whether `--all` names no folder, or that of the release whose papers are asked for."""
+    return not folder or (Path(folder).resolve() == (root / RELEASE_FOLDER).resolve() and find(root, model).address == RELEASE)
+
+
+def of_another_version(root: Path, md5: str) -> str:
+    """A line about papers beside the files of the release that are those of another one, as `dvc checkout` leaves them; empty if there are none.
+
+    Args:
+        md5: content hash of the release.
+    """
+    page = root / RELEASE_FOLDER / PAGE
+    claims = papers.read(PAGE, page.read_bytes()) if page.is_file() and page.stat().st_size <= papers.LARGEST else None
+    stated = [value for subject, key, value in claims or () if (subject, key) == (papers.THE_MODEL, "md5")]
+    if not stated or stated[0] == md5.removesuffix(".dir"):
+        return ""
+    return f"{RELEASE_FOLDER}/{PAGE} and the papers it lists are of another release (md5 {stated[0][:12]}): `pedigree export {RELEASE} --all` replaces them"
+
+
+def _refuse_unignored(root: Path) -> None:
     """Raises:
-    InputError: the model is not a release, or not as it was recorded; or the folder cannot be its copy.
+    InputError: DVC would report the papers as a change of the release.
+    """
+    if find_spec("dvc") is None:
+        missing = missing_lines(root)
+    else:
+        from dagster_project.orchestration import dvc
+
+        missing = [f"/{path}" for path in dvc.not_ignored(root, [line.removeprefix("/") for line in IGNORE_LINES])]
+    if missing:
+        raise InputError(
+            f"{IGNORE_FILE} does not list {', '.join(missing)}, so DVC would report papers there as a change of the release",
+            f"add a line for each at the end of {IGNORE_FILE}, as `pedigree upgrade` does in a project with an installed package",
+        )
+
+
+def _key(key_file: str | None) -> PrivateKey | None:
+    return private_key(key_file) if key_file or os.environ.get(KEY_VARIABLE) else None
+
+
+@dataclass(frozen=True)
+class _Papers:
+    """The papers of a release."""
+
+    target: Target
+    texts: Mapping[str, str]
+    document: Mapping[str, Any]
+    key: PrivateKey | None
+    attested: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, target: Target, model: str, issued: date | None, key: PrivateKey | None) -> _Papers:
+        assert target.root is not None
+        texts, document = all_formats(target.root, model, None, issued)
+        return cls(target, texts, document, key, _attestations(target, key) if key else None)
+
+    def write(self, folder: Path, found: Contents, name: str, of_release: Path | None = None) -> dict[str, Any]:
+        """Write the papers to a folder, and sign it if there is a key.
+
+        Args:
+            found: the files of the release.
+            name: of the folder, for its signature.
+            of_release: the folder with these files; None: they are in the same one.
+        Returns:
+            The document of the page.
+        """
+        facts = _signed_facts(self.target, self.key, self.attested)
+        document = _complete({**self.document, **facts, "model_files": len(found.files)}, found)
+        _write(folder, self.texts, document)
+        if self.key and self.attested:
+            (folder / ATTESTATIONS).write_bytes(self.attested["content"])
+            write_text(folder / PUBLIC_KEY, self.key.public.pem.decode())
+            signed = contents(folder, IGNORED)
+            signed = signed if of_release is None else together(found, signed)
+            write_text(folder / SIGNATURE, bundle(manifest(name, signed), self.key))
+            document["signature"]["files"] = len(signed.files)
+        return document
+
+
+def _release(root: Path, model: str, only: str, then: str, folder: Path | None = None) -> Target:
+    """Args:
+        only: that the model must be a release, and the next step if it is none.
+        folder: for a copy of it.
+    Raises:
+        InputError: the model is not a release, or not as it was recorded; or the folder cannot be its copy.
     """
     target = find(root, model)
-    if target.address != RELEASE:
+    if target.address != RELEASE or target.path != RELEASE_FOLDER:
+        raise InputError(f"{model}: {only}; other outputs have tables with texts, or with ids that can be computed from texts", then)
+    if folder is not None:
+        _refuse_place(root, folder)
+    target.refuse_unrecorded()
+    found = contents(target.folder, (*IGNORED, *NAMES))
+    if links := [name for name in found.other if (target.folder / name).is_symlink()]:
         raise InputError(
-            f"{model}: --with-model copies a {RELEASE} only; other outputs have tables with texts, or with ids that can be computed from texts",
-            f"name {RELEASE}, or leave out --with-model",
+            f"{target.path}/{links[0]}: is a link, and only files are copied", "`dvc config cache.type copy`, then `dvc checkout --relink`"
         )
+    if wrong := [*found.other, *(name for name in found.ignored if name not in NAMES)]:
+        raise InputError(f"{target.path}/{wrong[0]}: a release does not contain this", f"make it again: `dvc repro {RELEASE}`")
+    return target
+
+
+def _refuse_place(root: Path, folder: Path) -> None:
+    """Raises:
+    InputError: the folder cannot be a copy of the release.
+    """
     refuse_in_output(root, "--all", folder)
     if os.path.lexists(folder) and (not folder.is_dir() or folder.is_symlink() or any(folder.iterdir())):
         raise InputError(f"--all {folder}: it exists, and is not an empty folder", "name a new folder, so that nothing else is signed")
     if folder.resolve() == Path.cwd().resolve():
         raise InputError(f"--all {folder}: it is the current folder, which cannot be replaced", "name a new folder")
-    target.refuse_unrecorded()
-    found = contents(target.folder, IGNORED)
-    if links := [name for name in found.other if (target.folder / name).is_symlink()]:
-        raise InputError(
-            f"{target.path}/{links[0]}: is a link, and only files are copied", "`dvc config cache.type copy`, then `dvc checkout --relink`"
-        )
-    if wrong := [*found.other, *found.ignored, *(name for name in found.files if name not in papers.files_of_model([name]))]:
-        raise InputError(f"{target.path}/{wrong[0]}: a release does not contain this", f"make it again: `dvc repro {RELEASE}`")
-    return target
 
 
 def _copy(target: Target, made: Path) -> Contents:
@@ -120,7 +239,7 @@ def _copy(target: Target, made: Path) -> Contents:
     Raises:
         InputError: it changed while it was copied.
     """
-    for name, file in contents(target.folder, IGNORED).files.items():
+    for name, file in contents(target.folder, (*IGNORED, *NAMES)).files.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, made / name)
     recorded = next(out["md5"] for out in target.lock[target.address]["outs"] if out["path"] == target.path)
@@ -136,13 +255,13 @@ def _attestations(target: Target, key: PrivateKey) -> dict[str, Any]:
         {"content": bytes of the file, "stages": addresses, "remade": verdict or None}.
     """
     from dagster_project.commands.sign import stage_records
-    from dagster_project.commands.verify_signatures import verify_signatures
+    from dagster_project.commands.verify_signatures import verify_target
     from dagster_project.lineage.signing import provenance
 
     assert target.root is not None
     file = target.signatures / ATTESTATIONS
     if file.is_file():
-        content, document = file.read_bytes(), verify_signatures(target.root, target.address, None)
+        content, document = file.read_bytes(), verify_target(target, None)
         if document["verdict"] == "verified" and document["key"] == key.public.fingerprint and document["attestations"]:
             return {"content": content, **{name: document["attestations"][name] for name in ("stages", "remade")}}
     records = stage_records(target)

@@ -14,7 +14,9 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file
 from dagster_project.core.layout import report_of
 from dagster_project.core.records import write_text
+from dagster_project.lineage.export.folder import FOLDER, PAGE
 from dagster_project.lineage.history import LOCK, is_within
+from dagster_project.lineage.papers_in_place import names_in
 from dagster_project.lineage.signing import model_signature, provenance
 from dagster_project.lineage.signing.keys import KEY_VARIABLE, PASSWORD_VARIABLE, PrivateKey, private_key
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
@@ -22,7 +24,7 @@ from dagster_project.lineage.signing.target import Target, find
 
 
 def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
-    """Sign all files of a folder.
+    """Sign all files of a folder. Of a release with papers, its folder is signed in place, with the papers.
 
     Args:
         model: name of a stage, path of its output, content hash, or any folder.
@@ -33,8 +35,10 @@ def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
         InputError: no such folder, no usable key, the output is not the recorded one, or the folder cannot be signed.
     """
     key, target = private_key(key_file), find(root, model)
-    target.refuse_other_key(key.public)
     target.refuse_unrecorded()
+    if any(os.path.lexists(target.folder / name) for name in (PAGE, FOLDER) if name in target.papers):
+        target = _with_papers(target)
+    target.refuse_other_key(key.public)
     if key_file and Path(key_file).resolve().is_relative_to(target.folder.resolve()):
         raise InputError(
             f"--key {key_file}: the private key is in the folder to be signed", "keep it elsewhere: the folder may be published"
@@ -44,11 +48,27 @@ def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
     return {**_written(target, SIGNATURE, text, key), "files": len(found.files)}
 
 
+def _with_papers(target: Target) -> Target:
+    """The folder of a release with its papers.
+
+    Raises:
+        InputError: these are not its papers.
+    """
+    from dagster_project.commands.verify_signatures import contradictions_in
+
+    if found := contradictions_in(target.as_folder()):
+        file, wrong = next(iter(found.items()))
+        raise InputError(
+            f"{file} {wrong}: nothing was signed", f"`pedigree export {target.address} --all` writes the papers of this {target.address}"
+        )
+    return target.as_folder()
+
+
 def files_to_sign(target: Target) -> model_signature.Contents:
     """Raises:
     InputError: there are links among them, or there are none.
     """
-    found = model_signature.contents(target.folder, IGNORED)
+    found = model_signature.contents(target.folder, (*IGNORED, *target.papers))
     if found.other:
         raise InputError(f"{target.path}/{found.other[0]}: neither a file nor a folder", "sign a copy without links: `cp -rL`")
     if not found.files:
@@ -173,7 +193,7 @@ class Lineage:
         return provenance.lock_texts(self.lock_text)
 
     def present(self, deps: Iterable[str], outs: Iterable[str]) -> Present:
-        """Everything but folders at or in dependencies and outputs, whether DVC lists it or not. Links are not followed."""
+        """Everything but folders at or in dependencies and outputs, whether DVC lists it or not, but no papers of a release. Links are not followed."""
         from dagster_project.orchestration import dvc
 
         paths, outs = {*deps, *outs}, set(outs)
@@ -183,7 +203,7 @@ class Lineage:
             if top.is_symlink() or not top.is_dir():
                 regular |= {path: top.is_file() and not top.is_symlink()} if os.path.lexists(top) else {}
                 continue
-            found = model_signature.contents(top, ())
+            found = model_signature.contents(top, names_in(top))
             regular |= {f"{path}/{name}": True for name in found.files} | {f"{path}/{name}": False for name in found.other}
         made = {name for name in regular if any(is_within(name, out) for out in outs)}
         return Present(regular, frozenset(made), frozenset(dvc.files_within(self.root, paths)))

@@ -9,7 +9,7 @@ from typing import Any
 
 from dagster_project.commands.pipeline_file import update_pipeline
 from dagster_project.core.errors import InputError
-from dagster_project.lineage import code_lock
+from dagster_project.lineage import code_lock, papers_in_place
 
 RESULTS = code_lock.PACKAGE / "results_changelog.md"
 """The parts "Results" of CHANGELOG.md, which `make docs` copies into the package."""
@@ -17,12 +17,12 @@ HEADING = re.compile(r"^## \[?(?P<name>[^\]\n]+?)\]?(?: - .*)?$")
 
 
 def upgrade(root: Path) -> dict[str, Any]:
-    """Record the installed code of every stage, and write dvc.yaml of this version unless it was edited. No stage is run.
+    """Record the installed code of every stage, write dvc.yaml of this version unless it was edited, and add to .dvcignore what it lacks. No stage is run.
 
     Returns:
         {"from", "to": versions, "changed": stages whose code differs from the recorded one, "stale": {address: why}, "current": addresses that
         stay as they are, "results": {version: entries of the changelog}, "edited": stages whose definition in an edited dvc.yaml is not that of
-        this version}.
+        this version, "ignored": lines that were added to .dvcignore}.
     Raises:
         InputError: the project is a clone, in which stages depend on files.
     """
@@ -40,6 +40,7 @@ def upgrade(root: Path) -> dict[str, Any]:
     changed = [name for name, value in lock.stages.items() if recorded.stages.get(name) != value]
     if lock != recorded:
         (root / code_lock.FILE).write_text(lock.text(), encoding="utf-8")
+    ignored = papers_in_place.add_lines(root)
     states = dvc.read_stages(root)
     above, stale = parents(states), {}
     for address in states:  # in flow order
@@ -57,6 +58,7 @@ def upgrade(root: Path) -> dict[str, Any]:
         "current": [address for address in states if address not in stale],
         "results": results_since(recorded.version, RESULTS.read_text(encoding="utf-8")) if changed else {},
         "edited": update.edited,
+        "ignored": ignored,
     }
 
 
@@ -103,4 +105,6 @@ def as_text(document: Mapping[str, Any]) -> str:
             f"dvc.yaml was edited and is kept; this version defines {', '.join(document['edited'])} differently: compare with the dvc.yaml that"
             " `pedigree init` writes in an empty folder",
         ]
-    return "\n".join([*lines, "", f"commit {code_lock.FILE} and dvc.yaml with the results of the next run"])
+    if document["ignored"]:
+        lines += ["", f"{papers_in_place.IGNORE_FILE} has {len(document['ignored'])} more lines: the papers of a release"]
+    return "\n".join([*lines, "", f"commit {code_lock.FILE}, dvc.yaml and {papers_in_place.IGNORE_FILE} with the results of the next run"])

@@ -19,7 +19,7 @@ from dagster_project.lineage.signing.envelope import SignatureError
 from dagster_project.lineage.signing.keys import PublicKey, public_key, public_key_of
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
 from dagster_project.lineage.signing.provenance import Attested
-from dagster_project.lineage.signing.target import Target, find
+from dagster_project.lineage.signing.target import SIGNATURES, Target, find
 
 NOT_ATTESTED = f"the lineage (no {ATTESTATIONS})"
 NOT_SIGNED = f"the files (no {SIGNATURE})"
@@ -46,17 +46,30 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
         key_file: of the public key to trust; None: the one beside the signatures.
     Returns:
         {"model", "folder", "verdict": "verified", "altered", "contradictory" or "incomplete", "key": sha256 of the public key, "key_given", "signature": {"file", "files"} or None,
+        "project": {"signature", "attestations"} of a release that has signatures in its folder and in the project,
         "attestations": {"file", "stages", "files", "remade": verdict or None} or None,
         "papers": {"documents": that were compared, "values": that two of them state} or None, "findings": [{"file", "wrong"}],
         "not_checked": what could not be verified}. The verdict is "contradictory" if all is as it was signed, but documents in a folder
-        contradict its files or each other; "incomplete" if the folder has papers, but only its model is covered, by attestations.
+        contradict its files or each other; "incomplete" if the folder has papers, but only its model is covered.
     Raises:
         InputError: nothing is signed, or the key given cannot be used.
     """
-    found = find(root, model)
-    target = _with_own_signatures(found)
+    found, given = find(root, model), public_key_of(key_file) if key_file else None
+    recorded = found.root is None or any(os.path.lexists(found.signatures / name) for name in (SIGNATURE, ATTESTATIONS))
+    if not _has_own_signatures(found, recorded):
+        return _with_unsigned_papers(verify_target(found, given), found)
+    own = verify_target(found.as_folder(), given, found)
+    return _combined(own, verify_target(found, given)) if recorded else own
+
+
+def verify_target(target: Target, given: PublicKey | None, recorded: Target | None = None) -> dict[str, Any]:
+    """As `verify_signatures`, of the signatures of one place.
+
+    Args:
+        given: the public key to trust.
+        recorded: the output that the folder is in the place of.
+    """
     signature, attestations, pem = (target.signatures / name for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY))
-    given = public_key_of(key_file) if key_file else None
     claimed = _key_on_page(target)
     if not any(map(os.path.lexists, (signature, attestations))) and claimed is None:
         where = f" in {target.shown(target.signatures)}" if target.root else ""
@@ -69,8 +82,8 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
     if key is not None:
         verification.check_signature(signature, key)
         verification.check_attestations(attestations, key)
-    if found is not target:
-        verification.check_record(found)
+    if recorded is not None:
+        verification.check_record(recorded)
     altered = bool(verification.findings)
     if target.root is None and any((target.folder / name).is_file() for name in (PAGE, "audit/audit.json")):
         verification.check_papers()
@@ -94,12 +107,57 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
     }
 
 
-def _with_own_signatures(target: Target) -> Target:
-    """An output that contains its signatures, while the project has none of it: a folder that was handed over, put in its place in a clone."""
-    if target.root is None or any((target.signatures / name).is_file() for name in (SIGNATURE, ATTESTATIONS)):
-        return target
+def _has_own_signatures(target: Target, recorded: bool) -> bool:
+    """Whether an output contains its signatures: a release with its papers, or, if the project has none of it, a folder that was handed over, put in its place in a
+    clone. Also if a page says so, and they are missing.
+
+    Args:
+        recorded: whether the project has signatures of it.
+    """
+    if target.root is None or (recorded and not target.papers):
+        return False
     own = any(os.path.lexists(target.folder / name) for name in (SIGNATURE, ATTESTATIONS))
-    return Target(None, "", target.path, target.folder, {}, "") if own else target
+    return own or (bool(target.papers) and _key_on_page(target.as_folder()) is not None)
+
+
+def _with_unsigned_papers(document: dict[str, Any], target: Target) -> dict[str, Any]:
+    """The document of a release, if papers without a signature are beside its files: it covers the release alone, and compares what they state."""
+    found = [name for name in target.papers if os.path.lexists(target.folder / name)]
+    if not found:
+        return document
+    contradictions = contradictions_in(target.as_folder()) if document["verdict"] == "verified" else {}
+    findings = [*document["findings"], *({"file": file, "wrong": wrong} for file, wrong in sorted(contradictions.items()))]
+    verdict = "contradictory" if contradictions else "incomplete" if document["verdict"] == "verified" else document["verdict"]
+    note = f"{', '.join(sorted(found))} in {target.path}: no signature covers them"
+    return {**document, "verdict": verdict, "findings": findings, "not_checked": [*document["not_checked"], note]}
+
+
+def _combined(own: dict[str, Any], project: dict[str, Any]) -> dict[str, Any]:
+    """What the signatures in a folder say, and what those that the project has of it say."""
+    findings = [*own["findings"], *(one for one in project["findings"] if one not in own["findings"])]
+    verdicts = {own["verdict"], project["verdict"]}
+    if own["key"] and project["key"] and own["key"] != project["key"]:
+        wrong = f"is another key than that of {project['folder']}'s own signatures (sha256 {own['key'][:16]})"
+        findings.append({"file": f"{SIGNATURES}/{project['model']}/{PUBLIC_KEY}", "wrong": wrong})
+        verdicts.add("contradictory")
+    done = {NO_PROJECT} if project["attestations"] else set()
+    done |= {text for key, text in (("signature", NOT_SIGNED), ("attestations", NOT_ATTESTED)) if own[key] or project[key]}
+    unknown = dict.fromkeys([*own["not_checked"], *project["not_checked"]])
+    return {
+        **own,
+        "verdict": next(verdict for verdict in ("altered", "contradictory", "incomplete", "verified") if verdict in verdicts),
+        "project": {"signature": project["signature"], "attestations": project["attestations"]},
+        "findings": findings,
+        "not_checked": [what for what in unknown if what not in done],
+    }
+
+
+def contradictions_in(target: Target) -> dict[str, str]:
+    """File in a folder -> where the documents in the folder contradict its files or each other, whether they are signed or not."""
+    present = {"file": ATTESTATIONS} if _is_regular(target.folder / ATTESTATIONS) else None
+    verification = _Verification(target, attestations=present)
+    verification.check_papers()
+    return verification.findings
 
 
 def _key_on_page(target: Target) -> str | None:
@@ -216,10 +274,10 @@ class _Verification:
 
     def _compare_files(self, expected: Mapping[str, str], ignored: Iterable[str], done: str) -> None:
         """Compare the folder with the sha256 of its files."""
-        found = model_signature.contents(self.target.folder, ignored)
+        found = model_signature.contents(self.target.folder, (*ignored, *self.target.papers))
         for path, wrong in model_signature.differences(expected, found, self._sha256, done).items():
             self.find(f"{self.target.path}/{path}", wrong)
-        left_out = {*found.ignored} - {ATTESTATIONS, PUBLIC_KEY, SIGNATURE}
+        left_out = {*found.ignored} - {ATTESTATIONS, PUBLIC_KEY, SIGNATURE, *self.target.papers}
         self.left_out = left_out if self.left_out is None else self.left_out & left_out
 
     def check_papers(self) -> None:
@@ -344,11 +402,12 @@ def as_text(document: Mapping[str, Any]) -> str:
     """The document of `verify_signatures` as text for the terminal."""
     key = f"key sha256 {document['key'][:16]}{'' if document['key_given'] else ', which came with them'}" if document["key"] else "no key"
     lines = [f"{document['model']}: {document['verdict']}  ({document['folder']}, {key})"]
-    if signed := document["signature"]:
-        lines.append(f"  signature     {signed['file']}: {signed['files']} files")
-    if attested := document["attestations"]:
-        remade = f"made again from the sources before it was signed: {attested['remade']}" if attested["remade"] else "not made again"
-        lines.append(f"  attestations  {attested['file']}: {len(attested['stages'])} stages, {attested['files']} files; {remade}")
+    for place in (document, document.get("project", {})):
+        if signed := place.get("signature"):
+            lines.append(f"  signature     {signed['file']}: {signed['files']} files")
+        if attested := place.get("attestations"):
+            remade = f"made again from the sources before it was signed: {attested['remade']}" if attested["remade"] else "not made again"
+            lines.append(f"  attestations  {attested['file']}: {len(attested['stages'])} stages, {attested['files']} files; {remade}")
     if compared := document["papers"]:
         lines.append(
             f"  papers        {compared['documents']} documents; {compared['values']} values compared with files and other documents"

@@ -18,6 +18,7 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git, git_bytes
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file, md5_of_folder
+from dagster_project.lineage.papers_in_place import without_papers
 
 LOCK = "dvc.lock"
 LINK, SUBMODULE = "120000", "160000"
@@ -427,10 +428,10 @@ def cached_runs(storage: Path) -> list[Path]:
 
 
 def listing_of(path: Path) -> dict[str, str]:
-    """As `Objects.listing`, of a file or folder on disk; empty if it does not exist."""
+    """As `Objects.listing`, of a file or folder on disk, without the papers of a release; empty if it does not exist."""
     if path.is_file():
         return {"": md5_of_file(path)}
-    return {file.relative_to(path).as_posix(): md5_of_file(file) for file in path.rglob("*") if file.is_file()}
+    return {file.relative_to(path).as_posix(): md5_of_file(file) for file in without_papers(path, path.rglob("*")) if file.is_file()}
 
 
 def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
+from dagster_project.curation.left_out import LEFT_OUT
 from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, UNKNOWN, declared_of, with_unknown
 from dagster_project.lineage import code_lock, registered, tables
@@ -398,11 +399,14 @@ def _stage(index: Index, run: StageRun, report: Mapping[str, Any], names: Mappin
 
 def _ledger_counts(index: Index, run: StageRun) -> dict[tuple[str, str], int]:
     """(source, outcome) -> rows; empty if the ledger is unavailable."""
-    path = index.file_path(run.md5, LEDGER)
-    if path is None:
-        return {}
-    rows = tables.read(path, ["source", "outcome"]).group_by("source", "outcome").len().rows()
-    return {(source, outcome): count for source, outcome, count in sorted(rows)}
+    paths = [index.file_path(run.md5, name) for name in (LEDGER, LEFT_OUT) if name == LEDGER or name in (index.files(run.md5) or {})]
+    found: dict[tuple[str, str], int] = {}
+    for path in paths:
+        if path is None:
+            return {}
+        rows = tables.read(path, ["source", "outcome"]).group_by("source", "outcome").len().rows()
+        found |= {(source, outcome): count for source, outcome, count in sorted(rows)}
+    return found
 
 
 def _outcomes_of_source(counts: Mapping[tuple[str, str], int], name: str) -> dict[str, int]:

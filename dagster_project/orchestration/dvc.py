@@ -721,6 +721,17 @@ def files_within(root: Path, paths: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
+def not_ignored(root: Path, paths: Iterable[str]) -> list[str]:
+    """Those of some paths of the project that DVC does not ignore. They need not exist.
+
+    Args:
+        paths: of folders with "/" at the end.
+    """
+    with open_repo(root) as repo:
+        rules = repo.dvcignore
+        return [path for path in paths if not (rules.is_ignored_dir if path.endswith("/") else rules.is_ignored_file)(str(root / path))]
+
+
 def tracked_sources(root: Path) -> dict[str, str]:
     """Recorded content hash of each source with a .dvc file, by path."""
     with open_repo(root) as repo:

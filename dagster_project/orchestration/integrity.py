@@ -23,6 +23,7 @@ from dagster_project.core.hashing import md5_of_bytes, md5_of_file, sha256_of_fi
 from dagster_project.core.layout import PLOTS, REPORTS, report_of
 from dagster_project.core.records import write_text
 from dagster_project.lineage.history import LOST_HINT, Revision, lost_entries, lost_text
+from dagster_project.lineage.papers_in_place import without_papers
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dvc import StageState
 
@@ -33,7 +34,7 @@ SHOWN = 20
 
 
 def sha256_of(folder: Path, known: dict[str, list[int | str]] | None = None) -> str:
-    """sha256 over the lines "<sha256 of file> <path>" of all files in a folder, in the order of their paths.
+    """sha256 over the lines "<sha256 of file> <path>" of all files in a folder, in the order of their paths, without the papers of a release.
 
     Args:
         folder: or one file.
@@ -41,7 +42,7 @@ def sha256_of(folder: Path, known: dict[str, list[int | str]] | None = None) -> 
     """
     known = {} if known is None else known
     lines = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]:
+    for path in sorted(p for p in without_papers(folder, folder.rglob("*")) if p.is_file()) if folder.is_dir() else [folder]:
         stat = path.stat()
         current = [stat.st_mtime_ns, stat.st_ino, stat.st_size]
         entry = known.get(str(path))
@@ -288,7 +289,8 @@ class _Examination:
             files: recorded md5 by path in the output; None if unknown.
         """
         target = self.root / path
-        present = {p.relative_to(target).as_posix(): p for p in target.rglob("*") if p.is_file()} if target.is_dir() else {"": target}
+        content = [path for path in without_papers(target, target.rglob("*")) if path.is_file()]
+        present = {path.relative_to(target).as_posix(): path for path in content} if target.is_dir() else {"": target}
         hashes = {name: self._hashes(file) for name, file in present.items()}
         recorded = files or {}
         for name in sorted({*present, *recorded}) if files is not None else []:

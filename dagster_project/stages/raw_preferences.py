@@ -1,4 +1,4 @@
-"""data/sources/* -> raw_preferences. All preference sources in one canonical form, one row per pair; nothing is dropped."""
+"""data/sources/* -> raw_preferences. All preference sources in one canonical form, one row per pair; nothing is dropped, but what was erased and cannot be taken out of its source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import StageContext, ValidationContext
-from dagster_project.core.records import JOINED, READ, Report, ledger_line, pair_schema, uncollected, write_ledger, write_records
+from dagster_project.core.records import JOINED, READ, Report, is_rich, ledger_line, pair_schema, uncollected, write_ledger, write_records
+from dagster_project.core.stored_rows import StoredRows
+from dagster_project.curation import left_out
 from dagster_project.curation.sources import erased, fields
 from dagster_project.curation.sources.reading import PairSource, Reading, locate_sources, read_sources
 
@@ -38,11 +40,15 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     """
     records, sources = read_sources(root, params.sources, params, "raw_preferences", pairs=True, scratch=out.parent)
     pairs = records.rows()
-    returned = erased.read_erased(root).check(_with_first_row(pairs))
-    write_records(out, pairs, pair_schema(), records.is_rich)
+    gone = left_out.left_out(erased.read_erased(root), _with_first_row(pairs))
+    kept = StoredRows((pairs[number] for number in gone.kept(len(pairs))), out.parent) if gone.places else pairs
+    rich = records.is_rich and (kept is pairs or any(map(is_rich, kept)))
+    write_records(out, kept, pair_schema(), rich)
     ignored = fields.IgnoredFields()
-    write_ledger(out, _ledger(pairs, ignored))
-    return Report(rows_in=len(pairs), rows_out=len(pairs), metrics={"sources": sources}, checks=[ignored.check(), returned])
+    write_ledger(out, _ledger(kept, ignored))
+    gone.write(out, lambda number: pairs[number]["source_rows"])
+    checks = [ignored.check(), gone.check]
+    return Report(rows_in=len(pairs), rows_out=len(kept), dropped=gone.dropped, metrics={"sources": sources}, checks=checks)
 
 
 def _ledger(pairs: Iterable[dict[str, Any]], ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:

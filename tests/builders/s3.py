@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 import subprocess
 import sys
@@ -49,6 +51,12 @@ class S3Server:
 
     def write(self, key: str, content: bytes) -> None:
         self._client().put_object(Bucket=BUCKET, Key=key, Body=content)
+
+    def revision(self, prefix: str) -> str:
+        """What `revision` of a source pins: the sha256 of the list of objects, from the server's own list."""
+        listed = self._client().list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/")["Contents"]
+        lines = [[one["Key"].removeprefix(f"{prefix}/"), one["Size"], one["ETag"].strip('"')] for one in listed]
+        return hashlib.sha256("".join(json.dumps(line) + "\n" for line in sorted(lines)).encode()).hexdigest()
 
     def make_bucket(self) -> None:
         self._client().create_bucket(Bucket=BUCKET)

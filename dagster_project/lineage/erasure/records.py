@@ -16,6 +16,7 @@ from dagster_project.core.messages import argument_texts, calls
 from dagster_project.core.published_ids import parse_key, published_id
 from dagster_project.core.records import LEDGER, iter_table, with_source_rows
 from dagster_project.core.text import visible
+from dagster_project.curation.left_out import LEFT_OUT, is_remote
 from dagster_project.curation.sources.erased import key_id, record_mark, text_marks
 from dagster_project.curation.sources.files import READERS, read_rows, suffix_of
 from dagster_project.lineage import tables
@@ -156,6 +157,12 @@ class Found:
     def ids(self) -> list[str]:
         return list(dict.fromkeys(raw.example_id for raw in self.meant if raw.example_id))
 
+    def without_tombstone(self, key: bytes) -> list[str]:
+        """ "source:row" of each record on the Hub or in S3 that would not be left out, because no tombstone names it."""
+        stones = {stone["record"] for stone in self.tombstones}
+        remote = (raw for raw in self.meant if raw.current and is_remote(raw.source))
+        return [f"{raw.source}:{raw.rows[0]}" for raw in remote if not raw.example_id or record_mark(key, raw.example_id) not in stones]
+
 
 class Finder:
     """Finds the records of a request in all available versions of the raw data sets."""
@@ -183,7 +190,7 @@ class Finder:
         shards = [
             path
             for name in sorted(self.index.files(run.md5) or {})
-            if name.endswith(".parquet") and name != LEDGER and (path := self.index.file_path(run.md5, name))
+            if name.endswith(".parquet") and name not in (LEDGER, LEFT_OUT) and (path := self.index.file_path(run.md5, name))
         ]
         ledger = self.index.file_path(run.md5, LEDGER)
         if not shards or ledger is None:

@@ -65,6 +65,12 @@ def contents(folder: Path, ignored: Iterable[str]) -> Contents:
     return Contents({name: files[name] for name in sorted(files, key=PurePosixPath)}, tuple(sorted(other)), tuple(sorted(skipped)))
 
 
+def together(first: Contents, second: Contents) -> Contents:
+    """The files of two folders, as if they were in one."""
+    files = {**first.files, **second.files}
+    return Contents({name: files[name] for name in sorted(files, key=PurePosixPath)}, first.other + second.other, ())
+
+
 def manifest(name: str, found: Contents) -> Manifest:
     """Hash the files of a folder."""
     return Manifest(name, {path: sha256_of_file(file) for path, file in found.files.items()}, IGNORED)

@@ -11,6 +11,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.layout import PLOTS, REPORTS
 from dagster_project.lineage.history import LOCK, Objects, Revision, listing_of, path_exists, resolve, stages_of
+from dagster_project.lineage.papers_in_place import names_in
 from dagster_project.lineage.signing.keys import PublicKey
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
 
@@ -41,6 +42,15 @@ class Target:
     def signatures(self) -> Path:
         """Folder of the signature, the attestations and the public key."""
         return self.folder if self.root is None else self.root / SIGNATURES / self.address.replace("@", "/")
+
+    @property
+    def papers(self) -> tuple[str, ...]:
+        """Names in the folder that are no part of the output: papers of a release, which have a signature in the folder. None of another folder, where they are part of it."""
+        return () if self.root is None else names_in(self.folder)
+
+    def as_folder(self) -> Target:
+        """The folder of an output with the signatures in it, as one that was handed over."""
+        return Target(None, "", self.path, self.folder, {}, "")
 
     def shown(self, file: Path) -> str:
         """The path of a file as messages name it."""

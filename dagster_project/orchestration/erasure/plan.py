@@ -19,12 +19,14 @@ from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.core.published_ids import CREATE, SAMPLE_KEY, read_key
 from dagster_project.core.records import write_json
+from dagster_project.curation.left_out import is_remote
+from dagster_project.lineage import papers_in_place
 from dagster_project.lineage.erasure import removal
 from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles
 from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Request
 from dagster_project.lineage.erasure.scan import Scanner
-from dagster_project.lineage.history import Objects
+from dagster_project.lineage.history import Objects, is_within
 from dagster_project.lineage.impact import exposed_in_workspace, exposed_models
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.runs import StageRun
@@ -112,9 +114,11 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     read = {**_hashes_of_notes(root), **_hashes_when_read(root)}
     finder = Finder(index, key)
     found = finder.find(request, chosen)
-    rows = found.rows
+    remote = {path: sorted(numbers) for path, numbers in sorted(found.rows.items()) if is_remote(path)}
+    rows = {path: numbers for path, numbers in found.rows.items() if path not in remote}
     _refuse_reason(reason, request, found)
     _refuse_shifted_waivers(root, rows)
+    _refuse_without_tombstone(found, key)
     sources = {path: _change(root, path, numbers, False, read) for path, numbers in sorted(rows.items())}
     sources |= {
         path: _change(root, path, numbers, path.startswith("data/sources/review/"), read) for path, numbers in sorted(found.notes.items())
@@ -133,6 +137,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "records": len(found.ids),
         "made": len(found.made),
         "sources": sources,
+        "remote": {path: {"rows": numbers, "revision": _revision(root, path)} for path, numbers in remote.items()},
         "tombstones": found.tombstones,
         "models": models,
         "unknown": [{name: model[name] for name in ("stage", "md5", "found_in", "fetch")} for model in unknown],
@@ -142,6 +147,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "before": _outputs(index),
         "places": places.document(),
         "searched": places.searched(),
+        "papers": papers_in_place.present(root),
         "blobs": places.blobs,
         "remotes elsewhere": remotes.elsewhere,
         "event log elsewhere": _has_event_log_elsewhere(root),
@@ -162,6 +168,28 @@ def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
                 f"{address} is not up to date ({states[address].changed[0]}), so its rows may not be those of the sources",
                 f"run `dvc repro {address}`, then ask again",
             )
+
+
+def _refuse_without_tombstone(found: Found, key: bytes) -> None:
+    """Raises:
+    InputError: a row on the Hub or in S3 would not be left out.
+    """
+    if kept := found.without_tombstone(key):
+        raise InputError(
+            f"{kept[0]}: cannot be taken out of its source from here, and not be left out: a row that stays has the same text, or it has none",
+            "erase its copies, too (leave out --not copies), or have its owner take it out, and set the new `revision`",
+        )
+
+
+def _revision(root: Path, path: str) -> str:
+    """The revision of a source on the Hub or in S3, by the reports; empty if none names it."""
+    for address in (EXAMPLES, PAIRS):
+        report = f"data/reports/{address}.json"
+        sources = read_document(root / report, report, "").get("sources", {}) if (root / report).is_file() else {}
+        for name, facts in sources.items():
+            if is_within(path, name.rstrip("/")) and "revision" in facts:
+                return str(facts["revision"])
+    return ""
 
 
 def _hashes_when_read(root: Path) -> dict[str, str]:

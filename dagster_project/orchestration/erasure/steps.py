@@ -15,6 +15,7 @@ from typing import Any
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
 from dagster_project.core.records import remove
+from dagster_project.lineage import papers_in_place
 from dagster_project.lineage.attribution.proof import PROOFS
 from dagster_project.lineage.attribution.store import GRADIENTS
 from dagster_project.lineage.database import INDEX_FILE
@@ -168,7 +169,8 @@ class Erasure:
         return {name for name in gone if (folder / name[:2] / name[2:]).is_file()}
 
     def files(self) -> None:
-        """Remove pages and scratch files that hold them."""
+        """Remove pages and scratch files that hold them, and papers in the folder of the release: they state hashes of the sources before."""
+        papers_in_place.delete(self.root)
         for path in self.plan["files"]:
             Path(self.root, path).unlink(missing_ok=True)
         for name in OWN_SCRATCH:

@@ -1,0 +1,349 @@
+"""Papers beside the files of a release: DVC reports no change, the folder alone is verified by a stranger, papers of another version are refused, and nothing
+that hashes, copies or publishes the release takes them for a part of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.files import flip
+from conftest import dvc, edit_params, pedigree, run, tool
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from dagster_project.__main__ import main
+from dagster_project.commands.init import DVC_FILES
+from dagster_project.commands.sign import attest, sign
+from dagster_project.commands.verify_signatures import as_text, verify_signatures
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import md5_of_folder
+from dagster_project.lineage import papers_in_place
+from dagster_project.lineage.export.folder import FOLDER, PAGE
+from dagster_project.lineage.export.registry import find, formats
+from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
+from dagster_project.orchestration import integrity
+from dagster_project.orchestration.dvc import outputs
+from dagster_project.orchestration.erasure.steps import Erasure
+
+ISSUED = ("--issued", "2026-01-31")
+RELEASE = "data/release"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_key(folder: Path, name: str) -> tuple[str, str]:
+    """Files of a new Ed25519 key, and of its public key."""
+    key, private, public = Ed25519PrivateKey.generate(), folder / f"{name}.pem", folder / f"{name}.pub"
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return str(private), str(public)
+
+
+def write_papers(root: Path, *more: str) -> int:
+    return main(["export", "release", "--all", *ISSUED, "--project", str(root), *more])
+
+
+def commit(root: Path, message: str) -> None:
+    for command in (["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", message]):
+        done = run(["git", *command], root)
+        assert done.returncode == 0, done.stderr
+
+
+def is_clean(root: Path) -> bool:
+    """Whether DVC, by itself, calls the release and everything else unchanged."""
+    status, data = dvc(root, "status", "--json"), dvc(root, "data", "status", "--granular", "--json")
+    return json.loads(status.stdout) == {} and not {"uncommitted", "committed"} & json.loads(data.stdout).keys()
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return write_key(tmp_path_factory.mktemp("key"), "key")
+
+
+@pytest.fixture(scope="module")
+def _signed(_finished: Path, keys: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished, committed project with signed papers beside the files of its release."""
+    tool("spdx_python_model")
+    root = Path(shutil.copytree(_finished, tmp_path_factory.mktemp("signed") / "project", symlinks=True))
+    commit(root, "ran")
+    assert write_papers(root, "--key", keys[0]) == 0
+    return root
+
+
+@pytest.fixture
+def signed(_signed: Path, tmp_path: Path) -> Iterator[Path]:
+    yield Path(shutil.copytree(_signed, tmp_path / "project", symlinks=True))
+
+
+def verdict(root: Path, model: str, public: str | None) -> tuple[str, dict[str, str]]:
+    document = verify_signatures(root, model, public)
+    found = {one["file"]: one["wrong"] for one in document["findings"]}
+    assert all(file in as_text(document) and wrong in as_text(document) for file, wrong in found.items())
+    return document["verdict"], found
+
+
+def test_the_names_are_those_that_exports_and_signatures_have() -> None:
+    assert set(papers_in_place.NAMES) == {FOLDER, PAGE, SIGNATURE, ATTESTATIONS, PUBLIC_KEY}
+    ignored = (Path(__file__).parents[1] / ".dvcignore").read_text().splitlines()
+    assert ignored[-6:] == [papers_in_place.COMMENT, *papers_in_place.IGNORE_LINES]
+    assert DVC_FILES[".dvcignore"].splitlines()[-6:] == ignored[-6:], "new projects have them, too"
+
+
+def test_the_papers_are_beside_the_release_and_dvc_and_git_report_nothing(signed: Path, _finished: Path) -> None:
+    release, before = signed / RELEASE, _finished / RELEASE
+    papers = {*(f"papers/{find(form).file}" for form in formats()), "papers.html", "model.sig", "model.intoto.jsonl", "model.pub"}
+    assert names(release) == names(before) | papers and not names(before) & papers and len(papers) == 11
+    assert all((release / name).read_bytes() == (before / name).read_bytes() for name in names(before))
+    assert is_clean(signed) and run(["git", "status", "--porcelain"], signed).stdout == ""
+    assert not list((signed / ".dvc/tmp/pedigree").glob("papers.*"))
+    (release / "other.txt").write_text("x")
+    assert not is_clean(signed), "other files are reported"
+
+
+def test_a_stranger_with_the_folder_and_the_package_alone_verifies_it(signed: Path, keys: tuple[str, str], tmp_path: Path) -> None:
+    place = Path(shutil.copytree(signed / RELEASE, tmp_path / "elsewhere/data/release"))
+    code = (
+        "import sys\n"
+        "for name in ('dvc', 'dagster', 'torch', 'transformers', 'pyarrow', 'spdx_python_model'): sys.modules[name] = None\n"
+        "from dagster_project.__main__ import main\n"
+        f"sys.exit(main(['verify', 'data/release', '--signatures', '--key', {keys[1]!r}, '--json']))"
+    )
+    for where in (tmp_path / "elsewhere", signed):
+        done = run([sys.executable, "-c", code], where, PEDIGREE_PROJECT="")
+        document = json.loads(done.stdout)
+        assert (done.returncode, document["verdict"], document["findings"]) == (0, "verified", []), (where, document, done.stderr)
+        assert document["signature"]["files"] == len(names(place)) - 3 and document["attestations"]["stages"][-1] == "release"
+        assert document["papers"]["values"] > 100
+    other = Path(shutil.copytree(place, tmp_path / "published"))
+    assert verdict(tmp_path, str(other), keys[1]) == ("verified", {}), "under any other name, too"
+
+
+def test_every_changed_added_or_removed_paper_is_named(signed: Path, keys: tuple[str, str]) -> None:
+    release = signed / RELEASE
+    for name in sorted(names(release)):
+        content = (release / name).read_bytes()
+        (release / name).chmod(0o644)
+        (release / name).unlink()
+        (release / name).write_bytes(content)
+        flip(release / name, 8 * (len(content) // 2))
+        found, wrong = verdict(signed, "release", keys[1])
+        assert found == "altered" and f"{RELEASE}/{name}" in wrong, name
+        (release / name).unlink()
+        found, wrong = verdict(signed, "release", keys[1])
+        assert (found, wrong) == ("verified", {}) if name == "model.pub" else (found != "verified" and f"{RELEASE}/{name}" in wrong), name
+        (release / name).write_bytes(content)
+    for name in ("papers/new.json", "new.txt"):
+        (release / name).write_text("{}")
+        assert verdict(signed, "release", keys[1])[0] == "altered"
+        (release / name).unlink()
+    for name in ("model.sig", "model.intoto.jsonl"):
+        (release / name).unlink()
+    assert verdict(signed, "release", keys[1])[0] == "altered", "the page states a key"
+    assert verdict(signed, str(release), None)[0] == "altered"
+
+
+def test_papers_of_another_version_are_refused_wherever_dvc_leaves_them(signed: Path, keys: tuple[str, str], capsys: Any) -> None:
+    """DVC deletes them when the stage runs or is restored, and leaves them when it checks another version out."""
+    release, private, public = signed / RELEASE, *keys
+    edit_params(signed, lambda values: values["release"]["waivers"][0].update(reason="another reason"))
+    done = dvc(signed, "repro", "release")
+    assert done.returncode == 0, done.stderr
+    assert not papers_in_place.present(signed), "a run starts without the papers of the version before"
+    commit(signed, "second")
+    assert write_papers(signed, "--key", private) == 0 and is_clean(signed)
+    assert verdict(signed, "release", public) == ("verified", {})
+    assert run(["git", "checkout", "-q", "HEAD~1"], signed).returncode == 0 and dvc(signed, "checkout", "-q").returncode == 0
+    assert papers_in_place.present(signed) == [*papers_in_place.NAMES] and is_clean(signed)
+    for model in ("release", RELEASE, str(release)):
+        found, wrong = verdict(signed, str(release) if model == RELEASE else model, public)
+        assert found == "altered" and f"{RELEASE}/release.json" in wrong and "dvc.lock: release" in wrong
+    assert pedigree(signed, "verify", "release", "--signatures").returncode == 1
+    assert "are of another release" in pedigree(signed, "audit", "release").stderr
+    with pytest.raises(InputError, match="nothing was signed"):
+        sign(signed, "release", private)
+    assert dvc(signed, "checkout", "--force", "-q").returncode == 0 and verdict(signed, "release", public)[0] == "altered"
+    assert write_papers(signed, "--key", private) == 0 and verdict(signed, "release", public) == ("verified", {})
+    assert "another release" not in pedigree(signed, "audit", "release").stderr
+    for name in ("model.sig", "model.intoto.jsonl", "model.pub"):
+        (release / name).unlink()
+    capsys.readouterr()
+    assert write_papers(signed) == 0 and not {"model.sig", "model.pub"} & names(release)
+    assert run(["git", "checkout", "-q", "-"], signed).returncode == 0 and dvc(signed, "checkout", "-q").returncode == 0
+    attest(signed, "release", private)
+    found, wrong = verdict(signed, "release", public)
+    assert found == "contradictory" and any("contradicts the files of the model" in one for one in wrong.values()), (
+        "papers without a signature"
+    )
+
+
+def test_dvc_restores_pushes_and_gets_the_release_without_papers(signed: Path, keys: tuple[str, str], tmp_path: Path) -> None:
+    release = signed / RELEASE
+    content = names(release) - {name for name in names(release) if name.split("/")[0] in papers_in_place.NAMES}
+    assert dvc(signed, "remote", "add", "-d", "store", str(tmp_path / "store")).returncode == 0
+    commit(signed, "remote")
+    for command in (["push", "-q"], ["commit", "-f", "-q"], ["gc", "-w", "-f", "-q"], ["checkout", "--relink", "-q"], ["pull", "-q"]):
+        assert dvc(signed, *command).returncode == 0
+        assert is_clean(signed) and verdict(signed, "release", keys[1]) == ("verified", {}), command
+    stored = {hashlib.md5(path.read_bytes()).hexdigest() for path in (tmp_path / "store").rglob("*") if path.is_file()}
+    assert {hashlib.md5((release / name).read_bytes()).hexdigest() for name in content} <= stored
+    assert not {hashlib.md5((release / name).read_bytes()).hexdigest() for name in names(release) - content} & stored
+    done = dvc(tmp_path, "get", "-q", str(signed), RELEASE, "-o", str(tmp_path / "got"))
+    assert done.returncode == 0 and names(tmp_path / "got") == content, done.stderr
+    assert run(["git", "-c", "user.name=t", "-c", "user.email=t@e.org", "tag", "-a", "release@v0.0.1", "-m", "x"], signed).returncode == 0
+    done = dvc(tmp_path, "artifacts", "get", str(signed), "release", "--rev", "v0.0.1", "-o", str(tmp_path / "artifact"))
+    assert done.returncode == 0 and names(tmp_path / "artifact") == content, done.stderr
+    subprocess.run(["git", "clone", "-q", str(signed), str(tmp_path / "clone")], check=True)
+    assert dvc(tmp_path / "clone", "pull", "-q", "release").returncode == 0 and names(tmp_path / "clone" / RELEASE) == content
+    assert dvc(signed, "repro", "-f", "-s", "release").returncode == 0 and names(release) == content and is_clean(signed)
+    first = (signed / "params.yaml").read_bytes()
+    edit_params(signed, lambda values: values["release"]["waivers"][0].update(reason="another reason"))
+    assert dvc(signed, "repro", "-s", "release").returncode == 0
+    (signed / "params.yaml").write_bytes(first)
+    assert write_papers(signed) == 0
+    done = dvc(signed, "repro", "-s", "release")
+    assert "is cached" in done.stdout and names(release) == content, "restored from the run cache"
+
+
+def test_nothing_takes_the_papers_for_a_part_of_the_release(signed: Path, _finished: Path, keys: tuple[str, str], tmp_path: Path) -> None:
+    release, content = signed / RELEASE, names(_finished / RELEASE)
+    assert set(listing_of(release)) == content and md5_of_folder(listing_of(release)) == outputs(signed, "release")[RELEASE]
+    report = json.loads((signed / "data/reports/release.json").read_text())
+    assert integrity.sha256_of(release) == report["output_sha256"]
+    assert set(listing_of(Path(shutil.copytree(release, tmp_path / "elsewhere")))) == names(release), "only in the place of a release"
+    for command in (
+        ["run", "release"],
+        ["verify", "--integrity"],
+        ["audit", "release"],
+        ["audit", str(release)],
+        ["export", "release", "--format", "safetensors"],
+    ):
+        done = pedigree(signed, *command)
+        assert done.returncode == 0, (command, done.stderr)
+        if command[0] == "run":  # by itself, without DVC, it replaces the folder
+            assert not papers_in_place.present(signed) and write_papers(signed, "--key", keys[0]) == 0
+    assert names(signed / "build/release-safetensors") == content
+    handed = tmp_path / "handed"
+    assert main(["export", "release", "--all", str(handed), "--with-model", "--key", keys[0], *ISSUED, "--project", str(signed)]) == 0
+    assert names(handed) == names(release) and verdict(tmp_path, str(handed), keys[1]) == ("verified", {})
+    assert is_clean(signed)
+
+
+def test_signatures_of_the_project_and_in_the_folder_are_both_verified(signed: Path, keys: tuple[str, str], tmp_path: Path) -> None:
+    private, public = keys
+    attest(signed, "release", private)
+    document = verify_signatures(signed, "release", public)
+    assert document["verdict"] == "verified" and document["signature"]["file"] == f"{RELEASE}/model.sig"
+    assert (
+        document["project"]["attestations"]["file"] == "data/signatures/release/model.intoto.jsonl"
+        and document["project"]["signature"] is None
+    )
+    assert not any("only its project has" in what for what in document["not_checked"])
+    assert "data/signatures/release/model.intoto.jsonl: " in as_text(document)
+    source = signed / "data/sources/triage_alpaca.json"
+    before = source.read_bytes()
+    source.write_bytes(before + b" ")
+    found, wrong = verdict(signed, "release", public)
+    assert found == "altered" and list(wrong) == [source.relative_to(signed).as_posix()]
+    source.write_bytes(before)
+    flip(signed / RELEASE / "papers/README.md")
+    assert verdict(signed, "release", public) == ("altered", {f"{RELEASE}/papers/README.md": "is not what was signed"})
+    before = (signed / "data/signatures/release/model.intoto.jsonl").read_bytes()
+    assert write_papers(signed, "--key", private) == 0 and verdict(signed, "release", public) == ("verified", {})
+    assert (signed / RELEASE / "model.intoto.jsonl").read_bytes() == before, "attestations that still hold are taken"
+    other, _ = write_key(tmp_path, "other")
+    assert write_papers(signed, "--key", other) == 2, "signatures of a model are by one key"
+    shutil.rmtree(signed / "data/signatures")
+    assert write_papers(signed, "--key", other) == 0
+    attest(signed, "release", private)
+    found, wrong = verdict(signed, "release", None)
+    assert found == "contradictory" and "another key" in wrong["data/signatures/release/model.pub"]
+
+
+def test_papers_without_a_signature_are_never_verified_and_can_be_signed_later(finished: Path, keys: tuple[str, str], capsys: Any) -> None:
+    private, public = keys
+    assert write_papers(finished, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (
+        document["folder"] == RELEASE
+        and document["signature"] is None
+        and [one["paper"] for one in document["missing"]][-1] == "signature, attestations"
+    )
+    assert main(["verify", "release", "--signatures", "--project", str(finished)]) == 2 and "no signatures" in capsys.readouterr().err
+    attest(finished, "release", private)
+    document = verify_signatures(finished, "release", public)
+    assert document["verdict"] == "incomplete" and f"papers, papers.html in {RELEASE}: no signature covers them" in document["not_checked"]
+    assert main(["verify", "release", "--signatures", "--project", str(finished)]) == 1
+    signed = sign(finished, "release", private)
+    assert signed["signature"] == f"{RELEASE}/model.sig" and not (finished / "data/signatures/release/model.sig").exists()
+    assert verdict(finished, "release", public) == ("verified", {})
+    (finished / RELEASE / "model.sig").unlink()
+    flip(finished / RELEASE / "papers/bom.cdx.json")
+    with pytest.raises(InputError, match="nothing was signed"):
+        sign(finished, "release", private)
+    papers_in_place.delete(finished)
+    assert sign(finished, "release", private)["signature"] == "data/signatures/release/model.sig"
+    assert write_papers(finished) == 0
+    assert verdict(finished, "release", public)[0] == "incomplete", "a signature of the release from before does not cover them"
+
+
+def test_bad_input_is_one_message_and_changes_nothing(
+    finished: Path, keys: tuple[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, ignore = ("--key", keys[0]), finished / ".dvcignore"
+    before = names(finished / "data")
+    text = ignore.read_text()
+    cases = [
+        (("adapter@lora", "--all"), text, "beside the files of a release only"),
+        (("release", "--all", "--with-model"), text, "leave it out"),
+        (("release", "--all", "--rev", "HEAD"), text, "--rev cannot be combined"),
+        (("release", "--all", "--key", "none.pem"), text, "No such file"),
+        (("release", "--all", *key), text.replace("/data/release/papers.html\n", ""), "does not list /data/release/papers.html,"),
+        (("release", "--all", *key), text + "!/data/release/papers.html\n", "does not list /data/release/papers.html,"),
+        (("release", "--all", *key), "", "/data/release/model.pub"),
+    ]
+    for arguments, content, wrong in cases:
+        ignore.write_text(content)
+        assert main(["export", *arguments, *ISSUED, "--project", str(finished)]) == 2
+        error = capsys.readouterr().err
+        assert wrong in error and "Traceback" not in error, arguments
+    ignore.write_text(text)
+    file = finished / RELEASE / "config.json"
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content + b" ")
+    assert write_papers(finished, *key) == 2 and "not what dvc.lock recorded" in capsys.readouterr().err
+    file.write_bytes(content)
+    assert names(finished / "data") == before
+    monkeypatch.chdir(finished)
+    assert main(["export", "release", "--all", RELEASE, *ISSUED]) == 0, "the folder may be named"
+    assert names(finished / "data") > before
+
+
+def test_an_erasure_deletes_them_and_leaves_the_release_alone(tmp_path: Path) -> None:
+    """They state hashes of the sources before, and can have been written from an earlier version."""
+    for name in ("papers/README.md", "papers.html", "model.sig", "model.intoto.jsonl", "model.pub", "config.json", "audit/audit.json"):
+        (tmp_path / RELEASE / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / RELEASE / name).write_text("x")
+    needles = {"texts": [], "groups": [], "ids": [], "unsearchable": 0}
+    Erasure(tmp_path, {"needles": needles, "files": []}, lambda _: None).files()
+    assert names(tmp_path / RELEASE) == {"config.json", "audit/audit.json"}
+
+
+def test_lines_are_added_once_and_nothing_else_of_the_file_changes(tmp_path: Path) -> None:
+    file = tmp_path / ".dvcignore"
+    assert papers_in_place.add_lines(tmp_path) == [*papers_in_place.IGNORE_LINES] and papers_in_place.add_lines(tmp_path) == []
+    assert file.read_text().splitlines() == [papers_in_place.COMMENT, *papers_in_place.IGNORE_LINES]
+    mine = b"# mine\r\n*.swp\n\xff\n/data/release/papers/"
+    file.write_bytes(mine)
+    assert papers_in_place.add_lines(tmp_path) == [*papers_in_place.IGNORE_LINES[1:]]
+    assert file.read_bytes().startswith(mine + b"\n") and papers_in_place.missing_lines(tmp_path) == []
