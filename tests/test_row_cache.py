@@ -128,6 +128,18 @@ def test_only_rows_that_are_new_are_computed_wherever_they_are(managed: Path) ->
     assert facts(managed, [*texts, "edited", "appended"])[1] == []
 
 
+def never_without_rows(_: None, lines: Sequence[bytes]) -> pl.DataFrame:
+    assert lines, "asked about no rows, for which it would load its libraries"
+    return pl.DataFrame({"size": [len(line) for line in lines]})
+
+
+def test_work_is_not_loaded_for_rows_that_are_known(managed: Path) -> None:
+    with row_cache.using(managed, "instructions"):
+        first = row_cache.facts(never_without_rows, None, stored(["a", "bc", "a"]), ())
+        assert row_cache.facts(never_without_rows, None, stored(["a", "bc", "a"]), ()).equals(first)
+        assert row_cache.facts(never_without_rows, None, stored(["d", "bc", "a"]), ()).equals(first)
+
+
 def test_the_number_of_a_row_is_not_what_work_can_see(managed: Path) -> None:
     facts(managed, ["a"])
     assert COMPUTED == [{"text": "a"}]

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.records import (
+    BATCH,
+    LEDGER,
     READ,
     Report,
     StoredPart,
-    ledger_line,
+    ledger_schema,
+    ledger_table,
     record_schema,
     uncollected,
-    write_ledger,
     write_stored_records,
+    write_tables,
 )
 from dagster_project.curation.sources import erased, fields, use_policy
 from dagster_project.curation.sources.reading import Reading, Source, locate_sources, read_sources
 from dagster_project.curation.sources.streaming import Records
 from dagster_project.curation.sources.use_policy import Policy
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION, use_policy.NAME: use_policy.DESCRIPTION, **erased.DESCRIPTIONS}
 
@@ -56,16 +63,26 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     count, returned = len(records), erased.read_erased(root).check(records.rows())
     write_stored_records(records.rows(), records.ids, record_schema(), [StoredPart(out, range(count), records.is_rich, {})])
     ignored = fields.IgnoredFields()
-    write_ledger(out, _ledger(records, ignored), repaired=False)
+    write_tables(out / LEDGER, _ledger(records, ignored), ledger_schema())
     policy, metrics = params.use_policy, {"sources": sources}
     stated = {} if policy is None else {use_policy.NAME: policy.given}
     judged = use_policy.check(None if policy is None else use_policy.judge(policy, [metrics]))
     return Report(rows_in=count, rows_out=count, metrics={**metrics, **stated}, checks=[ignored.check(), returned, judged])
 
 
-def _ledger(records: Records, ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:
-    for number, ((source, source_row), identity) in enumerate(zip(records.places(), records.ids, strict=True)):
-        names = {"ignored": records.ignored[number]} if number in records.ignored else {}
-        row = {"source": source, "source_row": source_row, "example_id": identity, **names}
-        ignored.add(row)
-        yield ledger_line(row, source_row, READ, fields.why(row))
+def _ledger(records: Records, ignored: fields.IgnoredFields) -> Iterator[pa.Table]:
+    placed = records.places()
+    for start in range(0, len(records), BATCH):
+        places = [*islice(placed, BATCH)]
+        found = [records.ignored.get(start + k, []) for k in range(len(places))]
+        for (source, row), names in zip(places, found, strict=True):
+            ignored.add({"source": source, "source_row": row, "ignored": names})
+        yield ledger_table(
+            {
+                "source": [source for source, _ in places],
+                "source_row": [row for _, row in places],
+                "example_id": records.ids[start : start + len(places)],
+                "outcome": READ,
+                "why": [fields.why({"ignored": names}) for names in found],
+            }
+        )

@@ -70,24 +70,25 @@ def facts(
     import numpy as np
     import polars as pl
 
-    empty = work(shared, [])
     if _folder.get() is None or identity is None or not len(rows):
-        return pl.concat([empty, *_computed(work, shared, rows.blocks())])
+        return pl.concat([work(shared, []), *_computed(work, shared, rows.blocks())])
     code = _code()
-    store = _Store(_folder.get() / _digest(f"{work.__module__}.{work.__name__}", code, *identity), empty)  # type: ignore[operator]
+    store = _Store(_folder.get() / _digest(f"{work.__module__}.{work.__name__}", code, *identity))  # type: ignore[operator]
     requested = _keys(rows).with_row_index("row")
-    cached = requested.join(store.read(), on=KEYS, how="inner").drop(KEYS)
+    cached = store.read()
+    cached = requested.select("row").clear() if cached is None else requested.join(cached, on=KEYS, how="inner").drop(KEYS)
     is_missing = np.ones(len(rows), np.bool_)
     is_missing[cached["row"].to_numpy()] = False
     missing = np.flatnonzero(is_missing)
+    if not len(missing):  # `work` is not even called without rows: it would load what it needs for them
+        return cached.sort("row").drop("row")
     blocks = rows.blocks() if len(missing) == len(rows) else Selected(rows, missing).blocks()
-    new = pl.concat([empty, *_computed(work, shared, blocks)]).with_columns(row=pl.Series(missing, dtype=requested["row"].dtype))
-    columns = ["row", *empty.columns]
-    all_facts = pl.concat([cached.select(columns), new.select(columns)]).sort("row") if len(cached) else new
+    new = pl.concat(_computed(work, shared, blocks)).insert_column(0, pl.Series("row", missing, dtype=requested["row"].dtype))
+    all_facts = pl.concat([cached.select(new.columns), new]).sort("row") if len(cached) else new
     if code == _code(changed=True):  # else the facts may be of other code than the folder says
         store.write(requested, new, all_facts)
         _limit(store.folder.parent)
-    return all_facts.select(empty.columns)
+    return all_facts.drop("row")
 
 
 def unnumbered(line: bytes) -> bytes:
@@ -135,29 +136,27 @@ def _hashes(rows: StoredRows | Selected) -> np.ndarray:
 class _Store:
     """Files with facts of one kind. The name of each is the hash of the folder's name and of its content."""
 
-    def __init__(self, folder: Path, empty: pl.DataFrame) -> None:
-        import polars as pl
-
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: list[Path] = []
-        self._nothing = empty.with_columns(**{name: pl.Series([], dtype=pl.UInt64) for name in KEYS})
 
-    def read(self) -> pl.DataFrame:
-        """All facts, one row per key. Files that are damaged, or of another kind, are removed and count as missing."""
+    def read(self) -> pl.DataFrame | None:
+        """All facts, one row per key; None without any. Files that are damaged, or of another kind, are removed and count as missing."""
         import polars as pl
 
-        frames = [self._nothing]
+        frames: list[pl.DataFrame] = []
         for file in sorted(self.folder.glob("*.arrow")):
             with suppress(OSError):  # removed by someone meanwhile, or not readable
                 content = file.read_bytes()
-                frame = pl.read_ipc(io.BytesIO(content)) if file.stem == _digest(self.folder.name, content) else None
-                if frame is None or frame.schema != self._nothing.schema:
+                if file.stem != _digest(self.folder.name, content):
                     file.unlink()
                     continue
-                frames.append(frame)
+                frames.append(pl.read_ipc(io.BytesIO(content)))
                 os.utime(file)
                 self._files.append(file)
-        return pl.concat(frames).unique(KEYS, keep="any") if len(frames) > 1 else self._nothing
+        if len(frames) < 2:
+            return frames[0] if frames else None
+        return pl.concat(frames).unique(KEYS, keep="any")
 
     def write(self, requested: pl.DataFrame, new: pl.DataFrame, all_facts: pl.DataFrame) -> None:
         """Keep new facts in a file of their own; those of all rows of this run, if there are many files.
@@ -168,9 +167,7 @@ class _Store:
             all_facts: row, and facts of all rows.
         """
         merge = len(self._files) >= FILES
-        kept = (all_facts if merge else new).join(requested, on="row", how="left").select(self._nothing.columns).unique(KEYS, keep="any")
-        if not len(kept):
-            return
+        kept = (all_facts if merge else new).join(requested, on="row", how="left").drop("row").unique(KEYS, keep="any")
         file = io.BytesIO()
         kept.sort(KEYS).write_ipc(file, compression="lz4")
         content = file.getvalue()
