@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dagster_project.core import row_cache
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.frames import placed_records
 from dagster_project.core.params import inside
@@ -29,7 +30,7 @@ from dagster_project.core.records import (
 )
 from dagster_project.core.stored_rows import Selected, StoredRows
 from dagster_project.core.strings import Strings
-from dagster_project.curation.checks import account, expectations, findings, references, row_cache
+from dagster_project.curation.checks import account, expectations, findings, references
 from dagster_project.curation.checks.checks import Judgement, Rules, checks_of, judge
 from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
 from dagster_project.curation.checks.token_counts import tokens_of

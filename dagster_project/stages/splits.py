@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from dagster_project.core import workers
+from dagster_project.core import row_cache, workers
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
@@ -99,7 +99,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 
 def run(ctx: StageContext) -> Report:
-    return produce(ctx.root, ctx.params("splits", Params), ctx.compute.seed, ctx.output_of("instructions"), out=ctx.out)
+    with row_cache.using(ctx.root, "splits"):
+        return produce(ctx.root, ctx.params("splits", Params), ctx.compute.seed, ctx.output_of("instructions"), out=ctx.out)
 
 
 @dataclass

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from dagster_project.core import row_cache
 from dagster_project.core.messages import calls
 from dagster_project.core.params import Section
 from dagster_project.core.records import prompt_text, response_text
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
-from dagster_project.curation.checks import row_cache
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.references import Reference
 

@@ -1,4 +1,4 @@
-"""Facts about single rows that an earlier run computed. A cache beside the outputs: without it, results are the same and take longer.
+"""Facts about single rows, and about whole sets, that an earlier run computed. A cache beside the outputs: without it, results are the same and take longer.
 
 A fact is found by the hash of the row without its number in the source, so rows keep theirs when others are inserted, edited or reordered.
 Facts of other parameters, other code or other libraries are in other folders.
@@ -34,7 +34,7 @@ FILES = 8
 NUMBER = re.compile(rb'\{"source_row":\d+,')
 """Beginning of an encoded row whose number in its source is not part of its identity."""
 KEYS = ("key_0", "key_1")
-PACKAGE = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = tuple(Path(path) for path in sys.path)
 """Folders of installed libraries. Later entries of `sys.path` do not count: setuptools appends its own copies of libraries when it is imported."""
 
@@ -67,27 +67,61 @@ def facts(
             `shared` and that row only, and it always has the same columns.
         identity: what determines `shared`; None if that is unknown, so that nothing is kept.
     """
-    import numpy as np
     import polars as pl
 
     if _folder.get() is None or identity is None or not len(rows):
         return pl.concat([work(shared, []), *_computed(work, shared, rows.blocks())])
-    code = _code()
-    store = _Store(_folder.get() / _digest(f"{work.__module__}.{work.__name__}", code, *identity))  # type: ignore[operator]
-    requested = _keys(rows).with_row_index("row")
-    cached = store.read()
-    cached = requested.select("row").clear() if cached is None else requested.join(cached, on=KEYS, how="inner").drop(KEYS)
-    is_missing = np.ones(len(rows), np.bool_)
+
+    def compute(missing: np.ndarray) -> pl.DataFrame:
+        blocks = rows.blocks() if len(missing) == len(rows) else Selected(rows, missing).blocks()
+        return pl.concat(_computed(work, shared, blocks))
+
+    return _looked_up(f"{work.__module__}.{work.__name__}", identity, _keys(rows), compute)
+
+
+def fact_of_set(name: str, texts: Iterable[str], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+    """`compute()`, a table with one row about a whole set of texts, unless an earlier run had exactly these texts, in this order.
+
+    Args:
+        name: of the fact.
+    """
+    import numpy as np
+    import polars as pl
+
+    if _folder.get() is None:
+        return compute()
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    halves = np.frombuffer(digest.digest(), "<u8")
+    return _looked_up(name, (), pl.DataFrame({key: halves[i : i + 1] for i, key in enumerate(KEYS)}), lambda _: compute())
+
+
+def _looked_up(name: str, identity: Sequence[object], keys: pl.DataFrame, compute: Callable[[np.ndarray], pl.DataFrame]) -> pl.DataFrame:
+    """One row of facts per key, in order.
+
+    Args:
+        compute: indices of keys that no earlier run had -> their facts.
+    """
+    import numpy as np
+    import polars as pl
+
+    code, folder = _code(), _folder.get()
+    assert folder
+    store, requested = _Store(folder / _digest(name, code, *identity)), keys.with_row_index("row")
+    stored = store.read()
+    cached = requested.select("row").clear() if stored is None else requested.join(stored, on=KEYS, how="inner").drop(KEYS)
+    is_missing = np.ones(len(keys), np.bool_)
     is_missing[cached["row"].to_numpy()] = False
     missing = np.flatnonzero(is_missing)
-    if not len(missing):  # `work` is not even called without rows: it would load what it needs for them
+    if not len(missing):  # nothing is called that would load what it needs to compute facts
         return cached.sort("row").drop("row")
-    blocks = rows.blocks() if len(missing) == len(rows) else Selected(rows, missing).blocks()
-    new = pl.concat(_computed(work, shared, blocks)).insert_column(0, pl.Series("row", missing, dtype=requested["row"].dtype))
+    new = compute(missing).insert_column(0, pl.Series("row", missing, dtype=requested["row"].dtype))
     all_facts = pl.concat([cached.select(new.columns), new]).sort("row") if len(cached) else new
     if code == _code(changed=True):  # else the facts may be of other code than the folder says
         store.write(requested, new, all_facts)
-        _limit(store.folder.parent)
+        _limit(folder)
     return all_facts.drop("row")
 
 
