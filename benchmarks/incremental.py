@@ -2,7 +2,7 @@
 
 The rows of `curation.py --pipeline` in three sources go through raw_examples -> instructions -> splits, each stage in its own process. Then 1 % of
 the rows are edited, all in the first source, 1 % are appended to the second, and the third is shuffled. The columns are: before, when
-`curation/checks/row_cache.py` has no facts yet | after, from nothing | after, with the facts of before. `--edited 1` edits one row, and neither
+`core/row_cache.py` has no facts yet | after, from nothing | after, with the facts of before. `--edited 1` edits one row, and neither
 appends nor shuffles. CPU seconds are those of whole processes with all imports. The outputs after the change must be equal in both ways.
 """
 
@@ -51,7 +51,7 @@ def change(folder: Path, share: float, count: int | None) -> None:
 
 
 def run_stage(stage: str, base_model: Path, root: Path, data: Path, kept: bool) -> dict[str, float]:
-    from dagster_project.curation.checks import row_cache
+    from dagster_project.core import row_cache
     from dagster_project.stages import raw_examples
 
     with row_cache.using(root, "instructions") if kept else nullcontext():

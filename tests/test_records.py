@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import json
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_project.core import frames
+from dagster_project.core import frames, records
 from dagster_project.core.records import (
     CheckResult,
     Report,
+    StoredPart,
     example_id,
     prompt_text,
     read_ledger,
+    read_lines,
     read_records,
+    read_table,
+    record_schema,
     remove,
     response_text,
     write_ledger,
     write_records,
+    write_stored_records,
+    write_table,
+    write_tables,
 )
+from dagster_project.core.stored_rows import StoredRows, encode, encode_finite
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 messages = st.lists(st.fixed_dictionaries({"role": text, "content": text}), max_size=4)
@@ -135,6 +146,52 @@ def test_the_same_rows_make_the_same_bytes(given_rows: list[dict[str, Any]]) -> 
         write_records(Path(one), given_rows)
         write_records(Path(two), given_rows)
         assert shards(Path(one)) == shards(Path(two))
+
+
+@given(st.lists(record, max_size=8))
+@calm
+def test_encoded_rows_are_read_by_column_as_they_were(given_rows: list[dict[str, Any]]) -> None:
+    expected = pa.Table.from_pylist(given_rows, schema=record_schema())
+    for encoded in (encode, encode_finite):
+        lines = [encoded({"source_row": i, **row, "repaired": ["a"]}) for i, row in enumerate(given_rows)]
+        table = read_lines(lines, record_schema())
+        table.validate(full=True)
+        assert table.equals(expected) and table.schema.equals(record_schema(), check_metadata=True)
+
+
+def test_what_is_no_text_is_refused_as_before() -> None:
+    row = {**rows(1)[0], "category": "half of \ud83d"}
+    with pytest.raises(UnicodeEncodeError):
+        pa.Table.from_pylist([row], schema=record_schema())
+    with pytest.raises(UnicodeEncodeError):
+        read_lines([encode(row)], record_schema())
+
+
+@given(st.lists(record, min_size=1, max_size=8), st.lists(st.integers(0, 7)), st.booleans())
+@calm
+def test_stored_rows_are_written_as_rows_are(given_rows: list[dict[str, Any]], chosen: list[int], rich: bool) -> None:
+    indices = [i % len(given_rows) for i in chosen]
+    groups = [f"group of {i}" for i in range(len(indices))]
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        ids = [row["example_id"] for row in given_rows]
+        write_stored_records(StoredRows(given_rows), ids, record_schema(), [StoredPart(Path(one), indices, rich, {"group_id": groups})])
+        expected = [{**given_rows[i], "group_id": group} for i, group in zip(indices, groups, strict=True)]
+        write_records(Path(two), expected, rich=rich)
+        assert shards(Path(one)) == shards(Path(two))
+
+
+@given(st.lists(record, max_size=12), st.lists(st.integers(0, 12), max_size=4), st.integers(1, 5))
+@calm
+def test_a_table_has_the_same_bytes_however_it_is_divided(given_rows: list[dict[str, Any]], cuts: list[int], group: int) -> None:
+    bounds = [0, *sorted(min(cut, len(given_rows)) for cut in cuts), len(given_rows)]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "ROW_GROUP", group)
+        write_table(Path(folder, "rows"), given_rows, record_schema())
+        parts = (pa.Table.from_pylist(given_rows[a:b], schema=record_schema()) for a, b in pairwise(bounds))
+        write_tables(Path(folder, "tables"), parts, record_schema())
+        assert Path(folder, "rows").read_bytes() == Path(folder, "tables").read_bytes()
+        assert read_table(Path(folder, "tables")) == given_rows
+        assert pq.read_metadata(Path(folder, "tables")).num_row_groups == max(1, -(-len(given_rows) // group))
 
 
 def test_a_set_of_many_shards_keeps_its_order(tmp_path: Path) -> None:

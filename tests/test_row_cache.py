@@ -18,12 +18,14 @@ from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dagster_project.core import row_cache
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
-from dagster_project.curation.checks import row_cache
 from dagster_project.curation.checks.expectations import table
 from dagster_project.curation.checks.profile import profile
 from dagster_project.curation.checks.token_counts import ESTIMATED, tokens_of
+from dagster_project.curation.similarity.overlap import near_pairs
+from dagster_project.curation.splitting import split
 from dagster_project.stages import instructions, raw_examples, splits
 
 COMPUTED: list[dict[str, Any]] = []
@@ -128,6 +130,42 @@ def test_only_rows_that_are_new_are_computed_wherever_they_are(managed: Path) ->
     assert facts(managed, [*texts, "edited", "appended"])[1] == []
 
 
+def never_without_rows(_: None, lines: Sequence[bytes]) -> pl.DataFrame:
+    assert lines, "asked about no rows, for which it would load its libraries"
+    return pl.DataFrame({"size": [len(line) for line in lines]})
+
+
+def test_work_is_not_loaded_for_rows_that_are_known(managed: Path) -> None:
+    with row_cache.using(managed, "instructions"):
+        first = row_cache.facts(never_without_rows, None, stored(["a", "bc", "a"]), ())
+        assert row_cache.facts(never_without_rows, None, stored(["a", "bc", "a"]), ()).equals(first)
+        assert row_cache.facts(never_without_rows, None, stored(["d", "bc", "a"]), ()).equals(first)
+
+
+def near_copies(root: Path, texts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[int, int]], int]:
+    """Pairs of near-copies, and how often they were searched."""
+    searches = []
+    monkeypatch.setattr(split, "near_pairs", lambda given: searches.append(1) or near_pairs(given))
+    with row_cache.using(root, "splits"):
+        found = split.find_copies(texts)
+    return [*zip(found.left.tolist(), found.right.tolist(), strict=True)], len(searches)
+
+
+def test_near_copies_are_searched_again_only_if_a_text_or_their_order_changed(managed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"please send my red kite number {i} back to the harbour today" for i in range(3)] + ["where is my letter", ""]
+    orders = [texts, texts[::-1], [*texts[:3], "where is my lette", "r"], texts[:1], ["a"], ["", " "]]
+    for given_texts in orders:
+        different = [*dict.fromkeys(text for text in given_texts if text.strip())]
+        expected = [(pair.left, pair.right) for pair in near_pairs(different)]
+        assert near_copies(managed, given_texts, monkeypatch) == (expected, 1)
+        assert near_copies(managed, given_texts, monkeypatch) == (expected, 0)
+    found, searches = near_copies(managed, texts, monkeypatch)
+    assert (len(found), searches) == (3, 0)
+    for path in files(managed):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert near_copies(managed, texts, monkeypatch) == (found, 1), "damaged files"
+
+
 def test_the_number_of_a_row_is_not_what_work_can_see(managed: Path) -> None:
     facts(managed, ["a"])
     assert COMPUTED == [{"text": "a"}]
@@ -151,7 +189,8 @@ def test_an_edit_after_the_modules_were_imported_keeps_nothing(tmp_path: Path) -
         import sys
         from pathlib import Path
         from dagster_project.core.stored_rows import StoredRows
-        from dagster_project.curation.checks import profile, row_cache
+        from dagster_project.core import row_cache
+        from dagster_project.curation.checks import profile
         file = Path("dagster_project/curation/checks/profile.py")
         assert Path(profile.__file__) == file.resolve()
         if sys.argv[1] == "edit":

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, wraps
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
@@ -194,19 +194,53 @@ BATCH = 8192
 def write_table(path: Path | io.BytesIO, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
     """Write rows to one Parquet file, on disk or in memory; the same rows give the same bytes."""
     import pyarrow as pa
+
+    write_tables(path, (pa.Table.from_pylist(part, schema=schema) for part in _batches(rows)), schema)
+
+
+def write_tables(path: Path | io.BytesIO, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """As `write_table`, of rows in tables of this schema. However they are divided into tables, the bytes are the same."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    left = iter(rows)
+    parts, size = [schema.empty_table()], 0
     with pq.ParquetWriter(path, schema, compression="zstd", store_schema=True) as writer:
-        for group in count():
-            parts = [pa.Table.from_pylist(part, schema=schema) for part in _batches(islice(left, ROW_GROUP))]
-            if parts or group == 0:
-                table = pa.concat_tables(parts).combine_chunks() if parts else schema.empty_table()
-                writer.write_table(table, row_group_size=ROW_GROUP)
-            if sum(map(len, parts)) < ROW_GROUP:
-                return
+        written = False
+        for table in tables:
+            parts.append(table)
+            size += len(table)
+            while size >= ROW_GROUP:
+                whole = pa.concat_tables(parts)
+                writer.write_table(whole.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
+                parts, size, written = [whole.slice(ROW_GROUP)], size - ROW_GROUP, True
+        if size or not written:
+            writer.write_table(pa.concat_tables(parts).combine_chunks(), row_group_size=ROW_GROUP)
+
+
+def read_lines(lines: Sequence[bytes], schema: pa.Schema) -> pa.Table:
+    """Fields of rows that `stored_rows` encoded, by column, without Python objects for them. Those that a row lacks are null.
+
+    Args:
+        schema: of texts, integers, and lists and objects of them; without the columns of `rich_schema`.
+    """
+    import pyarrow as pa
+    from pyarrow import json as arrow_json
+
+    data = b"\n".join(lines)
+    if 0 < len(data) < MOST_BYTES:
+        options = arrow_json.ReadOptions(use_threads=False, block_size=len(data))
+        parsing = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+        try:
+            return arrow_json.read_json(pa.BufferReader(data), options, parsing)
+        except pa.ArrowInvalid:  # half of a surrogate pair, for example, which is an error below as well
+            pass
+    return pa.Table.from_pylist([*map(decode, lines)], schema=schema)
+
+
+MOST_BYTES = 2**31 - 1
+"""Bytes that Arrow parses at once."""
 
 
 def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -239,8 +273,8 @@ class StoredPart(NamedTuple):
     """Of the rows, in the order in which they are written."""
     rich: bool
     """Whether any of the rows `is_rich`."""
-    more: Mapping[str, Any]
-    """Fields to add to each row."""
+    more: Mapping[str, Sequence[str]]
+    """Fields to add to each row, or to replace: their values in the order of `indices`."""
 
 
 def write_stored_records(rows: StoredRows, ids: Sequence[str], schema: pa.Schema, parts: Iterable[StoredPart]) -> None:
@@ -251,23 +285,40 @@ def write_stored_records(rows: StoredRows, ids: Sequence[str], schema: pa.Schema
     """
     paths: list[Path] = []
 
-    def shards() -> Iterator[tuple[bool, Mapping[str, Any], list[bytes]]]:
+    def shards() -> Iterator[_Shard]:
         for part in parts:
             part.folder.mkdir(parents=True, exist_ok=True)
+            start = 0
             for number, shard in enumerate(_shards(part.indices, ids.__getitem__) if len(part.indices) else [[]]):
                 paths.append(_shard_path(part.folder, number))
-                yield part.rich, part.more, [*rows.encoded(shard)]
+                more = {name: [*values[start : start + len(shard)]] for name, values in part.more.items()}
+                start += len(shard)
+                yield _Shard(part.rich, more, [*rows.encoded(shard)])
 
     for number, data in enumerate(workers.current().map(_encoded_shard, schema, shards())):
         paths[number].write_bytes(data)
 
 
-def _encoded_shard(schema: pa.Schema, shard: tuple[bool, Mapping[str, Any], Sequence[bytes]]) -> bytes:
+class _Shard(NamedTuple):
+    rich: bool
+    more: Mapping[str, Sequence[str]]
+    lines: Sequence[bytes]
+
+
+def _encoded_shard(schema: pa.Schema, shard: _Shard) -> bytes:
     """The bytes of a Parquet file with some stored rows."""
-    rich, more, lines = shard
-    rows = [{**decode(line), **more} for line in lines]
+    import pyarrow as pa
+
     file = io.BytesIO()
-    write_table(file, [_stored(row) for row in rows] if rich else rows, rich_schema(schema) if rich else schema)
+    if shard.rich:
+        rows = [decode(line) | {name: values[i] for name, values in shard.more.items()} for i, line in enumerate(shard.lines)]
+        write_table(file, map(_stored, rows), rich_schema(schema))
+        return file.getvalue()
+    table = read_lines(shard.lines, schema)
+    for name, values in shard.more.items():
+        at = schema.get_field_index(name)
+        table = table.set_column(at, schema.field(at), pa.array(values, schema.field(at).type))
+    write_tables(file, [table], schema)
     return file.getvalue()
 
 
@@ -406,6 +457,20 @@ def write_ledger(folder: Path, rows: Iterable[dict[str, Any]], repaired: bool | 
         rows = rows if isinstance(rows, Sequence) else StoredRows(rows, folder.parent)
         repaired = any(line.get("repaired") for line in rows)
     write_table(folder / LEDGER, rows, ledger_schema(repaired))
+
+
+def ledger_table(columns: Mapping[str, Any], repaired: bool = False) -> pa.Table:
+    """A part of a ledger, by column. A text is the value of all rows, and `source_id` and `repaired` may be missing."""
+    import pyarrow as pa
+
+    schema, size = ledger_schema(repaired), len(columns["source_row"])
+    arrays = []
+    for name, type_ in zip(schema.names, schema.types, strict=True):
+        values = columns.get(name)
+        if values is None or isinstance(values, str):
+            values = pa.nulls(size, type_) if values is None else pa.repeat(pa.scalar(values, type_), size)
+        arrays.append(values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, type_))
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def ledger_line(record: Mapping[str, Any], source_row: int, outcome: str, why: str) -> dict[str, Any]:

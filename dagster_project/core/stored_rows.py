@@ -221,7 +221,8 @@ def encoded(table: pl.DataFrame) -> list[bytes]:
     escaped."""
     import polars as pl
 
-    return [line.encode() for line in table.select(pl.struct(pl.all()).struct.json_encode()).to_series().to_list()]
+    lines: list[bytes] = table.select(pl.struct(pl.all()).struct.json_encode()).to_series().cast(pl.Binary).to_list()
+    return lines
 
 
 class Selected(Sequence[dict[str, Any]]):

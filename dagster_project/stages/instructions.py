@@ -7,22 +7,30 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dagster_project.core import row_cache
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.frames import placed_records
 from dagster_project.core.params import inside
 from dagster_project.core.records import (
+    LEDGER,
     CheckResult,
     Report,
+    StoredPart,
     iter_table,
+    ledger_schema,
+    ledger_table,
+    read_lines,
+    record_schema,
     uncollected,
     write_json,
-    write_ledger,
-    write_records,
+    write_stored_records,
+    write_tables,
 )
 from dagster_project.core.stored_rows import Selected, StoredRows
-from dagster_project.curation.checks import account, expectations, findings, references, row_cache
+from dagster_project.core.strings import Strings
+from dagster_project.curation.checks import account, expectations, findings, references
 from dagster_project.curation.checks.checks import Judgement, Rules, checks_of, judge
 from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
 from dagster_project.curation.checks.token_counts import tokens_of
@@ -31,6 +39,7 @@ from dagster_project.curation.sources.reading import locate
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
 CHECK_DESCRIPTIONS = {**{name: check.description for name, check in checks_of("examples").items()}, "expectations": expectations.TRUTH}
 """The checks of this stage -> their descriptions."""
@@ -81,22 +90,25 @@ def produce(
 
     judged = judge(records, held_out, params, tokens_of(base_model), decisions)
     left = array("q", (i for i, reason in enumerate(judged.reason) if reason is None))
-    kept = Selected(judged.records, left, partial(_grouped, judged))
+    kept = Selected(judged.records, left)
     checks = [findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()]
     if params.expectations is None or not len(kept):
         checks.append(CheckResult(expectations.NAME, passed=True, note="no suite is named" if len(kept) else "no rows to evaluate"))
     else:
         suite = inside(root, params.expectations, "instructions.expectations")
         outcome = expectations.run(
-            expectations.table(Selected(judged.records, left), _groups(judged, left), read=len(records)), suite,
+            expectations.table(kept, _groups(judged, left), read=len(records)), suite,
             pages / "data_docs" if params.data_docs else None, params.expectations,
         )  # fmt: skip
         places = {i: references.place(kept[i]) for one in outcome.expectations for i in one.rows}
         checks.append(expectations.check(outcome, places))
         write_json(pages / "expectations.json", expectations.document(outcome, places))
 
-    write_records(out, kept, rich=any(judged.reason[i] is None for i in judged.rich))
-    write_ledger(out, _ledger(judged), repaired=any(judged.repaired.values()))
+    ids, repaired = Strings(), any(judged.repaired.values())
+    write_tables(out / LEDGER, _ledger(judged, ids, repaired), ledger_schema(repaired))
+    groups = {"group_id": Strings(ids[judged.cluster[i]] for i in left)}
+    is_rich = any(judged.reason[i] is None for i in judged.rich)
+    write_stored_records(judged.records, ids, record_schema(), [StoredPart(out, left, is_rich, groups)])
     account.write_account("instructions", judged, held_out, out, pages, previous, partial(_read_kept, out.parent))
 
     return Report(
@@ -114,12 +126,6 @@ def produce(
     )
 
 
-def _grouped(judged: Judgement, i: int, record: dict[str, Any]) -> dict[str, Any]:
-    """A record with the key of its cluster of near-duplicates: the content hash of the first of them."""
-    first = judged.cluster[i]
-    return {**record, "group_id": record["example_id"] if first == i else judged.records[first]["example_id"]}
-
-
 def _groups(judged: Judgement, rows: Sequence[int]) -> np.ndarray:
     """For each of some rows a number that it shares with those that get the same `group_id`."""
     import numpy as np
@@ -130,12 +136,30 @@ def _groups(judged: Judgement, rows: Sequence[int]) -> np.ndarray:
     return identities.with_row_index("row").select(pl.col("row").first().over(identities.columns)).to_series().to_numpy()
 
 
-def _ledger(judged: Judgement) -> Iterator[dict[str, Any]]:
-    for i, (record, reason) in enumerate(zip(judged.records, judged.reason, strict=True)):
-        line: dict[str, Any] = {
-            key: record[key] for key in ("source", "source_row", "example_id", "source_id", "repaired") if key in record
-        }
-        yield {**line, "outcome": f"dropped:{reason}" if reason else "kept", "why": account.why(judged, i, record)}
+def _ledger(judged: Judgement, ids: Strings, repaired: bool) -> Iterator[pa.Table]:
+    """Args:
+    ids: gets the `example_id` of every row.
+    repaired: whether any of the rows was repaired.
+    """
+    import pyarrow as pa
+
+    names = ("source", "source_row", "example_id", *(("source_id", "repaired") if repaired else ()))
+    schema, start = pa.schema([ledger_schema(repaired).field(name) for name in names]), 0
+    for block in judged.records.blocks():
+        rows = range(start, start + len(block))
+        start += len(block)
+        columns = dict(zip(names, read_lines(block, schema).columns, strict=True))
+        ids.extend(columns["example_id"].to_pylist())
+        repairs = columns["repaired"].to_pylist() if repaired else [None] * len(rows)
+        reasons = [judged.reason[i] for i in rows]
+        yield ledger_table(
+            {
+                **columns,
+                "outcome": [f"dropped:{reason}" if reason else "kept" for reason in reasons],
+                "why": [account.why(judged, i, {"repaired": names}) for i, names in zip(rows, repairs, strict=True)],
+            },
+            repaired,
+        )
 
 
 def _read_kept(scratch: Path, previous: Mapping[str, Path]) -> StoredRows:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from dagster_project.core import row_cache
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import inside
 from dagster_project.core.records import (
@@ -29,7 +30,7 @@ from dagster_project.core.records import (
 )
 from dagster_project.core.stored_rows import Selected, StoredRows
 from dagster_project.core.strings import StringIndex
-from dagster_project.curation.checks import account, findings, references, row_cache
+from dagster_project.curation.checks import account, findings, references
 from dagster_project.curation.checks.check import Action
 from dagster_project.curation.checks.checks import Judgement, Rules, checks_of, judge
 from dagster_project.curation.checks.overlaps import Link, Overlaps

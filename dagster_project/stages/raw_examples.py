@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.records import (
+    BATCH,
+    LEDGER,
     READ,
     Report,
     StoredPart,
     is_rich,
-    ledger_line,
+    ledger_schema,
+    ledger_table,
     record_schema,
     uncollected,
-    write_ledger,
     write_stored_records,
+    write_tables,
 )
 from dagster_project.curation import left_out
 from dagster_project.curation.sources import erased, fields, use_policy
 from dagster_project.curation.sources.reading import Reading, Source, locate_sources, read_sources
 from dagster_project.curation.sources.streaming import Records
 from dagster_project.curation.sources.use_policy import Policy
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION, use_policy.NAME: use_policy.DESCRIPTION, **erased.DESCRIPTIONS}
 
@@ -61,7 +68,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     rich = records.is_rich and (len(kept) == count or any(is_rich(rows[number]) for number in kept))
     write_stored_records(rows, records.ids, record_schema(), [StoredPart(out, kept, rich, {})])
     ignored = fields.IgnoredFields()
-    write_ledger(out, _ledger(records, ignored, gone.places), repaired=False)
+    write_tables(out / LEDGER, _ledger(records, ignored, gone.places), ledger_schema())
     gone.write(out)
     policy, metrics = params.use_policy, {"sources": sources}
     stated = {} if policy is None else {use_policy.NAME: policy.given}
@@ -70,11 +77,19 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     return Report(rows_in=count, rows_out=len(kept), dropped=gone.dropped, metrics={**metrics, **stated}, checks=checks)
 
 
-def _ledger(records: Records, ignored: fields.IgnoredFields, without: Container[int]) -> Iterator[dict[str, Any]]:
-    for number, ((source, source_row), identity) in enumerate(zip(records.places(), records.ids, strict=True)):
-        if number in without:
-            continue
-        names = {"ignored": records.ignored[number]} if number in records.ignored else {}
-        row = {"source": source, "source_row": source_row, "example_id": identity, **names}
-        ignored.add(row)
-        yield ledger_line(row, source_row, READ, fields.why(row))
+def _ledger(records: Records, ignored: fields.IgnoredFields, without: Container[int]) -> Iterator[pa.Table]:
+    placed = enumerate(records.places())
+    for _ in range(0, len(records), BATCH):
+        lines = [(number, source, row) for number, (source, row) in islice(placed, BATCH) if number not in without]
+        found = [records.ignored.get(number, []) for number, _, _ in lines]
+        for (_, source, row), names in zip(lines, found, strict=True):
+            ignored.add({"source": source, "source_row": row, "ignored": names})
+        yield ledger_table(
+            {
+                "source": [source for _, source, _ in lines],
+                "source_row": [row for _, _, row in lines],
+                "example_id": [records.ids[number] for number, _, _ in lines],
+                "outcome": READ,
+                "why": [fields.why({"ignored": names}) for names in found],
+            }
+        )

@@ -8,29 +8,30 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from dagster_project.core import workers
+from dagster_project.core import row_cache, workers
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Section, inside
 from dagster_project.core.records import (
+    BATCH,
     LEDGER,
     CheckResult,
     Report,
     StoredPart,
     is_rich,
-    iter_ledger,
+    ledger_schema,
+    ledger_table,
     loaded,
     record_schema,
     uncollected,
-    write_ledger,
     write_stored_records,
+    write_tables,
 )
 from dagster_project.core.stored_rows import Selected, SelectedTexts, StoredRows, StoredTexts, encode, encoded
 from dagster_project.core.strings import StringIndex, Strings
@@ -49,6 +50,9 @@ from dagster_project.curation.splitting.split import (
     subject_texts,
     verify_splits,
 )
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CHECK_DESCRIPTIONS = {
     "split_leakage": "No row, nor a near-copy of one, is in two splits.",
@@ -95,7 +99,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 
 def run(ctx: StageContext) -> Report:
-    return produce(ctx.root, ctx.params("splits", Params), ctx.compute.seed, ctx.output_of("instructions"), out=ctx.out)
+    with row_cache.using(ctx.root, "splits"):
+        return produce(ctx.root, ctx.params("splits", Params), ctx.compute.seed, ctx.output_of("instructions"), out=ctx.out)
 
 
 @dataclass
@@ -142,13 +147,17 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     if params.augment:
         held_out = SelectedTexts(read.texts, [i for name in SPLITS[1:] for i in rows[name]])
         added = augment(params.augment, seed, Selected(read.records, rows[TRAIN]), held_out, copies.index, paraphrases)
-    write_ledger(out, _ledger(read, _kept_lines(instructions), dealt, rows[TRAIN], added), _repaired(instructions))
+    before = _kept_lines(instructions)
+    repaired = "repaired" in before.column_names
+    write_tables(out / LEDGER, _ledger(read, before, dealt, rows[TRAIN], added), ledger_schema(repaired))
     known = StringIndex(read.ids)
     for _, _, record in added.rows:
         rows[TRAIN].append(len(read.records))
         _append(read, record)
     schema = record_schema().append(pa.field("split", pa.string()))
-    parts = [StoredPart(out / name, rows[name], any(read.rich[i] for i in rows[name]), {"split": name}) for name in SPLITS]
+    parts = [
+        StoredPart(out / name, rows[name], any(read.rich[i] for i in rows[name]), {"split": [name] * len(rows[name])}) for name in SPLITS
+    ]
     write_stored_records(read.records, read.ids, schema, parts)
 
     verification = verify_splits(out, copies, known)
@@ -187,18 +196,18 @@ def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase]
 
 
 class Facts(NamedTuple):
-    """A row as a worker read it."""
+    """The rows of a shard as a worker read them, by column."""
 
-    line: bytes
-    """As `stored_rows.encode` encodes it."""
-    text: str
-    example_id: str
-    group: str
-    source: str
-    stratum: str
-    key: str | None
-    label: str | None
-    rich: bool
+    lines: list[bytes]
+    """As `stored_rows.encode` encodes them."""
+    texts: list[str]
+    ids: list[str]
+    groups: list[str]
+    sources: list[str]
+    strata: list[str]
+    keys: list[str | None]
+    labels: list[str | None]
+    rich: list[bool]
 
 
 def _read(params: Params, instructions: Path, scratch: Path) -> Rows:
@@ -210,28 +219,31 @@ def _read(params: Params, instructions: Path, scratch: Path) -> Rows:
     read = Rows(StoredRows(folder=scratch), StoredTexts(scratch))
     same: dict[str | None, Any] = {}
 
-    def one(value: str | None) -> Any:
-        """The first object that is equal to a string."""
-        return same.setdefault(value, value)
+    def first(values: Sequence[str | None]) -> list[Any]:
+        """The first object that is equal to each string."""
+        return [same.setdefault(value, value) for value in values]
 
     shards = (shard.read_bytes() for shard in sorted(instructions.glob("records-*.parquet")))
-    for facts in chain.from_iterable(workers.current().map(_facts, params, shards)):
-        read.records.append_encoded(facts.line)
-        read.texts.append(facts.text)
-        read.ids.append(facts.example_id)
-        read.groups.append(facts.group)
-        read.sources.append(one(facts.source))
-        read.strata.append(one(facts.stratum))
-        read.keys.append(one(facts.key))
-        read.labels.append(one(facts.label))
-        read.rich.append(facts.rich)
+    for facts in workers.current().map(_facts, params, shards):
+        for line, text in zip(facts.lines, facts.texts, strict=True):
+            read.records.append_encoded(line)
+            read.texts.append(text)
+        read.ids.extend(facts.ids)
+        read.groups.extend(facts.groups)
+        read.sources.extend(first(facts.sources))
+        read.strata.extend(first(facts.strata))
+        read.keys.extend(first(facts.keys))
+        read.labels.extend(first(facts.labels))
+        read.rich.extend(facts.rich)
     if len(read) and params.by != "group" and not any(key is not None for key in read.keys):
         _refuse_missing_key(params, read)
     return read
 
 
-def _facts(params: Params, shard: bytes) -> list[Facts]:
-    """The rows of a shard, given as the bytes of its file."""
+def _facts(params: Params, shard: bytes) -> Facts:
+    """Args:
+    shard: bytes of the file.
+    """
     import polars as pl
     import pyarrow.parquet as pq
 
@@ -244,22 +256,18 @@ def _facts(params: Params, shard: bytes) -> list[Facts]:
         frame = pl.from_arrow(table)
         assert isinstance(frame, pl.DataFrame)
         lines, rich = encoded(frame), [False] * len(table)
-    columns = {name: table[name].to_pylist() for name in ("example_id", "source", "category", "group_id", "meta")}
-    values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return [
-        Facts(
-            line,
-            text,
-            row["example_id"],
-            row["group_id"],
-            row["source"],
-            str(row[stratify_by]) if stratify_by != "none" else "",
-            _key(params, row),
-            _label(params, row),
-            rich_row,
-        )
-        for line, text, row, rich_row in zip(lines, subject_texts(table["messages"]), values, rich, strict=True)
-    ]
+    columns: dict[str, list[Any]] = {name: table[name].to_pylist() for name in ("example_id", "source", "category", "group_id", "meta")}
+    return Facts(
+        lines,
+        subject_texts(table["messages"]),
+        columns["example_id"],
+        columns["group_id"],
+        columns["source"],
+        [str(value) for value in columns[stratify_by]] if stratify_by != "none" else [""] * len(table),
+        _keys(params, columns),
+        [_label(meta) if params.keep_labels and '"split"' in meta else None for meta in columns["meta"]],
+        rich,
+    )
 
 
 def _append(read: Rows, record: dict[str, Any]) -> None:
@@ -269,13 +277,12 @@ def _append(read: Rows, record: dict[str, Any]) -> None:
     read.rich.append(is_rich(record))
 
 
-def _key(params: Params, record: dict[str, Any]) -> str | None:
+def _keys(params: Params, columns: dict[str, list[Any]]) -> list[str | None]:
     if params.by == "group":
-        return None
+        return [None] * len(columns["meta"])
     if params.key is not None:
-        return _text(json.loads(record["meta"]).get(params.key))
-    key: str | None = record[params.by]
-    return key
+        return [_text(json.loads(meta).get(params.key)) for meta in columns["meta"]]
+    return columns[params.by]
 
 
 def _refuse_missing_key(params: Params, read: Rows) -> None:
@@ -297,43 +304,64 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-def _label(params: Params, record: dict[str, Any]) -> str | None:
-    label = json.loads(record["meta"]).get("split") if params.keep_labels and '"split"' in record["meta"] else None
+def _label(meta: str) -> str | None:
+    label = json.loads(meta).get("split")
     return label if label in SPLITS else None
 
 
-def _repaired(instructions: Path) -> bool:
-    """Whether any of the kept rows was repaired."""
+def _kept_lines(instructions: Path) -> pa.Table:
+    """The lines of the ledger of `instructions` whose rows are in its output, in the same order. It has `repaired` if any of them was repaired."""
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    return "repaired" in pq.read_schema(instructions / LEDGER).names and any(line.get("repaired") for line in _kept_lines(instructions))
+    names = [name for name in pq.read_schema(instructions / LEDGER).names if name in {"source_row", "outcome", "source_id", "repaired"}]
+    ledger = pq.read_table(instructions / LEDGER, columns=names)
+    kept = ledger.filter(pc.invert(pc.starts_with(ledger["outcome"], "dropped")))
+    if "repaired" in kept.column_names and not pc.any(pc.greater(pc.list_value_length(kept["repaired"]), 0)).as_py():
+        return kept.drop_columns(["repaired", "source_id"])
+    return kept
 
 
-def _kept_lines(instructions: Path) -> Iterator[dict[str, Any]]:
-    """The lines of the ledger of `instructions` whose rows are in its output, in the same order."""
-    return (line for line in iter_ledger(instructions) if not line["outcome"].startswith("dropped"))
+def _ledger(read: Rows, before: pa.Table, dealt: Assignment, train: Sequence[int], added: AddedRows) -> Iterator[pa.Table]:
+
+    repaired = [name for name in ("source_id", "repaired") if name in before.column_names]
+    if len(before) != len(read.groups):
+        raise AssertionError(f"{len(read.groups)} rows, and {len(before)} lines in the ledger")
+    parents = [train[i] for i, _, _ in added.rows]
+    for start in range(0, len(before), BATCH):
+        lines = before.slice(start, BATCH)
+        rows = range(start, start + len(lines))
+        yield ledger_table(
+            {
+                "source": read.sources[start : start + BATCH],
+                "source_row": lines["source_row"],
+                "example_id": read.ids[start : start + len(lines)],
+                "outcome": ["dropped:split_leakage" if dealt.splits[i] == DROPPED else dealt.splits[i] for i in rows],
+                "why": [_why(read, dealt, i) for i in rows],
+                **{name: lines[name] for name in repaired},
+            },
+            bool(repaired),
+        )
+    if added.rows:
+        ledger = before.take(parents)
+        yield ledger_table(
+            {
+                "source": [read.sources[i] for i in parents],
+                "source_row": ledger["source_row"],
+                "example_id": [record["example_id"] for _, _, record in added.rows],
+                "outcome": [f"augmented:{kind}" for _, kind, _ in added.rows],
+                "why": [f"copy of {read.ids[i]}" for i in parents],
+                **{name: ledger[name] for name in repaired},
+            },
+            bool(repaired),
+        )
 
 
-def _ledger(
-    read: Rows, kept: Iterator[dict[str, Any]], dealt: Assignment, train: Sequence[int], added: AddedRows
-) -> Iterator[dict[str, Any]]:
-    parents = dict.fromkeys(train[i] for i, _, _ in added.rows)
-    line_of: dict[int, dict[str, Any]] = {}
-    for i, (source, name, before, split) in enumerate(zip(read.sources, read.ids, kept, dealt.splits, strict=True)):
-        why = "label of the source" if i in dealt.labelled else ""
-        if i in dealt.because:
-            keeper = dealt.because[i]
-            why = f"belongs to {dealt.splits[keeper]}/{read.ids[keeper]}"
-        outcome = "dropped:split_leakage" if split == DROPPED else split
-        identity = {"source": source, "source_row": before["source_row"], "example_id": name}
-        repairs = {key: before[key] for key in ("source_id", "repaired") if before.get(key)}
-        line = {**identity, **repairs, "outcome": outcome, "why": why}
-        if i in parents:
-            line_of[i] = line
-        yield line
-    for i, kind, record in added.rows:
-        parent = line_of[train[i]]
-        yield {**parent, "example_id": record["example_id"], "outcome": f"augmented:{kind}", "why": f"copy of {parent['example_id']}"}
+def _why(read: Rows, dealt: Assignment, i: int) -> str:
+    if i in dealt.because:
+        keeper = dealt.because[i]
+        return f"belongs to {dealt.splits[keeper]}/{read.ids[keeper]}"
+    return "label of the source" if i in dealt.labelled else ""
 
 
 def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, regrouped: int) -> CheckResult:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
+from dagster_project.core import row_cache
 from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.records import uncollected
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
 from dagster_project.curation.checks import profile as profiles
-from dagster_project.curation.checks import row_cache
 from dagster_project.curation.checks.check import Action, Check, DataSet, Kind, Limits, Rows, Severity
 from dagster_project.curation.checks.features import Features, columns, features
 from dagster_project.curation.checks.overlaps import GROUPED, Overlaps, find_overlaps

@@ -23,12 +23,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dagster_project.core import row_cache
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import deferred, lean_imports
 from dagster_project.core.messages import calls, is_trained
 from dagster_project.core.records import CheckResult, prompt_text, response_text
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
-from dagster_project.curation.checks import data_docs, row_cache
+from dagster_project.curation.checks import data_docs
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.profile import count_words, scripts
 

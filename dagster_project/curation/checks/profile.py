@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from dagster_project.core import row_cache
 from dagster_project.core.messages import calls
 from dagster_project.core.params import Section
 from dagster_project.core.records import prompt_text, response_text
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
-from dagster_project.curation.checks import row_cache
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.references import Reference
 
@@ -285,19 +285,34 @@ def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
     )
 
 
-@cache
-def _letters() -> np.ndarray[Any, Any]:
-    """Code point -> index into `_SCRIPTS`. The Unicode name of a letter begins with its script's."""
-    import unicodedata
+UNKNOWN = 255
 
+
+@cache
+def _known_letters() -> np.ndarray[Any, Any]:
+    """Code point -> index into `_SCRIPTS`, `UNKNOWN` until it occurs: looking up the names of all would take longer than a small edit."""
     import numpy as np
 
-    table = np.zeros(0x110000, np.uint8)
-    for code in range(0x32000):  # no letters beyond
-        if unicodedata.category(chr(code))[0] == "L":
-            name = unicodedata.name(chr(code), "").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ").split(" ")[0]
-            table[code] = _SCRIPTS.index(_NAMES.get(name, "other"))
-    return table
+    return np.full(0x110000, UNKNOWN, np.uint8)
+
+
+def _letters(codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Index into `_SCRIPTS` of each code point."""
+    known = _known_letters()
+    for code in {*codes[known[codes] == UNKNOWN].tolist()}:
+        known[code] = _script(code)
+    found: np.ndarray[Any, Any] = known[codes]
+    return found
+
+
+def _script(code: int) -> int:
+    """0 if it is not a letter. The Unicode name of a letter begins with its script's."""
+    import unicodedata
+
+    if code >= 0x32000 or unicodedata.category(chr(code))[0] != "L":  # no letters beyond
+        return 0
+    name = unicodedata.name(chr(code), "").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ").split(" ")[0]
+    return _SCRIPTS.index(_NAMES.get(name, "other"))
 
 
 def count_words(texts: Sequence[str]) -> pl.Series:
@@ -317,7 +332,7 @@ def scripts(texts: Sequence[str]) -> list[str]:
     codes = np.frombuffer("".join(beginnings).encode("utf-32-le"), np.uint32)
     row = np.repeat(np.arange(len(mixed)), [len(text) for text in beginnings])
     size = len(_SCRIPTS)
-    counts = np.bincount(row * size + _letters()[codes], minlength=len(mixed) * size).reshape(-1, size)
+    counts = np.bincount(row * size + _letters(codes), minlength=len(mixed) * size).reshape(-1, size)
     counts[:, 0] = 0  # not a letter
     han, kana = _SCRIPTS.index("Han"), _SCRIPTS.index("Kana")
     counts[:, kana] += np.where(counts[:, kana] * 5 >= counts[:, han], counts[:, han], 0)  # Japanese is written in both

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
+from dagster_project.core import row_cache
 from dagster_project.core.messages import Message
 from dagster_project.core.records import content_id
 from dagster_project.core.stored_rows import Selected, StoredRows, decode, encode
-from dagster_project.curation.checks import damage, privacy, row_cache
+from dagster_project.curation.checks import damage, privacy
 from dagster_project.curation.checks.check import named_text_of, text_of
 from dagster_project.curation.checks.row_checks import inputs_of, is_placeholder
 

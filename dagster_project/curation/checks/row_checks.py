@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
+from dagster_project.core import row_cache
 from dagster_project.core.messages import JSON, Messages, Tools, calls, conversation_text
 from dagster_project.core.stored_rows import Selected, decode
-from dagster_project.curation.checks import row_cache
 from dagster_project.curation.checks.check import Check, DataSet, Limits, Rows, is_true, kinds, named_text_of
 from dagster_project.curation.checks.content import CONTENT_CHECKS
 from dagster_project.curation.checks.damage import damage, decomposed, hidden, template_marks

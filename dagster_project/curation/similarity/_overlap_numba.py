@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-import numba
 import numpy as np
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.imports import hidden
 from dagster_project.curation.similarity.engine import BINS, Array, Constants, Gates
+
+with hidden("scipy"):  # it would be loaded for linear algebra, which these loops do not use
+    import numba
+    import numba.np.arraymath
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

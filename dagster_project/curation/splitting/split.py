@@ -5,9 +5,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.core import row_cache
 from dagster_project.core.records import uncollected
 from dagster_project.core.stored_rows import SelectedTexts
 from dagster_project.core.strings import StringIndex, Strings, digests
@@ -15,6 +17,7 @@ from dagster_project.curation.similarity.overlap import near_pairs
 
 if TYPE_CHECKING:
     import numpy as np
+    import polars as pl
     import pyarrow as pa
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -60,14 +63,22 @@ class Copies:
 @uncollected
 def find_copies(texts: Sequence[str]) -> Copies:
     """Find near-copies among texts, which are read twice. Empty texts are ignored."""
-    import numpy as np
-
     index = StringIndex(text if text.strip() else None for text in texts)
+    different = SelectedTexts(texts, index.first.tolist())
+    found = row_cache.fact_of_set("near_copies", different, partial(_near_copies, different))
+    return Copies(texts, index, *(found[side][0].to_numpy() for side in ("left", "right")))
+
+
+def _near_copies(texts: Sequence[str]) -> pl.DataFrame:
+    """One row: the numbers of the texts of each pair of near-copies, in two lists."""
+    import numpy as np
+    import polars as pl
+
     left, right = array("i"), array("i")
-    for pair in near_pairs(SelectedTexts(texts, index.first.tolist())):
+    for pair in near_pairs(texts):
         left.append(pair.left)
         right.append(pair.right)
-    return Copies(texts, index, np.array(left, np.int32), np.array(right, np.int32))
+    return pl.DataFrame({"left": np.array(left, np.int32), "right": np.array(right, np.int32)}).select(pl.all().implode())
 
 
 def joined(links: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Facts about single rows that an earlier run computed. A cache beside the outputs: without it, results are the same and take longer.
+"""Facts about single rows, and about whole sets, that an earlier run computed. A cache beside the outputs: without it, results are the same and take longer.
 
 A fact is found by the hash of the row without its number in the source, so rows keep theirs when others are inserted, edited or reordered.
 Facts of other parameters, other code or other libraries are in other folders.
@@ -34,7 +34,7 @@ FILES = 8
 NUMBER = re.compile(rb'\{"source_row":\d+,')
 """Beginning of an encoded row whose number in its source is not part of its identity."""
 KEYS = ("key_0", "key_1")
-PACKAGE = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = tuple(Path(path) for path in sys.path)
 """Folders of installed libraries. Later entries of `sys.path` do not count: setuptools appends its own copies of libraries when it is imported."""
 
@@ -67,27 +67,62 @@ def facts(
             `shared` and that row only, and it always has the same columns.
         identity: what determines `shared`; None if that is unknown, so that nothing is kept.
     """
+    import polars as pl
+
+    if _folder.get() is None or identity is None or not len(rows):
+        return pl.concat([work(shared, []), *_computed(work, shared, rows.blocks())])
+
+    def compute(missing: np.ndarray) -> pl.DataFrame:
+        blocks = rows.blocks() if len(missing) == len(rows) else Selected(rows, missing).blocks()
+        return pl.concat(_computed(work, shared, blocks))
+
+    return _looked_up(f"{work.__module__}.{work.__name__}", identity, _keys(rows), compute)
+
+
+def fact_of_set(name: str, texts: Iterable[str], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+    """`compute()`, a table with one row about a whole set of texts, unless an earlier run had exactly these texts, in this order.
+
+    Args:
+        name: of the fact.
+    """
     import numpy as np
     import polars as pl
 
-    empty = work(shared, [])
-    if _folder.get() is None or identity is None or not len(rows):
-        return pl.concat([empty, *_computed(work, shared, rows.blocks())])
-    code = _code()
-    store = _Store(_folder.get() / _digest(f"{work.__module__}.{work.__name__}", code, *identity), empty)  # type: ignore[operator]
-    requested = _keys(rows).with_row_index("row")
-    cached = requested.join(store.read(), on=KEYS, how="inner").drop(KEYS)
-    is_missing = np.ones(len(rows), np.bool_)
+    if _folder.get() is None:
+        return compute()
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    halves = np.frombuffer(digest.digest(), "<u8")
+    return _looked_up(name, (), pl.DataFrame({key: halves[i : i + 1] for i, key in enumerate(KEYS)}), lambda _: compute())
+
+
+def _looked_up(name: str, identity: Sequence[object], keys: pl.DataFrame, compute: Callable[[np.ndarray], pl.DataFrame]) -> pl.DataFrame:
+    """One row of facts per key, in order.
+
+    Args:
+        compute: indices of keys that no earlier run had -> their facts.
+    """
+    import numpy as np
+    import polars as pl
+
+    code, folder = _code(), _folder.get()
+    assert folder
+    store, requested = _Store(folder / _digest(name, code, *identity)), keys.with_row_index("row")
+    stored = store.read()
+    cached = requested.select("row").clear() if stored is None else requested.join(stored, on=KEYS, how="inner").drop(KEYS)
+    is_missing = np.ones(len(keys), np.bool_)
     is_missing[cached["row"].to_numpy()] = False
     missing = np.flatnonzero(is_missing)
-    blocks = rows.blocks() if len(missing) == len(rows) else Selected(rows, missing).blocks()
-    new = pl.concat([empty, *_computed(work, shared, blocks)]).with_columns(row=pl.Series(missing, dtype=requested["row"].dtype))
-    columns = ["row", *empty.columns]
-    all_facts = pl.concat([cached.select(columns), new.select(columns)]).sort("row") if len(cached) else new
+    if not len(missing):  # nothing is called that would load what it needs to compute facts
+        return cached.sort("row").drop("row")
+    new = compute(missing).insert_column(0, pl.Series("row", missing, dtype=requested["row"].dtype))
+    all_facts = pl.concat([cached.select(new.columns), new]).sort("row") if len(cached) else new
     if code == _code(changed=True):  # else the facts may be of other code than the folder says
         store.write(requested, new, all_facts)
-        _limit(store.folder.parent)
-    return all_facts.select(empty.columns)
+        _limit(folder)
+    return all_facts.drop("row")
 
 
 def unnumbered(line: bytes) -> bytes:
@@ -135,29 +170,27 @@ def _hashes(rows: StoredRows | Selected) -> np.ndarray:
 class _Store:
     """Files with facts of one kind. The name of each is the hash of the folder's name and of its content."""
 
-    def __init__(self, folder: Path, empty: pl.DataFrame) -> None:
-        import polars as pl
-
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: list[Path] = []
-        self._nothing = empty.with_columns(**{name: pl.Series([], dtype=pl.UInt64) for name in KEYS})
 
-    def read(self) -> pl.DataFrame:
-        """All facts, one row per key. Files that are damaged, or of another kind, are removed and count as missing."""
+    def read(self) -> pl.DataFrame | None:
+        """All facts, one row per key; None without any. Files that are damaged, or of another kind, are removed and count as missing."""
         import polars as pl
 
-        frames = [self._nothing]
+        frames: list[pl.DataFrame] = []
         for file in sorted(self.folder.glob("*.arrow")):
             with suppress(OSError):  # removed by someone meanwhile, or not readable
                 content = file.read_bytes()
-                frame = pl.read_ipc(io.BytesIO(content)) if file.stem == _digest(self.folder.name, content) else None
-                if frame is None or frame.schema != self._nothing.schema:
+                if file.stem != _digest(self.folder.name, content):
                     file.unlink()
                     continue
-                frames.append(frame)
+                frames.append(pl.read_ipc(io.BytesIO(content)))
                 os.utime(file)
                 self._files.append(file)
-        return pl.concat(frames).unique(KEYS, keep="any") if len(frames) > 1 else self._nothing
+        if len(frames) < 2:
+            return frames[0] if frames else None
+        return pl.concat(frames).unique(KEYS, keep="any")
 
     def write(self, requested: pl.DataFrame, new: pl.DataFrame, all_facts: pl.DataFrame) -> None:
         """Keep new facts in a file of their own; those of all rows of this run, if there are many files.
@@ -168,9 +201,7 @@ class _Store:
             all_facts: row, and facts of all rows.
         """
         merge = len(self._files) >= FILES
-        kept = (all_facts if merge else new).join(requested, on="row", how="left").select(self._nothing.columns).unique(KEYS, keep="any")
-        if not len(kept):
-            return
+        kept = (all_facts if merge else new).join(requested, on="row", how="left").drop("row").unique(KEYS, keep="any")
         file = io.BytesIO()
         kept.sort(KEYS).write_ipc(file, compression="lz4")
         content = file.getvalue()
