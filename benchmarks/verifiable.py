@@ -35,7 +35,7 @@ ONLINE = ("grpo", "rloo")
 LONGEST = 8
 """Tokens of an answer."""
 SUPERVISED: dict[str, Any] = {"method": "lora", "learning_rate": 1e-3, "save_strategy": "no"}
-STEPS = {"sft": 24, "sft_more": 160}
+STEPS = {"sft": 24, "sft_more": 200}
 """Of supervised trainings."""
 REWARDED: dict[str, Any] = {
     "adapter": "sft", "reward_target": "response", "rewards": {"exact_match": 1.0}, "learning_rate": 3e-4, "per_device_train_batch_size": 16,
