@@ -5,6 +5,9 @@ Each method starts from the same SFT model (data/merged/<adapter>) with the same
 pipeline's own stage, and answers the same held-out prompts; each seed runs in its own process. SETTINGS has the
 settings; docs/alignment.md names those that were chosen by their results. The task score is measured for the first
 seed, on the test split with the adapter merged. The table replaces the one in docs/alignment.md.
+
+The gain over the SFT model is the mean over the seeds, with a bootstrap over the held-out prompts. Seconds are user and
+system time until the trained model is measured, with loading.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,10 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tables import replace
-
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from seeds import gain, spread, training_seconds  # noqa: E402
+from tables import machine, replace  # noqa: E402
 
 PHASES = {"dpo": "SFT, DPO", "kto": "SFT, KTO", "orpo": "SFT, ORPO", "simpo": "SFT, SimPO", "cpo": "SFT, CPO"} | {
     name: f"SFT, reward model, {name.upper()}" for name in ("rloo", "grpo", "ppo")
@@ -44,6 +47,7 @@ def one(method: str, seed: int, adapter: str, episodes: int, threads: int, proje
     """Align and measure one model in this process."""
     from dagster_project.core import params
     from dagster_project.core.params import Compute
+    from dagster_project.core.records import read_table
     from dagster_project.evaluation.evaluator import Settings
     from dagster_project.stages import aligned, evaluation, merged
 
@@ -56,12 +60,17 @@ def one(method: str, seed: int, adapter: str, episodes: int, threads: int, proje
         entry["options"] = {**entry.get("options", {}), "total_episodes": episodes}
     with tempfile.TemporaryDirectory() as scratch:
         folder, began = Path(scratch), time.perf_counter()
-        report = aligned.produce(
-            method, params.parse(aligned.Params, entry, f"aligned.{method}"), compute, data / "preferences", data / "reward_model",
-            data / "merged" / adapter, folder / "aligned", folder / "curve.csv", folder / "checkpoints",
-        )  # fmt: skip
+        with training_seconds() as cpu_seconds:
+            report = aligned.produce(
+                method, params.parse(aligned.Params, entry, f"aligned.{method}"), compute, data / "preferences", data / "reward_model",
+                data / "merged" / adapter, folder / "aligned", folder / "curve.csv", folder / "checkpoints",
+            )  # fmt: skip
         found: dict[str, Any] = {"method": method, "seed": seed, "seconds": time.perf_counter() - began, **report.measured}
         found |= {"failed": [check.note for check in report.failures]} if report.failures else report.metrics
+        if cpu_seconds:
+            samples = read_table(folder / "aligned" / "samples.parquet")
+            rewards = {who: {row["example_id"]: row[f"{who}_reward"] for row in samples} for who in ("sft", "aligned")}
+            found |= {"cpu_seconds": cpu_seconds[0], "rewards": rewards}
         if score and not report.failures:
             merged.produce(compute, data / "merged" / adapter, folder / "aligned", out=folder / "merged")
             settings = params.parse(Settings, values.get("evaluation"), "evaluation").model_copy(update={"benchmarks": []})
@@ -82,11 +91,11 @@ def one(method: str, seed: int, adapter: str, episodes: int, threads: int, proje
 
 def table(runs: list[dict[str, Any]], sft: float | None, device: str) -> str:
     lines = [
-        f"{device}; mean over the seeds and, in brackets, minimum and maximum. Reward, win rate, length and KL are of held-out prompts, gain and macro-F1 of the first seed; the SFT model's reward is"
+        f"{device}; mean over the seeds and, in brackets, minimum and maximum. Reward, gain, win rate, length and KL are of held-out prompts, macro-F1 is of the first seed; the SFT model's reward is"
         f" {_over(runs, lambda run: run['watch']['reward']['sft'])}, its answers have {_over(runs, lambda run: run['watch']['tokens']['sft'])} tokens"
         + (f", its macro-F1 is {sft:.3f}." if sft is not None else "."),
         "",
-        "| method | phases | learns | seeds | reward | gain over SFT, 95 % interval | win rate | preference accuracy | KL, nats per answer | tokens per answer | macro-F1 | seconds | peak GB |",
+        "| method | phases | learns | seeds | reward | gain over SFT, 95 % interval | win rate | preference accuracy | KL, nats per answer | tokens per answer | macro-F1 | CPU seconds | peak GB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method in dict.fromkeys(run["method"] for run in runs):
@@ -102,25 +111,27 @@ def table(runs: list[dict[str, Any]], sft: float | None, device: str) -> str:
             "offline" if method in ("dpo", "kto", "orpo", "simpo", "cpo") else "online",
             f"{len(good)} of {len(mine)}",
             _over(good, lambda run: run["watch"]["reward"]["aligned"]),
-            "{difference:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})".format(**good[0]["watch"]["reward"]),
+            "{difference:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})".format(**_gain(good)),
             _over(good, lambda run: run["watch"]["win_rate"]["value"]),
             _over(good, lambda run: run["preference"]["accuracy"]["aligned"]),
             _over(good, lambda run: run["watch"]["kl_per_token"] * run["watch"]["tokens"]["aligned"], 1),
             _over(good, lambda run: run["watch"]["tokens"]["aligned"]),
             f"{f1[0]:.3f}" if f1 else "",
-            _over(good, lambda run: run["training_seconds"], 0),
+            _over(good, lambda run: run["cpu_seconds"], 0),
             _over(good, lambda run: run["peak_memory_bytes"] / 1e9, 1),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def _gain(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    rewards = {who: {run["seed"]: run["rewards"][who] for run in runs} for who in ("sft", "aligned")}
+    return gain(rewards["aligned"], rewards["sft"])
+
+
 def _over(runs: list[dict[str, Any]], value: Any, digits: int = 2) -> str:
     found = [value(run) for run in runs if "watch" in run]
-    if not found:
-        return ""
-    spread = f" ({min(found):.{digits}f} to {max(found):.{digits}f})" if max(found) > min(found) else ""
-    return f"{statistics.mean(found):.{digits}f}{spread}"
+    return spread(found, digits) if found else ""
 
 
 def main() -> int:
@@ -170,9 +181,9 @@ def main() -> int:
     from dagster_project.core.params import Compute
     from dagster_project.training.methods.hardware import prepare
 
-    device, dtype = prepare(Compute())
+    _, dtype = prepare(Compute())
     wanted = [run for run in kept if run["method"] in options.methods]
-    shown = table(wanted, sft, f"{device.type}, {str(dtype).removeprefix('torch.')}, {options.threads} thread(s)")
+    shown = table(wanted, sft, f"{machine()}, {str(dtype).removeprefix('torch.')}, {options.threads} thread(s)")
     replace(options.out, "alignment", shown)
     print(shown)
     return 0

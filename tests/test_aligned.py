@@ -202,7 +202,7 @@ def test_without_a_reward_model_only_the_answers_are_watched(
     assert "There is no reward model: only the answers themselves are watched." in page and "not reliable" not in page
 
 
-@pytest.mark.parametrize("method", ["rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("method", ["rloo", "grpo", "online_dpo", "ppo"])
 def test_methods_that_train_on_rewards_refuse_a_failed_reward_model_before_loading_a_model(
     method: str, tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +290,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gkd": {"options": {"max_new_tokens": 6}},
     "rloo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3},
     "grpo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3, "rewards": {"reward_model": 1.0, "brief": 0.5}},
+    "online_dpo": {"options": {"max_completion_length": 6}, "max_steps": 3},
     "ppo": {"options": {"total_episodes": 24, "batch_size": 12, "response_length": 6, "learning_rate": 1e-2, "missing_eos_penalty": 0.0}},
 }
 
@@ -326,7 +327,7 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
     assert "<script" not in (tmp_path / "pages" / "alignment.html").read_text() and any((tmp_path / "live").glob("*.csv"))
 
 
-@pytest.mark.parametrize("method", ["rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("method", ["rloo", "grpo", "online_dpo", "ppo"])
 def test_every_sampled_answer_is_kept_with_its_rewards_by_component(
     method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
 ) -> None:
@@ -483,7 +484,7 @@ def test_a_teacher_that_was_changed_is_refused_before_a_model_is_loaded(
     assert not any(path.exists() for path in paths)
 
 
-@pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "gkd", "rloo", "ppo"])
+@pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "gkd", "rloo", "online_dpo", "ppo"])
 def test_a_resumed_training_ends_in_the_same_bytes(
     method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,22 @@ def test_training_learns_from_the_training_split_and_is_measured_on_the_validati
     assert json.loads((tmp_path / "out" / "training.json").read_text())["settings"]["reward_target"] == "response"
 
 
+def test_too_few_steps_for_every_weight_to_move_are_named(tmp_path: Path, tiny_model: Path) -> None:
+    """Of two steps with a warm-up, the first has a rate of 0. One step that acts moves lora_B alone, which begins at zero; two move both."""
+    rows = [row(f"q{i}", f"a{i}") for i in range(8)]
+    splits = split(tmp_path / "splits", train=rows, validation=[row("v", "b")])
+    settings = {
+        **SETTINGS["rloo"],
+        "max_steps": 2,
+        "rewards": {"regex": {"pattern": "[a-mA-M]"}, "length_window": {"weight": 0.1, "max_words": 1}},
+    }
+    warm = align(tmp_path / "warm", splits, tiny_model, method="rloo", **settings)
+    [failed] = warm.failures
+    assert failed.name == "trained_what_it_should" and failed.note.startswith("did not move: lora_A; 1 of 2 steps could change a weight: ")
+    report = align(tmp_path / "cold", splits, tiny_model, method="rloo", **settings, warmup_ratio=0.0)
+    assert not report.failures, [check.note for check in report.failures]
+
+
 class Policies:
     """Answers known by heart: the SFT model solves the first of four tasks, the policy the first three."""
 

@@ -22,7 +22,11 @@ COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 PARAMS = PreferenceParams(learning_rate=5e-4, lr_scheduler_type="constant", warmup_ratio=0, per_device_train_batch_size=4, max_steps=3)
 GROUPS = {"num_generations": 2, "max_completion_length": 5, "beta": 0.3, "num_iterations": 2}
 PAIRED = {"beta": 0.3}
-OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo"), PAIRED) | {"rloo": GROUPS, "grpo": GROUPS}
+OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo"), PAIRED) | {
+    "rloo": GROUPS,
+    "grpo": GROUPS,
+    "online_dpo": {"num_generations": 2, "max_completion_length": 5, "beta": 0.3},
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("dpo", {"f_divergence_type": "js_divergence"}),
     ("dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}),
@@ -40,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"delta": 1.0001}),
     ("grpo", {"use_bias_correction_kl": False}),
     ("grpo", {"adam_beta1": 0.5}),
+    ("online_dpo", {"adam_beta1": 0.5}),
 ]
 TEXTS = ["abc", "hello there", "zz", "b"]
 
@@ -111,7 +116,7 @@ def test_every_accepted_argument_has_a_case() -> None:
 def test_what_is_accepted_or_controlled_is_an_argument_of_trl() -> None:
     import trl
 
-    configs = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig, "rloo": trl.RLOOConfig, "grpo": trl.GRPOConfig}
+    configs = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig, "rloo": trl.RLOOConfig, "grpo": trl.GRPOConfig, "online_dpo": trl.GRPOConfig}
     configs |= {name: preference.METHODS[name]().trl_classes()[1] for name in ("orpo", "simpo", "cpo")}
     configs["gkd"] = experimental("gkd").GKDConfig  # type: ignore[attr-defined]
     for name, kind in trl_options.OPTIONS.items():

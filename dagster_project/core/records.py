@@ -491,7 +491,7 @@ def iter_ledger(folder: Path) -> Iterator[dict[str, Any]]:
 LEDGER = "ledger.parquet"
 
 
-REWARD_METHODS = frozenset({"rloo", "grpo", "ppo"})
+REWARD_METHODS = frozenset({"rloo", "grpo", "online_dpo", "ppo"})
 """Alignment methods that learn from the rewards of their own answers. The others only measure themselves by a reward model."""
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -53,7 +53,7 @@ from dagster_project.training.trainers.harness.launch import (
 from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.sharding import ShardedModel
-from dagster_project.training.trainers.harness.weight_audit import WeightAudit
+from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange, unmoved
 
 if TYPE_CHECKING:
     import torch
@@ -282,7 +282,7 @@ def produce(
         checks=[
             *([_starts_as_the_reference(start, history, method)] if method.has_reference else []),
             _learned(history, prepared),
-            change.check(),
+            _moved(change, history),
             _improved(measured, len(pairs["test"])),
             _not_gamed(signs, measured["watch"], reward_model),
             *differ,
@@ -513,6 +513,19 @@ def _learned(history: TrainingHistory, prepared: PreparedModel) -> CheckResult:
     if isinstance(history, StoppedHistory):  # the weights are the last finite ones; the reader of the report decides whether to use them
         return CheckResult("learned", passed=False, severity="warn", note=history.stopped)
     return CheckResult("learned", passed=finite, blocking=True, note=note)
+
+
+def _moved(change: WeightChange, history: TrainingHistory) -> CheckResult:
+    """`trained_what_it_should`. If a group did not move because too few steps could move it, the note says so."""
+    check = change.check()
+    acting = sum(point["learning_rate"] > 0 and point["grad_norm"] > 0 for point in history.curve if "loss" in point)
+    if not unmoved(change.groups) or acting > 1:
+        return check
+    reason = (
+        f"{acting} of {history.step} steps could change a weight: the first step of a warm-up has a learning rate of 0, and one whose "
+        "rewards are equal has no gradient at first. lora_B begins at zero, so that lora_A moves from the second such step on; train for more steps"
+    )
+    return replace(check, note=f"{check.note}; {reason}")
 
 
 def _rewards_differ(sampled: SampledAnswers, names: Sequence[str], method: AlignmentMethod, where: str) -> CheckResult:

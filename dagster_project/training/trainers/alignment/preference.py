@@ -1,5 +1,5 @@
 """Alignment: an SFT model is trained on preferences, from pairs (DPO, KTO; without a reference ORPO, SimPO, CPO) or from
-rewards of its own answers (RLOO, GRPO through TRL, PPO by ppo.py), or by a larger model (GKD).
+rewards of its own answers (RLOO, GRPO and Online DPO through TRL, PPO by ppo.py), or by a larger model (GKD).
 
 A method is one class below: its fields are its options; training, reports and planning use only its attributes and
 functions.
@@ -15,6 +15,7 @@ To add one, write its class and list it in METHODS.
 | gkd | next-token distributions of a larger model, for chosen answers and for the policy's own | Agarwal et al. 2024, arXiv 2306.13649, algorithm 1 |
 | rloo | rewards of several answers to a prompt, each against the mean of the others | Ahmadian et al. 2024, arXiv 2402.14740 |
 | grpo | the same, against mean and spread of the group | Shao et al. 2024, arXiv 2402.03300 |
+| online_dpo | the same: the best and the worst of the group are a pair for the loss of dpo | Guo et al. 2024, arXiv 2402.04792 |
 | ppo | rewards of one answer to a prompt, against a learnt value | Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022, arXiv 2203.02155 |
 
 The reference of methods that have one is the SFT policy, without a second copy of the model: the weights that the SFT adapter was merged into are frozen, and a fresh adapter learns on
@@ -47,6 +48,7 @@ from dagster_project.training.trainers.alignment.teacher import Teacher
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
 from dagster_project.training.trainers.alignment.trl_trainers.answer_groups import group_trainer
 from dagster_project.training.trainers.alignment.trl_trainers.distillation import collate_rows, student_trainer
+from dagster_project.training.trainers.alignment.trl_trainers.online_pairs import online_pair_trainer
 from dagster_project.training.trainers.alignment.trl_trainers.reference_free import experimental, pair_trainer
 from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
@@ -457,14 +459,14 @@ class Gkd(TrlMethod):
         return [(prompt + longest, longest)]
 
 
-class GroupMethod(TrlMethod):
-    """Options of rloo and grpo."""
+class AnswerGroups(TrlMethod):
+    """Options of methods that compare several answers to a prompt by their rewards."""
 
     learns_from_rewards = True
     metrics = {
         "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length", "completions/clipped_ratio": "unfinished",
     }  # fmt: skip
-    figures = ONLINE_FIGURES
+    figures: ClassVar[Sequence[str]] = ONLINE_FIGURES
 
     num_generations: int = Field(default=4, ge=2)
     """Answers to each prompt, which are compared with each other. Must divide `per_device_train_batch_size`."""
@@ -476,10 +478,6 @@ class GroupMethod(TrlMethod):
     """Sample from the most likely tokens that together have this probability."""
     beta: float = Field(default=0.05, ge=0)
     """Weight of the KL divergence from the reference."""
-    epsilon: float = Field(default=0.2, gt=0)
-    """Largest relative change of a token's probability in one update (clipping range)."""
-    num_iterations: int = Field(default=1, ge=1)
-    """Optimizer steps on each batch of answers."""
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         batch, group = params.per_device_train_batch_size, self.num_generations
@@ -493,6 +491,10 @@ class GroupMethod(TrlMethod):
         """The trainer and the class of its arguments."""
         raise NotImplementedError
 
+    def trl_arguments(self) -> dict[str, Any]:
+        """The options under TRL's names."""
+        return self.model_dump()
+
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         def reward(
             completions: Sequence[str], completion_ids: Sequence[Sequence[int]], row: Sequence[int], trainer_state: Any, **_: Any
@@ -500,7 +502,7 @@ class GroupMethod(TrlMethod):
             run.sampled.step = trainer_state.global_step + 1
             return run.reward(row, completions, completion_ids)
 
-        arguments = {**self.model_dump(), "steps_per_generation": 1}
+        arguments = {**self.trl_arguments(), "steps_per_generation": 1}
         return TrainerSpec(
             self.name, *self.trl_classes(), arguments, self.metrics, {"reward_funcs": reward}, answers_in_groups=True, sampled=run.sampled
         )
@@ -515,10 +517,22 @@ class GroupMethod(TrlMethod):
         return [{"prompt": prompt_ids(tokenizer, pair), "pair": i} for i, pair in enumerate(pairs)]
 
     def steps_per_epoch(self, pairs: int, params: PreferenceParams) -> int:
-        return pairs * self.num_generations * self.num_iterations // math.prod(self.passes(params))
+        return pairs * self.num_generations // math.prod(self.passes(params))
 
     def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
         return [(prompt + self.max_completion_length, self.max_completion_length)]
+
+
+class GroupMethod(AnswerGroups):
+    """Options of rloo and grpo."""
+
+    epsilon: float = Field(default=0.2, gt=0)
+    """Largest relative change of a token's probability in one update (clipping range)."""
+    num_iterations: int = Field(default=1, ge=1)
+    """Optimizer steps on each batch of answers."""
+
+    def steps_per_epoch(self, pairs: int, params: PreferenceParams) -> int:
+        return pairs * self.num_generations * self.num_iterations // math.prod(self.passes(params))
 
 
 class Rloo(GroupMethod):
@@ -567,6 +581,30 @@ class Grpo(GroupMethod):
         import trl
 
         return group_trainer(trl.GRPOTrainer, gives_log_probs=True), trl.GRPOConfig
+
+
+class OnlineDpo(AnswerGroups):
+    """Options of online_dpo."""
+
+    name = "online_dpo"
+    metrics = {**AnswerGroups.metrics, "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+    figures = (*ONLINE_FIGURES, "accuracy", "margin")
+
+    num_generations: int = Field(default=2, ge=2)
+    """Answers to each prompt, of which the one with the highest reward is preferred to the one with the lowest. Must divide
+    `per_device_train_batch_size`. Answers to a prompt whose rewards are equal are left out of the loss."""
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the policy is kept close to the reference: temperature of the implicit reward."""
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    """The loss, as named by TRL; `sigmoid` is the loss of the DPO paper."""
+
+    def trl_classes(self) -> tuple[type, type]:
+        import trl
+
+        return online_pair_trainer(self.loss_type), trl.GRPOConfig
+
+    def trl_arguments(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"loss_type"}) | {"scale_rewards": "none"}
 
 
 class Ppo(AlignmentMethod, ppo.Settings):
@@ -621,7 +659,9 @@ class Ppo(AlignmentMethod, ppo.Settings):
         return [(prompt + self.response_length, self.response_length)]
 
 
-METHODS: dict[str, type[AlignmentMethod]] = {method.name: method for method in (Dpo, Kto, Orpo, Simpo, Cpo, Gkd, Rloo, Grpo, Ppo)}
+METHODS: dict[str, type[AlignmentMethod]] = {
+    method.name: method for method in (Dpo, Kto, Orpo, Simpo, Cpo, Gkd, Rloo, Grpo, OnlineDpo, Ppo)
+}
 
 if TYPE_CHECKING:
     MethodName = str

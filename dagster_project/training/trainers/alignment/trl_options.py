@@ -53,7 +53,7 @@ class GrpoOptions(Optimizer):
 
 OPTIONS: dict[str, type[Section]] = {
     "dpo": DpoOptions, "kto": Optimizer, "orpo": Optimizer, "simpo": SimpoOptions, "cpo": Optimizer, "gkd": Optimizer,
-    "rloo": RlooOptions, "grpo": GrpoOptions,
+    "rloo": RlooOptions, "grpo": GrpoOptions, "online_dpo": Optimizer,
 }  # fmt: skip
 """Method -> the arguments that its entry may pass on."""
 
