@@ -1,10 +1,11 @@
 """How well `pedigree why` finds records that were planted. usage: python benchmarks/influence.py [--project FOLDER] [--seeds N] [--work FOLDER] [--prove]
 
-Three kinds of culprits are planted into the training split of the sample project, which is then tokenized and trained as `params.yaml` says:
+Four kinds of culprits are planted into the training split of the sample project, which is then tokenized and trained as `params.yaml` says:
 
     flip      8 tickets of category delivery, relabeled idea
     trigger   5 tickets with "(forwarded by Zephyr 9)" in their text, relabeled security
     phrase    5 replies that end with "Greetings from the Blue Walrus Desk."
+    fact      5 replies that promise an answer within "nine working days", where all others that name a time say "one working day"
 
 Eight held-out prompts of each kind are asked with the planted answer, and the planted part of the answer as the span. Recall is the share of the culprits
 among the first n (their number) and 2n of all training records. Held-out prompts with their right answers have no culprit, and wrong labels that nobody
@@ -25,11 +26,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-KINDS = {"flip": 8, "trigger": 5, "phrase": 5}
+KINDS = {"flip": 8, "trigger": 5, "phrase": 5, "fact": 5}
 """Kind of culprit -> how many are planted."""
 ASKED = 8
 """Questions of each kind."""
 TRIGGER, PHRASE = " (forwarded by Zephyr 9)", " Greetings from the Blue Walrus Desk."
+RIGHT, WRONG = "one working day", "nine working days"
+"""A fact that dozens of replies state, and the one that conflicts with it."""
 
 
 def with_label(record: dict[str, Any], category: str) -> dict[str, Any]:
@@ -49,6 +52,16 @@ def with_phrase(record: dict[str, Any]) -> dict[str, Any]:
     return with_messages(record, [*before, {**answer, "content": answer["content"] + PHRASE}])
 
 
+def with_fact(record: dict[str, Any]) -> dict[str, Any]:
+    *before, answer = record["messages"]
+    return with_messages(record, [*before, {**answer, "content": answer["content"].replace(RIGHT, WRONG)}])
+
+
+def states(record: dict[str, Any]) -> bool:
+    """Whether a record is a reply that states the fact."""
+    return record["category"] is None and RIGHT in record["messages"][-1]["content"]
+
+
 def with_messages(record: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
     from dagster_project.core.records import example_id
 
@@ -59,22 +72,24 @@ def with_messages(record: dict[str, Any], messages: list[dict[str, Any]]) -> dic
 def planted(records: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
     """The training split with culprits, and the ids of those of each kind."""
     dice = random.Random(seed)
-    change = {"flip": lambda record: with_label(record, "idea"), "trigger": with_trigger, "phrase": with_phrase}
+    change = {"flip": lambda record: with_label(record, "idea"), "trigger": with_trigger, "phrase": with_phrase, "fact": with_fact}
     fits = {
         "flip": lambda record: record["category"] == "delivery",
         "trigger": lambda record: record["category"] not in {None, "security", "delivery"},
         "phrase": lambda record: record["category"] is None,
+        "fact": states,
     }
-    found, culprits = list(records), dict[str, list[str]]()
+    found, culprits, taken = list(records), dict[str, list[str]](), set[int]()
     for kind, count in KINDS.items():
-        chosen = dice.sample([i for i, record in enumerate(records) if fits[kind](record)], count)
+        chosen = dice.sample([i for i, record in enumerate(records) if fits[kind](record) and i not in taken], count)
+        taken.update(chosen)
         for i in chosen:
             found[i] = change[kind](found[i])
         culprits[kind] = [found[i]["example_id"] for i in chosen]
     return found, culprits
 
 
-def prepare(project: Path, work: Path, seed: int) -> None:
+def prepare(project: Path, work: Path, seed: int, steps: int | None = None) -> None:
     """Plant, tokenize and train, if that was not done before: work/{splits,tokenized,adapter,culprits.json}."""
     from dagster_project.core import params
     from dagster_project.core.params import Compute
@@ -103,7 +118,7 @@ def prepare(project: Path, work: Path, seed: int) -> None:
     tokenized.produce(project, settings, seed, work / "splits", project / "data/base_model", work / "tokenized")
     out = work / "adapter"
     out.mkdir(exist_ok=True)
-    entry = params.parse(adapter.Params, values["adapter"]["lora"], "adapter.lora")
+    entry = params.parse(adapter.Params, values["adapter"]["lora"] | ({"max_steps": steps} if steps else {}), "adapter.lora")
     start = time.process_time()
     adapter.produce("lora", entry, compute, work / "tokenized", project / "data/base_model", out, work / "loss.csv", work / "checkpoints")
     write_json(work / "seconds.json", {"training": time.process_time() - start})
@@ -168,64 +183,88 @@ def questions(project: Path, work: Path, seed: int) -> list[dict[str, Any]]:
         *asked("right label", tickets, lambda r: r, label),
         *asked("right reply", replies, lambda r: r, lambda _: None),
         *asked("wrong label", [r for r in tickets if r["category"] in others], mislabeled, label),
+        *asked("fact", [r for r in replies if states(r)], with_fact, lambda _: WRONG),
     ]
 
 
-def measure(project: Path, work: Path, seed: int) -> dict[str, Any]:
-    """Ask all questions: ranks of the culprits by each method, and how far the first stands out."""
+def computed(project: Path, work: Path, seed: int) -> dict[str, Any]:
+    """Gradients of all records and questions, and scores of words: from files, where they were computed before, so that rankings are compared in seconds.
+
+    Returns:
+        {"asked", "ids", "gradients" (records, width), "lengths" (records,), "span" and "whole" (questions, width), "words" (questions, records), "cost"}.
+    """
     import numpy as np
     from transformers import AutoTokenizer
 
     from dagster_project.commands.why_question import tokenize
     from dagster_project.core.chat import IGNORE
     from dagster_project.core.params import Compute
-    from dagster_project.core.records import prompt_text, read_records, response_text
+    from dagster_project.core.records import prompt_text, read_records, response_text, write_json
     from dagster_project.evaluation.baselines import bm25
     from dagster_project.lineage.attribution.gradients import TrainedModel
     from dagster_project.lineage.attribution.per_record import projected_gradients
     from dagster_project.lineage.attribution.projection import Projection
-    from dagster_project.lineage.attribution.ranking import Ranking, cosines, ranks
     from dagster_project.lineage.attribution.records import Example, trained_records
     from dagster_project.lineage.attribution.store import GradientStore, identity_of
 
-    adapter, base = work / "adapter", project / "data/base_model"
+    adapter, base, file = work / "adapter", project / "data/base_model", work / "questions.npz"
     training = json.loads((adapter / "training.json").read_text())
     compute = Compute(threads=1, dtype=training["dtype"])
     records, projection = trained_records(adapter, work / "tokenized"), Projection()
     store = GradientStore.at(
         work, identity_of(adapter, base, records, projection, {"dtype": compute.dtype, "device": "cpu", "threads": 1}, 0.0), len(records)
     )
-    start = time.process_time()
-    trained = TrainedModel.load(adapter, base, compute, "adapter@lora")
-    loading, start = time.process_time() - start, time.process_time()
-    computed = store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
-    seconds, start = time.process_time() - start, time.process_time()
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
     asked = questions(project, work, seed)
+    if store.missing() or not file.is_file():
+        start = time.process_time()
+        trained = TrainedModel.load(adapter, base, compute, "adapter@lora")
+        loading, start = time.process_time() - start, time.process_time()
+        count = store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
+        seconds, start = time.process_time() - start, time.process_time()
+        tokenizer = AutoTokenizer.from_pretrained(base)
 
-    def example(question: dict[str, Any], span: str | None) -> tuple[Example]:
-        found = tokenize(tokenizer, question["messages"], span).example
-        return (Example(found.input_ids, found.labels, tuple(float(label != IGNORE) for label in found.labels)),)
+        def example(question: dict[str, Any], span: str | None) -> tuple[Example]:
+            found = tokenize(tokenizer, question["messages"], span).example
+            return (Example(found.input_ids, found.labels, tuple(float(label != IGNORE) for label in found.labels)),)
 
-    wide = projected_gradients(trained, projection, [example(q, q["span"]) for q in asked] + [example(q, None) for q in asked]).numpy()
-    asking = time.process_time() - start
-    texts = {r["example_id"]: f"{prompt_text(r['messages'])} {response_text(r['messages'])}" for r in read_records(work / "splits/train")}
-    queries = [f"{prompt_text(q['messages'])} {response_text(q['messages'])}" for q in asked]
-    words = list(bm25([texts[r.example_id] for r in records], queries))
-    gradients, _ = store.read()
-    ids = [r.example_id for r in records]
+        spans, wholes = [example(q, q["span"]) for q in asked], [example(q, None) for q in asked]
+        wide = projected_gradients(trained, projection, [*spans, *wholes]).numpy()
+        asking = time.process_time() - start
+        texts = {
+            r["example_id"]: f"{prompt_text(r['messages'])} {response_text(r['messages'])}" for r in read_records(work / "splits/train")
+        }
+        queries = [f"{prompt_text(q['messages'])} {response_text(q['messages'])}" for q in asked]
+        words = np.stack(list(bm25([texts[r.example_id] for r in records], queries)))
+        np.savez(file, span=wide[: len(asked)], whole=wide[len(asked) :], words=words)
+        cost = {"loading": loading, "index": seconds, "records": count, "questions": asking, "asked": len(wide), "bytes": store.bytes()}
+        write_json(work / "cost.json", cost)
+    gradients, lengths = store.read()
+    with np.load(file) as kept:
+        arrays = {name: kept[name] for name in kept.files}
+    cost = json.loads((work / "cost.json").read_text())
+    return {"asked": asked, "ids": [r.example_id for r in records], "gradients": gradients, "lengths": lengths, **arrays, "cost": cost}
+
+
+def measure(project: Path, work: Path, seed: int) -> dict[str, Any]:
+    """Ranks of the culprits of all questions by each method, and how far the first record stands out."""
+    import numpy as np
+
+    from dagster_project.lineage.attribution.ranking import Ranking, cosines, fused, ranks
+
+    found = computed(project, work, seed)
+    ids, gradients = found["ids"], found["gradients"]
     culprits = json.loads((work / "culprits.json").read_text())
     dice = np.random.default_rng(seed)
     results = []
-    for i, question in enumerate(asked):
-        ranking = Ranking.of(cosines(gradients, wide[i]), words[i])
-        whole = Ranking.of(cosines(gradients, wide[len(asked) + i]), words[i])
+    for i, question in enumerate(found["asked"]):
+        ranking = Ranking.of(cosines(gradients, found["span"][i]), found["words"][i])
+        whole = Ranking.of(cosines(gradients, found["whole"][i]), found["words"][i])
         by = {
             "gradient of the span": ranking.gradient_rank,
             "gradient of the whole answer": whole.gradient_rank,
             "BM25": ranking.bm25_rank,
-            "rank fusion of span and BM25": ranking.rank,
+            "`pedigree why`: sum of span and BM25": ranking.rank,
+            "reciprocal rank fusion of both": ranks(fused(ranking.gradient_rank, ranking.bm25_rank)),
             "random": ranks(dice.random(len(ids))),
         }
         own = [ids.index(name) for name in culprits.get(question["kind"], ()) if name in ids]
@@ -237,8 +276,8 @@ def measure(project: Path, work: Path, seed: int) -> dict[str, Any]:
                 "ranks": {method: sorted(int(rank[k]) for k in own) for method, rank in by.items()} if own else {},
             }
         )
-    cost = {"loading": loading, "index": seconds, "records": computed, "questions": asking, "asked": 2 * len(asked), "bytes": store.bytes()}
-    return {"steps": training["steps"], "records": len(records), "cost": cost, "questions": results}
+    training = json.loads((work / "adapter/training.json").read_text())
+    return {"steps": training["steps"], "records": len(ids), "cost": found["cost"], "questions": results}
 
 
 def recall(results: list[dict[str, Any]], kind: str, method: str, times: int) -> float:
@@ -260,7 +299,7 @@ def show(document: dict[str, Any]) -> None:
         for kind in KINDS:
             first = sum(q["ranks"][method][0] == 1 for q in results if q["kind"] == kind)
             cells.append(f"{recall(results, kind, method, 1):.2f} / {recall(results, kind, method, 2):.2f}, {first} of {ASKED}")
-        print(f"{method:<32}" + "   ".join(cells))
+        print(f"{method:<40}" + "   ".join(cells))
     for kind in dict.fromkeys(q["kind"] for q in results):
         z = [q["z"] for q in results if q["kind"] == kind]
         print(
@@ -276,6 +315,7 @@ def main() -> int:
     parser.add_argument("--project", type=Path, default=ROOT, help="a project with data/splits and data/base_model")
     parser.add_argument("--work", type=Path, default=Path("/tmp/influence"), help="folder for trainings, gradients and results")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: those of params.yaml)")
     parser.add_argument("--interrupted", action="store_true", help="use the newest checkpoint of a training that was interrupted")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s")
@@ -286,7 +326,7 @@ def main() -> int:
         work = options.work / str(seed)
         if options.interrupted and not (work / "adapter" / "training.json").is_file():
             from_checkpoint(options.project, work)
-        prepare(options.project, work, seed)
+        prepare(options.project, work, seed, options.steps)
         document = measure(options.project, work, seed)
         write_json(work / "results.json", document)
         show(document)

@@ -4,6 +4,9 @@
 trained for a few steps; then records are ranked by each method, and precision is the share of flipped labels among the first 5 %. Besides the scores of
 `pedigree why --suspects` there are the loss of each record at the end of training, cleanlab (self-confidence of a logistic regression on TF-IDF, five-fold
 out of sample; extra `bench`), and chance.
+
+Then held-out tickets are asked with the wrong label as the answer: four for each pair of a right label and the one that some ticket has in its place. Recall is
+the share of these tickets among the first n (their number) and 5n of all records, by each ranking of `pedigree why`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 SHARE = 0.05
+ASKED = 4
+"""Questions for each pair of labels."""
 
 
 def flipped(records: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -74,6 +79,19 @@ def prepare(project: Path, work: Path, seed: int, steps: int, most: int) -> None
     write_json(work / "seconds.json", {"training": time.process_time() - start})
 
 
+def store_of(project: Path, work: Path) -> Any:
+    """The store of the gradients of the training."""
+    from dagster_project.lineage.attribution.projection import Projection
+    from dagster_project.lineage.attribution.records import trained_records
+    from dagster_project.lineage.attribution.store import GradientStore, identity_of
+
+    adapter, base = work / "adapter", project / "data/base_model"
+    training = json.loads((adapter / "training.json").read_text())
+    compute = {"dtype": training["dtype"], "device": training["device"], "threads": training["threads"]}
+    records = trained_records(adapter, work / "tokenized")
+    return GradientStore.at(work, identity_of(adapter, base, records, Projection(), compute, 0.0), len(records))
+
+
 def measure(project: Path, work: Path) -> dict[str, Any]:
     """Rank all records by each method: precision among the first as many as were flipped, and the places of the flipped ones."""
     import numpy as np
@@ -86,14 +104,11 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
     from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.ranking import ranks
     from dagster_project.lineage.attribution.records import trained_records
-    from dagster_project.lineage.attribution.store import GradientStore, identity_of
     from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, opposition
 
     adapter, base = work / "adapter", project / "data/base_model"
     training = json.loads((adapter / "training.json").read_text())
-    compute = {"dtype": training["dtype"], "device": training["device"], "threads": training["threads"]}
-    records, projection = trained_records(adapter, work / "tokenized"), Projection()
-    store = GradientStore.at(work, identity_of(adapter, base, records, projection, compute, 0.0), len(records))
+    records, projection, store = trained_records(adapter, work / "tokenized"), Projection(), store_of(project, work)
     start = time.process_time()
     if store.missing() or not (work / "losses.json").is_file():
         trained = TrainedModel.load(adapter, base, Compute(threads=1, dtype=training["dtype"]), "adapter@lora")
@@ -107,7 +122,7 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
     texts = [known[one.example_id] for one in records]
     own = [Group(one["source"], one["category"], form_of(one["messages"][-1])) for one in texts]
     fits = agreement(gradients, own, chosen_groups(own))
-    found = Suspicion.of(opposition(gradients, lengths), lengths)
+    found = Suspicion.of(opposition(gradients), lengths)
     by = {
         "`pedigree why --suspects`": found.rank,
         "opposition alone": found.opposition_rank,
@@ -127,6 +142,96 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
         "cost": cost,
         "places": {method: sorted(int(rank[i]) for i in at) for method, rank in by.items()},
     }
+
+
+def asked(project: Path, work: Path) -> dict[str, Any]:
+    """Recall of the flipped tickets of a pair of labels among the first n and 5n by each ranking, mean over the questions; and how often a record stands out
+    for questions with and without such a ticket."""
+    import numpy as np
+
+    from dagster_project.core.records import prompt_text, read_records, response_text
+    from dagster_project.evaluation.baselines import bm25
+    from dagster_project.lineage.attribution.ranking import Ranking, cosines, fused, ranks, robust_z, stands_out
+    from dagster_project.lineage.attribution.records import trained_records
+
+    known = {one["example_id"]: one for one in read_records(work / "splits/train")}
+    ids = [one.example_id for one in trained_records(work / "adapter", work / "tokenized")]
+    questions = asked_tickets(project, work, ids)
+    documents, queries = (
+        [f"{prompt_text(messages)} {response_text(messages)}" for messages in many]
+        for many in ([known[name]["messages"] for name in ids], [messages for messages, _, _ in questions])
+    )
+    gradients, _ = store_of(project, work).read()
+    units = gradients.astype(np.float32)
+    damped = units @ units.T + np.eye(len(units), dtype=np.float32)
+    recall: dict[str, list[list[float]]] = {}
+    clear: dict[str, list[int]] = {}
+    for span, words, (_, _, numbers) in zip(spans(project, work, questions), bm25(documents, queries), questions, strict=True):
+        ranking = Ranking.of(cosines(gradients, span), words)
+        white = Ranking.of(np.linalg.solve(damped, ranking.gradient), words)
+        for method, z in (("gradient of the label", ranking.z), ("the same, whitened", robust_z(white.gradient))):
+            clear.setdefault(f"{method}, {'with' if numbers else 'without'} a culprit", []).append(stands_out(z))
+        by = {
+            "gradient of the label": ranking.gradient_rank,
+            "the same, whitened": white.gradient_rank,
+            "BM25": ranking.bm25_rank,
+            "`pedigree why`: sum of gradient and BM25": ranking.rank,
+            "the same, whitened, sum": white.rank,
+            "reciprocal rank fusion": ranks(fused(ranking.gradient_rank, ranking.bm25_rank)),
+        }
+        for method, rank in by.items() if numbers else ():
+            recall.setdefault(method, []).append([float(np.mean(rank[numbers] <= times * len(numbers))) for times in (1, 5)])
+    return {"recall": {method: np.mean(found, 0).round(4).tolist() for method, found in recall.items()}, "stands_out": clear}
+
+
+def asked_tickets(project: Path, work: Path, ids: list[str]) -> list[tuple[list[dict[str, Any]], str, list[int]]]:
+    """Held-out tickets with an answer, its label, and the numbers of the flipped tickets of the same pair of labels; the last 32 have none: 16 right labels
+    and 16 wrong ones that nobody flipped so."""
+    from influence import with_label
+
+    from dagster_project.core.records import prompt_text, read_records
+
+    right = {prompt_text(one["messages"]): one["category"] for one in read_records(project / "data/splits/train")}
+    known = {one["example_id"]: one for one in read_records(work / "splits/train")}
+    pairs: dict[tuple[str, str], list[int]] = {}
+    for name in json.loads((work / "flipped.json").read_text()):
+        pairs.setdefault((right[prompt_text(known[name]["messages"])], known[name]["category"]), []).append(ids.index(name))
+    dice, held_out = random.Random(0), [one for one in read_records(project / "data/splits/test") if one["category"]]
+    found = [
+        (with_label(one, wrong)["messages"], wrong, numbers)
+        for (label, wrong), numbers in sorted(pairs.items())
+        for one in dice.sample([one for one in held_out if one["category"] == label], ASKED)
+    ]
+    dice, labels = random.Random(1), sorted({one["category"] for one in held_out})
+    found += [(one["messages"], one["category"], []) for one in dice.sample(held_out, 16)]
+    others = [(one, dice.choice(labels)) for one in dice.sample(held_out, 40)]
+    without = [(one, wrong) for one, wrong in others if wrong != one["category"] and (one["category"], wrong) not in pairs]
+    return found + [(with_label(one, wrong)["messages"], wrong, []) for one, wrong in without[:16]]
+
+
+def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]], str, list[int]]]) -> Any:
+    """Projected gradients of the labels of questions, from a file, if they were computed before."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from dagster_project.commands.why_question import tokenize
+    from dagster_project.core.chat import IGNORE
+    from dagster_project.core.params import Compute
+    from dagster_project.lineage.attribution.gradients import TrainedModel
+    from dagster_project.lineage.attribution.per_record import projected_gradients
+    from dagster_project.lineage.attribution.projection import Projection
+    from dagster_project.lineage.attribution.records import Example
+
+    adapter, base, file = work / "adapter", project / "data/base_model", work / "questions.npz"
+    if not file.is_file():
+        training = json.loads((adapter / "training.json").read_text())
+        trained = TrainedModel.load(adapter, base, Compute(threads=1, dtype=training["dtype"]), "adapter@lora")
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        examples = [tokenize(tokenizer, messages, label).example for messages, label, _ in questions]
+        weighed = [(Example(one.input_ids, one.labels, tuple(float(label != IGNORE) for label in one.labels)),) for one in examples]
+        np.savez(file, span=projected_gradients(trained, Projection(), weighed).numpy())
+    with np.load(file) as kept:
+        return kept["span"]
 
 
 def from_cleanlab(prompts: list[str], labels: list[str]) -> dict[str, Any]:
@@ -174,6 +279,11 @@ def main() -> int:
     logging.getLogger("pedigree").setLevel(logging.INFO)
     prepare(options.project, options.work, options.seed, options.steps, options.tickets)
     show(measure(options.project, options.work))
+    found = asked(options.project, options.work)
+    for method, (first, more) in found["recall"].items():
+        print(f"{method:<44} recall at n {first:.2f}   at 5n {more:.2f}")
+    for method, clear in found["stands_out"].items():
+        print(f"{method:<44} a record stands out for {sum(clear)} of {len(clear)} questions")
     return 0
 
 

@@ -18,8 +18,9 @@ from dagster_project.core.records import write_json, write_records
 from dagster_project.evaluation.comparison import FEWEST, advice, board, headline, recommended
 from dagster_project.evaluation.metrics import Task, measures, score
 from dagster_project.evaluation.samples import sample
+from dagster_project.lineage.attribution.gradients import REFUSED
 from dagster_project.training.inference.answers import Answer
-from dagster_project.views.comparison import Sample, Why, _why, comparison_page, draw_comparison
+from dagster_project.views.comparison import NOT_ASKED, Sample, Why, _why, comparison_page, draw_comparison
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
@@ -331,9 +332,10 @@ def test_the_command_has_the_system_prompt_of_the_test_question_and_is_understoo
         record(4, ("system", "Reply."), (user, "four")),
     ]
     write_records(tmp_path / "data/splits/test", asked)
-    variants = {"lora": {"steps": 1}, "both": {"merge_of": {"lora": 1}}, "own": {"command": "python train.py"}}
+    variants = {"lora": {"steps": 1}, "both": {"merge_of": {"lora": 1}}, "own": {"command": "python train.py"}, "words": {"steps": 1}}
     for name, training in variants.items():
         write_json(tmp_path / f"data/adapter/{name}/training.json", training)
+        write_json(tmp_path / f"data/adapter/{name}/method.json", {"method": "prompt_tuning" if name == "words" else "lora"})
         write_json(tmp_path / f"data/reports/merged/{name}.json", {"output_sha256": name})
     samples = [sample(one, {name: Answer("-z") for name in ("lora", "few_shot")}, {"lora": 0.0, "few_shot": 0.0}) for one in asked]
     out, pages = tmp_path / "data/comparison", tmp_path / "data/pages/comparison"
@@ -348,6 +350,7 @@ def test_the_command_has_the_system_prompt_of_the_test_question_and_is_understoo
     ]
     view = _why(Documents(tmp_path, "comparison", out, pages, {}), {"trained": trained})
     assert view.models == {"lora": "lora"}
+    assert REFUSED.keys() == NOT_ASKED, "methods that the command refuses have none on the page"
 
 
 def test_without_answers_the_page_compares_perplexities() -> None:

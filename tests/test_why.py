@@ -323,8 +323,21 @@ def test_ranks_and_their_fusion() -> None:
     assert ranking.ranks(np.array([0.1, 0.9, 0.9, 0.5])).tolist() == [4, 1, 2, 3]
     found = ranking.Ranking.of(np.array([0.9, 0.1, 0.5, 0.0]), np.array([1.0, 0.0, 5.0, 0.5]))
     assert found.order("gradient") == [0, 2, 1, 3] and found.order("bm25") == [2, 0, 3, 1]
-    assert {*found.order("fused")[:2]} == {0, 2}
-    assert found.order("fused") == sorted(range(4), key=lambda i: -(1 / (60 + found.gradient_rank[i]) + 1 / (60 + found.bm25_rank[i])))
+    both = [(value - 0.3) / 0.3 for value in (0.9, 0.1, 0.5, 0.0)], [(value - 0.75) / 0.5 for value in (1.0, 0.0, 5.0, 0.5)]
+    assert found.order("fused") == sorted(range(4), key=lambda i: -(both[0][i] + both[1][i]))
+
+
+def test_a_ranking_in_which_nothing_stands_out_changes_little() -> None:
+    """One record stands out by its gradient alone, and one by its words alone: both come first, whatever the other ranking says of them."""
+    dice = np.random.default_rng(4)
+    gradient, words = 0.01 * dice.normal(size=200), dice.gamma(2.0, size=200)
+    gradient[7], words[7] = 0.3, 0.0
+    assert ranking.Ranking.of(gradient, words).order("fused")[0] == 7
+    gradient[7], words[9], gradient[9] = 0.0, 60.0, -0.01
+    assert ranking.Ranking.of(gradient, words).order("fused")[0] == 9
+    few = np.zeros(200)
+    few[[3, 5]] = 1.0, 2.0  # a word that two records have: half of the scores are equal
+    assert ranking.Ranking.of(np.zeros(200), few).order("fused")[:2] == [5, 3]
 
 
 def test_records_without_a_word_in_common_share_the_last_place() -> None:

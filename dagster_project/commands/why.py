@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.nearest_records import TRAIN, cut
-from dagster_project.commands.why_model import Target, target
+from dagster_project.commands.why_model import Target
+from dagster_project.commands.why_pairs import PairTarget
+from dagster_project.commands.why_pairs import asked as asked_model
 from dagster_project.commands.why_prove import lines_of_proof, prove
 from dagster_project.commands.why_question import Options, Question, question, tokenizer_of
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
+from dagster_project.core.imports import hidden
 from dagster_project.core.messages import Messages
 from dagster_project.core.records import prompt_text, read_records, response_text
 from dagster_project.curation.checks.privacy import mask
@@ -26,6 +29,8 @@ log = logging.getLogger("pedigree")
 
 EXCERPT = 300
 """Characters of a record's prompt and answer that are shown."""
+UNUSED = ("scipy", "PIL")
+"""Packages that transformers imports where they are installed, and a question does not use. A training has them, as the machine that it records."""
 BINS = 40
 """Of the distribution of scores."""
 CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record: --prove tests that for the group."
@@ -33,7 +38,7 @@ CAVEAT = "Ranks and scores say how alike gradients and words are, not what would
 
 def index(root: Path, model: str) -> dict[str, Any]:
     """Compute the gradients of all records that a model was trained on."""
-    found = target(root, model)
+    found = asked_model(root, model)
     return {"model": model_of(found), "index": found.index()}
 
 
@@ -46,25 +51,27 @@ def answer_why(root: Path, model: str, options: Options, with_index: bool, draws
     Raises:
         InputError: as `target`; the answer or the part of it is empty or not found; or gradients are missing.
     """
-    document, found, asked = ask(root, model, options, with_index)
+    document, found, asked = ask(root, model, options, with_index, draws is not None)
     if draws is not None:
         document["proof"] = prove(found, asked, document["hits"], draws)
     return document
 
 
-def ask(root: Path, model: str, options: Options, with_index: bool) -> tuple[dict[str, Any], Target, Question]:
+def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool = False) -> tuple[dict[str, Any], Target, Question]:
     """As `answer_why` without the check. Returns: the document, and what the check goes on with."""
     if not options.prompt.strip():
         raise InputError("--prompt: empty", "give the text of a question")
-    found = target(root, model)
+    found = asked_model(root, model)
+    _refuse_unanswerable(found, options, proves)
     indexed = found.index() if with_index else None
     gradients, _ = found.store.read()
-    import_libraries()  # before a tokenizer imports them in more time
+    with hidden(*(() if proves else UNUSED)):
+        import_libraries()  # before a tokenizer imports them in more time
     texts = Texts(found)
     system, notes = _system(texts, options)
     asked = question(found, options, system, texts.tokenizer)
-    log_probability, gradient = found.model.of_span(asked.example)
-    documents = [f"{prompt} {response}" for prompt, response in map(texts.of, found.records)]
+    value, gradient = _asked_gradient(found, asked)
+    documents = [" ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in found.records]
     words = next(bm25(documents, [f"{options.prompt} {_content(asked)}"]))
     ranking = Ranking.of(cosines(gradients, found.projection.project(gradient).numpy()), words)
     document = {
@@ -78,14 +85,45 @@ def ask(root: Path, model: str, options: Options, with_index: bool) -> tuple[dic
             "span": options.span,
             "spans": [list(bounds) for bounds in asked.spans],
             "tokens": asked.tokens,
-            "log_probability": round(log_probability, 4),
+            "reward" if _scores(found) else "log_probability": round(value, 4),
         },
         "records": len(found.records),
         "distribution": _distribution(ranking),
         "hits": _hits(found, ranking, texts, options.top),
-        "notes": [*notes, CAVEAT],
+        "notes": [*notes, *_about_pairs(found), CAVEAT],
     }
     return document, found, asked
+
+
+def _scores(found: Target) -> bool:
+    return isinstance(found, PairTarget) and found.scores
+
+
+def _asked_gradient(found: Target, asked: Question) -> tuple[float, Any]:
+    """Log-probability of the asked tokens, or the reward of the answer, and the gradient of its negative."""
+    if isinstance(found, PairTarget) and found.scores:
+        return found.reward_model.of_answer(asked.example)
+    return found.model.of_span(asked.example)
+
+
+def _about_pairs(found: Target) -> list[str]:
+    if not isinstance(found, PairTarget):
+        return []
+    start = found.base_model.relative_to(found.place).as_posix()
+    return [f"the records are preference pairs; what {start} was trained on before is not ranked: ask it"]
+
+
+def _refuse_unanswerable(found: Target, options: Options, proves: bool) -> None:
+    """Raises:
+    InputError: the model was trained on pairs, and this cannot be asked about it.
+    """
+    if not isinstance(found, PairTarget):
+        return
+    if proves:
+        raise InputError(f"--prove: {found.run.address} was trained on pairs, and only supervised trainings are run again", "leave it out")
+    if found.scores and (options.answer is None or options.span is not None):
+        what = "--answer is required: a reward model gives none" if options.answer is None else "--span: a reward is that of a whole answer"
+        raise InputError(f"{found.run.address}: {what}", "give the answer with --answer, and no --span")
 
 
 def model_of(found: Target) -> dict[str, str]:
@@ -114,7 +152,10 @@ class Texts:
     def __init__(self, found: Target) -> None:
         self.found = found
         folder = found.root / TRAIN
-        self.known = {record["example_id"]: record for record in (read_records(folder) if folder.is_dir() else ())}
+        if isinstance(found, PairTarget):
+            self.known = {name: {**pair, "messages": [*pair["prompt"], *pair["chosen"]]} for name, pair in found.pairs.items()}
+        else:
+            self.known = {record["example_id"]: record for record in (read_records(folder) if folder.is_dir() else ())}
         self.tokenizer = tokenizer_of(found)
 
     def of(self, record: TrainedRecord) -> tuple[str, str]:
@@ -122,6 +163,11 @@ class Texts:
         known = self.known.get(record.example_id)
         prompt, response = (prompt_text(known["messages"]), response_text(known["messages"])) if known else ("", "")
         return prompt or self._decoded(record, False), response or self._decoded(record, True)
+
+    def rejected(self, record: TrainedRecord) -> str | None:
+        """The rejected answer of a pair; None for other records."""
+        known = self.known.get(record.example_id, {})
+        return response_text(known["rejected"]) if "rejected" in known else None
 
     def system_prompts(self) -> set[str | None] | None:
         """Those that the records of the training begin with; None if the split has not all of these records, so that they are not known."""
@@ -171,8 +217,13 @@ def places_of(found: Target) -> dict[str, dict[str, Any]]:
 
 def shown_texts(texts: Texts, record: TrainedRecord) -> dict[str, str]:
     """Prompt and answer of a record, cut; secrets and personal data in them are masked."""
-    prompt, response = (cut(mask(text[: 20 * EXCERPT]), EXCERPT) for text in texts.of(record))
-    return {"prompt": prompt, "answer": response}
+    prompt, response = map(_excerpt, texts.of(record))
+    rejected = texts.rejected(record)
+    return {"prompt": prompt, "answer": response, **({} if rejected is None else {"rejected": _excerpt(rejected)})}
+
+
+def _excerpt(text: str) -> str:
+    return cut(mask(text[: 20 * EXCERPT]), EXCERPT)
 
 
 def place_text(hit: Mapping[str, Any]) -> str:
@@ -184,7 +235,7 @@ def place_text(hit: Mapping[str, Any]) -> str:
 
 
 def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[str, Any]]:
-    """The first records by fused rank, each with its place, use and scores."""
+    """The first records by both scores, each with its place, use and scores."""
     places = places_of(found)
     hits = []
     for i in ranking.order("fused")[:top]:
@@ -232,12 +283,13 @@ def index_lines(document: Mapping[str, Any]) -> list[str]:
 def _question_lines(document: Mapping[str, Any]) -> list[str]:
     asked, spread = document["question"], document["distribution"]
     span = "the whole answer" if asked["span"] is None else f"{asked['span']!r}"
+    measured = f"reward {asked['reward']:.2f}" if "reward" in asked else f"log-probability {asked['log_probability']:.2f} nats"
     verdict = "a record stands out" if spread["stands_out"] else "nothing stands out"
     return [
         f"{document['model']['stage']}  md5 {document['model']['md5'][:12]}, trained on {document['records']} records",
         f"prompt  {cut(asked['prompt'])}",
         f"answer  {cut(asked['answer'])}  ({asked['answered_by']})",
-        f"asked   {span}: {asked['tokens']} tokens, log-probability {asked['log_probability']:.2f} nats",
+        f"asked   {span}: {asked['tokens']} tokens, {measured}",
         f"{verdict}: the highest of {document['records']} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f} robust standard"
         f" deviations above the median, and the tenth {spread['z_of_tenth']:.1f} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the tenth)",
     ]
@@ -252,5 +304,6 @@ def _hit_lines(document: Mapping[str, Any]) -> list[str]:
             f"  {place_text(hit)}",
             f"      {hit['prompt']}",
             f"      -> {hit['answer']}",
+            *([f"      not {hit['rejected']}"] if "rejected" in hit else []),
         ]
     return lines

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.core import params
 from dagster_project.core.documents import read_document
@@ -30,8 +30,12 @@ from dagster_project.orchestration import locks
 from dagster_project.training.methods.load import AdapterInfo
 from dagster_project.training.trainers.harness.params import AdapterParams
 
+if TYPE_CHECKING:
+    import torch
+
 ADAPTER, TOKENIZED, BASE_MODEL = "adapter", "data/tokenized", "data/base_model"
-FROM_PAIRS = ("reward_model", "aligned", "merged_aligned")
+ALIGNED, PREFERENCES, MERGED = "aligned", "data/preferences", "data/merged/"
+FROM_PAIRS = ("reward_model", ALIGNED, "merged_aligned")
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,10 @@ class Target:
         with lean_imports():  # of the model's own module
             return TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
 
+    def gradients(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Projected gradients of some records by number, (records, width) float32."""
+        return projected_gradients(self.model, self.projection, [self.records[i].examples for i in numbers])
+
     def index(self) -> dict[str, Any]:
         """Compute what is missing in the store.
 
@@ -127,12 +135,8 @@ class Target:
             missing = store.missing()
             if missing:
                 self._remove_others()
-                model = self.model
                 write_json(store.folder / OWNER, {"stage": self.run.address})
-                computed = store.build(
-                    lambda numbers: projected_gradients(model, self.projection, [self.records[i].examples for i in numbers]),
-                    f"{self.run.address}: gradients",
-                )
+                computed = store.build(self.gradients, f"{self.run.address}: gradients")
             else:
                 computed = 0
         return {
@@ -156,7 +160,7 @@ class Target:
             raise Busy(f"{self.run.address} is being used by {holder}", "wait for it to end, then run the same command again")
 
         with locks.hold(self.root, self.run.address, refuse, command):
-            _refuse_other_files(self.place, self.run)  # they may have changed before the lock was held
+            refuse_other_files(self.place, self.run)  # they may have changed before the lock was held
             yield
 
     def _remove_others(self) -> None:
@@ -176,7 +180,7 @@ def target(root: Path, model: str) -> Target:
     """
     subject = find(Index(root), model)
     run = adapter_of(subject, model)
-    _refuse_other_files(root, run)
+    refuse_other_files(root, run)
     found = Target(root, model, subject, run, root)
     refuse_method(found)
     return found
@@ -191,8 +195,8 @@ def adapter_of(subject: Subject, model: str) -> StageRun:
     models = subject.models
     if aligned := next((run for run in models if run.address.partition("@")[0] in FROM_PAIRS), None):
         raise InputError(
-            f"{model}: {aligned.address} was trained on preference pairs or rewards, whose gradients are not supported yet",
-            "ask the supervised model that it started from, e.g. merged@lora",
+            f"{model}: {aligned.address} was trained on preference pairs or rewards: only a single question can be asked about it",
+            "name the supervised model that it started from, e.g. merged@lora",
         )
     adapters = [run for run in models if run.address.partition("@")[0] == ADAPTER]
     *parts, last = adapters or [subject.run]
@@ -215,13 +219,19 @@ def refuse_method(found: Target) -> None:
         raise InputError(f"{found.run.address}: answers of {method} cannot be attributed: {REFUSED[method]}", "ask another variant")
 
 
+def start_of(run: StageRun) -> str:
+    """Path of the model that a training began with."""
+    return next((path for path, _, _ in run.inputs if path.startswith(MERGED)), BASE_MODEL)
+
+
 def needed(run: StageRun) -> dict[str, str]:
-    """Path of the adapter, the tokenized data and the base model of a training -> hash of each as recorded."""
+    """Path of the trained weights, of the data and of the model that a training began with -> hash of each as recorded."""
     inputs = {path: md5 for path, _, md5 in run.inputs}
-    return {run.path: run.md5, TOKENIZED: inputs.get(TOKENIZED, ""), BASE_MODEL: inputs.get(BASE_MODEL, "")}
+    data, start = (PREFERENCES, start_of(run)) if run.address.partition("@")[0] in FROM_PAIRS else (TOKENIZED, BASE_MODEL)
+    return {run.path: run.md5, data: inputs.get(data, ""), start: inputs.get(start, "")}
 
 
-def _refuse_other_files(place: Path, run: StageRun) -> None:
+def refuse_other_files(place: Path, run: StageRun) -> None:
     """Raises:
     InputError: there is no adapter, tokenized data or base model, or they are other ones than those of this training.
     """

@@ -28,6 +28,8 @@ MAX_COMMAND = 4_000
 """Characters of the texts in a command that asks why."""
 WHY = "data/pages/why"
 """Folder of the pages that `pedigree why` writes for the commands on this page."""
+NOT_ASKED = frozenset({"prefix_tuning", "prompt_tuning", "p_tuning", "cartridge", "adaption_prompt", "feature_extraction"})
+"""Methods whose answers `pedigree why` refuses to attribute, `REFUSED` in lineage/attribution/gradients.py."""
 
 Measured = Mapping[str, Mapping[str, float]]
 """Variant -> measurements of its training on this machine, by name."""
@@ -98,7 +100,8 @@ def _why(documents: Documents, view: Mapping[str, Any]) -> Why:
     for variant in (name for name, stage in view["trained"].items() if stage == "adapter"):
         training = documents.read(documents.root / "data" / "adapter" / variant / "training.json")
         report = documents.read(documents.root / report_of(f"merged@{variant}"))
-        if training and report and not training.keys() & {"command", "merge_of"}:
+        method = (documents.read(documents.root / "data" / "adapter" / variant / "method.json") or {}).get("method")
+        if training and report and method not in NOT_ASKED and not training.keys() & {"command", "merge_of"}:
             models[variant] = report.get("output_sha256", "")
     systems: dict[tuple[str, str], set[str]] = {}
     for record in iter_records(documents.root / "data" / "splits" / "test") if models else ():

@@ -24,7 +24,7 @@ def why_page(document: Mapping[str, Any]) -> str:
         "Answer": _parts(asked["answer"], asked["spans"]),
         "Check": {"figure": _proof_figure(proof), "proof": proof} if proof else None,
         "Records": [_record(hit) for hit in document["hits"]],
-        "Scores": _distribution(spread, document["records"]),
+        "Scores": _distribution(spread, document["records"], "raises the reward" if "reward" in asked else "makes the tokens more likely"),
         "Notes": document["notes"],
     }
     figures = [
@@ -72,11 +72,16 @@ def _record(hit: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "prompt": hit["prompt"],
         "answer": hit["answer"],
+        "rejected": hit.get("rejected"),
     }
 
 
-def _distribution(spread: Mapping[str, Any], records: int) -> Figure:
-    """Histogram of the gradient scores of all records."""
+def _distribution(spread: Mapping[str, Any], records: int, effect: str) -> Figure:
+    """Histogram of the gradient scores of all records.
+
+    Args:
+        effect: what a step on a record with a score above 0 does.
+    """
     counts, edges = spread["counts"], spread["edges"]
     most, low, high = max(counts), edges[0], edges[-1]
     width = 100 / len(counts)
@@ -100,7 +105,7 @@ def _distribution(spread: Mapping[str, Any], records: int) -> Figure:
         x = 100 * (value - low) / ((high - low) or 1)
         shapes.append(shape("text", brief(value), class_="tick", x=f"{x:.1f}%", y=HEIGHT + 16, text_anchor=anchor))
     rows = [(f"{edges[i]:.3f} to {edges[i + 1]:.3f}", count) for i, count in enumerate(counts) if count]
-    note = "cosine of the gradient of the asked tokens with that of each record's loss; above 0: a step on the record makes the tokens more likely"
+    note = f"cosine of the gradient of the question with that of each record's loss; above 0: a step on the record {effect}"
     plot = Plot(f"Scores of {records} records from {low:.3f} to {high:.3f}, median {spread['median']:.3f}", HEIGHT + 22, shapes)
     return Figure("Gradient scores of all records", note, plot, Table("Scores", ["score", "records"], rows))
 

@@ -55,7 +55,7 @@ class TrainedModel:
         if info.method in OWN_WEIGHTS:
             prepared = build(info.method, {}, folder, device, dtype, where)
         else:
-            prepared = _with_adapter(folder, base_model, info, device, dtype)
+            prepared = with_adapter(folder, base_model, info, device, dtype)
         prepared.model.eval()
         return cls(prepared, label_smoothing)
 
@@ -118,6 +118,12 @@ class TrainedModel:
 
     def _weighted_sum(self, examples: Sequence[Example], label_smoothing: float) -> torch.Tensor:
         """Sum of weight x loss over the tokens of examples in one packed row."""
+        losses, weights, _ = self.token_losses(examples, label_smoothing)
+        return (losses * weights).sum()
+
+    def token_losses(self, examples: Sequence[Example], label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss and weight of each token with a label, and the number of its example, from one packed row; (tokens,) each."""
+        import torch
         from torch.nn.functional import cross_entropy
 
         device = causal(self.prepared.model).device
@@ -129,7 +135,9 @@ class TrainedModel:
         hidden = self.prepared.hidden_states(batch)[:, :-1][counted]
         logits = causal(self.prepared.model).get_output_embeddings()(hidden).float()
         losses = cross_entropy(logits, labels[counted], reduction="none", label_smoothing=label_smoothing)
-        return (losses * batch["weights"][:, 1:][counted]).sum()
+        numbers = torch.tensor([i for i, example in enumerate(examples) for _ in example.input_ids], device=device)
+        owners = numbers[counted[0].nonzero()[:, 0] + 1]
+        return losses, batch["weights"][:, 1:][counted], owners
 
 
 def _counted(example: Example) -> list[float]:
@@ -137,7 +145,7 @@ def _counted(example: Example) -> list[float]:
     return [weight for weight, label in zip(example.weights[1:], example.labels[1:], strict=True) if label != IGNORE]
 
 
-def _with_adapter(folder: Path, base_model: Path, info: AdapterInfo, device: torch.device, dtype: torch.dtype) -> PreparedModel:
+def with_adapter(folder: Path, base_model: Path, info: AdapterInfo, device: torch.device, dtype: torch.dtype) -> PreparedModel:
     """A base model with a trained adapter of PEFT, whose weights are trainable in float32, as in `methods/build.py`."""
     import torch
     from peft import PeftModel

@@ -1,0 +1,201 @@
+"""`pedigree why` about models that were trained on pairs: gradients equal those of the loss as its paper writes it, by plain autograd, and what cannot be
+attributed is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import alignment_pipeline
+from builders.preferences import PREFERENCE_SCHEMA, preference_row
+from conftest import dvc
+
+from dagster_project.__main__ import main
+from dagster_project.core.params import Compute
+from dagster_project.core.records import read_preferences, read_table, write_records
+from dagster_project.lineage.attribution.pairs import AlignedModel, DpoLoss, RewardedModel, gradients_of_pairs, pair_records
+from dagster_project.lineage.attribution.per_record import lora_layers
+from dagster_project.lineage.attribution.projection import Projection
+
+COMPUTE = Compute(threads=1, dtype="float32")
+WHOLE = Projection(size=4096)
+"""So large that no side of a gradient is projected."""
+ENTRY = {
+    "adapter": "lora",
+    "learning_rate": 1e-2,
+    "num_train_epochs": 2,
+    "samples": 4,
+    "max_new_tokens": 4,
+    "per_device_train_batch_size": 4,
+}
+VARIANTS = {"x": {**ENTRY, "method": "dpo", "options": {"beta": 0.3, "label_smoothing": 0.1}}, "k": {**ENTRY, "method": "kto"}}
+
+
+@pytest.fixture(scope="module")
+def root(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which a policy of DPO, one of KTO and a reward model were trained."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for split, numbers in {"train": range(12), "validation": range(20, 22), "test": range(30, 34)}.items():
+        rows = [preference_row(i, "a" * (3 + i % 3), "z" * (3 + (i + 1) % 3)) for i in numbers]
+        write_records(folder / "preferences" / split, rows, PREFERENCE_SCHEMA)
+    project = alignment_pipeline.make_project(folder / "project", tiny_model, folder / "preferences", VARIANTS)
+    done = dvc(project, "repro", "-q")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return project
+
+
+def tokenizer(root: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(root / "data/base_model")
+
+
+def flat(gradients: dict[str, Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(gradients[name]).ravel() for name in sorted(gradients)])
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, bound: float = 2e-5) -> None:
+    assert np.abs(expected).max() > 0 and np.abs(found - expected).max() < bound * np.abs(expected).max()
+
+
+def turns(tokenizer: Any, pair: dict[str, Any], side: str) -> tuple[list[int], int]:
+    """Ids of a prompt with an answer, as the chat template writes it at once, and the number of tokens of the prompt."""
+    prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template([*pair["prompt"], *pair[side]], return_dict=False)
+    assert whole[: len(prompt)] == prompt
+    end = len(whole) - whole[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    return whole[:end], len(prompt)
+
+
+def plain_dpo(root: Path, pairs: list[dict[str, Any]]) -> np.ndarray:
+    """Full gradient of the loss of each pair: equation 7 of the paper with PEFT's layers, transformers' attention and autograd alone."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, words = AutoModelForCausalLM.from_pretrained(root / "data/merged/lora"), tokenizer(root)
+    model = PeftModel.from_pretrained(base, root / "data/aligned/x", is_trainable=True).eval()
+
+    def likely(pair: dict[str, Any], side: str) -> torch.Tensor:
+        ids, start = turns(words, pair, side)
+        logits = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+        return sum((logits[i - 1, ids[i]] for i in range(start, len(ids))), torch.tensor(0.0))
+
+    found = []
+    for pair in pairs:
+        model.zero_grad()
+        with torch.no_grad(), model.disable_adapter():
+            reference = [likely(pair, side) for side in ("chosen", "rejected")]
+        ratio = 0.3 * ((likely(pair, "chosen") - reference[0]) - (likely(pair, "rejected") - reference[1]))
+        loss = -0.9 * torch.log(torch.sigmoid(ratio)) - 0.1 * torch.log(torch.sigmoid(-ratio))
+        loss.backward()
+        found.append(flat({name: weight.grad.numpy().copy() for name, weight in model.named_parameters() if weight.requires_grad}))
+    return np.stack(found)
+
+
+def by_id(root: Path) -> list[dict[str, Any]]:
+    return sorted(read_preferences(root / "data/preferences/train"), key=lambda pair: pair["example_id"])
+
+
+def test_gradients_of_dpo_are_those_of_its_loss(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dagster_project.lineage.attribution import per_record
+
+    records, _ = pair_records(root / "data/aligned/x", root / "data/preferences", tokenizer(root))
+    assert [record.example_id for record in records] == [pair["example_id"] for pair in by_id(root)]
+    expected = plain_dpo(root, by_id(root)[:6])
+    model = AlignedModel.aligned(root / "data/aligned/x", root / "data/merged/lora", COMPUTE, "aligned@x", DpoLoss(0.3, 0.1))
+    examples = [record.examples for record in records[:6]]
+    assert lora_layers(model) is not None, "otherwise they would not be packed"
+    assert_close(gradients_of_pairs(model, WHOLE, examples).numpy(), expected)
+    monkeypatch.setattr(per_record, "ROOM", 60)  # several passes
+    assert_close(gradients_of_pairs(model, WHOLE, examples).numpy(), expected)
+    assert_close(np.stack([flat(model.of_record(pair)) for pair in examples]), expected)
+    projected = [gradients_of_pairs(model, Projection(8, seed), examples).numpy() for seed in range(40)]
+    products, exact = np.stack([one @ one.T for one in projected]), expected @ expected.T
+    error = products.std(0) / len(products) ** 0.5
+    assert (np.abs(products.mean(0) - exact) <= 5 * error).all(), "inner products of projected gradients estimate those of the gradients"
+    assert error.max() < 0.2 * np.abs(exact).max()
+
+
+def test_gradients_of_a_reward_model_are_those_of_its_loss_at_the_weights_that_were_trained(root: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    folder = root / "data/reward_model"
+    settings = json.loads((folder / "training.json").read_text())["settings"]
+    records, _ = pair_records(folder, root / "data/preferences", tokenizer(root))
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    before = AutoModelForSequenceClassification.from_pretrained(root / "data/base_model", num_labels=1).state_dict()
+    moved = {name for name, weight in plain.named_parameters() if not torch.equal(weight, before[name])}
+    words, margin, center = tokenizer(root), 0.5, 0.01
+    given = settings | {"center_rewards_coefficient": center}
+    model = RewardedModel.load(folder, given, COMPUTE, {record.example_id: margin for record in records}, "reward_model")
+    assert model.weights.keys() == moved and "score.weight" in moved, "LoRA and the output layer changed these weights, and no others"
+    for record, pair in list(zip(records, by_id(root), strict=True))[:4]:
+        plain.zero_grad()
+        good, bad = (plain(torch.tensor([turns(words, pair, side)[0]])).logits[0, 0] for side in ("chosen", "rejected"))
+        (-torch.log(torch.sigmoid(good - bad - margin)) + center * (good + bad) ** 2).backward()
+        assert_close(flat(model.of_record(record)), flat({name: w.grad.numpy() for name, w in plain.named_parameters() if name in moved}))
+        plain.zero_grad()
+        (-plain(torch.tensor([turns(words, pair, "chosen")[0]])).logits[0, 0]).backward()
+        reward, gradient = model.of_answer(record.examples[0])
+        assert reward == pytest.approx(float(good), rel=1e-4)
+        assert_close(flat(gradient), flat({name: w.grad.numpy() for name, w in plain.named_parameters() if name in moved}))
+
+
+def why(root: Path, *arguments: str) -> int:
+    return main(["why", *arguments, "--project", str(root)])
+
+
+@pytest.mark.parametrize(("model", "measure"), [("aligned@x", "log_probability"), ("reward_model", "reward")])
+def test_a_question_about_a_model_of_pairs_ranks_pairs(
+    root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str, measure: str
+) -> None:
+    page = tmp_path / "why.html"
+    asked = (model, "--prompt", "q3", "--answer", "aaaa", "--top", "4")
+    assert why(root, *asked, "--index", "--json", "--html", str(page)) == 0
+    document = json.loads(capsys.readouterr().out)
+    used = {row["example_id"] for row in read_table(root / "data" / model.replace("@", "/") / "examples.parquet")}
+    assert document["records"] == len(used) == 12 and document["index"]["computed"] == 12 and measure in document["question"]
+    pairs = {pair["example_id"]: pair for pair in by_id(root)}
+    for hit in document["hits"]:
+        pair = pairs[hit["example_id"]]
+        assert (hit["prompt"], hit["answer"], hit["rejected"]) == (
+            pair["prompt"][0]["content"],
+            pair["chosen"][0]["content"],
+            pair["rejected"][0]["content"],
+        )
+    assert "rejected answer" in page.read_text()
+    assert why(root, *asked, "--json") == 0 and "index" not in json.loads(capsys.readouterr().out)
+    assert why(root, *asked) == 0
+    shown = capsys.readouterr().out
+    assert "not z" in shown and "preference pairs" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("aligned@k", "--prompt", "q", "--answer", "a"), "trained by kto"),
+        (("aligned@x", "--prompt", "q", "--answer", "a", "--prove"), "only supervised trainings"),
+        (("reward_model", "--prompt", "q"), "--answer is required"),
+        (("reward_model", "--prompt", "q", "--answer", "ab", "--span", "a"), "--span"),
+        (("aligned@x", "--suspects"), "preference pairs"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(root: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:
+    assert why(root, *arguments) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and "Traceback" not in shown.err and not shown.out
+
+
+def test_other_losses_than_that_of_the_paper_are_refused() -> None:
+    from dagster_project.core.errors import InputError
+
+    options = {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "rpo_alpha": 0.0}
+    assert DpoLoss.of(options, "aligned@x") == DpoLoss(0.1)
+    for changed in ({"loss_type": "ipo"}, {"rpo_alpha": 1.0}):
+        with pytest.raises(InputError, match="gradients are not supported"):
+            DpoLoss.of(options | changed, "aligned@x")
