@@ -122,7 +122,7 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
     texts = [known[one.example_id] for one in records]
     own = [Group(one["source"], one["category"], form_of(one["messages"][-1])) for one in texts]
     fits = agreement(gradients, own, chosen_groups(own))
-    found = Suspicion.of(opposition(gradients), lengths)
+    found = Suspicion.of(opposition(gradients, lengths), lengths)
     by = {
         "`pedigree why --suspects`": found.rank,
         "opposition alone": found.opposition_rank,

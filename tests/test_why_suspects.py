@@ -24,7 +24,7 @@ from dagster_project.core.records import example_id, write_json, write_ledger, w
 from dagster_project.curation.checks import findings
 from dagster_project.curation.checks.checks import CHECKS, Rules, judge
 from dagster_project.curation.checks.review import read_decisions
-from dagster_project.lineage.attribution import ranking
+from dagster_project.lineage.attribution import suspects as module
 from dagster_project.lineage.attribution.suspects import LEAST, Group, Suspicion, agreement, chosen_groups, form_of, members, opposition
 from dagster_project.views.data_quality import draw_data_quality
 from dagster_project.views.suspects import suspects_page
@@ -118,26 +118,21 @@ def test_records_that_oppose_their_group_come_first_in_any_order() -> None:
     assert np.allclose(again, score[shuffled], atol=1e-5)
 
 
-def whitened_products(units: np.ndarray) -> np.ndarray:
-    """Inner products of gradients through the inverse of their damped covariance, which is formed here."""
-    rows = units.astype(np.float64)
-    return np.asarray(rows @ np.linalg.inv(rows.T @ rows + np.eye(rows.shape[1])) @ rows.T)
-
-
 def test_opposition_is_the_sum_of_the_negative_products_with_the_others() -> None:
-    units = random_units(30, 6)
-    products = whitened_products(units)
-    expected = [sum(max(0.0, -float(products[i, k])) for k in range(30) if k != i) for i in range(30)]
-    assert opposition(units) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    units, lengths = random_units(30, 6), np.random.default_rng(2).uniform(0.5, 3.0, 30).astype(np.float32)
+    whole = units.astype(np.float64) * lengths[:, None]
+    expected = [sum(max(0.0, -float(whole[i] @ whole[k])) for k in range(30) if k != i) for i in range(30)]
+    assert opposition(units, lengths) == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_of_many_records_a_sample_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "OTHERS", 400)
-    units = random_units(800, 6)
-    exact = np.maximum(0.0, -whitened_products(units)).sum(1)
-    found = opposition(units)
-    assert np.corrcoef(found, exact)[0, 1] > 0.3 and found.mean() == pytest.approx(exact.mean(), rel=0.05)
-    assert (found == opposition(units)).all()
+    monkeypatch.setattr(module, "OTHERS", 400)
+    units, lengths = random_units(800, 6), np.ones(800, np.float32)
+    whole = units.astype(np.float64)
+    exact = np.maximum(0.0, -(whole @ whole.T)).sum(1)
+    found = opposition(units, lengths)
+    assert np.corrcoef(found, exact)[0, 1] > 0.3 and found.mean() == pytest.approx(exact.mean() / 2, rel=0.05)
+    assert (found == opposition(units, lengths)).all()
 
 
 def test_a_label_that_others_contradict_comes_first() -> None:
@@ -151,7 +146,7 @@ def test_a_label_that_others_contradict_comes_first() -> None:
     outputs = -np.eye(3)[labels] * missing[:, None] + (np.eye(3)[kinds] - np.eye(3)[labels]) * missing[:, None] * (labels != kinds)[:, None]
     rows = (inputs[:, :, None] * outputs[:, None, :]).reshape(120, 9)
     lengths = np.linalg.norm(rows, axis=1).astype(np.float32)
-    found = Suspicion.of(opposition((rows / lengths[:, None]).astype(np.float16)), lengths)
+    found = Suspicion.of(opposition((rows / lengths[:, None]).astype(np.float16), lengths), lengths)
     assert {*found.order()[:4]} == {0, 3, 6, 9}
 
 

@@ -41,7 +41,7 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
     texts = Texts(found)
     own = _own_groups(found, texts)
     chosen = chosen_groups(own)
-    ranking = Suspicion.of(opposition(gradients), lengths)
+    ranking = Suspicion.of(opposition(gradients, lengths), lengths)
     fits, sizes = agreement(gradients, own, chosen), [len(numbers) for numbers in members(own, chosen)]
     groups = [
         {

@@ -15,10 +15,6 @@ STANDS_OUT = 6.0
 CROWD, TIMES = 10, 2.0
 """It does if it is also this many times as far from the median as the record of this rank: a label that dozens of records share has no few behind it.
 Measured: docs/why.md."""
-DAMPING = 1.0
-"""Added to the eigenvalues of the inner products of gradients of length 1, whose mean is 1."""
-OTHERS = 2048
-"""Most records that each record is compared with for its opposition."""
 TO_SIGMA = 1.4826
 """Median absolute deviation times this is the standard deviation of a normal distribution."""
 
@@ -38,13 +34,6 @@ def cosines(gradients: np.ndarray, question: np.ndarray) -> np.ndarray:
     for start in range(0, len(gradients), 4096):  # in blocks, because the product needs float32
         scores[start : start + 4096] = gradients[start : start + 4096].astype(np.float32) @ unit
     return scores
-
-
-def sample(count: int) -> np.ndarray:
-    """Numbers of all records or, of more than `OTHERS`, of that many that stand for all."""
-    import numpy as np
-
-    return np.arange(count) if count <= OTHERS else np.sort(np.random.default_rng(0).choice(count, OTHERS, replace=False))
 
 
 def robust_z(scores: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dagster_project.core.messages import Message
-from dagster_project.lineage.attribution.ranking import DAMPING, fused, ranks, sample
+from dagster_project.lineage.attribution.ranking import fused, ranks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 LEAST = 5
 """Records of a group. A record of a smaller group is compared with a wider one."""
 UNKNOWN = "unknown"
+OTHERS = 2048
+"""Most records that each record is compared with for its opposition."""
 
 
 def form_of(answer: Message | None) -> str:
@@ -104,27 +106,26 @@ def _sum(gradients: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     return total
 
 
-def opposition(gradients: np.ndarray) -> np.ndarray:
+def opposition(gradients: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """How strongly steps on other records would undo a step on each record, (records,) float32: the sum of its negative inner products with the
-    gradients of the others, with the sign changed. All gradients have length 1 and are whitened: multiplied by the inverse of their covariance, as
-    influence functions do (Koh and Liang 2017, arXiv 1703.04730), so that what most records have in common counts little. The covariance is damped by
-    its mean eigenvalue. Of more than `OTHERS` records, that many stand for all.
+    gradients of the others, with the sign changed. Of more than `OTHERS` records, that many stand for all.
 
     Args:
         gradients: of length 1, (records, width) float16.
+        lengths: of the gradients, (records,).
     """
     import numpy as np
 
-    count, others = len(gradients), sample(len(gradients))
-    columns = gradients[others].astype(np.float32).T
-    products = np.empty((count, len(others)), np.float32)
+    count = len(gradients)
+    others = np.arange(count) if count <= OTHERS else np.sort(np.random.default_rng(0).choice(count, OTHERS, replace=False))
+    columns = (gradients[others].astype(np.float32) * lengths[others, None]).T
+    found = np.empty(count, np.float32)
     for start in range(0, count, 512):
         rows = np.arange(start, min(start + 512, count))
-        products[rows] = gradients[rows].astype(np.float32) @ columns
-    # g^T (G^T G + d)^-1 h = g^T G^T (G G^T + d)^-1 G h / d for h among the others, up to the factor d
-    found = np.linalg.solve(products[others] + DAMPING * np.eye(len(others), dtype=np.float32), products.T).T
-    found[others, np.arange(len(others))] = 0.0  # its own
-    return -np.minimum(found, 0.0).sum(1)
+        products = (gradients[rows].astype(np.float32) * lengths[rows, None]) @ columns
+        products[rows[:, None] == others] = 0.0  # its own
+        found[rows] = -np.minimum(products, 0.0).sum(1)
+    return found
 
 
 @dataclass(frozen=True)
