@@ -33,7 +33,8 @@ from dagster_project.pipeline import validate
 from dagster_project.stages import aligned
 from dagster_project.training.trainers.alignment.rewards import Rewards, ready
 from dagster_project.training.trainers.alignment.tasks import HeldOut, tasks_of
-from dagster_project.training.trainers.harness.weight_audit import seen_schema
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.weight_audit import WeightChange, seen_schema
 
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 WHERE = "aligned.mine.rewards"
@@ -163,6 +164,15 @@ def test_too_few_steps_for_every_weight_to_move_are_named(tmp_path: Path, tiny_m
     assert failed.name == "trained_what_it_should" and failed.note.startswith("did not move: lora_A; 1 of 2 steps could change a weight: ")
     report = align(tmp_path / "cold", splits, tiny_model, method="rloo", **settings, warmup_ratio=0.0)
     assert not report.failures, [check.note for check in report.failures]
+
+
+def test_an_iteration_of_several_updates_is_not_called_one_step_that_could_change_a_weight() -> None:
+    """What did not move after an iteration of PPO had a chance in each of its updates: too few steps are not the reason."""
+    change = WeightChange({"lora_A": {"tensors": 1, "moved": 0, "norm_of_change": 0.0}}, {"sha256_before": "a", "sha256_after": "a"})
+    point = {"step": 1, "loss": 0.1, "learning_rate": 1e-3, "grad_norm": 0.5}
+    notes = [aligned._moved(change, TrainingHistory(curve=[point | updates])).note for updates in ({}, {"updates": 1}, {"updates": 8})]
+    assert all(note.startswith("did not move: lora_A; 1 of 1 steps could change a weight") for note in notes[:2])
+    assert notes[2] == "did not move: lora_A"
 
 
 class Policies:
