@@ -175,6 +175,21 @@ def test_an_iteration_of_several_updates_is_not_called_one_step_that_could_chang
     assert notes[2] == "did not move: lora_A"
 
 
+def test_the_curve_of_online_dpo_has_a_row_for_each_step_also_where_no_rewards_differ(tmp_path: Path, tiny_model: Path) -> None:
+    splits = split(tmp_path / "splits", train=[row(f"q{i}", f"a{i}") for i in range(8)], validation=[row("v", "b")])
+    settings = {
+        "options": {"max_completion_length": 6},
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "rewards": {"regex": {"pattern": "[a-m]"}},
+    }
+    align(tmp_path, splits, tiny_model, method="online_dpo", **settings)
+    points = [point for point in json.loads((tmp_path / "pages" / "history.json").read_text())["curve"] if "loss" in point]
+    assert 0 < sum("margin" in point for point in points) < 8, "no step without a pair, so that case is not shown"
+    head, *lines = (tmp_path / "curve.csv").read_text().splitlines()
+    assert {"loss", "kl", "reward"} <= {*head.split(",")} and [line.split(",")[0] for line in lines] == [str(step) for step in range(1, 9)]
+
+
 class Policies:
     """Answers known by heart: the SFT model solves the first of four tasks, the policy the first three."""
 
