@@ -27,6 +27,7 @@ from dagster_project.commands.sign import sign
 from dagster_project.commands.verify_signatures import verify_signatures
 from dagster_project.core.errors import InputError
 from dagster_project.curation.sources.declarations import NAMES, Declared, declared_sources
+from dagster_project.lineage.export import eu_summary as eu_summary_module
 from dagster_project.lineage.export.answers import training_records, uses_category
 from dagster_project.lineage.export.croissant import croissant
 from dagster_project.lineage.export.data_sets import data_sets
@@ -356,6 +357,25 @@ def test_a_model_that_learned_from_its_own_answers_used_synthetic_data(finished:
     online, offline = synthetic("rloo"), synthetic("dpo")
     assert "- **Used:** yes" in online and f"aligned@it (rloo) learned from {count} answers that it wrote during training" in online
     assert "**Used:** yes" not in offline and "learned from" not in offline
+
+
+@pytest.mark.parametrize(
+    "declared, used",
+    [
+        ([{"category": "synthetic"}, {}], "yes: s0 (*missing*: `category` of s1)"),
+        ([{"category": "synthetic"}, {"category": "user"}], "yes: s0"),
+        ([{}, {"category": "user"}], "yes (*missing*: `category` of s0)"),
+        ([{"category": "user"}, {"category": "user"}], "yes"),
+    ],
+    ids=["one of two declared", "all declared", "one not declared", "none synthetic"],
+)
+def test_own_answers_hide_nothing_that_is_said_of_sources(declared: list[dict[str, Any]], used: str) -> None:
+    sources = {f"s{i}": declare({"rows": 1, "sha256": "0" * 64}, **given) for i, given in enumerate(declared)}
+    online = [{"training": "aligned@it", "method": "rloo", "answers": 8}]
+    summary = {"sources": sources, "provider": {}, "outcomes": {}, "own_answers": online}
+    text = "\n".join(eu_summary_module._sources(summary))
+    section = text[text.index("### 2.5") : text.index("### 2.6")]
+    assert f"- **Used:** {used}\n" in section and "learned from 8 answers" in section
 
 
 def test_a_category_is_denied_only_if_every_source_declares_another() -> None:

@@ -129,8 +129,9 @@ def kernel(path: Path, running: int) -> Path:
         (1, 3, {"GOMP_SPINCOUNT": "3000"}),
         (2, 3, {"OMP_WAIT_POLICY": "passive"}),
         (1, 0, {"OMP_WAIT_POLICY": "passive"}),
+        (0, 3, {"OMP_WAIT_POLICY": "passive"}),
     ],
-    ids=["quiet", "beside another process", "a command that computes nothing"],
+    ids=["quiet", "beside another process", "a command that computes nothing", "a sandbox that does not count"],
 )
 def test_threads_spin_briefly_only_if_nothing_else_runs(tmp_path: Path, running: int, looks: int, expected: dict[str, str]) -> None:
     environment: dict[str, str] = {}

@@ -33,7 +33,8 @@ from dagster_project.pipeline import validate
 from dagster_project.stages import aligned
 from dagster_project.training.trainers.alignment.rewards import Rewards, ready
 from dagster_project.training.trainers.alignment.tasks import HeldOut, tasks_of
-from dagster_project.training.trainers.harness.weight_audit import seen_schema
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.weight_audit import WeightChange, seen_schema
 
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 WHERE = "aligned.mine.rewards"
@@ -163,6 +164,30 @@ def test_too_few_steps_for_every_weight_to_move_are_named(tmp_path: Path, tiny_m
     assert failed.name == "trained_what_it_should" and failed.note.startswith("did not move: lora_A; 1 of 2 steps could change a weight: ")
     report = align(tmp_path / "cold", splits, tiny_model, method="rloo", **settings, warmup_ratio=0.0)
     assert not report.failures, [check.note for check in report.failures]
+
+
+def test_an_iteration_of_several_updates_is_not_called_one_step_that_could_change_a_weight() -> None:
+    """What did not move after an iteration of PPO had a chance in each of its updates: too few steps are not the reason."""
+    change = WeightChange({"lora_A": {"tensors": 1, "moved": 0, "norm_of_change": 0.0}}, {"sha256_before": "a", "sha256_after": "a"})
+    point = {"step": 1, "loss": 0.1, "learning_rate": 1e-3, "grad_norm": 0.5}
+    notes = [aligned._moved(change, TrainingHistory(curve=[point | updates])).note for updates in ({}, {"updates": 1}, {"updates": 8})]
+    assert all(note.startswith("did not move: lora_A; 1 of 1 steps could change a weight") for note in notes[:2])
+    assert notes[2] == "did not move: lora_A"
+
+
+def test_the_curve_of_online_dpo_has_a_row_for_each_step_also_where_no_rewards_differ(tmp_path: Path, tiny_model: Path) -> None:
+    splits = split(tmp_path / "splits", train=[row(f"q{i}", f"a{i}") for i in range(8)], validation=[row("v", "b")])
+    settings = {
+        "options": {"max_completion_length": 6},
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "rewards": {"regex": {"pattern": "[a-m]"}},
+    }
+    align(tmp_path, splits, tiny_model, method="online_dpo", **settings)
+    points = [point for point in json.loads((tmp_path / "pages" / "history.json").read_text())["curve"] if "loss" in point]
+    assert 0 < sum("margin" in point for point in points) < 8, "no step without a pair, so that case is not shown"
+    head, *lines = (tmp_path / "curve.csv").read_text().splitlines()
+    assert {"loss", "kl", "reward"} <= {*head.split(",")} and [line.split(",")[0] for line in lines] == [str(step) for step in range(1, 9)]
 
 
 class Policies:

@@ -55,10 +55,10 @@ def set_waiting(environment: MutableMapping[str, str], looks: int, stat: Path = 
 
 
 def is_quiet(looks: int, stat: Path) -> bool:
-    """Whether at most one thread runs or waits for a CPU, this one, in most looks at the kernel's counter. Without that counter: no."""
+    """Whether one thread runs or waits for a CPU, this one, in most looks at the kernel's counter. Without that counter, or if it is always 0: no."""
     running: list[int] = []
     with suppress(OSError, ValueError, IndexError):
         for _ in range(looks):
             running.append(int(stat.read_text().split("procs_running ")[1].split()[0]))
             time.sleep(0.0025)
-    return len(running) == looks and median_low(running) <= 1
+    return len(running) == looks and median_low(running) == 1

@@ -518,7 +518,9 @@ def _learned(history: TrainingHistory, prepared: PreparedModel) -> CheckResult:
 def _moved(change: WeightChange, history: TrainingHistory) -> CheckResult:
     """`trained_what_it_should`. If a group did not move because too few steps could move it, the note says so."""
     check = change.check()
-    acting = sum(point["learning_rate"] > 0 and point["grad_norm"] > 0 for point in history.curve if "loss" in point)
+    acting = sum(
+        point.get("updates", 1) for point in history.curve if "loss" in point and point["learning_rate"] > 0 and point["grad_norm"] > 0
+    )
     if not unmoved(change.groups) or acting > 1:
         return check
     reason = (

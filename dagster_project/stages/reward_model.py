@@ -69,8 +69,8 @@ class Params(PreferenceParams):
     """Weight of the squared sum of a pair's rewards in the loss, which moves their mean to 0; 0.01 is usual. null:
     none."""
     min_accuracy: float = Field(default=0.6, ge=0, le=1)
-    """Held-out pair accuracy below which rloo, grpo and ppo refuse to use it. Methods that learn from pairs
-    continue, and their reports say so."""
+    """Held-out pair accuracy below which rloo, grpo, online_dpo and ppo refuse to use it. Methods that learn from given
+    pairs continue, and their reports say so."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

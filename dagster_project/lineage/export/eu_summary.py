@@ -171,7 +171,7 @@ def _sources(summary: Mapping[str, Any]) -> list[str]:
         "### 2.4. User data",
         section("user", **{"Services and products": given(provider, "user_services")}),
         "### 2.5. Synthetic data",
-        _lines(_synthetic(sources, _taught(summary)) | _own_answers(summary)),
+        _lines(_with_own_answers(_synthetic(sources, _taught(summary)), summary)),
         "### 2.6. Other sources of data",
         _lines({"Used": lacking("category", undeclared) if undeclared or not sources else "no"}),
     ]
@@ -204,14 +204,18 @@ def _taught(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _own_answers(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Answers of the model itself, from which it learned: the template counts what alignment generates among synthetic data."""
+def _with_own_answers(lines: dict[str, str], summary: Mapping[str, Any]) -> dict[str, str]:
+    """Adds the answers of the model itself, from which it learned: the template counts what alignment generates among synthetic data."""
     online = [
         f"{markdown(one['training'])} ({markdown(one['method'])}) learned from {MISSING if one['answers'] is None else one['answers']} answers "
         "that it wrote during training"
         for one in summary.get("own_answers", ())
     ]
-    return {"Used": "yes", "Answers of the model itself": "; ".join(online)} if online else {}
+    if not online:
+        return lines
+    of_sources = lines["Used"]
+    used = of_sources if of_sources.startswith("yes") else "yes" if of_sources == "no" else f"yes ({of_sources})"
+    return {**lines, "Used": used, "Answers of the model itself": "; ".join(online)}
 
 
 def _synthetic(sources: Mapping[str, Mapping[str, Any]], taught: list[str]) -> dict[str, str]:

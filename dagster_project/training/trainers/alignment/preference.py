@@ -466,7 +466,7 @@ class AnswerGroups(TrlMethod):
     metrics = {
         "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length", "completions/clipped_ratio": "unfinished",
     }  # fmt: skip
-    figures: ClassVar[Sequence[str]] = ONLINE_FIGURES
+    figures = ONLINE_FIGURES
 
     num_generations: int = Field(default=4, ge=2)
     """Answers to each prompt, which are compared with each other. Must divide `per_device_train_batch_size`."""
@@ -588,7 +588,6 @@ class OnlineDpo(AnswerGroups):
 
     name = "online_dpo"
     metrics = {**AnswerGroups.metrics, "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-    figures = (*ONLINE_FIGURES, "accuracy", "margin")
 
     num_generations: int = Field(default=2, ge=2)
     """Answers to each prompt, of which the one with the highest reward is preferred to the one with the lowest. Must divide
