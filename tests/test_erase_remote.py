@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from builders.erasure_oracle import traces
 from builders.files import jsonl
 from builders.hub import NAME, OLD, PAIRS, hub_with_pairs, serving
@@ -26,9 +27,10 @@ from dagster_project.core.frames import placed_records, read_pairs
 from dagster_project.core.params import parse
 from dagster_project.core.records import Report, example_id, read_ledger, read_records, read_table
 from dagster_project.curation.sources import erased
-from dagster_project.lineage.erasure.records import Request
+from dagster_project.lineage.erasure.records import Found, Raw, Request
 from dagster_project.lineage.erasure.tombstones import add
 from dagster_project.lineage.lineage import audit
+from dagster_project.orchestration.erasure.plan import refuse_empty
 from dagster_project.pipeline import validate
 from dagster_project.stages import raw_examples, raw_preferences
 
@@ -200,6 +202,18 @@ def test_a_row_on_the_hub_is_left_out(root: Path) -> None:
 # --- `pedigree erase`
 
 
+def test_a_request_that_leaves_a_raw_data_set_without_rows_is_refused() -> None:
+    """Otherwise the erasure would stop half-way, at the next stage. A row that stays may be in another source, but must be of the same data set and current."""
+    meant = [Raw("raw_examples", f"s3://b/{name}.jsonl", (0,), {"example_id": name}, True) for name in "ab"]
+    pair = Raw("raw_preferences", "hub:o/n@0/train", (0,), {"example_id": "p"}, True)
+    before, kept = (Raw("raw_examples", "s3://b/a.jsonl", (1,), {"example_id": "c"}, current) for current in (False, True))
+    with pytest.raises(InputError, match="raw_examples: no row would be left"):
+        refuse_empty([*meant, pair, before], Found(meant=meant))
+    with pytest.raises(InputError, match="raw_preferences: no row would be left"):
+        refuse_empty([*meant, pair, kept], Found(meant=[*meant, pair]))
+    refuse_empty([*meant, pair, kept], Found(meant=meant))
+
+
 def git(root: Path, *arguments: str) -> None:
     done = run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], root)
     assert done.returncode == 0, done.stderr
@@ -213,10 +227,11 @@ def made(project: Path, bucket: S3Server) -> tuple[Path, dict[str, Any]]:
     (project / "data/keys/record_ids.key").write_text(KEY)
     jsonl(project / "data/sources/mine.jsonl", *OTHERS[:4], ticket(PROMPT, ANSWER))
     source = upload(bucket, a=lines(*OTHERS[4:6], ticket(PROMPT, ANSWER)), b=lines(ticket(PROMPT.upper(), ANSWER), *OTHERS[6:]))
+    pairs = upload(bucket, pairs=lines(*({"prompt": f"Hi {i}", "chosen": "Yes?", "rejected": "What?"} for i in range(3))))
 
     def change(values: dict[str, Any]) -> None:
         values["raw_examples"] = {"sources": [{"path": "data/sources/mine.jsonl", "license": "MIT"}, source]}
-        values["raw_preferences"] = {"sources": []}
+        values["raw_preferences"] = {"sources": [pairs]}
         values["instructions"] |= {"expectations": None}
         values["splits"] = {"test": 0.0, "validation": 0.1}
 
@@ -242,6 +257,10 @@ def test_rows_in_s3_are_erased_with_those_of_files_and_the_certificate_names_wha
     assert f"{first}: 1 row, left out from now on" in dry_run_text(plan)
     with pytest.raises(InputError, match="a row that stays has the same text"):
         dry_run(root, Request(sources=(f"{first}:2",)), [], ["copies"], "")
+    pairs = yaml.safe_load((root / "params.yaml").read_text())["raw_preferences"]["sources"][0]["path"]
+    with pytest.raises(InputError, match="raw_preferences: no row would be left"):
+        dry_run(root, Request(sources=(pairs,)), [], [], "")
+    assert not (root / erased.TOMBSTONES).exists(), "before anything is changed"
 
     document = erase(root, request, [], [], "request 9", None, validate, False)
     assert exit_code(document) == 0 and document["impact"] == "no" and not {*document["left"]} - {"git history"}

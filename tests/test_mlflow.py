@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from builders.history import Project, entry
 from conftest import tool
 
@@ -94,6 +95,26 @@ def test_the_same_model_is_registered_once_and_another_one_is_the_next_version(
     project.commit(project.lock([*ROWS, ("b.jsonl", "train", "plums")], seed=1))
     _, other = ask(capsys, *command)
     assert other["created"] and int(other["version"]) == 2 and other["tags"]["pedigree.model"] != first["tags"]["pedigree.model"]
+
+
+def test_papers_beside_a_release_are_not_uploaded(
+    project: Project, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are no part of its content, and can be those of another version (docs/exports.md)."""
+    from mlflow.artifacts import download_artifacts
+
+    lock = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]
+    lock["release"] = entry(
+        "release", {"data/merged/lora": lock["merged@lora"]["outs"][0]["md5"]}, project.put({**FILES, "audit/a.json": b"[]"})
+    )
+    for name, content in {**FILES, "audit/a.json": b"[]", "papers/README.md": b"x", "papers.html": b"x", "model.sig": b"x"}.items():
+        (project.root / "data/release" / name).parent.mkdir(parents=True, exist_ok=True)
+        (project.root / "data/release" / name).write_bytes(content)
+    project.commit(lock)
+    code, made = ask(capsys, "mlflow", "release", "--tracking-uri", address, "--upload", "--project", str(project.root))
+    assert code == 0
+    got = Path(download_artifacts(artifact_uri=made["source"], dst_path=str(tmp_path / "got"), tracking_uri=address))
+    assert set(files_of(got)) == {*FILES, "audit/a.json"}
 
 
 def test_files_can_be_uploaded_after_a_model_was_registered_without_them(

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,18 @@ def test_bad_input_is_one_message_and_changes_nothing(
     monkeypatch.chdir(finished)
     assert main(["export", "release", "--all", RELEASE, *ISSUED]) == 0, "the folder may be named"
     assert names(finished / "data") > before
+
+
+def test_data_can_be_on_another_file_system_than_scratch_files(signed: Path, keys: tuple[str, str]) -> None:
+    """As with a volume that is mounted at data/: nothing can be renamed from one to the other."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == signed.stat().st_dev:
+        pytest.skip("there is no second file system")
+    with tempfile.TemporaryDirectory(dir=memory) as other:
+        shutil.rmtree(signed / ".dvc/tmp/pedigree")
+        (signed / ".dvc/tmp/pedigree").symlink_to(other)
+        assert write_papers(signed, "--key", keys[0]) == 0 and not [*Path(other).glob("papers.*")]
+        assert verdict(signed, "release", keys[1]) == ("verified", {})
 
 
 def test_an_erasure_deletes_them_and_leaves_the_release_alone(tmp_path: Path) -> None:

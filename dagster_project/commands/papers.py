@@ -109,7 +109,7 @@ def write_in_place(root: Path, model: str, issued: date | None, key_file: str | 
             delete(root)
             for name in (*(name for name in NAMES if name != SIGNATURE), SIGNATURE):  # last: without it, nothing passes for signed
                 if (Path(scratch) / name).exists():
-                    (Path(scratch) / name).replace(target.folder / name)
+                    shutil.move(Path(scratch) / name, target.folder / name)  # data/ can be on another file system
     except OSError as error:
         raise InputError(f"{target.path}: {error.strerror}", "make space, or see who may write there; then run the command again") from None
     try:

@@ -24,7 +24,7 @@ from dagster_project.lineage import papers_in_place
 from dagster_project.lineage.erasure import removal
 from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles
-from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Request
+from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Raw, Request
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.history import Objects, is_within
 from dagster_project.lineage.impact import exposed_in_workspace, exposed_models
@@ -123,6 +123,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     sources |= {
         path: _change(root, path, numbers, path.startswith("data/sources/review/"), read) for path, numbers in sorted(found.notes.items())
     }
+    refuse_empty(finder.raws, found)
     models, unknown, retired = models_of(index, found)
     remotes = remotes_of(root)
     places = search(root, Scanner(found.needles), remotes)
@@ -178,6 +179,20 @@ def _refuse_without_tombstone(found: Found, key: bytes) -> None:
         raise InputError(
             f"{kept[0]}: cannot be taken out of its source from here, and not be left out: a row that stays has the same text, or it has none",
             "erase its copies, too (leave out --not copies), or have its owner take it out, and set the new `revision`",
+        )
+
+
+def refuse_empty(raws: Iterable[Raw], found: Found) -> None:
+    """Raises:
+    InputError: a raw data set would have no row, so the stages after it would stop half-way through the erasure. A file keeps a row; sources on the Hub and in S3 need not.
+    """
+    meant = {id(raw) for raw in found.meant}
+    current = [raw for raw in raws if raw.current]
+    kept = {raw.stage for raw in current if id(raw) not in meant}
+    if emptied := sorted({raw.stage for raw in current} - kept):
+        raise InputError(
+            f"{emptied[0]}: no row would be left, and the stages after it need one",
+            f"give it other sources in params.yaml, `dvc repro {emptied[0]}`, then ask again: earlier versions are searched, too",
         )
 
 
