@@ -189,6 +189,21 @@ def conversation(prompt: str, answer: str, system: str | None = None) -> dict[st
     return {"messages": [*first, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
+def test_what_only_shares_a_prompt_is_no_copy() -> None:
+    """Also if the assistant said something in the prompt, and the answer has no words: a call, or the side that an unpaired row lacks."""
+    key, prompt = (
+        bytes.fromhex(KEY),
+        [*conversation("Where is it?", "Which parcel?")["messages"], {"role": "user", "content": "The blue one."}],
+    )
+    said = [[{"role": "assistant", "content": text}] for text in ("On its way.", "Lost.")]
+    unpaired = [erased.text_marks(key, {"prompt": prompt, "chosen": answer, "rejected": None}) for answer in said]
+    assert [len(marks) for marks in unpaired] == [1, 1] and unpaired[0] != unpaired[1]
+    assert erased.text_marks(key, {"messages": [*prompt, *said[0]]}) == unpaired[0]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {}}}]}
+    assert erased.text_marks(key, {"messages": [*prompt, call]}) == []
+    assert erased.text_marks(key, {"messages": [*prompt, call, {"role": "tool", "content": "{}"}, *said[0]]}) != []
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A project from which one record was erased."""

@@ -9,8 +9,9 @@ import hashlib
 import hmac
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,20 @@ def text_marks(key: bytes, record: Mapping[str, Any]) -> list[str]:
     """Keyed hashes of the text of a record, or of both sides of a pair: of all turns of user and assistant, without differences of case, compatible
     characters (NFKC) and white space."""
     if "prompt" in record:
-        sides = [[*record["prompt"], *(record[side] or ())] for side in ("chosen", "rejected")]
+        sides = [(record["prompt"], record[side] or ()) for side in ("chosen", "rejected")]
     else:
-        sides = [[*(record["messages"] or ())]]
-    texts = ["\0".join(map(_normalized, side)) for side in map(_turns, sides) if side]
+        messages = record["messages"] or ()
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        sides = [(messages[:last], messages[last:])]
+    texts = ["\0".join(map(_normalized, side)) for side in starmap(_turns, sides) if side]
     return list(dict.fromkeys(hmac.digest(key, b"erased text\0" + text.encode("utf-8", "surrogatepass"), "sha256").hex() for text in texts))
 
 
-def _turns(messages: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Texts of the turns; empty if the assistant says nothing in words: many records may share a prompt."""
-    turns = [message for message in messages if message["role"] != "system" and (message["content"] or "").strip()]
-    return [message["content"] for message in turns] if any(message["role"] == "assistant" for message in turns) else []
+def _turns(prompt: Sequence[Mapping[str, Any]], answer: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Texts of the turns; empty if the answer says nothing in words: many records may share a prompt."""
+    if not any(message["role"] == "assistant" and (message["content"] or "").strip() for message in answer):
+        return []
+    return [message["content"] for message in (*prompt, *answer) if message["role"] != "system" and (message["content"] or "").strip()]
 
 
 def _normalized(text: str) -> str:
