@@ -557,7 +557,9 @@ def _export_all(options: argparse.Namespace) -> int:
         raise InputError("--quantization requires --format gguf", "leave it out")
     if options.out:
         raise InputError("--out cannot be combined with --all", "leave it out: --all names the folder")
-    in_place = papers.is_in_place(_project(options), options.model, options.all)
+    if options.all == "":
+        raise InputError("--all: the name of the folder is empty", "name a folder, or none to write beside the files of the release")
+    in_place = options.all is True or papers.is_release(_project(options), options.model, options.all)
     if options.key and not options.with_model and not in_place:
         raise InputError("--key requires --with-model", "`pedigree sign FOLDER --key FILE` signs a folder of exports alone")
     if in_place and options.with_model:
@@ -1008,7 +1010,7 @@ def _add_lineage_commands(commands: Any) -> None:
     form.add_argument(
         "--all",
         nargs="?",
-        const="",
+        const=True,
         metavar="FOLDER",
         help="write all formats to a folder, with papers.html, which lists them (default, of a release: beside its files, signed if there is a key)",
     )

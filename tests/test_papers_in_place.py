@@ -305,6 +305,7 @@ def test_bad_input_is_one_message_and_changes_nothing(
     text = ignore.read_text()
     cases = [
         (("adapter@lora", "--all"), text, "beside the files of a release only"),
+        (("release", "--all", ""), text, "the name of the folder is empty"),
         (("release", "--all", "--with-model"), text, "leave it out"),
         (("release", "--all", "--rev", "HEAD"), text, "--rev cannot be combined"),
         (("release", "--all", "--key", "none.pem"), text, "No such file"),

@@ -120,9 +120,9 @@ def write_in_place(root: Path, model: str, issued: date | None, key_file: str | 
     return {**document, "folder": target.path, "page": PAGE}
 
 
-def is_in_place(root: Path, model: str, folder: str) -> bool:
-    """Whether `--all` names no folder, or that of the release whose papers are asked for."""
-    return not folder or (Path(folder).resolve() == (root / RELEASE_FOLDER).resolve() and find(root, model).address == RELEASE)
+def is_release(root: Path, model: str, folder: str) -> bool:
+    """Whether a folder is that of the release whose papers are asked for."""
+    return Path(folder).resolve() == (root / RELEASE_FOLDER).resolve() and find(root, model).address == RELEASE
 
 
 def of_another_version(root: Path, md5: str) -> str:

@@ -323,7 +323,6 @@ def _kept_lines(instructions: Path) -> pa.Table:
 
 
 def _ledger(read: Rows, before: pa.Table, dealt: Assignment, train: Sequence[int], added: AddedRows) -> Iterator[pa.Table]:
-
     repaired = [name for name in ("source_id", "repaired") if name in before.column_names]
     if len(before) != len(read.groups):
         raise AssertionError(f"{len(read.groups)} rows, and {len(before)} lines in the ledger")

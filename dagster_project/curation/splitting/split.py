@@ -62,7 +62,7 @@ class Copies:
 
 @uncollected
 def find_copies(texts: Sequence[str]) -> Copies:
-    """Find near-copies among texts, which are read twice. Empty texts are ignored."""
+    """Find near-copies among texts, which are read several times. Empty texts are ignored."""
     index = StringIndex(text if text.strip() else None for text in texts)
     different = SelectedTexts(texts, index.first.tolist())
     found = row_cache.fact_of_set("near_copies", different, partial(_near_copies, different))
