@@ -150,6 +150,17 @@ def why(root: Path, *arguments: str) -> int:
     return main(["why", *arguments, "--project", str(root)])
 
 
+def test_the_reward_of_a_question_is_that_by_which_the_model_scores_answers(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from dagster_project.training.trainers.alignment.reward_model import RewardModel
+
+    scorer = RewardModel(root / "data/reward_model", torch.device("cpu"), torch.float32)
+    assert why(root, "reward_model", "--prompt", "q3", "--answer", "aaaa", "--index", "--json") == 0
+    [expected] = scorer([[{"role": "user", "content": "q3"}, {"role": "assistant", "content": "aaaa"}]])
+    assert json.loads(capsys.readouterr().out)["question"]["reward"] == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(("model", "measure"), [("aligned@x", "log_probability"), ("reward_model", "reward")])
 def test_a_question_about_a_model_of_pairs_ranks_pairs(
     root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str, measure: str

@@ -187,10 +187,11 @@ class RewardedModel:
         return float(reward.detach()), self._gradient(-reward)
 
     def reward(self, example: Example) -> torch.Tensor:
-        """Reward of an answer after its prompt."""
+        """Reward of an answer after its prompt, read at its last token, as in training: what the chat template writes after it is left out."""
         import torch
 
-        ids = torch.tensor([example.input_ids], device=self.model.device)
+        end = max(i for i, label in enumerate(example.labels) if label != IGNORE) + 1
+        ids = torch.tensor([example.input_ids[:end]], device=self.model.device)
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
         return self.model.score(hidden)[0, 0].float()
 
