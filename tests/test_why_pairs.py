@@ -206,7 +206,12 @@ def test_other_losses_than_that_of_the_paper_are_refused() -> None:
     from dagster_project.core.errors import InputError
 
     options = {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "rpo_alpha": 0.0}
-    assert DpoLoss.of(options, "aligned@x") == DpoLoss(0.1)
-    for changed in ({"loss_type": "ipo"}, {"rpo_alpha": 1.0}):
+    for passed_on in ({}, {"trl": {"adam_beta2": 0.99}}, {"trl": {"f_divergence_type": "reverse_kl"}}):
+        assert DpoLoss.of({"options": options, **passed_on}, "aligned@x") == DpoLoss(0.1)
+    others: list[dict[str, Any]] = [
+        {"options": options | {"loss_type": "ipo"}}, {"options": options | {"rpo_alpha": 1.0}},
+        {"options": options, "trl": {"f_divergence_type": "forward_kl"}},
+    ]  # fmt: skip
+    for settings in others:
         with pytest.raises(InputError, match="gradients are not supported"):
-            DpoLoss.of(options | changed, "aligned@x")
+            DpoLoss.of(settings, "aligned@x")

@@ -58,6 +58,10 @@ def _answered(prompt: Sequence[int], answer: Sequence[int]) -> Example:
     return Example((*prompt, *answer), (IGNORE,) * len(prompt) + tuple(answer), weights)
 
 
+REVERSE_KL = "reverse_kl"
+"""The divergence from the reference in the loss of the DPO paper."""
+
+
 @dataclass(frozen=True)
 class DpoLoss:
     """Options of DPO that its loss depends on."""
@@ -66,17 +70,22 @@ class DpoLoss:
     label_smoothing: float = 0.0
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], where: str) -> DpoLoss:
+    def of(cls, settings: Mapping[str, Any], where: str) -> DpoLoss:
         """Args:
-            options: of the variant's training, complete.
+            settings: of the variant's training, complete.
         Raises:
             InputError: the loss is another one, whose gradients are not supported.
         """
-        if options["loss_type"] != "sigmoid" or options["rpo_alpha"]:
-            what = f"options.loss_type {options['loss_type']}" if options["loss_type"] != "sigmoid" else "options.rpo_alpha above 0"
+        options, divergence = settings["options"], settings.get("trl", {}).get("f_divergence_type", REVERSE_KL)
+        others = {
+            f"options.loss_type {options['loss_type']}": options["loss_type"] != "sigmoid",
+            "options.rpo_alpha above 0": options["rpo_alpha"],
+            f"trl.f_divergence_type {divergence}": divergence != REVERSE_KL,
+        }
+        if what := next((name for name, is_used in others.items() if is_used), None):
             raise InputError(
                 f"{where} was trained with {what}, whose gradients are not supported: only those of DPO's own loss are",
-                "ask a variant of loss_type sigmoid, or the supervised model that it started from",
+                "ask a variant that was trained without it, or the supervised model that it started from",
             )
         return cls(options["beta"], options["label_smoothing"])
 
