@@ -186,6 +186,18 @@ def test_a_question_about_a_model_of_pairs_ranks_pairs(
     assert "not z" in shown and "preference pairs" in shown
 
 
+def test_answers_without_text_such_as_calls_are_shown_each_by_its_tokens(root: Path) -> None:
+    from dagster_project.commands.why import Texts
+    from dagster_project.commands.why_pairs import asked
+
+    found = asked(root, "aligned@x")
+    texts, record = Texts(found), found.records[0]
+    pair, silent = texts.known[record.example_id], [{"role": "assistant", "content": ""}]
+    chosen, rejected = (pair[side][0]["content"] for side in ("chosen", "rejected"))
+    texts.known[record.example_id] = {**pair, "messages": [*pair["prompt"], *silent], "rejected": silent}
+    assert (texts.of(record)[1], texts.rejected(record)) == (chosen, rejected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

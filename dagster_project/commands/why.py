@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dagster_project.core.records import prompt_text, read_records, response_tex
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, cosines, stands_out
-from dagster_project.lineage.attribution.records import TrainedRecord
+from dagster_project.lineage.attribution.records import Example, TrainedRecord
 from dagster_project.lineage.lineage import trained_on
 from dagster_project.training.methods.hardware import import_libraries
 
@@ -160,24 +160,25 @@ class Texts:
 
     def of(self, record: TrainedRecord) -> tuple[str, str]:
         """Prompt and answer; from the tokens of the training, where the split has no text of it."""
-        known = self.known.get(record.example_id)
-        prompt, response = (prompt_text(known["messages"]), response_text(known["messages"])) if known else ("", "")
-        return prompt or self._decoded(record, False), response or self._decoded(record, True)
+        known = self.known.get(record.example_id, {})
+        messages = known.get("messages", [])
+        examples = record.examples[:1] if "rejected" in known else record.examples  # the first of a pair has the chosen answer
+        return prompt_text(messages) or self._decoded(examples, False), response_text(messages) or self._decoded(examples, True)
 
     def rejected(self, record: TrainedRecord) -> str | None:
         """The rejected answer of a pair; None for other records."""
         known = self.known.get(record.example_id, {})
-        return response_text(known["rejected"]) if "rejected" in known else None
+        return response_text(known["rejected"]) or self._decoded(record.examples[1:], True) if "rejected" in known else None
 
     def system_prompts(self) -> set[str | None] | None:
         """Those that the records of the training begin with; None if the split has not all of these records, so that they are not known."""
         known = [self.known.get(record.example_id) for record in self.found.records]
         return {_system_of(one["messages"]) for one in known if one} if all(known) else None
 
-    def _decoded(self, record: TrainedRecord, trained: bool) -> str:
+    def _decoded(self, examples: Sequence[Example], trained: bool) -> str:
         parts = (
             [token for token, label in zip(one.input_ids, one.labels, strict=True) if (label != IGNORE) is trained]
-            for one in record.examples
+            for one in examples
         )
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts)
 
