@@ -4,6 +4,7 @@ attributed is refused."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from conftest import dvc
 from dagster_project.__main__ import main
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences, read_table, write_records
+from dagster_project.lineage.attribution.owners import stores_of
 from dagster_project.lineage.attribution.pairs import AlignedModel, DpoLoss, RewardedModel, gradients_of_pairs, pair_records
 from dagster_project.lineage.attribution.per_record import lora_layers
 from dagster_project.lineage.attribution.projection import Projection
+from dagster_project.lineage.attribution.store import GRADIENTS
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import find
 
 COMPUTE = Compute(threads=1, dtype="float32")
 WHOLE = Projection(size=4096)
@@ -167,6 +172,7 @@ def test_a_question_about_a_model_of_pairs_ranks_pairs(
 ) -> None:
     page = tmp_path / "why.html"
     asked = (model, "--prompt", "q3", "--answer", "aaaa", "--top", "4")
+    shutil.rmtree(root / GRADIENTS, ignore_errors=True)
     assert why(root, *asked, "--index", "--json", "--html", str(page)) == 0
     document = json.loads(capsys.readouterr().out)
     used = {row["example_id"] for row in read_table(root / "data" / model.replace("@", "/") / "examples.parquet")}
@@ -180,6 +186,10 @@ def test_a_question_about_a_model_of_pairs_ranks_pairs(
             pair["rejected"][0]["content"],
         )
     assert "rejected answer" in page.read_text()
+    note = "preference pairs; what data/merged/lora was trained on before is not ranked: ask it" if "@" in model else "preference pairs"
+    assert document["notes"][-2] == f"the records are {note}", "nothing before the base model can be asked"
+    [listed] = [one for one in stores_of(root, find(Index(root), model)) if one["stage"] == model]
+    assert (listed["records"], listed["of"]) == (12, 12), "audit lists the store"
     assert why(root, *asked, "--json") == 0 and "index" not in json.loads(capsys.readouterr().out)
     assert why(root, *asked) == 0
     shown = capsys.readouterr().out
@@ -196,6 +206,18 @@ def test_answers_without_text_such_as_calls_are_shown_each_by_its_tokens(root: P
     chosen, rejected = (pair[side][0]["content"] for side in ("chosen", "rejected"))
     texts.known[record.example_id] = {**pair, "messages": [*pair["prompt"], *silent], "rejected": silent}
     assert (texts.of(record)[1], texts.rejected(record)) == (chosen, rejected)
+
+
+@pytest.mark.parametrize("model", ["aligned@x", "reward_model"])
+def test_edited_pairs_and_another_model_to_start_from_are_refused(root: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    start = "data/merged/lora" if "@" in model else "data/base_model"
+    for path in ("data/preferences/train/extra.parquet", f"{start}/extra.safetensors"):
+        (root / path).write_bytes(b"x")
+        assert why(root, model, "--prompt", "q3", "--answer", "aaaa", "--index") == 2
+        (root / path).unlink()
+        shown = capsys.readouterr()
+        assert f"{path.rpartition('/')[0].removesuffix('/train')} in the workspace is not the one of this training" in shown.err
+        assert "Traceback" not in shown.err and not shown.out
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.nearest_records import TRAIN, cut
-from dagster_project.commands.why_model import Target
+from dagster_project.commands.why_model import BASE_MODEL, Target, start_of
 from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.commands.why_pairs import asked as asked_model
 from dagster_project.commands.why_prove import lines_of_proof, prove
@@ -109,8 +109,9 @@ def _asked_gradient(found: Target, asked: Question) -> tuple[float, Any]:
 def _about_pairs(found: Target) -> list[str]:
     if not isinstance(found, PairTarget):
         return []
-    start = found.base_model.relative_to(found.place).as_posix()
-    return [f"the records are preference pairs; what {start} was trained on before is not ranked: ask it"]
+    start = start_of(found.run)
+    earlier = "" if start == BASE_MODEL else f"; what {start} was trained on before is not ranked: ask it"
+    return [f"the records are preference pairs{earlier}"]
 
 
 def _refuse_unanswerable(found: Target, options: Options, proves: bool) -> None:
@@ -177,8 +178,7 @@ class Texts:
 
     def _decoded(self, examples: Sequence[Example], trained: bool) -> str:
         parts = (
-            [token for token, label in zip(one.input_ids, one.labels, strict=True) if (label != IGNORE) is trained]
-            for one in examples
+            [token for token, label in zip(one.input_ids, one.labels, strict=True) if (label != IGNORE) is trained] for one in examples
         )
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts)
 
