@@ -33,7 +33,7 @@ UNUSED = ("scipy", "PIL")
 """Packages that transformers imports where they are installed, and a question does not use. A training has them, as the machine that it records."""
 BINS = 40
 """Of the distribution of scores."""
-CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record: --prove tests that for the group."
+CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record"
 
 
 def index(root: Path, model: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
         "records": len(found.records),
         "distribution": _distribution(ranking),
         "hits": _hits(found, ranking, texts, options.top),
-        "notes": [*notes, *_about_pairs(found), CAVEAT],
+        "notes": [*notes, *_about(found)],
     }
     return document, found, asked
 
@@ -106,12 +106,13 @@ def _asked_gradient(found: Target, asked: Question) -> tuple[float, Any]:
     return found.model.of_span(asked.example)
 
 
-def _about_pairs(found: Target) -> list[str]:
+def _about(found: Target) -> list[str]:
+    """What the ranks and scores do not say, and how to find it out, if there is a way."""
     if not isinstance(found, PairTarget):
-        return []
+        return [f"{CAVEAT}: --prove tests that for the group."]
     start = start_of(found.run)
     earlier = "" if start == BASE_MODEL else f"; what {start} was trained on before is not ranked: ask it"
-    return [f"the records are preference pairs{earlier}"]
+    return [f"the records are preference pairs{earlier}", f"{CAVEAT}."]
 
 
 def _refuse_unanswerable(found: Target, options: Options, proves: bool) -> None:
