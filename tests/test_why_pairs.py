@@ -18,7 +18,7 @@ from dagster_project.__main__ import main
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences, read_table, write_records
 from dagster_project.lineage.attribution.owners import stores_of
-from dagster_project.lineage.attribution.pairs import AlignedModel, DpoLoss, RewardedModel, gradients_of_pairs, pair_records
+from dagster_project.lineage.attribution.pairs import AlignedModel, DpoLoss, RewardedModel, gradients_of_pairs, pair_records, trained_names
 from dagster_project.lineage.attribution.per_record import lora_layers
 from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.store import GRADIENTS
@@ -149,6 +149,19 @@ def test_gradients_of_a_reward_model_are_those_of_its_loss_at_the_weights_that_w
         reward, gradient = model.of_answer(record.examples[0])
         assert reward == pytest.approx(float(good), rel=1e-4)
         assert_close(flat(gradient), flat({name: w.grad.numpy() for name, w in plain.named_parameters() if name in moved}))
+
+
+@pytest.mark.parametrize(
+    ("bias", "expected"), [("none", set()), ("lora_only", {"q_proj"}), ("all", {"q_proj", "k_proj", "v_proj", "o_proj"})]
+)
+def test_biases_that_lora_trained_are_among_the_weights_of_a_reward_model(bias: str, expected: set[str]) -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, num_labels=1, attention_bias=True)
+    found = trained_names(LlamaForSequenceClassification(config), {"target_modules": ["q_proj"], "bias": bias}, "reward_model")
+    layer = "model.layers.0.self_attn"
+    assert found == {"score.weight", f"{layer}.q_proj.weight", *(f"{layer}.{name}.bias" for name in expected)}
 
 
 def why(root: Path, *arguments: str) -> int:

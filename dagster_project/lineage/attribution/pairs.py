@@ -212,7 +212,7 @@ class RewardedModel:
 
 
 def trained_names(model: Any, peft: Mapping[str, Any], where: str) -> set[str]:
-    """Names of the weights that LoRA and the output layer were trained on. PEFT itself finds them, in a copy of the model without values.
+    """Names of the weights that LoRA was trained on, of biases that it trained, and of the output layer. PEFT itself finds them, in a copy of the model without values.
 
     Args:
         peft: keys of LoRA.
@@ -227,5 +227,7 @@ def trained_names(model: Any, peft: Mapping[str, Any], where: str) -> set[str]:
             config = peft_config("lora", peft, where, empty)
             config.task_type = TaskType.SEQ_CLS
             adapted = get_peft_model(empty, config)
-    modules = adapted.get_base_model().named_modules()
-    return {"score.weight", *(f"{name}.weight" for name, module in modules if hasattr(module, "lora_A"))}
+    whole = adapted.get_base_model()
+    trained = {name.replace(".base_layer.", ".") for name, weight in whole.named_parameters() if weight.requires_grad}
+    biases = {name for name, _ in model.named_parameters() if name in trained}  # which LoRA's `bias` trains in place
+    return {"score.weight", *biases, *(f"{name}.weight" for name, module in whole.named_modules() if hasattr(module, "lora_A"))}
