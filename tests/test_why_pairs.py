@@ -157,7 +157,7 @@ def test_gradients_of_a_reward_model_are_those_of_its_loss_at_the_weights_that_w
 def test_biases_that_lora_trained_are_among_the_weights_of_a_reward_model(bias: str, expected: set[str]) -> None:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(**sizes, num_labels=1, attention_bias=True)
     found = trained_names(LlamaForSequenceClassification(config), {"target_modules": ["q_proj"], "bias": bias}, "reward_model")
     layer = "model.layers.0.self_attn"
