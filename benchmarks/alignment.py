@@ -1,4 +1,4 @@
-"""Compare all alignment methods on the project's own preferences. usage: python benchmarks/alignment.py [METHOD...]
+"""Compare alignment methods, those of SETTINGS, on the project's own preferences. usage: python benchmarks/alignment.py [METHOD...]
 [--seeds N] [--episodes N] [--threads N] [--out FILE]
 
 Each method starts from the same SFT model (data/merged/<adapter>) with the same new adapter, is trained by the

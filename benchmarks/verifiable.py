@@ -5,7 +5,8 @@ The data are those of parcel_notes.py. All trainings are the pipeline's own stag
 
     sft       supervised, on the 32 records of `few`: the model that the online methods start from, with the same seed
     grpo, rloo  online from there (`reward_target: response`, reward `exact_match`): 4 answers to each of the 256 records of `train`, once
-    sft_more  supervised, from the base model, on all 288 records, for at least as much processor time as the online methods take
+    sft_more  supervised, from the base model, on all 288 records. Its 200 steps are meant to take at least the processor time of an online method with its
+              `sft`; the last column of the table tells whether they did
 
 All answer the 240 held-out records greedily. The interval is a bootstrap over these records, of the mean over seeds of what each record gained. Processor seconds are
 user and system time of a training with loading the model, without measuring the answers. The table replaces the one in docs/alignment.md.

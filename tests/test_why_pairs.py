@@ -4,6 +4,7 @@ attributed is refused."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from conftest import dvc
 from dagster_project.__main__ import main
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences, read_table, write_records
-from dagster_project.lineage.attribution.pairs import AlignedModel, DpoLoss, RewardedModel, gradients_of_pairs, pair_records
+from dagster_project.lineage.attribution.owners import stores_of
+from dagster_project.lineage.attribution.pairs import AlignedModel, DpoLoss, RewardedModel, gradients_of_pairs, pair_records, trained_names
 from dagster_project.lineage.attribution.per_record import lora_layers
 from dagster_project.lineage.attribution.projection import Projection
+from dagster_project.lineage.attribution.store import GRADIENTS
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import find
 
 COMPUTE = Compute(threads=1, dtype="float32")
 WHOLE = Projection(size=4096)
@@ -146,8 +151,32 @@ def test_gradients_of_a_reward_model_are_those_of_its_loss_at_the_weights_that_w
         assert_close(flat(gradient), flat({name: w.grad.numpy() for name, w in plain.named_parameters() if name in moved}))
 
 
+@pytest.mark.parametrize(
+    ("bias", "expected"), [("none", set()), ("lora_only", {"q_proj"}), ("all", {"q_proj", "k_proj", "v_proj", "o_proj"})]
+)
+def test_biases_that_lora_trained_are_among_the_weights_of_a_reward_model(bias: str, expected: set[str]) -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, num_labels=1, attention_bias=True)
+    found = trained_names(LlamaForSequenceClassification(config), {"target_modules": ["q_proj"], "bias": bias}, "reward_model")
+    layer = "model.layers.0.self_attn"
+    assert found == {"score.weight", f"{layer}.q_proj.weight", *(f"{layer}.{name}.bias" for name in expected)}
+
+
 def why(root: Path, *arguments: str) -> int:
     return main(["why", *arguments, "--project", str(root)])
+
+
+def test_the_reward_of_a_question_is_that_by_which_the_model_scores_answers(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from dagster_project.training.trainers.alignment.reward_model import RewardModel
+
+    scorer = RewardModel(root / "data/reward_model", torch.device("cpu"), torch.float32)
+    assert why(root, "reward_model", "--prompt", "q3", "--answer", "aaaa", "--index", "--json") == 0
+    [expected] = scorer([[{"role": "user", "content": "q3"}, {"role": "assistant", "content": "aaaa"}]])
+    assert json.loads(capsys.readouterr().out)["question"]["reward"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(("model", "measure"), [("aligned@x", "log_probability"), ("reward_model", "reward")])
@@ -156,6 +185,7 @@ def test_a_question_about_a_model_of_pairs_ranks_pairs(
 ) -> None:
     page = tmp_path / "why.html"
     asked = (model, "--prompt", "q3", "--answer", "aaaa", "--top", "4")
+    shutil.rmtree(root / GRADIENTS, ignore_errors=True)
     assert why(root, *asked, "--index", "--json", "--html", str(page)) == 0
     document = json.loads(capsys.readouterr().out)
     used = {row["example_id"] for row in read_table(root / "data" / model.replace("@", "/") / "examples.parquet")}
@@ -169,10 +199,39 @@ def test_a_question_about_a_model_of_pairs_ranks_pairs(
             pair["rejected"][0]["content"],
         )
     assert "rejected answer" in page.read_text()
+    note = "preference pairs; what data/merged/lora was trained on before is not ranked: ask it" if "@" in model else "preference pairs"
+    assert document["notes"][-2] == f"the records are {note}", "nothing before the base model can be asked"
+    assert "--prove" not in document["notes"][-1], "it is refused for pairs"
+    [listed] = [one for one in stores_of(root, find(Index(root), model)) if one["stage"] == model]
+    assert (listed["records"], listed["of"]) == (12, 12), "audit lists the store"
     assert why(root, *asked, "--json") == 0 and "index" not in json.loads(capsys.readouterr().out)
     assert why(root, *asked) == 0
     shown = capsys.readouterr().out
     assert "not z" in shown and "preference pairs" in shown
+
+
+def test_answers_without_text_such_as_calls_are_shown_each_by_its_tokens(root: Path) -> None:
+    from dagster_project.commands.why import Texts
+    from dagster_project.commands.why_pairs import asked
+
+    found = asked(root, "aligned@x")
+    texts, record = Texts(found), found.records[0]
+    pair, silent = texts.known[record.example_id], [{"role": "assistant", "content": ""}]
+    chosen, rejected = (pair[side][0]["content"] for side in ("chosen", "rejected"))
+    texts.known[record.example_id] = {**pair, "messages": [*pair["prompt"], *silent], "rejected": silent}
+    assert (texts.of(record)[1], texts.rejected(record)) == (chosen, rejected)
+
+
+@pytest.mark.parametrize("model", ["aligned@x", "reward_model"])
+def test_edited_pairs_and_another_model_to_start_from_are_refused(root: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    start = "data/merged/lora" if "@" in model else "data/base_model"
+    for path in ("data/preferences/train/extra.parquet", f"{start}/extra.safetensors"):
+        (root / path).write_bytes(b"x")
+        assert why(root, model, "--prompt", "q3", "--answer", "aaaa", "--index") == 2
+        (root / path).unlink()
+        shown = capsys.readouterr()
+        assert f"{path.rpartition('/')[0].removesuffix('/train')} in the workspace is not the one of this training" in shown.err
+        assert "Traceback" not in shown.err and not shown.out
 
 
 @pytest.mark.parametrize(
@@ -195,7 +254,12 @@ def test_other_losses_than_that_of_the_paper_are_refused() -> None:
     from dagster_project.core.errors import InputError
 
     options = {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "rpo_alpha": 0.0}
-    assert DpoLoss.of(options, "aligned@x") == DpoLoss(0.1)
-    for changed in ({"loss_type": "ipo"}, {"rpo_alpha": 1.0}):
+    for passed_on in ({}, {"trl": {"adam_beta2": 0.99}}, {"trl": {"f_divergence_type": "reverse_kl"}}):
+        assert DpoLoss.of({"options": options, **passed_on}, "aligned@x") == DpoLoss(0.1)
+    others: list[dict[str, Any]] = [
+        {"options": options | {"loss_type": "ipo"}}, {"options": options | {"rpo_alpha": 1.0}},
+        {"options": options, "trl": {"f_divergence_type": "forward_kl"}},
+    ]  # fmt: skip
+    for settings in others:
         with pytest.raises(InputError, match="gradients are not supported"):
-            DpoLoss.of(options | changed, "aligned@x")
+            DpoLoss.of(settings, "aligned@x")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.nearest_records import TRAIN, cut
-from dagster_project.commands.why_model import Target
+from dagster_project.commands.why_model import BASE_MODEL, Target, start_of
 from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.commands.why_pairs import asked as asked_model
 from dagster_project.commands.why_prove import lines_of_proof, prove
@@ -21,7 +21,7 @@ from dagster_project.core.records import prompt_text, read_records, response_tex
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, cosines, stands_out
-from dagster_project.lineage.attribution.records import TrainedRecord
+from dagster_project.lineage.attribution.records import Example, TrainedRecord
 from dagster_project.lineage.lineage import trained_on
 from dagster_project.training.methods.hardware import import_libraries
 
@@ -33,7 +33,7 @@ UNUSED = ("scipy", "PIL")
 """Packages that transformers imports where they are installed, and a question does not use. A training has them, as the machine that it records."""
 BINS = 40
 """Of the distribution of scores."""
-CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record: --prove tests that for the group."
+CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record"
 
 
 def index(root: Path, model: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
         "records": len(found.records),
         "distribution": _distribution(ranking),
         "hits": _hits(found, ranking, texts, options.top),
-        "notes": [*notes, *_about_pairs(found), CAVEAT],
+        "notes": [*notes, *_about(found)],
     }
     return document, found, asked
 
@@ -106,11 +106,13 @@ def _asked_gradient(found: Target, asked: Question) -> tuple[float, Any]:
     return found.model.of_span(asked.example)
 
 
-def _about_pairs(found: Target) -> list[str]:
+def _about(found: Target) -> list[str]:
+    """What the ranks and scores do not say, and how to find it out, if there is a way."""
     if not isinstance(found, PairTarget):
-        return []
-    start = found.base_model.relative_to(found.place).as_posix()
-    return [f"the records are preference pairs; what {start} was trained on before is not ranked: ask it"]
+        return [f"{CAVEAT}: --prove tests that for the group."]
+    start = start_of(found.run)
+    earlier = "" if start == BASE_MODEL else f"; what {start} was trained on before is not ranked: ask it"
+    return [f"the records are preference pairs{earlier}", f"{CAVEAT}."]
 
 
 def _refuse_unanswerable(found: Target, options: Options, proves: bool) -> None:
@@ -160,24 +162,24 @@ class Texts:
 
     def of(self, record: TrainedRecord) -> tuple[str, str]:
         """Prompt and answer; from the tokens of the training, where the split has no text of it."""
-        known = self.known.get(record.example_id)
-        prompt, response = (prompt_text(known["messages"]), response_text(known["messages"])) if known else ("", "")
-        return prompt or self._decoded(record, False), response or self._decoded(record, True)
+        known = self.known.get(record.example_id, {})
+        messages = known.get("messages", [])
+        examples = record.examples[:1] if "rejected" in known else record.examples  # the first of a pair has the chosen answer
+        return prompt_text(messages) or self._decoded(examples, False), response_text(messages) or self._decoded(examples, True)
 
     def rejected(self, record: TrainedRecord) -> str | None:
         """The rejected answer of a pair; None for other records."""
         known = self.known.get(record.example_id, {})
-        return response_text(known["rejected"]) if "rejected" in known else None
+        return response_text(known["rejected"]) or self._decoded(record.examples[1:], True) if "rejected" in known else None
 
     def system_prompts(self) -> set[str | None] | None:
         """Those that the records of the training begin with; None if the split has not all of these records, so that they are not known."""
         known = [self.known.get(record.example_id) for record in self.found.records]
         return {_system_of(one["messages"]) for one in known if one} if all(known) else None
 
-    def _decoded(self, record: TrainedRecord, trained: bool) -> str:
+    def _decoded(self, examples: Sequence[Example], trained: bool) -> str:
         parts = (
-            [token for token, label in zip(one.input_ids, one.labels, strict=True) if (label != IGNORE) is trained]
-            for one in record.examples
+            [token for token, label in zip(one.input_ids, one.labels, strict=True) if (label != IGNORE) is trained] for one in examples
         )
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts)
 

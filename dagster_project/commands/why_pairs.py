@@ -81,7 +81,7 @@ class PairTarget(Target):
     def model(self) -> AlignedModel:
         """The loaded policy."""
         with lean_imports():
-            loss = DpoLoss.of(self.settings["options"], self.run.address)
+            loss = DpoLoss.of(self.settings, self.run.address)
             return AlignedModel.aligned(self.folder, self.base_model, self._one_process, self.run.address, loss)
 
     @cached_property
@@ -141,4 +141,4 @@ def refuse_pair_method(found: PairTarget) -> None:
             f"{found.run.address} was trained by {method}, whose gradients are not supported: only those of dpo are",
             "ask the supervised model that it started from, e.g. merged@lora",
         )
-    DpoLoss.of(found.settings["options"], found.run.address)
+    DpoLoss.of(found.settings, found.run.address)

@@ -58,6 +58,10 @@ def _answered(prompt: Sequence[int], answer: Sequence[int]) -> Example:
     return Example((*prompt, *answer), (IGNORE,) * len(prompt) + tuple(answer), weights)
 
 
+REVERSE_KL = "reverse_kl"
+"""The divergence from the reference in the loss of the DPO paper."""
+
+
 @dataclass(frozen=True)
 class DpoLoss:
     """Options of DPO that its loss depends on."""
@@ -66,17 +70,22 @@ class DpoLoss:
     label_smoothing: float = 0.0
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], where: str) -> DpoLoss:
+    def of(cls, settings: Mapping[str, Any], where: str) -> DpoLoss:
         """Args:
-            options: of the variant's training, complete.
+            settings: of the variant's training, complete.
         Raises:
             InputError: the loss is another one, whose gradients are not supported.
         """
-        if options["loss_type"] != "sigmoid" or options["rpo_alpha"]:
-            what = f"options.loss_type {options['loss_type']}" if options["loss_type"] != "sigmoid" else "options.rpo_alpha above 0"
+        options, divergence = settings["options"], settings.get("trl", {}).get("f_divergence_type", REVERSE_KL)
+        others = {
+            f"options.loss_type {options['loss_type']}": options["loss_type"] != "sigmoid",
+            "options.rpo_alpha above 0": options["rpo_alpha"],
+            f"trl.f_divergence_type {divergence}": divergence != REVERSE_KL,
+        }
+        if what := next((name for name, is_used in others.items() if is_used), None):
             raise InputError(
                 f"{where} was trained with {what}, whose gradients are not supported: only those of DPO's own loss are",
-                "ask a variant of loss_type sigmoid, or the supervised model that it started from",
+                "ask a variant that was trained without it, or the supervised model that it started from",
             )
         return cls(options["beta"], options["label_smoothing"])
 
@@ -187,10 +196,11 @@ class RewardedModel:
         return float(reward.detach()), self._gradient(-reward)
 
     def reward(self, example: Example) -> torch.Tensor:
-        """Reward of an answer after its prompt."""
+        """Reward of an answer after its prompt, read at its last token, as in training: what the chat template writes after it is left out."""
         import torch
 
-        ids = torch.tensor([example.input_ids], device=self.model.device)
+        end = max(i for i, label in enumerate(example.labels) if label != IGNORE) + 1
+        ids = torch.tensor([example.input_ids[:end]], device=self.model.device)
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
         return self.model.score(hidden)[0, 0].float()
 
@@ -202,7 +212,7 @@ class RewardedModel:
 
 
 def trained_names(model: Any, peft: Mapping[str, Any], where: str) -> set[str]:
-    """Names of the weights that LoRA and the output layer were trained on. PEFT itself finds them, in a copy of the model without values.
+    """Names of the weights that LoRA was trained on, of biases that it trained, and of the output layer. PEFT itself finds them, in a copy of the model without values.
 
     Args:
         peft: keys of LoRA.
@@ -217,5 +227,7 @@ def trained_names(model: Any, peft: Mapping[str, Any], where: str) -> set[str]:
             config = peft_config("lora", peft, where, empty)
             config.task_type = TaskType.SEQ_CLS
             adapted = get_peft_model(empty, config)
-    modules = adapted.get_base_model().named_modules()
-    return {"score.weight", *(f"{name}.weight" for name, module in modules if hasattr(module, "lora_A"))}
+    whole = adapted.get_base_model()
+    trained = {name.replace(".base_layer.", ".") for name, weight in whole.named_parameters() if weight.requires_grad}
+    biases = {name for name, _ in model.named_parameters() if name in trained}  # which LoRA's `bias` trains in place
+    return {"score.weight", *biases, *(f"{name}.weight" for name, module in whole.named_modules() if hasattr(module, "lora_A"))}
