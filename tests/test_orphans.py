@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -37,11 +38,11 @@ def test_a_command_goes_on_only_while_its_starter_runs(tmp_path: Path, waits: st
     while not (tmp_path / "began").is_file() or not (tmp_path / "began").read_text():
         assert dvc.poll() is None
         time.sleep(0.01)
-    command = psutil.Process(int((tmp_path / "began").read_text()))
     if waits:
         dvc.send_signal(signal.SIGKILL)
     dvc.wait()
-    psutil.wait_procs([command])
+    with suppress(psutil.NoSuchProcess):  # it has ended
+        psutil.wait_procs([psutil.Process(int((tmp_path / "began").read_text()))])
     assert (tmp_path / "went on").exists() == goes_on
 
 
