@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,13 @@ import psutil
 import pytest
 from builders import small_pipeline
 from builders.small_pipeline import gone, start_until_both_adapters_run
-from conftest import dvc
+from conftest import dvc, run
 from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dvc import read_stages
-from dagster_project.orchestration.run_all import RunAll, parents, remaining
+from dagster_project.orchestration.run_all import RunAll, parents, remaining, reproduce_one
 
 BOTH = {"adapter@lora", "adapter@dora"}
 
@@ -195,3 +197,27 @@ def test_a_missing_source_is_refused_before_an_edited_one_is_recorded(root: Path
     with pytest.raises(InputError, match="is missing"):
         RunAll(root, 1, False).run()
     assert len(names) == 3 and {name: (root / "data/sources" / name).read_bytes() for name in names} == before
+
+
+def test_a_stage_has_the_environment_of_who_asks_and_not_that_of_the_first_who_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server that forks its process began before the variable was set."""
+    monkeypatch.delenv("PROBE", raising=False)
+    context = multiprocessing.get_context("forkserver")
+    first = context.Process(target=int)
+    first.start()
+    first.join()
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        assert run(command, tmp_path).returncode == 0
+    (tmp_path / "dvc.yaml").write_text("stages:\n  probe:\n    cmd: printenv PROBE > out\n    outs: [out]\n")
+    monkeypatch.setenv("PROBE", "here")
+    (_, send_log), (receive, send) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+    given = (tmp_path, "probe", False, os.getpid(), time.time(), {**os.environ}, send_log, send)
+    process = context.Process(target=reproduce_one, args=given)
+    process.start()
+    send.close()
+    answer = receive.recv()
+    process.join()
+    assert "error" not in answer, answer
+    assert (tmp_path / "out").read_text() == "here\n"

@@ -186,7 +186,7 @@ class RunAll:
         receive_log, send_log = self.context.Pipe(duplex=False)
         receive, send = self.context.Pipe(duplex=False)
         process = self.context.Process(
-            target=reproduce_one, args=(self.root, address, self.force, os.getpid(), time.time(), send_log, send)
+            target=reproduce_one, args=(self.root, address, self.force, os.getpid(), time.time(), {**os.environ}, send_log, send)
         )
         began = locks.last_held(self.root, address)
         process.start()
@@ -275,14 +275,19 @@ class RunAll:
             self._end(address)
 
 
-def reproduce_one(root: Path, address: str, force: bool, parent: int, since: float, output: Connection, result: Connection) -> None:
+def reproduce_one(
+    root: Path, address: str, force: bool, parent: int, since: float, environment: Mapping[str, str], output: Connection, result: Connection
+) -> None:
     """Main function of the process of one stage: reproduce it by DVC, and send the outcome.
 
     Args:
         parent: process that ends this one when it ends.
         since: time at which the parent was running.
+        environment: of the parent. The fork server has that of the time when it was started.
         output: receives everything that DVC and the stage's command print.
     """
+    os.environ.clear()
+    os.environ.update(environment)
     os.setsid()  # Ctrl-C goes to the parent alone, which interrupts each stage once
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(output.fileno(), 1)
