@@ -17,7 +17,7 @@ import pytest
 import yaml
 from builders.erasure_oracle import traces
 from builders.files import jsonl
-from builders.hub import NAME, OLD, PAIRS, hub_with_pairs, serving
+from builders.hub import NAME, OLD, PAIRS, hub_with_pairs, parquet, serving
 from builders.s3 import BUCKET, S3Server
 from conftest import ROOT, dvc, edit_params, pedigree, run
 
@@ -282,3 +282,46 @@ def test_rows_in_s3_are_erased_with_those_of_files_and_the_certificate_names_wha
     assert not ran & json.loads(dvc(root, "status", "--json").stdout).keys()
     assert pedigree(root, "run", "raw_examples").returncode == 0 and traces(root, WORDS, [identity]) == []
     assert not ran & json.loads(dvc(root, "status", "--json").stdout).keys(), "read again, it gives the same bytes"
+
+
+def test_a_row_on_the_hub_is_erased_and_stays_left_out_when_the_hub_is_read_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole erasure, as the command does it; the Hub answers on loopback and keeps its row."""
+    root, row = project, {"prompt": PROMPT, "completion": ANSWER}
+    for name in ("tests", "docs", "benchmarks", "examples", "deploy"):  # this file quotes the record
+        shutil.rmtree(root / name)
+    (root / "data/keys/record_ids.key").write_text(KEY)
+    jsonl(root / "data/sources/mine.jsonl", *OTHERS, ticket(PROMPT, ANSWER))
+
+    def change(values: dict[str, Any]) -> None:
+        local = {"path": "data/sources/mine.jsonl", "license": "MIT"}
+        values["raw_examples"] = {"sources": [local, {"hub": NAME, "revision": OLD, "split": "train", "license": "MIT"}]}
+        values["instructions"] |= {"expectations": None}
+        values["splits"] = {"test": 0.0, "validation": 0.1}
+
+    edit_params(root, change)
+    rows = [{"prompt": f"Crate {i} of dock {i * 7} is late.", "completion": f"Crate {i} arrives at {i + 8}."} for i in range(5)]
+    hub, file = hub_with_pairs(), "data/train-00000-of-00001.parquet"
+    hub.repos[NAME][OLD][file] = parquet([*rows[:3], row, *rows[3:]])
+    source, identity = f"hub:{NAME}@{OLD[:12]}/train", example_id(ticket(PROMPT, ANSWER)["messages"])
+    with serving(hub):
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(root.parent / "home"), "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        done = dvc(root, "repro", "splits", "raw_preferences")
+        assert done.returncode == 0, done.stderr + done.stdout
+        git(root, "add", "-A", ":!data/sources/mine.jsonl")
+        git(root, "commit", "-qm", "ran")
+        done = pedigree(root, "erase", "--record", identity, "--reason", "request 10", "--json")
+        assert done.returncode == 0, done.stderr + done.stdout
+        document = json.loads(done.stdout)
+        assert document["impact"] == "no" and not {*document["left"]} - {"git history"}
+        assert document["erased"]["rows"] == {"data/sources/mine.jsonl": 1}
+        assert document["erased"]["rows left out at reading"] == {source: 1}
+        assert any(source in one and "still holds 1 row of them" in one for one in document["not reached"])
+        assert traces(root, WORDS, [identity]) == [] and hub.repos[NAME][OLD][file] == parquet([*rows[:3], row, *rows[3:]])
+        hub.asked.clear()
+        shutil.rmtree(root.parent / "home")  # what the libraries of the Hub keep
+        assert pedigree(root, "run", "raw_examples").returncode == 0 and any(one.endswith(file) for one in hub.asked)
+        assert traces(root, WORDS, [identity]) == []
+    report = json.loads((root / "data/reports/raw_examples.json").read_text())
+    assert (report["rows_in"], report["rows_out"], report["dropped"]) == (14, 13, {"erased": 1})
+    assert not {"raw_examples", "instructions", "splits"} & json.loads(dvc(root, "status", "--json").stdout).keys()

@@ -287,6 +287,12 @@ def test_papers_without_a_signature_are_never_verified_and_can_be_signed_later(f
     signed = sign(finished, "release", private)
     assert signed["signature"] == f"{RELEASE}/model.sig" and not (finished / "data/signatures/release/model.sig").exists()
     assert verdict(finished, "release", public) == ("verified", {})
+    before = {name: (finished / RELEASE / name).read_bytes() for name in ("model.sig", "papers.html")}
+    capsys.readouterr()
+    assert write_papers(finished) == 2 and "model.sig signs the papers there" in capsys.readouterr().err, (
+        "a signature is not lost unnoticed"
+    )
+    assert {name: (finished / RELEASE / name).read_bytes() for name in before} == before
     (finished / RELEASE / "model.sig").unlink()
     flip(finished / RELEASE / "papers/bom.cdx.json")
     with pytest.raises(InputError, match="nothing was signed"):

@@ -53,10 +53,12 @@ def register(root: Path, model: str, name: str | None, experiment: str, uri: str
     Returns:
         {"name", "version", "created", "run", "tags", "inputs": names, "source"}.
     Raises:
-        InputError: not a model of the workspace, an incomplete lineage, or MLflow refuses something or cannot be reached.
+        InputError: an empty name, not a model of the workspace, an incomplete lineage, or MLflow refuses something or cannot be reached.
     """
     if find_spec("mlflow") is None:
         raise ModuleNotFoundError("mlflow is not installed", name="mlflow")
+    if name is not None and not name.strip():
+        raise InputError("--name: the name is empty", "name the registered model, or leave out --name for that of the stage")
     where = _address(uri or os.environ.get(VARIABLE, ""))
     subject = lineage.find(Index(root), model)
     if not subject.run.is_model:

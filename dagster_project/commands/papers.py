@@ -99,6 +99,11 @@ def write_in_place(root: Path, model: str, issued: date | None, key_file: str | 
     target = _release(root, model, only, "name a folder: --all FOLDER")
     if key:
         target.refuse_other_key(key.public)
+    elif os.path.lexists(target.folder / SIGNATURE):
+        raise InputError(
+            f"{target.path}/{SIGNATURE} signs the papers there, and papers without a key would replace them",
+            f"name the key (--key FILE), or delete {SIGNATURE} first",
+        )
     _refuse_unignored(root)
     papers_of = _Papers.of(target, model, issued, key)
     scratch_of_project = root / ".dvc" / "tmp" / "pedigree"
