@@ -18,7 +18,7 @@ from dagster_project.core.records import write_json
 from dagster_project.lineage.first_difference import first_difference
 from dagster_project.lineage.history import Revision
 from dagster_project.lineage.tolerance import Deviation, deviations
-from dagster_project.orchestration import dvc, integrity
+from dagster_project.orchestration import dvc, dvc_cache, integrity
 from dagster_project.pipeline import FLOATING_POINT
 
 IDENTITY = ("dtype", "device", "threads", "processes", "attention")
@@ -43,7 +43,7 @@ class Outputs:
 
     at: Revision
     lock: Mapping[str, Any]
-    store: dvc.Store
+    store: dvc_cache.Store
     """Of the project."""
     root: Path
     """Of the clone."""

@@ -31,7 +31,7 @@ from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.layout import measured_path, pages_of, report_of
 from dagster_project.core.records import remove
 from dagster_project.execution import VARIABLE, WORKER, WORKERS
-from dagster_project.orchestration import dvc, dvc_remote
+from dagster_project.orchestration import dvc, dvc_cache, dvc_remote, dvc_run
 from dagster_project.orchestration.executors.messages import THREADS, different, send, versions
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 
@@ -108,7 +108,7 @@ class Work:
         inherited = {key: value for key, value in os.environ.items() if key not in {"DVC_ROOT", "DAGSTER_PIPES_CONTEXT", THREADS}}
         inherited |= {THREADS: self.job["threads"]} if self.job.get("threads") else {}
         path = os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = inherited | dvc.command_environment(
+        environment = inherited | dvc_run.command_environment(
             {
                 "PYTHONPATH": path,
                 "PEDIGREE_PROJECT": str(self.root),
@@ -271,7 +271,7 @@ def main(job: Mapping[str, Any]) -> int:
             root = folder / "project"
             shutil.copytree(Path.cwd(), root, symlinks=True)  # Ray gives all jobs with the same files one folder
             os.chdir(root)  # and writes it again when a task of the stage starts on another node of this host
-            dvc.isolate_project(root, cache, job["remote"])
+            dvc_cache.isolate_project(root, cache, job["remote"])
             with open_store(root) as store:
                 return Work(job, root, store).run()
     except Damaged as error:
