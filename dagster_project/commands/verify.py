@@ -292,9 +292,7 @@ class _Clone:
             InputError: the command failed with exit code 2.
             CheckFailed: it failed with another exit code.
         """
-        inherited = {key: value for key, value in os.environ.items() if key not in {"DVC_STAGE", "DVC_ROOT", "DAGSTER_PIPES_CONTEXT"}}
-        path = os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = inherited | dvc_run.command_environment({"PYTHONPATH": path, "PEDIGREE_PROJECT": str(self.root), INNER: "1"})
+        environment = dvc_run.environment_in_copy(self.root, ["DVC_STAGE"], {INNER: "1"})
         code = subprocess.run(self.lock[name]["cmd"], shell=True, cwd=self.root, env=environment, stdout=2, check=False).returncode
         if code:
             kind = InputError if code == 2 else CheckFailed

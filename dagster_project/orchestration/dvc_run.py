@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import chdir, contextmanager
 from pathlib import Path
@@ -79,7 +79,8 @@ def reproduce(
 
 @contextmanager
 def commands_started() -> Iterator[list[str]]:
-    """Meanwhile, a line for each stage whose command DVC starts. DVC itself does not tell a stage that was run from one that it restored."""
+    """While open, collects a line for each stage whose command DVC starts. `Repo.reproduce` returns both the stages that ran and
+    those that it restored."""
     lines: list[str] = []
 
     def note(record: logging.LogRecord) -> bool:
@@ -101,8 +102,8 @@ def commands_started() -> Iterator[list[str]]:
 def is_forced() -> bool:
     """Whether DVC was asked to run the stage of this command even if nothing changed, or a past run could be restored.
 
-    DVC exports nothing but the name of the stage, so the command line of its process is read, by its own parser. DVC's Python API leaves no
-    trace; `reproduce` exports a variable.
+    DVC exports only the name of the stage. So the command line of its process is parsed, by DVC's own parser; `reproduce`, which uses its Python API,
+    exports a variable.
     """
     if FORCED in os.environ:
         return bool(os.environ[FORCED])
@@ -116,6 +117,17 @@ def is_forced() -> bool:
     except (cli.DvcParserError, SystemExit):  # it is another program
         return False
     return any(getattr(found, name, False) for name in ("force", "force_downstream", "no_run_cache"))
+
+
+def environment_in_copy(root: Path, without: Iterable[str], extra: Mapping[str, str]) -> dict[str, str]:
+    """Environment of a stage command that runs in a copy of the project, on the code there.
+
+    Args:
+        without: variables of this process that it does not get.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in {"DVC_ROOT", "DAGSTER_PIPES_CONTEXT", *without}}
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return inherited | command_environment({"PYTHONPATH": path, "PEDIGREE_PROJECT": str(root), **extra})
 
 
 def command_environment(extra: Mapping[str, str]) -> dict[str, str]:

@@ -105,19 +105,9 @@ class Work:
 
     def _command(self) -> int:
         """Run the stage's command in place; it ends when this process ends, as with DVC."""
-        inherited = {key: value for key, value in os.environ.items() if key not in {"DVC_ROOT", "DAGSTER_PIPES_CONTEXT", THREADS}}
-        inherited |= {THREADS: self.job["threads"]} if self.job.get("threads") else {}
-        path = os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = inherited | dvc_run.command_environment(
-            {
-                "PYTHONPATH": path,
-                "PEDIGREE_PROJECT": str(self.root),
-                "DVC_STAGE": self.address,
-                "PYTHONUNBUFFERED": "1",
-                VARIABLE: WORKER,
-                WORKERS: str(self.job["workers"]),
-            }
-        )
+        threads = {THREADS: self.job["threads"]} if self.job.get("threads") else {}
+        own = {"DVC_STAGE": self.address, "PYTHONUNBUFFERED": "1", VARIABLE: WORKER, WORKERS: str(self.job["workers"]), **threads}
+        environment = dvc_run.environment_in_copy(self.root, [THREADS], own)
         process = subprocess.Popen(
             dvc_remote.command_of(self.root, self.address), shell=True, cwd=self.root, env=environment, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
