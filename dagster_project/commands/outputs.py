@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands import elsewhere
-from dagster_project.core.documents import damage
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.layout import REPORTS, is_code, report_of
 from dagster_project.core.records import write_json
@@ -145,9 +144,7 @@ class Outputs:
             (
                 (producer, environment)
                 for producer in reversed([*ancestors(self.lock, name), name])
-                if (content := integrity.bytes_of(self.at, report_of(producer)))
-                and not damage(content)
-                and (environment := json.loads(content).get("environment"))
+                if (environment := integrity.report_at(self.at, producer).get("environment"))
             ),
             (name, {}),
         )

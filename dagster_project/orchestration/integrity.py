@@ -115,6 +115,12 @@ def bytes_of(at: Revision, path: str) -> bytes | None:
     return git_bytes(at.root, "show", "--end-of-options", f"{at.rev}:./{path}")
 
 
+def report_at(at: Revision, address: str) -> dict[str, Any]:
+    """The report of a stage at a revision; empty if it is missing or damaged."""
+    content = bytes_of(at, report_of(address))
+    return {} if content is None or damage(content) else dict(json.loads(content))
+
+
 def published(at: Revision, lock: Mapping[str, Any], address: str, path: str) -> str | None:
     """sha256 of a stage's main output according to its report; None for other outputs, or if the report is not the recorded one."""
     report, recorded = bytes_of(at, report_of(address)), {out["path"]: out["md5"] for out in lock[address]["outs"]}
