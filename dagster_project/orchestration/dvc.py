@@ -12,8 +12,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
@@ -28,8 +29,6 @@ from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.special_files import refuse_special_files
 
 log = logging.getLogger("pedigree")
-
-T = TypeVar("T")
 
 MISSING = "missing"
 
@@ -158,7 +157,7 @@ def lost_records(root: Path) -> list[str]:
 
 @contextmanager
 def records_locked(root: Path) -> Iterator[None]:
-    """Meanwhile DVC does not write dvc.lock, which it does not do atomically."""
+    """While open, DVC's lock of the project is held, so that DVC does not write dvc.lock. It does not write the file atomically."""
     with open_repo(root) as repo, repo.lock:
         yield
 
@@ -174,41 +173,30 @@ def read_stages(root: Path, is_definition: Callable[[str], bool] = _is_definitio
         is_definition: whether a dependency, by path, is part of a stage's definition. All others are its inputs.
     """
     with open_repo(root) as repo:
-        names, states = _states(root, declared_stages(repo), repo, is_definition)
-        found = {name: states[name] for name in names}
+        names, state_of = _states(root, declared_stages(repo), repo, is_definition)
+        found = {name: state_of(name) for name in names}
     order = _flow_order({address: [i.producer for i in state.inputs if i.producer] for address, state in found.items()})
     return {address: found[address] for address in order}
 
 
-class _OnDemand(dict[str, T]):
-    """Address -> a value that is computed when it is first asked for."""
-
-    def __init__(self, compute: Callable[[str], T]) -> None:
-        self._compute = compute
-
-    def __missing__(self, address: str) -> T:
-        self[address] = found = self._compute(address)
-        return found
-
-
 def _states(
     root: Path, all_stages: Sequence[Any], repo: Any, is_definition: Callable[[str], bool]
-) -> tuple[list[str], _OnDemand[StageState]]:
-    """Addresses of the stages of the project's dvc.yaml, and their states."""
+) -> tuple[list[str], Callable[[str], StageState]]:
+    """Addresses of the stages of the project's dvc.yaml, and a function that computes the state of one, once."""
     file = Path(repo.root_dir, "dvc.yaml")
     stages = {stage.name: stage for stage in all_stages if not stage.is_data_source and Path(stage.path) == file}
     sources = [(stage, out) for stage in all_stages if stage.is_data_source for out in stage.outs]
     others = Surroundings(
         producers={path_of(root, out): stage.name for stage in stages.values() for out in stage.outs},
         paths={name: next((path_of(root, out) for out in _main_outputs(stage)), "") for name, stage in stages.items()},
-        versions=_OnDemand(lambda name: _version(root, _main_outputs(stages[name]))),
+        version_of=cache(lambda name: _version(root, _main_outputs(stages[name]))),
         problems={os.path.relpath(out.fs_path, root): _source_problem(root, stage, out) for stage, out in sources},
         # the same for all stages of a file, which DVC would parse once for each of them
         variables=tuple(next(iter(stages.values())).dvcfile.resolver.context.imports) if stages else (),
         is_definition=is_definition,
         parameters=ParameterFiles(),
     )
-    return list(stages), _OnDemand(lambda name: _state(root, stages[name], others))
+    return list(stages), cache(lambda name: _state(root, stages[name], others))
 
 
 @dataclass(frozen=True)
@@ -219,8 +207,8 @@ class Surroundings:
     """Path of every output -> address of its stage."""
     paths: Mapping[str, str]
     """Path of the main output of every stage, by address."""
-    versions: Mapping[str, str]
-    """Content hash on disk of the outputs of every stage, by address."""
+    version_of: Callable[[str], str]
+    """Address of a stage -> content hash on disk of its outputs, computed once."""
     problems: Mapping[str, str]
     """How each source differs from its .dvc file, by path."""
     variables: Sequence[str]
@@ -353,7 +341,7 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
         inputs=tuple(i for path in now if path not in code for i in _inputs(path, now, recorded, others)),
         definition_now=definition_now,
         definition_recorded=definition_recorded if known else None,
-        version=others.versions[stage.name],
+        version=others.version_of(stage.name),
         recorded=known,
         output_problem=problem,
         in_cache=known and not any(out.use_cache and out.changed_cache() for out in stage.outs),
@@ -396,9 +384,10 @@ def _inputs(path: str, now: Mapping[str, str], recorded: Mapping[str, str | None
         return [Input(None, path, now[path], recorded[path], problem)]
     # dvc.lock has one hash for a folder of outputs: if it differs, none of the outputs is treated as the recorded one
     return [
-        Input(address, others.paths[address], others.versions[address], recorded[path] if now[path] != recorded[path] else others.versions[address])
+        Input(address, others.paths[address], version, recorded[path] if now[path] != recorded[path] else version)
         for address in producers
-    ]  # fmt: skip
+        for version in [others.version_of(address)]
+    ]
 
 
 def _flow_order(parents: Mapping[str, list[str]]) -> list[str]:
@@ -471,10 +460,10 @@ def verified_fingerprint(root: Path, address: str, refuse: Callable[[Sequence[St
     """
     with open_repo(root) as repo:
         all_stages = declared_stages(repo)
-        names, states = _states(root, all_stages, repo, _is_definition)
+        names, state_of = _states(root, all_stages, repo, _is_definition)
         if address not in names:
             raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(names)}")
-        refuse([states[i.producer] for i in states[address].inputs if i.producer])
+        refuse([state_of(i.producer) for i in state_of(address).inputs if i.producer])
         return _fingerprint(root, address, all_stages)
 
 
