@@ -37,7 +37,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from children import ROOT, result_of
+
 PERMUTATIONS, BANDS, THRESHOLD = 128, 32, 0.3
 STAGES = ("raw_examples", "instructions", "splits", "tokenized")
 SECONDS, GIGABYTES = 240, 8
@@ -379,11 +380,9 @@ def main() -> None:
         file = Path(folder) / "planted.json"
         texts, planted = plant(rows, templates)
         file.write_text(json.dumps({"texts": texts, "planted": planted}))
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
         for _ in range(args.repeat):
             for engine, done in runs.items():
-                command = [sys.executable, __file__, "--measure", engine, str(file)]
-                done.append(json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout))
+                done.append(result_of(__file__, "--measure", engine, str(file), variables={}))
     print(
         f"{len(texts):,} rows, {sum(map(len, planted.values())):,} planted pairs, {templates:,} templates, {os.cpu_count()} cores, median of {args.repeat}"
     )

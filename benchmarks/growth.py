@@ -28,6 +28,7 @@ from typing import Any
 
 import audit
 import curation
+from children import result_of
 from tables import machine, replace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +64,7 @@ def data(sizes: list[int], folder: Path) -> Costs:
         curation.alpaca(size, max(1, size // 1000), sources / "rows.jsonl")
         for stage in curation.STAGES:
             arguments = ["--stage", stage, "--base-model", str(ROOT / "data/base_model"), "--folder", str(root), "--workers", "1"]
-            found = _child(ROOT / "benchmarks/curation.py", *arguments)
+            found = result_of(str(ROOT / "benchmarks/curation.py"), *arguments, variables=_environment())
             costs.setdefault(stage, {})[size] = found["cpu"], found["peak GiB"]
         shutil.rmtree(root)
     return costs
@@ -75,7 +76,7 @@ def stages(sizes: list[int], folder: Path) -> Costs:
         root = folder / f"stages-{size}"
         _recorded_project(root, size)
         for what in ("definitions", "sync, everything to report", "sync, nothing to report"):
-            found = _child(Path(__file__), "--one", f"stages:{what}:{root}", cwd=root)
+            found = result_of(__file__, "--one", f"stages:{what}:{root}", cwd=root, variables=_environment())
             costs.setdefault(what, {})[size] = found["cpu"], found["peak GiB"]
     return costs
 
@@ -134,7 +135,8 @@ def versions(sizes: list[int], folder: Path) -> Costs:
 
 
 def training(sizes: list[int], folder: Path) -> Costs:
-    return {"training, CPU s a row": {size: tuple(_child(Path(__file__), "--one", f"training:{size}").values()) for size in sizes}}
+    found = {size: result_of(__file__, "--one", f"training:{size}", variables=_environment()) for size in sizes}
+    return {"training, CPU s a row": {size: tuple(one.values()) for size, one in found.items()}}
 
 
 def _train(tokens: int) -> float:
@@ -176,16 +178,6 @@ def _train(tokens: int) -> float:
     )
     assert len(stamps) == STEPS + 1
     return (stamps[-1] - stamps[0]) / STEPS
-
-
-def _child(script: Path, *arguments: str, cwd: Path = ROOT) -> Any:
-    """The last line that a script prints in a new process, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), *arguments], cwd=cwd, env=_environment(), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{script.name} {' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _environment() -> dict[str, str]:

@@ -14,14 +14,14 @@ import os
 import random
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from curation import ROOT, _digest, _produce, alpaca
+from children import ROOT, result_of
+from curation import _digest, _produce, alpaca
 
 STAGES = ("raw_examples", "instructions", "splits")
 SOURCES = ("a.jsonl", "b.jsonl", "c.jsonl")
@@ -73,10 +73,8 @@ def run_all(root: Path, base_model: Path, kept: bool) -> tuple[list[dict[str, fl
     (data / "sources").symlink_to(root / "data/sources")  # for the benchmark files
     measured, digests = [], []
     for stage in STAGES:
-        command = [sys.executable, __file__, "--stage", stage, "--base-model", str(base_model), "--folder", str(root), "--data", str(data)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "GX_ANALYTICS_ENABLED": "false"}
-        done = subprocess.run([*command, *(["--kept"] if kept else [])], env=env, check=True, stdout=subprocess.PIPE)
-        measured.append(json.loads(done.stdout))
+        of_stage = ["--stage", stage, "--base-model", str(base_model), "--folder", str(root), "--data", str(data)]
+        measured.append(result_of(__file__, *of_stage, *(["--kept"] if kept else []), variables={"GX_ANALYTICS_ENABLED": "false"}))
         digests.append(_digest(data / stage))
     return measured, digests
 

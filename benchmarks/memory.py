@@ -16,15 +16,14 @@ import ctypes
 import gc
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from children import output_of
 from methods import ORDER
 from tables import replace
 
@@ -112,15 +111,6 @@ def measure(name: str, base_model: Path, dtype_name: str, length: int, checkpoin
     return {"seconds": stamps[1] - stamps[0]}
 
 
-def python(*arguments: str) -> str:
-    """Standard output of a Python process with one thread."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr}")
-    return done.stdout
-
-
 def tiny_model(folder: Path) -> Path:
     """A folder with a two-layer random Llama and a tokenizer of three words."""
     make = (
@@ -130,7 +120,7 @@ def tiny_model(folder: Path) -> Path:
         "LlamaForCausalLM(LlamaConfig(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2,"
         " num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)).save_pretrained(sys.argv[1])\nprint()"
     )
-    python("-c", make, str(folder))
+    output_of("-c", make, str(folder))
     return folder
 
 
@@ -170,7 +160,8 @@ def measure_all(given: argparse.Namespace) -> list[dict[str, Any]]:
     for (name, dtype), cases in itertools.groupby((case for case in wanted if case not in found), key=lambda case: case[:2]):
         print(f"training {name}, {dtype}", file=sys.stderr, flush=True)
         arguments = [name, dtype, [case[2:] for case in cases]]
-        lines = python(__file__, "--base-model", str(given.base_model), "--child", json.dumps(arguments)).splitlines()
+        child = (__file__, "--base-model", str(given.base_model), "--child", json.dumps(arguments))
+        lines = output_of(*child).splitlines()
         for line in lines:
             found[_case(json.loads(line))] = json.loads(line)
         if given.measured:
@@ -182,7 +173,8 @@ def measure_all(given: argparse.Namespace) -> list[dict[str, Any]]:
 def compare(measured: list[dict[str, Any]], given: argparse.Namespace) -> None:
     """Print and write the table. Called after all measurements, because the maximum resident size of a process starts
     with that of its parent."""
-    runtime = int(python("-c", "from dagster_project.training.planning.memory import resident; print(resident())"))
+    code = "from dagster_project.training.planning.memory import resident; print(resident())"
+    runtime = int(output_of("-c", code))
 
     import torch
     from transformers import AutoConfig

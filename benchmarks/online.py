@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,12 +30,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from children import ONE_THREAD, result_of  # noqa: E402
 from tables import machine, replace  # noqa: E402
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 LENGTH, BETA, RATE = 48, 0.05, 2e-4
 GROUP = {"num_generations": 4, "max_completion_length": LENGTH, "temperature": 1.0, "beta": BETA, "epsilon": 0.2}
 ANSWERS_PER_STEP = 8
+SILENT = {**ONE_THREAD, "TRL_EXPERIMENTAL_SILENCE": "1"}
 ITERATION, PASS = 32, 8
 """Answers of an iteration of PPO, and of a forward pass."""
 COUNTED = 256
@@ -237,22 +237,6 @@ def one(method: str, setup: str, given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def child(python: str, method: str, setup: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The last line that this script prints in a new process with one thread."""
-    env = {
-        **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [python, "-W", "ignore", __file__, "--one", method, setup], cwd=ROOT, env=env, input=json.dumps(given), capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{method} {setup}: exit code {done.returncode}\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def report(found: list[dict[str, Any]]) -> str:
     lines = [
         f"CPU seconds for {COUNTED} answers of at most {LENGTH} tokens, bfloat16, one thread, {machine()}; medians over the seeds, in brackets minimum and "
@@ -300,7 +284,7 @@ def main() -> None:
                     python = options.trl_with_ppo if (method, setup) == ("ppo", "trl") else sys.executable
                     if python:
                         given = {"model": str(model.resolve()), "judge": str(judge), "prompts": asked, "seed": seed}
-                        found.append(child(python, method, setup, given))
+                        found.append(result_of(__file__, "--one", method, setup, python=python, variables=SILENT, given=json.dumps(given)))
                         print(found[-1], file=sys.stderr, flush=True)
     table = report(found)
     print(table)

@@ -20,9 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from children import result_of  # noqa: E402
 from tables import replace  # noqa: E402
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -187,20 +186,6 @@ def one(task: str, name: str, seed: int, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def child(*arguments: str) -> Any:
-    """The last line that this script prints in a new process with one thread."""
-    env = {
-        **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def report(found: list[dict[str, Any]]) -> str:
     """The table and the ratios, for each task."""
     lines: list[str] = []
@@ -251,7 +236,7 @@ def main() -> None:
         for seed in range(1, given.seeds + 1):  # setups in turns, so that a busy moment of the machine does not affect only one
             for name in SETUPS[task]:
                 if not given.setup or name in given.setup:
-                    found.append(child("--one", f"{task},{name},{seed}", "--steps", str(given.steps)))
+                    found.append(result_of(__file__, "--one", f"{task},{name},{seed}", "--steps", str(given.steps)))
                     print(found[-1], file=sys.stderr, flush=True)
     table = report(found)
     print(table)

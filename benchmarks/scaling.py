@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,8 @@ from typing import Any, overload
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
-from curation import ROOT, plant
+from children import result_of
+from curation import plant
 
 ENGINES = ("in memory", "in rounds", "on workers")
 
@@ -112,7 +112,6 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(args.measure[0], Path(args.measure[1]), args.workers)))
         return
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     for rows in args.rows:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "texts.jsonl"
@@ -122,8 +121,7 @@ def main() -> None:
             print(f"{rows:,} rows, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
             runs = {}
             for engine in ENGINES:
-                command = [sys.executable, __file__, "--workers", str(args.workers), "--measure", engine, str(file)]
-                runs[engine] = json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)
+                runs[engine] = result_of(__file__, "--workers", str(args.workers), "--measure", engine, str(file), variables={})
         print(f"{'':22}" + "".join(f"{engine:>12}" for engine in runs))
         for key in runs["in memory"]:
             values = [run[key] for run in runs.values()]

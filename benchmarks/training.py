@@ -24,7 +24,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from children import result_of  # noqa: E402
 from tables import replace  # noqa: E402
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
@@ -218,17 +218,6 @@ def matmul_peak() -> dict[str, float]:
     return found
 
 
-def child(*arguments: str, threads: int) -> Any:
-    """The last line that this script prints in a new process."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def report(found: list[dict[str, Any]], peak: dict[str, float], threads: int) -> str:
     """The table and the ratios."""
     by_setup: dict[str, list[dict[str, Any]]] = {}
@@ -280,12 +269,13 @@ def main() -> None:
         print(json.dumps(one(name, int(seed), given.examples, given.epochs, given.skip)))
         return
     size = ["--examples", str(given.examples), "--epochs", str(given.epochs), "--skip", str(given.skip)]
+    variables = {"OMP_NUM_THREADS": str(given.threads), "TOKENIZERS_PARALLELISM": "false"}
     found = []
     for seed in range(1, given.seeds + 1):  # setups in turns, so that a busy moment of the machine does not affect only one
         for name in given.setup:
-            found.append(child("--one", f"{name},{seed}", *size, threads=given.threads))
+            found.append(result_of(__file__, "--one", f"{name},{seed}", *size, variables=variables))
             print(found[-1], file=sys.stderr, flush=True)
-    table = report(found, child("--peak", threads=given.threads), given.threads)
+    table = report(found, result_of(__file__, "--peak", variables=variables), given.threads)
     print(table)
     if given.out:
         replace(given.out, "training", table)

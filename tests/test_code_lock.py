@@ -29,7 +29,7 @@ from dagster_project.core.layout import is_code
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.papers_in_place import IGNORE_LINES
-from dagster_project.orchestration import dvc
+from dagster_project.orchestration import dvc, dvc_cache
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
@@ -205,7 +205,7 @@ def test_other_code_is_refused_before_a_stage_goes_to_a_cluster_and_by_its_worke
     edit(site, "stages/raw_examples.py")  # on the node
     with project_package(other_code, other_code.parent / "package") as package:
         shutil.copytree(package, other_code.parent / "node", symlinks=True)
-    dvc.isolate_project(other_code.parent / "node")
+    dvc_cache.isolate_project(other_code.parent / "node")
     done = pedigree_in_node(site, other_code.parent / "node")
     assert done.returncode == 2 and OTHER_CODE in done.stderr and "Traceback" not in done.stderr
 

@@ -37,7 +37,8 @@ from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import record_key
 from dagster_project.orchestration import locks
-from dagster_project.orchestration.dvc import StageState, reproduce
+from dagster_project.orchestration.dvc import StageState
+from dagster_project.orchestration.dvc_run import reproduce
 from dagster_project.orchestration.erasure import event_log
 from dagster_project.orchestration.erasure import plan as plans
 from dagster_project.orchestration.erasure.exclusive import LOCK, no_stage_runs, one_erasure

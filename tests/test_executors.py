@@ -19,7 +19,7 @@ from conftest import dvc, edit_params, run
 
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.layout import measured_path, report_of
-from dagster_project.orchestration.dvc import is_forced
+from dagster_project.orchestration.dvc_run import is_forced
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.run_stage import run_stage
 
@@ -163,12 +163,12 @@ def test_a_run_that_is_canceled_stops_what_it_started_publishes_nothing_and_free
 FORCED = """
 import sys
 from pathlib import Path
-from dagster_project.orchestration.dvc import is_forced
+from dagster_project.orchestration.dvc_run import is_forced
 
 Path("out.txt").write_text(str(is_forced()))
 """
-REPRODUCE = "import sys; from pathlib import Path; from dagster_project.orchestration import dvc; \
-dvc.reproduce(Path.cwd(), 'one', sys.argv[1] == 'force', {}, print)"
+REPRODUCE = "import sys; from pathlib import Path; from dagster_project.orchestration import dvc_run; \
+dvc_run.reproduce(Path.cwd(), 'one', sys.argv[1] == 'force', {}, print)"
 
 
 @pytest.mark.parametrize(

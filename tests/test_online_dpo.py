@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.adapters import random_policy
 from builders.gradients import assert_close
 
 from dagster_project.core.params import Compute
@@ -29,12 +30,7 @@ Answers = list[tuple[int, list[int], float]]
 
 @pytest.fixture
 def policy(tiny_model: Path) -> Any:
-    """A policy whose adapter has an effect, and whose answers differ."""
-    torch.manual_seed(1)
-    model = preference.policy(tiny_model, LORA, torch.device("cpu"), torch.float32, "aligned.mine", "lora").model
-    for weight in model.parameters():
-        weight.data = weight.data + 0.05 * torch.randn_like(weight) if weight.requires_grad else weight.data * 2
-    return model
+    return random_policy(tiny_model, LORA)
 
 
 class Rewarded:

@@ -34,7 +34,7 @@ from conftest import run
 from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.execution import Execution, Placement
-from dagster_project.orchestration.dvc import store
+from dagster_project.orchestration.dvc_cache import store
 from dagster_project.orchestration.executors.local import LocalExecutor
 from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, TokenRefused, _project_id
 from dagster_project.orchestration.run_stage import run_stage

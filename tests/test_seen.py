@@ -96,7 +96,7 @@ def live_of(root: Path) -> Path:
 def test_live_data_is_shown_in_both_front_ends_and_changes_no_status(
     root: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dagster_project.orchestration.dvc.PROGRESS_INTERVAL", 0.2)
+    monkeypatch.setattr("dagster_project.orchestration.dvc_run.PROGRESS_INTERVAL", 0.2)
     monkeypatch.setenv("STEPS", "3")
     write_text(live_of(root) / "loss.csv", "step,loss\n9,9.0\n")  # of an earlier run
     done = small_pipeline.materialize(root, instance, ["raw", "inst", "tok", "adapter@lora"])

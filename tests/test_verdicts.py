@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from dagster_project.commands.outputs import Outputs
 from dagster_project.lineage.history import Revision
-from dagster_project.orchestration import dvc
+from dagster_project.orchestration import dvc_cache
 
 DVC_YAML = """\
 stages:
@@ -111,8 +111,8 @@ def reproduced(case: dict[str, Any], folder: Path) -> Outputs:
         for file, content in files.items():
             (clone / place / file).write_bytes(content)
     (clone / "dvc.yaml").write_text(DVC_YAML)
-    dvc.isolate_project(clone)
-    return Outputs(Revision(made.root, None), lock, dvc.store(made.root), clone)
+    dvc_cache.isolate_project(clone)
+    return Outputs(Revision(made.root, None), lock, dvc_cache.store(made.root), clone)
 
 
 @pytest.mark.parametrize("seed", range(16))

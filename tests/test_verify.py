@@ -22,7 +22,7 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.records import write_json
 from dagster_project.lineage.first_difference import first_difference
 from dagster_project.lineage.lineage import Revision
-from dagster_project.orchestration.dvc import Store
+from dagster_project.orchestration.dvc_cache import Store
 
 
 def files_of(root: Path) -> dict[str, bytes]:

@@ -48,9 +48,8 @@ def write_adapter(root: Path, model: str, folder: Path | None) -> dict[str, Any]
     """
     target = find(root, model)
     config = _config(target)
-    recorded = next(out["md5"] for out in target.lock[target.address]["outs"] if out["path"] == target.path)
     base = _base(target, str(config["base_model_name_or_path"]))
-    place = Path(model_id(target.address, recorded)) if folder is None else folder
+    place = Path(model_id(target.address, target.md5)) if folder is None else folder
     refuse_in_output(root, "--out", place)
     if os.path.lexists(place) and (not place.is_dir() or place.is_symlink() or any(place.iterdir())):
         raise InputError(f"--out {place}: it exists, and is not an empty folder", "name a new folder")
@@ -60,7 +59,7 @@ def write_adapter(root: Path, model: str, folder: Path | None) -> dict[str, Any]
     facts = {
         "format": FORMAT,
         "folder": str(place),
-        "model": {"stage": target.address, "md5": recorded},
+        "model": {"stage": target.address, "md5": target.md5},
         "base": base,
         "method": trained.get("method"),
         "quantization": trained.get("quantization", "none"),

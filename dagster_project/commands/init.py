@@ -54,7 +54,7 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
         data: files and folders, which are copied to data/sources/; data sets `hub:org/name@REVISION:split` and objects `s3://BUCKET/PREFIX`, which
             are not copied.
         base_model: `org/name@REVISION` on the Hub, or a folder, which is copied to models/; None: the model of the sample project.
-        task: one of init_data.TASKS.
+        task: auto, labels, json or text.
         license: of the data.
     Returns:
         {"project", "files", "sources": [{"path", "kind", "layout", "rows"}], "kept", "task", "git": whether git has the files, "dvc": large files

@@ -21,7 +21,6 @@ from dagster_project.curation.sources.s3 import SCHEME
 from dagster_project.evaluation.labels import MAX_LABELS
 from dagster_project.evaluation.metrics import parse
 
-TASKS = ("auto", "labels", "json", "text")
 FEW = 0.25
 """Distinct values above this share of the rows are no labels."""
 MAX_VALUES = 30
@@ -118,7 +117,7 @@ def examine(given: Sequence[Given], task: str, tokens: Tokens = ESTIMATED) -> Fo
     """Check the rows of the files. Nothing is written.
 
     Args:
-        task: one of TASKS.
+        task: auto, labels, json or text.
         tokens: the base model's tokenizer and template.
     Raises:
         InputError: no file has examples, or the answers do not fit the task.

@@ -24,7 +24,7 @@ def examine_for(model: Path, given: Sequence[Given], task: str) -> tuple[Found, 
     Args:
         model: folder of the base model.
         given: what the user has, read.
-        task: one of init_data.TASKS.
+        task: as for `init`.
     Raises:
         InputError: as `init_data.examine`.
     """

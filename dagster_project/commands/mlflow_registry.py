@@ -25,7 +25,6 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.papers_in_place import without_papers
 
 VARIABLE = "MLFLOW_TRACKING_URI"
-EXPERIMENT = "pedigree"
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 IN_MEMORY = ("", "/", "/:memory:")

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands import elsewhere
-from dagster_project.core.documents import damage
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.layout import REPORTS, is_code, report_of
 from dagster_project.core.records import write_json
 from dagster_project.lineage.first_difference import first_difference
 from dagster_project.lineage.history import Revision
 from dagster_project.lineage.tolerance import Deviation, deviations
-from dagster_project.orchestration import dvc, integrity
+from dagster_project.orchestration import dvc, dvc_cache, integrity
 from dagster_project.pipeline import FLOATING_POINT
 
 IDENTITY = ("dtype", "device", "threads", "processes", "attention")
@@ -43,7 +42,7 @@ class Outputs:
 
     at: Revision
     lock: Mapping[str, Any]
-    store: dvc.Store
+    store: dvc_cache.Store
     """Of the project."""
     root: Path
     """Of the clone."""
@@ -145,9 +144,7 @@ class Outputs:
             (
                 (producer, environment)
                 for producer in reversed([*ancestors(self.lock, name), name])
-                if (content := integrity.bytes_of(self.at, report_of(producer)))
-                and not damage(content)
-                and (environment := json.loads(content).get("environment"))
+                if (environment := integrity.report_at(self.at, producer).get("environment"))
             ),
             (name, {}),
         )

@@ -206,7 +206,7 @@ class _Papers:
 
 def _release(root: Path, model: str, only: str, then: str, folder: Path | None = None) -> Target:
     """Args:
-        only: that the model must be a release, and the next step if it is none.
+        only, then: message and next step if the model is not a release.
         folder: for a copy of it.
     Raises:
         InputError: the model is not a release, or not as it was recorded; or the folder cannot be its copy.
@@ -247,8 +247,7 @@ def _copy(target: Target, made: Path) -> Contents:
     for name, file in contents(target.folder, (*IGNORED, *NAMES)).files.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, made / name)
-    recorded = next(out["md5"] for out in target.lock[target.address]["outs"] if out["path"] == target.path)
-    if md5_of_folder(listing_of(made)) != recorded:
+    if md5_of_folder(listing_of(made)) != target.md5:
         raise InputError(f"{target.path} changed while it was copied", "run the command again")
     return contents(made, IGNORED)
 

@@ -126,19 +126,18 @@ def push(root: Path, model: str, to: Destination, dry_run: bool, key: str | None
         files = {path.relative_to(folder).as_posix(): path for path in paths}
         sizes = {name: path.stat().st_size for name, path in files.items()}
         sha256 = {name: sha256_of_file(path) for name, path in files.items()}
-        recorded = next(out["md5"] for out in target.lock[RELEASE]["outs"] if out["path"] == target.path)
         document = {
             "repo": to.repo,
             "url": f"{to.endpoint}/{to.repo}",
             "dry_run": dry_run,
             "private": to.private,
-            "model": {"stage": RELEASE, "md5": recorded},
+            "model": {"stage": RELEASE, "md5": target.md5},
             "files": [{"path": name, "bytes": sizes[name], "sha256": sha256[name]} for name in files],
             "bytes": sum(sizes.values()),
             "missing": papers["missing"],
             "not_examined": skipped,
         }
-        return document if dry_run else document | upload(to, files, sha256, recorded)
+        return document if dry_run else document | upload(to, files, sha256, target.md5)
 
 
 def refuse_failed_gate(root: Path, target: Target, today: date) -> None:

@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,12 +30,12 @@ from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_folder, sha256_of_file
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.signing.target import find
+from dagster_project.orchestration import ports
 from dagster_project.training.methods import feature_extraction
 
 log = logging.getLogger("pedigree")
 
 HOST = "127.0.0.1"
-ENGINES = ("vllm", "transformers", "llama.cpp")
 QUESTION = "Where is my parcel?"
 SECRET = re.compile(r"(^|_)(TOKENS?|KEYS?|PASSWORD|PASSWD|SECRETS?|CREDENTIALS?)(_|$)", re.IGNORECASE)
 """In the names of variables that the server does not get: HF_TOKEN, PEDIGREE_SIGNING_KEY_PASSWORD, VLLM_API_KEY, with which vLLM would ask for a key."""
@@ -94,8 +93,7 @@ def find_served(root: Path, model: str | None) -> Served:
             raise InputError(f"{model}: no model.safetensors, and weights in other formats are not served", "save the model as safetensors")
         return Served(folder.resolve().name, folder.resolve(), md5_of_folder(listing_of(folder)), recorded=False)
     target.refuse_unrecorded()
-    digest = next(out["md5"] for out in target.lock[target.address]["outs"] if out["path"] == target.path)
-    return Served(target.address, folder.resolve(), digest, recorded=True)
+    return Served(target.address, folder.resolve(), target.md5, recorded=True)
 
 
 def _refuse_not_complete(name: str, folder: Path) -> None:
@@ -187,7 +185,7 @@ def serve(root: Path, model: str | None, port: int, engine: str | None, announce
     """
     served = find_served(root, model)
     chosen = choose_engine(served, engine)
-    _refuse_taken(port)
+    ports.bound(HOST, port, "--port", 8000).close()
     with tempfile.TemporaryDirectory(prefix="pedigree-serve-") as folder:
         scratch = Path(folder)
         (scratch / "links").mkdir()
@@ -220,20 +218,6 @@ def _end_with_parent() -> Callable[[], None]:
     from dagster_project.orchestration.processes import end_with_parent
 
     return end_with_parent
-
-
-def _refuse_taken(port: int) -> None:
-    if port > 65535:
-        raise InputError(f"--port {port}: not a port", "give a number from 1 to 65535, e.g. 8000")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise InputError(
-                f"cannot listen on {HOST}:{port}: {error.strerror}",
-                f"stop the process that uses it, or give another --port, e.g. {port + 1 if port < 65535 else 8000}",
-            ) from None
 
 
 def _wait(server: subprocess.Popen[bytes], engine: str, served: Served, port: int) -> None:
@@ -288,6 +272,6 @@ def _example(url: str, model: str, system: str | None) -> str:
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """What the command says once the server answers."""
+    """The text for the terminal once the server answers."""
     bytes_of = "as dvc.lock recorded" if document["recorded"] else "not an output that dvc.lock records"
     return f"{document['url']}  model {document['model']} ({document['folder']}, {bytes_of}), by {document['engine']}. Ctrl-C ends.\n{document['example']}"

@@ -17,6 +17,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.layout import report_of
 from dagster_project.core.progress import clock
+from dagster_project.lineage.code import value_at
 from dagster_project.orchestration import dvc, experiments, processes
 from dagster_project.orchestration.experiments import FAILED, QUEUED, RUNNING, SUCCESS
 
@@ -202,7 +203,7 @@ class Trials:
             row: dict[str, Any] = {"name": name, "status": self.status[name].lower(), "params": dict(point), "metrics": {}}
             if data := shown.get(name):
                 found = data["params"]["params.yaml"]["data"]
-                row["params"] = {key: _at(found, f"{section}.{key}") for key in point}
+                row["params"] = {key: value_at(found, f"{section}.{key}") for key in point}
                 row["metrics"] = dict(_leaves(data["metrics"].get(report, {}).get("data") or {}))
             rows.append(row)
         return rows
@@ -210,12 +211,6 @@ class Trials:
 
 def _point(point: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in point.items())
-
-
-def _at(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values[part]
-    return values
 
 
 def _leaves(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

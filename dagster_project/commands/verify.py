@@ -28,7 +28,7 @@ from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import Revision, resolve
 from dagster_project.lineage.runs import part_of, unread_inputs
-from dagster_project.orchestration import dvc, integrity
+from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity
 
 log = logging.getLogger("pedigree")
 
@@ -118,7 +118,7 @@ def reproduce(at: Revision, lock: dict[str, Any], addresses: Sequence[str]) -> G
     """
     code_lock.refuse_to_verify(at.root, {name: code_lock.recorded_in(lock[name]) for name in addresses})
     with tempfile.TemporaryDirectory(prefix="pedigree-") as folder:
-        clone = _Clone(at, lock, dvc.store(at.root), Path(folder).resolve() / "project")
+        clone = _Clone(at, lock, dvc_cache.store(at.root), Path(folder).resolve() / "project")
         clone.fill(addresses)
         outputs = Outputs(at, lock, clone.store, clone.root)
         for name in addresses:
@@ -139,7 +139,7 @@ class _Clone:
 
     at: Revision
     lock: dict[str, Any]
-    store: dvc.Store
+    store: dvc_cache.Store
     """Of the project."""
     root: Path
 
@@ -154,7 +154,7 @@ class _Clone:
         if (secret := self.at.root / RECORD_KEY).is_file() and not (self.root / RECORD_KEY).exists():  # where git ignores it
             (self.root / RECORD_KEY).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(secret, self.root / RECORD_KEY)
-        dvc.isolate_project(self.root)
+        dvc_cache.isolate_project(self.root)
         dependencies = {dep["path"]: dep["md5"] for name in addresses for dep in self.lock[name].get("deps", [])}
         inputs, outdated = self._recorded_inputs(addresses, dependencies)
         self._refuse_other_parts(addresses, inputs)
@@ -170,7 +170,7 @@ class _Clone:
         for path, oid in sources.items():  # no input, but DVC requires that they exist
             if path not in inputs and not self._missing(oid):
                 self._copy(path, oid, None)
-        dvc.add_to_cache(self.root, inputs)
+        dvc_cache.add_to_cache(self.root, inputs)
 
     def _recorded_inputs(
         self, addresses: Sequence[str], dependencies: Mapping[str, str]
@@ -292,9 +292,7 @@ class _Clone:
             InputError: the command failed with exit code 2.
             CheckFailed: it failed with another exit code.
         """
-        inherited = {key: value for key, value in os.environ.items() if key not in {"DVC_STAGE", "DVC_ROOT", "DAGSTER_PIPES_CONTEXT"}}
-        path = os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = inherited | dvc.command_environment({"PYTHONPATH": path, "PEDIGREE_PROJECT": str(self.root), INNER: "1"})
+        environment = dvc_run.environment_in_copy(self.root, ["DVC_STAGE"], {INNER: "1"})
         code = subprocess.run(self.lock[name]["cmd"], shell=True, cwd=self.root, env=environment, stdout=2, check=False).returncode
         if code:
             kind = InputError if code == 2 else CheckFailed
@@ -310,7 +308,7 @@ class _Clone:
                 (self.root / path).write_bytes(integrity.bytes_of(self.at, path) or b"")
             else:
                 self._copy(path, out["recorded"], integrity.published(self.at, self.lock, name, path))
-        dvc.add_to_cache(self.root, outs)
+        dvc_cache.add_to_cache(self.root, outs)
 
 
 def _unpack(at: Revision, target: Path, path: str = ".") -> None:

@@ -6,7 +6,6 @@ the version and the records of trainings accept them. Everything else is install
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -23,12 +22,12 @@ from packaging.version import InvalidVersion, Version
 from dagster_project.commands.installer import install, paths_of_packages
 from dagster_project.commands.outputs import ancestors
 from dagster_project.commands.requirements import Wheel, versions_in
-from dagster_project.core.documents import damage, restoring
+from dagster_project.core.documents import restoring
 from dagster_project.core.errors import INNER, InputError
 from dagster_project.core.layout import report_of
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import Revision, resolve
-from dagster_project.orchestration.integrity import bytes_of
+from dagster_project.orchestration.integrity import report_at
 
 log = logging.getLogger("pedigree")
 
@@ -113,10 +112,7 @@ def _libraries(at: Revision, names: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name in names:
-        content = bytes_of(at, report_of(name))
-        if content is None or damage(content):
-            continue
-        for library, version in json.loads(content).get("environment", {}).items():
+        for library, version in report_at(at, name).get("environment", {}).items():
             if not LIBRARY.fullmatch(library) or not _is_version(str(version)):
                 raise InputError(f"{report_of(name)}: environment: {library} {version} is not a version of a library", restoring(name))
             if found.setdefault(library, version) != version:

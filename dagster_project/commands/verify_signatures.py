@@ -341,8 +341,7 @@ class _Verification:
         assert recorded.root is not None
         found = model_signature.contents(self.target.folder, IGNORED).files
         model = {name: md5_of_file(found[name]) for name in papers.files_of_model(found)}
-        out = next(out for out in recorded.lock[recorded.address]["outs"] if out["path"] == recorded.path)
-        if md5_of_folder(model) != out["md5"]:
+        if md5_of_folder(model) != recorded.md5:
             self.find(recorded.path, f"is not what dvc.lock recorded for {recorded.address}")
         texts = provenance.lock_texts(recorded.lock_text)
         for stage in self.stages:

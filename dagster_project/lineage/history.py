@@ -42,6 +42,10 @@ def blobs(root: Path, names: Iterable[str]) -> dict[str, bytes]:
     return contents
 
 
+def is_in_repository(root: Path) -> bool:
+    return any((folder / ".git").exists() for folder in [root.absolute(), *root.absolute().parents])
+
+
 def commit_of(root: Path, rev: str) -> str | None:
     return (git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}^{{commit}}") or "").strip() or None
 
@@ -262,7 +266,6 @@ class History:
 def history(root: Path) -> History:
     """The history of all branches, tags, stashes and experiments, and of the reflog."""
     all_refs, reflog = _first_commits(root, "--all"), _first_commits(root, "--reflog", "--not", "--all")
-    in_repository = any((folder / ".git").exists() for folder in [root.absolute(), *root.absolute().parents])
     first, unreachable = all_refs or FirstCommits(), reflog or FirstCommits()
     lock, workspace = root / LOCK, None
     if lock.is_file():
@@ -278,7 +281,7 @@ def history(root: Path) -> History:
         workspace,
         boundary,
         _moves(root, [*first.added, *unreachable.added]),
-        in_repository and (all_refs is None or reflog is None),
+        is_in_repository(root) and (all_refs is None or reflog is None),
     )
 
 

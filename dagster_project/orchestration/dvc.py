@@ -1,27 +1,24 @@
-"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file, rwlock.py, dvc_errors.py, dvc_parameters.py, dvc_remote.py, remote_store.py and experiments.py use DVC.
+"""dvc.yaml, dvc.lock and workspace -> the state of each stage. DVC is used only here, in the other files named dvc_*.py, in rwlock.py, remote_store.py and
+experiments.py, and in erasure/remotes.py.
 
 DVC's Python API for this is undocumented: `private_module` asserts the minor version, which pyproject.toml pins.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, chdir, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
-from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.layout import is_code, is_report
-from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import LOST_HINT, lost_entries, lost_text
 from dagster_project.orchestration import dvc_errors, rwlock
@@ -29,21 +26,11 @@ from dagster_project.orchestration.dvc_memory import released_afterwards
 from dagster_project.orchestration.dvc_parameters import ParameterFiles
 from dagster_project.orchestration.last_sync import OBJECTS, stamps
 from dagster_project.orchestration.private_api import private_module
-from dagster_project.orchestration.processes import command_of_dvc, interrupt_command
 from dagster_project.orchestration.special_files import refuse_special_files
 
 log = logging.getLogger("pedigree")
 
-T = TypeVar("T")
-
 MISSING = "missing"
-FORCED = "PEDIGREE_FORCED"
-"""Environment variable of a stage command: this process was asked to run the stage even if nothing changed."""
-PROGRESS_INTERVAL = 10.0
-"""Seconds between two progress reports of a running stage."""
-PRELOAD = ["dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output", "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "dvc_render.html",
-           "scmrepo.git", "ruamel.yaml"]  # fmt: skip
-"""Modules that a fork server imports once for all processes that reproduce a stage. None starts a thread."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +141,11 @@ def declared_stages(repo: Any) -> list[Any]:
             ) from None
 
 
+def stage_named(repo: Any, address: str) -> Any:
+    """DVC's stage with an address, which exists."""
+    return next(stage for stage in declared_stages(repo) if stage.name == address)
+
+
 def lost_records(root: Path) -> list[str]:
     """A line with the next step if dvc.lock lacks entries of the committed one; empty otherwise."""
     if not lost_entries(root):
@@ -165,7 +157,7 @@ def lost_records(root: Path) -> list[str]:
 
 @contextmanager
 def records_locked(root: Path) -> Iterator[None]:
-    """Meanwhile DVC does not write dvc.lock, which it does not do atomically."""
+    """While open, DVC's lock of the project is held, so that DVC does not write dvc.lock. It does not write the file atomically."""
     with open_repo(root) as repo, repo.lock:
         yield
 
@@ -181,41 +173,30 @@ def read_stages(root: Path, is_definition: Callable[[str], bool] = _is_definitio
         is_definition: whether a dependency, by path, is part of a stage's definition. All others are its inputs.
     """
     with open_repo(root) as repo:
-        names, states = _states(root, declared_stages(repo), repo, is_definition)
-        found = {name: states[name] for name in names}
+        names, state_of = _states(root, declared_stages(repo), repo, is_definition)
+        found = {name: state_of(name) for name in names}
     order = _flow_order({address: [i.producer for i in state.inputs if i.producer] for address, state in found.items()})
     return {address: found[address] for address in order}
 
 
-class _OnDemand(dict[str, T]):
-    """Address -> a value that is computed when it is first asked for."""
-
-    def __init__(self, compute: Callable[[str], T]) -> None:
-        self._compute = compute
-
-    def __missing__(self, address: str) -> T:
-        self[address] = found = self._compute(address)
-        return found
-
-
 def _states(
     root: Path, all_stages: Sequence[Any], repo: Any, is_definition: Callable[[str], bool]
-) -> tuple[list[str], _OnDemand[StageState]]:
-    """Addresses of the stages of the project's dvc.yaml, and their states."""
+) -> tuple[list[str], Callable[[str], StageState]]:
+    """Addresses of the stages of the project's dvc.yaml, and a function that computes the state of one, once."""
     file = Path(repo.root_dir, "dvc.yaml")
     stages = {stage.name: stage for stage in all_stages if not stage.is_data_source and Path(stage.path) == file}
     sources = [(stage, out) for stage in all_stages if stage.is_data_source for out in stage.outs]
     others = Surroundings(
         producers={path_of(root, out): stage.name for stage in stages.values() for out in stage.outs},
         paths={name: next((path_of(root, out) for out in _main_outputs(stage)), "") for name, stage in stages.items()},
-        versions=_OnDemand(lambda name: _version(root, _main_outputs(stages[name]))),
+        version_of=cache(lambda name: _version(root, _main_outputs(stages[name]))),
         problems={os.path.relpath(out.fs_path, root): _source_problem(root, stage, out) for stage, out in sources},
         # the same for all stages of a file, which DVC would parse once for each of them
         variables=tuple(next(iter(stages.values())).dvcfile.resolver.context.imports) if stages else (),
         is_definition=is_definition,
         parameters=ParameterFiles(),
     )
-    return list(stages), _OnDemand(lambda name: _state(root, stages[name], others))
+    return list(stages), cache(lambda name: _state(root, stages[name], others))
 
 
 @dataclass(frozen=True)
@@ -226,8 +207,8 @@ class Surroundings:
     """Path of every output -> address of its stage."""
     paths: Mapping[str, str]
     """Path of the main output of every stage, by address."""
-    versions: Mapping[str, str]
-    """Content hash on disk of the outputs of every stage, by address."""
+    version_of: Callable[[str], str]
+    """Address of a stage -> content hash on disk of its outputs, computed once."""
     problems: Mapping[str, str]
     """How each source differs from its .dvc file, by path."""
     variables: Sequence[str]
@@ -241,7 +222,7 @@ def path_of(root: Path, item: Any) -> str:
     return os.path.relpath(item.fs_path, root) if item.protocol == "local" else str(item)
 
 
-def _main_output(stage: Any) -> Any:
+def main_output(stage: Any) -> Any:
     return next(out for out in stage.outs if not out.is_metric and not out.is_plot)
 
 
@@ -284,7 +265,7 @@ def _hash(output: Any) -> str:
         return MISSING
 
 
-def _status(output: Any) -> dict[str, str]:
+def status_of(output: Any) -> dict[str, str]:
     """DVC's status of an output: {path: "modified", "deleted", "not in cache" or "new"}, empty if nothing changed."""
     try:
         return output.status()
@@ -341,7 +322,7 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
     same_params = stage.frozen or not any(map(others.parameters.changed, stage.params))
     if stage.cmd_changed or not same_params or code_now != code_recorded:
         definition_recorded = digest(["recorded", recorded_values, code_recorded])
-    changed = {path_of(root, out): how for out in stage.outs for how in _status(out).values()}
+    changed = {path_of(root, out): how for out in stage.outs for how in status_of(out).values()}
     problem = (
         "not in dvc.lock" if not known
         else f"{next(iter(changed))} differs from dvc.lock ({next(iter(changed.values()))})" if changed
@@ -360,7 +341,7 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
         inputs=tuple(i for path in now if path not in code for i in _inputs(path, now, recorded, others)),
         definition_now=definition_now,
         definition_recorded=definition_recorded if known else None,
-        version=others.versions[stage.name],
+        version=others.version_of(stage.name),
         recorded=known,
         output_problem=problem,
         in_cache=known and not any(out.use_cache and out.changed_cache() for out in stage.outs),
@@ -403,9 +384,10 @@ def _inputs(path: str, now: Mapping[str, str], recorded: Mapping[str, str | None
         return [Input(None, path, now[path], recorded[path], problem)]
     # dvc.lock has one hash for a folder of outputs: if it differs, none of the outputs is treated as the recorded one
     return [
-        Input(address, others.paths[address], others.versions[address], recorded[path] if now[path] != recorded[path] else others.versions[address])
+        Input(address, others.paths[address], version, recorded[path] if now[path] != recorded[path] else version)
         for address in producers
-    ]  # fmt: skip
+        for version in [others.version_of(address)]
+    ]
 
 
 def _flow_order(parents: Mapping[str, list[str]]) -> list[str]:
@@ -434,79 +416,6 @@ def ancestors(states: Mapping[str, StageState], address: str) -> list[str]:
     return [name for name in states if name in names]
 
 
-def reproduce(
-    root: Path,
-    address: str,
-    force: bool,
-    environment: Mapping[str, str],
-    on_wait: Callable[[str], None],
-    on_progress: Callable[[], None] = lambda: None,
-) -> bool:
-    """Bring one stage up to date by DVC; wait while another process uses the same paths.
-
-    Args:
-        on_wait: called once with a description of the process that has locked the paths.
-        on_progress: called every `PROGRESS_INTERVAL` while the stage runs; less often if it runs for long.
-    Returns:
-        Whether the stage ran or was restored.
-    Raises:
-        CheckFailed: the stage's command failed.
-    """
-    reproduction_error = private_module("dvc.exceptions").ReproductionError
-    lock_error = private_module("dvc.lock").LockError
-
-    def once() -> bool:
-        variables = command_environment({**environment, FORCED: "1" if force else ""})
-        with open_repo(root) as repo:
-            return bool(repo.reproduce([address], single_item=True, force=force, run_env=variables))
-
-    notified = False
-    while True:
-        try:
-            with chdir(root), ThreadPoolExecutor(1) as thread:  # DVC resolves targets relative to the current directory
-                # in a thread: while a command runs, DVC ignores interrupts in the main thread, e.g. Dagster's "terminate"
-                done = thread.submit(once)
-                try:
-                    began = time.monotonic()
-                    while wait([done], max(PROGRESS_INTERVAL, (time.monotonic() - began) / 100)).not_done:
-                        on_progress()
-                    return done.result()
-                except BaseException:
-                    while not done.done():  # DVC may start the command only now
-                        interrupt_command(address)
-                        wait([done], 0.2)
-                    raise
-        except (reproduction_error, lock_error) as error:
-            cause = error if isinstance(error, lock_error) else error.__cause__
-            if not isinstance(cause, lock_error):
-                raise CheckFailed(f"{address} failed: {cause or error}", "see its own message above; nothing was recorded") from None
-            if not notified:
-                on_wait(str(cause).partition("\n\nIf there are no")[0])
-                notified = True
-            time.sleep(0.5)
-
-
-@contextmanager
-def commands_started() -> Iterator[list[str]]:
-    """Meanwhile, a line for each stage whose command DVC starts. DVC itself does not tell a stage that was run from one that it restored."""
-    lines: list[str] = []
-
-    def note(record: logging.LogRecord) -> bool:
-        if record.msg.startswith("Running stage"):
-            lines.append(record.getMessage())
-        return record.levelno >= logging.ERROR
-
-    logger = private_module("dvc.stage.run").logger
-    before = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addFilter(note)
-    try:
-        yield lines
-    finally:
-        logger.removeFilter(note)
-        logger.setLevel(before)
-
-
 DOCUMENTS = frozenset({".json", ".yaml", ".yml", ".toml"})
 """Suffixes of metrics files that can be read."""
 
@@ -520,31 +429,6 @@ def load_document(path: Path) -> Any:
         return serialize.LOADERS[path.suffix](str(path))
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, serialize.ParseError):
         return None
-
-
-def is_forced() -> bool:
-    """Whether DVC was asked to run the stage of this command even if nothing changed, or a past run could be restored.
-
-    DVC exports nothing but the name of the stage, so the command line of its process is read, by its own parser. DVC's Python API leaves no
-    trace; `reproduce` exports a variable.
-    """
-    if FORCED in os.environ:
-        return bool(os.environ[FORCED])
-    words = command_of_dvc()
-    at = next((i for i, word in enumerate(words) if Path(word).stem == "dvc"), None)
-    if at is None:
-        return False
-    cli = private_module("dvc.cli")
-    try:
-        found = cli.parse_args(words[at + 1 :])
-    except (cli.DvcParserError, SystemExit):  # it is another program
-        return False
-    return any(getattr(found, name, False) for name in ("force", "force_downstream", "no_run_cache"))
-
-
-def command_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """Environment of a stage command, in which `python` is the current interpreter."""
-    return {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", **extra}
 
 
 @dataclass(frozen=True)
@@ -576,10 +460,10 @@ def verified_fingerprint(root: Path, address: str, refuse: Callable[[Sequence[St
     """
     with open_repo(root) as repo:
         all_stages = declared_stages(repo)
-        names, states = _states(root, all_stages, repo, _is_definition)
+        names, state_of = _states(root, all_stages, repo, _is_definition)
         if address not in names:
             raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(names)}")
-        refuse([states[i.producer] for i in states[address].inputs if i.producer])
+        refuse([state_of(i.producer) for i in state_of(address).inputs if i.producer])
         return _fingerprint(root, address, all_stages)
 
 
@@ -599,109 +483,16 @@ def _fingerprint(root: Path, address: str, all_stages: Sequence[Any]) -> Fingerp
                 if problem := _source_problem(root, other, out):
                     what, _, how = problem.partition("; ")
                     conflicts.append((what, how))
-            elif other.name != address and _status(out):
+            elif other.name != address and status_of(out):
                 what = f"{path} is not what {other.name} recorded in dvc.lock"
                 conflicts.append((what, f"run `dvc repro {other.name}` first, or `dvc checkout {path}`"))
     return Fingerprint({**now, "params.yaml": digest(values)}, conflicts)
 
 
-def restore_outputs(root: Path, address: str) -> None:
-    """Restore from the cache the outputs that DVC removed before it ran a stage that then failed."""
-    from shutil import copyfile
-
-    with open_repo(root) as repo:
-        stage = next((stage for stage in declared_stages(repo) if stage.name == address), None)
-        for out in stage.outs if stage is not None else []:
-            if out.exists or not out.hash_info:
-                continue
-            if out.use_cache:
-                if not out.changed_cache():
-                    out.checkout(force=True)
-                continue
-            cached = Path(repo.cache.local.oid_to_path(out.hash_info.value))
-            if cached.is_file():
-                Path(out.fs_path).parent.mkdir(parents=True, exist_ok=True)
-                copyfile(cached, out.fs_path)
-
-
-def recorded_files(root: Path, address: str) -> dict[str, Path]:
-    """Cache file of each file of a stage's main output as recorded in dvc.lock, by its path in the output; empty if it is not cached, or its listing is damaged."""
-    with open_repo(root) as repo:
-        out = _main_output(next(stage for stage in declared_stages(repo) if stage.name == address))
-        listing = Path(repo.cache.local.oid_to_path(out.hash_info.value)) if out.hash_info and out.hash_info.isdir else None
-        if listing is None or not listing.is_file():
-            return {}
-        if md5_of_bytes(content := listing.read_bytes()) != out.hash_info.value.removesuffix(".dir"):
-            return {}
-        return {entry["relpath"]: Path(repo.cache.local.oid_to_path(entry["md5"])) for entry in json.loads(content)}
-
-
-@dataclass(frozen=True)
-class Store:
-    """DVC's cache as files. The name of each object is the md5 of its bytes, unless it was tampered with."""
-
-    objects: Path
-    runs: Path
-    """DVC's run cache: past runs of stages, each in the format of an entry in dvc.lock."""
-
-    def at(self, oid: str) -> Path:
-        return self.objects / oid[:2] / oid[2:]
-
-    def files(self, oid: str) -> dict[str, str] | None:
-        """Objects of a recorded output by path in it ("" for a single file); None if its listing is missing or invalid."""
-        if not oid.endswith(".dir"):
-            return {"": oid}
-        try:
-            return {entry["relpath"]: entry["md5"] for entry in json.loads(self.at(oid).read_bytes())}
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def run(self, path: Path) -> dict[str, Any] | None:
-        """A record of the run cache; None if it is damaged. Its name is the hash of its content, without sizes."""
-        from ruamel.yaml import YAML, YAMLError
-
-        try:
-            record = YAML(typ="safe").load(path.read_bytes())
-            intact = isinstance(record, dict) and path.name == private_module("dvc.utils").dict_sha256(record, exclude=["size", "nfiles"])
-        except (YAMLError, ValueError, TypeError, RecursionError):
-            return None
-        return record if intact else None
-
-
-def store(root: Path) -> Store:
-    with open_repo(root) as repo:
-        return Store(Path(repo.cache.local.path), Path(repo.stage_cache.cache_dir))
-
-
-def isolate_project(root: Path, cache: Path | str = "cache", remote: Mapping[str, str] | None = None) -> None:
-    """Make a copy of a project's files an independent DVC project: without git, and with a separate cache.
-
-    Args:
-        remote: url and other options of its remote.
-    """
-    (root / ".dvc").mkdir(exist_ok=True)
-    core = ["no_scm = true", "analytics = false", f"site_cache_dir = {root / '.dvc' / 'site'}"]
-    config = ["[cache]", f"dir = {cache}", 'type = "reflink,hardlink,copy"']
-    if remote is not None:
-        core.append("remote = carrier")
-        config += ["['remote \"carrier\"']", *(f'{key} = "{value}"' for key, value in remote.items())]
-    (root / ".dvc" / "config.local").write_text("\n".join(["[core]", *core, *config, ""]))
-
-
-def add_to_cache(root: Path, paths: Iterable[str]) -> None:
-    """Add outputs from the workspace to the cache. dvc.lock is not changed."""
-    requested = set(paths)
-    with open_repo(root) as repo:
-        for out in (out for stage in declared_stages(repo) for out in stage.outs):
-            if out.use_cache and os.path.relpath(out.fs_path, root) in requested:
-                out.commit()
-
-
 def outputs(root: Path, address: str) -> dict[str, str]:
     """Content hash on disk of each output of a stage, including report and plots, by path."""
     with open_repo(root) as repo:
-        stage = next(stage for stage in declared_stages(repo) if stage.name == address)
-        return {os.path.relpath(out.fs_path, root): _hash(out) for out in stage.outs}
+        return {os.path.relpath(out.fs_path, root): _hash(out) for out in stage_named(repo, address).outs}
 
 
 def files_within(root: Path, paths: Iterable[str]) -> list[str]:
@@ -742,50 +533,3 @@ def tracked_sources(root: Path) -> dict[str, str]:
             for out in stage.outs
             if out.hash_info
         }
-
-
-def set_aside(root: Path, address: str, differs: Callable[[Path], bool], locked: bool) -> list[str] | None:
-    """Move a stage's main output, and each tampered object of it in the cache, to .dvc/tmp/pedigree/set_aside.
-
-    DVC then reports the output as deleted.
-
-    Args:
-        differs: called again while no other process can write the output.
-        locked: whether that is already so; otherwise DVC's lock of the path is taken.
-    Returns:
-        Names of the tampered objects; None if another process uses the output, or it does not differ any more.
-    """
-    aside = root / ".dvc" / "tmp" / "pedigree" / "set_aside"
-    aside.mkdir(parents=True, exist_ok=True)
-    with open_repo(root) as repo, ExitStack() as stack:
-        out = _main_output(next(stage for stage in declared_stages(repo) if stage.name == address))
-        if not locked:
-            lock = private_module("dvc.rwlock").rwlock(repo.tmp_dir, repo.fs, "pedigree", [], [out.fs_path], False)
-            try:
-                stack.enter_context(lock)
-            except private_module("dvc.lock").LockError:
-                return None
-        if _status(out) or not differs(Path(out.fs_path)):
-            return None
-        whole = out.hash_info.value
-        listing = Path(repo.cache.local.oid_to_path(whole))
-        objects = [whole]
-        if out.hash_info.isdir and listing.is_file():
-            with suppress(ValueError, KeyError, TypeError):  # the listing may be tampered with, too
-                objects += [entry["md5"] for entry in json.loads(listing.read_bytes())]
-        tampered = []
-        for oid in dict.fromkeys(objects):
-            path = Path(repo.cache.local.oid_to_path(oid))
-            if not path.is_file():
-                continue
-            with path.open("rb") as file:
-                intact = hashlib.file_digest(file, "md5").hexdigest() == oid.removesuffix(".dir")
-            if not intact:
-                tampered.append(oid)
-            if not intact or oid == whole:  # without the whole, the run cache cannot restore an output that no stage published
-                path.replace(aside / oid)
-        target = aside / address
-        remove(target)
-        if out.exists:
-            Path(out.fs_path).replace(target)
-    return tampered

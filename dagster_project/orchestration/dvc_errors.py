@@ -22,8 +22,7 @@ INVALID_FILE_ERRORS = {
     "CyclicGraphError",
     "StageFileIsNotDvcFileError",
 }
-
-
+"""Names of DVC's exceptions for dvc.yaml, dvc.lock or params.yaml."""
 LIBRARIES = {"diskcache", "dvc_data"}
 """Libraries whose cache objects have an attribute `directory`."""
 
@@ -33,9 +32,7 @@ def explained(error: Exception, root: Path) -> InputError | None:
     exceptions = private_module("dvc.exceptions")
     if isinstance(error, sqlite3.DatabaseError) and (folder := _folder_of_cache(error)):
         return InputError(f"{folder}: DVC's cache of hashes is damaged: {error}", "remove this folder: DVC makes it again")
-    if (
-        isinstance(error, FileNotFoundError) and error.filename and (path := root / str(error.filename)).is_symlink()
-    ):  # DVC sees a file there
+    if isinstance(error, FileNotFoundError) and (path := _broken_link(error, root)):
         return InputError(f"{path} is a link to a file that is not there", "replace the link by the file, for example from git")
     if isinstance(error, KeyError) and "getpwuid" in str(error):
         return InputError(
@@ -69,6 +66,12 @@ def _of_a_file(error: Exception, root: Path) -> InputError:
     except InputError as wrong:
         return wrong
     return InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again")
+
+
+def _broken_link(error: FileNotFoundError, root: Path) -> Path | None:
+    """The link to a missing file, which DVC takes for a file; None if something else is missing."""
+    path = root / str(error.filename)
+    return path if error.filename and path.is_symlink() else None
 
 
 def _folder_of_cache(error: sqlite3.DatabaseError) -> str:

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError
-from dagster_project.orchestration.dvc import declared_stages, open_repo, overlap
+from dagster_project.lineage.history import cached_runs
+from dagster_project.orchestration.dvc import declared_stages, open_repo, overlap, stage_named
 from dagster_project.orchestration.private_api import private_module
 
 SECRET_OPTIONS = {
@@ -86,8 +87,7 @@ def push(root: Path, remote: str | None = None) -> PushResult:
 def _complete_runs(repo: Any) -> list[Any]:
     """A temporary stage for each entry of the run cache whose outputs are in the cache."""
     cache = repo.stage_cache
-    paths = sorted(path for path in Path(cache.cache_dir).glob("*/*/*") if path.is_file())
-    entries = [cache._load_cache(path.parent.name, path.name) for path in paths]
+    entries = [cache._load_cache(path.parent.name, path.name) for path in cached_runs(Path(cache.cache_dir).parent)]
     stages = [cache._create_stage(entry) for entry in entries if entry]
     return [stage for stage in stages if stage.outs_cached()]
 
@@ -121,9 +121,8 @@ def checkout_inputs(root: Path, address: str) -> None:
 def commit_outputs(root: Path, address: str) -> dict[str, str]:
     """Add a stage's outputs and plots to the cache; dvc.lock is not changed. Returns their content hashes by path."""
     with open_repo(root) as repo:
-        stage = next(stage for stage in declared_stages(repo) if stage.name == address)
         hashes = {}
-        for out in stage.outs:
+        for out in stage_named(repo, address).outs:
             if out.use_cache:
                 out.save()
                 out.commit()
@@ -134,16 +133,18 @@ def commit_outputs(root: Path, address: str) -> dict[str, str]:
 def definition_of(root: Path, address: str) -> tuple[str, list[str]]:
     """A stage's command and the paths of its outputs in dvc.yaml."""
     with open_repo(root) as repo:
-        stage = next(stage for stage in declared_stages(repo) if stage.name == address)
-        paths = sorted(os.path.relpath(out.fs_path, root) for out in stage.outs)
-    return command_of(root, address), paths
+        stage = stage_named(repo, address)
+        return _command(stage), sorted(os.path.relpath(out.fs_path, root) for out in stage.outs)
 
 
 def command_of(root: Path, address: str) -> str:
     """A stage's command in dvc.yaml."""
     with open_repo(root) as repo:
-        command = next(stage for stage in declared_stages(repo) if stage.name == address).cmd
-        return command if isinstance(command, str) else " && ".join(command)
+        return _command(stage_named(repo, address))
+
+
+def _command(stage: Any) -> str:
+    return stage.cmd if isinstance(stage.cmd, str) else " && ".join(stage.cmd)
 
 
 PUBLIC_OPTIONS = ("endpointurl", "region", "use_ssl", "ssl_verify")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import CheckFailed, InputError
-from dagster_project.orchestration import dvc
+from dagster_project.orchestration import dvc, dvc_run
 from dagster_project.orchestration.processes import is_running
 
 QUEUED, RUNNING, SUCCESS, FAILED = "Queued", "Running", "Success", "Failed"
@@ -59,7 +59,7 @@ def _dvc(root: Path, *arguments: str) -> str:
     Raises:
         CheckFailed: it failed.
     """
-    environment = {**os.environ, **dvc.command_environment({})}
+    environment = {**os.environ, **dvc_run.command_environment({})}
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=root,

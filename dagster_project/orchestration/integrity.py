@@ -24,7 +24,7 @@ from dagster_project.core.layout import PLOTS, REPORTS, report_of
 from dagster_project.core.records import write_text
 from dagster_project.lineage.history import LOST_HINT, Revision, lost_entries, lost_text
 from dagster_project.lineage.papers_in_place import without_papers
-from dagster_project.orchestration import dvc
+from dagster_project.orchestration import dvc, dvc_cache
 from dagster_project.orchestration.dvc import StageState
 
 KNOWN_HASHES = Path(".dvc", "tmp", "pedigree", "sha256.json")
@@ -78,7 +78,7 @@ def set_tampered_aside(root: Path, states: Iterable[StageState], locked: bool = 
         try:
             if published is None or published == sha256_of(root / state.out, known):
                 continue
-            objects = dvc.set_aside(root, state.address, partial(_differs, published), locked)
+            objects = dvc_cache.set_aside(root, state.address, partial(_differs, published), locked)
         except FileNotFoundError:  # another process is replacing it
             continue
         if objects is None:
@@ -113,6 +113,12 @@ def bytes_of(at: Revision, path: str) -> bytes | None:
         file = at.root / path
         return file.read_bytes() if file.is_file() else None
     return git_bytes(at.root, "show", "--end-of-options", f"{at.rev}:./{path}")
+
+
+def report_at(at: Revision, address: str) -> dict[str, Any]:
+    """The report of a stage at a revision; empty if it is missing or damaged."""
+    content = bytes_of(at, report_of(address))
+    return {} if content is None or damage(content) else dict(json.loads(content))
 
 
 def published(at: Revision, lock: Mapping[str, Any], address: str, path: str) -> str | None:
@@ -157,7 +163,7 @@ class _Examination:
     """Hashes of all objects examined so far, each hashed once, and the findings."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.store = root, dvc.store(root)
+        self.root, self.store = root, dvc_cache.store(root)
         self.objects: dict[str, str | None] = {}
         """sha256 of each object; None if it is missing or its content does not match its name."""
         self.findings: dict[tuple[str, str], dict[str, str]] = {}

@@ -17,6 +17,7 @@ from typing import Any
 
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.records import write_text
+from dagster_project.lineage.history import config_files
 
 FILE = Path(".dvc", "tmp", "pedigree", "synced.json")
 """It can be deleted."""
@@ -88,7 +89,7 @@ def _state(root: Path, key_prefix: tuple[str, ...], paths: Iterable[str]) -> str
         return None
     if "storage" in settings or "instance_class" in settings or not log.is_dir() or not (root / ".git").is_dir():
         return None
-    configurations = [root / ".dvc" / "config", root / ".dvc" / "config.local", *_shared_configurations()]
+    configurations = config_files(root)
     if any("://" in path for path in paths) or any(
         OTHER_CACHE.search(file.read_text(encoding="utf-8")) for file in configurations if file.is_file()
     ):
@@ -96,18 +97,6 @@ def _state(root: Path, key_prefix: tuple[str, ...], paths: Iterable[str]) -> str
     packages = [Path(spec.origin) for spec in map(find_spec, ("dagster", "dvc")) if spec and spec.origin]  # an upgrade replaces these files
     files = [*stamps(root / path for path in {*paths, *ALWAYS}), *stamps([*configurations, *packages]), *stamps(PACKAGE.rglob("*.py"))]
     return md5_of_bytes(json.dumps([str(home), settings, list(key_prefix), files, [*_databases(home)]]).encode())
-
-
-def _shared_configurations() -> list[Path]:
-    """Where DVC looks for the configurations of the user and of the machine, on Linux and macOS."""
-    names = os.environ
-    user, machine = (
-        [names.get("XDG_CONFIG_HOME") or "~/.config", "~/Library/Application Support"],
-        names.get("XDG_CONFIG_DIRS") or "/etc/xdg",
-    )
-    folders = [f"{folder}/dvc" for folder in [*user, *machine.split(os.pathsep), "/Library/Application Support"]]
-    folders += [names[name] for name in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR") if names.get(name)]
-    return [Path(folder).expanduser() / "config" for folder in folders]
 
 
 def _databases(home: Path) -> Iterator[tuple[str, int, int, int]]:

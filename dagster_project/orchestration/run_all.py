@@ -27,7 +27,7 @@ from dagster_project.core.layout import is_report
 from dagster_project.core.progress import clock
 from dagster_project.core.records import write_json
 from dagster_project.lineage import code_lock
-from dagster_project.orchestration import dvc, integrity, locks, processes, rwlock
+from dagster_project.orchestration import dvc, dvc_run, integrity, locks, processes, rwlock
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.leftovers import remove_leftovers
 
@@ -112,7 +112,7 @@ class RunAll:
         self.waiting: set[str] = set()
         self.interrupted = False
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__, *dvc.PRELOAD])
+        self.context.set_forkserver_preload([__name__, *dvc_run.PRELOAD])
 
     def run(self) -> dict[str, Outcome]:
         """Outcome of every stage, in flow order. An interrupt ends the running ones."""
@@ -162,7 +162,7 @@ class RunAll:
                 raise InputError(what, hint)
         for file in changed:
             with redirect_stdout(sys.stderr):
-                dvc.reproduce(self.root, file, False, {}, on_wait=lambda holder: log.info(f"waiting: {holder}"))
+                dvc_run.reproduce(self.root, file, False, {}, on_wait=lambda holder: log.info(f"waiting: {holder}"))
             log.info(f"{file}: recorded the edited source")
 
     def _start_ready(self) -> None:
@@ -305,7 +305,7 @@ def reproduce_one(
 def _reproduce(root: Path, address: str, force: bool) -> str:
     done = False
     for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
-        done |= dvc.reproduce(
+        done |= dvc_run.reproduce(
             root, address, force, {"PYTHONUNBUFFERED": "1"}, on_wait=lambda holder: print(f"{address} is waiting: {holder}", flush=True)
         )
         state = dvc.read_stages(root)[address]

@@ -22,7 +22,7 @@ from dagster_project.execution import VARIABLE, WORKER, placement
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import refuse_lost_entries
-from dagster_project.orchestration import dvc, integrity, locks, processes
+from dagster_project.orchestration import dvc, dvc_cache, integrity, locks, processes
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
 from dagster_project.orchestration.executors.local import LocalExecutor
 from dagster_project.orchestration.leftovers import remove_leftovers
@@ -70,7 +70,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
             names = tuple(pipeline.stages)
             ctx = StageContext(
                 root, stage, variant, scratch, values, pipeline.variants_of,
-                earlier=names[: names.index(stage)], recorded=lambda: dvc.recorded_files(root, address),
+                earlier=names[: names.index(stage)], recorded=lambda: dvc_cache.recorded_files(root, address),
             )  # fmt: skip
             remove(scratch)
             ctx.out.mkdir(parents=True)
@@ -99,7 +99,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
 def _restore(root: Path, address: str) -> None:
     """Restore the outputs that DVC removed. If even this fails, the error that ended the stage is still the one to report."""
     try:
-        dvc.restore_outputs(root, address)
+        dvc_cache.restore_outputs(root, address)
     except Exception as error:
         if (known := faults.explained(error, root)) is None:
             raise

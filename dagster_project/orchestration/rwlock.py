@@ -19,7 +19,7 @@ log = logging.getLogger("pedigree")
 
 TABLE = Path(".dvc", "tmp", "rwlock")
 OWNERS = ("python", "dvc", "pedigree", "dagster")
-"""Words of which one is in the command line of every process that makes entries."""
+"""Every process that makes entries has one of these words in its command line."""
 
 
 def _table(root: Path) -> dict[str, Any] | None:
@@ -60,7 +60,7 @@ def repair(root: Path) -> None:
 
 
 def _hardlink_lock(root: Path) -> bool:
-    """Which of its kinds of lock DVC uses here."""
+    """Whether DVC locks by hard links here (its setting core.hardlink_lock)."""
     from dvc.config import Config, ConfigError
 
     try:

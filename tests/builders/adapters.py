@@ -33,6 +33,19 @@ def make_adapter(model: Path, folder: Path, seed: int, method: str = "lora", qua
     return folder
 
 
+def random_policy(model: Path, peft: dict[str, Any]) -> Any:
+    """A policy of an alignment whose adapter has an effect, and whose answers differ."""
+    import torch
+
+    from dagster_project.training.trainers.alignment import preference
+
+    torch.manual_seed(1)
+    policy = preference.policy(model, peft, torch.device("cpu"), torch.float32, "aligned.mine", "lora").model
+    for weight in policy.parameters():
+        weight.data = weight.data + 0.05 * torch.randn_like(weight) if weight.requires_grad else weight.data * 2
+    return policy
+
+
 def factors(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """Module -> {"A", "B"} of an adapter's file, in float64."""
     from safetensors.numpy import load_file

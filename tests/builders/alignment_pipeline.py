@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def make_project(root: Path, model: Path, preferences: Path, variants: dict[str,
         preferences: folder of the splits.
         variants: entries of `aligned`.
     """
-    from builders.small_pipeline import git
+    from builders.small_pipeline import commit_project
 
     (root / "data/merged").mkdir(parents=True)
     shutil.copytree(preferences, root / "data/preferences")
@@ -84,13 +83,7 @@ def make_project(root: Path, model: Path, preferences: Path, variants: dict[str,
     }
     (root / "dvc.yaml").write_text(json.dumps({"stages": stages}))
     (root / ".gitignore").write_text("__pycache__\n/data/live\n/data/pages\n/data/aligned\n/data/reward_model\n/data/plots\n")
-    git(root, "init", "-q")
-    under_dvc = ["data/preferences", "data/base_model", "data/merged/lora"]
-    for command in (["init", "-q"], ["config", "core.analytics", "false"], ["add", "-q", *under_dvc]):
-        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=True, capture_output=True)
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "start")
-    return root
+    return commit_project(root, "data/preferences", "data/base_model", "data/merged/lora")
 
 
 def main() -> int:

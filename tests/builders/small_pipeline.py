@@ -182,6 +182,16 @@ def git(root: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
 
 
+def commit_project(root: Path, *under_dvc: str) -> Path:
+    """Put a project under git and DVC, with these files and folders under DVC; everything is committed."""
+    git(root, "init", "-q")
+    for command in (["init", "-q"], ["config", "core.analytics", "false"], ["add", "-q", *under_dvc]):
+        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=True, capture_output=True)
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "start")
+    return root
+
+
 def make_project(root: Path, values: Mapping[str, Any] | None = None) -> Path:
     """A project of this pipeline in which nothing has run; everything is committed."""
     for folder in ("code", "data/sources", "data/reports/adapter"):
@@ -196,12 +206,7 @@ def make_project(root: Path, values: Mapping[str, Any] | None = None) -> Path:
     (root / ".gitignore").write_text(
         f"/.dagster\n/{LOG}\n__pycache__\n/data/live\n/data/pages\n" + "".join(f"/data/{name}\n" for name in STAGES)
     )
-    git(root, "init", "-q")
-    for command in (["init", "-q"], ["config", "core.analytics", "false"], ["add", "-q", "data/sources/d.txt"]):
-        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=True, capture_output=True)
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "start")
-    return root
+    return commit_project(root, "data/sources/d.txt")
 
 
 def published(root: Path, address: str) -> dict[str, bytes]:

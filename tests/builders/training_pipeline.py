@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -74,7 +73,7 @@ def make_project(root: Path, model: Path, values: dict[str, Any], script: str = 
     Args:
         script: content of data/trainers/train.py, if the stage has a command.
     """
-    from builders.small_pipeline import git
+    from builders.small_pipeline import commit_project
     from builders.training import make_data
 
     (root / "data").mkdir(parents=True)
@@ -95,12 +94,7 @@ def make_project(root: Path, model: Path, values: dict[str, Any], script: str = 
     }
     (root / "dvc.yaml").write_text(json.dumps({"stages": {"adapter": {"foreach": "${variants}", "do": body}}}))
     (root / ".gitignore").write_text("__pycache__\n/data/live\n/data/pages\n/data/adapter\n/data/plots\n")
-    git(root, "init", "-q")
-    for command in (["init", "-q"], ["config", "core.analytics", "false"], ["add", "-q", "data/tokenized", "data/base_model"]):
-        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=True, capture_output=True)
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "start")
-    return root
+    return commit_project(root, "data/tokenized", "data/base_model")
 
 
 def main() -> int:

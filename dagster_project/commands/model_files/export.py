@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -119,13 +119,11 @@ def write_gguf(
     origin: Claim,
     prompts: list[conformance.Prompt],
     tokenizer: Any,
-    alter: Callable[[Path], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Convert a model, add its pedigree, and compare the file with the tokenizer.
 
     Args:
         file: to write. Temporary files are beside its folder.
-        alter: gets the file before it is compared; for tests.
     Returns:
         As `conformance.verify`.
     """
@@ -134,7 +132,6 @@ def write_gguf(
     convert.convert(folder, name, converted, origin.quantization)
     gguf_metadata.with_fields(converted, file, {**origin.as_fields(), **conformance.further_fields(tokenizer, prompts)})
     shutil.rmtree(scratch)
-    alter(file)
     return conformance.verify(file, tokenizer, prompts)
 
 

@@ -24,7 +24,6 @@ class Read:
     """Of each text, with special tokens parsed, and added as the file says."""
     ends: list[bool]
     """Whether it ends an answer at each of the tokens asked for."""
-    add_bos: bool
 
 
 def is_installed() -> bool:

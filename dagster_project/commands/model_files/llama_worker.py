@@ -51,11 +51,7 @@ def _tokenize(file: str, texts: Sequence[str], ends: Sequence[int]) -> dict[str,
         count = lib.llama_tokenize(vocab, content, len(content), found, room, True, True)
         return list(found[0:count])
 
-    return {
-        "tokens": [tokens(text) for text in texts],
-        "ends": [bool(lib.llama_vocab_is_eog(vocab, one)) for one in ends],
-        "add_bos": bool(lib.llama_vocab_get_add_bos(vocab)),
-    }
+    return {"tokens": [tokens(text) for text in texts], "ends": [bool(lib.llama_vocab_is_eog(vocab, one)) for one in ends]}
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def _parts_of(tokenizer: Any) -> Parts | None:
     return parts if all(parts.text(probe) == render(tokenizer, probe, True) for probe in probes) else None
 
 
-def modelfile(tokenizer: Any, file: str, license_name: str = "") -> str:
+def modelfile(tokenizer: Any, file: str) -> str:
     """Text of the Modelfile."""
     lines = [f"FROM ./{file}"]
     parts = parts_of(tokenizer)
@@ -88,7 +88,6 @@ def modelfile(tokenizer: Any, file: str, license_name: str = "") -> str:
         lines += [f'SYSTEM """{parts.default_system}"""'] if parts.default_system else []
     lines += [f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in end_tokens(tokenizer)]
     lines.append("PARAMETER temperature 0")
-    lines += [f'LICENSE """{license_name}"""'] if license_name else []
     return "\n".join(lines) + "\n"
 
 

@@ -39,6 +39,11 @@ class Target:
         return self.address or self.path
 
     @property
+    def md5(self) -> str:
+        """Content hash of the output, as dvc.lock recorded it."""
+        return str(next(out["md5"] for out in self.lock[self.address]["outs"] if out["path"] == self.path))
+
+    @property
     def signatures(self) -> Path:
         """Folder of the signature, the attestations and the public key."""
         return self.folder if self.root is None else self.root / SIGNATURES / self.address.replace("@", "/")
@@ -64,11 +69,10 @@ class Target:
         """
         if self.root is None:
             return
-        recorded = next(out["md5"] for out in self.lock[self.address]["outs"] if out["path"] == self.path)
         now = listing_of(self.folder)
-        if md5_of_folder(now) == recorded:
+        if md5_of_folder(now) == self.md5:
             return
-        before = Objects(self.root).listing(recorded)
+        before = Objects(self.root).listing(self.md5)
         names = [] if before is None else sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         differs = f"{self.path}/{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" if names else self.path
         raise InputError(f"{differs}: not what dvc.lock recorded for {self.address}", f"`dvc checkout --force {self.path}` restores it")

@@ -13,7 +13,7 @@ import dagster as dg
 from dagster_project.core import params
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import VARIABLE, placement
-from dagster_project.orchestration import dvc
+from dagster_project.orchestration import dvc, dvc_run
 from dagster_project.orchestration.dagster_dvc.dead_runs import reap
 from dagster_project.orchestration.dagster_dvc.project import FORCE_TAG
 from dagster_project.orchestration.private_api import private_module
@@ -85,7 +85,7 @@ def build_executor(project: PedigreeProject) -> dg.ExecutorDefinition:
             return _create(base, init_context, config)
         options: dict[str, Any] = {**_mapping(config["multiprocess"])}
         options["max_concurrent"] = options.get("max_concurrent") or sum(limits.values())
-        preload = ["dagster_project.orchestration.dagster.assets", *dvc.PRELOAD]
+        preload = ["dagster_project.orchestration.dagster.assets", *dvc_run.PRELOAD]
         options["start_method"] = options.get("start_method") or {"forkserver": {"preload_modules": preload}}
         return StagesExecutor(
             project,

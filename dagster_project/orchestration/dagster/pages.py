@@ -18,8 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from dagster_project.core.errors import InputError
 from dagster_project.core.records import write_text
+from dagster_project.orchestration.ports import bound
 from dagster_project.orchestration.processes import end_with_parent
 
 HOST = "127.0.0.1"
@@ -66,18 +66,7 @@ def listen(port: int) -> socket.socket:
     Raises:
         InputError: the port is in use or out of range.
     """
-    if not 0 < port < 65536:
-        raise InputError(f"--pages-port {port}: not a port", f"give a number from 1 to 65535, e.g. {DEFAULT_PORT}")
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((HOST, port))
-    except OSError as error:
-        listener.close()
-        raise InputError(
-            f"cannot serve data/pages on {HOST}:{port}: {error.strerror}",
-            f"stop the process that uses it, or give another --pages-port, e.g. {port + 1 if port < 65535 else DEFAULT_PORT}",
-        ) from None
+    listener = bound(HOST, port, "--pages-port", DEFAULT_PORT, "serve data/pages")
     listener.listen()
     return listener
 

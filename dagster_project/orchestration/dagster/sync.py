@@ -22,13 +22,13 @@ UNFINISHED = dg.RunsFilter(
 )
 
 
-def sync(root: Path, instance: dg.DagsterInstance, pipeline: Pipeline = PEDIGREE, key_prefix: tuple[str, ...] = ()) -> list[str]:
+def sync(root: Path, instance: dg.DagsterInstance, pipeline: Pipeline = PEDIGREE) -> list[str]:
     """Report DVC's state to Dagster.
 
     Returns:
         One line for each reported event, and for each output that was set aside because it was tampered with.
     """
-    return dagster_dvc.sync(PedigreeProject(root, key_prefix, pipeline=pipeline), instance)
+    return dagster_dvc.sync(PedigreeProject(root, pipeline=pipeline), instance)
 
 
 def sync_after(last: LastSync, instance: dg.DagsterInstance, pipeline: Pipeline = PEDIGREE) -> list[str]:

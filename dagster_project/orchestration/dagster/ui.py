@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from dagster_project.core.errors import InputError
+from dagster_project.orchestration import ports
 from dagster_project.orchestration.dagster import pages, webserver
 from dagster_project.orchestration.dagster.assets import home, open_instance
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc.dead_runs import reap
+from dagster_project.orchestration.dvc_run import command_environment
 
 log = logging.getLogger("pedigree")
 
@@ -29,16 +30,7 @@ def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
     """
     if port == pages_port:
         raise InputError(f"--port and --pages-port are both {port}", "give two different ports")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise InputError(
-                f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}",
-                f"stop the process that uses it, or give another --port, e.g. {port + 1 if port < 65535 else 3000}",
-            ) from None
+    ports.bound(host, port, "--port", 3000).close()
     listener = pages.listen(pages_port)
     folder = home(root)
     pages.remember_port(root, listener.getsockname()[1])
@@ -46,13 +38,8 @@ def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
         for line in reap(instance) + sync(root, instance):
             log.info(line)
     command = [sys.executable, "-m", webserver.__name__, "dev", "-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "DAGSTER_HOME": str(folder),
-        "PEDIGREE_PROJECT": str(root),
-        webserver.HOSTS: ",".join(filter(None, (host, os.environ.get(webserver.HOSTS)))),
-    }
+    hosts = ",".join(filter(None, (host, os.environ.get(webserver.HOSTS))))
+    environment = os.environ | command_environment({"DAGSTER_HOME": str(folder), "PEDIGREE_PROJECT": str(root), webserver.HOSTS: hosts})
     pages.start(root, listener)
     listener.close()
     os.chdir(root)

@@ -16,7 +16,7 @@ from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultM
 
 from dagster_project.core import faults
 from dagster_project.core.errors import PedigreeError
-from dagster_project.orchestration import dvc, rwlock
+from dagster_project.orchestration import dvc, dvc_run, rwlock
 from dagster_project.orchestration.dagster_dvc.dead_runs import MACHINE_TAG, end_with_run
 from dagster_project.orchestration.dagster_dvc.metadata import in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
@@ -183,8 +183,8 @@ def _reproduce(context: dg.AssetExecutionContext, project: DvcProject, address: 
         context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=MessageReader()
     ) as session:
         pipes = session.get_bootstrap_env_vars()
-        with dvc.commands_started() as started:
-            done = dvc.reproduce(
+        with dvc_run.commands_started() as started:
+            done = dvc_run.reproduce(
                 project.root,
                 address,
                 force,

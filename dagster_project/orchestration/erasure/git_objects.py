@@ -17,10 +17,6 @@ LARGE_FILES = ("lfs/objects", "annex")
 """Folders of a git directory with files that git itself does not keep."""
 
 
-def is_in_repository(root: Path) -> bool:
-    return any((folder / ".git").exists() for folder in [root, *root.parents])
-
-
 def git_folder(root: Path) -> Path:
     """The git directory that all work trees of the repository share.
 

@@ -27,7 +27,7 @@ from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
-from dagster_project.orchestration import dvc, dvc_remote, integrity
+from dagster_project.orchestration import dvc_cache, dvc_remote, dvc_run, integrity
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
@@ -273,7 +273,7 @@ class _Run:
 
     def _discard_others(self) -> None:
         """Stop jobs of this stage that compute from other inputs, and remove their results; of the same inputs too, if the stage has to be run."""
-        forced = dvc.is_forced()
+        forced = dvc_run.is_forced()
         for name in self._running():
             if forced or not name.startswith(self.key):
                 log.info(f"{self.address}: stopping job {name}, {'because the run is forced' if forced else 'which has other inputs'}")
@@ -480,7 +480,7 @@ class _Run:
         return StageResult(result["exit_code"], result["report"], measured, self._execution(result, fetched))
 
     def _copy(self, oid: str, target: Path) -> None:
-        content = dvc.store(self.job.ctx.root).files(oid) or {}
+        content = dvc_cache.store(self.job.ctx.root).files(oid) or {}
         for name, one in content.items():
             file = target / name if name else target
             if not file.resolve().is_relative_to(self.job.ctx.scratch.resolve()):

@@ -31,7 +31,7 @@ from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.layout import measured_path, pages_of, report_of
 from dagster_project.core.records import remove
 from dagster_project.execution import VARIABLE, WORKER, WORKERS
-from dagster_project.orchestration import dvc, dvc_remote
+from dagster_project.orchestration import dvc, dvc_cache, dvc_remote, dvc_run
 from dagster_project.orchestration.executors.messages import THREADS, different, send, versions
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 
@@ -105,19 +105,9 @@ class Work:
 
     def _command(self) -> int:
         """Run the stage's command in place; it ends when this process ends, as with DVC."""
-        inherited = {key: value for key, value in os.environ.items() if key not in {"DVC_ROOT", "DAGSTER_PIPES_CONTEXT", THREADS}}
-        inherited |= {THREADS: self.job["threads"]} if self.job.get("threads") else {}
-        path = os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = inherited | dvc.command_environment(
-            {
-                "PYTHONPATH": path,
-                "PEDIGREE_PROJECT": str(self.root),
-                "DVC_STAGE": self.address,
-                "PYTHONUNBUFFERED": "1",
-                VARIABLE: WORKER,
-                WORKERS: str(self.job["workers"]),
-            }
-        )
+        threads = {THREADS: self.job["threads"]} if self.job.get("threads") else {}
+        own = {"DVC_STAGE": self.address, "PYTHONUNBUFFERED": "1", VARIABLE: WORKER, WORKERS: str(self.job["workers"]), **threads}
+        environment = dvc_run.environment_in_copy(self.root, [THREADS], own)
         process = subprocess.Popen(
             dvc_remote.command_of(self.root, self.address), shell=True, cwd=self.root, env=environment, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -271,7 +261,7 @@ def main(job: Mapping[str, Any]) -> int:
             root = folder / "project"
             shutil.copytree(Path.cwd(), root, symlinks=True)  # Ray gives all jobs with the same files one folder
             os.chdir(root)  # and writes it again when a task of the stage starts on another node of this host
-            dvc.isolate_project(root, cache, job["remote"])
+            dvc_cache.isolate_project(root, cache, job["remote"])
             with open_store(root) as store:
                 return Work(job, root, store).run()
     except Damaged as error:

@@ -1,0 +1,150 @@
+"""DVC's cache: its objects as files, outputs that are restored from it or added to it, and outputs that were tampered with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+from dagster_project.core.hashing import md5_of_file
+from dagster_project.core.records import remove
+from dagster_project.orchestration.dvc import declared_stages, main_output, open_repo, stage_named, status_of
+from dagster_project.orchestration.private_api import private_module
+
+
+@dataclass(frozen=True)
+class Store:
+    """DVC's cache as files. The name of each object is the md5 of its bytes, unless it was tampered with."""
+
+    objects: Path
+    runs: Path
+    """DVC's run cache: past runs of stages, each in the format of an entry in dvc.lock."""
+
+    def at(self, oid: str) -> Path:
+        return self.objects / oid[:2] / oid[2:]
+
+    def files(self, oid: str) -> dict[str, str] | None:
+        """Objects of a recorded output by path in it ("" for a single file); None if its listing is missing or invalid."""
+        if not oid.endswith(".dir"):
+            return {"": oid}
+        try:
+            return {entry["relpath"]: entry["md5"] for entry in json.loads(self.at(oid).read_bytes())}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def run(self, path: Path) -> dict[str, Any] | None:
+        """A record of the run cache; None if it is damaged. Its name is the hash of its content, without sizes."""
+        from ruamel.yaml import YAML, YAMLError
+
+        try:
+            record = YAML(typ="safe").load(path.read_bytes())
+            intact = isinstance(record, dict) and path.name == private_module("dvc.utils").dict_sha256(record, exclude=["size", "nfiles"])
+        except (YAMLError, ValueError, TypeError, RecursionError):
+            return None
+        return record if intact else None
+
+
+def store(root: Path) -> Store:
+    with open_repo(root) as repo:
+        return _store(repo)
+
+
+def _store(repo: Any) -> Store:
+    return Store(Path(repo.cache.local.path), Path(repo.stage_cache.cache_dir))
+
+
+def restore_outputs(root: Path, address: str) -> None:
+    """Restore from the cache the outputs that DVC removed before it ran a stage that then failed."""
+    with open_repo(root) as repo:
+        stage = next((stage for stage in declared_stages(repo) if stage.name == address), None)
+        for out in stage.outs if stage is not None else []:
+            if out.exists or not out.hash_info:
+                continue
+            if out.use_cache:
+                if not out.changed_cache():
+                    out.checkout(force=True)
+                continue
+            cached = Path(repo.cache.local.oid_to_path(out.hash_info.value))
+            if cached.is_file():
+                Path(out.fs_path).parent.mkdir(parents=True, exist_ok=True)
+                copyfile(cached, out.fs_path)
+
+
+def recorded_files(root: Path, address: str) -> dict[str, Path]:
+    """Cache file of each file of a stage's main output as recorded in dvc.lock, by its path in the output; empty if it is not cached, or its listing is damaged."""
+    with open_repo(root) as repo:
+        out = main_output(stage_named(repo, address))
+        whole, cache = out.hash_info.value if out.hash_info else "", _store(repo)
+        if not whole.endswith(".dir") or not cache.at(whole).is_file() or md5_of_file(cache.at(whole)) != whole.removesuffix(".dir"):
+            return {}
+        return {name: cache.at(oid) for name, oid in (cache.files(whole) or {}).items()}
+
+
+def isolate_project(root: Path, cache: Path | str = "cache", remote: Mapping[str, str] | None = None) -> None:
+    """Make a copy of a project's files an independent DVC project: without git, and with a separate cache.
+
+    Args:
+        remote: url and other options of its remote.
+    """
+    (root / ".dvc").mkdir(exist_ok=True)
+    core = ["no_scm = true", "analytics = false", f"site_cache_dir = {root / '.dvc' / 'site'}"]
+    config = ["[cache]", f"dir = {cache}", 'type = "reflink,hardlink,copy"']
+    if remote is not None:
+        core.append("remote = carrier")
+        config += ["['remote \"carrier\"']", *(f'{key} = "{value}"' for key, value in remote.items())]
+    (root / ".dvc" / "config.local").write_text("\n".join(["[core]", *core, *config, ""]))
+
+
+def add_to_cache(root: Path, paths: Iterable[str]) -> None:
+    """Add outputs from the workspace to the cache. dvc.lock is not changed."""
+    requested = set(paths)
+    with open_repo(root) as repo:
+        for out in (out for stage in declared_stages(repo) for out in stage.outs):
+            if out.use_cache and os.path.relpath(out.fs_path, root) in requested:
+                out.commit()
+
+
+def set_aside(root: Path, address: str, differs: Callable[[Path], bool], locked: bool) -> list[str] | None:
+    """Move a stage's main output, and each tampered object of it in the cache, to .dvc/tmp/pedigree/set_aside.
+
+    DVC then reports the output as deleted.
+
+    Args:
+        differs: called again while no other process can write the output.
+        locked: whether that is already so; otherwise DVC's lock of the path is taken.
+    Returns:
+        Names of the tampered objects; None if another process uses the output, or it does not differ any more.
+    """
+    aside = root / ".dvc" / "tmp" / "pedigree" / "set_aside"
+    aside.mkdir(parents=True, exist_ok=True)
+    with open_repo(root) as repo, ExitStack() as stack:
+        out = main_output(stage_named(repo, address))
+        if not locked:
+            lock = private_module("dvc.rwlock").rwlock(repo.tmp_dir, repo.fs, "pedigree", [], [out.fs_path], False)
+            try:
+                stack.enter_context(lock)
+            except private_module("dvc.lock").LockError:
+                return None
+        if status_of(out) or not differs(Path(out.fs_path)):
+            return None
+        whole, cache = out.hash_info.value, _store(repo)
+        tampered = []
+        for oid in dict.fromkeys([whole, *(cache.files(whole) or {}).values()]):  # the listing may be tampered with, too
+            path = cache.at(oid)
+            if not path.is_file():
+                continue
+            intact = md5_of_file(path) == oid.removesuffix(".dir")
+            if not intact:
+                tampered.append(oid)
+            if not intact or oid == whole:  # without the whole, the run cache cannot restore an output that no stage published
+                path.replace(aside / oid)
+        target = aside / address
+        remove(target)
+        if out.exists:
+            Path(out.fs_path).replace(target)
+    return tampered
