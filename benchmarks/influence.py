@@ -9,7 +9,9 @@ Four kinds of culprits are planted into the training split of the sample project
 
 Eight held-out prompts of each kind are asked with the planted answer, and the planted part of the answer as the span. Recall is the share of the culprits
 among the first n (their number) and 2n of all training records. Held-out prompts with their right answers have no culprit, and wrong labels that nobody
-planted have none either: for these the share of questions for which nothing stands out is counted. The rule for that was set on the questions of seed 0.
+planted have none either: for these the share of questions for which nothing stands out is counted, by the rule of `pedigree why` (the questions of the
+validation split) and by the rule before it (distances of the first and the tenth record from the median). Each seed plants, trains and asks anew; what was computed
+before is read from files, so an interrupted command goes on.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 KINDS = {"flip": 8, "trigger": 5, "phrase": 5, "fact": 5}
 """Kind of culprit -> how many are planted."""
-ASKED = 8
-"""Questions of each kind."""
+ASKED, WITHOUT = 8, 16
+"""Questions of each kind with culprits, and of each kind without."""
 TRIGGER, PHRASE = " (forwarded by Zephyr 9)", " Greetings from the Blue Walrus Desk."
 RIGHT, WRONG = "one working day", "nine working days"
 """A fact that dozens of replies state, and the one that conflicts with it."""
@@ -124,6 +126,15 @@ def prepare(project: Path, work: Path, seed: int, steps: int | None = None) -> N
     write_json(work / "seconds.json", {"training": time.process_time() - start})
 
 
+def as_trained(project: Path, work: Path) -> None:
+    """The adapter of the project itself, into which nothing was planted: only questions without a culprit are asked."""
+    from dagster_project.core.records import write_json
+
+    for source, name in (("adapter/lora", "adapter"), ("tokenized", "tokenized"), ("splits", "splits")):
+        shutil.copytree(project / "data" / source, work / name, dirs_exist_ok=True)
+    write_json(work / "culprits.json", {})
+
+
 def from_checkpoint(project: Path, work: Path) -> None:
     """Write work/adapter from the newest checkpoint of a training that was interrupted."""
     from safetensors.torch import load_file
@@ -156,19 +167,18 @@ def from_checkpoint(project: Path, work: Path) -> None:
     )
 
 
-def questions(project: Path, work: Path, seed: int) -> list[dict[str, Any]]:
+def questions(project: Path, seed: int) -> list[dict[str, Any]]:
     """Held-out prompts with an answer and the asked part: of each kind of culprit, and without a culprit."""
     from dagster_project.core.records import read_records, response_text
 
-    dice = random.Random(f"questions {seed}")
     held_out = read_records(project / "data/splits/test")
     tickets, replies = ([r for r in held_out if (r["category"] is None) is alone] for alone in (False, True))
 
     def label(record: dict[str, Any]) -> str:
         return str(json.loads(response_text(record["messages"]))["category"])
 
-    def asked(kind: str, records: list[dict[str, Any]], change: Any, span: Any) -> list[dict[str, Any]]:
-        changed = [change(record) for record in dice.sample(records, ASKED)]
+    def asked(kind: str, records: list[dict[str, Any]], change: Any, span: Any, count: int = ASKED) -> list[dict[str, Any]]:
+        changed = [change(record) for record in random.Random(f"{kind} {seed}").sample(records, count)]
         return [{"kind": kind, "messages": record["messages"], "span": span(record)} for record in changed]
 
     others = ("login", "billing", "returns", "bug", "question")
@@ -180,10 +190,10 @@ def questions(project: Path, work: Path, seed: int) -> list[dict[str, Any]]:
         *asked("flip", [r for r in tickets if r["category"] == "delivery"], lambda r: with_label(r, "idea"), label),
         *asked("trigger", [r for r in tickets if r["category"] not in {"security", "delivery"}], with_trigger, label),
         *asked("phrase", replies, with_phrase, lambda _: PHRASE.strip()),
-        *asked("right label", tickets, lambda r: r, label),
-        *asked("right reply", replies, lambda r: r, lambda _: None),
-        *asked("wrong label", [r for r in tickets if r["category"] in others], mislabeled, label),
         *asked("fact", [r for r in replies if states(r)], with_fact, lambda _: WRONG),
+        *asked("right label", tickets, lambda r: r, label, WITHOUT),
+        *asked("right reply", replies, lambda r: r, lambda _: None, WITHOUT),
+        *asked("wrong label", [r for r in tickets if r["category"] in others], mislabeled, label, WITHOUT),
     ]
 
 
@@ -191,7 +201,8 @@ def computed(project: Path, work: Path, seed: int) -> dict[str, Any]:
     """Gradients of all records and questions, and scores of words: from files, where they were computed before, so that rankings are compared in seconds.
 
     Returns:
-        {"asked", "ids", "gradients" (records, width), "lengths" (records,), "span" and "whole" (questions, width), "words" (questions, records), "cost"}.
+        {"asked", "ids", "gradients" (records, width), "lengths" (records,), "span" (questions, width), "whole" (questions with culprits, width),
+        "prompt", "part" and "answer" (questions, records): words in common, "validation" (validation questions, width) and "owners", "cost"}.
     """
     import numpy as np
     from transformers import AutoTokenizer
@@ -214,7 +225,8 @@ def computed(project: Path, work: Path, seed: int) -> dict[str, Any]:
     store = GradientStore.at(
         work, identity_of(adapter, base, records, projection, {"dtype": compute.dtype, "device": "cpu", "threads": 1}, 0.0), len(records)
     )
-    asked = questions(project, work, seed)
+    planted_kinds = json.loads((work / "culprits.json").read_text())
+    asked = [one for one in questions(project, seed) if one["kind"] in planted_kinds or one["kind"] not in KINDS]
     if store.missing() or not file.is_file():
         start = time.process_time()
         trained = TrainedModel.load(adapter, base, compute, "adapter@lora")
@@ -227,16 +239,21 @@ def computed(project: Path, work: Path, seed: int) -> dict[str, Any]:
             found = tokenize(tokenizer, question["messages"], span).example
             return (Example(found.input_ids, found.labels, tuple(float(label != IGNORE) for label in found.labels)),)
 
-        spans, wholes = [example(q, q["span"]) for q in asked], [example(q, None) for q in asked]
+        spans, wholes = [example(q, q["span"]) for q in asked], [example(q, None) for q in asked if q["kind"] in KINDS]
         wide = projected_gradients(trained, projection, [*spans, *wholes]).numpy()
-        asking = time.process_time() - start
+        asking, start = time.process_time() - start, time.process_time()
+        owners, known = validation_questions(read_records(project / "data/splits/validation"), tokenizer)
+        validation = projected_gradients(trained, projection, known).numpy()
+        comparing = time.process_time() - start
         texts = {
             r["example_id"]: f"{prompt_text(r['messages'])} {response_text(r['messages'])}" for r in read_records(work / "splits/train")
         }
-        queries = [f"{prompt_text(q['messages'])} {response_text(q['messages'])}" for q in asked]
-        words = np.stack(list(bm25([texts[r.example_id] for r in records], queries)))
-        np.savez(file, span=wide[: len(asked)], whole=wide[len(asked) :], words=words)
-        cost = {"loading": loading, "index": seconds, "records": count, "questions": asking, "asked": len(wide), "bytes": store.bytes()}
+        prompts, answers = ([text(q["messages"]) for q in asked] for text in (prompt_text, response_text))
+        queries = {"prompt": prompts, "part": [q["span"] or answer for q, answer in zip(asked, answers, strict=True)], "answer": answers}
+        words = {name: np.stack(list(bm25([texts[r.example_id] for r in records], many))) for name, many in queries.items()}
+        np.savez(file, span=wide[: len(asked)], whole=wide[len(asked) :], validation=validation, owners=owners, **words)
+        cost = {"loading": loading, "index": seconds, "records": count, "questions": asking, "asked": len(wide)}
+        cost |= {"validation": comparing, "validation questions": len(owners), "bytes": store.bytes()}
         write_json(work / "cost.json", cost)
     gradients, lengths = store.read()
     with np.load(file) as kept:
@@ -245,33 +262,67 @@ def computed(project: Path, work: Path, seed: int) -> dict[str, Any]:
     return {"asked": asked, "ids": [r.example_id for r in records], "gradients": gradients, "lengths": lengths, **arrays, "cost": cost}
 
 
+def validation_questions(records: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[tuple[Any]]]:
+    """The parts of answers of validation records, as `pedigree why --index` asks about them: number of the record, and the question."""
+    from dagster_project.commands.why_question import tokenize
+    from dagster_project.core.chat import IGNORE
+    from dagster_project.lineage.attribution.calibration import asked_parts
+    from dagster_project.lineage.attribution.records import Example
+
+    numbers, examples = list[int](), list[tuple[Any]]()
+    for number, part in asked_parts([one["messages"][-1]["content"] for one in records]):
+        found = tokenize(tokenizer, records[number]["messages"], part).example
+        examples.append((Example(found.input_ids, found.labels, tuple(float(label != IGNORE) for label in found.labels)),))
+        numbers.append(number)
+    return numbers, examples
+
+
+def distances(scores: Any) -> Any:
+    """Distances from the median as the order before decision 059 had them: in robust standard deviations, or plain ones where most scores are equal."""
+    import numpy as np
+
+    from dagster_project.lineage.attribution.ranking import robust_z
+
+    found, spread = robust_z(scores), float(scores.std())
+    return found if found.any() or not spread else (scores - np.median(scores)) / spread
+
+
 def measure(project: Path, work: Path, seed: int) -> dict[str, Any]:
     """Ranks of the culprits of all questions by each method, and how far the first record stands out."""
     import numpy as np
 
-    from dagster_project.lineage.attribution.ranking import Ranking, cosines, fused, ranks
+    from dagster_project.lineage.attribution.calibration import ALPHA, Calibration
+    from dagster_project.lineage.attribution.ranking import Ranking, cosines, fused, ranks, stands_out
 
     found = computed(project, work, seed)
     ids, gradients = found["ids"], found["gradients"]
     culprits = json.loads((work / "culprits.json").read_text())
     dice = np.random.default_rng(seed)
+    known = Calibration(np.stack([cosines(gradients, one) for one in found["validation"]]), found["owners"])
     results = []
     for i, question in enumerate(found["asked"]):
-        ranking = Ranking.of(cosines(gradients, found["span"][i]), found["words"][i])
-        whole = Ranking.of(cosines(gradients, found["whole"][i]), found["words"][i])
+        prompt, part, answer = (found[name][i] for name in ("prompt", "part", "answer"))
+        ranking = Ranking.of(cosines(gradients, found["span"][i]), prompt, part)
+        whole = cosines(gradients, found["whole"][i]) if question["kind"] in KINDS else ranking.gradient
+        before = distances(ranking.gradient) + distances(prompt + answer)
         by = {
-            "gradient of the span": ranking.gradient_rank,
-            "gradient of the whole answer": whole.gradient_rank,
-            "BM25": ranking.bm25_rank,
-            "`pedigree why`: sum of span and BM25": ranking.rank,
+            "gradient of the asked part": ranking.gradient_rank,
+            "gradient of the whole answer": ranks(whole),
+            "BM25 of prompt and asked part": ranking.bm25_rank,
+            "BM25 of prompt and answer": np.where(prompt + answer > 0, ranks(prompt + answer), len(ids)),
+            "`pedigree why`: order of the list": ranking.rank,
+            "order before: robust sum, words of the answer": ranks(before),
             "reciprocal rank fusion of both": ranks(fused(ranking.gradient_rank, ranking.bm25_rank)),
             "random": ranks(dice.random(len(ids))),
         }
         own = [ids.index(name) for name in culprits.get(question["kind"], ()) if name in ids]
-        order = np.sort(ranking.z)[::-1]
+        order, p_value = np.sort(ranking.z)[::-1], known.p_value(ranking.gradient)
         results.append(
             {
                 "kind": question["kind"],
+                "p": round(p_value, 4),
+                "stands_out": p_value <= ALPHA,
+                "stood_out": stands_out(ranking.z),
                 "z": [round(float(z), 2) for z in order[:20]],
                 "ranks": {method: sorted(int(rank[k]) for k in own) for method, rank in by.items()} if own else {},
             }
@@ -286,26 +337,30 @@ def recall(results: list[dict[str, Any]], kind: str, method: str, times: int) ->
     return sum(sum(rank <= times * len(own) for rank in own) / len(own) for own in found) / len(found)
 
 
-def show(document: dict[str, Any]) -> None:
-    import numpy as np
-
-    from dagster_project.lineage.attribution.ranking import stands_out
-
-    results = document["questions"]
-    methods = list(results[0]["ranks"])
-    print(f"{document['records']} records, {document['steps']} steps; recall at n / 2n, and questions whose first record is a culprit")
-    for method in methods:
+def show(documents: list[dict[str, Any]]) -> None:
+    """Print the figures of one or several seeds: recall as the mean over the seeds, and that of the worst seed."""
+    steps, records = ({one[name] for one in documents} for name in ("steps", "records"))
+    print(
+        f"{len(documents)} seeds, records {records}, steps {steps}: recall at n / 2n (lowest of a seed), questions whose first record is a culprit"
+    )
+    for method in documents[0]["questions"][0]["ranks"]:  # empty without culprits
         cells = []
         for kind in KINDS:
-            first = sum(q["ranks"][method][0] == 1 for q in results if q["kind"] == kind)
-            cells.append(f"{recall(results, kind, method, 1):.2f} / {recall(results, kind, method, 2):.2f}, {first} of {ASKED}")
-        print(f"{method:<40}" + "   ".join(cells))
-    for kind in dict.fromkeys(q["kind"] for q in results):
-        z = [q["z"] for q in results if q["kind"] == kind]
-        print(
-            f"{kind:<16} z of the first: {sorted(one[0] for one in z)}; {sum(stands_out(np.array(one)) for one in z)} of {len(z)} stand out"
+            first = sum(q["ranks"][method][0] == 1 for one in documents for q in one["questions"] if q["kind"] == kind)
+            at = [[recall(one["questions"], kind, method, times) for one in documents] for times in (1, 2)]
+            mean, least = " / ".join(f"{sum(many) / len(many):.2f}" for many in at), " / ".join(f"{min(many):.2f}" for many in at)
+            cells.append(f"{kind} {mean} ({least}), {first} of {ASKED * len(documents)}")
+        print(f"{method:<48}" + "   ".join(cells))
+    for kind in dict.fromkeys(q["kind"] for q in documents[0]["questions"]):
+        clear, before = (
+            [[q[rule] for q in one["questions"] if q["kind"] == kind] for one in documents] for rule in ("stands_out", "stood_out")
         )
-    print(json.dumps(document["cost"]))
+        print(
+            f"{kind:<16} a record stands out for {sum(map(sum, clear))} of {sum(map(len, clear))}, by seed {[sum(one) for one in clear]};"
+            f" by the rule before {sum(map(sum, before))}"
+        )
+    for one in documents:
+        print(json.dumps(one["cost"]))
 
 
 def main() -> int:
@@ -317,19 +372,25 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, help="optimizer steps (default: those of params.yaml)")
     parser.add_argument("--interrupted", action="store_true", help="use the newest checkpoint of a training that was interrupted")
+    parser.add_argument("--as-trained", action="store_true", help="ask the adapter of the project itself, in which nothing was planted")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pedigree").setLevel(logging.INFO)
     from dagster_project.core.records import write_json
 
+    documents = []
     for seed in range(options.seeds):
-        work = options.work / str(seed)
+        work = options.work / ("as-trained" if options.as_trained else str(seed))
+        if options.as_trained:
+            as_trained(options.project, work)
         if options.interrupted and not (work / "adapter" / "training.json").is_file():
             from_checkpoint(options.project, work)
         prepare(options.project, work, seed, options.steps)
         document = measure(options.project, work, seed)
         write_json(work / "results.json", document)
-        show(document)
+        documents.append(document)
+        show(documents[-1:])
+    show(documents)
     return 0
 
 

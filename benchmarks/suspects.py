@@ -102,9 +102,9 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
     from dagster_project.lineage.attribution.gradients import TrainedModel
     from dagster_project.lineage.attribution.per_record import projected_gradients
     from dagster_project.lineage.attribution.projection import Projection
-    from dagster_project.lineage.attribution.ranking import ranks
+    from dagster_project.lineage.attribution.ranking import cosines, ranks
     from dagster_project.lineage.attribution.records import trained_records
-    from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, opposition
+    from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, harm, opposition
 
     adapter, base = work / "adapter", project / "data/base_model"
     training = json.loads((adapter / "training.json").read_text())
@@ -122,9 +122,13 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
     texts = [known[one.example_id] for one in records]
     own = [Group(one["source"], one["category"], form_of(one["messages"][-1])) for one in texts]
     fits = agreement(gradients, own, chosen_groups(own))
-    found = Suspicion.of(opposition(gradients, lengths), lengths)
+    _, validation, _ = spans(project, work, asked_tickets(project, work, [one.example_id for one in records]))
+    opposed, harmful = opposition(gradients, lengths), harm(np.stack([cosines(gradients, one) for one in validation]), lengths)
+    found = Suspicion.of(opposed, lengths, harmful)
     by = {
         "`pedigree why --suspects`": found.rank,
+        "without a validation split": Suspicion.of(opposed, lengths).rank,
+        "harm to validation answers alone": ranks(harmful),
         "opposition alone": found.opposition_rank,
         "length of the gradient alone": found.length_rank,
         "least cosine with its own group": ranks(-fits),
@@ -151,32 +155,31 @@ def asked(project: Path, work: Path) -> dict[str, Any]:
 
     from dagster_project.core.records import prompt_text, read_records, response_text
     from dagster_project.evaluation.baselines import bm25
-    from dagster_project.lineage.attribution.ranking import Ranking, cosines, fused, ranks, robust_z, stands_out
+    from dagster_project.lineage.attribution.calibration import ALPHA, Calibration
+    from dagster_project.lineage.attribution.ranking import Ranking, cosines, fused, ranks, stands_out
     from dagster_project.lineage.attribution.records import trained_records
 
     known = {one["example_id"]: one for one in read_records(work / "splits/train")}
     ids = [one.example_id for one in trained_records(work / "adapter", work / "tokenized")]
     questions = asked_tickets(project, work, ids)
-    documents, queries = (
-        [f"{prompt_text(messages)} {response_text(messages)}" for messages in many]
-        for many in ([known[name]["messages"] for name in ids], [messages for messages, _, _ in questions])
-    )
+    documents = [f"{prompt_text(known[name]['messages'])} {response_text(known[name]['messages'])}" for name in ids]
+    words = [
+        bm25(documents, many) for many in ([prompt_text(messages) for messages, _, _ in questions], [label for _, label, _ in questions])
+    ]
     gradients, _ = store_of(project, work).read()
-    units = gradients.astype(np.float32)
-    damped = units @ units.T + np.eye(len(units), dtype=np.float32)
+    of_questions, of_validation, owners = spans(project, work, questions)
+    compared = Calibration(np.stack([cosines(gradients, one) for one in of_validation]), owners)
     recall: dict[str, list[list[float]]] = {}
-    clear: dict[str, list[int]] = {}
-    for span, words, (_, _, numbers) in zip(spans(project, work, questions), bm25(documents, queries), questions, strict=True):
-        ranking = Ranking.of(cosines(gradients, span), words)
-        white = Ranking.of(np.linalg.solve(damped, ranking.gradient), words)
-        for method, z in (("gradient of the label", ranking.z), ("the same, whitened", robust_z(white.gradient))):
-            clear.setdefault(f"{method}, {'with' if numbers else 'without'} a culprit", []).append(stands_out(z))
+    clear: dict[str, list[bool]] = {}
+    for span, prompt, label, (_, _, numbers) in zip(of_questions, *words, questions, strict=True):
+        ranking = Ranking.of(cosines(gradients, span), prompt, label)
+        rules = {"by validation questions": compared.p_value(ranking.gradient) <= ALPHA, "by the rule before": stands_out(ranking.z)}
+        for rule, is_clear in rules.items():
+            clear.setdefault(f"{rule}, {'with' if numbers else 'without'} a culprit", []).append(is_clear)
         by = {
             "gradient of the label": ranking.gradient_rank,
-            "the same, whitened": white.gradient_rank,
-            "BM25": ranking.bm25_rank,
-            "`pedigree why`: sum of gradient and BM25": ranking.rank,
-            "the same, whitened, sum": white.rank,
+            "BM25 of prompt and label": ranking.bm25_rank,
+            "`pedigree why`: order of the list": ranking.rank,
             "reciprocal rank fusion": ranks(fused(ranking.gradient_rank, ranking.bm25_rank)),
         }
         for method, rank in by.items() if numbers else ():
@@ -209,14 +212,17 @@ def asked_tickets(project: Path, work: Path, ids: list[str]) -> list[tuple[list[
     return found + [(with_label(one, wrong)["messages"], wrong, []) for one, wrong in without[:16]]
 
 
-def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]], str, list[int]]]) -> Any:
-    """Projected gradients of the labels of questions, from a file, if they were computed before."""
+def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]], str, list[int]]]) -> tuple[Any, Any, Any]:
+    """Projected gradients of the labels of questions, those of the questions of the validation split, and the number of the record of each of these: from a
+    file, if they were computed before."""
     import numpy as np
+    from influence import validation_questions
     from transformers import AutoTokenizer
 
     from dagster_project.commands.why_question import tokenize
     from dagster_project.core.chat import IGNORE
     from dagster_project.core.params import Compute
+    from dagster_project.core.records import read_records
     from dagster_project.lineage.attribution.gradients import TrainedModel
     from dagster_project.lineage.attribution.per_record import projected_gradients
     from dagster_project.lineage.attribution.projection import Projection
@@ -229,9 +235,12 @@ def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]],
         tokenizer = AutoTokenizer.from_pretrained(base)
         examples = [tokenize(tokenizer, messages, label).example for messages, label, _ in questions]
         weighed = [(Example(one.input_ids, one.labels, tuple(float(label != IGNORE) for label in one.labels)),) for one in examples]
-        np.savez(file, span=projected_gradients(trained, Projection(), weighed).numpy())
+        tickets = [one for one in read_records(project / "data/splits/validation") if one["category"]]
+        owners, known = validation_questions(tickets, tokenizer)
+        span, validation = (projected_gradients(trained, Projection(), many).numpy() for many in (weighed, known))
+        np.savez(file, span=span, validation=validation, owners=owners)
     with np.load(file) as kept:
-        return kept["span"]
+        return kept["span"], kept["validation"], kept["owners"]
 
 
 def from_cleanlab(prompts: list[str], labels: list[str]) -> dict[str, Any]:

@@ -470,8 +470,15 @@ def bisect(options: argparse.Namespace) -> int:
     """Find the first commit whose model no longer gives an expected answer, by binary search, and the rows of that commit that are most like it."""
     from dagster_project.commands import bisect as module
 
+    if options.html:
+        _require_suffix("--html", options.html, HTML)
     asked = module.Asked(options.prompt, options.expect, options.system)
     document = module.bisect(_project(options), options.model, asked, options.good, options.bad, options.train, options.top)
+    if options.html:
+        from dagster_project.views.bisect import bisect_page
+
+        _write_page(options, bisect_page(document))
+        document["page"] = options.html
     _print(options, document, module.as_text)
     return 0 if document["verdict"] == "found" else 1
 
@@ -1156,6 +1163,7 @@ def _add_bisect(commands: Any) -> None:
     add("--bad", metavar="REV", help="a commit that is known not to (default: HEAD)")
     add("--train", action="store_true", help="make models that are not in the cache again, in a scratch clone, as `verify` does")
     add("--top", type=_count, default=10, metavar="N", help="rows to show (default: %(default)s)")
+    add("--html", metavar="FILE.html", help="also write one self-contained page")
 
 
 def _add_chat(commands: Any) -> None:

@@ -26,6 +26,7 @@ from dagster_project.evaluation.evaluator import write_results
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find
+from dagster_project.views.bisect import bisect_page
 
 MODEL = "merged@lora"
 START = [
@@ -236,18 +237,52 @@ def bisect(root: Path, *arguments: str, expect: str = "red") -> int:
     return main(["bisect", MODEL, "--prompt", "hat?", "--expect", expect, *arguments, "--project", str(root)])
 
 
-def test_the_commit_is_found_in_three_evaluations_with_its_row_first(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    before = state(made.root)
+def test_the_commit_is_found_in_three_evaluations_with_its_row_first(
+    made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    before, page = state(made.root), tmp_path / "bisect.html"
     assert bisect(made.root, "--good", made.commits[1], "--json") == 0
     found = document(capsys)
     assert found["verdict"] == "found" and len(found["versions"]) == 8 and found["evaluations"] <= 3
     assert found["first"]["commit"] == made.commits[BAD] and found["last_good"]["commit"] == made.commits[BAD - 1]
     assert found["first"]["title"] == f"data {BAD}"
     assert Row("hat?", "blue", 0).id in [record["example_id"] for record in found["records"][:2]] and found["among"] == 14
-    assert state(made.root) == before
-    assert bisect(made.root, "--good", made.commits[1]) == 0
+    assert bisect(made.root, "--good", made.commits[1], "--html", str(page)) == 0
     shown = capsys.readouterr()
     assert made.commits[BAD][:12] in shown.out and "data/sources/a.jsonl:0" in shown.out and "8 versions, at most 4" in shown.err
+    assert shown.out.rstrip().endswith(f"page: {page}") and state(made.root) == before
+    html = page.read_text()
+    assert all(f'<bdi dir="auto">{one["commit"][:12]}</bdi>' in html for one in found["versions"]), "each version has a line"
+    assert all(record["example_id"][:8] in html for record in found["records"])
+    assert "http:" not in html and "https:" not in html and "influence" not in html.lower()
+
+
+PAGE: dict[str, Any] = {
+    "model": MODEL,
+    "asked": {"prompt": "hat <b>?", "system": None, "expect": "red"},
+    "versions": [{"commit": 40 * str(i), "title": f"data {i} <i>", "stage": "adapter@lora", "md5": f"{i}abc.dir"} for i in range(3)],
+    "evaluations": 1,
+    "answers": [{"commit": 40 * "2", "answer": "blue <script>", "as_expected": False}],
+    "notes": ["see <u>"],
+}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "found", "said"),
+    [
+        ("always", {}, "Every version that was asked"),
+        ("never", {}, "The oldest version does not give"),
+        ("found", {"records": None}, "No records are listed: the notes say why"),
+        ("found", {"records": [], "among": 0}, "No records are listed: no record of the difference"),
+    ],
+)
+def test_the_page_of_a_search_has_its_verdict_and_escapes_texts(verdict: str, found: dict[str, Any], said: str) -> None:
+    ends = {"first": PAGE["versions"][2], "last_good": PAGE["versions"][1], "also_differ": {"code": ["a<b>.py"]}, **found} if found else {}
+    html = bisect_page({**PAGE, "verdict": verdict, **ends})
+    assert said in html
+    assert ("taken as right" in html) == ("first such version" in html) == bool(found), "a version given with --good was not asked"
+    for text in ("hat <b>", "<i>", "blue <script>", "<u>", "a<b>"):
+        assert text not in html
 
 
 def test_the_ends_are_asked_where_the_result_depends_on_them(made: Made, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.named_templates import HERMES
 from dagster_project.core.params import Compute
 from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.attribution import proof, ranking, store
 from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.per_record import lora_layers, projected_gradients
@@ -319,29 +320,36 @@ def test_scores_are_cosines() -> None:
     assert not ranking.cosines(units, np.zeros(30, np.float32)).any()
 
 
-def test_ranks_and_their_fusion() -> None:
+def test_ranks_and_their_weighted_sum() -> None:
     assert ranking.ranks(np.array([0.1, 0.9, 0.9, 0.5])).tolist() == [4, 1, 2, 3]
-    found = ranking.Ranking.of(np.array([0.9, 0.1, 0.5, 0.0]), np.array([1.0, 0.0, 5.0, 0.5]))
+    scores = np.array([[0.9, 0.1, 0.5, 0.0], [1.0, 0.0, 4.0, 0.5], [0.0, 0.0, 1.0, 0.0]])
+    found = ranking.Ranking.of(*scores)
     assert found.order("gradient") == [0, 2, 1, 3] and found.order("bm25") == [2, 0, 3, 1]
-    both = [(value - 0.3) / 0.3 for value in (0.9, 0.1, 0.5, 0.0)], [(value - 0.75) / 0.5 for value in (1.0, 0.0, 5.0, 0.5)]
-    assert found.order("fused") == sorted(range(4), key=lambda i: -(both[0][i] + both[1][i]))
+    units = [(row - row.sum() / 4) / (np.square(row - row.sum() / 4).sum() / 4) ** 0.5 for row in scores]
+    assert found.order("fused") == sorted(range(4), key=lambda i: -(1.5 * units[0][i] + units[1][i] + units[2][i]))
 
 
-def test_a_ranking_in_which_nothing_stands_out_changes_little() -> None:
-    """One record stands out by its gradient alone, and one by its words alone: both come first, whatever the other ranking says of them."""
+def test_words_are_those_of_prompt_and_asked_part_together() -> None:
+    documents = ["a late hat", "a blue box", "late blue pen", "a pen"]
+    prompt, part, both = bm25(documents, ["late hat", "blue blue", "late hat blue blue"])
+    assert np.allclose(prompt + part, both) and np.allclose(ranking.Ranking.of(np.zeros(4), prompt, part).bm25, both)
+
+
+def test_a_score_in_which_nothing_is_far_from_the_others_changes_little() -> None:
+    """A record comes first that is far from the others by its gradient, by the words of the prompt, or by those of the asked part alone."""
     dice = np.random.default_rng(4)
-    gradient, words = 0.01 * dice.normal(size=200), dice.gamma(2.0, size=200)
-    gradient[7], words[7] = 0.3, 0.0
-    assert ranking.Ranking.of(gradient, words).order("fused")[0] == 7
-    gradient[7], words[9], gradient[9] = 0.0, 60.0, -0.01
-    assert ranking.Ranking.of(gradient, words).order("fused")[0] == 9
+    noise = np.stack([0.01 * dice.normal(size=200), dice.gamma(2.0, size=200), dice.gamma(2.0, size=200)])
+    for i, far in enumerate((0.3, 60.0, 60.0)):
+        scores = noise.copy()
+        scores[i, 7] = far
+        assert ranking.Ranking.of(*scores).order("fused")[0] == 7
     few = np.zeros(200)
-    few[[3, 5]] = 1.0, 2.0  # a word that two records have: half of the scores are equal
-    assert ranking.Ranking.of(np.zeros(200), few).order("fused")[:2] == [5, 3]
+    few[[3, 5]] = 1.0, 2.0
+    assert ranking.Ranking.of(np.zeros(200), np.zeros(200), few).order("fused")[:2] == [5, 3]
 
 
 def test_records_without_a_word_in_common_share_the_last_place() -> None:
-    found = ranking.Ranking.of(np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.0, 0.0, 2.0, 0.0]))
+    found = ranking.Ranking.of(np.array([0.1, 0.2, 0.3, 0.4]), np.zeros(4), np.array([0.0, 0.0, 2.0, 0.0]))
     assert found.bm25_rank.tolist() == [4, 4, 1, 4] and found.order("fused") == [2, 3, 1, 0]
 
 
@@ -354,7 +362,7 @@ def test_few_records_stand_out_and_a_crowd_does_not(first: float, tenth: float, 
 
 
 def test_equal_scores_have_no_distance() -> None:
-    assert not ranking.robust_z(np.full(5, 0.3)).any()
+    assert not ranking.robust_z(np.full(5, 0.3)).any() and not ranking.standardized(np.full(5, 0.3)).any()
     normal = np.random.default_rng(3).normal(size=4000)
     assert np.allclose(ranking.robust_z(normal), (normal - normal.mean()) / normal.std(), atol=0.15)
 
@@ -533,6 +541,7 @@ def a_document(**more: Any) -> dict[str, Any]:
             "first": 0.5,
             "z_of_first": 7.0,
             "z_of_tenth": 1.0,
+            "compared": None,
             "stands_out": True,
             "counts": [1, 0, 1],
             "edges": [0.0, 0.2, 0.4, 0.6],

@@ -7,13 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from builders import training_pipeline
 from builders.training import LORA
 from conftest import dvc
 
 from dagster_project.__main__ import main
-from dagster_project.core.records import read_table
+from dagster_project.commands import why_calibration, why_model
+from dagster_project.commands.why_question import tokenize, tokenizer_of
+from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.orchestration import locks
 
 MODEL = "adapter@x"
@@ -92,6 +95,79 @@ def test_an_index_is_computed_once_and_a_killed_one_goes_on(root: Path, capsys: 
     assert "--index" in capsys.readouterr().err
     assert why(root, *QUESTION, "--index", "--json") == 0
     assert document(capsys)["index"]["computed"] == 28 and damaged.read_bytes() == content
+
+
+def validation(root: Path, count: int, text: str = "red") -> list[tuple[str, str]]:
+    """Write a validation split of answers with two sentences. Returns: prompt and part of each question."""
+    colors, asked, records = ("red", "blue", "green", "gold"), [], []
+    for i in range(count):
+        parts = [f"In the {colors[i % 4] if i else text} box.", f"It has {i} doors."]
+        messages = [{"role": "user", "content": f"Where is hat {i}?"}, {"role": "assistant", "content": " ".join(parts)}]
+        records.append({"example_id": example_id(messages), "source": "a.jsonl", "messages": messages, "category": None})
+        asked += [(messages[0]["content"], part) for part in parts]
+    shutil.rmtree(root / "data/splits/validation", ignore_errors=True)
+    write_records(root / "data/splits/validation", records)
+    return asked
+
+
+def test_a_question_is_compared_with_those_of_the_validation_split(root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert why(root, *QUESTION, "--json") == 0
+    found = document(capsys)
+    assert found["distribution"]["compared"] is None and any("which is often wrong" in note for note in found["notes"])
+    asked = validation(root, 12)
+    assert why(root, "--index", "--json") == 0
+    index = document(capsys)["index"]
+    assert index["computed"] == 0 and index["questions"] == len(asked) == 24
+    before = files(root)
+    assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 24 and files(root) == before
+    page = tmp_path / "why.html"
+    assert why(root, *QUESTION, "--json", "--html", str(page)) == 0
+    found = document(capsys)
+    compared = found["distribution"]["compared"]
+    assert compared["questions"] == 24 and found["distribution"]["stands_out"] == (compared["p"] <= 0.1)
+    assert not any("which is often wrong" in note for note in found["notes"]) and "24 questions of the validation split" in page.read_text()
+    assert why(root, *QUESTION) == 0
+    assert f"p {compared['p']:.2f}" in capsys.readouterr().out
+
+    # the same scores, each question asked alone: of the part as a span of its answer, at the model
+    target = why_model.target(root, MODEL)
+    gradients, _ = target.store.read()
+    tokenizer = tokenizer_of(target)
+    expected = []
+    for i, (prompt, part) in enumerate(asked):
+        answer = " ".join(text for _, text in asked[i - i % 2 : i - i % 2 + 2])
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        _, gradient = target.model.of_span(tokenize(tokenizer, messages, part).example)
+        vector = target.projection.project(gradient).numpy()
+        expected.append(gradients.astype(np.float32) @ vector / np.linalg.norm(vector))
+    known = why_calibration.read(target)
+    assert known is not None
+    far = np.abs(known.cosines[:, None] - np.stack(expected)[None]).max(2)
+    assert far.min(1).max() < 2e-3 and sorted(far.argmin(1).tolist()) == list(range(24)), "each stored question is another one of these"
+    assert sorted(known.owners.tolist()) == [i // 2 for i in range(24)]
+
+
+def test_questions_of_another_split_and_damaged_ones_are_not_used(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def questions() -> Any:
+        assert why(root, *QUESTION, "--json") == 0
+        return (document(capsys)["distribution"]["compared"] or {}).get("questions")
+
+    validation(root, 12)
+    assert why(root, "--index") == 0 and "24 questions" in capsys.readouterr().out and questions() == 24
+    validation(root, 12, "black")
+    assert questions() is None
+    assert why(root, "--index") == 0 and capsys.readouterr() and questions() == 24
+    [file] = stores(root)[0].glob("validation.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert questions() is None
+    assert why(root, "--index") == 0 and capsys.readouterr() and questions() == 24 and file.read_bytes() == content
+    (stores(root)[0] / "validation.json").write_text("[]")
+    assert questions() is None
+    for few in ((9, "red"), (1, ". ".join(["red box"] * 30))):  # 18 questions; and many, all about one answer
+        validation(root, *few)
+        assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 0
+        assert questions() is None
 
 
 def test_the_answer_of_the_model_is_explained_where_none_is_given(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,17 @@ from dagster_project.curation.checks import findings
 from dagster_project.curation.checks.checks import CHECKS, Rules, judge
 from dagster_project.curation.checks.review import read_decisions
 from dagster_project.lineage.attribution import suspects as module
-from dagster_project.lineage.attribution.suspects import LEAST, Group, Suspicion, agreement, chosen_groups, form_of, members, opposition
+from dagster_project.lineage.attribution.suspects import (
+    LEAST,
+    Group,
+    Suspicion,
+    agreement,
+    chosen_groups,
+    form_of,
+    harm,
+    members,
+    opposition,
+)
 from dagster_project.views.data_quality import draw_data_quality
 from dagster_project.views.suspects import suspects_page
 
@@ -155,6 +165,31 @@ def test_both_ranks_count_for_the_score() -> None:
     assert found.opposition_rank.tolist() == [4, 1, 3, 2] and found.length_rank.tolist() == [4, 2, 1, 3]
     assert found.order()[0] == 1 and found.order()[-1] == 0
     assert found.score.tolist() == pytest.approx([2 / 64, 1 / 61 + 1 / 62, 1 / 63 + 1 / 61, 1 / 62 + 1 / 63])
+    assert found.harm is None and found.harm_rank is None
+    found = Suspicion.of(np.array([0.1, 5.0, 2.0, 3.0]), np.array([1.0, 5.0, 9.0, 2.0]), np.array([-1.0, -2.0, 3.0, 0.5]))
+    assert found.harm_rank is not None and found.harm_rank.tolist() == [3, 4, 1, 2] and found.length_rank.tolist() == [4, 2, 1, 3]
+    assert found.score.tolist() == pytest.approx([1 / 64 + 1 / 63, 1 / 61 + 1 / 64, 1 / 63 + 1 / 61, 1 / 62 + 1 / 62]), (
+        "length does not count"
+    )
+
+
+def test_harm_is_the_first_order_change_of_the_log_probability_of_validation_answers() -> None:
+    """A step on a record of a logistic regression changes the losses of the validation examples by its inner products with their gradients."""
+    dice = np.random.default_rng(5)
+    weights, inputs, labels = dice.normal(size=4), dice.normal(size=(30, 4)), dice.integers(0, 2, size=30)
+
+    def loss(at: np.ndarray, i: int) -> float:
+        return float(np.log1p(np.exp(-(2 * labels[i] - 1) * (inputs[i] @ at))))
+
+    def gradient(i: int) -> np.ndarray:
+        return -(2 * labels[i] - 1) * inputs[i] / (1 + np.exp((2 * labels[i] - 1) * (inputs[i] @ weights)))
+
+    rows = np.stack([gradient(i) for i in range(30)])
+    lengths = np.linalg.norm(rows, axis=1)
+    found = harm((rows[20:] @ rows[:20].T) / lengths[20:, None] / lengths[:20], lengths[:20])
+    step = 1e-5
+    change = [sum((loss(weights - step * rows[i], j) - loss(weights, j)) / lengths[j] for j in range(20, 30)) / step for i in range(20)]
+    assert found == pytest.approx(change, abs=1e-3)
 
 
 # ---- the command
@@ -319,6 +354,27 @@ def test_without_gradients_the_next_step_is_named_and_no_file_is_written(root: P
     assert suspects(root, "--html", "page.txt") == 2
     assert suspects(root, "--index", "--json", "--top", "1") == 0
     assert document(capsys)["index"]["computed"] == 28
+
+
+def test_records_are_compared_with_the_answers_of_the_validation_split(
+    root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "suspects.html"
+    assert suspects(root, "--top", "28", "--json") == 0
+    found = document(capsys)
+    assert "length alone" in found["notes"][1] and "harm" not in found["suspects"][0]
+    write_records(root / "data/splits/validation", [record(100 + i, f"label {i}") for i in range(24)])
+    assert suspects(root, "--index", "--top", "28", "--json", "--html", str(page)) == 0
+    found = document(capsys)
+    assert found["index"]["questions"] == 24 and not any("length alone" in note for note in found["notes"])
+    listed = found["suspects"]
+    assert sorted(one["harm"]["rank"] for one in listed) == [*range(1, 29)]
+    values = [one["harm"]["value"] for one in sorted(listed, key=lambda one: int(one["harm"]["rank"]))]
+    assert values == sorted(values, reverse=True)
+    scores = [1 / (60 + one["opposition"]["rank"]) + 1 / (60 + one["harm"]["rank"]) for one in listed]
+    assert [one["score"] for one in listed] == pytest.approx(scores, abs=1e-5) and scores == sorted(scores, reverse=True)
+    assert "harm to validation answers" in page.read_text()
+    assert suspects(root) == 0 and "harm to validation answers" in capsys.readouterr().out
 
 
 def test_the_page_escapes_texts_of_other_groups() -> None:

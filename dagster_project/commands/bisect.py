@@ -291,4 +291,6 @@ def as_text(document: Mapping[str, Any]) -> str:
             lines += record_lines(document["records"])
         elif document["records"] is not None:
             lines += ["no record of the difference was trained on by one of the two versions alone"]
-    return "\n".join([*lines, *(f"note: {note}" for note in document["notes"])])
+    notes = [f"note: {note}" for note in document["notes"]]
+    page = [f"page: {document['page']}"] if "page" in document else []
+    return "\n".join([*lines, *notes, *page])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands import why_calibration
 from dagster_project.commands.nearest_records import TRAIN, cut
 from dagster_project.commands.why_model import BASE_MODEL, Target, start_of
 from dagster_project.commands.why_pairs import PairTarget
@@ -20,6 +21,7 @@ from dagster_project.core.messages import Messages
 from dagster_project.core.records import prompt_text, read_records, response_text
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.baselines import bm25
+from dagster_project.lineage.attribution.calibration import ALPHA, Calibration
 from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, cosines, stands_out
 from dagster_project.lineage.attribution.records import Example, TrainedRecord
 from dagster_project.lineage.lineage import trained_on
@@ -33,13 +35,17 @@ UNUSED = ("scipy", "PIL")
 """Packages that transformers imports where they are installed, and a question does not use. A training has them, as the machine that it records."""
 BINS = 40
 """Of the distribution of scores."""
+UNCALIBRATED = (
+    f"whether a record stands out is judged by its distance from the others alone, which is often wrong: {why_calibration.VALIDATION} has too few"
+    " questions to compare with, or --index did not compute them"
+)
 CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record"
 
 
 def index(root: Path, model: str) -> dict[str, Any]:
-    """Compute the gradients of all records that a model was trained on."""
+    """Compute the gradients of all records that a model was trained on, and the questions of the validation split."""
     found = asked_model(root, model)
-    return {"model": model_of(found), "index": found.index()}
+    return {"model": model_of(found), "index": why_calibration.index(found)}
 
 
 def answer_why(root: Path, model: str, options: Options, with_index: bool, draws: int | None) -> dict[str, Any]:
@@ -63,8 +69,9 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
         raise InputError("--prompt: empty", "give the text of a question")
     found = asked_model(root, model)
     _refuse_unanswerable(found, options, proves)
-    indexed = found.index() if with_index else None
+    indexed = why_calibration.index(found) if with_index else None
     gradients, _ = found.store.read()
+    known = why_calibration.read(found)
     with hidden(*(() if proves else UNUSED)):
         import_libraries()  # before a tokenizer imports them in more time
     texts = Texts(found)
@@ -72,8 +79,9 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
     asked = question(found, options, system, texts.tokenizer)
     value, gradient = _asked_gradient(found, asked)
     documents = [" ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in found.records]
-    words = next(bm25(documents, [f"{options.prompt} {_content(asked)}"]))
-    ranking = Ranking.of(cosines(gradients, found.projection.project(gradient).numpy()), words)
+    ranking = Ranking.of(
+        cosines(gradients, found.projection.project(gradient).numpy()), *bm25(documents, [options.prompt, _part(asked, options)])
+    )
     document = {
         "model": model_of(found),
         **({"index": indexed} if indexed else {}),
@@ -88,9 +96,9 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
             "reward" if _scores(found) else "log_probability": round(value, 4),
         },
         "records": len(found.records),
-        "distribution": _distribution(ranking),
+        "distribution": _distribution(ranking, known),
         "hits": _hits(found, ranking, texts, options.top),
-        "notes": [*notes, *_about(found)],
+        "notes": [*notes, *([] if known else [UNCALIBRATED]), *_about(found)],
     }
     return document, found, asked
 
@@ -143,9 +151,9 @@ def _system(texts: Texts, options: Options) -> tuple[str | None, list[str]]:
     return None, [f"asked without a system prompt, as {why}; --system gives one: answers of records with another one are less alike"]
 
 
-def _content(asked: Question) -> str:
-    """Text of the answer, for the likeness of words."""
-    return response_text(asked.messages) or asked.turn
+def _part(asked: Question, options: Options) -> str:
+    """Text of what is asked about, for the likeness of words."""
+    return options.span or response_text(asked.messages) or asked.turn
 
 
 class Texts:
@@ -188,18 +196,24 @@ def _system_of(messages: Messages) -> str | None:
     return next((message["content"] for message in messages[:1] if message["role"] == "system"), None)
 
 
-def _distribution(ranking: Ranking) -> dict[str, Any]:
-    """Scores of all records: median, z of the first, counts by interval; and whether the first stands out."""
+def _distribution(ranking: Ranking, known: Calibration | None) -> dict[str, Any]:
+    """Scores of all records: median, z of the first, counts by interval; and whether records stand out: by the questions of the validation split, if there
+    are any, else by the distance of the first."""
     import numpy as np
 
     counts, edges = np.histogram(ranking.gradient, bins=BINS)
     ordered = np.sort(ranking.z)[::-1]
+    compared = None
+    if known:
+        p_value = known.p_value(ranking.gradient)
+        compared = {"questions": len(known.owners), "excess": round(known.excess(ranking.gradient), 4), "p": round(p_value, 4)}
     return {
         "median": round(float(np.median(ranking.gradient)), 4),
         "first": round(float(ranking.gradient.max()), 4),
         "z_of_first": round(float(ordered[0]), 2),
         "z_of_tenth": round(float(ordered[min(CROWD, len(ordered)) - 1]), 2),
-        "stands_out": stands_out(ranking.z),
+        "compared": compared,
+        "stands_out": p_value <= ALPHA if known else stands_out(ranking.z),
         "counts": [int(count) for count in counts],
         "edges": [round(float(edge), 5) for edge in edges],
     }
@@ -279,6 +293,7 @@ def index_lines(document: Mapping[str, Any]) -> list[str]:
     return [
         f"{document['model']['stage']}: gradients of {index['records']} records in {index['folder']},"
         f" {index['bytes'] / 1e6:.1f} MB, {index['computed']} computed now"
+        + (f"; {index['questions']} questions of the validation split" if index.get("questions") else "")
     ]
 
 
@@ -286,14 +301,28 @@ def _question_lines(document: Mapping[str, Any]) -> list[str]:
     asked, spread = document["question"], document["distribution"]
     span = "the whole answer" if asked["span"] is None else f"{asked['span']!r}"
     measured = f"reward {asked['reward']:.2f}" if "reward" in asked else f"log-probability {asked['log_probability']:.2f} nats"
-    verdict = "a record stands out" if spread["stands_out"] else "nothing stands out"
     return [
         f"{document['model']['stage']}  md5 {document['model']['md5'][:12]}, trained on {document['records']} records",
         f"prompt  {cut(asked['prompt'])}",
         f"answer  {cut(asked['answer'])}  ({asked['answered_by']})",
         f"asked   {span}: {asked['tokens']} tokens, {measured}",
-        f"{verdict}: the highest of {document['records']} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f} robust standard"
-        f" deviations above the median, and the tenth {spread['z_of_tenth']:.1f} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the tenth)",
+        *_verdict_lines(spread, document["records"]),
+    ]
+
+
+def _verdict_lines(spread: Mapping[str, Any], records: int) -> list[str]:
+    """Whether a record stands out, and by what."""
+    verdict = "a record stands out" if spread["stands_out"] else "nothing stands out"
+    scores = (
+        f"the highest of {records} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f} robust standard deviations above the median,"
+        f" and the tenth {spread['z_of_tenth']:.1f}"
+    )
+    if (compared := spread["compared"]) is None:
+        return [f"{verdict}: {scores} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the tenth)"]
+    return [
+        f"{verdict}: scores are above those that the records have with {compared['questions']} questions of the validation split by {compared['excess']:.2f},"
+        f" p {compared['p']:.2f} (records stand out up to {ALPHA:g})",
+        scores,
     ]
 
 

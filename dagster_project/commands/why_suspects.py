@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands import why_calibration
 from dagster_project.commands.nearest_records import cut
 from dagster_project.commands.render import render
 from dagster_project.commands.why import EXCERPT, Texts, index_lines, model_of, place_text, places_of, shown_texts
@@ -15,7 +16,7 @@ from dagster_project.core.layout import pages_of
 from dagster_project.core.records import iter_ledger, write_json, write_text
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.review import REVIEWED, queue
-from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, members, opposition
+from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, harm, members, opposition
 from dagster_project.orchestration import dvc
 
 INSTRUCTIONS = "instructions"
@@ -24,6 +25,11 @@ FORM = 120
 NAME = "suspects"
 """Files about the queue in the folder of pages of `instructions`."""
 CAVEAT = "Ranks and scores say how well gradients fit those of the others. A rare but right answer can be among the first: look at each."
+
+WITHOUT = (
+    f"ranked by opposition and length alone, which finds fewer flipped labels: {why_calibration.VALIDATION} has too few answers, or --index did not compare"
+    " records with them"
+)
 
 
 def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, Any]:
@@ -36,12 +42,13 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
         InputError: as `target`; or gradients are missing.
     """
     found = target(root, model)
-    indexed = found.index() if with_index else None
+    indexed = why_calibration.index(found) if with_index else None
     gradients, lengths = found.store.read()
+    known = why_calibration.read(found)
     texts = Texts(found)
     own = _own_groups(found, texts)
     chosen = chosen_groups(own)
-    ranking = Suspicion.of(opposition(gradients, lengths), lengths)
+    ranking = Suspicion.of(opposition(gradients, lengths), lengths, harm(known.cosines, lengths) if known else None)
     fits, sizes = agreement(gradients, own, chosen), [len(numbers) for numbers in members(own, chosen)]
     groups = [
         {
@@ -54,16 +61,17 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
         }
         for one, size, fit in zip(chosen, sizes, fits, strict=True)
     ]
+    notes = [CAVEAT, *([] if known else [WITHOUT])]
     listed = _listed(found, ranking, texts, groups, top)
     document = {
         "model": model_of(found),
         **({"index": indexed} if indexed else {}),
         "records": len(found.records),
         "suspects": listed,
-        "notes": [CAVEAT],
+        "notes": notes,
     }
     written, note = _write_queue(root, texts, document)
-    return document | {"queue": written, "notes": [CAVEAT, *note]}
+    return document | {"queue": written, "notes": [*notes, *note]}
 
 
 def _own_groups(found: Target, texts: Texts) -> list[Group]:
@@ -85,10 +93,17 @@ def _listed(found: Target, ranking: Suspicion, texts: Texts, groups: Sequence[di
             **shown_texts(texts, found.records[i]),
             "opposition": {"rank": int(ranking.opposition_rank[i]), "value": float(f"{float(ranking.opposition[i]):.4g}")},
             "length": {"rank": int(ranking.length_rank[i]), "value": float(f"{float(ranking.length[i]):.4g}")},
+            **_harm(ranking, i),
             "group": groups[i],
         }
         for i in ranking.order()[:top]
     ]
+
+
+def _harm(ranking: Suspicion, i: int) -> dict[str, Any]:
+    if ranking.harm is None or ranking.harm_rank is None:
+        return {}
+    return {"harm": {"rank": int(ranking.harm_rank[i]), "value": float(f"{float(ranking.harm[i]):.4g}")}}
 
 
 def _write_queue(root: Path, texts: Texts, document: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
@@ -129,6 +144,7 @@ def as_text(document: Mapping[str, Any]) -> str:
             f"    {place_text(one)}",
             f"      {one['prompt']}",
             f"      -> {one['answer']}",
+            *([f"      harm to validation answers {one['harm']['value']:.4g} ({one['harm']['rank']:>4})"] if "harm" in one else []),
             f"      cosine {group['cosine']:+.3f} with {group['records'] - 1} others: {group['name']}",
         ]
     if written := document["queue"]:

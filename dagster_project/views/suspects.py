@@ -38,6 +38,7 @@ def suspect_row(one: Mapping[str, Any]) -> dict[str, Any]:
             f"score {one['score']:.5f}",
             f"opposition {opposed['value']:.4g}, rank {opposed['rank']}",
             f"length {length['value']:.4g}, rank {length['rank']}",
+            *([f"harm to validation answers {one['harm']['value']:.4g}, rank {one['harm']['rank']}"] if "harm" in one else []),
             one["example_id"][:8],
         ],
         "group": f"cosine {group['cosine']:+.3f} with {number(group['records'] - 1)} others: {group['name']}",

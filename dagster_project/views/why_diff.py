@@ -42,11 +42,12 @@ def _answer(one: Mapping[str, Any]) -> dict[str, Any]:
         "reference": one["reference"],
         "answers": [(name, *MARKS[right], one[name]) for name, right in sides],
         "among": many(one["among"], "record"),
-        "records": [_record(record) for record in one["records"]],
+        "records": [record_view(record) for record in one["records"]],
     }
 
 
-def _record(one: Mapping[str, Any]) -> dict[str, Any]:
+def record_view(one: Mapping[str, Any]) -> dict[str, Any]:
+    """A ranked record of a difference for the macro `record_of_difference`."""
     return {
         "rank": one["rank"],
         "place": ", ".join(one["rows"][:3]) + (" and more" if len(one["rows"]) > 3 else ""),

@@ -15,6 +15,8 @@ STANDS_OUT = 6.0
 CROWD, TIMES = 10, 2.0
 """It does if it is also this many times as far from the median as the record of this rank: a label that dozens of records share has no few behind it.
 Measured: docs/why.md."""
+WEIGHT = 1.5
+"""Of the gradient in the order of the list; that of the words of the prompt, and of those of the asked part, is 1. Chosen in docs/decisions/059."""
 TO_SIGMA = 1.4826
 """Median absolute deviation times this is the standard deviation of a normal distribution."""
 
@@ -45,12 +47,11 @@ def robust_z(scores: np.ndarray) -> np.ndarray:
     return away / scale if scale else np.zeros_like(away)
 
 
-def distances(scores: np.ndarray) -> np.ndarray:
-    """As `robust_z`; where more than half of the scores are equal, in standard deviations of all."""
-    import numpy as np
-
-    found, spread = robust_z(scores), float(scores.std())
-    return found if found.any() or not spread else (scores - np.median(scores)) / spread
+def standardized(scores: np.ndarray) -> np.ndarray:
+    """Distance of each score from the mean, in standard deviations; 0 if all are equal."""
+    away = scores - scores.mean()
+    scale = float(scores.std())
+    return away / scale if scale > 1e-12 else 0.0 * away
 
 
 def stands_out(z: np.ndarray) -> bool:
@@ -92,19 +93,25 @@ class Ranking:
     """Cosine of the gradients."""
     z: np.ndarray
     bm25: np.ndarray
+    """Of the words of the prompt and those of the asked part, together."""
     gradient_rank: np.ndarray
     bm25_rank: np.ndarray
     rank: np.ndarray
-    """By the sum of the distances of both from their medians: z-scores, as CombSUM adds them (Fox and Shaw 1994). A ranking in which nothing stands out
-    adds little, where a fusion of ranks would count both the same."""
+    """By the weighted sum of three scores, each in its standard deviations from its mean, as CombSUM adds z-scores (Fox and Shaw 1994): gradients, words of
+    the prompt, words of the asked part. A score in which nothing is far from the others adds little, where a fusion of ranks would count all the same."""
 
     @classmethod
-    def of(cls, gradient: np.ndarray, bm25: np.ndarray) -> Ranking:
+    def of(cls, gradient: np.ndarray, prompt: np.ndarray, part: np.ndarray) -> Ranking:
+        """Args:
+        gradient: cosines.
+        prompt, part: BM25 of the words of the prompt, and of those of the asked part of the answer.
+        """
         import numpy as np
 
-        by_gradient, by_words = ranks(gradient), np.where(bm25 > 0, ranks(bm25), len(bm25))  # without a word in common: last
-        both = distances(gradient) + distances(bm25)
-        return cls(gradient, robust_z(gradient), bm25, by_gradient, by_words, ranks(both))
+        words = prompt + part  # the score of a query is the sum of those of its words
+        by_gradient, by_words = ranks(gradient), np.where(words > 0, ranks(words), len(words))  # without a word in common: last
+        total = WEIGHT * standardized(gradient) + standardized(prompt) + standardized(part)
+        return cls(gradient, robust_z(gradient), words, by_gradient, by_words, ranks(total))
 
     def order(self, by: str) -> list[int]:
         """Numbers of the records, the first first.

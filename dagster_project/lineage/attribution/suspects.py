@@ -128,9 +128,21 @@ def opposition(gradients: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return found
 
 
+def harm(cosines: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """How much less likely a step on each record would make parts of the answers in the validation split, (records,) float32: the sum of the inner products of
+    its gradient with those of these parts, each of length 1, with the sign changed.
+
+    Args:
+        cosines: of the gradients of parts and records, (parts, records).
+        lengths: of the gradients of records, (records,).
+    """
+    found: np.ndarray = -cosines.sum(0) * lengths
+    return found
+
+
 @dataclass(frozen=True)
 class Suspicion:
-    """All records, ranked in two ways and by both; (records,) each."""
+    """All records, ranked in several ways, and by two of them together; (records,) each."""
 
     opposition: np.ndarray
     length: np.ndarray
@@ -142,12 +154,17 @@ class Suspicion:
     score: np.ndarray
     rank: np.ndarray
     """By score, the highest first."""
+    harm: np.ndarray | None = None
+    harm_rank: np.ndarray | None = None
+    """From 1, the most harmful first; None without a validation split."""
 
     @classmethod
-    def of(cls, opposed: np.ndarray, lengths: np.ndarray) -> Suspicion:
+    def of(cls, opposed: np.ndarray, lengths: np.ndarray, harmful: np.ndarray | None = None) -> Suspicion:
+        """The score fuses the ranks by opposition and by harm; without a validation split, by opposition and by length."""
         by_opposition, by_length = ranks(opposed), ranks(lengths)
-        score = fused(by_opposition, by_length)
-        return cls(opposed, lengths, by_opposition, by_length, score, ranks(score))
+        by_harm = None if harmful is None else ranks(harmful)
+        score = fused(by_opposition, by_length if by_harm is None else by_harm)
+        return cls(opposed, lengths, by_opposition, by_length, score, ranks(score), harmful, by_harm)
 
     def order(self) -> list[int]:
         """Numbers of the records, the most suspect first."""

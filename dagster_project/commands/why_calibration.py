@@ -1,0 +1,103 @@
+"""The questions of the validation split that `pedigree why` compares a question with: kept beside the gradients of a model (docs/why.md)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.why_model import Target
+from dagster_project.commands.why_pairs import PairTarget
+from dagster_project.commands.why_question import tokenize, tokenizer_of
+from dagster_project.core.chat import IGNORE
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_file, sha256_of_files
+from dagster_project.core.progress import Progress
+from dagster_project.core.records import read_records, write_json
+from dagster_project.lineage.attribution import calibration
+from dagster_project.lineage.attribution.calibration import ANSWERS, LEAST, Calibration, asked_parts
+from dagster_project.lineage.attribution.per_record import projected_gradients
+from dagster_project.lineage.attribution.ranking import cosines
+from dagster_project.lineage.attribution.records import Example
+
+VALIDATION = "data/splits/validation"
+FILE, NOTE = "validation.safetensors", "validation.json"
+BLOCK = 16
+"""Questions whose gradients are held at the same time."""
+
+
+def index(found: Target) -> dict[str, Any]:
+    """Compute what is missing of the gradients of a model, and of the questions of the validation split.
+
+    Returns:
+        {"folder", "records", "computed", "bytes", "questions"}.
+    """
+    indexed = found.index()
+    with found.alone("pedigree why --index"):
+        known = read(found)
+        if known is None and (asked := _asked(found)):
+            known = _computed(found, asked)
+            _write(found, known)
+    return {**indexed, "bytes": found.store.bytes(), "questions": 0 if known is None else len(known.owners)}
+
+
+def read(found: Target) -> Calibration | None:
+    """The questions of the validation split of the workspace, if they were computed for these very gradients and are intact."""
+    from safetensors.numpy import load_file
+
+    file = found.store.folder / FILE
+    try:
+        note = json.loads((found.store.folder / NOTE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(note, dict) or not file.is_file() or note != {"of": _identity(found), "sha256": sha256_of_file(file)}:
+        return None
+    arrays = load_file(file)
+    return Calibration(arrays["cosines"], arrays["owners"])
+
+
+def _identity(found: Target) -> dict[str, str]:
+    """What the questions are made from, besides what the gradients are."""
+    shards = sorted((found.place / VALIDATION).glob("*.parquet"))
+    return {"validation": sha256_of_files(shards), "code": sha256_of_files([Path(__file__), Path(calibration.__file__)])}
+
+
+def _asked(found: Target) -> list[tuple[int, Example]]:
+    """Number of a validation record, and the question; none for models of pairs, and where there are too few."""
+    folder = found.place / VALIDATION
+    if isinstance(found, PairTarget) or not folder.is_dir():
+        return []
+    records = [one for one in read_records(folder) if one["messages"][-1]["role"] == "assistant" and one["messages"][-1].get("content")]
+    tokenizer = tokenizer_of(found)
+    asked = []
+    for number, part in asked_parts([one["messages"][-1]["content"] for one in records]):
+        try:
+            example = tokenize(tokenizer, records[number]["messages"], part, records[number].get("tools")).example
+        except InputError:  # longer than the model's context, or written in another way by the template
+            continue
+        asked.append((number, replace(example, weights=tuple(float(label != IGNORE) for label in example.labels))))
+    return asked if len(asked) >= LEAST and len({number for number, _ in asked}) >= ANSWERS else []
+
+
+def _computed(found: Target, asked: list[tuple[int, Example]]) -> Calibration:
+    import numpy as np
+
+    gradients, _ = found.store.read()
+    model = replace(found.model, label_smoothing=0.0)  # a question is about a log-probability
+    progress, rows = Progress(f"{found.run.address}: questions of the validation split", len(asked), "question"), list[np.ndarray]()
+    for start in range(0, len(asked), BLOCK):
+        block = [[example] for _, example in asked[start : start + BLOCK]]
+        rows += [cosines(gradients, gradient) for gradient in projected_gradients(model, found.projection, block).numpy()]
+        progress.advance(len(block))
+    return Calibration(np.stack(rows), np.array([number for number, _ in asked]))
+
+
+def _write(found: Target, known: Calibration) -> None:
+    from safetensors.numpy import save_file
+
+    scratch = found.store.folder / f".writing-{FILE}"
+    save_file({"cosines": known.cosines, "owners": known.owners}, scratch)
+    digest = sha256_of_file(scratch)
+    scratch.replace(found.store.folder / FILE)
+    write_json(found.store.folder / NOTE, {"of": _identity(found), "sha256": digest})

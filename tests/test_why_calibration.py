@@ -1,0 +1,88 @@
+"""Whether records stand out for a question, judged by questions of the validation split: parts of answers, excess and p-value."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dagster_project.lineage.attribution import calibration
+from dagster_project.lineage.attribution.calibration import ALPHA, Calibration, asked_parts, parts_of
+
+
+@pytest.mark.parametrize(
+    ("answer", "parts"),
+    [
+        ('{"category": "bug", "priority": "high"}', ["bug", "high"]),
+        ('{"a": "bug", "b": "bug", "c": 3, "d": null, "e": [1], "f": {"g": 1}, "h": " "}', ["bug", "3", "null"]),
+        ('{"a": "caf\\u00e9"}', []),  # written in another way than it reads: no part of the text
+        ("[1, 2]", ["[1, 2]"]),
+        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
+        ("Version 1.2 is out.", ["Version 1.2 is out."]),
+        ("[" * 100_000, ["[" * 100_000]),
+    ],
+)
+def test_parts_of_an_answer_are_values_or_sentences(answer: str, parts: list[str]) -> None:
+    assert parts_of(answer) == parts and all(part in answer for part in parts)
+
+
+def test_few_answers_are_asked_about_whole_and_many_by_a_sample_that_is_always_the_same() -> None:
+    few = ["One. Two.", "Three."]
+    assert sorted(asked_parts(few)) == [(0, "One."), (0, "Two."), (1, "Three.")]
+    many = [f"Answer {i}. It has a second sentence." for i in range(500)]
+    asked = asked_parts(many)
+    assert len(asked) == calibration.MOST and asked == asked_parts(many) and all(part in many[i] for i, part in asked)
+    assert max(i for i, _ in asked) > 250, "not the first ones alone"
+
+
+def by_hand(questions: np.ndarray, owners: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
+    """Excess and p-value in plain loops."""
+
+    def excess(row: np.ndarray, others: list[np.ndarray]) -> float:
+        above = [max(0.0, float(row[i]) - max(float(other[i]) for other in others)) for i in range(len(row))]
+        return float(sum(value**2 for value in above) ** 0.5)
+
+    own = [
+        excess(row, [other for other, who in zip(questions, owners, strict=True) if who != owner])
+        for row, owner in zip(questions, owners, strict=True)
+    ]
+    mine = excess(asked, list(questions))
+    return mine, (1 + sum(value >= mine for value in own)) / (1 + len(own))
+
+
+def test_excess_and_p_value_are_those_of_plain_loops() -> None:
+    dice = np.random.default_rng(0)
+    for _ in range(20):
+        questions, owners = dice.normal(size=(12, 7)).astype(np.float32), np.sort(dice.integers(0, 5, size=12))
+        asked = dice.normal(size=7).astype(np.float32)
+        known = Calibration(questions, owners)
+        assert (known.excess(asked), known.p_value(asked)) == pytest.approx(by_hand(questions, owners, asked), abs=1e-5)
+
+
+def test_a_record_that_is_like_many_questions_is_no_news() -> None:
+    """The same high score stands out at a record that no other question has, and not at one that many have."""
+    dice = np.random.default_rng(1)
+    questions = 0.02 * dice.normal(size=(60, 300))
+    questions[:, 5] = 0.6 + 0.01 * dice.normal(size=60)
+    known, asked = Calibration(questions, np.arange(60)), 0.02 * dice.normal(size=300)
+    asked[5] = 0.6
+    assert known.p_value(asked) > ALPHA
+    asked[5], asked[9] = 0.0, 0.6
+    assert known.p_value(asked) == 1 / 61
+
+
+def test_of_questions_that_are_drawn_alike_a_share_of_alpha_stands_out() -> None:
+    dice = np.random.default_rng(2)
+    clear = []
+    for _ in range(600):
+        scores = dice.standard_t(3, size=(41, 50))  # heavy tails: a bound for normal scores would be wrong
+        clear.append(Calibration(scores[1:], np.arange(40)).p_value(scores[0]) <= ALPHA)
+    # the excess of the asked question is beyond one question more than that of the others, so it is a little smaller
+    assert 0.04 < np.mean(clear) < ALPHA + 0.03
+
+
+def test_parts_of_the_same_answer_do_not_hide_each_other() -> None:
+    """Two questions about one validation record are alike: each is measured against those of the other records."""
+    questions = np.zeros((6, 4))
+    questions[:2, 0] = 0.9
+    found = Calibration(questions, np.array([0, 0, 1, 2, 3, 4])).own_excesses()
+    assert found.tolist() == pytest.approx([0.9, 0.9, 0, 0, 0, 0])
