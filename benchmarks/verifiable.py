@@ -9,7 +9,10 @@ The data are those of parcel_notes.py. All trainings are the pipeline's own stag
               `sft`; the last column of the table tells whether they did
 
 All answer the 240 held-out records greedily. The interval is a bootstrap over these records, of the mean over seeds of what each record gained. Processor seconds are
-user and system time of a training with loading the model, without measuring the answers. The table replaces the one in docs/alignment.md.
+user and system time of a training with loading the model, without measuring the answers. With --out the table replaces the one in docs/alignment.md.
+
+A training that is in measured.jsonl of the work folder is not repeated: one with the same seeds, settings, data, models and processor. An interrupted
+benchmark goes on when it is started again, from the start of the training that was interrupted. Use another folder after a change of the code.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +33,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from measurements import Measurements, content  # noqa: E402
 from seeds import gain, spread, training_seconds  # noqa: E402
 from tables import machine, replace  # noqa: E402
+
+from dagster_project.core.hashing import sha256_of_text  # noqa: E402
 
 TRAININGS = ("sft", "grpo", "rloo", "sft_more")
 ONLINE = ("grpo", "rloo")
@@ -193,47 +201,101 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def child(training: str, seed: int, data_seed: int, project: Path, work: Path) -> dict[str, Any]:
-    """One training and its measurement, in this process."""
-    folder = work / f"{data_seed}-{seed}"
+def child(training: str, seed: int, data_seed: int, project: Path, folder: Path, sft: Path) -> dict[str, Any]:
+    """One training and its measurement, in this process.
+
+    Args:
+        folder: for the training; what an interrupted one left there is removed.
+        sft: folder of the supervised training that an online one starts from.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
     start = time.process_time()
     if training in ONLINE:
-        found = online(training, folder / training, folder / "sft", seed, data_seed)
+        found = online(training, folder, sft, seed, data_seed)
     else:
-        found = supervised(training, project, folder / training, seed, data_seed)
+        found = supervised(training, project, folder, seed, data_seed)
     return {"training": training, "seed": seed, "data_seed": data_seed, **found, "all_cpu_seconds": time.process_time() - start}
+
+
+def identity(training: str, seed: int, data_seed: int, project: Path) -> dict[str, Any]:
+    """What the result of a training depends on."""
+    import parcel_notes
+
+    shared = {"training": training, "seed": seed, "data_seed": data_seed, "longest": LONGEST, "rewards": REWARDED["rewards"]}
+    shared |= {"data": sha256_of_text(json.dumps(parcel_notes.records(data_seed)))}
+    if training in ONLINE:
+        return {**shared, "entry": REWARDED, "start": identity("sft", seed, data_seed, project)}
+    settings = {"entry": SUPERVISED, "steps": STEPS[training], "tokenized": TOKENIZED}
+    return {**shared, **settings, "base_model": content(project / "data" / "base_model"), "machine": machine()}
+
+
+def folder_of(work: Path, of: Mapping[str, Any]) -> Path:
+    """Folder of a training: another one for other settings, so that an online training cannot start from the model of other ones."""
+    return work / f"{of['data_seed']}-{of['seed']}" / f"{of['training']}-{sha256_of_text(json.dumps(of, sort_keys=True))[:12]}"
+
+
+def with_starts(trainings: Sequence[str]) -> list[str]:
+    """The trainings in the order of the table, with the one that online ones start from, which every row is compared with.
+
+    Raises:
+        SystemExit: one is unknown.
+    """
+    if unknown := [name for name in trainings if name not in TRAININGS]:
+        print(f"{', '.join(unknown)}: unknown training; name some of {', '.join(TRAININGS)}", file=sys.stderr)
+        raise SystemExit(2)
+    return [name for name in TRAININGS if name == "sft" or name in trainings]
+
+
+def run_of(training: str, seed: int, data_seed: int, project: Path, work: Path) -> dict[str, Any]:
+    """A training as it was measured, or else in a process of its own."""
+    kept, of = Measurements(work / "measured.jsonl"), identity(training, seed, data_seed, project)
+    folder, sft = folder_of(work, of), folder_of(work, of.get("start", of))
+    found = kept.find(of)
+    if found is not None and (training != "sft" or (folder / "merged" / "config.json").is_file()):
+        return found
+    print(f"{training}, seed {seed}", file=sys.stderr, flush=True)
+    given = {"training": training, "seed": seed, "data_seed": data_seed, "project": str(project), "folder": str(folder), "sft": str(sft)}
+    return kept.add(of, measure(given))
+
+
+def measure(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`child` in a process of its own.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(given)]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        print(f"{given['training']}, seed {given['seed']}: exit code {done.returncode}; start again to go on from here", file=sys.stderr)
+        raise SystemExit(1)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trainings", nargs="*", default=TRAININGS, help=f"default: {' '.join(TRAININGS)}")
+    parser.add_argument("trainings", nargs="*", help=f"sft is always one of them; default: {' '.join(TRAININGS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="default: 1 2 3")
     parser.add_argument("--data-seed", type=int, default=0, help="of the data; settings were chosen on others (default: %(default)s)")
     parser.add_argument("--project", type=Path, default=ROOT, help="with data/base_model")
     parser.add_argument(
-        "--work", type=Path, default=Path("/tmp/verifiable"), help="models, and measured.json, whose trainings are not repeated"
-    )
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "verifiable",
+        help="models, and measured.jsonl, whose trainings are not repeated (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="put the table between the markers of this Markdown file")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(child(options.child[0], int(options.child[1]), options.data_seed, options.project, options.work)))
+        folders = {name: Path(options.child[name]) for name in ("project", "folder", "sft")}
+        print(json.dumps(child(**{**options.child, **folders})))
         return 0
-    measured = options.work / "measured.json"
-    kept: list[dict[str, Any]] = json.loads(measured.read_text()) if measured.is_file() else []
-    for seed in options.seeds:
-        for training in options.trainings:
-            if any((run["training"], run["seed"], run["data_seed"]) == (training, seed, options.data_seed) for run in kept):
-                continue
-            print(f"{training}, seed {seed}", file=sys.stderr, flush=True)
-            command = [sys.executable, "-W", "ignore", __file__, "--child", training, str(seed), "--data-seed", str(options.data_seed)]
-            command += ["--project", str(options.project.resolve()), "--work", str(options.work.resolve())]
-            env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-            kept.append(json.loads(done.stdout.splitlines()[-1]))
-            options.work.mkdir(parents=True, exist_ok=True)
-            measured.write_text(json.dumps(kept))
-    shown = table([run for run in kept if run["data_seed"] == options.data_seed and run["seed"] in options.seeds])
+    trainings, project, work = with_starts(options.trainings or TRAININGS), options.project.resolve(), options.work.resolve()
+    if not (project / "data/base_model/config.json").is_file():
+        parser.error(f"{options.project}: no data/base_model; run `dvc repro base_model` there, or name another --project")
+    seeds = dict.fromkeys(options.seeds)
+    shown = table([run_of(training, seed, options.data_seed, project, work) for seed in seeds for training in trainings])
     if options.out:
         replace(options.out, "verifiable", shown)
     print(shown)

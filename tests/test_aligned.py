@@ -323,7 +323,7 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
     known = {row["example_id"] for row in read_table(preferences / "train" / "records-00000.parquet")}
     assert seen and {row["example_id"] for row in seen} <= known
     assert len(read_table(tmp_path / "out" / "samples.parquet")) == 4
-    assert (tmp_path / "out" / "answers").exists() == ("sampled" in report.metrics) == (method not in OFFLINE)
+    assert (tmp_path / "out" / "answers").exists() == ("sampled" in report.metrics) == (method not in OFFLINE - {"gkd"})
     assert "<script" not in (tmp_path / "pages" / "alignment.html").read_text() and any((tmp_path / "live").glob("*.csv"))
 
 
@@ -367,6 +367,29 @@ def test_every_sampled_answer_is_kept_with_its_rewards_by_component(
     assert lines[0][-3:] == ["reward_model", "brief", "tokens"] and [line[0] for line in lines[1:]] == [
         str(point["step"]) for point in curve
     ]
+
+
+@pytest.mark.parametrize("lmbda", [1.0, 0.0])
+def test_answers_that_a_distillation_samples_are_kept_without_rewards(
+    lmbda: float, tmp_path: Path, preferences: Path, tiny_model: Path
+) -> None:
+    settings = {"options": {"max_new_tokens": 6, "lmbda": lmbda}, "gradient_accumulation_steps": 2}
+    report = align_it(tmp_path, preferences, None, tiny_model, method="gkd", **settings)
+    assert not report.failures, [check.note for check in report.failures]
+    curve = [point for point in json.loads((tmp_path / "pages" / "history.json").read_text())["curve"] if "loss" in point]
+    assert {point["on_policy"] for point in curve} == {lmbda}
+    if not lmbda:
+        assert not (tmp_path / "out" / "answers").exists() and "sampled" not in report.metrics
+        return
+    rows = read_answers(tmp_path / "out")
+    assert [*rows[0]] == ["step", "example_id", "answer", "reasoning", "reward", "tokens", "unfinished"]
+    seen = [(row["step"], row["example_id"]) for row in read_table(tmp_path / "out" / "examples.parquet")]
+    assert sorted((row["step"], row["example_id"]) for row in rows) == sorted(seen) and len(rows) == 2 * 16
+    assert report.metrics["sampled"] == {"answers": 32, "records": 16} and {row["reward"] for row in rows} == {None}
+    for point in curve:
+        tokens = [row["tokens"] for row in rows if row["step"] == point["step"]]
+        assert point["response_length"] == pytest.approx(sum(tokens) / len(tokens))
+    assert len({row["answer"] for row in rows}) > 8 and "rewards_differ" not in {check.name for check in report.checks}
 
 
 SCORES = {
@@ -509,6 +532,7 @@ def test_a_resumed_training_ends_in_the_same_bytes(
     assert list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
     align_it(tmp_path / "stopped", preferences, judged[0], tiny_model, **settings)
     assert bytes_of(tmp_path / "whole" / "out") == bytes_of(tmp_path / "stopped" / "out")
+    assert (tmp_path / "whole" / "out" / "answers").exists() == (method not in OFFLINE - {"gkd"})
 
 
 def test_resuming_from_any_step_gives_the_same_bytes_and_number_of_measurements(

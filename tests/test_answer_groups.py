@@ -11,14 +11,17 @@ import pytest
 import torch
 from builders.adapters import random_policy
 from builders.gradients import assert_close, trained_gradients
+from builders.live_bytes import LiveBytes
 
 from dagster_project.core.params import Compute
 from dagster_project.training.inference import decoding
 from dagster_project.training.inference.sampling import draw, sampled, uniform_numbers
 from dagster_project.training.methods.build import causal
+from dagster_project.training.planning.answer_groups import AnswerPass, answer_pass
+from dagster_project.training.planning.memory import TrainingSpec
 from dagster_project.training.trainers.alignment import preference
 from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
-from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts, training
+from dagster_project.training.trainers.alignment.trl_trainers import answer_groups, shared_prompts, training
 from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_by_pair
 from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.sharding import ShardedModel
@@ -232,3 +235,56 @@ def test_models_that_cannot_read_groups_read_padded_batches(tiny_tokenizer: Any)
         for weight in model.parameters():
             weight.requires_grad_(False)
         assert training.TrlSession(spec, model, tiny_tokenizer, PreferenceParams(), COMPUTE, None, None).reads_groups is reads, kind
+
+
+# ---- planning ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("rloo", {}), ("rloo", {"beta": 0.0}), ("grpo", {}), ("grpo", {"num_iterations": 2}), ("online_dpo", {}), ("checkpointed rloo", {})],
+)
+def test_predicted_memory_is_what_a_real_training_has_at_the_same_time(
+    name: str, options: dict[str, Any], policy: Any, tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of the trainer on answers of the longest length, whose logits matter more than its other tensors."""
+    longest, sizes = 40, (120, 70)
+    checkpointing, name = name.startswith("checkpointed"), name.rpartition(" ")[2]
+    method: Any = preference.METHODS[name](num_generations=4, max_completion_length=longest, **options)
+    params = PreferenceParams(per_device_train_batch_size=8, max_steps=1, gradient_checkpointing=checkpointing)
+    largest = answer_pass(method, params, sizes, 1)
+    assert sorted(largest.lengths) == [(size, *[longest] * 4) for size in sorted(sizes)]
+    assert (largest.tokens, largest.answer_tokens) == (-(-(sum(sizes) + 8 * longest) // 16) * 16, 8 * longest)
+    spec = TrainingSpec(
+        "cpu", torch.float32, tiny_model, "lora", LORA, [largest.tokens], largest.answer_tokens, gradient_checkpointing=checkpointing, timed=False,
+        answers=largest,
+    )  # fmt: skip
+    predicted = spec.prediction.memory
+
+    def decoded(model: Any, prompts: Any, *_: Any) -> list[list[int]]:
+        return [[3 + number] * (longest - 1) + [2] for number in range(len(prompts))]
+
+    monkeypatch.setattr(answer_groups, "decode", decoded)
+    rows = [{"prompt": [9 + number] * size, "pair": number} for number, size in enumerate(sizes)]
+    trainer, model = method.trainer_spec(Rewarded()), ShardedModel(policy, None, torch.device("cpu"))
+    with LiveBytes() as live:
+        training.train(trainer, model, tiny_tokenizer, rows, [], params, COMPUTE)
+    assert predicted.activations + predicted.logits + predicted.gradients == pytest.approx(live.peak, rel=0.1)
+
+
+def test_the_policys_first_pass_is_kept_where_training_keeps_it() -> None:
+    def keeps(name: str, accumulated: int = 1, **options: Any) -> bool:
+        params = PreferenceParams(gradient_accumulation_steps=accumulated)
+        return answer_pass(preference.METHODS[name](**options), params, [10] * 4, 1).keeps_graph  # type: ignore[arg-type]
+
+    assert [keeps("rloo"), keeps("grpo"), keeps("online_dpo"), keeps("grpo", num_iterations=2), keeps("grpo", 2, num_iterations=2)] == [
+        True, False, False, True, False,
+    ]  # fmt: skip
+    assert AnswerPass(((3, 2, 2),), True, True).tokens == 16
+
+
+def test_a_further_model_counts_as_weights(tiny_model: Path) -> None:
+    spec = TrainingSpec("cpu", torch.float32, tiny_model, "lora", LORA, [64], 32, timed=False)
+    with_judge = TrainingSpec("cpu", torch.float32, tiny_model, "lora", LORA, [64], 32, timed=False, other_weights=10**6)
+    assert with_judge.prediction.memory.weights == spec.prediction.memory.weights + 10**6
+    assert with_judge.needed == spec.needed + 10**6

@@ -357,6 +357,7 @@ def test_a_model_that_learned_from_its_own_answers_used_synthetic_data(finished:
     online, offline = synthetic("rloo"), synthetic("dpo")
     assert "- **Used:** yes" in online and f"aligned@it (rloo) learned from {count} answers that it wrote during training" in online
     assert "**Used:** yes" not in offline and "learned from" not in offline
+    assert (f"aligned@it (gkd) learned from {count} answers" in synthetic("gkd")) == bool(sampled), "a distillation samples, or does not"
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ def method(**options: Any) -> preference.Gkd:
 
 
 def trained(policy: Any, large: Any, tokenizer: Any, params: PreferenceParams = PARAMS, **options: Any) -> Any:
-    run = AlignmentRun(ShardedModel(policy, None, CPU), tokenizer, {}, None, params, COMPUTE, None, teacher=lambda: large)  # type: ignore[arg-type]
+    pairs = {"train": [{"example_id": str(row)} for row in range(len(ROWS))]}
+    run = AlignmentRun(ShardedModel(policy, None, CPU), tokenizer, pairs, None, params, COMPUTE, None, teacher=lambda: large)  # type: ignore[arg-type]
     return training.train(method(**options).trainer_spec(run), run.shared, tokenizer, ROWS, ROWS[:3], params, COMPUTE)
 
 

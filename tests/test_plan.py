@@ -15,6 +15,7 @@ import torch
 from builders.preferences import PREFERENCE_SCHEMA, preference_row
 from builders.tool_calls import WEATHER
 from conftest import ROOT, edit_params
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagster_project.__main__ import main
@@ -387,6 +388,39 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
     assert simpo["time"] == orpo["time"] == {"from_seconds": 6 * 3, "to_seconds": 6 * 6}, "there is no reference"
     assert orpo["memory"]["logits"] > simpo["memory"]["logits"], "the likelihood of prompts is trained, too"
     assert "dpo: 12 pairs, " in plan.as_text(found)
+
+
+def test_a_plan_of_an_online_method_reads_prompts_once_and_counts_the_reward_model(
+    tokenized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan.Machine, "runtime", 0)
+    pairs = [preference_row(10 + i, "aaa", "z" * (1 + 300 * (i == 5))) for i in range(12)]
+    write_records(tokenized / "data" / "preferences" / "train", pairs, PREFERENCE_SCHEMA)
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    task = {"example_id": "a" * 32, "source": "a.jsonl", "messages": messages, "category": None, "group_id": None, "meta": "{}"}
+    for split in ("train", "validation"):
+        write_records(tokenized / "data" / "splits" / split, [task])
+    online = {"adapter": "lora", "options": {"max_completion_length": 10, "num_generations": 4}}
+    rules = {**online, "rewards": {"exact_match": 1.0}}
+    entries = {
+        "dpo": {"method": "dpo", "adapter": "lora"},
+        "rloo": {"method": "rloo", **online},
+        "grpo": {"method": "grpo", **online},
+        "online_dpo": {"method": "online_dpo", **online},
+        "rules": {"method": "rloo", **rules},  # the reward model still measures its answers
+        "tasks": {"method": "rloo", "reward_target": "response", **rules},
+        "judged": {"method": "rloo", "reward_target": "response", **online},
+    }
+    edit_params(tokenized, lambda values: values.update(aligned=entries))
+    found = {name: one["memory"] for name, one in plan.plan_variants(tokenized, [*entries])["variants"].items()}
+    judge = sum(weight.nbytes for weight in load_file(tokenized / "data/base_model/model.safetensors").values())  # its output layer is tied
+    weights = {name: memory["weights"] - found["dpo"]["weights"] for name, memory in found.items()}
+    assert weights == {name: 0 if name in {"dpo", "tasks"} else judge for name in entries}
+    assert found["rules"] == found["rloo"] and found["grpo"]["activations"] <= found["rloo"]["activations"]
+    prompt = len(plan._training_pairs(tokenized, tokenized / "data" / "base_model")[0][0])
+    padded = memory.TrainingSpec("cpu", torch.float32, tokenized / "data/base_model", "lora", {}, [prompt + 10] * 8, 8 * 10, timed=False)
+    assert found["grpo"]["total"] < 0.8 * padded.needed, "of eight answers to two prompts"
+    assert not plan._has_judge({"aligned": {"rules": rules}}, "rules", rules["rewards"]), "a project without a reward model"
 
 
 def test_a_plan_of_a_distillation_counts_the_teacher(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,20 +104,24 @@ def test_means_of_components_follow_the_answers_that_a_step_learned_from() -> No
     assert [point.get(NAMES[1]) for point in points] == [1.0, 1.0, 2.5, 2.5, None]
 
 
-def test_an_audit_counts_the_answers_and_names_their_rewards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [NAMES, []], ids=["rewarded", "of a distillation"])
+def test_an_audit_counts_the_answers_and_names_their_rewards(names: list[str], tmp_path: Path) -> None:
     assert f"{FOLDER}/" == ANSWERS and set(ANSWER_COLUMNS) == set(schema([]).names)
     project = Project(tmp_path / "project")
     lock = project.lock([("cats", "train", "data/sources/faq.jsonl"), ("dogs", "train", "data/sources/faq.jsonl")])
     sampled = filled({identity("cats"): [1.0, 2.0]}, {identity("dogs"): [0.0, 0.0, 1.0]})
+    if not names:
+        sampled.rows = [{key: value for key, value in row.items() if key not in NAMES} | {"reward": None} for row in sampled.rows]
     files = {"adapter_model.safetensors": b"weights", "examples.parquet": project_evidence(lock, project)}
     for name, part in {"answers-00000": sampled.rows[:3], "answers-00001": sampled.rows[3:]}.items():
-        files[f"answers/{name}.parquet"] = table(part, schema(NAMES))
+        files[f"answers/{name}.parquet"] = table(part, schema(names))
     lock["adapter@lora"] = entry("adapter@lora", {"data/splits": lock["splits"]["outs"][0]["md5"]}, project.put(files))
     lock |= project.merged(lock)
     project.commit(lock)
     audited = audit(project.root, "merged@lora")
-    assert audited["answers"] == {"adapter@lora": {"answers": 5, "records": 2, "steps": 2, "rewards": NAMES}}
-    assert f"trained on adapter@lora: 5 answers to 2 records, rewarded by {', '.join(NAMES)}\n" in as_text(audited)
+    assert audited["answers"] == {"adapter@lora": {"answers": 5, "records": 2, "steps": 2, "rewards": names}}
+    how = f"rewarded by {', '.join(NAMES)}" if names else "without rewards"
+    assert f"trained on adapter@lora: 5 answers to 2 records, {how}\n" in as_text(audited)
 
 
 def project_evidence(lock: dict[str, Any], project: Project) -> bytes:

@@ -25,7 +25,7 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation.paired.alignment import PolicyAnswer
 from dagster_project.lineage.export.summary import chain
-from dagster_project.lineage.impact import impact
+from dagster_project.lineage.impact import as_text, impact
 from dagster_project.lineage.lineage import audit
 from dagster_project.lineage.signing.provenance import StageRecord, statement
 from dagster_project.orchestration import dvc
@@ -342,7 +342,14 @@ def test_lineage_names_the_records_of_tasks_and_no_pairs(made: Project) -> None:
     assert learned(made, "mice") == {"aligned@dpo": ["aligned@dpo [5]"]}
     by = {one["stage"]: [seen["by"] for seen in one["seen"]] for one in impact(made.root, record=identity("cats"))["models"]}
     assert by["aligned@dpo"] == ["adapter@lora"] and set(by["aligned@math"]) == {"aligned@math", "adapter@lora"}
-    measured = [one for one in impact(made.root, record=identity("fish"))["models"] if one["stage"] == "aligned@math"]
+    found = impact(made.root, record=identity("fish"))
+    assert [line.strip() for line in as_text(found).splitlines() if "measured before" in line] == [
+        "validation 1; not trained on, but among the tasks whose answers are measured before and after training (the first `samples` of the split)",
+    ]  # fmt: skip
+    assert {seen["by"]: seen.get("measured") for one in found["models"] for seen in one["seen"]} == {
+        "adapter@lora": None, "aligned@math": ["validation"],
+    }  # fmt: skip
+    measured = [one for one in found["models"] if one["stage"] == "aligned@math"]
     assert [(seen["by"], seen["splits"], seen["steps"]) for seen in measured[0]["seen"] if seen["by"] == "aligned@math"] == [
         ("aligned@math", {"validation": 1}, []),
     ]  # fmt: skip

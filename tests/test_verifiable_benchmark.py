@@ -110,9 +110,60 @@ def test_the_trainings_are_those_of_the_pipeline(tmp_path: Path, tiny_model: Pat
     monkeypatch.setattr(verifiable, "REWARDED", {**verifiable.REWARDED, "rewards": rewards, "per_device_train_batch_size": 8})
     project, work = tmp_path / "project", tmp_path / "work"
     shutil.copytree(tiny_model, project / "data/base_model")
-    sft, more, rloo = (verifiable.child(training, 3, 7, project, work) for training in ("sft", "sft_more", "rloo"))
+    sft, more, rloo = (verifiable.child(training, 3, 7, project, work / training, work / "sft") for training in ("sft", "sft_more", "rloo"))
     held_out = {row["example_id"] for row in verifiable.read_held_out(tmp_path / "held_out", 7)}
     assert {*sft["solved"]} == {*more["solved"]} == {*rloo["solved"]} == held_out and len(held_out) == 5
     assert rloo["before"] == pytest.approx(sft["solved"], abs=1e-4)
     assert (sft["steps"], more["steps"], rloo["steps"], rloo["answers"]) == (3, 4, 4, 32)
     assert 0 < rloo["cpu_seconds"] < rloo["all_cpu_seconds"]
+
+
+def test_the_model_that_online_methods_start_from_is_always_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verifiable.with_starts(["grpo"]) == ["sft", "grpo"] and verifiable.with_starts(["sft_more", "sft"]) == ["sft", "sft_more"]
+    with pytest.raises(SystemExit) as refused:
+        verifiable.with_starts(["grpo", "dpo"])
+    assert refused.value.code == 2 and capsys.readouterr().err == "dpo: unknown training; name some of sft, grpo, rloo, sft_more\n"
+
+
+def test_an_interrupted_benchmark_goes_on_and_other_settings_are_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training starts from the supervised model of its own settings, also when settings are changed and changed back."""
+    made: list[tuple[str, str, str]] = []
+    stops_at = [1]
+
+    def measure(given: dict[str, Any]) -> dict[str, Any]:
+        if len(made) in stops_at:
+            raise KeyboardInterrupt
+        made.append((given["training"], Path(given["folder"]).name, Path(given["sft"]).name))
+        (merged := Path(given["folder"]) / "merged").mkdir(parents=True)
+        (merged / "config.json").write_text("{}")
+        return {"training": given["training"], "seed": given["seed"], "number": len(made)}
+
+    def numbers() -> list[int]:
+        return [verifiable.run_of(training, 1, 0, tmp_path / "project", tmp_path / "work")["number"] for training in ("sft", "grpo")]
+
+    monkeypatch.setattr(verifiable, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        numbers()
+    stops_at.clear()
+    assert numbers() == numbers() == [1, 2] and [run[0] for run in made] == ["sft", "grpo"] and made[1][2] == made[0][1]
+    before = dict(verifiable.STEPS)
+    monkeypatch.setattr(verifiable, "STEPS", before | {"sft": 25})
+    assert numbers() == [3, 4] and made[3][2] == made[2][1] != made[0][1]
+    monkeypatch.setattr(verifiable, "STEPS", before)
+    monkeypatch.setattr(verifiable, "REWARDED", verifiable.REWARDED | {"learning_rate": 1e-4})
+    assert numbers() == [1, 5] and made[4][2] == made[0][1] and made[4][1] != made[1][1]
+    monkeypatch.setattr(parcel_notes, "SYSTEM", "Answer.")
+    assert numbers() == [6, 7]
+    shutil.rmtree(tmp_path / "work" / "0-1" / made[5][1])  # the model is gone: it is trained again
+    assert numbers() == [8, 7]
+
+
+def test_what_an_interrupted_training_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint would make the next one look faster than it was."""
+    (tmp_path / "rloo" / "checkpoints").mkdir(parents=True)
+
+    def online(method: str, folder: Path, *_: Any) -> dict[str, Any]:
+        return {"is_new": not folder.exists()}
+
+    monkeypatch.setattr(verifiable, "online", online)
+    assert verifiable.child("rloo", 1, 0, tmp_path, tmp_path / "rloo", tmp_path / "sft")["is_new"]

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import dvc, pedigree
+from conftest import dvc, edit_params, pedigree
 from safetensors.torch import save_file
 
 from dagster_project.commands.elsewhere import compared
 from dagster_project.commands.outputs import Outputs
 from dagster_project.commands.verify import as_text, verdicts, verify
 from dagster_project.core.errors import CheckFailed, InputError
-from dagster_project.core.records import write_json
+from dagster_project.core.records import read_table, write_json
 from dagster_project.lineage.first_difference import first_difference
 from dagster_project.lineage.lineage import Revision
 from dagster_project.orchestration.dvc_cache import Store
@@ -43,6 +43,25 @@ def test_a_stage_of_the_real_pipeline_is_reproduced_byte_for_byte(finished: Path
     assert document["machine"]["same_kind"] is True
     assert all(out["made"] == out["recorded"] for out in document["stages"]["adapter@lora"]["outputs"].values())
     assert files_of(finished) == before
+
+
+def test_an_online_training_on_tasks_is_reproduced_byte_for_byte(finished: Path) -> None:
+    """Its prompts are records of the training split; `preferences` and the reward model are dependencies that it does not read."""
+    entry = {
+        "method": "rloo", "adapter": "lora", "reward_target": "response", "learning_rate": 1e-2, "warmup_ratio": 0.0, "max_steps": 3,
+        "per_device_train_batch_size": 4, "options": {"num_generations": 2, "max_completion_length": 6}, "samples": 2, "max_new_tokens": 4,
+        "rewards": {"regex": {"pattern": "[a-mA-M]"}, "length_window": {"weight": 0.1, "max_words": 1}},
+    }  # fmt: skip
+    edit_params(finished, lambda values: values["aligned"].update(math=entry))
+    made = dvc(finished, "repro", "--single-item", "aligned@math")
+    assert made.returncode == 0, made.stderr
+    done = pedigree(finished, "verify", "aligned@math", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["verdict"] == "identical" and {*document["stages"]} == {"aligned@math"}
+    outputs = document["stages"]["aligned@math"]["outputs"]
+    assert "data/aligned/math" in outputs and all(out["made"] == out["recorded"] for out in outputs.values())
+    assert len(read_table(finished / "data/aligned/math/answers/answers-00000.parquet")) == 12
 
 
 def test_a_dirty_project_is_verified_against_its_record_and_not_changed(root: Path) -> None:

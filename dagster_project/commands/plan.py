@@ -25,6 +25,7 @@ from dagster_project.pipeline import validate
 from dagster_project.stages.adapter import Params
 from dagster_project.training.methods.hardware import available_memory, prepare
 from dagster_project.training.planning import layerwise, memory
+from dagster_project.training.planning.answer_groups import answer_pass, has_router, judge_bytes
 from dagster_project.training.planning.hints import training_spec
 from dagster_project.training.planning.memory import size_text
 from dagster_project.training.planning.pairs import Pair, largest_pass, lengths_of, reads_pairs_once
@@ -162,7 +163,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
         elif name not in values["aligned"]:
             predictions[name] = _adapter(root, values, name, tokenized, base_model, machine)
         elif variants or (root / "data" / ("splits" if _has_tasks(values["aligned"][name]) else "preferences") / "train").is_dir():
-            predictions[name] = _aligned(root, values["aligned"][name], name, base_model, machine)
+            predictions[name] = _aligned(root, values, name, base_model, machine)
     return {"variants": predictions, "machine": machine.summary()}
 
 
@@ -212,17 +213,19 @@ def _adapter(
 def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Machine) -> dict[str, Any]:
     """Prediction for a variant of `aligned`. For methods that sample, answers have the maximum length, and the time is not predicted.
 
+    Args:
+        values: of params.yaml.
     Raises:
         InputError: there are no preferences.
     """
     from dagster_project.stages import aligned
-    from dagster_project.training.trainers.alignment.preference import Gkd
+    from dagster_project.training.trainers.alignment.preference import AnswerGroups, Gkd
     from dagster_project.training.trainers.alignment.teacher import locate
 
-    entry = params.parse(aligned.Params, values, f"aligned.{name}")
+    entry = params.parse(aligned.Params, values["aligned"][name], f"aligned.{name}")
     method = entry.parsed_method(f"aligned.{name}")
     pairs: Sequence[tuple[list[int], ...]] = (
-        _tasks(root, entry, name, base_model) if _has_tasks(values) else _training_pairs(root, base_model)
+        _tasks(root, entry, name, base_model) if _has_tasks(values["aligned"][name]) else _training_pairs(root, base_model)
     )
     sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in pairs]
     lengths = [length for pair in sequences for length, _ in pair]
@@ -238,8 +241,14 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     )  # fmt: skip
     if isinstance(method, Gkd):
         spec = replace(spec, teacher=locate(method.teacher, root, f"aligned.{name}.options.teacher"), divergence=method.beta)
-    tokens = n * per_step
-    if method.reads_pairs and reads_pairs_once(base_model, machine.device, entry.peft):
+    tokens, in_groups = n * per_step, isinstance(method, AnswerGroups)
+    reads_once = (in_groups or method.reads_pairs) and reads_pairs_once(base_model, machine.device, entry.peft)
+    if isinstance(method, AnswerGroups) and reads_once and not has_router(base_model):
+        largest = answer_pass(method, entry, [len(prompt) for prompt, *_ in pairs], n * passes)
+        spec = replace(spec, lengths=[largest.tokens], counted=largest.answer_tokens, answers=largest)
+    if method.learns_from_rewards and _has_judge(values, name, entry.rewards):
+        spec = replace(spec, other_weights=judge_bytes(base_model, machine.dtype))
+    if method.reads_pairs and reads_once:
         spec, share = _reading_pairs_once(spec, cast("Sequence[Pair]", pairs), per_pass, n * passes, sum(lengths), method.trains_prompts)
         tokens *= share
     # a forward and backward pass is 3 units; a forward pass of the reference is one, for dpo once for all epochs
@@ -260,6 +269,11 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
 def _has_tasks(values: dict[str, Any]) -> bool:
     """Whether the prompts of an entry of `aligned` are those of instruction records."""
     return values.get("reward_target") == "response"
+
+
+def _has_judge(values: dict[str, Any], name: str, rewards: dict[str, Any]) -> bool:
+    """Whether a variant that learns from rewards has a reward model: answers to tasks are measured by the rewards alone."""
+    return "reward_model" in values and bool(rewards.get("reward_model") or not _has_tasks(values["aligned"][name]))
 
 
 def _tasks(root: Path, entry: Any, name: str, base_model: Path) -> list[tuple[list[int], list[int]]]:

@@ -22,7 +22,7 @@ from dagster_project.lineage.index import Index, RecordUse
 from dagster_project.lineage.published import erasure_of, missing_keys, record_of
 from dagster_project.lineage.registered import registered
 from dagster_project.lineage.rows import record_key
-from dagster_project.lineage.runs import StageRun, fetch_hint
+from dagster_project.lineage.runs import MEASURED_TASKS, StageRun, fetch_hint
 from dagster_project.lineage.search import search
 from dagster_project.lineage.sources import stages_reading
 
@@ -547,6 +547,8 @@ class _ImpactQuery:
         exposure = self._exposures[run.id]
         steps = [step for step, _ in exposure.steps]
         document: dict[str, Any] = {"by": run.address, "md5": run.md5, "splits": dict(sorted(exposure.rows.items()))}
+        if MEASURED_TASKS in run.entry.watched and "validation" in exposure.rows:
+            document["measured"] = ["validation"]
         if self.record_ids:
             return {
                 **document,
@@ -784,7 +786,7 @@ def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     if "steps" in seen:
         steps = seen["steps"]
         if "train" not in seen["splits"]:
-            steps_text = "not trained on"
+            steps_text = _not_learned(seen)
         elif steps is None:
             steps_text = "at steps unknown"
         elif not steps:
@@ -798,6 +800,13 @@ def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
         steps_text = (
             f"{training['records']} records in steps {training['first_step']} to {training['last_step']}"
             if training["records"]
-            else "not trained on"
+            else _not_learned(seen)
         )
     return f"{splits}; {steps_text}{through}"
+
+
+def _not_learned(seen: Mapping[str, Any]) -> str:
+    """What a model did with records that it was not trained on, as far as lineage knows."""
+    if not seen.get("measured"):
+        return "not trained on"
+    return "not trained on, but among the tasks whose answers are measured before and after training (the first `samples` of the split)"

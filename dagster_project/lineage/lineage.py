@@ -692,7 +692,8 @@ def training_lines(audited: Mapping[str, Any]) -> list[str]:
         for model, part in audited["records"]["learnt_by"].items()
     ]
     rewarded = [
-        f"{model}: {part['answers']} answers to {part['records']} records, rewarded by {', '.join(part['rewards'])}"
+        f"{model}: {part['answers']} answers to {part['records']} records, "
+        + (f"rewarded by {', '.join(part['rewards'])}" if part["rewards"] else "without rewards")
         for model, part in audited.get("answers", {}).items()
     ]
     return unordered + trained + rewarded

@@ -25,6 +25,9 @@ from dagster_project.lineage.history import LOCK, stages_of
 Place = Literal["commit", "workspace", "reflog", "run cache", "cache"]
 """Where a run is recorded: in a reachable commit, in the workspace alone, in a commit that only the reflog reaches, in DVC's run cache, or nowhere:
 then only its output is in DVC's cache."""
+MEASURED_TASKS = "data/splits/validation"
+"""Dependency of an alignment that learns from tasks: held-out ones, whose answers it measures before and after training."""
+
 PLACEHOLDER = {".gitkeep": md5_of_bytes(b"")}
 """What a folder of outputs may contain beside them, so that git keeps it."""
 MOST_COMBINATIONS = 4096
@@ -377,7 +380,7 @@ def watched_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
     settings = _alignment(address, stage)
     if settings is None:
         return set()
-    measured = {"data/splits/validation"} if settings.get("reward_target") == "response" else set()
+    measured = {MEASURED_TASKS} if settings.get("reward_target") == "response" else set()
     return measured if learns_from_reward_model(settings) else {*measured, "data/reward_model"}
 
 

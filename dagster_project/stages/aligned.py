@@ -275,7 +275,7 @@ def produce(
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **({"components": names} if rewards else {})})
     report = Report(
         metrics=_metrics(params, method, history, prepared, sources)
-        | ({"sampled": sampled.summary()} if rewards else {})
+        | ({"sampled": sampled.summary()} if rewards or sampled.rows else {})
         | counts
         | measured
         | {"environment": document["versions"]},

@@ -70,11 +70,11 @@ def _teachers(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _own_answers(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Their number is None in reports of versions that did not count them."""
+    """Of online methods, and of distillations that sampled answers. Their number is None in reports of versions that did not count them."""
     return [
         {"training": name, "method": report["method"], "answers": report.get("sampled", {}).get("answers")}
         for name, report in reports.items()
-        if report.get("method") in REWARD_METHODS
+        if report.get("method") in REWARD_METHODS or (report.get("method") == "gkd" and "sampled" in report)
     ]
 
 

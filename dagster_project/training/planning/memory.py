@@ -35,6 +35,7 @@ from dagster_project.training.methods.build import (
 from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
 from dagster_project.training.methods.load import load_base
+from dagster_project.training.planning.answer_groups import AnswerPass, answer_passes
 from dagster_project.training.planning.distillation import distillation_passes
 from dagster_project.training.planning.pairs import pair_passes
 from dagster_project.training.planning.timing import Operations, attention, attention_and_back
@@ -169,6 +170,8 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
             _prepare_for_training(model, base, spec.gradient_checkpointing)
         for tensor in _tensors(network):
             ledger.born(tensor, "weights")
+        if spec.other_weights:
+            ledger.events.append(("", "weights", spec.other_weights))
         if prepared.fit:
             batch = parse(Options, options, spec.where).batch_size
             _feature_pass(ledger, base, [max(spec.lengths)] * batch)
@@ -180,6 +183,8 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
                 for tensor in _tensors(teacher):
                     ledger.born(tensor, "weights")
                 distillation_passes(ledger, prepared, teacher, spec.rows * spec.lengths, spec.counted, spec.divergence, passes)
+            elif spec.answers:
+                answer_passes(ledger, prepared, base, spec.answers, spec.gradient_checkpointing, passes)
             elif spec.pair_lengths:
                 pair_passes(ledger, prepared, base, spec.pair_lengths, spec.counted, passes)
             else:
@@ -254,6 +259,10 @@ class TrainingSpec:
     pair_lengths: tuple[tuple[int, int, int], ...] = ()
     """Of a training on pairs that reads what two texts have in common once: tokens of that, of the rest of the first and of the rest of the
     second text, for each pair of the largest pass. Then `lengths` are the tokens of the pairs, and without `counted` no logits are computed."""
+    answers: AnswerPass | None = None
+    """Of an online training that reads a prompt once for all its answers: the largest pass. Then `lengths` are its tokens."""
+    other_weights: int = 0
+    """Bytes of a further model that the process holds, e.g. of a reward model. Its passes need less memory than those of training."""
     teacher: Path | None = None
     """Folder of a second model, whose distributions are learned; `lengths` are those of padded texts, which end in equally many counted tokens."""
     divergence: float = 0.5

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Message
 from dagster_project.core.params import Compute, Section, parse
 from dagster_project.core.rendering import end_ids
 from dagster_project.training.inference.answers import read_parts
@@ -78,7 +79,7 @@ class AlignmentRun:
     begin: Callable[[], None] = lambda: None
     """Called once the model is divided, before its weights change or those of a checkpoint are read."""
     sampled: SampledAnswers = field(default_factory=SampledAnswers)
-    """The answers that were rewarded."""
+    """The answers that were rewarded, or learned from without rewards."""
     teacher: Callable[[], Any] | None = None
     """Loads the model whose distributions the policy learns, for methods with one."""
     trl: Mapping[str, Any] = field(default_factory=dict)
@@ -97,14 +98,33 @@ class AlignmentRun:
             ids: their token ids, from which traces and calls are read.
         """
         assert self.rewards
-        pairs = [self.pairs["train"][row] for row in rows]
-        answers = []
-        for pair, row, text, tokens in zip(pairs, rows, texts, ids, strict=True):
-            parts = read_parts(self.tokenizer, self.prompts[row], tokens, pair.get("tools"))
-            answers.append(parts.message if parts else reply(text)[0])
+        pairs, answers = self._read(rows, [self.prompts[row] for row in rows], texts, ids)
         rewards, components = self.rewards(pairs, answers)
         self.sampled.add(pairs, answers, components, rewards, ids, end_ids(self.tokenizer))
         return rewards
+
+    def keep(self, step: int, rows: Sequence[int], prompts: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> None:
+        """Keep answers that are learned from without rewards.
+
+        Args:
+            step: of the training, from 1.
+            rows: numbers of the pairs.
+            prompts, ids: token ids of prompts and answers.
+        """
+        self.sampled.step = step
+        pairs, answers = self._read(rows, prompts, self.tokenizer.batch_decode(ids, skip_special_tokens=True), ids)
+        self.sampled.add(pairs, answers, {}, [None] * len(ids), ids, end_ids(self.tokenizer))
+
+    def _read(
+        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], texts: Sequence[str], ids: Sequence[Sequence[int]]
+    ) -> tuple[list[Mapping[str, Any]], list[Message]]:
+        """The pairs of these rows, and their answers as messages."""
+        pairs = [self.pairs["train"][row] for row in rows]
+        answers = []
+        for pair, prompt, text, tokens in zip(pairs, prompts, texts, ids, strict=True):
+            parts = read_parts(self.tokenizer, prompt, tokens, pair.get("tools"))
+            answers.append(parts.message if parts else reply(text)[0])
+        return pairs, answers
 
 
 class AlignmentMethod(Section):
@@ -445,11 +465,16 @@ class Gkd(TrlMethod):
     def samples_answers(self) -> bool:
         return self.lmbda > 0
 
+    def sampled_answers(self, patience: int | None) -> SampledAnswers:
+        """There are no rewards that could be equal."""
+        return SampledAnswers()
+
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         assert run.teacher
         constructor = {"teacher_model": run.teacher(), "data_collator": partial(collate_rows, pad=run.tokenizer.pad_token_id)}
         arguments, gkd = {**self.model_dump(exclude={"teacher"}), "max_length": None}, experimental("gkd")
-        return TrainerSpec(self.name, student_trainer(gkd.GKDTrainer), gkd.GKDConfig, arguments, self.metrics, constructor)
+        spec = TrainerSpec(self.name, student_trainer(gkd.GKDTrainer), gkd.GKDConfig, arguments, self.metrics, constructor)
+        return replace(spec, sampled=run.sampled, keep=run.keep) if self.samples_answers else spec
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [{"prompt_ids": prompt, "answer_ids": chosen, "pair": i} for i, (prompt, chosen, _) in enumerate(both(tokenizer, pairs))]

@@ -1,5 +1,5 @@
-"""The answers that an online method samples and learns from, with the rewards that they got: a table in the variant's output, and part of each
-checkpoint."""
+"""The answers that an online method, or a distillation, samples and learns from, with the rewards that they got, if any: a table in the variant's
+output, and part of each checkpoint."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class SampledAnswers:
 
     def add(
         self, records: Sequence[Mapping[str, Any]], answers: Sequence[Message], components: Mapping[str, Sequence[float]],
-        rewards: Sequence[float], ids: Sequence[Sequence[int]], ends: frozenset[int],
+        rewards: Sequence[float | None], ids: Sequence[Sequence[int]], ends: frozenset[int],
     ) -> None:  # fmt: skip
         """Add answers of the current step.
 
         Args:
             records: the pair of each answer's prompt.
             components: name of a reward -> its value for each answer, without its weight.
-            rewards: their weighted sums.
+            rewards: their weighted sums; None for answers that are not rewarded.
             ids: token ids of each answer.
             ends: token ids that end an answer.
         """
@@ -98,9 +98,10 @@ class SampledAnswers:
 
     def is_stalled(self) -> bool:
         """Whether the last `patience` steps had nothing to learn: the answers that are compared with each other had the same reward."""
+        if self.patience is None:
+            return False
         latest = groupby(reversed(self.rows), lambda row: int(row["step"]))
-        silent = sum(1 for _ in takewhile(lambda of_step: not self.teaches([*of_step[1]]), latest))
-        return self.patience is not None and silent >= self.patience
+        return sum(1 for _ in takewhile(lambda of_step: not self.teaches([*of_step[1]]), latest)) >= self.patience
 
     def stalled_text(self) -> str:
         """Why training stopped, and what to change."""
@@ -157,7 +158,7 @@ def schema(names: Sequence[str]) -> pa.Schema:
         ("example_id", pa.string()),  # of the pair whose prompt it answers
         ("answer", pa.string()),  # as rules score it: content, and calls as JSON
         ("reasoning", pa.string()),  # its trace; null without one
-        ("reward", pa.float64()),  # weighted sum of the components
+        ("reward", pa.float64()),  # weighted sum of the components; null where answers are not rewarded
         *((name, pa.float64()) for name in names),  # without its weight
         ("tokens", pa.int64()),  # with the end of turn
         ("unfinished", pa.bool_()),  # without an end of turn

@@ -38,9 +38,9 @@ def collate(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], 
 
 
 def collate_rows(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Any]:
-    """Collate rows with `prompt_ids` and `answer_ids`; `prompts` has the former as they are."""
+    """Collate rows with `prompt_ids`, `answer_ids` and the number of their `pair`; `prompts` and `pairs` have the first and the last as they are."""
     prompts = [row["prompt_ids"] for row in rows]
-    return {**collate(prompts, [row["answer_ids"] for row in rows], pad), "prompts": prompts}
+    return {**collate(prompts, [row["answer_ids"] for row in rows], pad), "prompts": prompts, "pairs": [row["pair"] for row in rows]}
 
 
 def mean_divergence(model: Any, teacher: Any, batch: Mapping[str, Any], width: int, where: torch.Tensor, beta: float) -> torch.Tensor:
@@ -85,10 +85,12 @@ def student_trainer(base: type) -> type:
             """With probability `lmbda` the answers of the pass are the policy's own. Random numbers depend only on seed, step and pass."""
             step, number = self.state.global_step, self.batches[1] if self.batches[0] == self.state.global_step else 0
             self.batches = step, number + 1
-            prompts, seed = inputs.pop("prompts"), f"{self.args.seed} {step} {number}"
+            prompts, pairs, seed = inputs.pop("prompts"), inputs.pop("pairs"), f"{self.args.seed} {step} {number}"
             samples = Random(f"{seed} on policy").random() < self.lmbda
             if samples:
-                inputs = collate(prompts, self._answers(prompts, seed), self.session.tokenizer.pad_token_id)
+                answers = self._answers(prompts, seed)
+                self.session.keep(step + 1, pairs, prompts, answers)
+                inputs = collate(prompts, answers, self.session.tokenizer.pad_token_id)
             self._total_train_tokens += int(inputs["attention_mask"].sum())
             lengths = (inputs["labels"] != IGNORE).sum(1).float()
             self._metrics["train"]["on_policy"].append(float(samples))

@@ -66,7 +66,9 @@ class TrainerSpec:
     answers_in_groups: bool = False
     """Whether the trainer is one of `answer_groups.group_trainer`."""
     sampled: SampledAnswers | None = None
-    """The answers of online methods."""
+    """The answers that the policy samples and learns from."""
+    keep: Callable[[int, Sequence[int], Sequence[Sequence[int]], Sequence[Sequence[int]]], None] | None = None
+    """Adds answers without rewards to `sampled`: (step, numbers of their rows, token ids of prompts and of answers)."""
 
 
 class TrlSession(SharedSession):
@@ -78,7 +80,7 @@ class TrlSession(SharedSession):
     ) -> None:  # fmt: skip
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
         super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
-        self.metrics, self.tokenizer, self.sampled = spec.metrics, tokenizer, spec.sampled
+        self.metrics, self.tokenizer, self.sampled, self.keep = spec.metrics, tokenizer, spec.sampled, spec.keep
         if self.sampled and self.saved:
             self.sampled.restore(self.state["answers"])
         reads_once = shared_prompts.reads_prompts_once(model, self.device.type)
