@@ -23,7 +23,7 @@ import pytest
 import yaml
 from builders.postgres import Postgres
 from builders.servers import free_port, running
-from conftest import ROOT
+from conftest import ROOT, tool
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -168,6 +168,21 @@ def test_the_ray_cluster_has_only_keys_of_kuberay_and_the_version_of_the_driver(
     assert all(isinstance(value, str) for value in spec["headGroupSpec"]["rayStartParams"].values())
     ray = next(one for one in map(Requirement, _pyproject()["optional-dependencies"]["ray"]) if one.name == "ray")
     assert ray.specifier.contains(spec["rayVersion"]) and spec["rayVersion"] == version("ray")
+
+
+def test_ray_start_has_every_option_of_compose_and_of_the_ray_cluster() -> None:
+    """As Ray's own command line reads them. KubeRay makes an option of each parameter."""
+    start = tool("ray.scripts.scripts").start
+    spec = RAY_CLUSTER["spec"]
+    given = [SERVICES[name]["command"][2:] for name in ("ray-head", "ray-worker")]
+    assert [SERVICES[name]["command"][:2] for name in ("ray-head", "ray-worker")] == [["ray", "start"]] * 2
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        given.append([f"--{name}={value}" for name, value in group["rayStartParams"].items()])
+    read = [start.make_context("start", list(options)).params for options in given]
+    assert [one["head"] for one in read] == [True, False, *[False] * (len(read) - 2)] and all(one["block"] for one in read[:2])
+    assert [read[0]["num_cpus"], read[2]["num_cpus"]] == [0, 0], "no stage runs on a head"
+    with pytest.raises(Exception, match="No such option"):
+        start.make_context("start", ["--num-cpu=0"])
 
 
 def test_the_parts_of_kubernetes_fit_together() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 import pytest
 from builders import small_pipeline, training_pipeline
-from builders.cluster import Cluster
+from builders.cluster import Cluster, add_remote
 from builders.s3 import BUCKET, S3Server
 from builders.small_pipeline import PIPELINE, hold, published
 from builders.training import LORA
@@ -40,6 +40,7 @@ from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor
 from dagster_project.orchestration.run_stage import run_stage
 
 pytestmark = pytest.mark.cluster
+POLL = 0.2
 
 for needed in ("ray", "moto", "dvc_s3"):
     if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
@@ -50,7 +51,7 @@ for needed in ("ray", "moto", "dvc_s3"):
 def driver(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Environment of a driver that uses the cluster, also set for this process."""
     variables = {**cluster.variables(), **cluster.environment, "PEDIGREE_EXECUTION": "ray"}
-    monkeypatch.setattr("dagster_project.orchestration.executors.ray.POLL", 0.2)
+    monkeypatch.setattr("dagster_project.orchestration.executors.ray.POLL", POLL)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return variables
@@ -62,16 +63,6 @@ def root(tmp_path: Path, _made: Path, s3: S3Server) -> Path:
     project = Path(shutil.copytree(_made, tmp_path / "project", symlinks=True))
     add_remote(project, f"s3://{BUCKET}/{tmp_path.name}", s3.endpoint)
     return project
-
-
-def add_remote(project: Path, url: str, endpoint: str = "") -> None:
-    """Make it the default remote, as `dvc remote add` and `dvc remote modify` do."""
-    from configobj import ConfigObj
-
-    config = ConfigObj(str(project / ".dvc/config"))
-    config.setdefault("core", {})["remote"] = "storage"
-    config['remote "storage"'] = {"url": url, **({"endpointurl": endpoint} if endpoint else {})}
-    config.write()
 
 
 def forget(root: Path, address: str) -> dict[str, bytes]:
@@ -98,6 +89,7 @@ def start(root: Path, address: str, *, script: str = "small_pipeline.py", **envi
     """A driver in a process of its own."""
     log = (root.parent / f"{address}.log").open("a")
     command = [sys.executable, "-c", "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+               f"from dagster_project.orchestration.executors import ray; ray.POLL = {POLL}; "
                f"sys.argv = ['{script}', 'run', '{address}']; runpy.run_path('{script}', run_name='__main__')"]  # fmt: skip
     return subprocess.Popen(command, cwd=root, env={**os.environ, **environment}, stdout=log, stderr=log, text=True, start_new_session=True)
 
@@ -130,7 +122,7 @@ def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     ends = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < ends, "it did not happen"
-        time.sleep(0.1)
+        time.sleep(0.2)
     return value
 
 

@@ -16,16 +16,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import yaml
 
 from builders.servers import free_port, free_ports
 
 STARTS = 4
 """Attempts to start a node."""
+NODE_MODULES = Path(__file__).parent / "ray_nodes"
+SETTINGS = {
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: on a busy machine its workers would wait for all other processes
+    # after five checks that fail a node is lost: checks every 0.5 s, not 3, notice one that is gone; one that is slow to answer has 30 s for each, not 10
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "30000",
+}
+"""Settings of Ray on every node."""
+
+
+COMMANDS: dict[str, list[str]] = {
+    name: service["command"]
+    for name, service in yaml.safe_load((Path(__file__).parents[2] / "deploy/compose.yaml").read_text())["services"].items()
+    if name in {"ray-head", "ray-worker"}
+}
+"""How deploy/compose.yaml starts nodes. Of an option that is given twice, Ray takes the second value."""
 
 
 @dataclass
 class Cluster:
-    """Two nodes, each a `ray start` with one CPU: the head has the resource `first`, the other one `second`."""
+    """Two nodes, started by the commands of deploy/compose.yaml, but on loopback, on free ports and with one CPU each: the head has the resource
+    `first`, the other one `second`."""
 
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -46,13 +67,18 @@ class Cluster:
         """Environment of a driver that may use the cluster."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token), "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": self.url}
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of requests to the dashboard."""
+        return {"Authorization": f"Bearer {self.token.read_text()}"}
+
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.token.write_text(secrets.token_hex(32))
         self.token.chmod(0o600)
         self.port, self.dashboard = free_ports(2)
-        self.add("first", "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
-                 "--include-dashboard=true", f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder}/ray")  # fmt: skip
+        self.add("first", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
+                 "--include-dashboard=true", f"--ray-client-server-port={free_port()}", "--no-monitor", f"--temp-dir={self.folder}/ray")  # fmt: skip
         self.add("second", f"--address=127.0.0.1:{self.port}")  # meanwhile the dashboard starts
         self._wait_for_dashboard()
 
@@ -68,12 +94,13 @@ class Cluster:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         variables = self.variables()
         del variables["RAY_ADDRESS"]
+        path = os.pathsep.join(filter(None, [str(NODE_MODULES), os.environ.get("PYTHONPATH")]))
         log = (self.folder / f"{name}.log").open("wb")
         self.processes[name] = process = subprocess.Popen(
-            [ray(), "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0", f'--resources={{"{name}": 1}}',
+            [ray(), *COMMANDS["ray-head" if name == "first" else "ray-worker"][1:], "--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0", f'--resources={{"{name}": 1}}',
              f"--labels=image={name}", f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false", *options],
-            env={**inherited, **variables, "RAY_worker_register_timeout_seconds": "300", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-                 "PEDIGREE_NODE_CACHE": str(self.node_cache(name)), **self.environment, **environment},
+            env={**inherited, **variables, **SETTINGS, "PYTHONPATH": path, "PEDIGREE_NODE_CACHE": str(self.node_cache(name)),
+                 **self.environment, **environment},
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         until = time.monotonic() + 240
@@ -88,7 +115,7 @@ class Cluster:
 
     def _wait_for_dashboard(self) -> None:
         until = time.monotonic() + 240
-        request = urllib.request.Request(f"{self.url}/api/version", headers={"Authorization": f"Bearer {self.token.read_text()}"})
+        request = urllib.request.Request(f"{self.url}/api/version", headers=self.headers)
         while time.monotonic() < until:
             try:
                 urllib.request.urlopen(request, timeout=5)
@@ -124,3 +151,13 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
 
 def ray() -> str:
     return str(Path(sys.executable).parent / "ray")
+
+
+def add_remote(project: Path, url: str, endpoint: str = "") -> None:
+    """Make it the default remote, as `dvc remote add` and `dvc remote modify` do."""
+    from configobj import ConfigObj
+
+    config = ConfigObj(str(project / ".dvc/config"))
+    config.setdefault("core", {})["remote"] = "storage"
+    config['remote "storage"'] = {"url": url, **({"endpointurl": endpoint} if endpoint else {})}
+    config.write()

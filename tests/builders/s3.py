@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +44,25 @@ class S3Server:
 
     def names(self, prefix: str = "", suffix: str = "") -> list[str]:
         """Names of the objects in the bucket."""
-        pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         return [item["Key"] for page in pages for item in page.get("Contents", []) if item["Key"].endswith(suffix)]
 
     def read(self, key: str) -> bytes:
-        return bytes(self._client().get_object(Bucket=BUCKET, Key=key)["Body"].read())
+        return bytes(self._client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
 
     def write(self, key: str, content: bytes) -> None:
-        self._client().put_object(Bucket=BUCKET, Key=key, Body=content)
+        self._client.put_object(Bucket=BUCKET, Key=key, Body=content)
 
     def revision(self, prefix: str) -> str:
         """What `revision` of a source pins: the sha256 of the list of objects, from the server's own list."""
-        listed = self._client().list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/")["Contents"]
+        listed = self._client.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/")["Contents"]
         lines = [[one["Key"].removeprefix(f"{prefix}/"), one["Size"], one["ETag"].strip('"')] for one in listed]
         return hashlib.sha256("".join(json.dumps(line) + "\n" for line in sorted(lines)).encode()).hexdigest()
 
     def make_bucket(self) -> None:
-        self._client().create_bucket(Bucket=BUCKET)
+        self._client.create_bucket(Bucket=BUCKET)
 
+    @cached_property  # building one reads the description of the service again
     def _client(self) -> Any:
         import boto3
 

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_text
+from dagster_project.core.imports import lean_imports
 from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
 from dagster_project.orchestration import dvc_cache, dvc_remote, dvc_run, integrity
@@ -87,9 +88,10 @@ def connect(address: str) -> tuple[Any, str]:
     # Ray reads the mode when it is imported. Its client lets the other variables override the address that it is given.
     with _environment(RAY_AUTH_MODE="token" if token else None, RAY_API_SERVER_ADDRESS=None, RAY_ADDRESS=None):
         try:
-            from ray.dashboard.utils import get_address_for_submission_client
-            from ray.exceptions import AuthenticationError
-            from ray.job_submission import JobSubmissionClient
+            with lean_imports("rfc3987_syntax"):  # jsonschema, which Ray imports, builds its grammar for a second; Ray does not use it
+                from ray.dashboard.utils import get_address_for_submission_client
+                from ray.exceptions import AuthenticationError
+                from ray.job_submission import JobSubmissionClient
         except ImportError:
             raise InputError(
                 "Ray is not installed", "`pip install 'pedigree-llm[ray]'`, or run the stage here: PEDIGREE_EXECUTION=local"

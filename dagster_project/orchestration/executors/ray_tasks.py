@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from dagster_project.core.errors import PedigreeError
+from dagster_project.core.imports import lean_imports
 from dagster_project.core.workers import AHEAD
 
 A = TypeVar("A")
@@ -26,8 +27,9 @@ class RayTasks:
         self.count = count
 
     def map(self, work: Callable[[S, A], B], shared: S, items: Iterable[A]) -> Iterator[B]:
-        import ray
-        from ray.exceptions import RayError, RayTaskError
+        with lean_imports("rfc3987_syntax"):  # as in ray.py
+            import ray
+            from ray.exceptions import RayError, RayTaskError
 
         if not ray.is_initialized():
             try:
