@@ -72,9 +72,12 @@ else
 	PEDIGREE_HISTORIES=$(or $(HISTORIES),3000) $(BIN)/python tests/test_random_histories.py
 endif
 
-fuzz: $(VENV)/ok ## random and damaged input for every reader, 16,500 cases; SURFACE=histories SEED=3 CASES=200: fewer; CASE=17: one of them; REPLAY=FOLDER: kept cases
+fuzz: $(VENV)/ok ## random and damaged input for every reader, 16,500 cases, then a training killed at each pass and write; SURFACE=histories SEED=3 CASES=200: fewer; CASE=17: one of them; REPLAY=FOLDER: kept cases
 	PYTHONPATH=$(CURDIR)/tests:$(CURDIR) $(BIN)/python -m fuzz $(SURFACE) --seed $(or $(SEED),0) \
 	  $(if $(CASES),--cases $(CASES)) $(if $(CASE),--case $(CASE)) $(if $(REPLAY),--replay $(REPLAY))
+ifeq ($(SURFACE)$(CASES)$(CASE)$(REPLAY),)
+	PEDIGREE_FUZZ=1 $(BIN)/python -m pytest -q --timeout 0 tests/test_privacy.py tests/test_resume.py
+endif
 
 faults: $(VENV)/ok ## break one thing at a time in a small real project (kills, full disks, damaged files, ...) and compare with an undisturbed run; ONLY=kill: one class or case
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m faults --jobs $(or $(JOBS),2) $(if $(ONLY),--only $(ONLY)) $(if $(SHARE),--share $(SHARE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 from builders.tiny_model import make_tiny_model
 from builders.training import exclude_loaded_from_garbage_collection
+from builders.warm_server import WarmServer, active, running_commands, words_of
 from hypothesis import HealthCheck, settings
 
 # the same search each time, on a busy machine, too, so that a run that was green stays green; PEDIGREE_FUZZ=1 searches at random
@@ -35,6 +37,10 @@ os.environ.pop("DAGSTER_HOME", None)  # the home of whoever runs the tests is no
 for _name in ("MAKEFLAGS", "MFLAGS", "VENV", "LOCK", "UV"):  # what `make test-latest` sets is not for `make` in projects of tests
     os.environ.pop(_name, None)
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+gc.set_threshold(
+    50_000, 20, 100
+)  # the default searches the many objects of the libraries so often that it takes a tenth of the time of a test
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -109,6 +115,8 @@ def model(tiny_model: Path) -> Any:
 def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command in a project folder, with the interpreter that runs the tests first on PATH."""
     env = {**os.environ, "DAGSTER_HOME": str(folder / ".dagster"), "PEDIGREE_PROJECT": str(folder), **environment}
+    if words := words_of(arguments):
+        return active[-1].run(words, folder, env)
     return subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=1800, check=False)
 
 
@@ -312,6 +320,22 @@ def finished(_finished: Path, tmp_path: Path) -> Iterator[Path]:
     target = tmp_path / "project"
     shutil.copytree(_finished, target, symlinks=True)
     yield target
+
+
+@pytest.fixture(scope="session")
+def _warm_server(_finished: Path) -> Iterator[WarmServer]:
+    """A process that has loaded what the stages of the finished project load."""
+    server = WarmServer({name for line in (_finished / LOADED).read_text().splitlines() for name in json.loads(line)["modules"]})
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def warm(_warm_server: WarmServer) -> Iterator[None]:
+    """`run`, `dvc` and `pedigree` fork their processes, and those of stages, from one that has loaded the libraries: a fraction of the time. For tests
+    of what commands do in a project whose code is unchanged; how they start, are killed, or share locks is tested with processes that are started."""
+    with running_commands(_warm_server):
+        yield
 
 
 @pytest.fixture(scope="session")

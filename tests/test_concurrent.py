@@ -19,7 +19,7 @@ from builders import small_pipeline
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dvc import read_stages
 
-ROUNDS = 3
+ROUNDS = 2
 BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
 
 
@@ -30,7 +30,7 @@ def by_dvc(root: Path) -> None:
         if done.returncode == 0:
             return
         assert any(sign in done.stderr for sign in BUSY), done.stderr + done.stdout
-        time.sleep(0.2)
+        time.sleep(1)
     raise AssertionError("busy for ever")
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import dvc, edit_params, pedigree, run
 from ruamel.yaml import YAML
 
@@ -28,6 +29,7 @@ def stages_that_changed(project: Path) -> set[str]:
     return {*json.loads(dvc(project, "status", "--json").stdout)}
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_merged_variant_is_a_variant_like_any_other(finished: Path) -> None:
     assert stages_that_changed(finished) == set()
     edit_params(finished, add_variants)

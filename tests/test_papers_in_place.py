@@ -34,6 +34,8 @@ from dagster_project.orchestration import integrity
 from dagster_project.orchestration.dvc import outputs
 from dagster_project.orchestration.erasure.steps import Erasure
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 ISSUED = ("--issued", "2026-01-31")
 RELEASE = "data/release"
 

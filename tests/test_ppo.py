@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.training import exclude_loaded_from_garbage_collection, run_in_child
+from builders.training import ready_to_fork, run_in_child
 from conftest import ROOT
 
 from dagster_project.core.errors import InputError
@@ -519,7 +519,7 @@ def main() -> None:
     folder, tiny_model = Path(sys.argv[1]), Path(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     launching.START_METHOD = "fork"
-    exclude_loaded_from_garbage_collection()
+    ready_to_fork()
     asked = 0
 
     def killing(rows: Sequence[int], texts: Sequence[str], _: Any) -> list[float]:

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from builders.processes import at_pass, group, printed, tune
-from builders.training import LORA, exclude_loaded_from_garbage_collection, make_data, output_files, run_in_child
+from builders.training import LORA, make_data, output_files, ready_to_fork, run_in_child
 from conftest import ROOT, edit_params
 
 from dagster_project.core.errors import InputError, PedigreeError
@@ -69,7 +69,7 @@ def main() -> None:
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     launching.START_METHOD = "fork"
-    exclude_loaded_from_garbage_collection()
+    ready_to_fork()
     distributed.BUCKET = 300  # so that gradients take several
 
     def everybody_is_asked_to_stop() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from builders.processes import at_pass, group, printed, tune
-from builders.training import LORA, exclude_loaded_from_garbage_collection, make_data, output_files, run_in_child
+from builders.training import LORA, make_data, output_files, ready_to_fork, run_in_child
 from conftest import ROOT
 
 from dagster_project.core.errors import InputError, PedigreeError
@@ -53,7 +53,7 @@ def main() -> None:
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     launching.START_METHOD = "fork"
-    exclude_loaded_from_garbage_collection()
+    ready_to_fork()
 
     def the_launcher_is_killed() -> None:
         group()[0].kill()

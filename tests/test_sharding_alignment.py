@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from builders.preferences import PREFERENCE_SCHEMA, preference_row
 from builders.processes import at_pass, group, printed
-from builders.training import exclude_loaded_from_garbage_collection, output_files, run_in_child
+from builders.training import output_files, ready_to_fork, run_in_child
 from conftest import ROOT
 
 from dagster_project.core.errors import InputError, PedigreeError
@@ -138,7 +138,7 @@ def main() -> None:
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     launching.START_METHOD = "fork"
-    exclude_loaded_from_garbage_collection()
+    ready_to_fork()
     found: dict[str, list[int]] = {}
     for name, count, recipe, arrange in runs():
 

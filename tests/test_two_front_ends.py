@@ -420,7 +420,7 @@ def test_every_operation_once_with_both_front_ends() -> None:
 
 TestTwoFrontEnds = TwoFrontEnds.TestCase
 TestTwoFrontEnds.settings = settings(
-    max_examples=3, stateful_step_count=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+    max_examples=2, stateful_step_count=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,10 @@ def test_only_methods_that_learn_from_its_scores_need_it(new: Path, entry: dict[
 
 
 @pytest.mark.timeout(1800)
-def test_the_pipeline_runs_to_a_release_and_nobody_is_said_to_have_watched(project: Path) -> None:
+@pytest.mark.usefixtures("warm")
+def test_the_pipeline_runs_to_a_release_and_nobody_is_said_to_have_watched(project: Path, _finished: Path) -> None:
+    """DVC restores the stages before the alignment, which are those of the finished project."""
+    shutil.copytree(_finished / ".dvc/cache", project / ".dvc/cache")
     edit_params(project, without_section)
     without_stage(project)
     stray = project / "data/reward_model"  # of an earlier pipeline: nothing records it, so nothing reads it

@@ -7,8 +7,17 @@ import json
 import os
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from dagster_project.training.trainers.harness import checkpoint
+
+PACKAGE = Path(checkpoint.__file__).parents[3]
+_code_of = checkpoint.code_of
+_code_of_package = cache(_code_of)
+# parsing the code that identifies a run takes a third of the time of a small training; this working tree does not change while tests run
+checkpoint.code_of = lambda module, root: _code_of_package(module, root) if root == PACKAGE else _code_of(module, root)
 
 LORA: dict[str, Any] = {
     "method": "lora",
@@ -73,6 +82,13 @@ def exclude_loaded_from_garbage_collection() -> None:
     """Exclude what loaded libraries hold, here and in forked children: each training ends with full collections, which take 0.3 s with them."""
     gc.collect()
     gc.freeze()
+
+
+def ready_to_fork() -> None:
+    """Do here, once, what each forked training would do: parse the code that identifies it, and skip the libraries in garbage collection."""
+    for module in ("stages/adapter.py", "stages/reward_model.py", "stages/aligned.py", "training/trainers/sft/fit.py"):
+        assert checkpoint.code_of(PACKAGE / module, PACKAGE)
+    exclude_loaded_from_garbage_collection()
 
 
 def start_child(work: Callable[[], None], log: Path) -> int:

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from builders.warm import end
+
 from faults import dagster_runs, damage, kills, limits, network, project, times, trainings
 from faults.case import Case, Result, result_of
-from faults.warm import end
 
 CLASSES: dict[str, Callable[[project.Projects, bool], Iterator[Case]]] = {
     "kill": kills.cases, "damage": damage.cases, **limits.CLASSES, **times.CLASSES, **network.CLASSES, **dagster_runs.CLASSES,

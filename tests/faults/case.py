@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults import project, warm
-from faults.warm import Command, Fault, Outcome
+from builders import warm
+from builders.warm import Command, Fault, Outcome
+
+from faults import project
 
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^\s+File \".*\", line \d+|unexpected error(?! - \[Errno)", re.MULTILINE)
 DAGSTER_FAILURE = re.compile(r"^dagster\._core\.definitions\.events\.Failure: (?s:.*?)(?=^\d{4}-\d\d-\d\d |\Z)", re.MULTILINE)

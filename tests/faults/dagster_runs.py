@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+from builders.warm import Outcome
 
 from faults import project
 from faults.case import Case, Play, Violation
 from faults.kills import Calls, wait_for_group
-from faults.warm import Outcome
 
 MOMENTS = 6
 SCRATCH = Path(".dvc/tmp/pedigree/scratch")

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from faults import project, warm
+from builders import warm
+from builders.warm import Fault
+
+from faults import project
 from faults.case import KILLED, Case, Play, Violation
-from faults.warm import Fault
 
 EVENTS = {"os.rename": "rename", "os.remove": "remove", "os.rmdir": "rmdir", "os.mkdir": "mkdir", "os.link": "link", "os.symlink": "symlink",
           "os.truncate": "truncate", "shutil.copyfile": "copy"}  # fmt: skip

@@ -22,10 +22,10 @@ from builders.ballots import make_answered_project
 from builders.hub import NAME, OLD, hub_with_pairs, serving
 from builders.s3 import BUCKET, s3_server
 from builders.servers import free_port
+from builders.warm import Outcome
 
 from faults import project
 from faults.case import Case, Play, Violation
-from faults.warm import Outcome
 
 HTML = b"<html>log in</html>"
 ANSWERS = {

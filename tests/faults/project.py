@@ -13,12 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from builders import warm
 from builders.tiny_model import make_tiny_model
 from dvc.utils import dict_sha256
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-
-from faults import warm
 
 STAGES = ("base_model", "raw_examples", "instructions", "splits", "tokenized")
 SOURCE = Path(__file__).resolve().parents[2] / "data/sources/replies_messages.jsonl"

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.warm import Outcome, Place
 from conftest import ROOT
 
 from faults.__main__ import CLASSES, table
 from faults.case import Play, Result, Violation
 from faults.project import differences
-from faults.warm import Outcome, Place
 
 pytestmark = pytest.mark.faults
 

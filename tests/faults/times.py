@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from builders.warm import Outcome
+
 from faults import project
 from faults.case import Case, Play, Violation
 from faults.kills import earlier
-from faults.warm import Outcome
 
 OFFSETS = {"10-years-back": "-3650d", "2-days-back": "-2d", "2-days-forward": "+2d", "10-years-forward": "+3650d"}
 MOMENTS = {"1970": 1.0, "2001": 1e9, "tomorrow": 86400.0, "2099": 4.07e9}

@@ -9,10 +9,11 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from builders import warm
 from builders.processes import at_pass
 from ruamel.yaml import YAML
 
-from faults import project, warm
+from faults import project
 from faults.case import Case, Play, Violation
 from faults.kills import Calls
 

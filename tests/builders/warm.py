@@ -147,21 +147,21 @@ def _in_child(
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
     os.environ.update({**place.environment(), **environment})
-    _forget_temporary_folder()
+    forget_temporary_folder()
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    _fork_instead_of_starting(in_stage)
+    fork_instead_of_starting(in_stage)
     if fault is not None:
         fault()
-    return _main(words)
+    return main_of(words)
 
 
-def _forget_temporary_folder() -> None:
+def forget_temporary_folder() -> None:
     import tempfile
 
     tempfile.tempdir = None
 
 
-def _main(words: Sequence[str]) -> int:
+def main_of(words: Sequence[str]) -> int:
     sys.argv = [*words]
     logging.getLogger("pedigree").handlers.clear()  # of the process that this one was forked from
     if words[0] == "dvc":
@@ -225,7 +225,7 @@ class ForkedStage:
         os.environ.update(env)
         if in_stage is not None:
             in_stage()
-        return _main(["pedigree", *words[3:]])
+        return main_of(["pedigree", *words[3:]])
 
     def communicate(self) -> tuple[None, None]:
         while self.returncode is None:
@@ -234,7 +234,7 @@ class ForkedStage:
         return None, None
 
 
-def _fork_instead_of_starting(in_stage: Fault | None) -> None:
+def fork_instead_of_starting(in_stage: Fault | None) -> None:
     import dvc.stage.run as module
 
     class Subprocess:
