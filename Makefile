@@ -29,9 +29,9 @@ test: $(VENV)/ok ## run all tests, three at a time: tests also wait (JOBS=N: N a
 	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder -m "not cluster and not projects"
 	$(BIN)/python -m pytest -q tests/test_ray.py tests/test_ray_train.py
 
-test-projects: $(VENV)/ok ## make a project with the installed wheel from each layout of a file and each recipe of examples/, and run it; prints a table
+test-projects: $(VENV)/ok ## make a project with the installed wheel from each layout of a file and each recipe of examples/, and run it; prints a table. Runs the whole pipeline on Ray
 	@$(MAKE) --no-print-directory setup-dvc
-	$(BIN)/python -m pytest -q tests/test_projects.py
+	$(BIN)/python -m pytest -q tests/test_projects.py tests/test_ray_pipeline.py
 
 test-latest: $(or $(UV),build/uv/bin/uv) ## run all tests with the newest versions that pyproject.toml allows, in an environment of their own
 	@$(MAKE) --no-print-directory VENV=.venv-latest LOCK= UV=$(abspath $<) test

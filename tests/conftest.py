@@ -175,7 +175,6 @@ FIRST = (
     "test_merged_variant",
     "test_machine",  # makes the finished project; files that need it follow when it exists
     "test_front_ends",
-    "test_ray_pipeline",
     "test_processes",
     "test_resume",
     "test_sharding",

@@ -1,6 +1,6 @@
 """The whole pipeline on Ray: every stage is a job on a node that shares no folder with the project, and dvc.lock is that of a local run.
 
-It has no mark `cluster`: `make test` runs it at the same time as files that start no cluster, because it only computes, and waits for nothing.
+It takes about nine minutes of processor time, so `make test-projects` runs it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dagster_project.core.layout import measured_path
 from dagster_project.orchestration.executors.ray import PROJECT, STAGE, _project_id
 from dagster_project.pipeline import STAGES
 
+pytestmark = pytest.mark.projects
 for needed in ("ray", "moto", "dvc_s3"):
     if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
         pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)

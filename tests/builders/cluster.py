@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on loopback, with token authentication. All of its processes end with `stop`."""
+"""A Ray cluster of two nodes on this machine, with token authentication. All of its processes end with `stop`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ COMMANDS: dict[str, list[str]] = {
 
 @dataclass
 class Cluster:
-    """Two nodes, started by the commands of deploy/compose.yaml, but on loopback, on free ports and with one CPU each: the head has the resource
+    """Two nodes, started by the commands of deploy/compose.yaml, but on free ports and with one CPU each: the head has the resource
     `first`, the other one `second`."""
 
     folder: Path
