@@ -372,7 +372,7 @@ def whole(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_training_saves_a_checkpoint_and_logs_its_step(trainer: Trainer, whole: Path, number: signal.Signals) -> None:
-    """The signal comes in the third of eight steps."""
+    """The signal comes after the first of eight steps, and before the end of the third."""
     folder, name = whole, f"stopped by {number.name}"
     live, gate = folder / "live" / name, folder / f"{name}.gate"
     log = folder / f"{name}.log"

@@ -1,4 +1,4 @@
-"""Runs one stage by DVC, in this process, and tells a stage command how it was started."""
+"""Runs one stage by DVC, in this process. The environment of stage commands, and whether DVC was asked to run a stage even if nothing changed."""
 
 from __future__ import annotations
 

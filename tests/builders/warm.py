@@ -194,6 +194,8 @@ def end(function: Callable[..., int], *arguments: Any) -> NoReturn:
         code = function(*arguments)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:  # noqa: BLE001  as an interpreter that ends
         traceback.print_exc()
     with suppress(BaseException):

@@ -1,5 +1,6 @@
 """`pedigree ...` and `dvc ...` for tests that are not about how a process starts: the libraries are loaded once, and each command is a real process,
-forked from the one that has loaded them (tests/builders/warm.py). The code is that of this working tree, whatever code the project holds.
+forked from the one that has loaded them (tests/builders/warm.py). The code is that of this working tree, whatever code the project holds. All commands
+have one seed of hashes of strings, so they iterate over sets in one order.
 
 As a module it is the process that has loaded them.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,8 @@ from builders.training import exit_code, ready_to_fork
 
 TESTS = Path(__file__).resolve().parents[1]
 PROGRAMS = {"dagster_project": "pedigree", "dvc": "dvc"}
+READ_ONCE = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "GOMP_", "MKL_", "PYTHONHASHSEED", "PYTHONUTF8")
+"""Variables, by how they begin, that Python and the libraries read only when they start or are imported."""
 
 active: list[WarmServer] = []
 """The server that runs commands now, if any."""
@@ -31,9 +35,14 @@ class WarmServer:
     def __init__(self, modules: Iterable[str]) -> None:
         self.modules = sorted(modules)
         self.process: subprocess.Popen[str] | None = None
+        self.read: dict[str, str] = {}
+        """Variables that its process has read, or will read, once."""
 
     def run(self, words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-        """Run a command in a folder, and wait for it."""
+        """Run a command in a folder, and wait for it. The libraries are loaded again if variables differ that they read only then."""
+        if self.read != (read := _read_once(environment)):
+            self.end()
+            self.read = read
         process = self.process = self.process or self._started()
         assert process.stdout
         with tempfile.TemporaryDirectory() as scratch:
@@ -48,16 +57,22 @@ class WarmServer:
 
     def end(self) -> None:
         if self.process is not None:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)  # also a command that still runs, and its stages
             self.process.wait()
             self.process = None
 
     def _started(self) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+        environment = {**os.environ, **self.read, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
         command = [sys.executable, "-P", "-m", "builders.warm_server"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
         _send(process, self.modules)
         return process
+
+
+def _read_once(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(READ_ONCE)}
 
 
 def _send(process: subprocess.Popen[str], document: object) -> None:

@@ -1,0 +1,63 @@
+"""The fixture `warm`: a command that is forked has the folder, output, exit code and environment of one that is started, and leaves nothing for the next."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from builders.warm_server import WarmServer, running_commands
+from conftest import run
+
+VERSION = ["python", "-m", "dvc", "version"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[WarmServer]:
+    server = WarmServer([])
+    yield server
+    server.end()
+
+
+def test_a_forked_command_gives_what_a_started_one_gives(server: WarmServer, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"instruction": "a", "output": ""}]')
+    for words in (["check", "rows.json", "--json"], ["check", "none.json"], ["check"], ["--help"]):
+        command = [sys.executable, "-m", "dagster_project", *words]
+        started = run(command, tmp_path)
+        for _ in range(2):
+            with running_commands(server):
+                forked = run(command, tmp_path)
+            assert (forked.returncode, forked.stdout, forked.stderr) == (started.returncode, started.stdout, started.stderr), words
+
+
+def test_libraries_are_loaded_again_for_a_command_with_other_variables_that_they_read_when_they_load(
+    server: WarmServer, tmp_path: Path
+) -> None:
+    with running_commands(server):
+        assert run(VERSION, tmp_path).returncode == 0 and server.process
+        first = server.process
+        assert run(VERSION, tmp_path, TMPDIR=str(tmp_path)).returncode == 0 and server.process is first
+        assert run(VERSION, tmp_path, HF_HOME=str(tmp_path)).returncode == 0 and server.process is not first
+        assert psutil.Process(server.process.pid).environ()["HF_HOME"] == str(tmp_path) and first.returncode == -signal.SIGKILL
+
+
+def test_a_killed_command_has_the_signal_as_its_exit_code_and_the_next_one_runs(server: WarmServer, tmp_path: Path) -> None:
+    def kill() -> None:
+        assert server.process
+        until = time.monotonic() + 60
+        while not (found := psutil.Process(server.process.pid).children()) and time.monotonic() < until:
+            time.sleep(0.001)
+        found[0].kill()
+
+    with running_commands(server):
+        assert run(VERSION, tmp_path).returncode == 0
+        killer = threading.Thread(target=kill)
+        killer.start()
+        assert run(VERSION, tmp_path).returncode == -signal.SIGKILL
+        killer.join()
+        assert run(VERSION, tmp_path).returncode == 0
