@@ -27,6 +27,12 @@ from dagster_project.training.trainers.merging.merge import CHECK, merge_adapter
 MERGED = {"merge_of": {"a": 0.6, "b": 0.4}}
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the root of a clone, where data/base_model, which the adapters of the tests name, is another model once the pipeline has run."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the outputs of all adapters."""

@@ -63,7 +63,7 @@ def upload(bucket: S3Server, prefix: str, folder: Path) -> str:
 
 def digest(bucket: S3Server, prefix: str, *suffixes: str) -> str:
     """The revision of a prefix, from the server's own list. `suffixes`: types of the files that are read."""
-    listed = bucket._client().list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/")["Contents"]
+    listed = bucket._client.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/")["Contents"]
     lines = [[one["Key"].removeprefix(f"{prefix}/"), one["Size"], one["ETag"].strip('"')] for one in listed]
     text = "".join(json.dumps(line) + "\n" for line in sorted(lines) if line[0].endswith(suffixes or ""))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -152,7 +152,7 @@ def changed(tmp_path: Path, bucket: S3Server, prefix: str) -> tuple[dict[str, st
     report = read(tmp_path, "before", source).document()
     bucket.write(f"{prefix}/a.jsonl", b'{"prompt": "Hi", "completion": "Ho"}\n')
     bucket.write(f"{prefix}/d.jsonl", b'{"prompt": "Hi", "completion": "Ho"}\n')
-    bucket._client().delete_object(Bucket=BUCKET, Key=f"{prefix}/b.jsonl")
+    bucket._client.delete_object(Bucket=BUCKET, Key=f"{prefix}/b.jsonl")
     return source, report
 
 

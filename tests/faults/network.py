@@ -187,7 +187,7 @@ def _s3(kind: str) -> Callable[[Play], None]:
 def _revision(at_work: Play, server: Any, address: str) -> str:
     import hashlib
 
-    listed = server._client().list_objects_v2(Bucket=BUCKET, Prefix="rows/")["Contents"]
+    listed = server._client.list_objects_v2(Bucket=BUCKET, Prefix="rows/")["Contents"]
     lines = [[one["Key"].removeprefix("rows/"), one["Size"], one["ETag"].strip('"')] for one in listed]
     return hashlib.sha256("".join(json.dumps(line) + "\n" for line in sorted(lines)).encode()).hexdigest()
 
