@@ -374,6 +374,8 @@ def main() -> int:
     parser.add_argument("--interrupted", action="store_true", help="use the newest checkpoint of a training that was interrupted")
     parser.add_argument("--as-trained", action="store_true", help="ask the adapter of the project itself, in which nothing was planted")
     options = parser.parse_args()
+    if options.as_trained and options.seeds != 1:
+        parser.error("--as-trained asks one adapter the questions of one seed: leave --seeds out")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pedigree").setLevel(logging.INFO)
     from dagster_project.core.records import write_json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dagster_project.commands.why import _verdict_lines
 from dagster_project.lineage.attribution import calibration
 from dagster_project.lineage.attribution.calibration import ALPHA, Calibration, asked_parts, parts_of
 
@@ -78,6 +79,12 @@ def test_of_questions_that_are_drawn_alike_a_share_of_alpha_stands_out() -> None
         clear.append(Calibration(scores[1:], np.arange(40)).p_value(scores[0]) <= ALPHA)
     # the excess of the asked question is beyond one question more than that of the others, so it is a little smaller
     assert 0.04 < np.mean(clear) < ALPHA + 0.03
+
+
+def test_a_p_value_that_is_just_above_the_limit_is_not_shown_as_the_limit() -> None:
+    distribution = {"stands_out": False, "first": 0.5, "z_of_first": 7.0, "z_of_tenth": 3.0}
+    [verdict, _] = _verdict_lines(distribution | {"compared": {"questions": 96, "excess": 0.1, "p": round(10 / 97, 4)}}, 427)
+    assert verdict.startswith("nothing stands out") and "p 0.103 (records stand out up to 0.1)" in verdict
 
 
 def test_parts_of_the_same_answer_do_not_hide_each_other() -> None:

@@ -127,7 +127,7 @@ def test_a_question_is_compared_with_those_of_the_validation_split(root: Path, c
     assert compared["questions"] == 24 and found["distribution"]["stands_out"] == (compared["p"] <= 0.1)
     assert not any("which is often wrong" in note for note in found["notes"]) and "24 questions of the validation split" in page.read_text()
     assert why(root, *QUESTION) == 0
-    assert f"p {compared['p']:.2f}" in capsys.readouterr().out
+    assert f"p {compared['p']:.3f} (" in capsys.readouterr().out
 
     # the same scores, each question asked alone: of the part as a span of its answer, at the model
     target = why_model.target(root, MODEL)

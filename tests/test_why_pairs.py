@@ -202,6 +202,8 @@ def test_a_question_about_a_model_of_pairs_ranks_pairs(
     note = "preference pairs; what data/merged/lora was trained on before is not ranked: ask it" if "@" in model else "preference pairs"
     assert document["notes"][-2] == f"the records are {note}", "nothing before the base model can be asked"
     assert "--prove" not in document["notes"][-1], "it is refused for pairs"
+    [judged] = [one for one in document["notes"] if "which is often wrong" in one]
+    assert "models of preference pairs" in judged and "--index" not in judged, "it would not help"
     [listed] = [one for one in stores_of(root, find(Index(root), model)) if one["stage"] == model]
     assert (listed["records"], listed["of"]) == (12, 12), "audit lists the store"
     assert why(root, *asked, "--json") == 0 and "index" not in json.loads(capsys.readouterr().out)

@@ -39,6 +39,10 @@ UNCALIBRATED = (
     f"whether a record stands out is judged by its distance from the others alone, which is often wrong: {why_calibration.VALIDATION} has too few"
     " questions to compare with, or --index did not compute them"
 )
+UNCALIBRATED_PAIRS = (
+    "whether a record stands out is judged by its distance from the others alone, which is often wrong: models of preference pairs are not compared with"
+    " questions of the validation split"
+)
 CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record"
 
 
@@ -98,7 +102,7 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
         "records": len(found.records),
         "distribution": _distribution(ranking, known),
         "hits": _hits(found, ranking, texts, options.top),
-        "notes": [*notes, *([] if known else [UNCALIBRATED]), *_about(found)],
+        "notes": [*notes, *([] if known else [UNCALIBRATED_PAIRS if isinstance(found, PairTarget) else UNCALIBRATED]), *_about(found)],
     }
     return document, found, asked
 
@@ -321,7 +325,7 @@ def _verdict_lines(spread: Mapping[str, Any], records: int) -> list[str]:
         return [f"{verdict}: {scores} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the tenth)"]
     return [
         f"{verdict}: scores are above those that the records have with {compared['questions']} questions of the validation split by {compared['excess']:.2f},"
-        f" p {compared['p']:.2f} (records stand out up to {ALPHA:g})",
+        f" p {compared['p']:.3f} (records stand out up to {ALPHA:g})",
         scores,
     ]
 

@@ -37,7 +37,7 @@ def why_page(document: Mapping[str, Any]) -> str:
         ),
     ]
     if compared := spread["compared"]:
-        figures[-1] = ("p-value", f"{compared['p']:.2f}", f"by {number(compared['questions'])} questions of the validation split")
+        figures[-1] = ("p-value", f"{compared['p']:.3f}", f"by {number(compared['questions'])} questions of the validation split")
     return render(
         "why.jinja", f"Why did {document['model']['stage']} say that?", sections, stage=document["model"]["stage"],
         md5=document["model"]["md5"], asked=asked, figures=figures, stands_out=spread["stands_out"], compared=spread["compared"],
