@@ -31,6 +31,7 @@ from builders.training import (
     start_child,
     train_adapter,
 )  # fmt: skip
+from builders.training_pipeline import wait_at_pass
 
 from dagster_project.core.errors import PedigreeError
 
@@ -55,23 +56,6 @@ def kill_at_pass(number: int) -> None:
         if done == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return found
-
-    Trainer.training_step = step
-
-
-def wait_at_pass(number: int, gate: Path) -> None:
-    """Arrange for a forward and backward pass, counted from 1, that begins when a file exists."""
-    from transformers import Trainer
-
-    whole, begun = Trainer.training_step, 0
-
-    def step(*arguments: Any, **named: Any) -> Any:
-        nonlocal begun
-        begun += 1
-        until = time.monotonic() + 300
-        while begun == number and not gate.exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        return whole(*arguments, **named)
 
     Trainer.training_step = step
 

@@ -26,7 +26,8 @@ def adapter(ctx: StageContext) -> Report:
 
     held = ctx.root / "hold.json"
     if held.is_file():
-        _hold(**json.loads(held.read_text()))
+        waits = json.loads(held.read_text())
+        wait_at_pass(waits["before"], Path(waits["gate"]))
     values = stage.Params(**ctx.values["variants"][ctx.variant])
     if values.command is not None:
         return _by_command(ctx, values)
@@ -47,18 +48,18 @@ def _by_command(ctx: StageContext, values: Any) -> Report:
     return train_by_command(str(ctx.variant), values, Compute(threads=1, dtype="float32"), folders)
 
 
-def _hold(before: int, gate: str) -> None:
-    """Let a training wait before its n-th forward pass, counted from 1, until the test has made a file."""
+def wait_at_pass(number: int, gate: Path) -> None:
+    """Arrange for a forward and backward pass of this process, counted from 1, that begins when a file exists, or after five minutes."""
     from transformers import Trainer
 
-    whole, passes = Trainer.training_step, 0
+    whole, begun = Trainer.training_step, 0
 
     def step(*arguments: Any, **named: Any) -> Any:
-        nonlocal passes
-        passes += 1
+        nonlocal begun
+        begun += 1
         until = time.monotonic() + 300
-        while passes == before and not Path(gate).exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        while begun == number and not gate.exists() and time.monotonic() < until:
+            time.sleep(0.01)
         return whole(*arguments, **named)
 
     Trainer.training_step = step
