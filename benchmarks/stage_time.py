@@ -69,7 +69,9 @@ def column(frames: list[Frame]) -> str:
     if any(IMPORTING in file for _, file in frames):
         return "start"
     inside = next((number for number, (name, file) in enumerate(frames) if name == "run" and file.startswith(STAGES)), None)
-    names = [name for name, file in frames[inside or 0 :] if not file.startswith(("dagster_project/__main__", "<frozen"))]
+    names = [
+        name for name, file in frames[inside or 0 :] if not file.startswith(("dagster_project/__main__", "dagster_project/cli/", "<frozen"))
+    ]
     if inside is None and ("sha256_of" in names and "_verified_inputs" not in names):
         return "writing"  # the guard's hash of the output
     for name in names:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from dagster_project.__main__ import main, parser
+from dagster_project.__main__ import main
+from dagster_project.cli.parser import parser
 from dagster_project.core.context import Documents
 from dagster_project.core.records import write_json, write_records
 from dagster_project.evaluation.comparison import FEWEST, advice, board, headline, recommended

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dagster_project import __main__ as command_line
+from dagster_project.__main__ import main
+from dagster_project.cli.output import print_result
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.history import files_at
 from dagster_project.lineage.lineage import audit
@@ -80,7 +81,7 @@ HOSTILE = "a\x1b]52;c;eA==\x07b\x9b2Jc\u202ed\r"
 @pytest.mark.parametrize("as_json", [False, True])
 def test_no_control_character_of_the_data_reaches_the_terminal(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
     document = {"name": HOSTILE, HOSTILE: ["keeps\nlines\tand tabs", "ä"]}
-    command_line._print(argparse.Namespace(json=as_json), document, lambda found: f"{found['name']}\n{found[HOSTILE][1]}")
+    print_result(argparse.Namespace(json=as_json), document, lambda found: f"{found['name']}\n{found[HOSTILE][1]}")
     out = capsys.readouterr().out
     assert not set(out) & set("\x1b\x07\x9b\u202e\r") and "ä" in out
     if as_json:
@@ -91,6 +92,6 @@ def test_no_control_character_of_the_data_reaches_the_terminal(as_json: bool, ca
 
 def test_a_command_prints_the_names_of_a_project_without_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
-    assert command_line.main(["run", "--project", str(tmp_path), f"adapter@{HOSTILE}"]) == 2
+    assert main(["run", "--project", str(tmp_path), f"adapter@{HOSTILE}"]) == 2
     said = "".join(capsys.readouterr())
     assert not set(said) & set("\x1b\x07\x9b\u202e\r"), said

@@ -516,7 +516,7 @@ def test_a_plan_for_a_model_loads_no_library_that_it_does_not_need(config: Any) 
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; from dagster_project.__main__ import parser; parser().format_help(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from dagster_project.cli.parser import parser; parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -17,7 +17,7 @@ from conftest import ROOT, run
 from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
-from dagster_project.__main__ import parser
+from dagster_project.cli.parser import parser
 
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

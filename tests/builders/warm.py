@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PRELOAD = ["dvc.cli", "dvc.commands.repro", "dvc.commands.status", "dvc.commands.checkout", "dvc.repo.reproduce", "dvc.repo.status", "dvc.stage.run",
-           "dagster", "dagster_project.__main__", "dagster_project.orchestration.dagster.sync", "dagster_project.orchestration.run_stage", "dagster_project.stages"]  # fmt: skip
+           "dagster", "dagster_project.__main__", "dagster_project.cli.parser", "dagster_project.orchestration.dagster.sync", "dagster_project.orchestration.run_stage", "dagster_project.stages"]  # fmt: skip
 CPU_SECONDS = 120
 """CPU time after which a command counts as hanging."""
 SECONDS = 600

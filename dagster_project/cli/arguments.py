@@ -1,0 +1,42 @@
+"""What the arguments of commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError
+
+
+def add_command(commands: Any, function: Any, name: str = "") -> argparse.ArgumentParser:
+    """Add a command; its help is the docstring of its function."""
+    command = commands.add_parser(name or function.__name__, help=function.__doc__, description=function.__doc__)
+    command.set_defaults(function=function)
+    command.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
+    command.add_argument("--project", default=".", metavar="FOLDER", help="folder of the project (default: the current folder)")
+    return command
+
+
+def project(options: argparse.Namespace) -> Path:
+    from dagster_project.orchestration.special_files import refuse_special_files
+
+    root = Path(options.project).resolve()
+    refuse_special_files(root)
+    if not (root / "dvc.yaml").is_file():
+        raise InputError(f"no dvc.yaml in {root}", "run the command from the project's folder, or give --project FOLDER")
+    return root
+
+
+def count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date such as 2026-01-31") from None

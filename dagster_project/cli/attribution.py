@@ -1,0 +1,160 @@
+"""Which records an answer of a model is from: why, bisect."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from dagster_project.cli.arguments import add_command, count, project
+from dagster_project.cli.output import HTML, print_result, require_suffix, write
+from dagster_project.core.errors import InputError
+from dagster_project.core.imports import lean_imports
+
+log = logging.getLogger("pedigree")
+
+
+def why(options: argparse.Namespace) -> int:
+    """Rank the training records of a model by their likeness to a question and its answer, or list those that fit the others the least."""
+    if options.diff:
+        return _why_diff(options)
+    if not options.model:
+        raise InputError("why: no MODEL given", "name a model, or two with --diff")
+    if options.suspects:
+        return _suspects(options)
+    if options.prompt is None:
+        return _index_gradients(options)
+    with lean_imports():
+        from dagster_project.commands import why as module
+        from dagster_project.commands.why_question import Options
+
+    if options.html:
+        require_suffix("--html", options.html, HTML)
+    asked = Options(options.prompt, options.answer, options.span, options.system, options.top)
+    document = module.answer_why(project(options), options.model, asked, options.index, options.draws if options.prove else None)
+    if options.html:
+        from dagster_project.views.why import why_page
+
+        _write_page(options, why_page(document))
+    print_result(options, document, module.as_text)
+    return 1 if options.prove and not document["proof"]["supported"] else 0
+
+
+QUESTION = ("prompt", "answer", "span", "system")
+"""Options of `why` that belong to a question."""
+
+
+def _index_gradients(options: argparse.Namespace) -> int:
+    """Compute the gradients of a model alone."""
+    from dagster_project.commands import why as module
+
+    given = [name for name in (*QUESTION, "html") if getattr(options, name) is not None]
+    if not options.index or given or options.prove:
+        raise InputError("why: --prompt is required" + (f" with --{given[0]}" if given else ""), "see `pedigree why --help`")
+    print_result(options, module.index(project(options), options.model), module.as_text)
+    return 0
+
+
+def _suspects(options: argparse.Namespace) -> int:
+    """List the records whose gradients fit those of the others the least, and write them as a review queue."""
+    from dagster_project.commands import why_suspects as module
+
+    if given := [name for name in (*QUESTION, "prove") if getattr(options, name)]:
+        raise InputError(f"why: --suspects is about all records: not with --{given[0]}", "leave it out")
+    if options.html:
+        require_suffix("--html", options.html, HTML)
+    document = module.suspects(project(options), options.model, options.top, options.index)
+    if options.html:
+        from dagster_project.views.suspects import suspects_page
+
+        _write_page(options, suspects_page(document))
+    print_result(options, document, module.as_text)
+    return 0
+
+
+def _why_diff(options: argparse.Namespace) -> int:
+    """Rank the records of the difference between two versions of a model for each answer that changed."""
+    from dagster_project.commands import why_diff as module
+
+    if given := [name for name in (*QUESTION, "prove", "index", "suspects") if getattr(options, name)]:
+        raise InputError(f"why: --diff compares recorded answers: not with --{given[0]}", "leave it out")
+    if options.model:
+        raise InputError(f"why: --diff names both models: not with {options.model}", "leave it out")
+    if options.html:
+        require_suffix("--html", options.html, HTML)
+    before, after = options.diff
+    document = module.answer_diff(project(options), before, after, options.top)
+    if options.html:
+        from dagster_project.views.why_diff import why_diff_page
+
+        _write_page(options, why_diff_page(document))
+    print_result(options, document, module.as_text)
+    return 0
+
+
+def _add_why(commands: Any) -> None:
+    add = add_command(commands, why).add_argument
+    add("model", nargs="?", metavar="MODEL", help="adapter@VARIANT, merged@VARIANT, release, ... as for `audit`")
+    add(
+        "--diff",
+        nargs=2,
+        metavar=("A", "B"),
+        help="instead: for answers in which two versions differ, each as MODEL or REV:MODEL, the records of their difference",
+    )
+    add("--index", action="store_true", help="compute the gradients of all its training records, which questions need, once per training")
+    add("--suspects", action="store_true", help="list records whose gradients fit those of the others the least, as a review queue")
+    add("--prompt", metavar="TEXT", help="the question")
+    add("--answer", metavar="TEXT", help="the answer to explain (default: the model's own most likely answer)")
+    add("--span", metavar="TEXT", help="only this part of the answer, wherever it occurs in it (default: the whole answer)")
+    add("--system", metavar="TEXT", help="system prompt; '' for none (default: that of the training records, if all have the same)")
+    add(
+        "--top",
+        type=count,
+        default=10,
+        metavar="N",
+        help="records to show, or to queue, and to leave out with --prove (default: %(default)s)",
+    )
+    add("--prove", action="store_true", help="train again without these records, and without as many random ones, and compare")
+    add("--draws", type=count, default=3, metavar="N", help="with --prove: sets of random records (default: %(default)s)")
+    add("--html", metavar="FILE.html", help="also write one self-contained page")
+
+
+def bisect(options: argparse.Namespace) -> int:
+    """Find the first commit whose model no longer gives an expected answer, by binary search, and the rows of that commit that are most like it."""
+    from dagster_project.commands import bisect as module
+
+    if options.html:
+        require_suffix("--html", options.html, HTML)
+    asked = module.Asked(options.prompt, options.expect, options.system)
+    document = module.bisect(project(options), options.model, asked, options.good, options.bad, options.train, options.top)
+    if options.html:
+        from dagster_project.views.bisect import bisect_page
+
+        _write_page(options, bisect_page(document))
+        document["page"] = options.html
+    print_result(options, document, module.as_text)
+    return 0 if document["verdict"] == "found" else 1
+
+
+def _add_bisect(commands: Any) -> None:
+    add = add_command(commands, bisect).add_argument
+    add("model", metavar="MODEL", help="adapter@VARIANT, merged@VARIANT, release, ... as for `why`")
+    add("--prompt", required=True, metavar="TEXT", help="the question")
+    add("--expect", required=True, metavar="TEXT", help="a text that the right answer contains")
+    add("--system", metavar="TEXT", help="system prompt (default: none)")
+    add("--good", metavar="REV", help="a commit that is known to give the right answer (default: the oldest with the model)")
+    add("--bad", metavar="REV", help="a commit that is known not to (default: HEAD)")
+    add("--train", action="store_true", help="make models that are not in the cache again, in a scratch clone, as `verify` does")
+    add("--top", type=count, default=10, metavar="N", help="rows to show (default: %(default)s)")
+    add("--html", metavar="FILE.html", help="also write one self-contained page")
+
+
+def _write_page(options: argparse.Namespace, page: str) -> None:
+    write("--html", Path(options.html), page)
+    log.info(f"page: {options.html}")
+
+
+def add_commands(commands: Any) -> None:
+    _add_why(commands)
+    _add_bisect(commands)

@@ -1,0 +1,146 @@
+"""Which system is better: compare, ballots, judge."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dagster_project.cli.arguments import add_command, count, project
+from dagster_project.cli.output import HTML, print_result, require_suffix, write
+from dagster_project.core.errors import InputError
+
+if TYPE_CHECKING:
+    from dagster_project.evaluation.paired.pairwise import Match
+
+log = logging.getLogger("pedigree")
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Show the comparison table: every variant, the baselines, which system to use, and the registered versions of models."""
+    from dagster_project.core.documents import read_document
+    from dagster_project.lineage import registered
+    from dagster_project.lineage.export.answers import table
+
+    root = project(options)
+    folder = root / "data" / "comparison"
+    if not (folder / "comparison.json").is_file():
+        raise InputError("data/comparison: there is no comparison yet", "run `dvc repro comparison`")
+    hint = "restore it with `dvc checkout --force data/comparison`, or make it again with `dvc repro comparison`"
+    document = read_document(folder / "comparison.json", "data/comparison/comparison.json", hint)
+    versions = registered.table_rows(registered.registered(root))
+    document |= {"registered": [dict(zip(registered.HEAD, row, strict=True)) for row in versions]} if versions else {}
+    board = (folder / "board.md").read_text(encoding="utf-8", errors="replace").rstrip("\n")
+    print_result(
+        options, document, lambda _: board + (f"\n\n## Registered versions\n\n{table(registered.HEAD, versions)}" if versions else "")
+    )
+    return 0
+
+
+def export_ballot(options: argparse.Namespace) -> int:
+    """Write a page for blind votes between the answers of two systems."""
+    from dagster_project.evaluation.ballots import document, export_text
+    from dagster_project.views.ballot import ballot_page
+
+    ballot = _match(options)
+    out = Path(options.out or project(options) / "data" / "pages" / "ballots" / f"{ballot.id}.html")
+    require_suffix("--out", str(out), HTML)
+    write("--out", out, ballot_page(document(ballot, options.n)))
+    pairs = {"pairs": min(options.n, len(ballot.pairs)), "of": len(ballot.pairs), "identical": ballot.identical}
+    print_result(options, {"ballot": ballot.id, "systems": ballot.systems, "seed": ballot.seed, **pairs, "file": str(out)}, export_text)
+    return 0
+
+
+def import_votes(options: argparse.Namespace) -> int:
+    """Count the votes that raters saved."""
+    from dagster_project.evaluation.ballots import preferences, read_votes, result, votes_text
+
+    ballot, votes = read_votes(project(options), [Path(file) for file in options.votes], _seed(options), options.partial)
+    if options.preferences:
+        rows = preferences(ballot, votes)
+        write("--preferences", Path(options.preferences), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        log.info(f"preferences: {options.preferences}, {len(rows)} pairs")
+    print_result(options, result(ballot, votes), votes_text)
+    return 0
+
+
+def judge(options: argparse.Namespace) -> int:
+    """Compare the answers of two systems by a language model, in both orders, or by the reward model."""
+    from dagster_project.core import params
+    from dagster_project.evaluation import judge as module
+
+    if options.reward_model == bool(options.endpoint and options.model):
+        raise InputError("judge: requires exactly one judge", "give either --endpoint and --model, or --reward-model")
+    if options.reward_model:
+        if "reward_model" not in params.read(project(options)):  # a folder that was left behind is not the project's
+            raise InputError("params.yaml has no section reward_model", "give --endpoint and --model")
+        document = module.by_reward(_match(options), options.n, project(options) / "data" / "reward_model")
+        print_result(options, document, module.by_reward_text)
+        return 1 if document["alarm"] else 0
+    if options.price and not all(0 <= price < float("inf") for price in options.price):
+        raise InputError(
+            f"--price {options.price[0]:g} {options.price[1]:g}: a price cannot be negative or infinite", "give two numbers from 0"
+        )
+    endpoint = module.Endpoint(options.endpoint, options.model, options.key_env)
+    document = module.judge(_match(options), options.n, endpoint, options.price)
+    print_result(options, document, module.judge_text)
+    return 1 if document["alarm"] else 0
+
+
+def _match(options: argparse.Namespace) -> Match:
+    """Pairs of answers of the two systems given, by default of the best variant and the best prompted baseline.
+
+    Raises:
+        InputError: one system or more than two are given, or no pair of answers differs.
+    """
+    from dagster_project.evaluation.paired.pairwise import contenders, match
+
+    root = project(options)
+    if len(options.systems) not in {0, 2}:
+        raise InputError(f"{len(options.systems)} system(s) given", "give two, or none for the best variant and the best prompted baseline")
+    matched = match(root, tuple(options.systems) or contenders(root), _seed(options))
+    if not matched.pairs:
+        raise InputError(
+            f"{' and '.join(matched.systems)}: no test prompt that both answered differently ({matched.identical} with the same answer)",
+            "give two other systems",
+        )
+    return matched
+
+
+def _seed(options: argparse.Namespace) -> int:
+    from dagster_project.core import params
+
+    if options.seed is not None:
+        return int(options.seed)
+    return int(params.parse(params.Compute, params.read(project(options)).get("compute"), "compute").seed)
+
+
+def add_commands(commands: Any) -> None:
+    add_command(commands, compare)
+    ballots = commands.add_parser("ballots", help="Collect blind votes of people between two systems.")
+    parts = ballots.add_subparsers(dest="part", required=True, metavar="COMMAND")
+    command = add_command(parts, export_ballot, "export")
+    _add_systems(command)
+    command.add_argument("--out", metavar="FILE.html", help="the page (default: data/pages/ballots/<ballot>.html)")
+    add = add_command(parts, import_votes, "import").add_argument
+    add("votes", nargs="+", metavar="VOTES.json", help="files saved from one ballot, one for each rater")
+    add("--preferences", metavar="OUT.jsonl", help="also write the majority votes as preference pairs")
+    add("--partial", action="store_true", help="count files with missing votes")
+    add("--seed", type=int, help="seed of the export (default: compute.seed)")
+    command = add_command(commands, judge)
+    _add_systems(command)
+    add = command.add_argument
+    add("--reward-model", action="store_true", help="use the project's reward model as the judge")
+    add("--endpoint", metavar="URL", help="OpenAI-compatible, up to /v1: /chat/completions is appended")
+    add("--model", metavar="NAME", help="name of the model at the endpoint")
+    add("--key-env", metavar="NAME", help="environment variable with the key (default: the endpoint requires no key)")
+    add("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million prompt and completion tokens, to report the cost")
+
+
+def _add_systems(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("systems", nargs="*", metavar="SYSTEM", help="variants or baselines (default: the best variant and the best prompted baseline)")
+    add("--n", type=count, default=40, help="maximum number of pairs (default: %(default)s)")
+    add("--seed", type=int, help="for the choice and the order of the pairs and the answers (default: compute.seed)")

@@ -1,0 +1,65 @@
+"""How commands print and write their results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands import ending
+from dagster_project.core.errors import InputError, PedigreeError
+
+HTML = (".html", ".htm")
+
+
+def print_result(options: argparse.Namespace, document: Any, as_text: Any, safe: bool = False) -> None:
+    """Print a document as JSON or as text. Names and values in it come from data, and may contain control characters: they are written out.
+
+    Args:
+        safe: whether the text needs no escapes, as they were made earlier, or it is not for a terminal.
+    """
+    from dagster_project.core.text import visible, visible_json
+
+    encoding = sys.stdout.encoding or "utf-8"
+    if options.json:
+        text = visible_json(json.dumps(document, ensure_ascii=False))
+    else:
+        text = as_text(document) if safe else visible(as_text(document))
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:  # the terminal's encoding is not UTF-8, or a file name is not valid UTF-8
+        text = json.dumps(document) if options.json else text.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, e.g. `head`, closed the pipe; the exit code is kept
+        ending.discard(sys.stdout)
+    except OSError as error:
+        ending.discard(sys.stdout)
+        raise PedigreeError(f"standard output: {error.strerror}", "free some space on its disk, or write elsewhere") from None
+
+
+def write(option: str, path: Path, text: str) -> None:
+    from dagster_project.core.records import write_text
+
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise InputError(f"{option} {path}: {error.strerror}", "name a writable file") from None
+
+
+def require_suffix(option: str, name: str, suffixes: tuple[str, ...]) -> None:
+    if Path(name).suffix.lower() not in suffixes:
+        raise InputError(f"{option} {name}: its name must end in {' or '.join(suffixes)}", "name a new file: an existing one is replaced")
+
+
+def visible_lines(text: str) -> str:
+    """Text that is safe to print: names come from data, and may contain control characters or be very long."""
+    from dagster_project.core.text import visible
+
+    return "\n".join(line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..." for line in visible(text).split("\n"))
+
+
+MAX_LINE = 2_000
+"""Characters of a line that are shown on stderr."""

@@ -1,0 +1,29 @@
+"""The parser of the command line. `GROUPS` has the files with the commands, in the order of `pedigree --help`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from dagster_project.cli import attribution, checks, erasure, evaluation, lineage, models, papers, running, ui
+from dagster_project.cli.output import visible_lines
+
+GROUPS = (checks, running, lineage, papers, erasure, attribution, evaluation, models, ui)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    whole = _Parser(
+        prog="pedigree",
+        description="LLM fine-tuning with record-level lineage.",
+        epilog="Exit codes: 0 success, 1 a check failed or the result is negative, 2 bad input or usage.",
+    )
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for group in GROUPS:
+        group.add_commands(commands)
+    return whole
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, visible_lines(f"error: {message}\nhint: see `{self.prog} --help`\n"))

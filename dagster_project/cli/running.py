@@ -1,0 +1,202 @@
+"""Making a project, running its stages, and what follows from an edit of it: init, run, sweep, render, upgrade, pipeline, sync, share, plan."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dagster_project.cli.arguments import add_command, count, project
+from dagster_project.cli.output import print_result
+from dagster_project.core.errors import InputError
+from dagster_project.core.imports import lean_imports
+
+
+def init(options: argparse.Namespace) -> int:
+    """Make a project in a folder, with parameters that fit your data."""
+    from dagster_project.commands.init import as_text
+    from dagster_project.commands.init import init as make
+
+    document = make(Path(options.folder or options.project), options.data, options.base_model, options.task, options.license)
+    print_result(options, document, as_text)
+    return 0
+
+
+def _add_init(commands: Any) -> None:
+    add = add_command(commands, init).add_argument
+    add("folder", nargs="?", metavar="FOLDER", help="an empty or new folder (default: the current folder)")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="as for `check`; files are copied to data/sources/, others are read where they are",
+    )
+    add("--base-model", metavar="MODEL", help="org/name@REVISION on the Hub, or a folder (default: the small model of the sample project)")
+    add("--task", choices=("auto", "labels", "json", "text"), default="auto", help="what answers are (default: detected)")
+    add("--license", default="unknown", metavar="SPDX", help="license of the data (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run one stage (the command in dvc.yaml), or bring all stages up to date with --all."""
+    if options.all:
+        return _run_all(options)
+    with lean_imports():
+        from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
+
+    if not options.stage:
+        raise InputError("STAGE or --all is required", "name a stage, or bring all stages up to date with --all")
+    if options.force or options.jobs is not None:
+        raise InputError("--jobs and --force require --all", f"`dvc repro --single-item --force {options.stage}` runs one stage again")
+    with streaming_to_dagster():
+        report = run_stage(project(options), options.stage)
+    if options.json:
+        print_result(options, report, str)
+    return 0
+
+
+def _run_all(options: argparse.Namespace) -> int:
+    from dagster_project.commands.run_all import as_text, exit_code
+    from dagster_project.orchestration.run_all import run_all
+    from dagster_project.pipeline import validate
+
+    if options.stage:
+        raise InputError(
+            f"--all cannot be combined with {options.stage}", f"`dvc repro {options.stage}` runs a stage and all stages that it depends on"
+        )
+    document = run_all(project(options), options.jobs or 1, options.force, validate)
+    print_result(options, document, as_text)
+    return exit_code(document)
+
+
+def _add_run(commands: Any) -> None:
+    add = add_command(commands, run).add_argument
+    add("stage", nargs="?", metavar="STAGE[@VARIANT]", help="a stage of dvc.yaml, e.g. splits or adapter@lora")
+    add("--all", action="store_true", help="bring all stages up to date, as `dvc repro` does")
+    add("--jobs", type=count, metavar="N", help="with --all: up to N independent stages at once (default: 1)")
+    add("--force", action="store_true", help="with --all: also run stages that are up to date")
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Run every combination of some parameter values as a DVC experiment, and compare parameters and metrics."""
+    from dagster_project.commands import sweep as module
+    from dagster_project.pipeline import VARIANTS_OF, validate
+
+    document = module.sweep(
+        project(options), options.section, options.set, options.jobs, options.to, VARIANTS_OF, validate
+    )  # fmt: skip
+    print_result(options, document, module.as_text)
+    return 130 if document["interrupted"] else 0 if document["passed"] else 1
+
+
+def _add_sweep(commands: Any) -> None:
+    add = add_command(commands, sweep).add_argument
+    add("section", metavar="SECTION", help="section of params.yaml, e.g. adapter.lora or splits")
+    add(
+        "-S", dest="set", action="append", default=[], metavar="KEY=VALUE,...", help="a parameter of the section and its values; repeatable"
+    )
+    add("--jobs", type=count, default=1, metavar="N", help="trials at once (default: %(default)s)")
+    add("--to", metavar="STAGE[@VARIANT]", help="stage at which each trial ends (default: the stage of the section)")
+
+
+def render(options: argparse.Namespace) -> int:
+    """Draw pages again from the documents on disk, without running a stage."""
+    from dagster_project.commands.render import as_text
+    from dagster_project.commands.render import render as draw
+
+    result = draw(project(options), options.stage)
+    print_result(options, result, as_text)
+    return 0
+
+
+def upgrade(options: argparse.Namespace) -> int:
+    """Record the code of the installed version in code.lock.yaml, and list the stages that become stale."""
+    from dagster_project.commands.upgrade import as_text
+    from dagster_project.commands.upgrade import upgrade as record
+
+    print_result(options, record(project(options)), as_text)
+    return 0
+
+
+def pipeline(options: argparse.Namespace) -> int:
+    """Write into dvc.yaml what each adapter reads, after an edit of params.yaml that merges adapters or adds one."""
+    from dagster_project.commands.adapter_reads import as_text, write_reads
+
+    print_result(options, write_reads(project(options)), as_text)
+    return 0
+
+
+def sync(options: argparse.Namespace) -> int:
+    """Report DVC's state to Dagster's event log."""
+    from dagster_project.orchestration.last_sync import LastSync
+
+    last = LastSync.read(project(options), tuple(filter(None, options.key_prefix.split("/"))))
+    lines: list[str] = []
+    if not last.unchanged:
+        with lean_imports():
+            from dagster_project.orchestration.dagster.assets import open_instance
+            from dagster_project.orchestration.dagster.sync import sync_after
+        with open_instance(last.root, shared=bool(last.key_prefix)) as instance:
+            lines = sync_after(last, instance)
+    print_result(options, {"reported": lines}, lambda _: "\n".join(lines) or "Dagster and DVC agree: nothing to report.")
+    return 0
+
+
+def share(options: argparse.Namespace) -> int:
+    """Copy sources, outputs and past runs to a DVC remote, so that another clone restores stages instead of running them."""
+    from dataclasses import asdict
+
+    from dagster_project.orchestration.dvc_remote import push
+
+    pushed = push(project(options), options.remote)
+    text = f"{pushed.remote}: {pushed.objects} new objects, {pushed.runs} past runs. In another clone, `dvc repro --pull` restores them."
+    print_result(options, asdict(pushed), lambda _: text)
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Predict tokens, steps, memory and time of each variant, before training."""
+    from dagster_project.commands.plan import as_text, plan_model, plan_variants
+    from dagster_project.core.params import Compute
+
+    with lean_imports():
+        if options.model:
+            document = plan_model(
+                Path(options.model),
+                options.method or ["full", "lora", "qlora"],
+                tokens=options.tokens_per_row,
+                rows=options.batch,
+                checkpointing=options.gradient_checkpointing,
+                compute=Compute(dtype=options.dtype),
+                device=options.device,
+            )
+        else:
+            document = plan_variants(project(options), options.variants)
+    print_result(options, document, as_text)
+    return 0
+
+
+def _add_plan(commands: Any) -> None:
+    add = add_command(commands, plan).add_argument
+    add("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")
+    add("--model", metavar="CONFIG", help="plan for any model instead, from its folder or its config.json only")
+    add("--method", action="append", help="with --model; can be repeated (default: full, lora and qlora)")
+    add("--tokens-per-row", type=int, default=2048, metavar="N", help="with --model (default: %(default)s)")
+    add("--batch", type=int, default=1, metavar="N", help="with --model: rows in a forward pass (default: %(default)s)")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="with --model (default: on)")
+    add("--dtype", default="auto", help="with --model: bfloat16 or float32 (default: bfloat16 if the device supports it)")
+    add("--device", default="cuda", help="with --model: cuda or cpu; it need not be on this machine (default: %(default)s)")
+
+
+def add_commands(commands: Any) -> None:
+    _add_init(commands)
+    _add_run(commands)
+    _add_sweep(commands)
+    add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
+    add_command(commands, upgrade)
+    add_command(commands, pipeline)
+    add_command(commands, sync).add_argument(
+        "--key-prefix", default="", metavar="PREFIX", help="of the project's asset keys in an instance with other assets, e.g. ml/support"
+    )
+    add_command(commands, share).add_argument("--remote", metavar="NAME", help="a remote of .dvc/config (default: the default remote)")
+    _add_plan(commands)
