@@ -26,7 +26,7 @@ from dagster_project.evaluation.alarms import answers_are_not_empty, answers_dif
 from dagster_project.evaluation.comparison import recommended
 from dagster_project.evaluation.judge import by_reward, by_reward_text
 from dagster_project.evaluation.paired.pairwise import Match, Pair
-from dagster_project.lineage.impact import impact
+from dagster_project.lineage.impact.question import impact
 from dagster_project.orchestration.integrity import examine
 from dagster_project.stages import raw_examples, reward_model, splits, tokenized
 from dagster_project.training.inference.answers import Answer

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from dagster_project.core.records import read_records, read_table
 from dagster_project.lineage.diff import diff
-from dagster_project.lineage.impact import impact
+from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import _metrics, audit, find, trained_on
 

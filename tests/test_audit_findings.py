@@ -19,7 +19,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import REWARD_METHODS, ledger_schema
 from dagster_project.lineage import database
 from dagster_project.lineage.export.export import issue_date
-from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.impact.question import impact
+from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import as_text as audit_text
 from dagster_project.lineage.lineage import audit, document, find

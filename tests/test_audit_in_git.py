@@ -11,7 +11,8 @@ from builders.history import Project, identity
 from builders.small_pipeline import git
 
 from dagster_project.core.errors import InputError
-from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.impact.question import impact
+from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.lineage import audit
 from dagster_project.views.lineage import code_text
 

@@ -23,7 +23,7 @@ from dagster_project.core.context import Documents, measured
 from dagster_project.core.documents import read_report, set_aside
 from dagster_project.core.errors import InputError
 from dagster_project.lineage import history, lineage
-from dagster_project.lineage.impact import impact
+from dagster_project.lineage.impact.question import impact
 from dagster_project.orchestration import integrity, rwlock
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.sync import sync

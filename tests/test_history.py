@@ -29,7 +29,8 @@ from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.diff import as_text as diff_text
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.export.export import export
-from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.impact.question import impact
+from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit, document, find, listed, trained_on
 

@@ -25,7 +25,8 @@ from dagster_project.commands.verify import verify
 from dagster_project.core.context import ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_table
-from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.impact.question import impact
+from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.lineage import audit, training_lines
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.stages import adapter, comparison, merged

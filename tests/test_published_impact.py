@@ -14,7 +14,8 @@ from builders.history import Project, entry, identity, table
 from conftest import pedigree
 
 from dagster_project.core.hashing import md5_of_folder
-from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.impact.question import impact
+from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit
 from dagster_project.training.trainers.harness.weight_audit import seen_schema

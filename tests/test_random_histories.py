@@ -35,7 +35,7 @@ from builders.random_history import ADDRESSES, NAMES, PAIRS, PARAPHRASES, SOURCE
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.export.export import export
-from dagster_project.lineage.impact import impact
+from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import document, find, trained_on
 

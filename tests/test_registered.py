@@ -14,7 +14,8 @@ from conftest import pedigree
 from ruamel.yaml import YAML
 
 from dagster_project.core.params import read
-from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.impact.question import impact
+from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import as_text as audit_text
 from dagster_project.lineage.lineage import audit, document, find

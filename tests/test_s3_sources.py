@@ -28,7 +28,7 @@ from dagster_project.core.params import parse
 from dagster_project.core.records import read_ledger, read_records, write_json
 from dagster_project.curation.check_files import check_paths
 from dagster_project.curation.sources import files, s3
-from dagster_project.lineage.impact import impact
+from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.lineage import audit
 from dagster_project.pipeline import validate
 from dagster_project.stages import raw_examples, raw_preferences

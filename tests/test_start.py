@@ -66,7 +66,7 @@ print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}} & {LA
 
 def test_a_question_about_records_loads_no_definitions_of_parameters() -> None:
     code = """import sys
-from dagster_project.lineage.impact import impact
+from dagster_project.lineage.impact.question import impact
 print(sorted({"pydantic", "jsonschema", "polars"} & sys.modules.keys()))"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
 

@@ -25,7 +25,8 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation.paired.alignment import PolicyAnswer
 from dagster_project.lineage.export.summary import chain
-from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.impact.question import impact
+from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.lineage import audit
 from dagster_project.lineage.signing.provenance import StageRecord, statement
 from dagster_project.orchestration import dvc

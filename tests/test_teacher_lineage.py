@@ -17,7 +17,8 @@ from dagster_project.lineage.export.export import summarize
 from dagster_project.lineage.export.model_card import model_card
 from dagster_project.lineage.export.spdx import spdx
 from dagster_project.lineage.export.summary import from_reports
-from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.impact.question import impact
+from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import as_text as audit_text
 from dagster_project.lineage.lineage import audit, find

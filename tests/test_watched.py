@@ -14,7 +14,8 @@ from dagster_project.lineage.export.cyclonedx import cyclonedx
 from dagster_project.lineage.export.eu_summary import eu_summary
 from dagster_project.lineage.export.export import summarize
 from dagster_project.lineage.export.model_card import model_card
-from dagster_project.lineage.impact import as_text, exposed_in_workspace, impact
+from dagster_project.lineage.impact.question import exposed_in_workspace, impact
+from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import as_text as audit_text
 from dagster_project.lineage.lineage import audit, find

@@ -121,7 +121,8 @@ def _add_audit(commands: Any) -> None:
 
 def impact(options: argparse.Namespace) -> int:
     """List every model in history that was trained on a record, a text, a source or a file."""
-    from dagster_project.lineage import impact as module
+    from dagster_project.lineage.impact import question
+    from dagster_project.lineage.impact.text import as_text
 
     query = {
         "record": options.record,
@@ -130,8 +131,8 @@ def impact(options: argparse.Namespace) -> int:
         "content": options.hash,
         "containing": options.containing,
     }
-    document = module.impact(project(options), **query, near=options.near, regex=options.regex)
-    print_result(options, document, module.as_text)
+    document = question.impact(project(options), **query, near=options.near, regex=options.regex)
+    print_result(options, document, as_text)
     return {"yes": 0, "no": 1, "cannot tell": 2}[document["verdict"]]
 
 

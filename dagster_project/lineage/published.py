@@ -41,7 +41,7 @@ def erasure_of(index: Index, identity: str) -> str | None:
 
 
 def missing_keys(index: Index) -> list[dict[str, Any]]:
-    """The runs that published ids with a key that neither the workspace nor a commit has, as entries of `unknown` in lineage/impact.py."""
+    """The runs that published ids with a key that neither the workspace nor a commit has, as entries of `unknown` in lineage/impact/question.py."""
     name = Path(RECORD_KEY).name
     known = {
         digest for content in key_files(index.root) for file in [md5_of_bytes(content)] for digest in (file, md5_of_folder({name: file}))

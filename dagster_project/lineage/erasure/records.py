@@ -22,7 +22,7 @@ from dagster_project.curation.sources.files import READERS, read_rows, suffix_of
 from dagster_project.lineage import tables
 from dagster_project.lineage.erasure.needles import Needles, needles_of
 from dagster_project.lineage.history import is_within
-from dagster_project.lineage.impact import RECORD_ID
+from dagster_project.lineage.impact.question import RECORD_ID
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.published import key_files, record_of
 from dagster_project.lineage.rows import AUGMENTED, COPY_OF, OVERLAPS, record_key

@@ -27,7 +27,7 @@ from dagster_project.lineage.erasure.needles import SHORTEST, Needles
 from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Raw, Request
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.history import Objects, is_within
-from dagster_project.lineage.impact import exposed_in_workspace, exposed_models
+from dagster_project.lineage.impact.question import exposed_in_workspace, exposed_models
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.runs import StageRun
 from dagster_project.orchestration import dvc

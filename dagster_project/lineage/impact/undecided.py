@@ -1,0 +1,122 @@
+"""The models that cannot be decided, and the outputs and reports that would decide."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dagster_project.lineage.history import is_within
+from dagster_project.lineage.impact.matching import Matches
+from dagster_project.lineage.runs import StageRun, fetch_hint
+
+NOTHING_RECORDED = "nothing records how it was made; `dvc gc --workspace` deletes outputs that dvc.lock does not name"
+ORIGINAL = "the model that it is a copy of"
+
+
+@dataclass
+class _Unknown:
+    """What would decide whether a model saw the queried records."""
+
+    missing: dict[str, StageRun] = field(default_factory=dict)
+    """Hash of an unavailable output -> the run that made it."""
+    reports: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Path -> unavailable report."""
+    unexplained: dict[str, None] = field(default_factory=dict)
+    """Paths of inputs that nothing records; "" for the model itself."""
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.reports or self.unexplained)
+
+    def described(self, first: StageRun) -> dict[str, Any]:
+        """Args:
+        first: the first run that made the model.
+        """
+        described = [{"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in self.missing.values()]
+        hints = [fetch_hint([*self.missing.values()])] if self.missing else []
+        hints += [f"{', '.join(self.reports)}: in no commit and no cache"] if self.reports else []
+        return {
+            "stage": first.address,
+            "md5": first.md5,
+            "commit": first.commit,
+            "found_in": first.place,
+            "missing": [*described, *self.reports.values()],
+            **({"unexplained": [path or "this model" for path in self.unexplained]} if self.unexplained else {}),
+            "fetch": "; ".join(hints) or NOTHING_RECORDED,
+        }
+
+
+class UndecidedModels:
+    """The models of which `matches` cannot tell whether they saw what was asked for."""
+
+    def __init__(self, matches: Matches) -> None:
+        self._matches, self._index = matches, matches.index
+
+    def models(self, runs: Sequence[StageRun] | None = None) -> list[dict[str, Any]]:
+        """Models that cannot be decided, because an output is unavailable or nothing records how it was made. Of several runs that made a model, what is
+        missing of any.
+
+        Args:
+            runs: of models; None: all.
+        """
+        unknown: dict[str, _Unknown] = defaultdict(_Unknown)
+        for run in [upstream for upstream in self._index.runs.values() if upstream.is_model] if runs is None else runs:
+            found = unknown[run.md5]
+            pending, visited = [run], set[int]()
+            while pending:
+                upstream = pending.pop()
+                if upstream.id in visited:
+                    continue
+                visited.add(upstream.id)
+                parents = self._index.parents(upstream)
+                pending += parents
+                if not self._index.is_copy(upstream):
+                    found.reports |= {one["path"]: one for one in self._missing_reports(upstream)}
+                    found.missing |= {absent.md5: absent for absent in ([] if self._matches.complete else self._missing(upstream))}
+                    found.unexplained |= dict.fromkeys(path for one in self._relevant(upstream) for path in self._index.unexplained(one))
+                    found.unexplained |= {"": None} if upstream.place == "cache" else {}
+                elif not parents:
+                    candidates = self._index.unavailable_originals(upstream)
+                    found.missing |= {absent.md5: absent for absent in candidates}
+                    found.unexplained |= {} if candidates else {ORIGINAL: None}
+        return [found.described(self._index.runs_by_output[md5][0]) for md5, found in unknown.items() if found]
+
+    def _relevant(self, run: StageRun) -> list[StageRun]:
+        """The model and the runs upstream whose inputs must be known to decide about it: which texts a data set with splits contains is known without."""
+        if self._matches.derived or self._matches.sources or self._matches.complete:
+            return [run, *self._index.ancestors(run).values()]
+        return [run, *(upstream for upstream in self._index.data(run).values() if not self._index.is_split(upstream))]
+
+    def _missing_reports(self, run: StageRun) -> list[dict[str, str]]:
+        """Unavailable reports that could name the queried source: by its hash, or as a file of paraphrases, which no row names."""
+        if (not self._matches.sources and not self._matches.by_hash) or run.id in self._matches.exposures:
+            return []
+        return self._index.missing_reports(run, only_splits=not self._matches.by_hash)
+
+    def _missing(self, run: StageRun) -> list[StageRun]:
+        """Unavailable outputs that are needed to decide about one model, its parents excluded."""
+        index = self._index
+        if not index.data(run):
+            return []
+        missing = index.missing(run)
+        missing += [absent for absent in self._matches.without_ledger.get(run.id, ()) if absent not in missing]
+        if self._matches.searched:
+            gone = {out for out, _, md5 in index.shards(run) if md5 not in self._shard_paths}
+            missing += [absent for absent in index.data(run).values() if absent.md5 in gone and absent not in missing]
+        if run.id not in self._matches.exposures and (self._matches.derived or self._may_hold_source(run)):
+            missing += [absent for absent in index.missing_contributions(run) if absent not in missing]
+        return missing
+
+    def _may_hold_source(self, run: StageRun) -> bool:
+        """Whether the data of a model are made from the queried source, or reports that name its sources are unavailable."""
+        if not self._matches.sources:
+            return False
+        sources = self._index.sources_of(run)
+        return sources is None or any(is_within(one, asked) or is_within(asked, one) for one in sources for asked in self._matches.sources)
+
+    @cached_property
+    def _shard_paths(self) -> Mapping[str, Path]:
+        return self._index.shard_paths()
