@@ -23,7 +23,7 @@ from dagster_project.commands.verify import verify
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import example_id, read_table, write_records
-from dagster_project.evaluation.paired.alignment import PolicyAnswer
+from dagster_project.evaluation.paired.alignment import PolicyAnswer, sample_schema
 from dagster_project.lineage.export.summary import chain
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
@@ -317,7 +317,9 @@ def reads(made: Project, lock: dict[str, Any]) -> dict[str, str]:
 @pytest.fixture
 def made(tmp_path: Path) -> Project:
     project = Project(tmp_path / "project")
-    lock = project.lock([("cats", "train", FAQ), ("dogs", "train", FAQ), ("fish", "validation", FAQ)], trained=["dogs"])
+    lock = project.lock(
+        [("cats", "train", FAQ), ("dogs", "train", FAQ), ("fish", "validation", FAQ), ("newts", "validation", FAQ)], trained=["dogs"]
+    )
     lock |= project.splits([("mice", "train", PAIRS)], "preferences")
     for name, settings in (
         ("math", {"method": "grpo", "reward_target": "response", "rewards": {"exact_match": 1.0}}),
@@ -326,6 +328,7 @@ def made(tmp_path: Path) -> Project:
         text = "cats" if name == "math" else "mice"
         seen = [{"step": 5, "epoch": 1, "position": 0, "example_id": identity(text)}]
         files = {"adapter_model.safetensors": name.encode(), "examples.parquet": table(seen, seen_schema())}
+        files["samples.parquet"] = table([{"example_id": identity("fish" if name == "math" else "mice"), "prompt": "?"}], sample_schema())
         lock[f"aligned@{name}"] = entry(f"aligned@{name}", reads(project, lock), project.put(files))
         lock[f"aligned@{name}"]["params"] = {"params.yaml": {f"aligned.{name}": settings}}
     project.commit(lock)
@@ -358,6 +361,21 @@ def test_lineage_names_the_records_of_tasks_and_no_pairs(made: Project) -> None:
     assert set(math["sources"]) == {FAQ} and set(dpo["sources"]) == {FAQ, PAIRS}
     assert math["records"]["learnt_by"]["aligned@math"]["records"] == 1
     assert "preferences" not in {*math["stages"], *math["watched"]["stages"]}
+
+
+def test_only_records_whose_answers_were_sampled_are_measured(made: Project) -> None:
+    def seen(text: str) -> tuple[dict[str, Any], str]:
+        found = impact(made.root, record=identity(text))
+        [math] = [one for model in found["models"] for one in model["seen"] if one["by"] == model["stage"] == "aligned@math"]
+        return math, as_text(found)
+
+    assert seen("fish")[0]["measured"] == ["validation"]
+    math, words = seen("newts")
+    assert math["splits"] == {"validation": 1} and "measured" not in math and "measured" not in words
+    listing = json.loads(made.object(math["md5"]).read_bytes())
+    made.object(next(one["md5"] for one in listing if one["relpath"] == "samples.parquet")).unlink()
+    math, words = seen("newts")
+    assert math["measured"] is None and "whether answers to it were measured before and after training is unknown" in words
 
 
 def test_the_splits_that_were_read_are_those_of_the_run_and_not_later_ones(made: Project, tmp_path: Path) -> None:

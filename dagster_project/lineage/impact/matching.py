@@ -28,6 +28,8 @@ class Exposure:
     """Whether the training steps are known."""
     distilled: bool = False
     """Whether the query is a file of the larger model that it learned from."""
+    validation: set[bytes] = field(default_factory=set)
+    """Keys of the records of the validation split, for queries by record."""
 
 
 TrainingSummary = tuple[int, int, int]
@@ -103,13 +105,17 @@ class Matches:
                 steps[use.out][use.key] = use.steps
         for run in self._trained_models:
             own = self._made_from(run, keys, derivations)
-            rows = Counter(split for out in self.index.data(run).keys() & shards.keys() for key, split in shards[out] if key in own)
+            matching = [row for out in self.index.data(run).keys() & shards.keys() for row in shards[out] if row[0] in own]
+            rows = Counter(split for _, split in matching)
             trained = [steps[run.md5][key] for key in steps.get(run.md5, ()) if key in own]
             if trained and not rows["train"]:  # the data set is unavailable, but the evidence is not
                 rows["train"] = len(trained)
             if +rows:
                 self.exposures[run.id] = Exposure(
-                    +rows, sorted(step for steps_of in trained for step in steps_of), steps_known=self.index.knows_steps(run)
+                    +rows,
+                    sorted(step for steps_of in trained for step in steps_of),
+                    steps_known=self.index.knows_steps(run),
+                    validation={key for key, split in matching if split == "validation"},
                 )
 
     def _made_from(

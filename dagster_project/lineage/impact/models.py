@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from dagster_project.lineage.impact.matching import Matches
+from dagster_project.core.hashing import md5_of_file
+from dagster_project.lineage import tables
+from dagster_project.lineage.impact.matching import Exposure, Matches
+from dagster_project.lineage.rows import record_key
 from dagster_project.lineage.runs import MEASURED_TASKS, StageRun
+
+SAMPLES = "samples.parquet"
+"""Table of an alignment's output with the held-out prompts whose answers were measured (evaluation/paired/alignment.py)."""
 
 
 class ExposedModels:
@@ -94,12 +100,26 @@ class ExposedModels:
             entry["seen"] = [{**document, **({"commits": where} if differ else {})} for document, where in holds[md5]]
         return list(by_hash.values())
 
+    def _are_measured(self, run: StageRun, exposure: Exposure) -> bool | None:
+        """Whether answers to any of the queried tasks were measured; None if the table of these answers is unavailable. Of a source or a hash: any may be."""
+        if not self._matches.record_ids:
+            return True
+        md5 = (self._index.files(run.md5) or {}).get(SAMPLES)
+        path = self._index.file_path(run.md5, SAMPLES)
+        if path is None or md5_of_file(path) != md5:
+            return None
+        return any(record_key(one) in exposure.validation for one in tables.read(path, ["example_id"])["example_id"].to_list())
+
     def _exposure_document(self, run: StageRun) -> dict[str, Any]:
         exposure = self._matches.exposures[run.id]
         steps = [step for step, _ in exposure.steps]
         document: dict[str, Any] = {"by": run.address, "md5": run.md5, "splits": dict(sorted(exposure.rows.items()))}
-        if MEASURED_TASKS in run.entry.watched and "validation" in exposure.rows:
-            document["measured"] = ["validation"]
+        if (
+            MEASURED_TASKS in run.entry.watched
+            and "validation" in exposure.rows
+            and (measured := self._are_measured(run, exposure)) is not False
+        ):
+            document["measured"] = ["validation"] if measured else None
         if self._matches.record_ids:
             return {
                 **document,

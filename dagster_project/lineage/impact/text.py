@@ -141,6 +141,8 @@ def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
 
 def _not_learned(seen: Mapping[str, Any]) -> str:
     """What a model did with records that it was not trained on, as far as lineage knows."""
-    if not seen.get("measured"):
+    if "measured" not in seen:
         return "not trained on"
+    if seen["measured"] is None:
+        return "not trained on; whether answers to it were measured before and after training is unknown"
     return "not trained on, but among the tasks whose answers are measured before and after training (the first `samples` of the split)"
