@@ -5,9 +5,9 @@ Points (x, y) with a label; the model is a threshold on x + y. `featurize` has t
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+
+from builders.small_pipeline import commit_project
 
 DVC_YAML = """\
 stages:
@@ -108,10 +108,4 @@ def make_project(root: Path) -> Path:
     for path, text in {**files, **{f"src/{name}.py": text for name, text in SCRIPTS.items()}}.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)
-    dvc = [sys.executable, "-m", "dvc"]
-    for command in (
-        ["git", "init", "-q"], [*dvc, "init", "-q"], [*dvc, "config", "core.analytics", "false"], [*dvc, "add", "-q", "data/points.csv"],
-        ["git", "add", "-A"], ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"],
-    ):  # fmt: skip
-        subprocess.run(command, cwd=root, check=True, capture_output=True)
-    return root
+    return commit_project(root, "data/points.csv")

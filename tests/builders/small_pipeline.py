@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +185,13 @@ def git(root: Path, *arguments: str) -> str:
 
 def commit_project(root: Path, *under_dvc: str) -> Path:
     """Put a project under git and DVC, with these files and folders under DVC; everything is committed."""
+    from dvc.repo import Repo
+
     git(root, "init", "-q")
-    for command in (["init", "-q"], ["config", "core.analytics", "false"], ["add", "-q", *under_dvc]):
-        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=True, capture_output=True)
+    with chdir(root), Repo.init() as repo:
+        with repo.config.edit() as config:
+            config["core"]["analytics"] = False
+        repo.add([*under_dvc])
     git(root, "add", "-A")
     git(root, "commit", "-qm", "start")
     return root
@@ -300,8 +305,6 @@ def materialize_at_once(instance: Any, addresses: list[str]) -> Any:
 
 def changed_in_dvc(root: Path) -> set[str]:
     """The command stages that `dvc status` calls changed."""
-    from contextlib import chdir
-
     from dvc.repo import Repo
 
     with chdir(root), Repo(str(root)) as repo:
