@@ -29,7 +29,8 @@ from fuzz.surface import STEERS, call, refuse_constant
 
 @contextmanager
 def judging_once() -> Iterator[None]:
-    """While open, the second call of the command takes the verdict of the first: judging takes nearly all of its time."""
+    """While open, the second call of the command takes the verdict of the first: judging takes nearly all of its time, and
+    test_a_file_that_is_judged_again_gets_the_same_verdict shows on a few files that it would be the same."""
     whole, verdicts = check_files.check_paths, list[Any]()
 
     def check_paths(*arguments: Any) -> Any:
@@ -230,6 +231,14 @@ def test_a_hostile_file_is_checked_or_refused(name: str, monkeypatch: pytest.Mon
         assert found and (found["dropped"]["malformed_row"], found["rows"]) == (1, 3)
     holds("b.jsonl", "--against", path)
     holds("b.jsonl", "--since", path)
+
+
+@pytest.mark.parametrize("name", ["truncated gzip", "half a character", "late type", "ranks of every kind", "calls in text"])
+def test_a_file_that_is_judged_again_gets_the_same_verdict(name: str) -> None:
+    """One file is refused, and in the others rows are malformed, equal, or nearly so. The other form of the output is made from the same document."""
+    path, content = BYTES[name]
+    Path(path).write_bytes(content)
+    assert call("check", path, "--json") == call("check", path, "--json")
 
 
 def test_an_archive_under_another_name_is_refused() -> None:
