@@ -36,8 +36,8 @@ RUN if [ "$ACCELERATOR" = cpu ]; then pip install --no-cache-dir --index-url htt
 # git refuses to read a folder of another user, and the root of a volume belongs to root.
 RUN useradd --uid 1000 --create-home pedigree && install --directory --mode=1777 /dagster /project \
     && git config --system --add safe.directory /project
-# HOME: a user without an entry in /etc/passwd has none
-ENV HOME=/tmp PYTHONPATH=/project PEDIGREE_PROJECT=/project DAGSTER_HOME=/dagster PYTHONUNBUFFERED=1 \
+# HOME, USER: a user without an entry in /etc/passwd has none, and DVC fails without a name
+ENV HOME=/tmp USER=pedigree PYTHONPATH=/project PEDIGREE_PROJECT=/project DAGSTER_HOME=/dagster PYTHONUNBUFFERED=1 \
     DAGSTER_DISABLE_TELEMETRY=1 DVC_NO_ANALYTICS=1 RAY_USAGE_STATS_ENABLED=0
 USER 1000
 WORKDIR /project

@@ -140,6 +140,15 @@ def test_the_image_has_the_package_for_a_project_without_code_of_its_own() -> No
     assert named == set(re.findall(r"^# (\w+)=", (DEPLOY / ".env.example").read_text(), re.MULTILINE))
 
 
+def test_a_user_of_the_image_without_an_entry_in_passwd_has_a_name() -> None:
+    """compose.yaml runs as the owner of the clone, whom /etc/passwd of the image lists only if the id is 1000. DVC asks for the name as below."""
+    (line,) = re.findall(r"^ENV ((?:.*\\\n)*.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    variables = dict(word.split("=", 1) for word in line.replace("\\\n", " ").split())
+    unlisted = "import getpass, os, pwd; os.getuid = lambda: 4_000_000_000; print(getpass.getuser())"
+    done = subprocess.run([sys.executable, "-c", unlisted], env=variables, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("pedigree", 0), done.stderr
+
+
 def test_git_in_the_image_reads_the_project_whoever_owns_its_folder(tmp_path: Path) -> None:
     """The root of a volume belongs to root, the image's user is another one, and git refuses that by default."""
     (words,) = re.findall(r"&& git (config --system .+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
