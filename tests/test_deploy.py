@@ -47,13 +47,18 @@ def environment(service: dict[str, Any]) -> dict[str, str]:
     return service.get("environment", {})
 
 
+def with_defaults(text: str) -> str:
+    """A text of compose.yaml with the default of each variable that has one."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+
+
 # --- compose
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
 def test_compose_files_are_valid(name: str) -> None:
     compose = validator("compose_spec").PyCompose
-    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (DEPLOY / name).read_text())  # as compose does: variables, then merged anchors
+    text = with_defaults((DEPLOY / name).read_text())  # as compose does: variables, then merged anchors
     merged = yaml.safe_dump(yaml.safe_load(re.sub(r"\$\{\w+:\?[^}]*\}", "1000", text)))
     compose.from_yaml(merged).validate()
     for mistake in ("services: {a: {imagge: b}}", "services: {a: {image: b, ports: 3}}"):
@@ -89,7 +94,7 @@ def test_images_of_others_have_a_fixed_version_and_mounted_files_exist() -> None
         if "build" not in service:
             assert re.fullmatch(r"[\w./-]+:\d[\w.]*", service["image"])
         for volume in service.get("volumes", []):
-            source = volume.split(":")[0]
+            source = with_defaults(volume).split(":")[0]
             assert source in COMPOSE["volumes"] or (DEPLOY / source).exists(), source
 
 
@@ -119,6 +124,46 @@ def test_the_image_has_what_the_project_needs() -> None:
     assert python and SpecifierSet(project["requires-python"]).contains(python[1])
     extras = {name for group in re.findall(r"extras=([\w,]+)", text) for name in group.split(",")}
     assert extras == {"all", "gpu"} <= set(project["optional-dependencies"])
+
+
+def test_the_image_has_the_package_for_a_project_without_code_of_its_own() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^.*pip uninstall.*$", text, re.MULTILINE) == [
+        '    && if [ "$CODE" = clone ]; then pip uninstall --yes pedigree-llm; fi \\'
+    ]
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
+    for service in OUR_SERVICES.values():
+        passed = {name: with_defaults(value) for name, value in service["build"]["args"].items()}
+        assert passed == {name: value for name, value in arguments.items() if name != "PYTHON"}
+    (mount,) = [volume for volume in SERVICES["code"]["volumes"] if volume.endswith(":/project")]
+    named = set(re.findall(r"\$\{(\w+)", mount + SERVICES["code"]["build"]["args"]["CODE"]))
+    assert named == set(re.findall(r"^# (\w+)=", (DEPLOY / ".env.example").read_text(), re.MULTILINE))
+
+
+def test_a_user_of_the_image_without_an_entry_in_passwd_has_a_name() -> None:
+    """compose.yaml runs as the owner of the clone, whom /etc/passwd of the image lists only if the id is 1000. DVC asks for the name as below."""
+    (line,) = re.findall(r"^ENV ((?:.*\\\n)*.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    variables = dict(word.split("=", 1) for word in line.replace("\\\n", " ").split())
+    unlisted = "import getpass, os, pwd; os.getuid = lambda: 4_000_000_000; print(getpass.getuser())"
+    done = subprocess.run([sys.executable, "-c", unlisted], env=variables, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("pedigree", 0), done.stderr
+
+
+def test_git_in_the_image_reads_the_project_whoever_owns_its_folder(tmp_path: Path) -> None:
+    """The root of a volume belongs to root, the image's user is another one, and git refuses that by default."""
+    (words,) = re.findall(r"&& git (config --system .+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    variables = {
+        "PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": str(tmp_path / "gitconfig"), "GIT_TEST_ASSUME_DIFFERENT_OWNER": "1",
+    }  # fmt: skip
+    project = tmp_path / "project"
+    subprocess.run(["git", "init", "-q", str(project)], check=True, env={**variables, "GIT_TEST_ASSUME_DIFFERENT_OWNER": "0"})
+
+    def status() -> int:
+        return subprocess.run(["git", "status"], cwd=project, env=variables, capture_output=True, check=False).returncode
+
+    assert status() != 0
+    subprocess.run(["git", *words.replace("/project", str(project)).split()], check=True, env=variables)
+    assert status() == 0
 
 
 def _pyproject() -> dict[str, Any]:
@@ -194,6 +239,15 @@ def test_the_parts_of_kubernetes_fit_together() -> None:
     assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == RAY_CLUSTER["metadata"]["name"]
     assert CHART_VALUES["runLauncher"]["config"]["customRunLauncher"]["class"] == "DefaultRunLauncher"
     assert CHART_VALUES["postgresql"]["postgresqlScheme"] in (DEPLOY / "dagster.yaml").read_text()
+
+
+def test_the_webserver_of_the_chart_listens_on_a_port_that_any_user_may_open() -> None:
+    """The chart's port is 80, also in its probe, which its own values name again; the image's user is not root."""
+    webserver = CHART_VALUES["dagsterWebserver"]
+    port = webserver["service"]["port"]
+    assert port >= 1024 and webserver["readinessProbe"]["httpGet"]["port"] == port
+    forwarded = re.findall(r"port-forward service/dagster-dagster-webserver \d+:(\d+)", (ROOT / "docs/cluster.md").read_text())
+    assert forwarded == [str(port)]
 
 
 def test_no_manifest_has_a_secret() -> None:

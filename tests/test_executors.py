@@ -18,10 +18,12 @@ from builders import small_pipeline
 from conftest import dvc, edit_params, run
 
 from dagster_project.core.errors import CheckFailed, InputError
-from dagster_project.core.layout import measured_path, report_of
+from dagster_project.core.layout import RECORD_KEY, measured_path, report_of
+from dagster_project.curation.sources.erased import TOMBSTONES
 from dagster_project.orchestration.dvc_run import is_forced
 from dagster_project.orchestration.executors import StageJob, StageResult
-from dagster_project.orchestration.run_stage import run_stage
+from dagster_project.orchestration.run_stage import _executor, run_stage
+from dagster_project.pipeline import PEDIGREE
 
 log = logging.getLogger("pedigree")
 
@@ -86,6 +88,28 @@ def test_workers_on_this_host_give_the_same_outputs_and_report(root: Path, capsy
     run_stage(root, "tok", small_pipeline.PIPELINE)
     assert outputs(root, "tok") == here and re.search(r"tok: \d+ parts in \d+ other processes", capsys.readouterr().out)
     assert small_pipeline.changed_in_dvc(root) == set()
+
+
+def test_a_stage_that_reads_a_key_which_git_ignores_runs_on_this_machine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A job gets only what git does not ignore, and `pedigree init` lets git ignore the key of record ids."""
+    values = {"execution": {"stages": {stage: {"on": "ray"} for stage in ("release", "raw_examples")}}}
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    for path in (RECORD_KEY, ".gitignore"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"/{RECORD_KEY}\n")
+
+    def place(address: str, *inputs: str) -> str:
+        return type(_executor(tmp_path, values, address, PEDIGREE, inputs)).__name__
+
+    with caplog.at_level(logging.INFO, logger="pedigree"):
+        assert place("release", "data/merged", "data/keys") == "LocalExecutor"
+    assert "release: runs on this machine" in caplog.text and RECORD_KEY in caplog.text
+    assert place("release", "data/merged") == place("raw_examples", "data/sources") == "RayExecutor"
+    (tmp_path / TOMBSTONES).parent.mkdir(parents=True)
+    (tmp_path / TOMBSTONES).touch()
+    assert place("raw_examples", "data/sources") == "LocalExecutor", "it compares records with those that were erased"
+    subprocess.run(["git", "add", "--force", RECORD_KEY], cwd=tmp_path, check=True)
+    assert place("release", "data/keys") == place("raw_examples", "data/sources") == "RayExecutor"
 
 
 def test_a_gate_that_fails_on_another_machine_fails_here_and_publishes_only_its_report(root: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def start(project: Path, **environment: str) -> subprocess.Popen[str]:
 
 def outcomes(process: subprocess.Popen[str], project: Path) -> dict[str, str]:
     """Outcome of every stage, after a run that succeeded."""
-    code = process.wait(1800)
+    code = process.wait(5000)  # seconds; a busy machine has taken an hour
     assert code == 0, project.with_suffix(".err").read_text()
     stages = json.loads(project.with_suffix(".out").read_text())["stages"]
     return {address: one["outcome"] for address, one in stages.items()}
@@ -61,7 +61,7 @@ def recorded(project: Path) -> dict[str, Any]:
     return dict(YAML(typ="safe").load((project / "dvc.lock").read_text())["stages"])
 
 
-@pytest.mark.timeout(3600)  # 34 runs of stages, half of them as jobs
+@pytest.mark.timeout(9000)  # 34 runs of stages, half of them as jobs
 def test_every_stage_of_the_pipeline_runs_on_ray_and_is_recorded_as_by_a_local_run(
     cluster: Cluster, project: Path, s3: S3Server, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ from dagster_project.core import faults, params
 from dagster_project.core.context import StageContext
 from dagster_project.core.documents import read_report
 from dagster_project.core.errors import INNER, Busy, CheckFailed, InputError, PedigreeError
+from dagster_project.core.git import git
 from dagster_project.core.imports import lean_imports
-from dagster_project.core.layout import measured_path, report_of
+from dagster_project.core.layout import RECORD_KEY, measured_path, report_of
 from dagster_project.core.records import remove, write_json
 from dagster_project.core.text import visible
 from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, Workers
+from dagster_project.curation.sources.erased import TOMBSTONES
 from dagster_project.execution import VARIABLE, WORKER, placement
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import value_at
-from dagster_project.lineage.history import refuse_lost_entries
+from dagster_project.lineage.history import is_within, refuse_lost_entries
 from dagster_project.orchestration import dvc, dvc_cache, integrity, locks, processes
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
 from dagster_project.orchestration.executors.local import LocalExecutor
@@ -66,7 +68,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
                 values = params.read(root) if os.environ.get(VARIABLE) == WORKER else pipeline.validate(root)
             if (key := pipeline.rests_on_all.get(stage)) and _is_given(root, values, key) and not _is_inner():
                 _refuse_outdated(root, address)
-            executor = executor or _executor(values, address, pipeline)
+            executor = executor or _executor(root, values, address, pipeline, before)
             names = tuple(pipeline.stages)
             ctx = StageContext(
                 root, stage, variant, scratch, values, pipeline.variants_of,
@@ -106,13 +108,23 @@ def _restore(root: Path, address: str) -> None:
         log.warning(f"{address}: earlier outputs were not restored: {known.what}; `dvc checkout` restores them")
 
 
-def _executor(values: Mapping[str, Any], address: str, pipeline: Pipeline) -> Executor:
+def _executor(root: Path, values: Mapping[str, Any], address: str, pipeline: Pipeline, inputs: Iterable[str]) -> Executor:
     settings, place = placement(values, address, pipeline.stages, pipeline.variants_of)
     if place.on == "local":
+        return LocalExecutor(_workers(place.workers))
+    if _reads_private_key(root, inputs):
+        log.info(f"{address}: runs on this machine, because it reads {RECORD_KEY}, which git ignores and a job therefore does not get")
         return LocalExecutor(_workers(place.workers))
     from dagster_project.orchestration.executors.ray import RayExecutor
 
     return RayExecutor(settings, place)
+
+
+def _reads_private_key(root: Path, inputs: Iterable[str]) -> bool:
+    """Whether a stage reads the key of record ids, and git ignores its file. Stages that read sources need it to recognize erased records."""
+    if not any(is_within(RECORD_KEY, path) or (is_within(TOMBSTONES, path) and (root / TOMBSTONES).exists()) for path in inputs):
+        return False
+    return git(root, "check-ignore", "--quiet", RECORD_KEY) is not None
 
 
 def _workers(count: int) -> Workers:
