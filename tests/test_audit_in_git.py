@@ -96,7 +96,11 @@ def test_a_text_is_found_whether_its_letters_are_composed_or_not(made: Project) 
     composed = unicodedata.normalize("NFC", "the élan of Ångström")
     parts = unicodedata.normalize("NFD", composed)
     made.commit(made.lock([(parts, "train", "data/sources/a.jsonl"), *ROWS]))
-    assert impact(made.root, text=f"What of {composed}?")["records"] == [identity(parts)] == impact(made.root, text=f"what of {parts}?")["records"]
+    assert (
+        impact(made.root, text=f"What of {composed}?")["records"]
+        == [identity(parts)]
+        == impact(made.root, text=f"what of {parts}?")["records"]
+    )
     made.commit(made.lock([(composed, "train", "data/sources/a.jsonl"), *ROWS]))
     for text in (composed, parts):
         assert impact(made.root, text=f"What of {text}?")["records"] == sorted([identity(parts), identity(composed)])

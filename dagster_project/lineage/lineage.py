@@ -163,7 +163,9 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
 
 def _has_history_only(index: Index, rev: str | None) -> bool:
     """Whether the workspace has no dvc.lock, and the committed state none either, e.g. on a new branch, while models of other commits are known."""
-    return rev is None and index.history.workspace is None and bool(index.runs) and git(index.root, "cat-file", "-e", f"HEAD:./{LOCK}") is None
+    return (
+        rev is None and index.history.workspace is None and bool(index.runs) and git(index.root, "cat-file", "-e", f"HEAD:./{LOCK}") is None
+    )
 
 
 def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
