@@ -295,6 +295,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("method", ["dpo", "rloo", "reward_model"])
+def test_max_steps_is_the_number_of_steps_also_past_the_epochs(method: str, tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
+    """`pedigree plan` predicts this number."""
+    if method == "reward_model":
+        report = train_reward(tmp_path, preferences, tiny_model, num_train_epochs=1, max_steps=3)
+    else:
+        settings = {**METHODS[method], **({"rewards": {"brief": 1.0}} if method == "rloo" else {}), "max_steps": 10}
+        report = align_it(tmp_path, preferences, None, tiny_model, method=method, **settings | {"num_train_epochs": 1})
+    assert report.metrics["steps"] == (3 if method == "reward_model" else 10), "of 16 pairs an epoch has 2, 4 or 8"
+
+
 OFFLINE = {"dpo", "kto", "orpo", "simpo", "cpo", "gkd"}
 REFERENCE_FREE = {"orpo", "simpo", "cpo", "gkd"}
 
@@ -378,8 +389,9 @@ def test_answers_that_a_distillation_samples_are_kept_without_rewards(
     assert not report.failures, [check.note for check in report.failures]
     curve = [point for point in json.loads((tmp_path / "pages" / "history.json").read_text())["curve"] if "loss" in point]
     assert {point["on_policy"] for point in curve} == {lmbda}
+    page = (tmp_path / "pages" / "alignment.html").read_text()
     if not lmbda:
-        assert not (tmp_path / "out" / "answers").exists() and "sampled" not in report.metrics
+        assert not (tmp_path / "out" / "answers").exists() and "sampled" not in report.metrics and "of its own answers" not in page
         return
     rows = read_answers(tmp_path / "out")
     assert [*rows[0]] == ["step", "example_id", "answer", "reasoning", "reward", "tokens", "unfinished"]
@@ -390,6 +402,15 @@ def test_answers_that_a_distillation_samples_are_kept_without_rewards(
         tokens = [row["tokens"] for row in rows if row["step"] == point["step"]]
         assert point["response_length"] == pytest.approx(sum(tokens) / len(tokens))
     assert len({row["answer"] for row in rows}) > 8 and "rewards_differ" not in {check.name for check in report.checks}
+    shortest, *_, longest = sorted((row for row in rows if row["step"] == 1), key=lambda row: row["tokens"])
+    assert "The policy learned from 32 of its own answers. The shortest and the longest of three steps" in page
+    for row in (shortest, longest):
+        end = ", unfinished" if row["unfinished"] else ""
+        assert f"<span>{row['tokens']} tokens{end}:</span>" in page and f"record {row['example_id']}" in page
+    shutil.rmtree(tmp_path / "out" / "answers")  # of a version that did not keep them
+    del report.metrics["sampled"]
+    draw_pages("aligned@mine", report, tmp_path / "out", tmp_path / "pages")
+    assert "of its own answers" not in (tmp_path / "pages" / "alignment.html").read_text()
 
 
 SCORES = {

@@ -91,6 +91,41 @@ def test_a_source_is_found_whether_its_name_has_composed_letters_or_not(made: Pr
     assert impact(made.root, source=unicodedata.normalize("NFC", name))["models"] == impact(made.root, source=name)["models"] != []
 
 
+def test_a_text_is_found_whether_its_letters_are_composed_or_not(made: Project) -> None:
+    """Also in the arguments of a call, and of a source whose file has the other form."""
+    composed = unicodedata.normalize("NFC", "the élan of Ångström")
+    parts = unicodedata.normalize("NFD", composed)
+    made.commit(made.lock([(parts, "train", "data/sources/a.jsonl"), *ROWS]))
+    assert (
+        impact(made.root, text=f"What of {composed}?")["records"]
+        == [identity(parts)]
+        == impact(made.root, text=f"what of {parts}?")["records"]
+    )
+    made.commit(made.lock([(composed, "train", "data/sources/a.jsonl"), *ROWS]))
+    for text in (composed, parts):
+        assert impact(made.root, text=f"What of {text}?")["records"] == sorted([identity(parts), identity(composed)])
+
+
+def test_on_a_branch_without_results_a_model_of_another_is_found_by_its_hash(made: Project) -> None:
+    lock = made.lock(ROWS)
+    commit = made.commit(lock)
+    md5 = lock["merged@lora"]["outs"][0]["md5"]
+    git(made.root, "checkout", "-q", "--orphan", "new")
+    git(made.root, "rm", "-q", "--cached", "dvc.lock")
+    (made.root / "dvc.lock").unlink()
+    git(made.root, "commit", "-qm", "new")
+    assert audit(made.root, md5)["model"] == audit(made.root, f"{commit}:merged@lora")["model"]
+    with pytest.raises(InputError, match=r"merged@lora is not in dvc\.lock; it was before, last with md5"):
+        audit(made.root, "merged@lora")
+    with pytest.raises(InputError, match=r"nothing: no such stage(.|\n)*there is no dvc\.lock here"):
+        audit(made.root, "nothing")
+    git(made.root, "checkout", "-q", commit)
+    (made.root / "params.yaml").write_text("{}")
+    (made.root / "dvc.lock").unlink()
+    with pytest.raises(InputError, match=r"dvc\.lock has no complete entry of"):
+        audit(made.root, md5)
+
+
 def test_the_file_behind_a_linked_source_names_the_source(made: Project) -> None:
     source = made.root / "data/sources"
     source.mkdir(parents=True)

@@ -20,6 +20,7 @@ import pytest
 from builders.files import FILE_WRITERS, jsonl
 from builders.history import Project, entry, identity, messages, table
 from conftest import ROOT, run
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from dagster_project.__main__ import main
 from dagster_project.commands.erase import exit_code
@@ -36,6 +37,10 @@ from dagster_project.lineage.erasure.removal import WRITERS, without
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import record_key
+from dagster_project.lineage.signing import provenance
+from dagster_project.lineage.signing.keys import PrivateKey
+from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
+from dagster_project.lineage.signing.target import folders_naming
 from dagster_project.orchestration import locks
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.dvc_run import reproduce
@@ -44,6 +49,7 @@ from dagster_project.orchestration.erasure import plan as plans
 from dagster_project.orchestration.erasure.exclusive import LOCK, no_stage_runs, one_erasure
 from dagster_project.orchestration.erasure.objects import Own, to_remove
 from dagster_project.orchestration.erasure.plan import found_in_models, models_of, usable_key
+from dagster_project.orchestration.erasure.steps import Erasure
 from dagster_project.stages import raw_examples, raw_preferences
 
 KEY = "5f" * 32
@@ -440,6 +446,35 @@ def test_hashes_of_git_blobs_stay_outside_what_git_tracks(tmp_path: Path) -> Non
     paths = write(tmp_path, certificate(PLAN), None)
     listed = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file() and "0" * 40 in path.read_text()]
     assert listed == [paths["blobs of git history"]] and listed[0].startswith(".dvc/tmp/")
+
+
+def test_attestations_that_state_hashes_of_a_source_before_are_removed_with_their_signatures(tmp_path: Path) -> None:
+    key = PrivateKey(ed25519.Ed25519PrivateKey.generate())
+    digests = {"md5": "0" * 32, "sha256": "1" * 64}
+    for name, read in (
+        ("adapter/lora", "data/sources/a.jsonl"),
+        ("adapter/other", "data/sources/ab.jsonl"),
+        ("base_model", "data/sources"),
+    ):
+        record = provenance.StageRecord("raw_examples", {"cmd": "x", "deps": [{"path": read}], "outs": []}, "", {}, {read: digests}, {})
+        statement = provenance.statement(record)
+        folder = tmp_path / "data/signatures" / name
+        folder.mkdir(parents=True)
+        (folder / ATTESTATIONS).write_text(provenance.lines([statement], key))
+        for other in (SIGNATURE, PUBLIC_KEY, "mine.txt"):
+            (folder / other).write_text("x")
+    (tmp_path / "data/signatures/damaged").mkdir()
+    (tmp_path / "data/signatures/damaged" / ATTESTATIONS).write_bytes(b"\xff\n[]\n")
+    named = [
+        folder.relative_to(tmp_path).as_posix() for folder in folders_naming(tmp_path, ["data/sources/a.jsonl", "data/sources/c.jsonl"])
+    ]
+    assert named == ["data/signatures/adapter/lora"] and folders_naming(tmp_path, []) == []
+    plan = {**PLAN, "needles": {"texts": [], "groups": [], "ids": [], "unsearchable": 0}, "signatures": named}
+    Erasure(tmp_path, plan, lambda root: None).files()
+    left = {path.relative_to(tmp_path / "data/signatures").as_posix() for path in tmp_path.rglob("data/signatures/**/*") if path.is_file()}
+    files = {f"{name}/{file}" for name in ("adapter/other", "base_model") for file in (ATTESTATIONS, SIGNATURE, PUBLIC_KEY, "mine.txt")}
+    assert left == {*files, "adapter/lora/mine.txt", f"damaged/{ATTESTATIONS}"}
+    assert certificate(plan)["removed"]["folders of signatures"] == 1
 
 
 @pytest.mark.parametrize(

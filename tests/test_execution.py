@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -219,6 +220,34 @@ def test_objects_arrive_in_a_cache_that_has_none_of_them(stored: Path, tmp_path:
         assert store.pull(inputs.values()) == sum(len(content[oid]) for oid in carried)
         assert store.pull(inputs.values()) == 0  # now they are here
     assert {oid: path.read_bytes() for oid, path in objects(stored / ".dvc/cache/files/md5").items()} == content
+
+
+class Refused(Exception):
+    """As a library of a remote has it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (Refused("denied"), "denied"),
+        (OSError("gone"), "gone"),
+        (ValueError("Invalid endpoint"), "Invalid endpoint"),
+        (TypeError("wrong"), ""),
+    ],
+)
+def test_what_a_remote_refuses_is_one_message_and_an_error_of_a_program_is_not(
+    stored: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, shown: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    with open_store(stored) as store:
+        failing = RemoteStore(replace(store.remote, fs=SimpleNamespace(fs=SimpleNamespace(invalidate_cache=fail))))
+        with pytest.raises(PedigreeError if shown else TypeError, match=shown or "wrong"):
+            failing.list("results")
+    monkeypatch.setattr("dvc.data_cloud.DataCloud.push", fail)
+    with pytest.raises(InputError if shown else TypeError, match=shown or "wrong"):
+        push(stored)
 
 
 @pytest.mark.parametrize("harm", ["changed", "removed"])

@@ -8,18 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 from builders import small_pipeline
 from conftest import dvc
+from dvc.repo.experiments.exceptions import UnresolvedExpNamesError
+from kombu.exceptions import ChannelError
 from ruamel.yaml import YAML
+from scmrepo.exceptions import SCMError
 
 from dagster_project.__main__ import main
 from dagster_project.orchestration import experiments
-from dagster_project.orchestration.experiments import choices, is_temporary, trials
+from dagster_project.orchestration.experiments import Trial, choices, is_temporary, trials
 
 
 def ran(root: Path) -> list[str]:
@@ -153,6 +158,34 @@ def test_an_interrupt_while_dvc_fills_its_queue_empties_it(root: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         module.sweep(root, "variants.lora", ["r=2,3"], 1, None, small_pipeline.PIPELINE.variants_of, lambda *_: None)
     assert not trials(root)
+
+
+class Queue:
+    """DVC's queue with one waiting experiment, of which the first removals fail."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.waiting = [*errors], True
+
+    def remove(self, names: list[str]) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.waiting = False
+
+
+def test_an_error_of_a_program_ends_a_cancellation_and_a_change_of_the_queue_at_this_moment_does_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def cancel(queue: Queue) -> None:
+        repo = SimpleNamespace(experiments=SimpleNamespace(celery_queue=queue))
+        monkeypatch.setattr(experiments.dvc, "open_repo", lambda root: nullcontext(repo))
+        monkeypatch.setattr(experiments, "trials", lambda root: {"a": Trial("Queued", "0", False)} if queue.waiting else {})
+        experiments.cancel(tmp_path, ["a"], 20)
+
+    raced = Queue(UnresolvedExpNamesError(["a"]), SCMError("no such entry"), FileNotFoundError("message"), ChannelError("message"))
+    cancel(raced)
+    assert not raced.waiting
+    with pytest.raises(TypeError, match="wrong"):
+        cancel(Queue(TypeError("wrong")))
 
 
 def test_values_are_read_as_dvc_reads_them() -> None:

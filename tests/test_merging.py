@@ -481,6 +481,15 @@ def test_a_pipeline_of_another_form_is_refused_and_not_damaged(tmp_path: Path, s
         write_reads(tmp_path)
 
 
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_pipeline_keeps_its_line_ends(tmp_path: Path, ends: str) -> None:
+    (tmp_path / "params.yaml").write_text(json.dumps({"adapter": TWO}))
+    text = (ROOT / "dvc.yaml").read_text()
+    (tmp_path / "dvc.yaml").write_bytes(text.replace("\n", ends).encode())
+    assert write_reads(tmp_path)["changed"] and not write_reads(tmp_path)["changed"]
+    assert (tmp_path / "dvc.yaml").read_bytes() == listed(text, TWO).replace("\n", ends).encode()
+
+
 def test_an_upgrade_of_a_project_with_an_installed_package_keeps_the_list(tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_text(pipeline_text())
     (tmp_path / code_lock.FILE).write_text(current_lock().text())

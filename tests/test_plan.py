@@ -390,6 +390,26 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
     assert "dpo: 12 pairs, " in plan.as_text(found)
 
 
+def test_a_plan_of_training_on_pairs_has_exactly_max_steps(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Machine, "runtime", 0)
+    monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (30.0, 60.0))
+    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(12)], PREFERENCE_SCHEMA)
+    entry = {"adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2}
+    entries = {f"{method}_{n}": {**entry, "method": method, "max_steps": n} for method in ("dpo", "simpo") for n in (3, 9, 1)}
+    judge = {"model": "base_model", "per_device_train_batch_size": 4, "num_train_epochs": 2, "max_steps": 9}
+    edit_params(tokenized, lambda values: values.update(aligned=entries, reward_model=judge))
+    found = plan.plan_variants(tokenized, [*entries, "reward_model"])["variants"]
+    assert {name: (one["steps"], one["epochs"]) for name, one in found.items()} == {
+        "dpo_3": (3, 1.0), "dpo_9": (9, 3.0), "dpo_1": (1, 0.333), "simpo_3": (3, 1.0), "simpo_9": (9, 3.0), "simpo_1": (1, 0.333),
+        "reward_model": (9, 3.0),
+    }  # fmt: skip
+    assert found["dpo_9"]["tokens"] == found["reward_model"]["tokens"] == 3 * found["dpo_3"]["tokens"] == 9 * found["dpo_1"]["tokens"]
+    assert {name: one["time"]["to_seconds"] for name, one in found.items()} == {
+        "dpo_3": 60 * (3 + 1), "dpo_9": 60 * (9 + 1), "dpo_1": 60 * (1 + 1), "simpo_3": 60 * 3, "simpo_9": 60 * 9, "simpo_1": 60,
+        "reward_model": 60 * 9,
+    }, "the reference reads all pairs once, in a third of the three steps of an epoch"  # fmt: skip
+
+
 def test_a_plan_of_an_online_method_reads_prompts_once_and_counts_the_reward_model(
     tokenized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

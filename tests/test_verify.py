@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders.small_pipeline import git
 from conftest import dvc, edit_params, pedigree
 from safetensors.torch import save_file
 
 from dagster_project.commands.elsewhere import compared
 from dagster_project.commands.outputs import Outputs
-from dagster_project.commands.verify import as_text, verdicts, verify
+from dagster_project.commands.verify import _unpack, as_text, verdicts, verify
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.records import read_table, write_json
 from dagster_project.lineage.first_difference import first_difference
@@ -32,6 +34,31 @@ def files_of(root: Path) -> dict[str, bytes]:
         for path in sorted(root.rglob("*"))
         if path.is_file() and ".git" not in path.parts and "tmp" not in path.relative_to(root).parts and "__pycache__" not in path.parts
     }
+
+
+@pytest.mark.parametrize("folder", ["", "a folder/ml"])
+def test_files_of_a_commit_that_are_left_out_of_archives_are_unpacked_too(tmp_path: Path, folder: str) -> None:
+    root = tmp_path / "repository" / folder
+    (root / "data/sources").mkdir(parents=True)
+    git(tmp_path / "repository", "init", "-q")
+    for name in ("params.yaml", "data/sources/a.jsonl", "data/sources/\u00e9 b.sh"):
+        (root / name).write_text(name)
+    (root / "data/sources/\u00e9 b.sh").chmod(0o755)
+    (root / "data/sources/link").symlink_to("a.jsonl")
+    (root / ".gitattributes").write_text("data/sources/** export-ignore\n")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "x")
+    expected = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file() and ".git" not in path.parts}
+    shutil.rmtree(root / "data")
+    for path in (".", "data/sources"):
+        _unpack(Revision(root, "HEAD"), tmp_path / "copy" / path, path)
+        found = {one.relative_to(tmp_path / "copy" / path): one for one in (tmp_path / "copy" / path).rglob("*") if one.is_file()}
+        assert {name: one.read_bytes() for name, one in found.items()} == {
+            name: content for name, content in expected.items() if path == "." or name.is_relative_to(path)
+        }
+        shutil.rmtree(tmp_path / "copy")
+    _unpack(Revision(root, "HEAD"), tmp_path / "copy")
+    assert (tmp_path / "copy/data/sources/link").is_symlink() and os.access(tmp_path / "copy/data/sources/\u00e9 b.sh", os.X_OK)
 
 
 def test_a_stage_of_the_real_pipeline_is_reproduced_byte_for_byte(finished: Path) -> None:

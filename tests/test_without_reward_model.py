@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from dagster_project.commands.init import init
 from dagster_project.commands.pipeline_file import pipeline_text
 from dagster_project.commands.plan import plan_variants
-from dagster_project.commands.upgrade import upgrade
+from dagster_project.commands.upgrade import as_text, upgrade
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
@@ -66,6 +66,24 @@ def test_an_upgrade_writes_a_pipeline_without_the_stage_that_params_leave_out(ne
         validate(new)
     upgrade(new)
     assert (new / "dvc.yaml").read_text() == whole == pipeline_text()
+
+
+def test_an_upgrade_names_the_files_that_it_changed_and_no_others(new: Path) -> None:
+    def contents() -> dict[str, bytes]:
+        files = (new / name for name in ("dvc.yaml", "code.lock.yaml", ".dvcignore"))
+        return {file.name: file.read_bytes() if file.exists() else b"" for file in files}
+
+    assert upgrade(new)["written"] == [] and as_text(upgrade(new)).endswith("\nno file was changed")
+    for change, expected in (
+        (lambda: edit_params(new, without_section), ["code.lock.yaml", "dvc.yaml"]),
+        (lambda: (new / ".dvcignore").write_text("*.swp\n"), [".dvcignore"]),
+        (lambda: (new / "code.lock.yaml").unlink(), ["code.lock.yaml"]),
+    ):
+        change()
+        before = contents()
+        document = upgrade(new)
+        assert document["written"] == expected == sorted(name for name, content in contents().items() if content != before[name])
+        assert as_text(document).endswith(f"\ncommit with the results of the next run: {', '.join(expected)}")
 
 
 def test_a_reward_model_that_was_left_behind_judges_nothing(new: Path) -> None:

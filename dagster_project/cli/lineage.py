@@ -140,7 +140,7 @@ def _add_impact(commands: Any) -> None:
     command = add_command(commands, impact)
     query = command.add_mutually_exclusive_group(required=True)
     query.add_argument("--record", metavar="ID", help="a record, by its example_id or the id that a release gives it")
-    query.add_argument("--text", help="the text of one of its messages; case and white space are ignored")
+    query.add_argument("--text", help="the text of one of its messages; case, white space and composition of letters are ignored")
     query.add_argument("--source", metavar="PATH", help="every record of a source: a file, or a folder with all its files")
     query.add_argument("--hash", help="md5 or sha256 (or its beginning) of a source, an output, or a file in one")
     query.add_argument("--containing", metavar="TEXT", help="part of a message, such as a name, between word boundaries")

@@ -48,9 +48,16 @@ def write_reads(root: Path) -> dict[str, Any]:
         raise InputError(f"dvc.yaml: not UTF-8: {error}", "see `git diff dvc.yaml`") from None
     text = listed(before, adapters)
     if text != before:
-        write_text(path, text)
+        write_with_its_line_ends(path, text)
         _record_as_written(root, before, text)
     return {"changed": text != before, "adapters": _reads(_trained_reads(_stage(text)), adapters) if _has_merges(adapters) else {}}
+
+
+def write_with_its_line_ends(path: Path, text: str) -> None:
+    """Write a new text of a file, with the line ends of its first line."""
+    with path.open("rb") as file:
+        ends_in_crlf = file.readline().endswith(b"\r\n")
+    write_text(path, text.replace("\n", "\r\n") if ends_in_crlf else text)
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:

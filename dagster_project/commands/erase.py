@@ -170,6 +170,7 @@ def dry_run_text(document: Mapping[str, Any]) -> str:
     known = {address: value for address, value in document["cost"]["seconds"].items() if value}
     lines += ["", f"{len(document['stages'])} stages are made again; {len(known)} of them took {sum(known.values()):.0f} s the last time"]
     lines += [f"deleted: {', '.join(document['papers'])} in data/release"] if document["papers"] else []
+    lines += [f"deleted: the signatures in {', '.join(document['signatures'])}"] if document["signatures"] else []
     lines += [f"not reached: DVC remotes {', '.join(document['remotes elsewhere'])}"] if document["remotes elsewhere"] else []
     lines += ["not reached: what dagster.yaml keeps outside Dagster's home"] if document["event log elsewhere"] else []
     return "\n".join([*lines, "nothing was changed; the same command without --dry-run carries this out"])

@@ -74,6 +74,7 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
             "objects of remotes": {name: len(oids) for name, oids in removed["remotes"].items()},
             "pages and scratch files": len(plan["files"]),
             **({"papers in data/release, as a whole": len(plan["papers"])} if plan.get("papers") else {}),
+            **({"folders of signatures": len(plan["signatures"])} if plan.get("signatures") else {}),
             "files of Dagster, cleaned or deleted": len(plan["dagster"]),
         },
         "models": {

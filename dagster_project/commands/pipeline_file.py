@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project import __version__
-from dagster_project.commands.adapter_reads import listed
+from dagster_project.commands.adapter_reads import listed, write_with_its_line_ends
 from dagster_project.core import params
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import is_code
@@ -107,6 +107,8 @@ class Update:
     """Stages with another command, other dependencies, parameters or outputs than before."""
     edited: list[str]
     """Stages whose definition in an edited dvc.yaml, which is kept, is not that of this version."""
+    written: list[str]
+    """Files that were written, by their paths in the project."""
 
 
 def update_pipeline(root: Path, recorded: CodeLock) -> Update:
@@ -115,16 +117,18 @@ def update_pipeline(root: Path, recorded: CodeLock) -> Update:
     adapters, path = params.read(root).get("adapter"), root / "dvc.yaml"
     text = listed(pipeline_text(left_out(root)), adapters if isinstance(adapters, dict) else {})
     lock = current_lock(text)
-    present = path.read_text(encoding="utf-8")
+    present, written = path.read_text(encoding="utf-8"), list[str]()
     if sha256_of_text(present) == recorded.pipeline:
         if present != text:
-            path.write_text(text, encoding="utf-8")
-            for folder in (root / name for name in folders()[1]):
-                if not folder.exists():  # this version reads it, the earlier one did not
-                    folder.mkdir(parents=True)
-                    (folder / KEEP).touch()
-        return Update(lock, _differing(*(_without_notes(_stages(one)) for one in (present, text))), [])
-    return Update(replace(lock, pipeline=recorded.pipeline), [], _differing(_stages(present), _stages(text)))
+            write_with_its_line_ends(path, text)
+            written.append("dvc.yaml")
+            for name in folders()[1]:
+                if not (root / name).exists():  # this version reads it, the earlier one did not
+                    (root / name).mkdir(parents=True)
+                    (root / name / KEEP).touch()
+                    written.append(f"{name}/{KEEP}")
+        return Update(lock, _differing(*(_without_notes(_stages(one)) for one in (present, text))), [], written)
+    return Update(replace(lock, pipeline=recorded.pipeline), [], _differing(_stages(present), _stages(text)), [])
 
 
 def _stages(text: str) -> dict[str, Any]:

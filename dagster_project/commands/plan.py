@@ -232,7 +232,9 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     per_pass, passes = method.passes(entry)
     batch = per_pass * len(sequences[0]) // method.rows_per_pair
     shared = machine.processes if entry.sharding else 1  # the options of ppo are those of all processes
-    n = method.steps(-(-len(pairs) * method.rows_per_pair // (1 if method.shares_processes else shared)), entry)
+    rows = -(-len(pairs) * method.rows_per_pair // (1 if method.shares_processes else shared))
+    per_epoch = method.steps(rows, entry.model_copy(update={"num_train_epochs": 1, "max_steps": None}))
+    n = entry.max_steps or method.steps(rows, entry)  # TRL trains this many steps, also past `num_train_epochs`
     per_step = batch * passes * (1 if method.shares_processes else shared) * sum(lengths) / len(lengths)
     spec = memory.TrainingSpec(
         machine.device, machine.dtype, base_model, "lora", entry.peft, [max(lengths)] * batch,
@@ -251,14 +253,14 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     if method.reads_pairs and reads_once:
         spec, share = _reading_pairs_once(spec, cast("Sequence[Pair]", pairs), per_pass, n * passes, sum(lengths), method.trains_prompts)
         tokens *= share
-    # a forward and backward pass is 3 units; a forward pass of the reference is one, for dpo once for all epochs
-    reference = tokens / 3 / (entry.num_train_epochs if method.reads_pairs else 1)
+    # a forward and backward pass is 3 units; a forward pass of the reference is one, for dpo of all pairs once, however many steps there are
+    reference = tokens / 3 / (n / per_epoch if method.reads_pairs else 1)
     work = tokens + (FORWARD_PASSES.get(entry.method, 1) * reference if method.has_reference else 0)
     processes = machine.processes if method.shares_processes else shared
     requirements = _requirements(spec, machine, round(work), processes, method.can_shard)
     return {
         "pairs": len(pairs),
-        "epochs": entry.num_train_epochs,
+        "epochs": round(n / per_epoch, 3),
         "steps": n,
         "tokens": round(n * per_step),
         **requirements,
@@ -304,7 +306,8 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
     processes = machine.processes if entry.sharding else 1
     batch, pairs = 2 * entry.per_device_train_batch_size, len(lengths) // 2
     per_step = entry.per_device_train_batch_size * entry.gradient_accumulation_steps * processes
-    n = min(-(-pairs // per_step) * entry.num_train_epochs, entry.max_steps or 10**9)
+    per_epoch = -(-pairs // per_step)
+    n = entry.max_steps or per_epoch * entry.num_train_epochs
     tokens = round(n * 2 * min(per_step, pairs) * sum(lengths) / len(lengths))
     spec = memory.TrainingSpec(
         machine.device, machine.dtype, base_model, entry.method, entry.peft, [max(lengths)] * batch, batch, 1, machine.runtime, entry.quantization,
@@ -318,7 +321,7 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
         )
         work *= share
     requirements = _requirements(spec, machine, round(work), processes)
-    return {"pairs": pairs, "epochs": entry.num_train_epochs, "steps": n, "tokens": tokens, **requirements}
+    return {"pairs": pairs, "epochs": round(n / per_epoch, 3), "steps": n, "tokens": tokens, **requirements}
 
 
 def _reading_pairs_once(

@@ -22,7 +22,7 @@ def upgrade(root: Path) -> dict[str, Any]:
     Returns:
         {"from", "to": versions, "changed": stages whose code differs from the recorded one, "stale": {address: why}, "current": addresses that
         stay as they are, "results": {version: entries of the changelog}, "edited": stages whose definition in an edited dvc.yaml is not that of
-        this version, "ignored": lines that were added to .dvcignore}.
+        this version, "ignored": lines that were added to .dvcignore, "written": files that are new or changed}.
     Raises:
         InputError: the project is a clone, in which stages depend on files.
     """
@@ -38,9 +38,12 @@ def upgrade(root: Path) -> dict[str, Any]:
     update = update_pipeline(root, recorded)
     lock = update.lock
     changed = [name for name, value in lock.stages.items() if recorded.stages.get(name) != value]
+    written = [*update.written]
     if lock != recorded:
         (root / code_lock.FILE).write_text(lock.text(), encoding="utf-8")
-    ignored = papers_in_place.add_lines(root)
+        written.append(code_lock.FILE)
+    if ignored := papers_in_place.add_lines(root):
+        written.append(papers_in_place.IGNORE_FILE)
     states = dvc.read_stages(root)
     above, stale = parents(states), {}
     for address in states:  # in flow order
@@ -59,6 +62,7 @@ def upgrade(root: Path) -> dict[str, Any]:
         "results": results_since(recorded.version, RESULTS.read_text(encoding="utf-8")) if changed else {},
         "edited": update.edited,
         "ignored": ignored,
+        "written": sorted(written),
     }
 
 
@@ -107,4 +111,6 @@ def as_text(document: Mapping[str, Any]) -> str:
         ]
     if document["ignored"]:
         lines += ["", f"{papers_in_place.IGNORE_FILE} has {len(document['ignored'])} more lines: the papers of a release"]
-    return "\n".join([*lines, "", f"commit {code_lock.FILE}, dvc.yaml and {papers_in_place.IGNORE_FILE} with the results of the next run"])
+    written = document["written"]
+    lines += ["", f"commit with the results of the next run: {', '.join(written)}" if written else "no file was changed"]
+    return "\n".join(lines)

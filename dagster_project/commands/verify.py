@@ -311,6 +311,23 @@ class _Clone:
         dvc_cache.add_to_cache(self.root, outs)
 
 
+def _unpack_unexported(at: Revision, target: Path, path: str) -> None:
+    """Copy the files at a revision that .gitattributes leaves out of archives (`export-ignore`)."""
+    for line in (git_bytes(at.root, "ls-tree", "-r", "-z", f"{at.rev}", "--", path) or b"").split(b"\0"):
+        facts, _, name = line.partition(b"\t")
+        mode, kind = facts.split()[:2] if name else (b"", b"")
+        file = target / os.fsdecode(name)
+        if kind != b"blob" or os.path.lexists(file):
+            continue
+        content = git_bytes(at.root, "cat-file", "--filters", f"{at.rev}:./{os.fsdecode(name)}") or b""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if mode == b"120000":
+            file.symlink_to(os.fsdecode(content))
+        else:
+            file.write_bytes(content)
+            file.chmod(0o755 if mode == b"100755" else 0o644)
+
+
 def _unpack(at: Revision, target: Path, path: str = ".") -> None:
     """Copy the project's files at a revision; in the workspace, all files that git does not ignore."""
     target.mkdir(parents=True, exist_ok=True)
@@ -319,6 +336,7 @@ def _unpack(at: Revision, target: Path, path: str = ".") -> None:
         if packed is not None:
             with tarfile.open(fileobj=BytesIO(packed)) as archive:
                 archive.extractall(target, filter="tar")
+        _unpack_unexported(at, target, path)
         return
     listed = git_bytes(at.root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", path)
     if listed is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -220,10 +221,11 @@ class Index(RunIndex):
         return frozenset(out for out, md5 in self.evidence.items() if md5 in read)
 
     def records_with_text(self, text: str) -> list[bytes]:
-        """Keys of the records with a message of this text, ignoring case and whitespace: its content, its reasoning, the arguments of a call as JSON
-        in any spelling, or one text in them."""
+        """Keys of the records with a message of this text, ignoring case and whitespace, and whether all letters are composed or none: its content,
+        its reasoning, the arguments of a call as JSON in any spelling, or one text in them."""
         records: set[bytes] = set()
-        for key in {text_key(text), text_key(canonical_json(text))}:
+        forms = {text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)}
+        for key in {text_key(spelling) for form in forms for spelling in (form, canonical_json(form))}:
             for segment in self._segments("text_record"):
                 if chunk := self._chunk("text_record", segment, key, "keys, ids"):
                     records |= {chunk[1][16 * i : 16 * i + 16] for i in equal(chunk[0], key).nonzero()[0].tolist()}

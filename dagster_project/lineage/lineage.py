@@ -122,7 +122,7 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
     revision, colon, name = model.partition(":")
     if colon and rev is None and not path_exists(Path(model)) and commit_of(index.root, revision):
         return find(index, name, revision)
-    lock = _lock(index, rev)
+    lock = {} if _has_history_only(index, rev) else _lock(index, rev)
     target = model.rstrip("/").removeprefix("./")
     absolute = Path(model).absolute()
     if absolute.is_relative_to(index.root) and absolute != index.root:
@@ -157,7 +157,15 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
         if path_exists(Path(model))
         else "no such stage, output path or content hash in dvc.lock"
     )
-    raise InputError(f"{model}: {what}", f"known: {', '.join(lock)}{shallow}")
+    known = f"known: {', '.join(lock)}" if lock else "there is no dvc.lock here; of another commit give REV:MODEL or a content hash"
+    raise InputError(f"{model}: {what}", f"{known}{shallow}")
+
+
+def _has_history_only(index: Index, rev: str | None) -> bool:
+    """Whether the workspace has no dvc.lock, and the committed state none either, e.g. on a new branch, while models of other commits are known."""
+    return (
+        rev is None and index.history.workspace is None and bool(index.runs) and git(index.root, "cat-file", "-e", f"HEAD:./{LOCK}") is None
+    )
 
 
 def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:

@@ -21,8 +21,6 @@ SECRET_OPTIONS = {
     "passphrase", "token", "client_secret", "oss_key_secret", "gdrive_client_secret", "custom_auth_header", "sse_customer_key",
 }  # fmt: skip
 """Options of a DVC remote that hold a credential."""
-REMOTE_LIBRARIES = {"dvc", "dvc_data", "dvc_objects", "fsspec", "s3fs", "botocore", "aiobotocore", "aiohttp"}
-"""Packages whose exceptions mean that a remote refused, or could not be reached. The kind of remote determines which of them are installed."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,12 @@ class PushResult:
     """Entries of the run cache on this machine whose outputs are complete."""
     objects: int
     """Objects that the remote did not have."""
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an exception means that a remote refused, or could not be reached, and not that a program is wrong. Each kind of remote has its own
+    exceptions (botocore, gcsfs, adlfs, paramiko, ...); all libraries also raise those of the operating system, and botocore a ValueError for an address."""
+    return isinstance(error, OSError | ValueError) or type(error).__module__.partition(".")[0] not in {"builtins", "dagster_project"}
 
 
 def push(root: Path, remote: str | None = None) -> PushResult:
@@ -74,9 +78,7 @@ def push(root: Path, remote: str | None = None) -> PushResult:
         except ImportError as error:
             raise InputError(f"cannot push to the DVC remote {name}: {error}", "`pip install 'pedigree-llm[s3]'` installs dvc-s3") from None
         except Exception as error:
-            if faults.is_full(error):
-                raise
-            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in REMOTE_LIBRARIES:
+            if faults.is_full(error) or not is_refusal(error):
                 raise
             raise InputError(
                 f"cannot push to the DVC remote {name}: {' '.join(str(error).split())}",

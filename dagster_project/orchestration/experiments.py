@@ -21,6 +21,16 @@ from dagster_project.orchestration.processes import is_running
 QUEUED, RUNNING, SUCCESS, FAILED = "Queued", "Running", "Success", "Failed"
 """DVC's names of the states of an experiment in the queue."""
 WORKER_FILES = "dvc-exp-worker-*.json"
+QUEUE_ERRORS = {
+    "dvc.exceptions": "DvcException",
+    "dvc_task.exceptions": "DvcTaskError",
+    "scmrepo.exceptions": "SCMError",
+    "dulwich.file": "FileLocked",
+    "celery.exceptions": "BackendError",
+    "kombu.exceptions": "KombuError",
+    "amqp.exceptions": "AMQPError",
+}
+"""Module -> what DVC's queue raises, besides errors of files and of half-written JSON, when a worker changes the queue at the same moment."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ def trials(root: Path) -> dict[str, Trial]:
 
 def cancel(root: Path, names: Collection[str], seconds: float) -> None:
     """Remove queued experiments, and kill running ones; their stage commands end with them."""
+    meanwhile = [getattr(import_module(module), name) for module, name in QUEUE_ERRORS.items()]
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         found = {name: trial for name, trial in trials(root).items() if name in names}
@@ -124,7 +135,8 @@ def cancel(root: Path, names: Collection[str], seconds: float) -> None:
         running = [name for name, trial in found.items() if trial.status == RUNNING]
         if not waiting and not any(found[name].alive for name in running):
             return
-        with dvc.open_repo(root) as repo, suppress(Exception):  # a worker may start or end one at this moment: try again
+        # a worker may start or end one at this moment: try again
+        with dvc.open_repo(root) as repo, suppress(OSError, json.JSONDecodeError, *meanwhile):
             if waiting:  # before killing: a worker that becomes free would start the next one
                 repo.experiments.celery_queue.remove(waiting)
             if running:

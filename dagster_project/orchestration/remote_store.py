@@ -20,7 +20,7 @@ from typing import Any
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
-from dagster_project.orchestration.dvc_remote import Remote, open_remote
+from dagster_project.orchestration.dvc_remote import Remote, is_refusal, open_remote
 
 AREA = "pedigree"
 """Folder of the remote for everything but objects. `dvc gc` ignores it."""
@@ -216,8 +216,10 @@ class RemoteStore:
             yield
         except (FileNotFoundError, PedigreeError):
             raise
-        except Exception as error:  # each kind of remote has its own exceptions (botocore, gcsfs, adlfs, paramiko, ...)
-            if action == "read" and faults.is_full(error):  # of the file that was copied to this machine
+        except Exception as error:
+            if not is_refusal(error) or (
+                action == "read" and faults.is_full(error)
+            ):  # full: the disk of this machine, to which the file was copied
                 raise
             raise PedigreeError(
                 f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}: {type(error).__name__}: {error}",

@@ -43,7 +43,7 @@ def draw_alignment(documents: Documents) -> None:
         "Watch": _watch(metrics["watch"], history["signs"], "reward_model" in metrics, metrics.get("held_out", {})),
         "Curves": {"overfitting_since": overfitting_since(points), "figures": [figure for figure in figures if figure]},
         "Answers": _answers(read_table(documents.out / "samples.parquet")),
-        **({"Sampled": _sampled(sorted((documents.out / "answers").glob("*.parquet")), components)} if components else {}),
+        **({"Sampled": _sampled(shards, components)} if (shards := sorted((documents.out / "answers").glob("*.parquet"))) else {}),
     }
     reliable = metrics["checks"].get("reward_model_is_reliable", {"passed": True})
     text = render(
@@ -104,24 +104,29 @@ def _watch(watch: Mapping[str, Any], signs: Sequence[str], alone: bool, held_out
 
 
 def _sampled(shards: Sequence[Path], components: Sequence[str]) -> dict[str, Any]:
-    """Answers that the policy learned from in the first, the middle and the last step, those with the lowest and the highest rewards."""
+    """Answers that the policy learned from in the first, the middle and the last step with any: those with the lowest and the highest rewards or,
+    where answers are not rewarded, the shortest and the longest."""
     counts = Counter(row["step"] for shard in shards for row in read_table(shard, ["step"]))
     steps = sorted(counts)
     shown = {steps[i]: list[dict[str, Any]]() for i in (0, len(steps) // 2, -1)}
     for row in (row for shard in shards for row in read_table(shard) if row["step"] in shown):
         shown[row["step"]].append(row)
 
+    by = "reward" if components else "tokens"
+
     def answer(row: Mapping[str, Any]) -> tuple[str, str, str]:
         parts = ", ".join(f"{name} {row[name]:.3g}" for name in components)
+        reward = f"reward {row['reward']:.3g} ({parts}), " if components else ""
         end = ", unfinished" if row["unfinished"] else ""
         text = f"[{row['reasoning']}] {row['answer']}" if row["reasoning"] else row["answer"]
-        return f"reward {row['reward']:.3g} ({parts}), {row['tokens']} tokens{end}:", text, row["example_id"]
+        return f"{reward}{row['tokens']} tokens{end}:", text, row["example_id"]
 
     def ends(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-        order = sorted(rows, key=lambda row: float(row["reward"]))
+        order = sorted(rows, key=lambda row: float(row[by]))
         return [answer(row) for row in (order if len(order) <= 2 * SAMPLED else [*order[:SAMPLED], *order[-SAMPLED:]])]
 
-    return {"answers": sum(counts.values()), "steps": [(step, len(rows), ends(rows)) for step, rows in shown.items()]}
+    steps_shown = [(step, len(rows), ends(rows)) for step, rows in shown.items()]
+    return {"answers": sum(counts.values()), "by": by, "steps": steps_shown}
 
 
 def _answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

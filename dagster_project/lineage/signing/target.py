@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,25 @@ class Target:
                 f"{self.shown(file)}: {self.label} has signatures of another key",
                 f"delete {names} to sign with this one (sha256 {key.fingerprint[:16]})",
             )
+
+
+def folders_naming(root: Path, paths: Iterable[str]) -> list[Path]:
+    """Folders of `SIGNATURES` with attestations that state the hash of one of these files, sorted. No key is needed to read them."""
+    names = [json.dumps(path).encode() for path in paths]
+    found = set()
+    for file in (root / SIGNATURES).rglob(ATTESTATIONS):
+        payloads = [*map(_payload, file.read_bytes().splitlines())]
+        if any(name in payload for payload in payloads for name in names):
+            found.add(file.parent)
+    return sorted(found)
+
+
+def _payload(line: bytes) -> bytes:
+    """What an envelope contains; of another line the line itself."""
+    try:
+        return base64.b64decode(json.loads(line)["payload"])
+    except (ValueError, KeyError, TypeError):
+        return line
 
 
 def refuse_in_output(root: Path, option: str, folder: Path) -> None:

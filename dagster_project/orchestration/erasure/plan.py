@@ -30,6 +30,7 @@ from dagster_project.lineage.history import Objects, is_within
 from dagster_project.lineage.impact.question import exposed_in_workspace, exposed_models
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.runs import StageRun
+from dagster_project.lineage.signing.target import folders_naming
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.erasure.layout import PLAN, dagster_home
 from dagster_project.orchestration.erasure.objects import own_objects
@@ -149,6 +150,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "places": places.document(),
         "searched": places.searched(),
         "papers": papers_in_place.present(root),
+        "signatures": [str(folder.relative_to(root)) for folder in folders_naming(root, sources)],
         "blobs": places.blobs,
         "remotes elsewhere": remotes.elsewhere,
         "event log elsewhere": _has_event_log_elsewhere(root),

@@ -22,6 +22,7 @@ from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.erasure import removal, tombstones
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
+from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
 from dagster_project.orchestration.erasure import event_log, membership
 from dagster_project.orchestration.erasure.exclusive import no_stage_runs
 from dagster_project.orchestration.erasure.layout import CACHE, EVENT_LOG, PLAN, SCRATCH
@@ -169,8 +170,11 @@ class Erasure:
         return {name for name in gone if (folder / name[:2] / name[2:]).is_file()}
 
     def files(self) -> None:
-        """Remove pages and scratch files that hold them, and papers in the folder of the release: they state hashes of the sources before."""
+        """Remove pages and scratch files that hold them, and papers of the release and attestations that state hashes of the sources before."""
         papers_in_place.delete(self.root)
+        for folder in self.plan.get("signatures", ()):
+            for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY):
+                (self.root / folder / name).unlink(missing_ok=True)
         for path in self.plan["files"]:
             Path(self.root, path).unlink(missing_ok=True)
         for name in OWN_SCRATCH:
