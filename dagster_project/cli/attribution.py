@@ -28,10 +28,12 @@ def why(options: argparse.Namespace) -> int:
     with lean_imports():
         from dagster_project.commands import why as module
         from dagster_project.commands.why_question import Options
+        from dagster_project.lineage.attribution.points import Where
 
     if options.html:
         require_suffix("--html", options.html, HTML)
-    asked = Options(options.prompt, options.answer, options.span, options.system, options.top)
+    where = Where(options.checkpoints or 1, options.second_moments)
+    asked = Options(options.prompt, options.answer, options.span, options.system, options.top, where)
     document = module.answer_why(project(options), options.model, asked, options.index, options.draws if options.prove else None)
     if options.html:
         from dagster_project.views.why import why_page
@@ -41,6 +43,12 @@ def why(options: argparse.Namespace) -> int:
     return 1 if options.prove and not document["proof"]["supported"] else 0
 
 
+def _refuse_points(options: argparse.Namespace, other: str) -> None:
+    for name in ("checkpoints", "second_moments"):
+        if getattr(options, name):
+            raise InputError(f"why: {other} looks at the end of a training: not with --{name.replace('_', '-')}", "leave it out")
+
+
 QUESTION = ("prompt", "answer", "span", "system")
 """Options of `why` that belong to a question."""
 
@@ -48,11 +56,14 @@ QUESTION = ("prompt", "answer", "span", "system")
 def _index_gradients(options: argparse.Namespace) -> int:
     """Compute the gradients of a model alone."""
     from dagster_project.commands import why as module
+    from dagster_project.lineage.attribution.points import Where
 
     given = [name for name in (*QUESTION, "html") if getattr(options, name) is not None]
     if not options.index or given or options.prove:
         raise InputError("why: --prompt is required" + (f" with --{given[0]}" if given else ""), "see `pedigree why --help`")
-    print_result(options, module.index(project(options), options.model), module.as_text)
+    print_result(
+        options, module.index(project(options), options.model, Where(options.checkpoints or 1, options.second_moments)), module.as_text
+    )
     return 0
 
 
@@ -62,6 +73,7 @@ def _suspects(options: argparse.Namespace) -> int:
 
     if given := [name for name in (*QUESTION, "prove") if getattr(options, name)]:
         raise InputError(f"why: --suspects is about all records: not with --{given[0]}", "leave it out")
+    _refuse_points(options, "--suspects")
     if options.html:
         require_suffix("--html", options.html, HTML)
     document = module.suspects(project(options), options.model, options.top, options.index)
@@ -79,6 +91,7 @@ def _why_diff(options: argparse.Namespace) -> int:
 
     if given := [name for name in (*QUESTION, "prove", "index", "suspects") if getattr(options, name)]:
         raise InputError(f"why: --diff compares recorded answers: not with --{given[0]}", "leave it out")
+    _refuse_points(options, "--diff")
     if options.model:
         raise InputError(f"why: --diff names both models: not with {options.model}", "leave it out")
     if options.html:
@@ -114,6 +127,17 @@ def _add_why(commands: Any) -> None:
         default=10,
         metavar="N",
         help="records to show, or to queue, and to leave out with --prove (default: %(default)s)",
+    )
+    add(
+        "--checkpoints",
+        type=count,
+        metavar="N",
+        help="compare gradients at N points of the training, which --index runs again to keep them (default: at its end only)",
+    )
+    add(
+        "--second-moments",
+        action="store_true",
+        help="scale gradients by the second moments of the optimizer, as its steps were; --index trains again",
     )
     add("--prove", action="store_true", help="train again without these records, and without as many random ones, and compare")
     add("--draws", type=count, default=3, metavar="N", help="with --prove: sets of random records (default: %(default)s)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,16 @@ def read(found: Target) -> Calibration | None:
         return None
     arrays = load_file(file)
     return Calibration(arrays["cosines"], arrays["owners"])
+
+
+def mean(known: Sequence[Calibration | None]) -> Calibration | None:
+    """Questions at several points of a training, with the mean of their cosines; None if they are missing at one."""
+    import numpy as np
+
+    complete = [one for one in known if one is not None]
+    if len(complete) < len(known):
+        return None
+    return Calibration(np.mean([one.cosines for one in complete], axis=0), complete[0].owners)
 
 
 def _identity(found: Target) -> dict[str, str]:

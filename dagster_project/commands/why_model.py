@@ -19,6 +19,7 @@ from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import REFUSED, TrainedModel
 from dagster_project.lineage.attribution.owners import OWNER, owner_of
 from dagster_project.lineage.attribution.per_record import projected_gradients
+from dagster_project.lineage.attribution.points import Point
 from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.records import TrainedRecord, trained_records
 from dagster_project.lineage.attribution.store import GRADIENTS, GradientStore, identity_of
@@ -50,6 +51,8 @@ class Target:
     """The training of the adapter."""
     place: Path
     """Folder in which data/ has the files of the training: the project, or one to which an earlier version was restored."""
+    point: Point | None = None
+    """Where in the training gradients are taken; None: at its end."""
 
     @property
     def variant(self) -> str:
@@ -111,14 +114,17 @@ class Target:
         compute = {name: self.training.get(name) for name in ("dtype", "device", "threads")}
         smoothing = self.entry.label_smoothing_factor
         identity = identity_of(self.folder, self.base_model, self.records, self.projection, compute, smoothing)
-        return GradientStore.at(self.root, identity, len(self.records))
+        if self.point is None:
+            return GradientStore.at(self.root, identity, len(self.records))
+        return GradientStore(self.point.store, identity | self.point.identity(), len(self.records))
 
     @cached_property
     def model(self) -> TrainedModel:
         """The loaded model."""
         one_process = self.compute.model_copy(update={"processes": 1})
         with lean_imports():  # of the model's own module
-            return TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
+            end = TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
+        return end if self.point is None else end.at(self.point.weights(), self.point.scales())
 
     def gradients(self, numbers: Sequence[int]) -> torch.Tensor:
         """Projected gradients of some records by number, (records, width) float32."""
@@ -134,8 +140,7 @@ class Target:
         with self.alone("pedigree why --index"):
             missing = store.missing()
             if missing:
-                self._remove_others()
-                write_json(store.folder / OWNER, {"stage": self.run.address})
+                self.own()
                 computed = store.build(self.gradients, f"{self.run.address}: gradients")
             else:
                 computed = 0
@@ -163,11 +168,13 @@ class Target:
             refuse_other_files(self.place, self.run)  # they may have changed before the lock was held
             yield
 
-    def _remove_others(self) -> None:
-        """Remove stores of earlier versions of the same variant."""
+    def own(self) -> None:
+        """Name the folder of the store as that of this variant, and remove those of its earlier versions."""
+        home = self.store.folder if self.point is None else self.point.home
         for file in (self.root / GRADIENTS).glob(f"*/{OWNER}"):
-            if file.parent != self.store.folder and owner_of(file) == self.run.address:
+            if file.parent != home and owner_of(file) == self.run.address:
                 remove(file.parent)
+        write_json(home / OWNER, {"stage": self.run.address})
 
 
 def target(root: Path, model: str) -> Target:

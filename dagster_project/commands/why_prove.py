@@ -60,7 +60,7 @@ def _prove(found: Target, question: Question, top: list[str], count: int) -> dic
     return {
         "left_out": len(top),
         "log_probability": round(whole, 4),
-        "identical": _same_weights(_folder(found, []), found.folder),
+        "identical": same_weights(_folder(found, []), found.folder),
         "change": round(verdict.change, 4),
         "draws": [round(change, 4) for change in verdict.of_draws],
         "mean_of_draws": round(verdict.mean, 4),
@@ -117,7 +117,7 @@ def _log_probability(found: Target, question: Question, folder: Path) -> float:
     return model.log_probability(question.example)
 
 
-def _same_weights(one: Path, other: Path) -> bool:
+def same_weights(one: Path, other: Path) -> bool:
     """Whether two folders have the same files of weights, byte for byte."""
     files = [{path.name: sha256_of_file(path) for path in folder.glob("*.safetensors")} for folder in (one, other)]
     return files[0] == files[1] and bool(files[0])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,8 @@ class TrainedModel:
 
     prepared: PreparedModel
     label_smoothing: float
+    scales: Mapping[str, torch.Tensor] | None = field(default=None, kw_only=True)
+    """What each number of a gradient is multiplied by, by name of the weight; None: nothing."""
 
     @classmethod
     def load(cls, folder: Path, base_model: Path, compute: Compute, where: str, label_smoothing: float = 0.0) -> TrainedModel:
@@ -69,6 +71,23 @@ class TrainedModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(weight.shape) for name, weight in self.weights.items()}
 
+    def at(self, weights: Mapping[str, torch.Tensor] | None, scales: Mapping[str, torch.Tensor] | None) -> TrainedModel:
+        """This model with other values of its trained weights, which replace those in memory; None: as they are.
+
+        Raises:
+            InputError: the weights are not those of this model.
+        """
+        for given in filter(None, (weights, scales)):
+            if {name: tuple(tensor.shape) for name, tensor in given.items()} != self.shapes:
+                raise InputError(
+                    "the checkpoints of this method have other weights than its adapter", "ask without --checkpoints and --second-moments"
+                )
+        own = self.weights
+        for name, weight in (weights or {}).items():
+            own[name].data.copy_(weight)
+        device = next(iter(own.values())).device
+        return replace(self, scales=scales and {name: scale.to(device) for name, scale in scales.items()})
+
     def of_record(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Gradient of the weighted mean loss over the tokens of a record's examples, by name of the weight."""
         return self._gradient(self._loss(examples, self.label_smoothing))
@@ -98,10 +117,11 @@ class TrainedModel:
 
         weights = self.weights
         found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        return {
+        gradients = {
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(weights.items(), found, strict=True)
         }
+        return gradients if self.scales is None else {name: gradient * self.scales[name] for name, gradient in gradients.items()}
 
     def _loss(self, examples: Sequence[Example], label_smoothing: float) -> torch.Tensor:
         """Weighted mean of the loss per token, as in `trainers/sft/sft.py`; 0 if no token has a weight."""

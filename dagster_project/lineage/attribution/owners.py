@@ -33,7 +33,7 @@ def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
         if not owned or md5_of_folder(listing_of(folder)) != run.md5:
             continue
         adapter = sha256_of_files(sorted(path for path in folder.rglob("*") if path.is_file()))
-        for store in owned:
+        for store in (place for home in owned for place in (home, *sorted(home.glob("step-*")))):  # also at earlier points of the training
             manifest = _manifest(store)
             if manifest and manifest["identity"].get("adapter") == adapter:
                 total = manifest["records"]

@@ -5,7 +5,7 @@ The gradients of A and B of a LoRA layer (Hu et al. 2021, section 4.1) are sums 
     dA = scaling (dy B)^T x        dB = scaling dy^T (x A^T)
 
 Packed examples do not attend to each other, so the sum over the tokens of a record is the gradient of its own loss. Both factors are projected before they are
-multiplied, as LoGRA does, so the gradients themselves are never formed.
+multiplied, as LoGRA does, so the gradients themselves are never formed, unless each of their numbers is scaled by the second moments of the optimizer.
 """
 
 from __future__ import annotations
@@ -92,10 +92,14 @@ def _of_pass(trained: TrainedModel, projection: Projection, layers: Sequence[Lay
     found = torch.zeros(len(records), sum(rows * columns for _, rows, columns in places.values()))
 
     def add(name: str, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add the products of two factors, (tokens, rows) and (tokens, columns), over the tokens of each example."""
+        """Add the products of two factors, (tokens, rows) and (tokens, columns), over the tokens of each example. Factors are projected before, unless
+        the gradient itself is needed, because its numbers are scaled.
+        """
         first, rows, columns = places[name]
         for owner, (start, stop) in segments:
-            found[owner, first : first + rows * columns] += (left[start:stop].T @ right[start:stop]).flatten().cpu()
+            product = left[start:stop].T @ right[start:stop]
+            part = product.flatten() if trained.scales is None else projection.of_weight(name, product * trained.scales[name])
+            found[owner, first : first + rows * columns] += part.cpu()
 
     hooks = [layer.module.register_forward_hook(_Capture(layer, trained, projection, add)) for layer in layers]
     try:
@@ -125,8 +129,10 @@ class _Capture:
         (adapter,) = layer.module.lora_A
         self.a, self.b = (matrices[adapter].weight.detach() for matrices in (layer.module.lora_A, layer.module.lora_B))
         self.scaling = layer.module.scaling[adapter]
-        self.sides_a = projection.sides(layer.a, tuple(self.a.shape), self.a.device)
-        self.sides_b = projection.sides(layer.b, tuple(self.b.shape), self.b.device)
+        self.sides_a, self.sides_b = (
+            projection.sides(name, tuple(weight.shape), weight.device) if trained.scales is None else (None, None)
+            for name, weight in ((layer.a, self.a), (layer.b, self.b))
+        )
 
     def __call__(self, module: Any, given: tuple[Any, ...], output: torch.Tensor) -> None:
         x = given[0].detach().reshape(-1, given[0].shape[-1]).float()

@@ -48,14 +48,14 @@ class Projection:
         """
         import torch
 
-        parts = []
-        for name in sorted(gradients):
-            gradient = gradients[name].float()
-            matrix = gradient.reshape(as_matrix(tuple(gradient.shape)))
-            left, right = self.sides(name, tuple(gradient.shape), gradient.device)
-            matrix = matrix if left is None else left @ matrix
-            parts.append((matrix if right is None else matrix @ right.T).flatten())
-        return torch.cat(parts).cpu()
+        return torch.cat([self.of_weight(name, gradients[name].float()) for name in sorted(gradients)]).cpu()
+
+    def of_weight(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """Projected gradient of one weight as a vector."""
+        matrix = gradient.reshape(as_matrix(tuple(gradient.shape)))
+        left, right = self.sides(name, tuple(gradient.shape), gradient.device)
+        matrix = matrix if left is None else left @ matrix
+        return (matrix if right is None else matrix @ right.T).flatten()
 
     def sides(self, name: str, weight: tuple[int, ...], device: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """P (rows, rows of the weight) and Q (columns, columns of the weight) in float32; None for a side that is not projected.
