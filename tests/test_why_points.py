@@ -21,6 +21,7 @@ from dagster_project.commands.why_checkpoints import at_points
 from dagster_project.commands.why_model import Target, target
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.records import read_table
+from dagster_project.lineage.attribution import remake
 from dagster_project.lineage.attribution.points import Where, second_moments, steps_of
 from dagster_project.stages import adapter
 from dagster_project.training.methods.build import causal
@@ -246,7 +247,7 @@ def test_an_optimizer_without_second_moments_is_refused(
     state = optimizer_state(of_sgd)
     assert second_moments(state, ["a", "b"]) is None
     shutil.rmtree(next((root / ".dvc/tmp/pedigree/gradients").iterdir()) / "points")
-    monkeypatch.setattr(why_checkpoints, "_optimizer", lambda saved: state)
+    monkeypatch.setattr(remake, "_optimizer", lambda saved: state)
     assert why(root, "--index", "--second-moments") == 2
     assert "keeps none for each weight" in capsys.readouterr().err
     assert why(root, "--index", "--checkpoints", "2", "--json") == 0

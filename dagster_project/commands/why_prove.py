@@ -11,11 +11,11 @@ from typing import Any
 from dagster_project.commands.why_model import Target
 from dagster_project.commands.why_question import Question
 from dagster_project.core.errors import CheckFailed, InputError
-from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.owners import OWNER, owner_of
 from dagster_project.lineage.attribution.proof import LEAST_DRAWS, MOST_DRAWS, PROOFS, Verdict, draws, fits, name_of, zero_weights
+from dagster_project.lineage.attribution.remake import same_weights
 from dagster_project.stages import adapter
 
 log = logging.getLogger("pedigree")
@@ -115,12 +115,6 @@ def _remove_others(found: Target) -> None:
 def _log_probability(found: Target, question: Question, folder: Path) -> float:
     model = TrainedModel.load(folder, found.base_model, found.compute, found.run.address)
     return model.log_probability(question.example)
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    """Whether two folders have the same files of weights, byte for byte."""
-    files = [{path.name: sha256_of_file(path) for path in folder.glob("*.safetensors")} for folder in (one, other)]
-    return files[0] == files[1] and bool(files[0])
 
 
 def lines_of_proof(proof: Mapping[str, Any]) -> list[str]:
