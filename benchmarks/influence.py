@@ -1,4 +1,5 @@
-"""How well `pedigree why` finds records that were planted. usage: python benchmarks/influence.py [--project FOLDER] [--seeds N] [--work FOLDER] [--prove]
+"""How well `pedigree why` finds records that were planted. usage: python benchmarks/influence.py [--project FOLDER] [--seeds N] [--work FOLDER]
+[--checkpoints N] [--second-moments]
 
 Four kinds of culprits are planted into the training split of the sample project, which is then tokenized and trained as `params.yaml` says:
 
@@ -10,8 +11,8 @@ Four kinds of culprits are planted into the training split of the sample project
 Eight held-out prompts of each kind are asked with the planted answer, and the planted part of the answer as the span. Recall is the share of the culprits
 among the first n (their number) and 2n of all training records. Held-out prompts with their right answers have no culprit, and wrong labels that nobody
 planted have none either: for these the share of questions for which nothing stands out is counted, by the rule of `pedigree why` (the questions of the
-validation split) and by the rule before it (distances of the first and the tenth record from the median). Each seed plants, trains and asks anew; what was computed
-before is read from files, so an interrupted command goes on.
+validation split) and by the rule before it (distances of the first and the tenth record from the median). With --checkpoints, gradients at that many points of the training are compared, and each point by itself, too. Each seed plants, trains and
+asks anew; what was computed before is read from files, so an interrupted command goes on.
 """
 
 from __future__ import annotations
@@ -94,7 +95,6 @@ def planted(records: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, An
 def prepare(project: Path, work: Path, seed: int, steps: int | None = None) -> None:
     """Plant, tokenize and train, if that was not done before: work/{splits,tokenized,adapter,culprits.json}."""
     from dagster_project.core import params
-    from dagster_project.core.params import Compute
     from dagster_project.core.records import iter_ledger, read_records, write_json, write_ledger, write_records
     from dagster_project.stages import adapter, tokenized
 
@@ -114,16 +114,26 @@ def prepare(project: Path, work: Path, seed: int, steps: int | None = None) -> N
     ]
     write_ledger(work / "splits", [*kept, *new])
     write_json(work / "culprits.json", culprits)
-    compute = params.parse(Compute, values["compute"], "compute").model_copy(update={"seed": seed, "threads": 1})
+    entry, compute = training_of(project, seed, steps)
     (work / "tokenized").mkdir(exist_ok=True)
     settings = params.parse(tokenized.Params, values["tokenized"], "tokenized")
     tokenized.produce(project, settings, seed, work / "splits", project / "data/base_model", work / "tokenized")
     out = work / "adapter"
     out.mkdir(exist_ok=True)
-    entry = params.parse(adapter.Params, values["adapter"]["lora"] | ({"max_steps": steps} if steps else {}), "adapter.lora")
     start = time.process_time()
     adapter.produce("lora", entry, compute, work / "tokenized", project / "data/base_model", out, work / "loss.csv", work / "checkpoints")
     write_json(work / "seconds.json", {"training": time.process_time() - start})
+
+
+def training_of(project: Path, seed: int, steps: int | None) -> tuple[Any, Any]:
+    """Entry of the training in params.yaml, and how it is computed."""
+    from dagster_project.core import params
+    from dagster_project.core.params import Compute
+    from dagster_project.stages import adapter
+
+    values = params.read(project)
+    compute = params.parse(Compute, values["compute"], "compute").model_copy(update={"seed": seed, "threads": 1})
+    return params.parse(adapter.Params, values["adapter"]["lora"] | ({"max_steps": steps} if steps else {}), "adapter.lora"), compute
 
 
 def as_trained(project: Path, work: Path) -> None:
@@ -197,8 +207,23 @@ def questions(project: Path, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def computed(project: Path, work: Path, seed: int) -> dict[str, Any]:
-    """Gradients of all records and questions, and scores of words: from files, where they were computed before, so that rankings are compared in seconds.
+def points_of(work: Path, entry: Any, compute: Any, project: Path, where: Any) -> list[Any]:
+    """Points of the training, of which those before its end, and second moments, come from a training that is run again; None: the end as it was saved."""
+    from dagster_project.lineage.attribution.points import Point, steps_of
+    from dagster_project.lineage.attribution.remake import Retraining
+
+    total = json.loads((work / "adapter/training.json").read_text())["steps"]
+    steps = steps_of(total, where.checkpoints)
+    points = [Point(work, step, step == total, where.second_moments) for step in steps]
+    needed = [point for point in points if point.scaled or not point.at_end]
+    if not all(point.is_kept() for point in needed):
+        Retraining("lora", entry, compute, total, work / "adapter", work / "tokenized", project / "data/base_model").keep(needed)
+    return [point if point in needed else None for point in points]
+
+
+def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]:
+    """Gradients of all records and questions at a point of the training, and scores of words: from files, where they were computed before, so that rankings
+    are compared in seconds.
 
     Returns:
         {"asked", "ids", "gradients" (records, width), "lengths" (records,), "span" (questions, width), "whole" (questions with culprits, width),
@@ -207,72 +232,82 @@ def computed(project: Path, work: Path, seed: int) -> dict[str, Any]:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from dagster_project.commands.why_question import tokenize
-    from dagster_project.core.chat import IGNORE
     from dagster_project.core.params import Compute
-    from dagster_project.core.records import prompt_text, read_records, response_text, write_json
-    from dagster_project.evaluation.baselines import bm25
+    from dagster_project.core.records import read_records, write_json
     from dagster_project.lineage.attribution.gradients import TrainedModel
     from dagster_project.lineage.attribution.per_record import projected_gradients
     from dagster_project.lineage.attribution.projection import Projection
-    from dagster_project.lineage.attribution.records import Example, trained_records
+    from dagster_project.lineage.attribution.records import trained_records
     from dagster_project.lineage.attribution.store import GradientStore, identity_of
 
-    adapter, base, file = work / "adapter", project / "data/base_model", work / "questions.npz"
+    adapter, base = work / "adapter", project / "data/base_model"
     training = json.loads((adapter / "training.json").read_text())
     compute = Compute(threads=1, dtype=training["dtype"])
     records, projection = trained_records(adapter, work / "tokenized"), Projection()
-    store = GradientStore.at(
-        work, identity_of(adapter, base, records, projection, {"dtype": compute.dtype, "device": "cpu", "threads": 1}, 0.0), len(records)
-    )
+    identity = identity_of(adapter, base, records, projection, {"dtype": compute.dtype, "device": "cpu", "threads": 1}, 0.0)
+    if point:
+        store = GradientStore(point.store, identity | point.identity(), len(records))
+    else:
+        store = GradientStore.at(work, identity, len(records))
+    file = store.folder / "questions.npz"
     planted_kinds = json.loads((work / "culprits.json").read_text())
     asked = [one for one in questions(project, seed) if one["kind"] in planted_kinds or one["kind"] not in KINDS]
     if store.missing() or not file.is_file():
         start = time.process_time()
         trained = TrainedModel.load(adapter, base, compute, "adapter@lora")
+        trained = trained.at(point.weights(), point.scales()) if point else trained
         loading, start = time.process_time() - start, time.process_time()
         count = store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
         seconds, start = time.process_time() - start, time.process_time()
         tokenizer = AutoTokenizer.from_pretrained(base)
-
-        def example(question: dict[str, Any], span: str | None) -> tuple[Example]:
-            found = tokenize(tokenizer, question["messages"], span).example
-            return (Example(found.input_ids, found.labels, tuple(float(label != IGNORE) for label in found.labels)),)
-
-        spans, wholes = [example(q, q["span"]) for q in asked], [example(q, None) for q in asked if q["kind"] in KINDS]
+        spans = [_example(tokenizer, q, q["span"]) for q in asked]
+        wholes = [_example(tokenizer, q, None) for q in asked if q["kind"] in KINDS]
         wide = projected_gradients(trained, projection, [*spans, *wholes]).numpy()
         asking, start = time.process_time() - start, time.process_time()
         owners, known = validation_questions(read_records(project / "data/splits/validation"), tokenizer)
         validation = projected_gradients(trained, projection, known).numpy()
         comparing = time.process_time() - start
-        texts = {
-            r["example_id"]: f"{prompt_text(r['messages'])} {response_text(r['messages'])}" for r in read_records(work / "splits/train")
-        }
-        prompts, answers = ([text(q["messages"]) for q in asked] for text in (prompt_text, response_text))
-        queries = {"prompt": prompts, "part": [q["span"] or answer for q, answer in zip(asked, answers, strict=True)], "answer": answers}
-        words = {name: np.stack(list(bm25([texts[r.example_id] for r in records], many))) for name, many in queries.items()}
+        words = _words(work, [record.example_id for record in records], asked)
         np.savez(file, span=wide[: len(asked)], whole=wide[len(asked) :], validation=validation, owners=owners, **words)
         cost = {"loading": loading, "index": seconds, "records": count, "questions": asking, "asked": len(wide)}
         cost |= {"validation": comparing, "validation questions": len(owners), "bytes": store.bytes()}
-        write_json(work / "cost.json", cost)
+        write_json(store.folder / "cost.json", cost)
     gradients, lengths = store.read()
     with np.load(file) as kept:
         arrays = {name: kept[name] for name in kept.files}
-    cost = json.loads((work / "cost.json").read_text())
+    cost = json.loads((store.folder / "cost.json").read_text())
     return {"asked": asked, "ids": [r.example_id for r in records], "gradients": gradients, "lengths": lengths, **arrays, "cost": cost}
+
+
+def _example(tokenizer: Any, question: dict[str, Any], span: str | None) -> tuple[Any]:
+    from dagster_project.commands.why_question import tokenize
+    from dagster_project.core.chat import IGNORE
+    from dagster_project.lineage.attribution.records import Example
+
+    found = tokenize(tokenizer, question["messages"], span).example
+    return (Example(found.input_ids, found.labels, tuple(float(label != IGNORE) for label in found.labels)),)
+
+
+def _words(work: Path, ids: list[str], asked: list[dict[str, Any]]) -> dict[str, Any]:
+    """BM25 of the words of each question with those of each record, (questions, records): of the prompt, of the asked part and of the answer."""
+    import numpy as np
+
+    from dagster_project.core.records import prompt_text, read_records, response_text
+    from dagster_project.evaluation.baselines import bm25
+
+    texts = {r["example_id"]: f"{prompt_text(r['messages'])} {response_text(r['messages'])}" for r in read_records(work / "splits/train")}
+    prompts, answers = ([text(q["messages"]) for q in asked] for text in (prompt_text, response_text))
+    queries = {"prompt": prompts, "part": [q["span"] or answer for q, answer in zip(asked, answers, strict=True)], "answer": answers}
+    return {name: np.stack(list(bm25([texts[name] for name in ids], many))) for name, many in queries.items()}
 
 
 def validation_questions(records: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[tuple[Any]]]:
     """The parts of answers of validation records, as `pedigree why --index` asks about them: number of the record, and the question."""
-    from dagster_project.commands.why_question import tokenize
-    from dagster_project.core.chat import IGNORE
     from dagster_project.lineage.attribution.calibration import asked_parts
-    from dagster_project.lineage.attribution.records import Example
 
     numbers, examples = list[int](), list[tuple[Any]]()
     for number, part in asked_parts([one["messages"][-1]["content"] for one in records]):
-        found = tokenize(tokenizer, records[number]["messages"], part).example
-        examples.append((Example(found.input_ids, found.labels, tuple(float(label != IGNORE) for label in found.labels)),))
+        examples.append(_example(tokenizer, records[number], part))
         numbers.append(number)
     return numbers, examples
 
@@ -287,27 +322,35 @@ def distances(scores: Any) -> Any:
     return found if found.any() or not spread else (scores - np.median(scores)) / spread
 
 
-def measure(project: Path, work: Path, seed: int) -> dict[str, Any]:
+def measure(project: Path, work: Path, seed: int, points: list[Any]) -> dict[str, Any]:
     """Ranks of the culprits of all questions by each method, and how far the first record stands out."""
     import numpy as np
 
     from dagster_project.lineage.attribution.calibration import ALPHA, Calibration
     from dagster_project.lineage.attribution.ranking import Ranking, cosines, fused, ranks, stands_out
 
-    found = computed(project, work, seed)
-    ids, gradients = found["ids"], found["gradients"]
+    of_points = [computed(project, work, seed, point) for point in points]
+    found = of_points[-1]
+    ids, asked = found["ids"], found["asked"]
     culprits = json.loads((work / "culprits.json").read_text())
     dice = np.random.default_rng(seed)
-    known = Calibration(np.stack([cosines(gradients, one) for one in found["validation"]]), found["owners"])
+
+    def mean(name: str) -> Any:
+        """Cosines of questions with records, (questions, records), mean over the points; and those of each point."""
+        each = [np.stack([cosines(one["gradients"], row) for row in one[name]]) for one in of_points]
+        return np.mean(each, axis=0), each
+
+    (span, each), (whole, _), (validation, _) = mean("span"), mean("whole") if len(found["whole"]) else (None, None), mean("validation")
+    known = Calibration(validation, found["owners"])
     results = []
-    for i, question in enumerate(found["asked"]):
+    for i, question in enumerate(asked):
         prompt, part, answer = (found[name][i] for name in ("prompt", "part", "answer"))
-        ranking = Ranking.of(cosines(gradients, found["span"][i]), prompt, part)
-        whole = cosines(gradients, found["whole"][i]) if question["kind"] in KINDS else ranking.gradient
+        ranking = Ranking.of(span[i], prompt, part)
         before = distances(ranking.gradient) + distances(prompt + answer)
         by = {
             "gradient of the asked part": ranking.gradient_rank,
-            "gradient of the whole answer": ranks(whole),
+            **({f"the same, point {k + 1} of {len(points)}": ranks(one[i]) for k, one in enumerate(each)} if len(points) > 1 else {}),
+            "gradient of the whole answer": ranks(whole[i]) if question["kind"] in KINDS else ranking.gradient_rank,
             "BM25 of prompt and asked part": ranking.bm25_rank,
             "BM25 of prompt and answer": np.where(prompt + answer > 0, ranks(prompt + answer), len(ids)),
             "`pedigree why`: order of the list": ranking.rank,
@@ -328,7 +371,7 @@ def measure(project: Path, work: Path, seed: int) -> dict[str, Any]:
             }
         )
     training = json.loads((work / "adapter/training.json").read_text())
-    return {"steps": training["steps"], "records": len(ids), "cost": found["cost"], "questions": results}
+    return {"steps": training["steps"], "records": len(ids), "cost": [one["cost"] for one in of_points], "questions": results}
 
 
 def recall(results: list[dict[str, Any]], kind: str, method: str, times: int) -> float:
@@ -373,14 +416,17 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="optimizer steps (default: those of params.yaml)")
     parser.add_argument("--interrupted", action="store_true", help="use the newest checkpoint of a training that was interrupted")
     parser.add_argument("--as-trained", action="store_true", help="ask the adapter of the project itself, in which nothing was planted")
+    parser.add_argument("--checkpoints", type=int, default=1, metavar="N", help="points of the training, which is run again")
+    parser.add_argument("--second-moments", action="store_true", help="scale gradients by the second moments of the optimizer")
     options = parser.parse_args()
     if options.as_trained and options.seeds != 1:
         parser.error("--as-trained asks one adapter the questions of one seed: leave --seeds out")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pedigree").setLevel(logging.INFO)
     from dagster_project.core.records import write_json
+    from dagster_project.lineage.attribution.points import Where
 
-    documents = []
+    where, documents = Where(options.checkpoints, options.second_moments), []
     for seed in range(options.seeds):
         work = options.work / ("as-trained" if options.as_trained else str(seed))
         if options.as_trained:
@@ -388,8 +434,10 @@ def main() -> int:
         if options.interrupted and not (work / "adapter" / "training.json").is_file():
             from_checkpoint(options.project, work)
         prepare(options.project, work, seed, options.steps)
-        document = measure(options.project, work, seed)
-        write_json(work / "results.json", document)
+        document = measure(
+            options.project, work, seed, points_of(work, *training_of(options.project, seed, options.steps), options.project, where)
+        )
+        write_json(work / f"results-{where.checkpoints}{'-scaled' if where.second_moments else ''}.json", document)
         documents.append(document)
         show(documents[-1:])
     show(documents)
