@@ -249,7 +249,7 @@ def test_an_optimizer_without_second_moments_is_refused(
     shutil.rmtree(next((root / ".dvc/tmp/pedigree/gradients").iterdir()) / "points")
     monkeypatch.setattr(remake, "_optimizer", lambda saved: state)
     assert why(root, "--index", "--second-moments") == 2
-    assert "keeps none for each weight" in capsys.readouterr().err
+    assert "keeps none for each number" in capsys.readouterr().err
     assert why(root, "--index", "--checkpoints", "2", "--json") == 0
     assert document(capsys)["index"]["steps"] == [7, 14]
 
