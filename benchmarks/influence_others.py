@@ -1,7 +1,8 @@
 """`pedigree why` compared with other tools. usage: python benchmarks/influence_others.py [--project FOLDER] [--work FOLDER] [--seed N] [--method NAME ...]
 
 Other tools for gradient-based attribution rank the same training records for the same questions as `benchmarks/influence.py`, which plants the culprits and
-trains: run that first, with the same --work. Each tool gets the same adapter, the token ids and labels of the training, and the asked tokens as labels.
+trains: run that first, with the same --work. Each tool gets the same adapter, the token ids and labels of the training, and the asked tokens as labels. The loss
+of a record is that of its training, in which tokens have weights, except in bergson, which has no weights of tokens.
 Only tools that can be imported are run, in an environment of their own (they are not dependencies of Pedigree):
 
     bergson     (EleutherAI)   build + Attributor (cosine), `bergson trackstar`, `bergson ekfac`
@@ -29,12 +30,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # dattri compiles one of its functions, anew for other lengths of texts
 
 SIDE = 16
 """Side of a weight's projected gradient: the default of `bergson trackstar` and of `pedigree why`."""
@@ -51,18 +54,29 @@ class Inputs:
     base: Path
     adapter: Path
     """A PEFT folder that names `base` as its base model."""
-    records: list[dict[str, list[int]]]
-    """`input_ids` and `labels` of each training record, as trained on."""
-    questions: list[dict[str, list[int]]]
-    """The same of each question: the labels are those of the asked tokens."""
+    records: list[dict[str, list[Any]]]
+    """`input_ids`, `labels` and `weights` of the tokens of each training record, as trained on."""
+    questions: list[dict[str, list[Any]]]
+    """The same of each question: the labels are those of the asked tokens, with weight 1."""
 
     def model(self) -> Any:
-        """The trained model in float32, with trainable adapter weights only."""
+        """The trained model in float32 as a module of which a call gives the weighted loss, with trainable adapter weights only."""
+        import torch
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(self.base, dtype="float32")
-        return PeftModel.from_pretrained(base, self.adapter, is_trainable=True).eval()
+        class WithLoss(torch.nn.Module):
+            def __init__(self, trained: torch.nn.Module) -> None:
+                super().__init__()
+                self.trained = trained
+
+            def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> SimpleNamespace:
+                logits = self.trained(input_ids=input_ids).logits[:, :-1].float()
+                losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+                return SimpleNamespace(loss=(losses * weights[:, 1:]).sum())
+
+        base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        return WithLoss(PeftModel.from_pretrained(base, self.adapter, is_trainable=True)).eval()
 
     def tensors(self, name: str) -> list[dict[str, Any]]:
         """Records or questions as tensors (tokens,)."""
@@ -109,10 +123,10 @@ def size_of(folder: Path) -> int:
 
 
 def dataset(inputs: Inputs, steps: Steps, name: str) -> str:
-    """Records or questions as a folder of `datasets`."""
+    """Records or questions as a folder of `datasets`: bergson cannot weigh the tokens of a text."""
     from datasets import Dataset
 
-    rows = [row | {"length": len(row["input_ids"])} for row in getattr(inputs, name)]
+    rows = [{"input_ids": row["input_ids"], "labels": row["labels"], "length": len(row["labels"])} for row in getattr(inputs, name)]
     return str(steps.run(f"data-{name}", lambda path: Dataset.from_list(rows).save_to_disk(path)))
 
 
@@ -219,7 +233,8 @@ def dattri_logra(inputs: Inputs, steps: Steps) -> Any:
         layers = [name for name, module in model.named_modules() if getattr(getattr(module, "weight", None), "requires_grad", False)]
         # one record a pass: its loss is the mean over the tokens of a batch, and padding is not supported
         train, test = (DataLoader(inputs.tensors(name), batch_size=1) for name in ("records", "questions"))  # type: ignore[arg-type]
-        attributor = LoGraAttributor(task, layers, damping=DAMPING, proj_dim=SIDE**2, offload="disk", cache_dir=str(path))
+        # offload="disk" pins memory, which fails without a GPU
+        attributor = LoGraAttributor(task, layers, damping=DAMPING, proj_dim=SIDE**2, offload="none", cache_dir=str(path))
         attributor.cache(train)
         np.save(path / "scores.npy", attributor.attribute(train, test).numpy())
 
@@ -282,7 +297,7 @@ class Method:
 METHODS = {
     "bergson: cosine": Method("bergson", bergson_cosine, "index-records"),
     "bergson: TrackStar": Method("bergson", bergson_trackstar, "index-records"),
-    "dattri: LoGra": Method("dattri", dattri_logra, "logra"),
+    "dattri: LoGra": Method("dattri", dattri_logra, None),
     "dattri-llm: cosine": Method("dattri_llm", dattri_llm_cosine, "gradients"),
     "dattri-llm: EK-FAC": Method("dattri_llm", dattri_llm_ekfac, "gradients"),
     "bergson: EK-FAC": Method("bergson", bergson_ekfac, None),
@@ -299,8 +314,7 @@ def inputs_of(project: Path, work: Path, seed: int, folder: Path) -> tuple[list[
 
     base, records = (project / "data/base_model").resolve(), trained_records(work / "adapter", work / "tokenized")
     for record in records:
-        [example] = record.examples  # the tools have one text a record, and no weights of tokens
-        assert {weight for weight, label in zip(example.weights, example.labels, strict=True) if label >= 0} == {1.0}
+        assert len(record.examples) == 1, f"{record.example_id}: the tools have one text a record"
     tokenizer = AutoTokenizer.from_pretrained(base)
     asked = [one for one in questions(project, seed) if one["kind"] in KINDS]
     examples = [tokenize(tokenizer, one["messages"], one["span"]).example for one in asked]
@@ -309,8 +323,15 @@ def inputs_of(project: Path, work: Path, seed: int, folder: Path) -> tuple[list[
     return [record.example_id for record in records], [one["kind"] for one in asked], inputs
 
 
-def rows_of(examples: Sequence[Any]) -> list[dict[str, list[int]]]:
-    return [{"input_ids": list(example.input_ids), "labels": list(example.labels)} for example in examples]
+def rows_of(examples: Sequence[Any]) -> list[dict[str, list[Any]]]:
+    return [
+        {
+            "input_ids": list(example.input_ids),
+            "labels": list(example.labels),
+            "weights": list(example.weights or [float(label != -100) for label in example.labels]),
+        }
+        for example in examples
+    ]
 
 
 def peft_folder(adapter: Path, base: Path, target: Path) -> Path:
