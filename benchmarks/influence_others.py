@@ -1,4 +1,4 @@
-"""`pedigree why` compared with other tools. usage: python benchmarks/influence_others.py [--project FOLDER] [--work FOLDER] [--seed N] [--method NAME ...]
+"""`pedigree why` compared with other tools. usage: python benchmarks/influence_others.py [--project FOLDER] [--work FOLDER] [--seed N] [--method NAME ...] [--docs FILE]
 
 Other tools for gradient-based attribution rank the same training records for the same questions as `benchmarks/influence.py`, which plants the culprits and
 trains: run that first, with the same --work. Each tool gets the same adapter, the token ids and labels of the training, and the asked tokens as labels. The loss
@@ -371,22 +371,60 @@ def ranks_of(scores: Any, ids: list[str], kinds: list[str], culprits: dict[str, 
     return found
 
 
-def cost_of(method: Method, steps: Steps, records: int) -> str:
-    """CPU seconds of all steps of a method, and what it keeps for the next question."""
-    seconds = sum(steps.cost(name)["seconds"] for name in set(steps.used))
-    kept = f"{steps.cost(method.store)['bytes'] / records / 1e6:.2f} MB a record" if method.store else "nothing kept a record"
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    name: str
+    results: list[dict[str, Any]]
+    """Kinds and ranks of the culprits by `key`."""
+    key: str
+    seconds: float
+    """CPU seconds of all that the method needs."""
+    bytes: int | None
+    """Stored for each record; None: nothing, the next question needs a pass over all records."""
+
+    def cells(self) -> list[str]:
+        from influence import ASKED, KINDS, recall
+
+        found = []
+        for kind in KINDS:
+            first = sum(q["ranks"][self.key][0] == 1 for q in self.results if q["kind"] == kind)
+            found.append(
+                f"{recall(self.results, kind, self.key, 1):.2f} / {recall(self.results, kind, self.key, 2):.2f}, {first} of {ASKED}"
+            )
+        return [*found, f"{self.seconds:.0f}", "none" if self.bytes is None else f"{self.bytes / 1e6:.2f}"]
+
+
+def row_of(name: str, results: list[dict[str, Any]], steps: Steps, records: int) -> Row:
+    """The line of a method of another tool: a step counts once, and the store is divided by the records."""
+    method = METHODS[name]
+    seconds = sum(steps.cost(step)["seconds"] for step in set(steps.used))
+    kept = None if method.store is None else round(steps.cost(method.store)["bytes"] / records)
+    tool, _, way = name.partition(": ")
     version = importlib.metadata.version(method.tool.replace("_", "-"))
-    return f"{seconds:.0f} CPU seconds, {kept} ({version})"
+    return Row(f"{tool} {version}: {way}", results, name, seconds, kept)
 
 
-def show(name: str, results: list[dict[str, Any]], cost: str) -> None:
-    from influence import KINDS, recall
+def own_rows(document: dict[str, Any]) -> list[Row]:
+    """Lines of `pedigree why` from the results of benchmarks/influence.py; of its questions, those with culprits are counted."""
+    from influence import KINDS
 
-    cells = []
-    for kind in KINDS:
-        first = sum(q["ranks"][name][0] == 1 for q in results if q["kind"] == kind)
-        cells.append(f"{kind} {recall(results, kind, name, 1):.2f} / {recall(results, kind, name, 2):.2f}, {first}")
-    print(f"{name:<32}" + "   ".join(cells) + f"   {cost}", flush=True)
+    results, cost = [one for one in document["questions"] if one["kind"] in KINDS], document["cost"]
+    seconds = cost["loading"] + cost["index"] + cost["questions"] / cost["asked"] * len(results)
+    names = {
+        "gradient of the asked part": "`pedigree why`: gradient",
+        "`pedigree why`: order of the list": "`pedigree why`: order of the list",
+    }
+    return [Row(name, results, key, seconds, round(cost["bytes"] / cost["records"])) for key, name in names.items()]
+
+
+def table_of(rows: list[Row], place: str) -> str:
+    from influence import KINDS
+
+    head = ["", *(f"{kind} ({count})" for kind, count in KINDS.items()), "CPU seconds", "MB a record"]
+    lines = [head, ["---"] * len(head), *([row.name, *row.cells()] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{place}.\n"
 
 
 def main() -> int:
@@ -395,27 +433,31 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("/tmp/influence"), help="that of benchmarks/influence.py")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", action="append", choices=METHODS, help="only this one (repeatable)")
-    parser.add_argument("--out", type=Path, help="where scores are kept (default: WORK/SEED/others)")
+    parser.add_argument("--out", type=Path, help="where steps are kept (default: WORK/SEED/others)")
+    parser.add_argument("--docs", type=Path, help="write the table into this file, between the markers `why_others`")
     options = parser.parse_args()
     work = options.work / str(options.seed)
     folder = options.out or work / "others"
     folder.mkdir(parents=True, exist_ok=True)
-    from tables import machine
+    from tables import machine, replace
 
     ids, kinds, inputs = inputs_of(options.project, work, options.seed, folder)
     culprits = json.loads((work / "culprits.json").read_text())
-    print(f"{machine()}; {len(ids)} records, {len(kinds)} questions: recall at n / 2n, questions of eight whose first record is a culprit")
-    if (work / "results.json").is_file():  # of benchmarks/influence.py
-        ours = [one for one in json.loads((work / "results.json").read_text())["questions"] if one["kind"] in set(kinds)]
-        for name in ours[0]["ranks"]:
-            show(name, ours, "")
+    known = work / "results.json"  # of benchmarks/influence.py
+    rows = own_rows(json.loads(known.read_text())) if known.is_file() else []
     for name in options.method or METHODS:
-        method = METHODS[name]
-        if importlib.util.find_spec(method.tool) is None:
-            print(f"{name:<32}{method.tool} is not installed")
+        if importlib.util.find_spec(METHODS[name].tool) is None:
+            print(f"{name}: {METHODS[name].tool} is not installed")
             continue
         scores, steps = scored(name, folder, inputs)
-        show(name, ranks_of(scores, ids, kinds, culprits, name), cost_of(method, steps, len(ids)))
+        rows.append(row_of(name, ranks_of(scores, ids, kinds, culprits, name), steps, len(ids)))
+        print(" | ".join([rows[-1].name, *rows[-1].cells()]), flush=True)
+    training = json.loads((work / "adapter" / "training.json").read_text())
+    place = f"Seed {options.seed}, {training['steps']} steps, {len(ids)} records, {len(kinds)} questions; {machine()}"
+    table = table_of(rows, place)
+    print(table)
+    if options.docs:
+        replace(options.docs, "why_others", table)
     return 0
 
 
