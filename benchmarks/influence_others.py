@@ -216,7 +216,7 @@ def bergson_ekfac(inputs: Inputs, steps: Steps) -> Any:
 
 
 def dattri_logra(inputs: Inputs, steps: Steps) -> Any:
-    """LoGra. Its default of 4,096 numbers a weight would need 18 GB for the inverses of 280 weights, and its default damping is 1e-5."""
+    """LoGra. Its default of 4,096 numbers a weight would need 19 GB for the inverses of 280 weights, and its default damping is 1e-5."""
     import numpy as np
     from dattri.algorithm import LoGraAttributor
     from dattri.task import AttributionTask
@@ -232,7 +232,7 @@ def dattri_logra(inputs: Inputs, steps: Steps) -> Any:
         )
         layers = [name for name, module in model.named_modules() if getattr(getattr(module, "weight", None), "requires_grad", False)]
         # one record a pass: its loss is the mean over the tokens of a batch, and padding is not supported
-        train, test = (DataLoader(inputs.tensors(name), batch_size=1) for name in ("records", "questions"))  # type: ignore[arg-type]
+        train, test = (DataLoader(inputs.tensors(name), batch_size=1) for name in ("records", "questions"))
         # offload="disk" pins memory, which fails without a GPU
         attributor = LoGraAttributor(task, layers, damping=DAMPING, proj_dim=SIDE**2, offload="none", cache_dir=str(path))
         attributor.cache(train)
