@@ -291,15 +291,15 @@ class Method:
     """Module that has to be importable."""
     run: Callable[[Inputs, Steps], Any]
     store: str | None
-    """The step with what grows with the records, if the next question needs no pass over them."""
+    """Files of steps that grow with the records, if the next question needs no pass over them."""
 
 
 METHODS = {
-    "bergson: cosine": Method("bergson", bergson_cosine, "index-records"),
-    "bergson: TrackStar": Method("bergson", bergson_trackstar, "index-records"),
+    "bergson: cosine": Method("bergson", bergson_cosine, "index-records/gradients.bin"),
+    "bergson: TrackStar": Method("bergson", bergson_trackstar, "index-records/gradients.bin"),
     "dattri: LoGra": Method("dattri", dattri_logra, None),
-    "dattri-llm: cosine": Method("dattri_llm", dattri_llm_cosine, "gradients"),
-    "dattri-llm: EK-FAC": Method("dattri_llm", dattri_llm_ekfac, "gradients"),
+    "dattri-llm: cosine": Method("dattri_llm", dattri_llm_cosine, "gradients/*/train_grads/*.bin"),
+    "dattri-llm: EK-FAC": Method("dattri_llm", dattri_llm_ekfac, "gradients/*/train_grads/*.bin"),
     "bergson: EK-FAC": Method("bergson", bergson_ekfac, None),
 }
 
@@ -400,7 +400,7 @@ def row_of(name: str, results: list[dict[str, Any]], steps: Steps, records: int)
     """The line of a method of another tool: a step counts once, and the store is divided by the records."""
     method = METHODS[name]
     seconds = sum(steps.cost(step)["seconds"] for step in set(steps.used))
-    kept = None if method.store is None else round(steps.cost(method.store)["bytes"] / records)
+    kept = None if method.store is None else sum(file.stat().st_size for file in steps.folder.glob(method.store)) // records
     tool, _, way = name.partition(": ")
     version = importlib.metadata.version(method.tool.replace("_", "-"))
     return Row(f"{tool} {version}: {way}", results, name, seconds, kept)

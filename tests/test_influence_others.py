@@ -37,12 +37,14 @@ def test_a_finished_step_is_not_repeated_and_an_interrupted_one_starts_from_noth
 
 def test_a_line_counts_a_step_once_and_divides_the_store_by_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(influence_others.importlib.metadata, "version", lambda _: "1.0")
-    for name, cost in {"index-records": {"seconds": 7.0, "bytes": 3_000_000}, "scores": {"seconds": 2.0, "bytes": 1}}.items():
+    for name, cost in {"index-records": {"seconds": 7.0, "bytes": 61_000}, "scores": {"seconds": 2.0, "bytes": 1}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(cost))
+    (tmp_path / "index-records").mkdir()
+    (tmp_path / "index-records" / "gradients.bin").write_bytes(b"x" * 60_000)
     name = "bergson: cosine"
     results = [{"kind": kind, "ranks": {name: [1, 2 * count]}} for kind, count in influence.KINDS.items() for _ in range(8)]
     row = influence_others.row_of(name, results, Steps(tmp_path, ["index-records", "index-records", "scores"]), 2)
-    assert (row.name, row.cells()) == ("bergson 1.0: cosine", [*["0.50 / 0.50, 8 of 8"] * 4, "9", "1.50"])
+    assert (row.name, row.cells()) == ("bergson 1.0: cosine", [*["0.50 / 0.50, 8 of 8"] * 4, "9", "0.03"])
 
 
 def test_the_ranks_are_those_of_the_culprits_of_the_kind_of_the_question() -> None:
