@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +17,20 @@ from builders import training_pipeline
 from builders.training import LORA
 from conftest import dvc
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 from dagster_project.__main__ import main
 from dagster_project.commands import why_checkpoints
-from dagster_project.commands.why_checkpoints import at_points
+from dagster_project.commands.why_checkpoints import EarlierTarget, at_points
 from dagster_project.commands.why_model import Target, target
-from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.errors import CheckFailed, InputError, Interrupted
 from dagster_project.core.records import read_table
-from dagster_project.lineage.attribution import remake
-from dagster_project.lineage.attribution.points import Where, second_moments, steps_of
+from dagster_project.lineage.attribution.points import Point, PointSelection, second_moments, steps_of
+from dagster_project.lineage.attribution.retraining import Retraining, optimizer_order
 from dagster_project.stages import adapter
 from dagster_project.training.methods.build import causal
-from dagster_project.training.trainers.harness.checkpoint import optimizer_state
 from dagster_project.training.trainers.sft.fit import TrainingData
+from dagster_project.training.trainers.sft.sft import SftSession
 
 MODEL = "adapter@x"
 QUESTION = ("--prompt", "Where is my hat?", "--answer", "In the blue box.", "--span", "blue")
@@ -75,6 +79,10 @@ def files(root: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def retraining(found: Target) -> Retraining:
+    return Retraining("x", found.entry, found.compute, found.training, found.folder, found.tokenized, found.base_model)
+
+
 def untrained(found: Target) -> Any:
     data = TrainingData.read(found.variant, found.entry.method, found.compute, found.tokenized, found.base_model)
     prepared = data.model(found.entry, STEPS)
@@ -94,7 +102,7 @@ def loss_of_row(model: Any, row: dict[str, Any]) -> torch.Tensor:
 
 
 def test_steps_are_equally_spaced_up_to_the_last() -> None:
-    assert steps_of(8, 4) == [2, 4, 6, 8] and steps_of(9, 4) == [2, 4, 6, 9] and steps_of(5, 1) == [5] and steps_of(2, 2) == [1, 2]
+    assert steps_of(8, 4) == [2, 4, 6, 8] and steps_of(19, 10) == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19] and steps_of(5, 1) == [5]
     with pytest.raises(InputError, match="has 2 steps"):
         steps_of(2, 3)
 
@@ -102,9 +110,9 @@ def test_steps_are_equally_spaced_up_to_the_last() -> None:
 def test_weights_of_a_point_are_those_of_a_training_that_ended_there(indexed: Path, tmp_path: Path) -> None:
     found = target(indexed, MODEL)
     assert found.training["steps"] == STEPS
-    first, second, end = at_points(found, Where(3))
-    assert [first.point and first.point.step, second.point and second.point.step, end.point] == [4, 8, None]
-    assert first.point
+    first, second, end = at_points(found, PointSelection(3))
+    assert isinstance(first, EarlierTarget) and isinstance(second, EarlierTarget) and end is found
+    assert (first.point.step, second.point.step) == (4, 9)
     shorter = found.entry.model_copy(update={"max_steps": first.point.step})
     out = tmp_path / "adapter"
     out.mkdir()
@@ -117,10 +125,9 @@ def test_weights_of_a_point_are_those_of_a_training_that_ended_there(indexed: Pa
 
 def test_second_moments_of_the_first_step_are_the_squares_of_its_gradient(root: Path) -> None:
     found = target(root, MODEL)
-    why_checkpoints.keep_checkpoints(found, Where(STEPS, True))
-    [first, *_] = at_points(found, Where(STEPS, True))
-    assert first.point and first.point.step == 1
-    moments = load_file(first.point.folder / "moments.safetensors")
+    points = [Point(found.store.folder, step, step == STEPS, True) for step in steps_of(STEPS, STEPS)]
+    retraining(found).write_points(points)
+    moments = load_file(points[0].folder / "moments.safetensors")
     used = {row["example_id"] for row in read_table(found.folder / "examples.parquet") if row["step"] == 1}
     [row] = [row for row in read_table(found.tokenized / "train.parquet") if used & {*row["example_ids"]}]
     model = untrained(found).model.eval()
@@ -134,11 +141,11 @@ def test_second_moments_of_the_first_step_are_the_squares_of_its_gradient(root: 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_stored_gradients_are_those_of_autograd_at_the_weights_of_each_point(indexed: Path, scaled: bool) -> None:
     found = target(indexed, MODEL)
-    for point in at_points(found, Where(3, scaled)):
+    for point in at_points(found, PointSelection(3, scaled)):
         stored, lengths = point.store.read()
         model = untrained(found).model.eval()
         named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        saved = point.point.weights() if point.point else None
+        saved = point.point.weights() if isinstance(point, EarlierTarget) else None
         end = {
             name.replace(".weight", ".default.weight"): weight
             for name, weight in load_file(found.folder / "adapter_model.safetensors").items()
@@ -150,7 +157,7 @@ def test_stored_gradients_are_those_of_autograd_at_the_weights_of_each_point(ind
             row = {"lengths": [len(example.input_ids)], "input_ids": list(example.input_ids), "labels": list(example.labels)}
             gradients = dict(zip(named, torch.autograd.grad(loss_of_row(model, row), list(named.values())), strict=True))
             if scaled:
-                assert point.point
+                assert isinstance(point, EarlierTarget)
                 moments = load_file(point.point.folder / "moments.safetensors")
                 gradients = {name: gradient / (moments[name].sqrt() + 1e-8).sqrt() for name, gradient in gradients.items()}
             expected = point.projection.project(gradients).numpy()
@@ -172,7 +179,7 @@ def test_a_score_is_the_mean_of_the_cosines_at_the_points(indexed: Path, capsys:
 
     asked = question(found, Options("Where is my hat?", "In the blue box.", "blue"), None, tokenizer_of(found))
     of_points = []
-    for point in at_points(found, Where(3)):
+    for point in at_points(found, PointSelection(3)):
         _, gradient = point.model.of_span(asked.example)
         wanted = point.projection.project(gradient).numpy()
         of_points.append(point.store.read()[0].astype(np.float32) @ (wanted / np.linalg.norm(wanted)))
@@ -184,23 +191,23 @@ def test_the_points_are_named_in_every_form_of_the_answer(indexed: Path, capsys:
     options = ("--checkpoints", "3", "--second-moments")
     assert why(indexed, *QUESTION, *options, "--html", str(tmp_path / "why.html")) == 0
     said = (
-        "gradient scores are means over the steps 4, 8 and 14 of the training, of gradients scaled by the second moments of its optimizer"
+        "gradient scores are means over the steps 4, 9 and 14 of the training, of gradients scaled by the second moments of its optimizer"
     )
     assert said in capsys.readouterr().out and said in (tmp_path / "why.html").read_text()
     assert why(indexed, *QUESTION, *options, "--json") == 0
-    assert document(capsys)["points"] == {"steps": [4, 8, 14], "second_moments": True}
+    assert document(capsys)["points"] == {"steps": [4, 9, 14], "second_moments": True}
 
 
 def test_an_index_of_points_is_computed_once_and_what_is_damaged_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(root)
     assert why(root, "--index", "--checkpoints", "3", "--json") == 0
     found = document(capsys)["index"]
-    assert (found["computed"], found["records"], found["steps"]) == (0, 28, [4, 8, 14]) and files(root) == before
+    assert (found["computed"], found["records"], found["steps"]) == (0, 28, [4, 9, 14]) and files(root) == before
     [home] = (root / ".dvc/tmp/pedigree/gradients").iterdir()
     weights = home / "points/step-00000004/weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     assert why(root, *QUESTION, "--checkpoints", "3") == 2
-    assert "add --index to train again" in capsys.readouterr().err
+    assert "add --index to train again and store them" in capsys.readouterr().err
     assert why(root, "--index", "--checkpoints", "3") == 0
     assert files(root) == before, "the same bytes"
 
@@ -209,8 +216,8 @@ def test_a_training_that_gives_other_weights_is_refused(root: Path, monkeypatch:
     found = target(root, MODEL)
     shutil.rmtree(found.store.folder / "points")
     monkeypatch.setitem(found.training, "seed", 5)
-    with pytest.raises(CheckFailed, match="has other weights"):
-        why_checkpoints.index(found, Where(3))
+    with pytest.raises(CheckFailed, match="ended with other weights"):
+        why_checkpoints.index(found, PointSelection(3))
     assert not (found.store.folder / "points").exists() or not [*(found.store.folder / "points").glob("step-*")]
 
 
@@ -220,8 +227,8 @@ def test_a_training_that_gives_other_weights_is_refused(root: Path, monkeypatch:
         (("--index", "--checkpoints", "15"), "--checkpoints 15: the training has 14 steps"),
         (("--index", "--checkpoints", "0"), "--checkpoints"),
         ((*QUESTION, "--checkpoints", "2"), "missing or damaged"),
-        (("--suspects", "--checkpoints", "3"), "not with --checkpoints"),
-        (("--suspects", "--second-moments"), "not with --second-moments"),
+        (("--suspects", "--checkpoints", "3"), "--suspects does not support --checkpoints"),
+        (("--suspects", "--second-moments"), "--suspects does not support --second-moments"),
     ],
 )
 def test_bad_input_is_refused_with_one_message(
@@ -236,22 +243,112 @@ def test_bad_input_is_refused_with_one_message(
     assert code == 2 and said in shown.err and "Traceback" not in shown.err and files(indexed) == before
 
 
-def test_an_optimizer_without_second_moments_is_refused(
-    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_training_goes_on_and_one_for_other_points_starts_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = target(root, MODEL)
+    shutil.rmtree(found.store.folder / "points")
+    whole = SftSession.step_begins
+    begun = []
+
+    def stops_at(step: int) -> None:
+        def step_begins(session: Any) -> None:
+            begun.append(step)
+            if len(begun) == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            whole(session)
+
+        begun.clear()
+        monkeypatch.setattr(SftSession, "step_begins", step_begins)
+
+    stops_at(6)
+    with pytest.raises(Interrupted, match="at step 6"):
+        why_checkpoints.index(found, PointSelection(3))
+    stops_at(99)
+    why_checkpoints.index(found, PointSelection(3))
+    assert len(begun) == STEPS - 6, "it goes on"
+    stops_at(8)
+    with pytest.raises(Interrupted):
+        why_checkpoints.index(found, PointSelection(7))
+    stops_at(99)
+    why_checkpoints.index(found, PointSelection(5))
+    assert len(begun) == STEPS, "checkpoints of other steps are not used"
+
+
+def test_a_damaged_checkpoint_is_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = target(root, MODEL)
+    points = [Point(found.store.folder, step, step == STEPS, True) for step in steps_of(STEPS, 3)]
+    before = files(root)
+    train, runs = Retraining._train, []
+
+    def damaging(self: Retraining, steps: Any, scratch: Path) -> Any:
+        fitted = train(self, steps, scratch)
+        runs.append(steps)
+        if len(runs) == 1:
+            weights = scratch / "checkpoints/step-00000004/weights.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+        return fitted
+
+    monkeypatch.setattr(Retraining, "_train", damaging)
+    retraining(found).write_points(points)
+    assert len(runs) == 2 and files(root) == before
+
+
+def test_points_end_where_the_best_weights_were(tiny_model: Path, tmp_path: Path) -> None:
+    """The validation loss of random examples is lowest early, so the saved weights are not those of the last step."""
+    values = {**PLAIN, "num_train_epochs": 3, "load_best_model_at_end": True, "learning_rate": 0.5}
+    root = training_pipeline.make_project(tmp_path / "project", tiny_model, values)
+    assert dvc(root, "repro", "-q").returncode == 0
+    found = target(root, MODEL)
+    best = found.training["best_step"]
+    assert best < found.training["steps"]
+    assert why_checkpoints.index(found, PointSelection(2, True))["steps"] == [best // 2, best]
+    *_, end = at_points(found, PointSelection(2, True))
+    saved = {
+        name.replace(".weight", ".default.weight"): weight for name, weight in load_file(found.folder / "adapter_model.safetensors").items()
+    }
+    for name, weight in end.model.weights.items():
+        assert torch.equal(weight.detach(), saved[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "optimizer", "message"),
+    [
+        ({}, "adafactor", "adafactor, the optimizer of adapter@x, is not supported: adamw_torch and adamw_torch_fused are"),
+        ({}, "paged_adamw_8bit", "paged_adamw_8bit, the optimizer"),
+        ({"method": "adalora"}, "adamw_torch", "checkpoints of adalora have other weights"),
+    ],
+)
+def test_trainings_without_such_points_are_refused_before_they_are_repeated(
+    root: Path, changes: dict[str, Any], optimizer: str, message: str
 ) -> None:
-    of_sgd = torch.optim.SGD([torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)], momentum=0.9)
-    for group in of_sgd.param_groups:
-        for weight in group["params"]:
-            weight.grad = torch.ones_like(weight)
-    of_sgd.step()
-    state = optimizer_state(of_sgd)
-    assert second_moments(state, ["a", "b"]) is None
-    shutil.rmtree(next((root / ".dvc/tmp/pedigree/gradients").iterdir()) / "points")
-    monkeypatch.setattr(remake, "_optimizer", lambda saved: state)
-    assert why(root, "--index", "--second-moments") == 2
-    assert "keeps none for each number" in capsys.readouterr().err
-    assert why(root, "--index", "--checkpoints", "2", "--json") == 0
-    assert document(capsys)["index"]["steps"] == [7, 14]
+    found = target(root, MODEL)
+    entry = found.entry.model_copy(update=changes)
+    training = {**found.training, "settings": {**found.training["settings"], "optim": optimizer}}
+    asked = replace(retraining(found), entry=entry, training=training)
+    with pytest.raises(InputError, match=message):
+        asked.refuse_unsupported(scaled=True)
+
+
+def test_names_follow_the_groups_of_the_optimizer() -> None:
+    """Transformers puts biases and norms into a second group, whatever their place in the model."""
+    model = torch.nn.Module()
+    model.first = torch.nn.Linear(2, 2)
+    model.norm = torch.nn.LayerNorm(2)
+    model.last = torch.nn.Linear(2, 3)
+    assert optimizer_order(model) == ["first.weight", "last.weight", "first.bias", "norm.weight", "norm.bias", "last.bias"]
+    groups = (
+        Trainer(model=model, args=TrainingArguments(output_dir="unused", report_to="none", use_cpu=True)).create_optimizer().param_groups
+    )
+    shapes = [tuple(weight.shape) for group in groups for weight in group["params"]]
+    assert shapes == [tuple(model.get_parameter(name).shape) for name in optimizer_order(model)]
+
+
+def test_moments_of_elements_without_a_gradient_give_no_weight(tmp_path: Path) -> None:
+    point = Point(tmp_path, 3, False, True)
+    point.write({"a": torch.zeros(3)}, {"a": torch.tensor([0.0, 1e-16, 4.0])})
+    scales = point.scales()
+    assert scales and torch.allclose(scales["a"], torch.tensor([0.0, 2e-8**-0.5, 2.0**-0.5]))
+    state = {"groups": [{"betas": (0.9, 0.99)}], "state": [{"exp_avg_sq": torch.tensor([0.02]), "step": torch.tensor(2.0)}]}
+    assert torch.allclose(second_moments(state, ["a"])["a"], torch.tensor([0.02 / (1 - 0.99**2)]))
 
 
 def test_an_audit_lists_the_gradients_of_all_points(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,4 +356,4 @@ def test_an_audit_lists_the_gradients_of_all_points(indexed: Path, capsys: pytes
     listed = document(capsys)["gradients"]
     assert [(one["stage"], one["records"], one["of"]) for one in listed] == [(MODEL, 28, 28)] * 6
     names = [Path(one["folder"]).name for one in listed[1:]]
-    assert names == ["step-00000004", "step-00000004-scaled", "step-00000008", "step-00000008-scaled", "step-00000014-scaled"]
+    assert names == ["step-00000004", "step-00000004-scaled", "step-00000009", "step-00000009-scaled", "step-00000014-scaled"]

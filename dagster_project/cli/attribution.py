@@ -1,18 +1,24 @@
-"""Which records an answer of a model is from: why, bisect."""
+"""Commands that attribute answers to training records: why, bisect."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.cli.arguments import add_command, count, project
 from dagster_project.cli.output import HTML, print_result, require_suffix, write
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
 
+if TYPE_CHECKING:
+    from dagster_project.lineage.attribution.points import PointSelection
+
 log = logging.getLogger("pedigree")
+
+QUESTION = ("prompt", "answer", "span", "system")
+"""Options of `why` that belong to a question."""
 
 
 def why(options: argparse.Namespace) -> int:
@@ -28,12 +34,10 @@ def why(options: argparse.Namespace) -> int:
     with lean_imports():
         from dagster_project.commands import why as module
         from dagster_project.commands.why_question import Options
-        from dagster_project.lineage.attribution.points import Where
 
     if options.html:
         require_suffix("--html", options.html, HTML)
-    where = Where(options.checkpoints or 1, options.second_moments)
-    asked = Options(options.prompt, options.answer, options.span, options.system, options.top, where)
+    asked = Options(options.prompt, options.answer, options.span, options.system, options.top, _points(options))
     document = module.answer_why(project(options), options.model, asked, options.index, options.draws if options.prove else None)
     if options.html:
         from dagster_project.views.why import why_page
@@ -43,27 +47,26 @@ def why(options: argparse.Namespace) -> int:
     return 1 if options.prove and not document["proof"]["supported"] else 0
 
 
+def _points(options: argparse.Namespace) -> PointSelection:
+    from dagster_project.lineage.attribution.points import PointSelection
+
+    return PointSelection(options.checkpoints or 1, options.second_moments)
+
+
 def _refuse_points(options: argparse.Namespace, other: str) -> None:
     for name in ("checkpoints", "second_moments"):
         if getattr(options, name):
-            raise InputError(f"why: {other} looks at the end of a training: not with --{name.replace('_', '-')}", "leave it out")
-
-
-QUESTION = ("prompt", "answer", "span", "system")
-"""Options of `why` that belong to a question."""
+            raise InputError(f"why: {other} does not support --{name.replace('_', '-')}", "leave it out")
 
 
 def _index_gradients(options: argparse.Namespace) -> int:
     """Compute the gradients of a model alone."""
     from dagster_project.commands import why as module
-    from dagster_project.lineage.attribution.points import Where
 
     given = [name for name in (*QUESTION, "html") if getattr(options, name) is not None]
     if not options.index or given or options.prove:
         raise InputError("why: --prompt is required" + (f" with --{given[0]}" if given else ""), "see `pedigree why --help`")
-    print_result(
-        options, module.index(project(options), options.model, Where(options.checkpoints or 1, options.second_moments)), module.as_text
-    )
+    print_result(options, module.index(project(options), options.model, _points(options)), module.as_text)
     return 0
 
 
@@ -132,12 +135,12 @@ def _add_why(commands: Any) -> None:
         "--checkpoints",
         type=count,
         metavar="N",
-        help="compare gradients at N points of the training, which --index runs again to keep them (default: at its end only)",
+        help="compare gradients at N steps of the training; --index repeats it to store checkpoints (default: at its end only)",
     )
     add(
         "--second-moments",
         action="store_true",
-        help="scale gradients by the second moments of the optimizer, as its steps were; --index trains again",
+        help="scale gradients by Adam's second moments; --index repeats the training",
     )
     add("--prove", action="store_true", help="train again without these records, and without as many random ones, and compare")
     add("--draws", type=count, default=3, metavar="N", help="with --prove: sets of random records (default: %(default)s)")

@@ -9,7 +9,7 @@ from typing import Any
 
 from dagster_project.commands import why_calibration
 from dagster_project.commands.nearest_records import TRAIN, cut
-from dagster_project.commands.why_checkpoints import at_points
+from dagster_project.commands.why_checkpoints import at_points, steps_at
 from dagster_project.commands.why_checkpoints import index as index_points
 from dagster_project.commands.why_model import BASE_MODEL, Target, start_of
 from dagster_project.commands.why_pairs import PairTarget
@@ -24,7 +24,7 @@ from dagster_project.core.records import prompt_text, read_records, response_tex
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.attribution.calibration import ALPHA, Calibration
-from dagster_project.lineage.attribution.points import Where
+from dagster_project.lineage.attribution.points import END_ONLY, PointSelection
 from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, cosines, stands_out
 from dagster_project.lineage.attribution.records import Example, TrainedRecord
 from dagster_project.lineage.lineage import trained_on
@@ -49,10 +49,10 @@ UNCALIBRATED_PAIRS = (
 CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record"
 
 
-def index(root: Path, model: str, where: Where) -> dict[str, Any]:
+def index(root: Path, model: str, selection: PointSelection) -> dict[str, Any]:
     """Compute the gradients of all records that a model was trained on, and the questions of the validation split."""
     found = asked_model(root, model)
-    return {"model": model_of(found), "index": index_points(found, where)}
+    return {"model": model_of(found), "index": index_points(found, selection)}
 
 
 def answer_why(root: Path, model: str, options: Options, with_index: bool, draws: int | None) -> dict[str, Any]:
@@ -76,20 +76,19 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
         raise InputError("--prompt: empty", "give the text of a question")
     found = asked_model(root, model)
     _refuse_unanswerable(found, options, proves)
-    indexed = index_points(found, options.where) if with_index else None
-    points = at_points(found, options.where)
-    stored = [point.store.read()[0] for point in points]
-    known = why_calibration.mean([why_calibration.read(point) for point in points])
+    indexed = index_points(found, options.points) if with_index else None
+    stored = [target.store.read()[0] for target in at_points(found, options.points)]
+    known = why_calibration.mean([why_calibration.read(target) for target in at_points(found, options.points)])
     with hidden(*(() if proves else UNUSED)):
         import_libraries()  # before a tokenizer imports them in more time
     texts = Texts(found)
     system, notes = _system(texts, options)
     asked = question(found, options, system, texts.tokenizer)
     scores = list[Any]()
-    for point, gradients in zip(points, stored, strict=True):
-        value, gradient = _asked_gradient(point, asked)
-        scores.append(cosines(gradients, point.projection.project(gradient).numpy()))
-    places = _points(points)
+    for target, gradients in zip(at_points(found, options.points), stored, strict=True):
+        value, gradient = _asked_gradient(target, asked)
+        scores.append(cosines(gradients, target.projection.project(gradient).numpy()))
+    points = {} if options.points == END_ONLY else {"steps": steps_at(found, options.points), "second_moments": options.points.scaled}
     documents = [" ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in found.records]
     ranking = Ranking.of(sum(scores) / len(scores), *bm25(documents, [options.prompt, _part(asked, options)]))
     document = {
@@ -105,26 +104,18 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
             "tokens": asked.tokens,
             "reward" if _scores(found) else "log_probability": round(value, 4),
         },
-        **({"points": places} if places else {}),
+        **({"points": points} if points else {}),
         "records": len(found.records),
         "distribution": _distribution(ranking, known),
         "hits": _hits(found, ranking, texts, options.top),
         "notes": [
             *notes,
-            *([_about_points(places)] if places else []),
+            *([_about_points(points)] if points else []),
             *([] if known else [UNCALIBRATED_PAIRS if isinstance(found, PairTarget) else UNCALIBRATED]),
             *_about(found),
         ],
     }
     return document, found, asked
-
-
-def _points(points: Sequence[Target]) -> dict[str, Any]:
-    """The points of the training at which gradients were taken; empty for the end as it was saved alone."""
-    if [one.point for one in points] == [None]:
-        return {}
-    steps = [one.point.step if one.point else one.training["steps"] for one in points]
-    return {"steps": steps, "second_moments": any(one.point and one.point.scaled for one in points)}
 
 
 def _about_points(points: Mapping[str, Any]) -> str:
@@ -328,10 +319,14 @@ def index_lines(document: Mapping[str, Any]) -> list[str]:
     if not (index := document.get("index")):
         return []
     return [
-        f"{document['model']['stage']}: gradients of {index['records']} records in {index['folder']},"
+        f"{document['model']['stage']}: gradients of {index['records']} records{_at_steps(index)} in {index['folder']},"
         f" {index['bytes'] / 1e6:.1f} MB, {index['computed']} computed now"
         + (f"; {index['questions']} questions of the validation split" if index.get("questions") else "")
     ]
+
+
+def _at_steps(index: Mapping[str, Any]) -> str:
+    return f" at the steps {', '.join(map(str, index['steps']))}" if "steps" in index else ""
 
 
 def _question_lines(document: Mapping[str, Any]) -> list[str]:

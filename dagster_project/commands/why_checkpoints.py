@@ -1,68 +1,108 @@
-"""`pedigree why --checkpoints` and `--second-moments`: the training is run again, must end in the adapter's very bytes, and its checkpoints are kept beside the
-gradients of the model (docs/why.md)."""
+"""`pedigree why --checkpoints` and `--second-moments`: the model at several points of its training (docs/why.md)."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dagster_project.commands import why_calibration
 from dagster_project.commands.why_model import Target
 from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.core.errors import InputError
-from dagster_project.lineage.attribution.points import END, Point, Where, steps_of
-from dagster_project.lineage.attribution.remake import Retraining
+from dagster_project.core.imports import lean_imports
+from dagster_project.lineage.attribution.gradients import TrainedModel
+from dagster_project.lineage.attribution.points import END_ONLY, Point, PointSelection, steps_of
+from dagster_project.lineage.attribution.records import TrainedRecord
+from dagster_project.lineage.attribution.retraining import Retraining
+from dagster_project.lineage.attribution.store import GradientStore
 
 
-def index(found: Target, where: Where) -> dict[str, Any]:
+@dataclass(frozen=True)
+class EarlierTarget(Target):
+    """A trained adapter at a point of its training."""
+
+    end: Target
+    point: Point
+
+    @cached_property
+    def records(self) -> list[TrainedRecord]:
+        return self.end.records
+
+    @cached_property
+    def store(self) -> GradientStore:
+        return GradientStore(self.point.store, {**self.end.store.identity, **self.point.identity()}, len(self.records))
+
+    @cached_property
+    def model(self) -> TrainedModel:
+        """The loaded model, which belongs to this point alone: its weights are replaced in memory."""
+        one_process = self.compute.model_copy(update={"processes": 1})
+        with lean_imports():
+            end = TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
+        return end.at(self.point.weights(), self.point.scales())
+
+    def own(self) -> None:
+        self.end.own()
+
+
+def index(found: Target, selection: PointSelection) -> dict[str, Any]:
     """Compute what is missing at each point.
 
     Returns:
-        {"folder", "records", "computed", "bytes", "questions"} as `why_calibration.index`, in sum over the points, and "steps", if there are others than the
-        end of the training.
+        {"folder", "records", "computed", "bytes", "questions"} as `why_calibration.index`; "folder" is that of the model, "computed" and "bytes" are totals
+        over all points. "steps" is absent for the end alone.
     Raises:
-        InputError, CheckFailed: as `keep_checkpoints`.
+        InputError, CheckFailed: as `Retraining.write_points`.
     """
-    keep_checkpoints(found, where)
-    indexed = [why_calibration.index(target) for target in at_points(found, where)]
-    sums = {name: sum(one[name] for one in indexed) for name in ("computed", "bytes")}
-    steps = {} if where == END else {"steps": steps_of(found.training["steps"], where.checkpoints)}
-    return indexed[-1] | sums | steps
-
-
-def keep_checkpoints(found: Target, where: Where) -> None:
-    """Train again, if checkpoints are needed that are not kept.
-
-    Raises:
-        InputError, CheckFailed: as `Retraining.keep`.
-    """
-    needed = [target.point for target in _at(found, where) if target.point]
-    if not all(point.is_kept() for point in needed):
+    points = _points(found, selection)
+    needed = [point for point in points if point.needed]
+    if not all(point.is_complete() for point in needed):
+        retraining = Retraining(found.variant, found.entry, found.compute, found.training, found.folder, found.tokenized, found.base_model)
+        retraining.refuse_unsupported(selection.scaled)
         with found.alone("pedigree why --index"):
             found.own()
-            variant, steps = found.variant, found.training["steps"]
-            Retraining(variant, found.entry, found.compute, steps, found.folder, found.tokenized, found.base_model).keep(needed)
+            retraining.write_points(points)
+    indexed = [why_calibration.index(target) for target in _targets(found, points)]
+    totals = {name: sum(one[name] for one in indexed) for name in ("computed", "bytes")}
+    totals["bytes"] += sum(path.stat().st_size for point in needed for path in point.folder.glob("*.safetensors"))
+    steps = {} if selection == END_ONLY else {"steps": steps_at(found, selection)}
+    return indexed[-1] | {"folder": found.store.folder.relative_to(found.root).as_posix()} | totals | steps
 
 
-def at_points(found: Target, where: Where) -> list[Target]:
-    """The model at each point, in the order of the training; the end as it was saved alone by default.
+def at_points(found: Target, selection: PointSelection) -> Iterator[Target]:
+    """The model at each point, in the order of the training; by default only the saved adapter. Each is loaded when it is used: let go of one before the next.
 
     Raises:
         InputError: a checkpoint is missing.
     """
-    targets = _at(found, where)
-    if any(target.point and not target.point.is_kept() for target in targets):
-        raise InputError(f"the checkpoints of {found.run.address} are missing or damaged", "add --index to train again and keep them")
-    return targets
+    points = _points(found, selection)
+    if not all(point.is_complete() for point in points):
+        raise InputError(f"the checkpoints of {found.run.address} are missing or damaged", "add --index to train again and store them")
+    yield from _targets(found, points)
 
 
-def _at(found: Target, where: Where) -> list[Target]:
-    if where == END:
-        return [found]
+def steps_at(found: Target, selection: PointSelection) -> list[int]:
+    return [point.step for point in _points(found, selection)]
+
+
+def _targets(found: Target, points: list[Point]) -> Iterator[Target]:
+    for point in points:
+        if point.needed:
+            yield EarlierTarget(found.root, found.asked, found.subject, found.run, found.place, found, point)
+        else:
+            yield found
+
+
+def _points(found: Target, selection: PointSelection) -> list[Point]:
+    if selection == END_ONLY:
+        return [Point(found.store.folder, 0, at_end=True, scaled=False)]
     if isinstance(found, PairTarget):
         raise InputError(
-            f"{found.run.address} was trained on pairs, and only supervised trainings are run again", "leave out --checkpoints"
+            f"{found.run.address} was trained on pairs, and only supervised trainings are repeated",
+            "leave out --checkpoints and --second-moments",
         )
-    steps = steps_of(found.training["steps"], where.checkpoints)
-    points = [Point(found.store.folder, step, step == steps[-1], where.second_moments) for step in steps]
-    return [found if point.at_end and not point.scaled else replace(found, point=point) for point in points]
+    _ = found.entry  # refuses a training by a command
+    last = found.training.get("best_step") or found.training["steps"]  # the step whose weights were saved
+    steps = steps_of(last, selection.count)
+    return [Point(found.store.folder, step, step == last, selection.scaled) for step in steps]

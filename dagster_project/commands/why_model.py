@@ -19,7 +19,6 @@ from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import REFUSED, TrainedModel
 from dagster_project.lineage.attribution.owners import OWNER, owner_of
 from dagster_project.lineage.attribution.per_record import projected_gradients
-from dagster_project.lineage.attribution.points import Point
 from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.records import TrainedRecord, trained_records
 from dagster_project.lineage.attribution.store import GRADIENTS, GradientStore, identity_of
@@ -30,6 +29,7 @@ from dagster_project.lineage.runs import StageRun
 from dagster_project.orchestration import locks
 from dagster_project.training.methods.load import AdapterInfo
 from dagster_project.training.trainers.harness.params import AdapterParams
+from dagster_project.training.trainers.sft import auto
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +51,6 @@ class Target:
     """The training of the adapter."""
     place: Path
     """Folder in which data/ has the files of the training: the project, or one to which an earlier version was restored."""
-    point: Point | None = None
-    """Where in the training gradients are taken; None: at its end."""
 
     @property
     def variant(self) -> str:
@@ -86,8 +84,9 @@ class Target:
         """
         recorded = self.subject.index.lock_entry(self.run).get("params", {}).get("params.yaml", {})
         value = next((value for key, value in recorded.items() if key.partition(".")[2] == self.variant), None) or {}
-        chosen = {name: choice["value"] for name, choice in self.training.get("chosen", {}).items()}
-        found = params.parse(AdapterParams, {**value, **chosen}, f"{ADAPTER}.{self.variant}")
+        found = params.parse(AdapterParams, value, f"{ADAPTER}.{self.variant}")
+        chosen = {name: auto.Choice(choice["value"], "") for name, choice in self.training.get("chosen", {}).items()}
+        found = auto.put(found, chosen)
         if found.command is not None:
             raise InputError(
                 f"{self.run.address} was trained by a command of your own, whose loss is not known here",
@@ -114,17 +113,14 @@ class Target:
         compute = {name: self.training.get(name) for name in ("dtype", "device", "threads")}
         smoothing = self.entry.label_smoothing_factor
         identity = identity_of(self.folder, self.base_model, self.records, self.projection, compute, smoothing)
-        if self.point is None:
-            return GradientStore.at(self.root, identity, len(self.records))
-        return GradientStore(self.point.store, identity | self.point.identity(), len(self.records))
+        return GradientStore.at(self.root, identity, len(self.records))
 
     @cached_property
     def model(self) -> TrainedModel:
         """The loaded model."""
         one_process = self.compute.model_copy(update={"processes": 1})
         with lean_imports():  # of the model's own module
-            end = TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
-        return end if self.point is None else end.at(self.point.weights(), self.point.scales())
+            return TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
 
     def gradients(self, numbers: Sequence[int]) -> torch.Tensor:
         """Projected gradients of some records by number, (records, width) float32."""
@@ -170,11 +166,10 @@ class Target:
 
     def own(self) -> None:
         """Name the folder of the store as that of this variant, and remove those of its earlier versions."""
-        home = self.store.folder if self.point is None else self.point.home
         for file in (self.root / GRADIENTS).glob(f"*/{OWNER}"):
-            if file.parent != home and owner_of(file) == self.run.address:
+            if file.parent != self.store.folder and owner_of(file) == self.run.address:
                 remove(file.parent)
-        write_json(home / OWNER, {"stage": self.run.address})
+        write_json(self.store.folder / OWNER, {"stage": self.run.address})
 
 
 def target(root: Path, model: str) -> Target:

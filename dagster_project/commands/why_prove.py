@@ -15,7 +15,7 @@ from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.owners import OWNER, owner_of
 from dagster_project.lineage.attribution.proof import LEAST_DRAWS, MOST_DRAWS, PROOFS, Verdict, draws, fits, name_of, zero_weights
-from dagster_project.lineage.attribution.remake import same_weights
+from dagster_project.lineage.attribution.retraining import same_weights
 from dagster_project.stages import adapter
 
 log = logging.getLogger("pedigree")

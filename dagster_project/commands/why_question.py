@@ -15,7 +15,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
-from dagster_project.lineage.attribution.points import END, Where
+from dagster_project.lineage.attribution.points import END_ONLY, PointSelection
 from dagster_project.lineage.attribution.records import Example
 from dagster_project.lineage.history import listing_of
 
@@ -32,7 +32,7 @@ class Options:
     system: str | None = None
     """None: that of the training records, if all have the same."""
     top: int = 10
-    where: Where = END
+    points: PointSelection = END_ONLY
 
 
 @dataclass(frozen=True)

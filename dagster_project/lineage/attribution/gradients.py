@@ -79,9 +79,7 @@ class TrainedModel:
         """
         for given in filter(None, (weights, scales)):
             if {name: tuple(tensor.shape) for name, tensor in given.items()} != self.shapes:
-                raise InputError(
-                    "the checkpoints of this method have other weights than its adapter", "ask without --checkpoints and --second-moments"
-                )
+                raise InputError("the checkpoints of this method have other weights than its adapter", "ask about the end alone")
         own = self.weights
         for name, weight in (weights or {}).items():
             own[name].data.copy_(weight)
