@@ -328,6 +328,15 @@ def test_trainings_without_such_points_are_refused_before_they_are_repeated(
         asked.refuse_unsupported(scaled=True)
 
 
+def test_the_entry_of_a_training_has_the_number_that_was_chosen_for_a_rank(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = target(root, MODEL)
+    recorded = found.subject.index.lock_entry(found.run)
+    asked = {"variants.x": {**PLAIN, "peft": {**PLAIN["peft"], "r": "auto"}}}
+    monkeypatch.setattr(type(found.subject.index), "lock_entry", lambda index, run: {**recorded, "params": {"params.yaml": asked}})
+    monkeypatch.setitem(found.training, "chosen", {"peft.r": {"value": 6, "why": "few examples"}})
+    assert found.entry.peft == {**PLAIN["peft"], "r": 6}
+
+
 def test_names_follow_the_groups_of_the_optimizer() -> None:
     """Transformers puts biases and norms into a second group, whatever their place in the model."""
     model = torch.nn.Module()
