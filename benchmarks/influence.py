@@ -207,18 +207,17 @@ def questions(project: Path, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def points_of(work: Path, entry: Any, compute: Any, project: Path, where: Any) -> list[Any]:
-    """Points of the training, of which those before its end, and second moments, come from a training that is run again; None: the end as it was saved."""
+def points_of(work: Path, entry: Any, compute: Any, project: Path, selection: Any) -> list[Any]:
+    """Points of the training, of which those before its end, and second moments, come from a repeated training; None: the end as it was saved."""
     from dagster_project.lineage.attribution.points import Point, steps_of
-    from dagster_project.lineage.attribution.remake import Retraining
+    from dagster_project.lineage.attribution.retraining import Retraining
 
-    total = json.loads((work / "adapter/training.json").read_text())["steps"]
-    steps = steps_of(total, where.checkpoints)
-    points = [Point(work, step, step == total, where.second_moments) for step in steps]
-    needed = [point for point in points if point.scaled or not point.at_end]
-    if not all(point.is_kept() for point in needed):
-        Retraining("lora", entry, compute, total, work / "adapter", work / "tokenized", project / "data/base_model").keep(needed)
-    return [point if point in needed else None for point in points]
+    training = json.loads((work / "adapter/training.json").read_text())
+    steps = steps_of(training["steps"], selection.count)
+    points = [Point(work, step, step == training["steps"], selection.scaled) for step in steps]
+    if not all(point.is_complete() for point in points):
+        Retraining("lora", entry, compute, training, work / "adapter", work / "tokenized", project / "data/base_model").write_points(points)
+    return [point if point.needed else None for point in points]
 
 
 def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]:
@@ -340,7 +339,9 @@ def measure(project: Path, work: Path, seed: int, points: list[Any]) -> dict[str
         each = [np.stack([cosines(one["gradients"], row) for row in one[name]]) for one in of_points]
         return np.mean(each, axis=0), each
 
-    (span, each), (whole, _), (validation, _) = mean("span"), mean("whole") if len(found["whole"]) else (None, None), mean("validation")
+    span, each = mean("span")
+    whole = mean("whole")[0] if len(found["whole"]) else None
+    validation, _ = mean("validation")
     known = Calibration(validation, found["owners"])
     results = []
     for i, question in enumerate(asked):
@@ -349,7 +350,11 @@ def measure(project: Path, work: Path, seed: int, points: list[Any]) -> dict[str
         before = distances(ranking.gradient) + distances(prompt + answer)
         by = {
             "gradient of the asked part": ranking.gradient_rank,
-            **({f"the same, point {k + 1} of {len(points)}": ranks(one[i]) for k, one in enumerate(each)} if len(points) > 1 else {}),
+            **(
+                {f"gradient of the asked part, point {k + 1} of {len(points)}": ranks(one[i]) for k, one in enumerate(each)}
+                if len(points) > 1
+                else {}
+            ),
             "gradient of the whole answer": ranks(whole[i]) if question["kind"] in KINDS else ranking.gradient_rank,
             "BM25 of prompt and asked part": ranking.bm25_rank,
             "BM25 of prompt and answer": np.where(prompt + answer > 0, ranks(prompt + answer), len(ids)),
@@ -416,17 +421,19 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="optimizer steps (default: those of params.yaml)")
     parser.add_argument("--interrupted", action="store_true", help="use the newest checkpoint of a training that was interrupted")
     parser.add_argument("--as-trained", action="store_true", help="ask the adapter of the project itself, in which nothing was planted")
-    parser.add_argument("--checkpoints", type=int, default=1, metavar="N", help="points of the training, which is run again")
+    parser.add_argument("--checkpoints", type=int, default=1, metavar="N", help="points of the training, which is repeated")
     parser.add_argument("--second-moments", action="store_true", help="scale gradients by the second moments of the optimizer")
     options = parser.parse_args()
     if options.as_trained and options.seeds != 1:
         parser.error("--as-trained asks one adapter the questions of one seed: leave --seeds out")
+    if (options.as_trained or options.interrupted) and (options.checkpoints > 1 or options.second_moments):
+        parser.error("--checkpoints and --second-moments repeat a training of this script: leave --as-trained and --interrupted out")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pedigree").setLevel(logging.INFO)
     from dagster_project.core.records import write_json
-    from dagster_project.lineage.attribution.points import Where
+    from dagster_project.lineage.attribution.points import PointSelection
 
-    where, documents = Where(options.checkpoints, options.second_moments), []
+    selection, documents = PointSelection(options.checkpoints, options.second_moments), []
     for seed in range(options.seeds):
         work = options.work / ("as-trained" if options.as_trained else str(seed))
         if options.as_trained:
@@ -435,9 +442,9 @@ def main() -> int:
             from_checkpoint(options.project, work)
         prepare(options.project, work, seed, options.steps)
         document = measure(
-            options.project, work, seed, points_of(work, *training_of(options.project, seed, options.steps), options.project, where)
+            options.project, work, seed, points_of(work, *training_of(options.project, seed, options.steps), options.project, selection)
         )
-        write_json(work / f"results-{where.checkpoints}{'-scaled' if where.second_moments else ''}.json", document)
+        write_json(work / f"results-{selection.count}{'-scaled' if selection.scaled else ''}.json", document)
         documents.append(document)
         show(documents[-1:])
     show(documents)

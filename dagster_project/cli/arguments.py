@@ -1,4 +1,4 @@
-"""What the arguments of commands have in common."""
+"""Shared arguments of commands, and their types."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from dagster_project.cli import attribution, checks, erasure, evaluation, lineage, models, papers, running, ui
+from dagster_project.cli import attribution, checks, erasure, evaluation, exports, lineage, models, running, ui
 from dagster_project.cli.output import visible_lines
 
-GROUPS = (checks, running, lineage, papers, erasure, attribution, evaluation, models, ui)
+GROUPS = (checks, running, lineage, exports, erasure, attribution, evaluation, models, ui)
 
 
 def parser() -> argparse.ArgumentParser:
