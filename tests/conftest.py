@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from builders.tiny_model import make_tiny_model
 from builders.training import exclude_loaded_from_garbage_collection
-from builders.warm_server import WarmServer, active, running_commands, words_of
+from builders.warm_server import WarmServer, active, running_commands, running_stages, words_of
 from hypothesis import HealthCheck, settings
 
 # the same search each time, on a busy machine, too, so that a run that was green stays green; PEDIGREE_FUZZ=1 searches at random
@@ -115,7 +115,7 @@ def model(tiny_model: Path) -> Any:
 def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command in a project folder, with the interpreter that runs the tests first on PATH."""
     env = {**os.environ, "DAGSTER_HOME": str(folder / ".dagster"), "PEDIGREE_PROJECT": str(folder), **environment}
-    if words := words_of(arguments):
+    if words := words_of(arguments, folder):
         return active[-1].run(words, folder, env)
     return subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=1800, check=False)
 
@@ -349,6 +349,21 @@ def _made(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
         small_pipeline.git(folder, "commit", "-qm", "made")
 
     return made_once("pipeline", make, tmp_path_factory, worker_id)
+
+
+@pytest.fixture(scope="session")
+def _small_server() -> Iterator[WarmServer]:
+    """A process that has loaded what commands and stages of the small pipeline load."""
+    server = WarmServer(["builders.small_pipeline", "dagster_pipes"])
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def warm_small(_small_server: WarmServer) -> Iterator[None]:
+    """The same as `warm`, for projects of the small pipeline. Stages that DVC runs in the process of the test are forked, too."""
+    with running_commands(_small_server), running_stages(_small_server):
+        yield
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from dagster_project.lineage.lineage import as_text as audit_text
 from dagster_project.lineage.lineage import audit, document, find
 from dagster_project.training.trainers.alignment.preference import METHODS
 
+pytestmark = pytest.mark.usefixtures("warm_small")
+
 FAQ, MAIL, COPY = "data/sources/faq.jsonl", "data/sources/mail.jsonl", "data/sources/copy.jsonl"
 ROWS = [("cats", "train", FAQ), ("dogs", "train", MAIL), ("birds", "validation", FAQ), ("fish", "test", MAIL)]
 TRAINED = ["cats", "dogs"]

@@ -29,6 +29,8 @@ from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dvc import read_stages
 
+pytestmark = pytest.mark.usefixtures("warm_small")
+
 CONFLICT = b"<<<<<<< ours\n{}\n=======\n{}\n>>>>>>> theirs\n"
 REPORTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "conflict": (lambda _: CONFLICT, "it has an unresolved merge conflict"),

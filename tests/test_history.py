@@ -34,6 +34,8 @@ from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit, document, find, listed, trained_on
 
+pytestmark = pytest.mark.usefixtures("warm_small")
+
 FAQ, MAIL = "data/sources/faq.jsonl", "data/sources/mail.jsonl"
 ROWS = [("cats", "train", FAQ), ("dogs", "train", MAIL), ("birds", "validation", FAQ), ("fish", "test", MAIL)]
 

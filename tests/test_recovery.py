@@ -25,6 +25,8 @@ from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
 from dagster_project.orchestration.locks import hold
 
+pytestmark = pytest.mark.usefixtures("warm_small")
+
 
 def failure(result: Any) -> str:
     """Why a run failed, as Dagster shows it."""

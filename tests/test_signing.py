@@ -29,6 +29,8 @@ from dagster_project.lineage.signing import model_signature
 from dagster_project.lineage.signing.envelope import SignatureError
 from dagster_project.lineage.signing.keys import public_key_of
 
+pytestmark = pytest.mark.usefixtures("warm_small")
+
 KINDS = {"ed25519": ed25519.Ed25519PrivateKey.generate, "p256": lambda: ec.generate_private_key(ec.SECP256R1())}
 
 

@@ -33,6 +33,8 @@ from dagster_project.stages import raw_examples, release
 from dagster_project.stages.release import Waiver
 from dagster_project.views.lineage import lineage_page
 
+pytestmark = pytest.mark.usefixtures("warm_small")
+
 A, B, PAIRS = "data/sources/a.jsonl", "data/sources/b.jsonl", "data/sources/pairs.jsonl"
 KEY = bytes(range(32))
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from builders.warm_server import WarmServer, running_commands
+from builders import small_pipeline
+from builders.warm import words_of_stage
+from builders.warm_server import WarmServer, running_commands, running_stages, words_of
 from conftest import run
+
+from dagster_project.core.errors import CheckFailed
+from dagster_project.orchestration import dvc_run
 
 VERSION = ["python", "-m", "dvc", "version"]
 
@@ -33,6 +40,41 @@ def test_a_forked_command_gives_what_a_started_one_gives(server: WarmServer, tmp
             with running_commands(server):
                 forked = run(command, tmp_path)
             assert (forked.returncode, forked.stdout, forked.stderr) == (started.returncode, started.stdout, started.stderr), words
+
+
+def test_a_stage_that_dvc_in_the_process_of_a_test_forks_does_what_a_started_one_does(
+    server: WarmServer, root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outcome(source: str) -> tuple[list[str], str, dict[str, bytes]]:
+        (root / "data/sources/g.txt").write_text(source)
+        capfd.readouterr()
+        failures = []
+        for address in ("raw", "inst"):
+            try:
+                assert dvc_run.reproduce(root, address, True, {}, on_wait=pytest.fail)
+            except CheckFailed as failed:
+                failures.append(str(failed))
+        return failures, capfd.readouterr().err, small_pipeline.published(root, "inst")
+
+    def start(*_: Any, **__: Any) -> None:
+        pytest.fail("a process was started")
+
+    started = {source: outcome(source) for source in ("r1", "BAD")}
+    assert (len(started["r1"][0]), len(started["BAD"][0])) == (0, 1) and "no_bad_rows" in started["BAD"][1]
+    with running_commands(server), running_stages(server):
+        assert run(VERSION, root).returncode == 0
+        monkeypatch.setattr(subprocess, "Popen", start)
+        assert {source: outcome(source) for source in started} == started
+
+
+def test_a_script_that_a_test_has_edited_is_started(server: WarmServer, root: Path) -> None:
+    """A forked process would run the unedited one."""
+    words = ["small_pipeline.py", "run", "raw"]
+    with running_commands(server):
+        assert words_of_stage("python small_pipeline.py run raw", root) == words == words_of(["python", *words], root)
+        with (root / "small_pipeline.py").open("a") as script:
+            script.write("# edited\n")
+        assert words_of_stage("python small_pipeline.py run raw", root) is words_of(["python", *words], root) is None
 
 
 def test_libraries_are_loaded_again_for_a_command_with_other_variables_that_they_read_when_they_load(

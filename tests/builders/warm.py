@@ -30,7 +30,8 @@ CPU_SECONDS = 120
 """CPU time after which a command counts as hanging."""
 SECONDS = 600
 """Time after which a command that waits without computing counts as hanging."""
-STAGE_COMMAND = ["python", "-m", "dagster_project", "run"]
+STAGE_COMMANDS = (["python", "-m", "dagster_project", "run"], ["python", "small_pipeline.py", "run"])
+"""How commands of stages begin, by which DVC starts them: of the whole pipeline, and of tests/builders/small_pipeline.py."""
 
 Fault = Callable[[], None]
 """Called in the process that shall have the fault, before its command begins."""
@@ -170,6 +171,10 @@ def main_of(words: Sequence[str]) -> int:
         return int(dvc_main([*words[1:]]) or 0)
     if words[0] == "materialize":
         return _materialize(words[1:])
+    if words[0] == "small_pipeline.py":
+        from builders.small_pipeline import main as small_main
+
+        return small_main()
     from dagster_project.__main__ import main
 
     return main([*words[1:]])
@@ -210,8 +215,7 @@ def end(function: Callable[..., int], *arguments: Any) -> NoReturn:
 class ForkedStage:
     """What DVC uses of subprocess.Popen: a stage command, forked from DVC's process."""
 
-    def __init__(self, arguments: Sequence[str], in_stage: Fault | None, cwd: str, env: Mapping[str, str]) -> None:
-        words = shlex.split(arguments[-1])
+    def __init__(self, words: Sequence[str], in_stage: Fault | None, cwd: str, env: Mapping[str, str]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self.returncode: int | None = None
@@ -227,7 +231,7 @@ class ForkedStage:
         os.environ.update(env)
         if in_stage is not None:
             in_stage()
-        return main_of(["pedigree", *words[3:]])
+        return main_of(words)
 
     def communicate(self) -> tuple[None, None]:
         while self.returncode is None:
@@ -236,7 +240,25 @@ class ForkedStage:
         return None, None
 
 
-def fork_instead_of_starting(in_stage: Fault | None) -> None:
+def words_of_stage(command: str, folder: str | Path) -> list[str] | None:
+    """What `main_of` gets for the command of a stage in a project's folder; None for a command that is to be started."""
+    words = shlex.split(command)
+    if not any(words[: len(start)] == start for start in STAGE_COMMANDS):
+        return None
+    if words[1] == "-m":
+        return ["pedigree", *words[3:]]
+    return words[1:] if has_small_pipeline(folder) else None
+
+
+def has_small_pipeline(folder: str | Path) -> bool:
+    """Whether a project's script is the one that `main_of` runs. Some tests edit the script of a project."""
+    script = Path(folder, "small_pipeline.py")
+    return script.is_file() and script.read_bytes() == Path(__file__).with_name("small_pipeline.py").read_bytes()
+
+
+def start_stages_by(start: Callable[[Sequence[str], str, Mapping[str, str]], Any]) -> None:
+    """From now on DVC in this process starts the command of a stage by a function of what `main_of` gets, a folder and an environment. It returns what
+    DVC uses of subprocess.Popen."""
     import dvc.stage.run as module
 
     class Subprocess:
@@ -244,11 +266,23 @@ def fork_instead_of_starting(in_stage: Fault | None) -> None:
             return getattr(subprocess, name)
 
         def Popen(self, arguments: Any, **options: Any) -> Any:
-            if isinstance(arguments, list) and shlex.split(arguments[-1])[:4] == STAGE_COMMAND:
-                return ForkedStage(arguments, in_stage, options["cwd"], options["env"])
+            if isinstance(arguments, list) and (words := words_of_stage(arguments[-1], options["cwd"])):
+                return start(words, options["cwd"], options["env"])
             return subprocess.Popen(arguments, **options)
 
     module.subprocess = Subprocess()  # type: ignore[attr-defined]
+
+
+def start_stages_by_subprocess() -> None:
+    """From now on DVC in this process starts the commands of stages as it does itself."""
+    import dvc.stage.run as module
+
+    module.subprocess = subprocess  # type: ignore[attr-defined]
+
+
+def fork_instead_of_starting(in_stage: Fault | None) -> None:
+    """From now on DVC in this process, a forked one, forks the commands of stages."""
+    start_stages_by(lambda words, cwd, env: ForkedStage(words, in_stage, cwd, env))
     whole = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: whole("fork" if method == "forkserver" else method)  # type: ignore[assignment, misc]
 

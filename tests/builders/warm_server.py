@@ -1,6 +1,6 @@
 """`pedigree ...` and `dvc ...` for tests that are not about how a process starts: the libraries are loaded once, and each command is a real process,
-forked from the one that has loaded them (tests/builders/warm.py). The code is that of this working tree, whatever code the project holds. All commands
-have one seed of hashes of strings, so they iterate over sets in one order.
+forked from the one that has loaded them (tests/builders/warm.py). The code is that of this working tree, whatever package the project holds; the script
+of a small pipeline that a test has edited is started. All commands have one seed of hashes of strings, so they iterate over sets in one order.
 
 As a module it is the process that has loaded them.
 """
@@ -27,6 +27,19 @@ READ_ONCE = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "GOMP_", "MKL_", "PY
 
 active: list[WarmServer] = []
 """The server that runs commands now, if any."""
+
+
+class ServedStage:
+    """What DVC uses of subprocess.Popen: a stage command that a server has run. For DVC in a process that cannot be forked, because it has threads."""
+
+    def __init__(self, server: WarmServer, words: Sequence[str], folder: str, environment: Mapping[str, str]) -> None:
+        done = server.run(words, Path(folder), environment)
+        self.returncode = done.returncode
+        for number, text in ((1, done.stdout), (2, done.stderr)):
+            os.write(number, text.encode())
+
+    def communicate(self) -> tuple[None, None]:
+        return None, None
 
 
 class WarmServer:
@@ -82,7 +95,8 @@ def _send(process: subprocess.Popen[str], document: object) -> None:
 
 @contextmanager
 def running_commands(server: WarmServer) -> Iterator[None]:
-    """While open, `conftest.run` lets this process run `python -m dvc ...` and `python -m dagster_project ...`."""
+    """While open, `conftest.run` lets this process run `python -m dvc ...`, `python -m dagster_project ...` and
+    `python small_pipeline.py ...`."""
     active.append(server)
     try:
         yield
@@ -90,11 +104,23 @@ def running_commands(server: WarmServer) -> Iterator[None]:
         active.remove(server)
 
 
-def words_of(arguments: Sequence[str]) -> list[str] | None:
-    """The command as a user types it, if a server is active and can run it."""
-    if not active or arguments[0] not in {sys.executable, "python"} or arguments[1] != "-m" or arguments[2] not in PROGRAMS:
+@contextmanager
+def running_stages(server: WarmServer) -> Iterator[None]:
+    """While open, DVC in the process of the test lets this process run the commands of stages."""
+    warm.start_stages_by(lambda words, folder, environment: ServedStage(server, words, folder, environment))
+    try:
+        yield
+    finally:
+        warm.start_stages_by_subprocess()
+
+
+def words_of(arguments: Sequence[str], folder: Path) -> list[str] | None:
+    """The command in a project's folder as a user types it, if a server is active and can run it."""
+    if not active or arguments[0] not in {sys.executable, "python"}:
         return None
-    return [PROGRAMS[arguments[2]], *arguments[3:]]
+    if arguments[1] == "small_pipeline.py" and warm.has_small_pipeline(folder):
+        return [*arguments[1:]]
+    return [PROGRAMS[arguments[2]], *arguments[3:]] if arguments[1] == "-m" and arguments[2] in PROGRAMS else None
 
 
 def carry_out(words: Sequence[str], folder: str, out: str, err: str, environment: Mapping[str, str]) -> int:
