@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from dagster_project.__main__ import main
-from dagster_project.commands import why_checkpoints
+from dagster_project.commands import why_calibration, why_checkpoints
 from dagster_project.commands.why_checkpoints import EarlierTarget, at_points
 from dagster_project.commands.why_model import Target, target
 from dagster_project.core.errors import CheckFailed, InputError, Interrupted
 from dagster_project.core.records import read_table
+from dagster_project.lineage.attribution import points
 from dagster_project.lineage.attribution.points import Point, PointSelection, second_moments, steps_of
 from dagster_project.lineage.attribution.retraining import Retraining, optimizer_order
 from dagster_project.stages import adapter
@@ -45,7 +46,7 @@ PLAIN: dict[str, Any] = {
     "warmup_ratio": 0.0,
     "max_grad_norm": 1e9,
 }
-"""A training whose step depends on its row and the step before alone."""
+"""Each step depends only on its row and the previous weights."""
 STEPS = 14
 
 
@@ -125,9 +126,9 @@ def test_weights_of_a_point_are_those_of_a_training_that_ended_there(indexed: Pa
 
 def test_second_moments_of_the_first_step_are_the_squares_of_its_gradient(root: Path) -> None:
     found = target(root, MODEL)
-    points = [Point(found.store.folder, step, step == STEPS, True) for step in steps_of(STEPS, STEPS)]
-    retraining(found).write_points(points)
-    moments = load_file(points[0].folder / "moments.safetensors")
+    chosen = [Point(found.store.folder, step, step == STEPS, True) for step in steps_of(STEPS, STEPS)]
+    retraining(found).write_points(chosen)
+    moments = load_file(chosen[0].folder / "moments.safetensors")
     used = {row["example_id"] for row in read_table(found.folder / "examples.parquet") if row["step"] == 1}
     [row] = [row for row in read_table(found.tokenized / "train.parquet") if used & {*row["example_ids"]}]
     model = untrained(found).model.eval()
@@ -225,7 +226,7 @@ def test_a_training_that_gives_other_weights_is_refused(root: Path, monkeypatch:
     ("arguments", "said"),
     [
         (("--index", "--checkpoints", "15"), "--checkpoints 15: the training has 14 steps"),
-        (("--index", "--checkpoints", "0"), "--checkpoints"),
+        (("--index", "--checkpoints", "0"), "'0' is not a whole number from 1"),
         ((*QUESTION, "--checkpoints", "2"), "missing or damaged"),
         (("--suspects", "--checkpoints", "3"), "--suspects does not support --checkpoints"),
         (("--suspects", "--second-moments"), "--suspects does not support --second-moments"),
@@ -275,7 +276,7 @@ def test_an_interrupted_training_goes_on_and_one_for_other_points_starts_anew(ro
 
 def test_a_damaged_checkpoint_is_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = target(root, MODEL)
-    points = [Point(found.store.folder, step, step == STEPS, True) for step in steps_of(STEPS, 3)]
+    chosen = [Point(found.store.folder, step, step == STEPS, True) for step in steps_of(STEPS, 3)]
     before = files(root)
     train, runs = Retraining._train, []
 
@@ -288,7 +289,7 @@ def test_a_damaged_checkpoint_is_computed_again(root: Path, monkeypatch: pytest.
         return fitted
 
     monkeypatch.setattr(Retraining, "_train", damaging)
-    retraining(found).write_points(points)
+    retraining(found).write_points(chosen)
     assert len(runs) == 2 and files(root) == before
 
 
@@ -302,11 +303,14 @@ def test_points_end_where_the_best_weights_were(tiny_model: Path, tmp_path: Path
     assert best < found.training["steps"]
     assert why_checkpoints.index(found, PointSelection(2, True))["steps"] == [best // 2, best]
     *_, end = at_points(found, PointSelection(2, True))
+    assert isinstance(end, EarlierTarget) and end.point.at_end
+    checkpoint = load_file(end.point.folder / "weights.safetensors")
     saved = {
         name.replace(".weight", ".default.weight"): weight for name, weight in load_file(found.folder / "adapter_model.safetensors").items()
     }
-    for name, weight in end.model.weights.items():
-        assert torch.equal(weight.detach(), saved[name]), name
+    assert checkpoint.keys() == saved.keys()
+    for name, weight in checkpoint.items():
+        assert torch.equal(weight, saved[name]), name
 
 
 @pytest.mark.parametrize(
@@ -357,7 +361,22 @@ def test_moments_of_elements_without_a_gradient_give_no_weight(tmp_path: Path) -
     scales = point.scales()
     assert scales and torch.allclose(scales["a"], torch.tensor([0.0, 2e-8**-0.5, 2.0**-0.5]))
     state = {"groups": [{"betas": (0.9, 0.99)}], "state": [{"exp_avg_sq": torch.tensor([0.02]), "step": torch.tensor(2.0)}]}
-    assert torch.allclose(second_moments(state, ["a"])["a"], torch.tensor([0.02 / (1 - 0.99**2)]))
+    assert torch.allclose(second_moments(state, {}, ["a"])["a"], torch.tensor([0.02 / (1 - 0.99**2)]))
+    never = {"groups": state["groups"], "state": [{}]}
+    assert second_moments(never, {"a": torch.ones(2)}, ["a"])["a"].tolist() == [0.0, 0.0]
+
+
+def test_files_of_other_code_and_questions_of_other_gradients_are_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = target(root, MODEL)
+    [first, *_] = at_points(found, PointSelection(3))
+    assert isinstance(first, EarlierTarget) and first.point.is_complete()
+    before = why_calibration._identity(first)
+    monkeypatch.setattr(points, "code", lambda: "other")
+    assert not first.point.is_complete()
+    with pytest.raises(InputError, match="missing or damaged"):
+        next(at_points(found, PointSelection(3)))
+    [other] = [replace(first)]
+    assert why_calibration._identity(other) != before
 
 
 def test_an_audit_lists_the_gradients_of_all_points(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:

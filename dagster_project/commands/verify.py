@@ -319,7 +319,11 @@ def _unpack_unexported(at: Revision, target: Path, path: str) -> None:
         file = target / os.fsdecode(name)
         if kind != b"blob" or os.path.lexists(file):
             continue
-        content = git_bytes(at.root, "cat-file", "--filters", f"{at.rev}:./{os.fsdecode(name)}") or b""
+        content = git_bytes(at.root, "cat-file", "--filters", f"{at.rev}:./{os.fsdecode(name)}")
+        if content is None:
+            raise InputError(
+                f"git cannot read {os.fsdecode(name)} at {at.rev}", "fetch the objects of that commit (`git fetch`, `git lfs fetch`)"
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         if mode == b"120000":
             file.symlink_to(os.fsdecode(content))

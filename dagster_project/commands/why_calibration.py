@@ -13,7 +13,7 @@ from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.commands.why_question import tokenize, tokenizer_of
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import sha256_of_file, sha256_of_files
+from dagster_project.core.hashing import sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import read_records, write_json
 from dagster_project.lineage.attribution import calibration
@@ -69,9 +69,13 @@ def mean(known: Sequence[Calibration | None]) -> Calibration | None:
 
 
 def _identity(found: Target) -> dict[str, str]:
-    """What the questions are made from, besides what the gradients are."""
+    """What the cosines are made from."""
     shards = sorted((found.place / VALIDATION).glob("*.parquet"))
-    return {"validation": sha256_of_files(shards), "code": sha256_of_files([Path(__file__), Path(calibration.__file__)])}
+    return {
+        "gradients": sha256_of_text(json.dumps(found.store.identity, sort_keys=True)),
+        "validation": sha256_of_files(shards),
+        "code": sha256_of_files([Path(__file__), Path(calibration.__file__)]),
+    }
 
 
 def _asked(found: Target) -> list[tuple[int, Example]]:

@@ -42,8 +42,8 @@ class EarlierTarget(Target):
             end = TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
         return end.at(self.point.weights(), self.point.scales())
 
-    def own(self) -> None:
-        self.end.own()
+    def claim_store(self) -> None:
+        self.end.claim_store()
 
 
 def index(found: Target, selection: PointSelection) -> dict[str, Any]:
@@ -59,19 +59,22 @@ def index(found: Target, selection: PointSelection) -> dict[str, Any]:
     needed = [point for point in points if point.needed]
     if not all(point.is_complete() for point in needed):
         retraining = Retraining(found.variant, found.entry, found.compute, found.training, found.folder, found.tokenized, found.base_model)
-        retraining.refuse_unsupported(selection.scaled)
+        retraining.refuse_unsupported(selection.scaled)  # before stores of earlier versions are deleted
         with found.alone("pedigree why --index"):
-            found.own()
+            found.claim_store()
             retraining.write_points(points)
     indexed = [why_calibration.index(target) for target in _targets(found, points)]
     totals = {name: sum(one[name] for one in indexed) for name in ("computed", "bytes")}
-    totals["bytes"] += sum(path.stat().st_size for point in needed for path in point.folder.glob("*.safetensors"))
-    steps = {} if selection == END_ONLY else {"steps": steps_at(found, selection)}
-    return indexed[-1] | {"folder": found.store.folder.relative_to(found.root).as_posix()} | totals | steps
+    if selection == END_ONLY:
+        return indexed[-1] | totals
+    totals["bytes"] += sum(path.stat().st_size for point in points for path in point.folder.glob("*.safetensors"))
+    folder = found.store.folder.relative_to(found.root).as_posix()
+    return indexed[-1] | totals | {"folder": folder, "steps": [point.step for point in points]}
 
 
 def at_points(found: Target, selection: PointSelection) -> Iterator[Target]:
-    """The model at each point, in the order of the training; by default only the saved adapter. Each is loaded when it is used: let go of one before the next.
+    """The model at each point, in the order of the training; by default only the saved adapter. Models are loaded on first use: drop each before
+    taking the next.
 
     Raises:
         InputError: a checkpoint is missing.

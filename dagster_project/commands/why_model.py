@@ -136,7 +136,7 @@ class Target:
         with self.alone("pedigree why --index"):
             missing = store.missing()
             if missing:
-                self.own()
+                self.claim_store()
                 computed = store.build(self.gradients, f"{self.run.address}: gradients")
             else:
                 computed = 0
@@ -164,7 +164,7 @@ class Target:
             refuse_other_files(self.place, self.run)  # they may have changed before the lock was held
             yield
 
-    def own(self) -> None:
+    def claim_store(self) -> None:
         """Name the folder of the store as that of this variant, and remove those of its earlier versions."""
         for file in (self.root / GRADIENTS).glob(f"*/{OWNER}"):
             if file.parent != self.store.folder and owner_of(file) == self.run.address:

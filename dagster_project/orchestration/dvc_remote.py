@@ -35,7 +35,7 @@ class PushResult:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an exception means that a remote refused, or could not be reached, and not that a program is wrong. Each kind of remote has its own
+    """True if a remote refused or was unreachable, False for a programming error. Each kind of remote has its own
     exceptions (botocore, gcsfs, adlfs, paramiko, ...); all libraries also raise those of the operating system, and botocore a ValueError for an address."""
     return isinstance(error, OSError | ValueError) or type(error).__module__.partition(".")[0] not in {"builtins", "dagster_project"}
 

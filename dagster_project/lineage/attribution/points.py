@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import sha256_of_file
+from dagster_project.core.hashing import sha256_of_file, sha256_of_files
 from dagster_project.core.records import remove, write_json
 
 if TYPE_CHECKING:
@@ -64,10 +64,11 @@ class Point:
     def files(self) -> dict[str, str]:
         """Name -> sha256 of the files that are kept and intact."""
         try:
-            known = json.loads((self.folder / MANIFEST).read_bytes())
+            manifest = json.loads((self.folder / MANIFEST).read_bytes())
+            known = manifest["files"] if manifest["code"] == code() else {}
             paths = {name: self.folder / name for name in (WEIGHTS, MOMENTS) if (self.folder / name).is_file()}
             return {name: known[name] for name, path in paths.items() if known.get(name) == sha256_of_file(path)}
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
     def is_complete(self) -> bool:
@@ -78,7 +79,7 @@ class Point:
         files = self.files()
         return {
             "point": {"step": self.step, **{name: files.get(name) for name in self.needed}},
-            "code of points": sha256_of_file(Path(__file__)),
+            "code of points": code(),
         }
 
     def weights(self) -> dict[str, torch.Tensor] | None:
@@ -89,7 +90,8 @@ class Point:
 
     def scales(self) -> dict[str, torch.Tensor] | None:
         """Factors of the elements of gradients by name of the weight, 1 / sqrt(sqrt(second moment) + EPSILON), and 0 for elements that never had a gradient;
-        None without scaling. The product of two scaled gradients is that of one of them and of the other divided as Adam divides its steps.
+        None without scaling. The product of two scaled gradients is that of one unscaled gradient and of the other divided by the root of the second moment, as
+        in a step of Adam.
         """
         from safetensors.torch import load_file
 
@@ -109,7 +111,8 @@ class Point:
         for name, tensors in ((WEIGHTS, weights), (MOMENTS, moments)):
             if tensors is not None:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch / name)
-        write_json(scratch / MANIFEST, {path.name: sha256_of_file(path) for path in sorted(scratch.glob("*.safetensors"))})
+        files = {path.name: sha256_of_file(path) for path in sorted(scratch.glob("*.safetensors"))}
+        write_json(scratch / MANIFEST, {"code": code(), "files": files})
         remove(self.folder)
         scratch.rename(self.folder)
 
@@ -129,17 +132,25 @@ def steps_of(total: int, count: int) -> list[int]:
     return [total * (i + 1) // count for i in range(count)]
 
 
-def second_moments(optimizer: Mapping[str, Any], names: Sequence[str]) -> dict[str, torch.Tensor]:
+def code() -> str:
+    """sha256 of the modules that files of points depend on."""
+    return sha256_of_files([Path(__file__), Path(__file__).with_name("retraining.py")])
+
+
+def second_moments(optimizer: Mapping[str, Any], weights: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Bias-corrected second moments of Adam by name of the weight (Kingma and Ba 2015, algorithm 1).
 
     Args:
-        optimizer: its state, as in a checkpoint: {"groups", "state"}.
+        optimizer: its state, as in a checkpoint: {"groups", "state"}. A weight that never had a gradient has none: its moments are 0.
+        weights: by name.
         names: of the weights, in the order of the state.
     """
+    import torch
+
     decay = {group["betas"][1] for group in optimizer["groups"]}
     assert len(decay) == 1, decay
     [beta] = decay
     return {
-        name: state["exp_avg_sq"].float() / (1.0 - beta ** float(state["step"]))
+        name: state["exp_avg_sq"].float() / (1.0 - beta ** float(state["step"])) if state else torch.zeros_like(weights[name])
         for name, state in zip(names, optimizer["state"], strict=True)
     }

@@ -1,4 +1,4 @@
-"""Repeats a training to store its checkpoints. The final weights must equal the adapter byte for byte: otherwise they would be those of another model."""
+"""Repeats a training to store its checkpoints. Nothing is stored unless the final weights equal those of the adapter byte for byte."""
 
 from __future__ import annotations
 
@@ -100,8 +100,9 @@ class Retraining:
         for point in points:
             saved = _verified(scratch, point.step)
             assert saved is not None, point.step
-            moments = second_moments(_optimizer(saved), names) if self._optimizer_name in WITH_MOMENTS else None
-            point.write(saved.tensors("weights"), moments)
+            weights = saved.tensors("weights")
+            moments = second_moments(_optimizer(saved), weights, names) if self._optimizer_name in WITH_MOMENTS else None
+            point.write(weights, moments)
         remove(scratch)
 
     def _train(self, steps: Sequence[int], scratch: Path) -> FitResult:

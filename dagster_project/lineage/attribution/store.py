@@ -1,6 +1,6 @@
 """Projected gradients of all records of a training, in a folder of .dvc/tmp/pedigree/gradients. A cache: it can be deleted at any time, and is checked by
 hash whenever it is read. Its name is the hash of all that it was computed from, so it can never be taken for that of another model; those of earlier points of
-the training are in folders within it, and have that hash in their manifest."""
+the training are in folders within it, and are identified by their manifests."""
 
 from __future__ import annotations
 
