@@ -60,6 +60,8 @@ class WarmServer:
         assert process.stdout
         with tempfile.TemporaryDirectory() as scratch:
             out, err = Path(scratch, "out"), Path(scratch, "err")
+            for file in (out, err):
+                file.touch()  # a command can be killed before it opens them
             try:
                 _send(process, [[*words], str(folder), str(out), str(err), dict(environment)])
                 code = int(process.stdout.readline())
