@@ -11,7 +11,6 @@ from dagster_project.commands import why_calibration
 from dagster_project.commands.why_model import Target
 from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.core.errors import InputError
-from dagster_project.core.imports import lean_imports
 from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.points import END_ONLY, Point, PointSelection, steps_of
 from dagster_project.lineage.attribution.records import TrainedRecord
@@ -37,10 +36,7 @@ class EarlierTarget(Target):
     @cached_property
     def model(self) -> TrainedModel:
         """The loaded model, which belongs to this point alone: its weights are replaced in memory."""
-        one_process = self.compute.model_copy(update={"processes": 1})
-        with lean_imports():
-            end = TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
-        return end.at(self.point.weights(), self.point.scales())
+        return self.load().at(self.point.weights(), self.point.scales())
 
     def claim_store(self) -> None:
         self.end.claim_store()

@@ -118,6 +118,10 @@ class Target:
     @cached_property
     def model(self) -> TrainedModel:
         """The loaded model."""
+        return self.load()
+
+    def load(self) -> TrainedModel:
+        """The model at the end of its training, loaded anew."""
         one_process = self.compute.model_copy(update={"processes": 1})
         with lean_imports():  # of the model's own module
             return TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
