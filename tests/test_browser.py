@@ -40,6 +40,7 @@ class Ui:
     root: Path
     url: str
     page: Any
+    server: subprocess.Popen[bytes]
 
     def see(self, path: str, *texts: str, shot: str) -> str:
         """Open a page, wait until it shows all texts, keep a screenshot, return everything it says."""
@@ -97,6 +98,7 @@ def ui(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui
     server = subprocess.Popen(
         [sys.executable, "-m", "dagster_project", "ui", "--project", str(root), "--port", str(port), "--pages-port", str(pages_port)],
         cwd=root, env=env, stdout=log, stderr=log, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell without job control does for `... &`
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
@@ -111,10 +113,10 @@ def ui(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1600, "height": 1000})
             page.set_default_timeout(120_000)  # a busy machine needs more than half a minute for a page
-            yield Ui(root, url, page)
+            yield Ui(root, url, page, server)
             browser.close()
     finally:
-        os.killpg(server.pid, signal.SIGINT)
+        server.terminate()
         try:
             server.wait(30)
         except subprocess.TimeoutExpired:
@@ -254,3 +256,9 @@ def test_a_spoiled_source_fails_its_check_with_the_rows_and_nothing_downstream_r
     assert refused["status"] == "FAILURE"
     ui.see(f"/runs/{refused['runId']}", "instructions must be brought up to date first", shot="refused")
     assert (ui.root / "data/splits").stat().st_mtime_ns == before
+
+
+def test_a_ui_that_was_started_in_the_background_of_a_script_ends_at_sigterm(ui: Ui) -> None:
+    assert ui.server.poll() is None
+    ui.server.terminate()
+    assert ui.server.wait(120) == 0

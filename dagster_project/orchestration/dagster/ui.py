@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -43,4 +44,5 @@ def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
     pages.start(root, listener)
     listener.close()
     os.chdir(root)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background of a script it is ignored, and Dagster then ignores SIGTERM, too
     os.execve(command[0], command, environment)
