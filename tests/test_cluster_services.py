@@ -23,7 +23,8 @@ from builders.small_pipeline import PIPELINE, changed_in_dvc, materialize, not_f
 from conftest import ROOT, run, shown_checks
 
 from dagster_project.core.errors import InputError
-from dagster_project.orchestration.dagster.assets import home, open_instance
+from dagster_project.orchestration.dagster.assets import open_instance
+from dagster_project.orchestration.dagster.home import home
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages

@@ -18,7 +18,8 @@ from builders import small_pipeline
 from conftest import dvc, pedigree, run
 
 from dagster_project.core.errors import InputError
-from dagster_project.orchestration.dagster.assets import build_definitions, home
+from dagster_project.orchestration.dagster.assets import build_definitions
+from dagster_project.orchestration.dagster.home import home
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, reap
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
@@ -279,7 +280,7 @@ def test_a_dagster_home_of_another_project_is_refused(root: Path, tmp_path: Path
 
 
 def test_schedule_and_freshness_are_examples_that_are_off(root: Path) -> None:
-    from dagster_project.orchestration.dagster.assets import DAGSTER_YAML
+    from dagster_project.orchestration.dagster.home import DAGSTER_YAML
 
     definitions = build_definitions(root, small_pipeline.PIPELINE)
     assert [s.default_status for s in definitions.schedules] == [dg.DefaultScheduleStatus.STOPPED]

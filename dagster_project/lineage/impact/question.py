@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.records import uncollected
 from dagster_project.core.text import visible
 from dagster_project.lineage.impact.matching import Matches
 from dagster_project.lineage.impact.models import ExposedModels
@@ -24,6 +25,7 @@ from dagster_project.lineage.sources import stages_reading
 RECORD_ID = re.compile(r"[0-9a-fA-F]{32}")
 
 
+@uncollected  # ten thousands of models are listed without a cycle among them
 def impact(
     root: Path,
     record: str | None = None,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from dagster_project.core import faults
-from dagster_project.core.errors import InputError
 from dagster_project.lineage import code_lock
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster.concurrency import build_executor
+from dagster_project.orchestration.dagster.home import home
 from dagster_project.orchestration.dagster.instance import open_at
 from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.orchestration.dagster_dvc import definitions
@@ -22,12 +20,6 @@ from dagster_project.pipeline import PEDIGREE, Pipeline
 
 DATA = "2_data"
 """Group of the stages that the job `data` runs. dvc.yaml names the groups of all stages, numbered so that lists show them in flow order."""
-DAGSTER_YAML = """\
-telemetry: {enabled: false}
-nux: {enabled: false}
-# true: an asset is shown as overdue `stale_after_days` (dvc.yaml) after its last materialization
-freshness: {enabled: false}
-"""
 
 
 def build_definitions(
@@ -92,45 +84,6 @@ def project_root() -> Path:
         return Path(os.environ["PEDIGREE_PROJECT"])
     here, clone = Path.cwd(), Path(__file__).resolve().parents[3]
     return clone if (clone / "dvc.yaml").is_file() and not code_lock.is_used(here) else here
-
-
-OWNER = "pedigree_project"
-"""File in Dagster's home with the path of its project."""
-
-
-def home(root: Path, shared: bool = False) -> Path:
-    """Dagster's home: DAGSTER_HOME, or .dagster in the project.
-
-    Args:
-        shared: whether it may have assets of other projects, because those of this one have a key prefix.
-    Raises:
-        InputError: it is not writable, or belongs to another project.
-    """
-    folder = Path(os.environ.get("DAGSTER_HOME") or root / ".dagster").absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if not (folder / "dagster.yaml").exists():
-            (folder / "dagster.yaml").write_text(DAGSTER_YAML)
-        if shared:
-            return folder
-        owner = folder / OWNER
-        other = Path(owner.read_text().strip()) if owner.is_file() else folder.parent if (folder.parent / "dvc.yaml").is_file() else root
-        if other != root and not folder.is_relative_to(root) and (other / "dvc.yaml").is_file():
-            raise InputError(
-                f"Dagster's home {folder} belongs to the project in {other}",
-                f"unset DAGSTER_HOME, or set it to a folder of this project, e.g. {root / '.dagster'}",
-            )
-        if not owner.is_file() or other != root:
-            owner.write_text(f"{root}\n")
-    except OSError as error:
-        if faults.is_full(error):
-            raise
-        raise InputError(
-            f"Dagster's home {folder} is not writable: {error.strerror}", "fix its permissions, or set DAGSTER_HOME to another folder"
-        ) from None
-    return folder
 
 
 def open_instance(root: Path, shared: bool = False) -> dg.DagsterInstance:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.imports import lean_imports
 from dagster_project.orchestration import ports
 from dagster_project.orchestration.dagster import pages, webserver
-from dagster_project.orchestration.dagster.assets import home, open_instance
-from dagster_project.orchestration.dagster.sync import sync
-from dagster_project.orchestration.dagster_dvc.dead_runs import reap
+from dagster_project.orchestration.dagster.home import home
 from dagster_project.orchestration.dvc_run import command_environment
+from dagster_project.orchestration.last_sync import LastSync
 
 log = logging.getLogger("pedigree")
 
@@ -35,9 +35,7 @@ def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
     listener = pages.listen(pages_port)
     folder = home(root)
     pages.remember_port(root, listener.getsockname()[1])
-    with open_instance(root) as instance:
-        for line in reap(instance) + sync(root, instance):
-            log.info(line)
+    _sync(root)
     command = [sys.executable, "-m", webserver.__name__, "dev", "-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
     hosts = ",".join(filter(None, (host, os.environ.get(webserver.HOSTS))))
     environment = os.environ | command_environment({"DAGSTER_HOME": str(folder), "PEDIGREE_PROJECT": str(root), webserver.HOSTS: hosts})
@@ -46,3 +44,15 @@ def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
     os.chdir(root)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background of a script it is ignored, and Dagster then ignores SIGTERM, too
     os.execve(command[0], command, environment)
+
+
+def _sync(root: Path) -> None:
+    last = LastSync.read(root, ())
+    if last.unchanged:
+        return
+    with lean_imports():
+        from dagster_project.orchestration.dagster.assets import open_instance
+        from dagster_project.orchestration.dagster.sync import sync_after
+    with open_instance(root) as instance:
+        for line in sync_after(last, instance):
+            log.info(line)

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from dagster_project.core.imports import lean_imports
 from dagster_project.orchestration.private_api import private_module
 
 HOSTS = "PEDIGREE_UI_HOSTS"
@@ -89,14 +90,16 @@ def _unframed(send: Send) -> Send:
 
 
 def main() -> None:
-    cli = private_module("dagster_webserver.cli")
     if sys.argv[1:2] != ["dev"]:
+        with lean_imports():
+            cli = private_module("dagster_webserver.cli")
         create = cli.create_app_from_workspace_process_context
         hosts = os.environ.get(HOSTS, "").split(",")
         cli.create_app_from_workspace_process_context = lambda *args, **named: Guard(create(*args, **named), hosts)
         cli.main()
         return
-    dev = private_module("dagster._cli.dev")
+    with lean_imports():
+        dev = private_module("dagster._cli.dev")
     start = dev.open_ipc_subprocess
 
     def guarded(command: list[str], **named: Any) -> Any:
