@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import dagster as dg
 import pytest
 from builders import small_pipeline
 from conftest import ROOT, run
+from dagster._daemon.types import DaemonHeartbeat
 
 from dagster_project.orchestration import dvc, last_sync
 from dagster_project.orchestration.dagster.sync import sync_after
@@ -68,6 +70,10 @@ def wipe(_: Path, instance: dg.DagsterInstance) -> None:
     instance.wipe_assets([dg.AssetKey("tok")])
 
 
+def start_run(_: Path, instance: dg.DagsterInstance) -> None:
+    instance.add_run(dg.DagsterRun(job_name="pipeline", run_id="1" * 32, status=dg.DagsterRunStatus.STARTED))
+
+
 CHANGES = {
     "a source": edit("data/sources/g.txt", "r0\nr1"),
     "params.yaml": edit("params.yaml", "{}"),
@@ -78,6 +84,8 @@ CHANGES = {
     "a commit": commit,
     "an event in Dagster": report_event,
     "an asset wiped in Dagster": wipe,
+    "a run": start_run,
+    "a data base of runs that cannot be read": edit(".dagster/history/runs.db", "no data base"),
     "an event log that is not in files": edit(".dagster/dagster.yaml", "storage: {postgres: {}}\n"),
     "the state itself": edit(str(FILE), "[]"),
 }
@@ -191,6 +199,20 @@ def test_nothing_is_remembered_while_a_run_could_end(root: Path, synced: dg.Dags
     assert not unchanged(root)
 
 
+def test_a_run_that_ends_is_seen_and_a_daemon_that_is_alive_is_no_change(
+    root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    synced.add_run(dg.DagsterRun(job_name="pipeline", run_id="0" * 32, status=dg.DagsterRunStatus.CANCELED))
+    sync_until_unchanged(root, synced)
+    before = (root / ".dagster/history/runs.db").read_bytes()
+    synced.add_daemon_heartbeat(DaemonHeartbeat(time.time(), "SENSOR", "an id", []))
+    assert (root / ".dagster/history/runs.db").read_bytes() != before
+    assert unchanged(root)
+    synced.run_storage.handle_run_event("0" * 32, dg.DagsterEvent(dg.DagsterEventType.RUN_FAILURE.value, "pipeline"))
+    assert not unchanged(root)
+
+
 def test_a_repeated_sync_loads_neither_dagster_nor_dvc(project: Path, tmp_path: Path) -> None:
     log = tmp_path / "loaded.jsonl"
     for _ in range(4):  # one reports the sources, one has nothing to report, one reads the same files
@@ -199,3 +221,8 @@ def test_a_repeated_sync_loads_neither_dagster_nor_dvc(project: Path, tmp_path: 
     last = json.loads(log.read_text().splitlines()[-1])
     assert not {"dagster", "dvc", "sqlalchemy"} & {*last["modules"]}
     assert done.stdout == "Dagster and DVC agree: nothing to report.\n"
+
+
+def test_the_ui_needs_neither_dagster_nor_dvc_before_it_starts_their_processes() -> None:
+    code = "import sys, dagster_project.orchestration.dagster.ui; print({'dagster', 'dvc', 'sqlalchemy'} & {*sys.modules})"
+    assert run([sys.executable, "-c", code], ROOT).stdout == "set()\n"

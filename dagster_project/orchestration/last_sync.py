@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,8 @@ ALWAYS = ("dvc.yaml", "dvc.lock", "params.yaml", "code.lock.yaml", ".dvc/config"
           ".git/packed-refs", ".git/refs", ".git/info/exclude")  # fmt: skip
 OBJECTS = Path(".dvc", "cache", "files", "md5")
 """The objects of DVC's cache, in folders by the beginning of their names."""
+RUNS = "runs.db"
+"""File of the runs of Dagster's SQLite storage, in the folder `history`."""
 OTHER_CACHE = re.compile(r"^\s*(dir|local)\s*=", re.MULTILINE)
 """Setting in a configuration of DVC: the cache is in another folder."""
 
@@ -64,7 +67,7 @@ class LastSync:
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             return cls(root, key_prefix, (), None, None)
         now = None
-        with suppress(OSError, ValueError):  # a path that no file can have, or a folder that cannot be read
+        with suppress(OSError, ValueError, sqlite3.Error):  # a path that no file can have, or a folder or data base that cannot be read
             now = _state(root, key_prefix, paths)
         return cls(root, key_prefix, tuple(paths), known.get("state"), now)
 
@@ -99,8 +102,15 @@ def _state(root: Path, key_prefix: tuple[str, ...], paths: Iterable[str]) -> str
     return md5_of_bytes(json.dumps([str(home), settings, list(key_prefix), files, [*_databases(home)]]).encode())
 
 
-def _databases(home: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Stamps of SQLite's files, without those that reading alone makes and removes."""
+def _databases(home: Path) -> Iterator[tuple[Any, ...]]:
+    """Stamps of SQLite's files, without those that reading alone makes and removes. Of the file in which Dagster's daemon also writes that it is alive:
+    identity, status and time of each run."""
+    runs = home / "history" / RUNS
     for stamp in stamps([home / "history", home / "pedigree_project"]):
-        if not stamp[0].endswith(("-shm", "-journal")) and not Path(stamp[0]).is_dir() and not (stamp[0].endswith("-wal") and not stamp[3]):
+        if stamp[0] in {str(runs), f"{runs}-wal"} or stamp[0].endswith(("-shm", "-journal")) or Path(stamp[0]).is_dir():
+            continue
+        if stamp[3] or not stamp[0].endswith("-wal"):
             yield stamp
+    if runs.is_file():
+        with closing(sqlite3.connect(f"{runs.as_uri()}?mode=ro", uri=True)) as database:
+            yield from database.execute("SELECT run_id, status, update_timestamp FROM runs ORDER BY id")
