@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from builders.history import Project, identity
 from builders.small_pipeline import git
 
+from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
@@ -124,6 +127,26 @@ def test_on_a_branch_without_results_a_model_of_another_is_found_by_its_hash(mad
     (made.root / "dvc.lock").unlink()
     with pytest.raises(InputError, match=r"dvc\.lock has no complete entry of"):
         audit(made.root, md5)
+
+
+def test_on_a_branch_without_results_where_and_a_copied_folder_are_answered(
+    made: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = made.lock(ROWS)
+    made.commit(lock)
+    md5 = lock["adapter@lora"]["outs"][0]["md5"]
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for one in json.loads(made.object(md5).read_bytes()):
+        shutil.copyfile(made.object(one["md5"]), copied / one["relpath"])
+    git(made.root, "checkout", "-q", "--orphan", "new")
+    git(made.root, "rm", "-q", "--cached", "dvc.lock")
+    (made.root / "dvc.lock").unlink()
+    git(made.root, "commit", "-qm", "new")
+    assert main(["audit", md5, "--where", "--project", str(made.root)]) == 0
+    assert "no run on a cluster is recorded on this machine" in capsys.readouterr().out
+    assert main(["audit", str(copied), "--json", "--project", str(made.root)]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["md5"] == md5
 
 
 def test_the_file_behind_a_linked_source_names_the_source(made: Project) -> None:

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import measured
-from dagster_project.lineage.history import Revision
+from dagster_project.lineage.history import current_lock
 
 
 def where(root: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Execution of each stage that ran on a cluster, by address.
 
     Args:
-        stages: of the audit document. Those whose output is not the current one are omitted, because only the latest run is recorded.
+        stages: of the audit document. Those whose output is not the current one are omitted, because only the latest run is recorded: on a branch without
+            dvc.lock all of them.
     """
-    lock = Revision(root, None).lock()
-    current = {address: {out["md5"] for out in stage.get("outs", [])} for address, stage in lock.items()}
+    current = {address: {out["md5"] for out in stage.get("outs", [])} for address, stage in current_lock(root).items()}
     executions: dict[str, Any] = {
         address: dict(measured(root, address)).get("execution")
         for address, stage in stages.items()

@@ -210,6 +210,16 @@ class Revision:
         return stages
 
 
+def current_lock(root: Path) -> dict[str, Any]:
+    """The stages of the dvc.lock in the workspace; empty on a branch without one.
+
+    Raises:
+        InputError: the file is damaged, or missing although the committed state has one.
+    """
+    refuse_lost_entries(root)
+    return Revision(root, None).lock(partial=True) if (root / LOCK).is_file() else {}
+
+
 def resolve(lock: dict[str, Any], model: str) -> str:
     """The address of the stage that a name, a path or a content hash refers to.
 
