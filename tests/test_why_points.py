@@ -23,11 +23,12 @@ from dagster_project.__main__ import main
 from dagster_project.commands import why_calibration, why_checkpoints
 from dagster_project.commands.why_checkpoints import EarlierTarget, at_points
 from dagster_project.commands.why_model import Target, target
-from dagster_project.core.errors import CheckFailed, InputError, Interrupted
+from dagster_project.core.errors import Busy, CheckFailed, InputError, Interrupted
 from dagster_project.core.records import read_table
 from dagster_project.lineage.attribution import points
 from dagster_project.lineage.attribution.points import Point, PointSelection, second_moments, steps_of
 from dagster_project.lineage.attribution.retraining import Retraining, optimizer_order
+from dagster_project.orchestration import locks
 from dagster_project.stages import adapter
 from dagster_project.training.methods.build import causal
 from dagster_project.training.trainers.sft.fit import TrainingData
@@ -272,6 +273,39 @@ def test_an_interrupted_training_goes_on_and_one_for_other_points_starts_anew(ro
     stops_at(99)
     why_checkpoints.index(found, PointSelection(5))
     assert len(begun) == STEPS, "checkpoints of other steps are not used"
+
+
+def test_no_erasure_comes_between_the_points_of_an_index(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, compute, refused = target(root, MODEL), why_calibration.index, list[str]()
+
+    def erases(one: Target) -> dict[str, Any]:
+        def refuse(holder: str) -> None:
+            refused.append(holder)
+            raise Busy(holder, "")
+
+        with pytest.raises(Busy), locks.hold(root, MODEL, refuse):
+            pass
+        return compute(one)
+
+    monkeypatch.setattr(why_calibration, "index", erases)
+    why_checkpoints.index(found, PointSelection(3))
+    assert len(refused) == 3 and all("pedigree why --index" in holder for holder in refused)
+
+
+@pytest.mark.parametrize("name", ["weights", "moments"])
+def test_a_checkpoint_that_an_erasure_removes_during_a_question_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    [home] = (root / ".dvc/tmp/pedigree/gradients").iterdir()
+    load = EarlierTarget.load
+
+    def removes(found: EarlierTarget) -> Any:
+        (home / f"points/step-00000004/{name}.safetensors").unlink()
+        return load(found)
+
+    monkeypatch.setattr(EarlierTarget, "load", removes)
+    assert why(root, *QUESTION, "--checkpoints", "3", "--second-moments") == 2
+    assert "the checkpoint of step 4 was removed" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,17 +29,16 @@ BLOCK = 16
 
 
 def index(found: Target) -> dict[str, Any]:
-    """Compute what is missing of the gradients of a model, and of the questions of the validation split.
+    """Compute what is missing of the gradients of a model, and of the questions of the validation split; the caller holds the lock.
 
     Returns:
         {"folder", "records", "computed", "bytes", "questions"}.
     """
     indexed = found.index()
-    with found.alone("pedigree why --index"):
-        known = read(found)
-        if known is None and (asked := _asked(found)):
-            known = _computed(found, asked)
-            _write(found, known)
+    known = read(found)
+    if known is None and (asked := _asked(found)):
+        known = _computed(found, asked)
+        _write(found, known)
     return {**indexed, "bytes": found.store.bytes(), "questions": 0 if known is None else len(known.owners)}
 
 

@@ -52,14 +52,15 @@ def index(found: Target, selection: PointSelection) -> dict[str, Any]:
         InputError, CheckFailed: as `Retraining.write_points`.
     """
     points = _points(found, selection)
-    needed = [point for point in points if point.needed]
-    if not all(point.is_complete() for point in needed):
-        retraining = Retraining(found.variant, found.entry, found.compute, found.training, found.folder, found.tokenized, found.base_model)
-        retraining.refuse_unsupported(selection.scaled)  # before stores of earlier versions are deleted
-        with found.alone("pedigree why --index"):
+    with found.alone("pedigree why --index"):  # for all points: an erasure in between would remove those that are stored
+        if not all(point.is_complete() for point in points if point.needed):
+            retraining = Retraining(
+                found.variant, found.entry, found.compute, found.training, found.folder, found.tokenized, found.base_model
+            )
+            retraining.refuse_unsupported(selection.scaled)  # before stores of earlier versions are deleted
             found.claim_store()
             retraining.write_points(points)
-    indexed = [why_calibration.index(target) for target in _targets(found, points)]
+        indexed = [why_calibration.index(target) for target in _targets(found, points)]
     totals = {name: sum(one[name] for one in indexed) for name in ("computed", "bytes")}
     if selection == END_ONLY:
         return indexed[-1] | totals

@@ -131,19 +131,17 @@ class Target:
         return projected_gradients(self.model, self.projection, [self.records[i].examples for i in numbers])
 
     def index(self) -> dict[str, Any]:
-        """Compute what is missing in the store.
+        """Compute what is missing in the store; the caller holds the lock (`alone`).
 
         Returns:
             {"folder", "records", "computed", "bytes"}.
         """
         store = self.store
-        with self.alone("pedigree why --index"):
-            missing = store.missing()
-            if missing:
-                self.claim_store()
-                computed = store.build(self.gradients, f"{self.run.address}: gradients")
-            else:
-                computed = 0
+        if store.missing():
+            self.claim_store()
+            computed = store.build(self.gradients, f"{self.run.address}: gradients")
+        else:
+            computed = 0
         return {
             "folder": store.folder.relative_to(self.root).as_posix(),
             "records": len(self.records),

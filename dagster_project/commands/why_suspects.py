@@ -10,12 +10,14 @@ from dagster_project.commands import why_calibration
 from dagster_project.commands.nearest_records import cut
 from dagster_project.commands.render import render
 from dagster_project.commands.why import EXCERPT, Texts, index_lines, model_of, place_text, places_of, shown_texts
+from dagster_project.commands.why_checkpoints import index
 from dagster_project.commands.why_model import Target, target
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import pages_of
 from dagster_project.core.records import iter_ledger, write_json, write_text
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.review import REVIEWED, queue
+from dagster_project.lineage.attribution.points import END_ONLY
 from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, harm, members, opposition
 from dagster_project.orchestration import dvc
 
@@ -42,7 +44,7 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
         InputError: as `target`; or gradients are missing.
     """
     found = target(root, model)
-    indexed = why_calibration.index(found) if with_index else None
+    indexed = index(found, END_ONLY) if with_index else None
     gradients, lengths = found.store.read()
     known = why_calibration.read(found)
     texts = Texts(found)

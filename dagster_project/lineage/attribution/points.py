@@ -84,20 +84,26 @@ class Point:
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The trained weights; None where they are those of the model."""
-        from safetensors.torch import load_file
-
-        return None if self.at_end else load_file(self.folder / WEIGHTS)
+        return None if self.at_end else self._read(WEIGHTS)
 
     def scales(self) -> dict[str, torch.Tensor] | None:
         """Factors of the elements of gradients by name of the weight, 1 / sqrt(sqrt(second moment) + EPSILON), and 0 for elements that never had a gradient;
         None without scaling. The product of two scaled gradients is that of one unscaled gradient and of the other divided by the root of the second moment, as
         in a step of Adam.
         """
-        from safetensors.torch import load_file
-
         if not self.scaled:
             return None
-        return {name: (moment.sqrt() + EPSILON).rsqrt() * (moment > 0) for name, moment in load_file(self.folder / MOMENTS).items()}
+        return {name: (moment.sqrt() + EPSILON).rsqrt() * (moment > 0) for name, moment in self._read(MOMENTS).items()}
+
+    def _read(self, name: str) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self.folder / name)
+        except FileNotFoundError:
+            raise InputError(
+                f"the checkpoint of step {self.step} was removed, e.g. by `pedigree erase`", "add --index to train again and store it"
+            ) from None
 
     def write(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor] | None) -> None:
         """Args:
