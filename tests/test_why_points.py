@@ -347,6 +347,18 @@ def test_points_end_where_the_best_weights_were(tiny_model: Path, tmp_path: Path
         assert torch.equal(weight, saved[name]), name
 
 
+def test_the_weights_of_full_are_those_that_it_trained(tiny_model: Path, tmp_path: Path) -> None:
+    values = {"method": "full", "peft": {"trainable": [r"layers\.1\..*v_proj"]}, "learning_rate": 1e-3, "num_train_epochs": 1}
+    root = training_pipeline.make_project(tmp_path / "project", tiny_model, values)
+    assert dvc(root, "repro", "-q").returncode == 0
+    found = target(root, MODEL)
+    assert [*found.model.weights] == ["model.layers.1.self_attn.v_proj.weight"]
+    assert why_checkpoints.index(found, PointSelection(2, True))["computed"] == 56
+    first, end = at_points(found, PointSelection(2, True))
+    assert first.model.shapes == end.model.shapes == found.model.shapes
+    assert not torch.equal(first.model.weights["model.layers.1.self_attn.v_proj.weight"], [*found.model.weights.values()][0])
+
+
 @pytest.mark.parametrize(
     ("changes", "optimizer", "message"),
     [

@@ -124,7 +124,9 @@ class Target:
         """The model at the end of its training, loaded anew."""
         one_process = self.compute.model_copy(update={"processes": 1})
         with lean_imports():  # of the model's own module
-            return TrainedModel.load(self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor)
+            return TrainedModel.load(
+                self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor, self.entry.peft
+            )
 
     def gradients(self, numbers: Sequence[int]) -> torch.Tensor:
         """Projected gradients of some records by number, (records, width) float32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
@@ -43,10 +43,19 @@ class TrainedModel:
     """What each number of a gradient is multiplied by, by name of the weight; None: nothing."""
 
     @classmethod
-    def load(cls, folder: Path, base_model: Path, compute: Compute, where: str, label_smoothing: float = 0.0) -> TrainedModel:
+    def load(
+        cls,
+        folder: Path,
+        base_model: Path,
+        compute: Compute,
+        where: str,
+        label_smoothing: float = 0.0,
+        options: Mapping[str, Any] | None = None,
+    ) -> TrainedModel:
         """Args:
             folder: the adapter, or the complete model of a method that trains the base model's own weights.
             where: name of the model, for messages.
+            options: the keys of such a method, which determine the weights that it trained.
         Raises:
             InputError: its method cannot be attributed.
         """
@@ -55,7 +64,7 @@ class TrainedModel:
             raise InputError(f"{where}: answers of {info.method} cannot be attributed: {REFUSED[info.method]}", "ask another variant")
         device, dtype = prepare(compute)
         if info.method in OWN_WEIGHTS:
-            prepared = build(info.method, {}, folder, device, dtype, where)
+            prepared = build(info.method, options or {}, folder, device, dtype, where)
         else:
             prepared = with_adapter(folder, base_model, info, device, dtype)
         prepared.model.eval()
