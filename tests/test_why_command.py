@@ -16,7 +16,9 @@ from conftest import dvc
 from dagster_project.__main__ import main
 from dagster_project.commands import why_calibration, why_model
 from dagster_project.commands.why_question import tokenize, tokenizer_of
+from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.lineage.index import Index
 from dagster_project.orchestration import locks
 
 MODEL = "adapter@x"
@@ -168,6 +170,22 @@ def test_questions_of_another_split_and_damaged_ones_are_not_used(root: Path, ca
         validation(root, *few)
         assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 0
         assert questions() is None
+
+
+def test_the_validation_split_of_another_training_is_not_asked_about(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After `splits` alone ran again, it may have records that the model was trained on."""
+    validation(root, 12)
+    [shard] = (root / "data/splits/validation").glob("*.parquet")
+    recorded = [("out", "train", "0" * 32), ("out", "validation", md5_of_file(shard))]
+    monkeypatch.setattr(Index, "shards", lambda index, run: recorded)
+    assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 24
+    recorded[1] = ("out", "validation", "0" * 32)
+    assert why(root, *QUESTION, "--json") == 0
+    found = document(capsys)
+    assert found["distribution"]["compared"] is None and any("is not that of the training" in note for note in found["notes"])
+    assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 0
 
 
 def test_the_answer_of_the_model_is_explained_where_none_is_given(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.commands.why_question import tokenize, tokenizer_of
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import sha256_of_file, sha256_of_files, sha256_of_text
+from dagster_project.core.hashing import md5_of_file, sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import read_records, write_json
 from dagster_project.lineage.attribution import calibration
@@ -43,7 +43,8 @@ def index(found: Target) -> dict[str, Any]:
 
 
 def read(found: Target) -> Calibration | None:
-    """The questions of the validation split of the workspace, if they were computed for these very gradients and are intact."""
+    """The questions of the validation split of the workspace, if they were computed for these very gradients and are intact, and the split is that of the
+    training."""
     from safetensors.numpy import load_file
 
     file = found.store.folder / FILE
@@ -52,6 +53,8 @@ def read(found: Target) -> Calibration | None:
     except (OSError, ValueError):
         return None
     if not isinstance(note, dict) or not file.is_file() or note != {"of": _identity(found), "sha256": sha256_of_file(file)}:
+        return None
+    if _is_of_another_training(found):
         return None
     arrays = load_file(file)
     return Calibration(arrays["cosines"], arrays["owners"])
@@ -69,18 +72,28 @@ def mean(known: Sequence[Calibration | None]) -> Calibration | None:
 
 def _identity(found: Target) -> dict[str, str]:
     """What the cosines are made from."""
-    shards = sorted((found.place / VALIDATION).glob("*.parquet"))
     return {
         "gradients": sha256_of_text(json.dumps(found.store.identity, sort_keys=True)),
-        "validation": sha256_of_files(shards),
+        "validation": sha256_of_files(_shards(found)),
         "code": sha256_of_files([Path(__file__), Path(calibration.__file__)]),
     }
 
 
+def _shards(found: Target) -> list[Path]:
+    return sorted((found.place / VALIDATION).glob("*.parquet"))
+
+
+def _is_of_another_training(found: Target) -> bool:
+    """Whether the validation split is known to be another one than that of the training: one of its records may then have been trained on, or have a near-copy
+    that was."""
+    recorded = {md5 for _, split, md5 in found.subject.index.shards(found.run) if split == "validation"}
+    return bool(recorded) and recorded != {md5_of_file(shard) for shard in _shards(found)}
+
+
 def _asked(found: Target) -> list[tuple[int, Example]]:
-    """Number of a validation record, and the question; none for models of pairs, and where there are too few."""
+    """Number of a validation record, and the question; none for models of pairs, where there are too few, and of the split of another training."""
     folder = found.place / VALIDATION
-    if isinstance(found, PairTarget) or not folder.is_dir():
+    if isinstance(found, PairTarget) or not folder.is_dir() or _is_of_another_training(found):
         return []
     records = [one for one in read_records(folder) if one["messages"][-1]["role"] == "assistant" and one["messages"][-1].get("content")]
     tokenizer = tokenizer_of(found)
