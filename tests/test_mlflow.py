@@ -180,3 +180,20 @@ def test_changed_files_are_not_uploaded(project: Project, address: str, capsys: 
     (project.root / "data/merged/lora/config.json").write_text("{} ")
     assert main(["mlflow", "merged@lora", "--tracking-uri", address, "--upload", "--project", str(project.root)]) == 2
     assert "is not what dvc.lock records" in capsys.readouterr().err
+
+
+def test_the_run_is_in_the_named_experiment(project: Project, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow import MlflowClient
+
+    here = ("--project", str(project.root), "--tracking-uri", address)
+    client = MlflowClient(tracking_uri=address, registry_uri=address)
+    assert main(["mlflow", "merged@lora", *here, "--experiment", " "]) == 2 and "--experiment: the name is empty" in capsys.readouterr().err
+    client.delete_experiment(client.create_experiment("old"))
+    assert main(["mlflow", "merged@lora", *here, "--experiment", "old"]) == 2
+    assert "--experiment old: deleted in MLflow" in capsys.readouterr().err and not client.search_registered_models()
+    for name, models in (("helpdesk", 1), ("pedigree", 2)):
+        options = ("--experiment", name) if models == 1 else ("--name", "other")
+        code, made = ask(capsys, "mlflow", "merged@lora", *here, *options)
+        known = client.get_experiment_by_name(name)
+        assert code == 0 and known and client.get_run(made["run"]).info.experiment_id == known.experiment_id
+        assert len(client.search_registered_models()) == models

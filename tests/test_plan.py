@@ -410,6 +410,27 @@ def test_a_plan_of_training_on_pairs_has_exactly_max_steps(tokenized: Path, monk
     }, "the reference reads all pairs once, in a third of the three steps of an epoch"  # fmt: skip
 
 
+def test_an_epoch_that_ends_with_a_smaller_step_has_the_tokens_of_its_data(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Machine, "runtime", 0)
+    monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: None)
+    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(10)], PREFERENCE_SCHEMA)
+
+    def tokens(batch: int, **changes: Any) -> list[int]:
+        entry = {"per_device_train_batch_size": batch, "num_train_epochs": 1, **changes}
+        aligned = {"dpo": {"adapter": "lora", "method": "dpo", **entry}}
+        aligned["kto"] = {"adapter": "lora", "method": "kto", **entry, "per_device_train_batch_size": 2 * batch}
+        edit_params(tokenized, lambda values: values.update(aligned=aligned, reward_model={"model": "base_model", **entry}))
+        edit_params(tokenized, lambda values: values["adapter"].update(lora={"method": "lora", **entry}))
+        found = plan.plan_variants(tokenized, ["dpo", "kto", "reward_model", "lora"])["variants"].values()
+        assert {one["steps"] for one in found} == {entry.get("max_steps", -(-10 // batch))}
+        return [one["tokens"] for one in found]
+
+    whole = tokens(10)
+    assert whole[3] == 6000 and tokens(4) == whole
+    for steps, share in ((1, 0.4), (2, 0.8), (3, 1.0), (4, 1.4)):
+        assert tokens(4, max_steps=steps, num_train_epochs=2) == [round(one * share) for one in whole]
+
+
 def test_a_plan_of_an_online_method_reads_prompts_once_and_counts_the_reward_model(
     tokenized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,6 +554,27 @@ def test_a_plan_for_a_model_loads_no_library_that_it_does_not_need(config: Any) 
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[] True"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lora", "--model", "config.json"], "lora and --model are both given"),
+        (["--method", "lora"], "--method requires --model"),
+        (["lora", "--batch", "4"], "--batch requires --model"),
+        (["--tokens-per-row", "64"], "--tokens-per-row requires --model"),
+        (["--no-gradient-checkpointing"], "--gradient-checkpointing requires --model"),
+        (["--device", "cpu"], "--device requires --model"),
+        (["--dtype", "float32"], "--dtype requires --model"),
+        (["--model", "config.json", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["plan", *arguments])
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert code == 2 and message in capsys.readouterr().err
 
 
 def test_help_needs_no_torch() -> None:

@@ -52,12 +52,14 @@ def register(root: Path, model: str, name: str | None, experiment: str, uri: str
     Returns:
         {"name", "version", "created", "run", "tags", "inputs": names, "source"}.
     Raises:
-        InputError: an empty name, not a model of the workspace, an incomplete lineage, or MLflow refuses something or cannot be reached.
+        InputError: an empty name, a deleted experiment, not a model of the workspace, an incomplete lineage, or MLflow refuses something or cannot be reached.
     """
     if find_spec("mlflow") is None:
         raise ModuleNotFoundError("mlflow is not installed", name="mlflow")
     if name is not None and not name.strip():
         raise InputError("--name: the name is empty", "name the registered model, or leave out --name for that of the stage")
+    if not experiment.strip():
+        raise InputError("--experiment: the name is empty", "name the experiment, or leave out --experiment for `pedigree`")
     where = _address(uri or os.environ.get(VARIABLE, ""))
     subject = lineage.find(Index(root), model)
     if not subject.run.is_model:
@@ -119,6 +121,10 @@ def _write(
         if same:
             return {**result, "version": same[0].version, "created": False, "run": same[0].run_id, "source": same[0].source}
         known = client.get_experiment_by_name(experiment)
+        if known and known.lifecycle_stage != "active":
+            raise InputError(
+                f"--experiment {experiment}: deleted in MLflow", "restore it with `mlflow experiments restore`, or name another"
+            )
         run = client.create_run(
             known.experiment_id if known else client.create_experiment(experiment),
             run_name=f"{subject.run.address} {subject.run.md5[:8]}",

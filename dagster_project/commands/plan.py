@@ -195,14 +195,16 @@ def _adapter(
     spec = replace(spec, runtime=machine.runtime)
     if resolved.gradient_checkpointing == AUTO and machine.available is not None:
         spec = spec.checkpointed_beyond(machine.available)
-    all_tokens = round(train["tokens"] * n / per_epoch)
+    per_step = resolved.per_device_train_batch_size * resolved.gradient_accumulation_steps * machine.processes
+    passes = _passes_over(n, per_epoch, per_step / train["rows"])
+    all_tokens = round(train["tokens"] * passes)
     sweep_steps = auto.MOST_TRIALS * steps(train["rows"], settled.trial) if settled.trial else 0
     return {
         "examples": train["examples"],
         "epochs": round(n / per_epoch, 3),
         "steps": n,
         "tokens": all_tokens,
-        "trained_tokens": round(train["trained_tokens"] * n / per_epoch),
+        "trained_tokens": round(train["trained_tokens"] * passes),
         "gradient_checkpointing": spec.gradient_checkpointing,
         **({"chosen": {key: asdict(choice) for key, choice in settled.chosen.items()}} if settled.chosen else {}),
         **({"sweep": {"trials_at_most": auto.MOST_TRIALS, "steps_at_most": sweep_steps}} if sweep_steps else {}),
@@ -235,7 +237,8 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     rows = -(-len(pairs) * method.rows_per_pair // (1 if method.shares_processes else shared))
     per_epoch = method.steps(rows, entry.model_copy(update={"num_train_epochs": 1, "max_steps": None}))
     n = entry.max_steps or method.steps(rows, entry)  # TRL trains this many steps, also past `num_train_epochs`
-    per_step = batch * passes * (1 if method.shares_processes else shared) * sum(lengths) / len(lengths)
+    per_step = batch * passes * (1 if method.shares_processes else shared)  # texts
+    all_texts = n * per_step if method.learns_from_rewards else len(lengths) * _passes_over(n, per_epoch, per_step / len(lengths))
     spec = memory.TrainingSpec(
         machine.device, machine.dtype, base_model, "lora", entry.peft, [max(lengths)] * batch,
         batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, entry.quantization, entry.gradient_checkpointing, passes,
@@ -243,7 +246,8 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     )  # fmt: skip
     if isinstance(method, Gkd):
         spec = replace(spec, teacher=locate(method.teacher, root, f"aligned.{name}.options.teacher"), divergence=method.beta)
-    tokens, in_groups = n * per_step, isinstance(method, AnswerGroups)
+    predicted = all_texts * sum(lengths) / len(lengths)
+    tokens, in_groups = predicted, isinstance(method, AnswerGroups)
     reads_once = (in_groups or method.reads_pairs) and reads_pairs_once(base_model, machine.device, entry.peft)
     if isinstance(method, AnswerGroups) and reads_once and not has_router(base_model):
         largest = answer_pass(method, entry, [len(prompt) for prompt, *_ in pairs], n * passes)
@@ -254,7 +258,7 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         spec, share = _reading_pairs_once(spec, cast("Sequence[Pair]", pairs), per_pass, n * passes, sum(lengths), method.trains_prompts)
         tokens *= share
     # a forward and backward pass is 3 units; a forward pass of the reference is one, for dpo of all pairs once, however many steps there are
-    reference = tokens / 3 / (n / per_epoch if method.reads_pairs else 1)
+    reference = tokens / 3 / (all_texts / len(lengths) if method.reads_pairs else 1)
     work = tokens + (FORWARD_PASSES.get(entry.method, 1) * reference if method.has_reference else 0)
     processes = machine.processes if method.shares_processes else shared
     requirements = _requirements(spec, machine, round(work), processes, method.can_shard)
@@ -262,10 +266,24 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         "pairs": len(pairs),
         "epochs": round(n / per_epoch, 3),
         "steps": n,
-        "tokens": round(n * per_step),
+        "tokens": round(predicted),
         **requirements,
         **({"time": None} if method.samples_answers else {}),
     }
+
+
+def _passes_over(steps: int, per_epoch: int, share: float) -> float:
+    """How often a training reads all of its data.
+
+    Args:
+        steps: of the training; per_epoch: of an epoch, whose last step may be smaller.
+        share: of the data in any other step.
+
+    >>> _passes_over(3, 3, 0.4), _passes_over(4, 3, 0.4)
+    (1.0, 1.4)
+    """
+    epochs, more = divmod(steps, per_epoch)
+    return epochs + min(more * share, 1.0)
 
 
 def _has_tasks(values: dict[str, Any]) -> bool:
@@ -308,7 +326,7 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
     per_step = entry.per_device_train_batch_size * entry.gradient_accumulation_steps * processes
     per_epoch = -(-pairs // per_step)
     n = entry.max_steps or per_epoch * entry.num_train_epochs
-    tokens = round(n * 2 * min(per_step, pairs) * sum(lengths) / len(lengths))
+    tokens = round(sum(lengths) * _passes_over(n, per_epoch, per_step / pairs))
     spec = memory.TrainingSpec(
         machine.device, machine.dtype, base_model, entry.method, entry.peft, [max(lengths)] * batch, batch, 1, machine.runtime, entry.quantization,
         entry.gradient_checkpointing, entry.gradient_accumulation_steps, entry.optim, "reward_model", sharding=entry.sharding,
