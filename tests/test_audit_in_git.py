@@ -109,6 +109,18 @@ def test_a_text_is_found_whether_its_letters_are_composed_or_not(made: Project) 
         assert impact(made.root, text=f"What of {text}?")["records"] == sorted([identity(parts), identity(composed)])
 
 
+def test_an_expression_finds_letters_and_signs_however_they_are_written(made: Project) -> None:
+    composed = "caf\u00e9 waits\u2026 for \ufb01ne tea"
+    parts = unicodedata.normalize("NFD", composed)
+    assert composed != parts
+    made.commit(made.lock([(composed, "train", "data/sources/a.jsonl"), *ROWS]))
+    for expression in ("caf\u00e9", "cafe\u0301", "waits\u2026", "waits[.]{3}", "(fine|none)", "\ufb01ne", "caf. waits"):
+        found = impact(made.root, containing=expression, regex=True)
+        assert found["records"] == [identity(composed)], expression
+        assert "waits" in found["matches"][0]["excerpt"]
+    assert impact(made.root, containing="caf\u00ea|tea\u2026", regex=True)["records"] == []
+
+
 def test_on_a_branch_without_results_a_model_of_another_is_found_by_its_hash(made: Project) -> None:
     lock = made.lock(ROWS)
     commit = made.commit(lock)
@@ -122,6 +134,8 @@ def test_on_a_branch_without_results_a_model_of_another_is_found_by_its_hash(mad
         audit(made.root, "merged@lora")
     with pytest.raises(InputError, match=r"nothing: no such stage(.|\n)*there is no dvc\.lock here"):
         audit(made.root, "nothing")
+    with pytest.raises(InputError, match=r"nowhere:merged@lora: there is no revision nowhere here, and no such stage"):
+        audit(made.root, "nowhere:merged@lora")
     git(made.root, "checkout", "-q", commit)
     (made.root / "params.yaml").write_text("{}")
     (made.root / "dvc.lock").unlink()

@@ -15,6 +15,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
+from dagster_project.core.text import visible
 from dagster_project.curation.left_out import LEFT_OUT
 from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, UNKNOWN, declared_of, with_unknown
@@ -158,6 +159,8 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
         else "no such stage, output path or content hash in dvc.lock"
     )
     known = f"known: {', '.join(lock)}" if lock else "there is no dvc.lock here; of another commit give REV:MODEL or a content hash"
+    if colon and name and rev is None and not path_exists(Path(model)):  # otherwise the revision was found above
+        what = f"there is no revision {visible(revision)} here, and {what}"
     raise InputError(f"{model}: {what}", f"{known}{shallow}")
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
@@ -33,7 +35,8 @@ def normalized(text: str) -> str:
 
 
 class Pattern:
-    """What is searched for: a text between word boundaries, or a regular expression (without look-around and back-references, case-insensitive)."""
+    """What is searched for: a text between word boundaries, or a regular expression (without look-around and back-references, case-insensitive), which is
+    compared with texts in two forms if it has characters beyond ASCII: NFKC would replace some that it names, such as an ellipsis."""
 
     def __init__(self, text: str, regex: bool) -> None:
         """Raises:
@@ -45,6 +48,8 @@ class Pattern:
         if not words:
             raise InputError("--containing: the text is empty", "give a word, a name or part of a sentence")
         self.regex = regex
+        text = unicodedata.normalize("NFC", text) if regex else text  # as texts are
+        self.forms = ("NFKC",) if text.isascii() or not regex else ("NFKC", "NFC")
         begin, end = (r"(^|\W)" if words[0][0].isalnum() else ""), (r"($|\W)" if words[-1][-1].isalnum() else "")
         self.ascii = text if regex else begin + r"\s+".join(map(re.escape, words)) + end
         before, after = (r"(?<!\w)" if words[0][0].isalnum() else ""), (r"(?!\w)" if words[-1][-1].isalnum() else "")
@@ -61,8 +66,9 @@ class Pattern:
     def matches_of(self, texts: pl.Series) -> list[int]:
         """Indices of the texts that match; null does not. Raises ComputeError if Rust's `regex` does not know the expression."""
         if self.regex:
-            folded = texts.str.normalize("NFKC").str.replace_all(r"\s+", " ").str.strip_chars()
-            return folded.str.contains(f"(?i){self.ascii}").fill_null(False).arg_true().to_list()
+            folded = [texts.str.normalize(form).str.replace_all(r"\s+", " ").str.strip_chars() for form in self.forms]
+            first, *others = [one.str.contains(f"(?i){self.ascii}").fill_null(False) for one in folded]
+            return reduce(or_, others, first).arg_true().to_list()
         plain = (texts.str.len_bytes() == texts.str.len_chars()).fill_null(True)
         found = (plain & texts.str.contains(f"(?i){self.ascii}").fill_null(False)).arg_true().to_list()
         others = (~plain).arg_true()
@@ -73,8 +79,9 @@ class Pattern:
 
     def excerpt(self, text: str) -> str:
         """The match in the normalized text, with what is around it."""
-        flat = " ".join(unicodedata.normalize("NFKC", text).split())
-        flat = flat if self.regex else flat.casefold()
+        flats = [" ".join(unicodedata.normalize(form, text).split()) for form in self.forms]
+        flats = flats if self.regex else [flat.casefold() for flat in flats]
+        flat = next((flat for flat in flats if self.python.search(flat)), flats[0])
         match = self.python.search(flat)
         start, end = match.span() if match else (0, 0)
         cut = flat[max(0, start - CONTEXT) : end + CONTEXT]
