@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.progress import Progress
@@ -49,7 +49,7 @@ class Pattern:
             raise InputError("--containing: the text is empty", "give a word, a name or part of a sentence")
         self.regex = regex
         text = unicodedata.normalize("NFC", text) if regex else text  # as texts are
-        self.forms = ("NFKC",) if text.isascii() or not regex else ("NFKC", "NFC")
+        self.forms: tuple[Literal["NFKC", "NFC"], ...] = ("NFKC",) if text.isascii() or not regex else ("NFKC", "NFC")
         begin, end = (r"(^|\W)" if words[0][0].isalnum() else ""), (r"($|\W)" if words[-1][-1].isalnum() else "")
         self.ascii = text if regex else begin + r"\s+".join(map(re.escape, words)) + end
         before, after = (r"(?<!\w)" if words[0][0].isalnum() else ""), (r"(?!\w)" if words[-1][-1].isalnum() else "")
@@ -67,8 +67,7 @@ class Pattern:
         """Indices of the texts that match; null does not. Raises ComputeError if Rust's `regex` does not know the expression."""
         if self.regex:
             folded = [texts.str.normalize(form).str.replace_all(r"\s+", " ").str.strip_chars() for form in self.forms]
-            first, *others = [one.str.contains(f"(?i){self.ascii}").fill_null(False) for one in folded]
-            return reduce(or_, others, first).arg_true().to_list()
+            return reduce(or_, [one.str.contains(f"(?i){self.ascii}").fill_null(False) for one in folded]).arg_true().to_list()
         plain = (texts.str.len_bytes() == texts.str.len_chars()).fill_null(True)
         found = (plain & texts.str.contains(f"(?i){self.ascii}").fill_null(False)).arg_true().to_list()
         others = (~plain).arg_true()
