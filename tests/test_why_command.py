@@ -14,7 +14,7 @@ from builders.training import LORA
 from conftest import dvc
 
 from dagster_project.__main__ import main
-from dagster_project.commands import why_calibration, why_model
+from dagster_project.commands import why_calibration, why_model, why_prove
 from dagster_project.commands.why_question import tokenize, tokenizer_of
 from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.records import example_id, read_table, write_records
@@ -214,6 +214,15 @@ def test_the_check_trains_again_with_the_very_bytes_and_says_what_it_does_not_su
     assert "0 of 4 trainings" in shown.err, "those of the first question are kept"
     assert ("NOT supported" in shown.out) == (not proof["supported"])
 
+    damaged, *others = sorted((root / ".dvc/tmp/pedigree/proofs").rglob("adapter_model.safetensors"))
+    intact = damaged.read_bytes()
+    damaged.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    note = others[0].with_name("done.json")
+    note.write_text(json.dumps({**json.loads(note.read_text()), "made_by": {"code": "other"}}))
+    assert why(root, *QUESTION, "--top", "2", "--prove", "--draws", "2") == code
+    assert "2 of 4 trainings" in capsys.readouterr().err, "a damaged one, and one by other code, are run again"
+    assert damaged.read_bytes() == intact and "other" not in note.read_text()
+
 
 def test_the_check_waits_for_nobody_and_trains_nothing_while_the_stage_is_in_use(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(holder: str) -> None:
@@ -224,6 +233,14 @@ def test_the_check_waits_for_nobody_and_trains_nothing_while_the_stage_is_in_use
     shown = capsys.readouterr()
     assert "being used by" in shown.err and "pedigree erase" in shown.err and not shown.out
     assert not (root / ".dvc/tmp/pedigree/proofs").exists()
+
+
+def test_a_record_that_has_a_row_to_itself_cannot_be_checked(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(why_prove, "fits", lambda tokenized, names: len(names) > 1)
+    assert why(trained, *QUESTION, "--top", "1", "--prove") == 2
+    assert "it has one record alone, as all rows have without tokenized.packing" in capsys.readouterr().err
 
 
 def test_a_changed_adapter_or_other_data_are_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from dagster_project.commands.why_checkpoints import index as index_points
 from dagster_project.commands.why_model import BASE_MODEL, Target, start_of
 from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.commands.why_pairs import asked as asked_model
-from dagster_project.commands.why_prove import lines_of_proof, prove
+from dagster_project.commands.why_prove import lines_of_proof, prove, refuse_draws
 from dagster_project.commands.why_question import Options, Question, question, tokenizer_of
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
@@ -64,6 +64,8 @@ def answer_why(root: Path, model: str, options: Options, with_index: bool, draws
     Raises:
         InputError: as `target`; the answer or the part of it is empty or not found; or gradients are missing.
     """
+    if draws is not None:
+        refuse_draws(draws)  # before gradients are computed
     document, found, asked = ask(root, model, options, with_index, draws is not None)
     if draws is not None:
         document["proof"] = prove(found, asked, document["hits"], draws)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection, Mapping
 from itertools import islice
@@ -11,12 +12,16 @@ from typing import Any
 from dagster_project.commands.why_model import Target
 from dagster_project.commands.why_question import Question
 from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.owners import OWNER, owner_of
 from dagster_project.lineage.attribution.proof import LEAST_DRAWS, MOST_DRAWS, PROOFS, Verdict, draws, fits, name_of, zero_weights
 from dagster_project.lineage.attribution.retraining import same_weights
 from dagster_project.stages import adapter
+from dagster_project.training.methods.hardware import prepare
+from dagster_project.training.trainers.harness.checkpoint import run_identity
+from dagster_project.training.trainers.harness.weight_audit import LIBRARIES
 
 log = logging.getLogger("pedigree")
 
@@ -36,15 +41,26 @@ def prove(found: Target, question: Question, hits: list[dict[str, Any]], count: 
         Busy: the stage is being run, another check or index of it is, or an erasure.
         CheckFailed: a training diverged.
     """
-    if not LEAST_DRAWS <= count <= MOST_DRAWS:
-        raise InputError(f"--draws {count}: must be from {LEAST_DRAWS} to {MOST_DRAWS}", "3 gives a wide interval, 8 a narrower one")
+    refuse_draws(count)
     top = sorted(hit["example_id"] for hit in hits)
     if not fits(found.tokenized, top):
+        alone = not all(fits(found.tokenized, [name]) for name in top)
         raise InputError(
-            "--prove: a packed row has no other record than the first ones, so its loss would not be defined", "leave out fewer with --top"
+            "--prove: a packed row has no other record than the first ones, so its loss would not be defined",
+            "it has one record alone, as all rows have without tokenized.packing: this cannot be checked"
+            if alone
+            else "leave out fewer with --top",
         )
     with found.alone("pedigree why --prove"):
         return _prove(found, question, top, count)
+
+
+def refuse_draws(count: int) -> None:
+    """Raises:
+    InputError: there are too few or too many sets of random records.
+    """
+    if not LEAST_DRAWS <= count <= MOST_DRAWS:
+        raise InputError(f"--draws {count}: must be from {LEAST_DRAWS} to {MOST_DRAWS}", "3 gives a wide interval, 8 a narrower one")
 
 
 def _prove(found: Target, question: Question, top: list[str], count: int) -> dict[str, Any]:
@@ -52,9 +68,10 @@ def _prove(found: Target, question: Question, top: list[str], count: int) -> dic
     _remove_others(found)
     sets = {"all records": [], f"the first {len(top)} left out": top}
     sets |= {f"random set {i + 1} of {count} left out": names for i, names in enumerate(chosen)}
-    todo = sum(not _folder(found, names).joinpath(DONE).is_file() for names in sets.values())
+    made = made_by(found)
+    todo = sum(not is_kept(_folder(found, names), made) for names in sets.values())
     log.info(f"why: {todo} of {len(sets)} trainings of {found.run.address} to run; those of earlier questions are kept")
-    values = {what: _log_probability(found, question, train_without(found, names, what)) for what, names in sets.items()}
+    values = {what: _log_probability(found, question, train_without(found, names, what, made)) for what, names in sets.items()}
     whole, without, *of_draws = values.values()
     verdict = Verdict(whole - without, tuple(whole - value for value in of_draws))
     return {
@@ -70,14 +87,17 @@ def _prove(found: Target, question: Question, top: list[str], count: int) -> dic
     }
 
 
-def train_without(found: Target, names: Collection[str], what: str) -> Path:
-    """The adapter trained again with a loss weight of 0 for some records, by the code of the stage, or as kept from an earlier question.
+def train_without(found: Target, names: Collection[str], what: str, made: Mapping[str, str]) -> Path:
+    """The adapter trained again with a loss weight of 0 for some records, by the code of the stage, or as kept from an earlier question with the same code.
+
+    Args:
+        made: of `made_by`.
 
     Raises:
         CheckFailed: a blocking check of the training failed.
     """
     folder = _folder(found, names)
-    if (folder / DONE).is_file():
+    if is_kept(folder, made):
         return folder
     remove(folder)
     scratch = folder.with_name(f"{folder.name}.training")  # its checkpoints survive an interruption
@@ -94,11 +114,34 @@ def train_without(found: Target, names: Collection[str], what: str) -> Path:
     )
     if failed := [check.name for check in report.failures]:
         raise CheckFailed(f"the training with {what} failed: {', '.join(failed)}", "see the log above")
-    write_json(out / DONE, {"left_out": len(names)})
+    write_json(out / DONE, {"left_out": len(names), "made_by": dict(made), "files": _weights(out)})
     out.replace(folder)
     remove(scratch)
     write_json(folder.parent / OWNER, {"stage": found.run.address})
     return folder
+
+
+def made_by(found: Target) -> dict[str, str]:
+    """What a training of now depends on besides its inputs: trainings by other code or libraries differ in more than their records."""
+    device, dtype = prepare(found.compute)
+    return run_identity(Path(adapter.__file__), found.compute, device, dtype, LIBRARIES)
+
+
+def is_kept(folder: Path, made: Mapping[str, str]) -> bool:
+    """Whether a folder has the intact weights of a training by this code.
+
+    Args:
+        made: of `made_by`.
+    """
+    try:
+        note = json.loads((folder / DONE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(note, dict) and note.get("made_by") == made and note.get("files") == _weights(folder)
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of_file(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _folder(found: Target, names: Collection[str]) -> Path:
