@@ -94,29 +94,39 @@ def planted(records: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, An
 
 def prepare(project: Path, work: Path, seed: int, steps: int | None = None) -> None:
     """Plant, tokenize and train, if that was not done before: work/{splits,tokenized,adapter,culprits.json}."""
-    from dagster_project.core import params
-    from dagster_project.core.records import iter_ledger, read_records, write_json, write_ledger, write_records
-    from dagster_project.stages import adapter, tokenized
+    from dagster_project.core.records import read_records, write_json
 
     if (work / "adapter" / "training.json").is_file():
         return
-    values = params.read(project)
     records, culprits = planted(read_records(project / "data/splits/train"), seed)
+    write_json(work / "culprits.json", culprits)
+    train_on(project, work, records, {name: kind for kind, names in culprits.items() for name in names}, seed, steps)
+
+
+def train_on(project: Path, work: Path, records: list[dict[str, Any]], new: dict[str, str], seed: int, steps: int | None) -> None:
+    """Tokenize records as the training split, and train: work/{splits,tokenized,adapter}.
+
+    Args:
+        new: ids of those that the split of the project does not have, and what they are.
+    """
+    from dagster_project.core import params
+    from dagster_project.core.records import iter_ledger, write_json, write_ledger, write_records
+    from dagster_project.stages import adapter, tokenized
+
     for split in ("validation", "test"):
         shutil.copytree(project / "data/splits" / split, work / "splits" / split, dirs_exist_ok=True)
     write_records(work / "splits" / "train", records)
-    lines = {record["example_id"]: record for record in records}
-    kept = [line for line in iter_ledger(project / "data/splits") if line["example_id"] in lines]
-    new = [
-        {"source": lines[name]["source"], "source_row": None, "example_id": name, "outcome": "train", "why": kind}
-        for kind, names in culprits.items()
-        for name in names
+    ids = {record["example_id"]: record for record in records}
+    kept = [line for line in iter_ledger(project / "data/splits") if line["example_id"] in ids]
+    added = [
+        {"source": ids[name]["source"], "source_row": None, "example_id": name, "outcome": "train", "why": what}
+        for name, what in new.items()
+        if name in ids
     ]
-    write_ledger(work / "splits", [*kept, *new])
-    write_json(work / "culprits.json", culprits)
+    write_ledger(work / "splits", [*kept, *added])
     entry, compute = training_of(project, seed, steps)
     (work / "tokenized").mkdir(exist_ok=True)
-    settings = params.parse(tokenized.Params, values["tokenized"], "tokenized")
+    settings = params.parse(tokenized.Params, params.read(project)["tokenized"], "tokenized")
     tokenized.produce(project, settings, seed, work / "splits", project / "data/base_model", work / "tokenized")
     out = work / "adapter"
     out.mkdir(exist_ok=True)
