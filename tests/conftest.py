@@ -372,6 +372,23 @@ def root(_made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(_made, tmp_path / "project", symlinks=True))
 
 
+@pytest.fixture(scope="session")
+def _trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A project of the stage `adapter@x` alone (tests/builders/training_pipeline.py), which has run and whose gradients are computed."""
+    from builders.training import LORA
+    from builders.training_pipeline import make_project
+
+    from dagster_project.__main__ import main
+
+    def make(folder: Path) -> None:
+        root = make_project(folder, tiny_model, {**LORA, "num_train_epochs": 1, "neftune_noise_alpha": None})
+        done = dvc(root, "repro", "-q")
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert main(["why", "adapter@x", "--index", "--project", str(root)]) == 0
+
+    return made_once("trained", make, tmp_path_factory, worker_id)
+
+
 def synced_home(project: Path, pipeline: Any, copy: Path, folder: Path) -> None:
     """Make Dagster's home after the first sync of a project, which is synced as a copy."""
     import dagster as dg
