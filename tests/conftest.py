@@ -361,7 +361,7 @@ def _small_server() -> Iterator[WarmServer]:
 
 @pytest.fixture
 def warm_small(_small_server: WarmServer) -> Iterator[None]:
-    """The same as `warm`, for projects of the small pipeline. Stages that DVC runs in the process of the test are forked, too."""
+    """The same as `warm`, for projects of the small pipeline. Stages that DVC and `verify` run in the process of the test are forked, too."""
     with running_commands(_small_server), running_stages(_small_server):
         yield
 
@@ -370,6 +370,23 @@ def warm_small(_small_server: WarmServer) -> Iterator[None]:
 def root(_made: Path, tmp_path: Path) -> Path:
     """A copy of the small pipeline in which everything has run and is committed."""
     return Path(shutil.copytree(_made, tmp_path / "project", symlinks=True))
+
+
+@pytest.fixture(scope="session")
+def _trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A project of the stage `adapter@x` alone (tests/builders/training_pipeline.py), which has run and whose gradients are computed."""
+    from builders.training import LORA
+    from builders.training_pipeline import make_project
+
+    from dagster_project.__main__ import main
+
+    def make(folder: Path) -> None:
+        root = make_project(folder, tiny_model, {**LORA, "num_train_epochs": 1, "neftune_noise_alpha": None})
+        done = dvc(root, "repro", "-q")
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert main(["why", "adapter@x", "--index", "--project", str(root)]) == 0
+
+    return made_once("trained", make, tmp_path_factory, worker_id)
 
 
 def synced_home(project: Path, pipeline: Any, copy: Path, folder: Path) -> None:

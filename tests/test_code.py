@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from conftest import run
+from builders.small_pipeline import git
 from dvc.repo import Repo
 
 from dagster_project.lineage.code import code_in
@@ -19,9 +19,9 @@ def md5(path: Path) -> str:
 
 
 def commit(root: Path) -> str:
-    for command in (["git", "add", "-A"], ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "x"]):
-        assert run(command, root).returncode == 0
-    return run(["git", "rev-parse", "HEAD"], root).stdout.strip()
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "x")
+    return git(root, "rev-parse", "HEAD").strip()
 
 
 def recorded(root: Path) -> dict[str, dict]:
@@ -41,8 +41,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "dagster_project/stages/s.py").write_text("s")
     (tmp_path / ".gitignore").write_text("__pycache__/\n")
     (tmp_path / ".dvcignore").write_text("__pycache__\n")
-    assert run(["git", "init", "-q"], tmp_path).returncode == 0
-    assert run(["dvc", "init", "-q"], tmp_path).returncode == 0
+    git(tmp_path, "init", "-q")
+    Repo.init().close()
     return tmp_path
 
 

@@ -112,6 +112,7 @@ def test_a_stage_that_reads_a_key_which_git_ignores_runs_on_this_machine(tmp_pat
     assert place("release", "data/keys") == place("raw_examples", "data/sources") == "RayExecutor"
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_a_gate_that_fails_on_another_machine_fails_here_and_publishes_only_its_report(root: Path, tmp_path: Path) -> None:
     before = (root / "data/inst/rows.txt").read_bytes()
     (root / "data/sources/g.txt").write_text("BAD\n")
@@ -212,14 +213,11 @@ dvc_run.reproduce(Path.cwd(), 'one', sys.argv[1] == 'force', {}, print)"
     ],
 )
 def test_a_stage_command_knows_whether_its_run_was_forced(command: list[str], forced: bool, tmp_path: Path) -> None:
-    small_pipeline.git(tmp_path, "init", "-q")
-    assert dvc(tmp_path, "init", "-q").returncode == 0
     (tmp_path / "stage.py").write_text(FORCED)
     (tmp_path / "dvc.yaml").write_text(
         json.dumps({"stages": {"one": {"cmd": "python stage.py", "deps": ["stage.py"], "outs": ["out.txt"]}}})
     )
-    small_pipeline.git(tmp_path, "add", "-A")
-    small_pipeline.git(tmp_path, "commit", "-qm", "start")
+    small_pipeline.commit_project(tmp_path)
     done = run([sys.executable, *command], tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.txt").read_text() == str(forced)

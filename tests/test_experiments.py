@@ -31,6 +31,7 @@ def ran(root: Path) -> list[str]:
     return [json.loads(line)["stage"] for line in (root / small_pipeline.LOG).read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_two_experiments_show_parameters_and_metrics_and_rerun_only_their_variant(tmp_path: Path) -> None:
     root = small_pipeline.make_project(tmp_path / "project")
     assert dvc(root, "repro", "-q").returncode == 0
@@ -62,6 +63,7 @@ def sweep(root: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(root: Path) -> None:
     before = len(ran(root))
     state = (root / "params.yaml").read_text(), (root / "dvc.lock").read_text(), small_pipeline.changed_in_dvc(root)
@@ -137,6 +139,7 @@ def test_a_bad_sweep_is_refused_before_anything_is_queued(
     assert not (project / ".dvc/tmp/exps").exists()
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_an_occupied_queue_is_refused(root: Path) -> None:
     assert dvc(root, "exp", "run", "--queue", "--name", "mine", "-S", "variants.lora.r=9").returncode == 0
     process = sweep(root, "variants.lora", "1", "r=2")

@@ -15,6 +15,9 @@ from conftest import dvc, pedigree
 from dagster_project.orchestration.integrity import as_text, examine
 from dagster_project.pipeline import STAGES
 
+forked = pytest.mark.usefixtures("warm_small")
+"""For tests on the small pipeline."""
+
 
 def named(root: Path, where: str) -> set[str]:
     return {found["path"] for found in examine(root)["findings"] if found["where"] == where}
@@ -56,6 +59,7 @@ def test_a_flipped_bit_in_dvc_lock_is_detected(root: Path) -> None:
         lock.write_bytes(content)
 
 
+@forked
 def test_an_uncommitted_run_passes_and_an_edited_entry_fails(root: Path) -> None:
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
     assert dvc(root, "repro").returncode == 0
@@ -65,6 +69,7 @@ def test_an_uncommitted_run_passes_and_an_edited_entry_fails(root: Path) -> None
     assert named(root, "dvc.lock") == {"tok"}
 
 
+@forked
 def test_a_manually_recorded_output_is_detected_by_the_sha256_in_its_report(root: Path) -> None:
     (root / "data/inst/rows.txt").unlink()
     (root / "data/inst/rows.txt").write_text("BAD")
@@ -72,6 +77,7 @@ def test_a_manually_recorded_output_is_detected_by_the_sha256_in_its_report(root
     assert "data/inst" in named(root, "dvc.lock")
 
 
+@forked
 def test_history_is_verified_and_missing_data_is_listed_separately(root: Path) -> None:
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
     assert dvc(root, "repro").returncode == 0
@@ -89,6 +95,7 @@ def test_history_is_verified_and_missing_data_is_listed_separately(root: Path) -
     assert pedigree(root, "verify", "--integrity", "--rev", "HEAD~1").returncode == 2
 
 
+@forked
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"x"), lambda path: path.unlink()], ids=["altered", "missing"])
 def test_the_next_step_for_an_object_whose_file_is_in_the_workspace_repairs_it(root: Path, damage: Callable[[Path], None]) -> None:
     content = (root / "data/inst/rows.txt").read_bytes()

@@ -71,6 +71,7 @@ def test_impact_names_the_registered_versions_of_a_model_and_where_they_are_in_u
     assert "v1.0.0" not in as_text(impact(project.root, record=identity("frogs")))
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_audit_states_the_versions_and_what_is_published_does_not(made: tuple[Project, str, str]) -> None:
     project, first, _ = made
     audited = audit(project.root, "merged@lora", first)
@@ -83,6 +84,7 @@ def test_audit_states_the_versions_and_what_is_published_does_not(made: tuple[Pr
     assert "version    in production: merged-lora v2.0.0" in printed.stdout
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_compare_lists_every_version(made: tuple[Project, str, str]) -> None:
     project, first, second = made
     folder = project.root / "data/comparison"

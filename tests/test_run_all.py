@@ -29,14 +29,7 @@ BOTH = {"adapter@lora", "adapter@dora"}
 
 
 def run_all(root: Path, jobs: int = 2, *flags: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "small_pipeline.py", "run-all", str(jobs), *flags],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run([sys.executable, "small_pipeline.py", "run-all", str(jobs), *flags], root)
     assert done.stdout, done.stderr
     return json.loads(done.stdout)
 
@@ -53,6 +46,7 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in (root / "data").rglob("*") if p.is_file() and "pages" not in p.parts}
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_it_gives_the_files_and_records_of_dvc_repro_and_runs_nothing_else(root: Path, tmp_path: Path) -> None:
     (root / "data/sources/g.txt").write_text("r5")
     (root / "data/sources/d.txt").unlink()
@@ -75,6 +69,7 @@ def test_it_gives_the_files_and_records_of_dvc_repro_and_runs_nothing_else(root:
     assert len(small_pipeline.commands_run(root)) == ran + 6 and (files(root), lock(root)) == before
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_after_a_failure_nothing_is_started_and_what_runs_is_finished_and_recorded(root: Path) -> None:
     values = json.loads((root / "params.yaml").read_text())
     values["variants"] = {"dora": {"r": 0}, "lora": {"r": 4}}  # r 0: the command of this variant fails
@@ -87,7 +82,7 @@ def test_after_a_failure_nothing_is_started_and_what_runs_is_finished_and_record
     assert "adapter@dora failed" in document["stages"]["adapter@dora"]["error"]
     assert small_pipeline.changed_in_dvc(root) == {"adapter@dora", "cmp"}
     (root / "data/sources/d.txt").unlink()
-    done = subprocess.run([sys.executable, "small_pipeline.py", "run-all", "2"], cwd=root, capture_output=True, text=True, check=False)
+    done = run([sys.executable, "small_pipeline.py", "run-all", "2"], root)
     assert "data/sources/d.txt is missing" in done.stderr and not done.stdout
 
 
@@ -183,6 +178,7 @@ def test_bad_parameters_are_refused_before_anything_runs(project: Path, capsys: 
     assert not (project / "dvc.lock").exists()
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_a_missing_source_is_refused_before_an_edited_one_is_recorded(root: Path) -> None:
     for name in ("a.txt", "z.txt"):
         (root / "data/sources" / name).write_text(name)
@@ -208,8 +204,7 @@ def test_a_stage_has_the_environment_of_who_asks_and_not_that_of_the_first_who_a
     first = context.Process(target=int)
     first.start()
     first.join()
-    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-        assert run(command, tmp_path).returncode == 0
+    small_pipeline.commit_project(tmp_path)
     (tmp_path / "dvc.yaml").write_text("stages:\n  probe:\n    cmd: printenv PROBE > out\n    outs: [out]\n")
     monkeypatch.setenv("PROBE", "here")
     (_, send_log), (receive, send) = context.Pipe(duplex=False), context.Pipe(duplex=False)

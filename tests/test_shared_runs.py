@@ -18,6 +18,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.lineage.lineage import audit
 from dagster_project.orchestration.dvc_remote import SECRET_OPTIONS, push
 
+pytestmark = pytest.mark.usefixtures("warm_small")
+
 REMOTE = ("remote", "add", "--default", "team")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, MACHINE_T
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dagster_dvc.sync import mirror, read
 from dagster_project.orchestration.dvc import read_stages
+
+pytestmark = pytest.mark.usefixtures("warm_small")
 
 TOK = asset_key("tok")
 
@@ -48,6 +51,7 @@ def test_syncs_during_and_after_a_run_do_not_repeat_its_reports(root: Path, sync
     while process.poll() is None:
         sync(root, synced, small_pipeline.PIPELINE)
         syncs += 1
+        time.sleep(0.3)  # otherwise the syncs would take the core from the run, which would take the longer
     assert process.returncode == 0 and syncs > 1
     sync(root, synced, small_pipeline.PIPELINE)
     event = synced.get_latest_materialization_event(TOK)

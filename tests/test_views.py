@@ -34,9 +34,13 @@ DRAWN_OR_PLANNED = [*sorted((PACKAGE / "views").rglob("*")), *sorted((PACKAGE / 
 FILES = [path.relative_to(ROOT) for path in DRAWN_OR_PLANNED if path.is_file() and path.suffix != ".pyc"]
 
 
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("dagster_project", cache_dir=None)
+
+
 @pytest.mark.parametrize("stage", list(pipeline.STAGES))
-def test_a_stage_reaches_no_view_and_no_planner_by_its_imports(stage: str) -> None:
-    graph = grimp.build_graph("dagster_project", cache_dir=None)
+def test_a_stage_reaches_no_view_and_no_planner_by_its_imports(stage: str, graph: grimp.ImportGraph) -> None:
     reached = graph.find_upstream_modules(pipeline.module_of(stage).__name__)
     assert [m for m in reached if m.startswith(("dagster_project.views", "dagster_project.training.planning"))] == []
 

@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import training_pipeline
-from builders.training import LORA
-from conftest import dvc
 
 from dagster_project.__main__ import main
 from dagster_project.commands import why_calibration, why_model, why_prove
@@ -26,20 +23,14 @@ QUESTION = ("--prompt", "Where is my hat?", "--answer", "In the blue box.", "--s
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project of the stage `adapter@x` alone, which has run and whose gradients are computed."""
-    root = training_pipeline.make_project(
-        tmp_path_factory.mktemp("why") / "project", tiny_model, {**LORA, "num_train_epochs": 1, "neftune_noise_alpha": None}
-    )
-    done = dvc(root, "repro", "-q")
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert main(["why", MODEL, "--index", "--project", str(root)]) == 0
-    return root
+def trained(_trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project in which a small adapter was trained, for tests that change nothing."""
+    return Path(shutil.copytree(_trained, tmp_path_factory.mktemp("why") / "project", symlinks=True))
 
 
 @pytest.fixture
-def root(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "project", symlinks=True))
+def root(_trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(_trained, tmp_path / "project", symlinks=True))
 
 
 def why(root: Path, *arguments: str) -> int:

@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import training_pipeline
-from builders.training import LORA
-from conftest import dvc
 
 from dagster_project.__main__ import main
 from dagster_project.commands.why_suspects import _own_groups
@@ -207,21 +204,11 @@ RECORDS = [record(i, "bug" if i % 4 < 2 else "idea") for i in range(28)]
 """Texts for the records of `training_pipeline`, whose own are random tokens."""
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = training_pipeline.make_project(
-        tmp_path_factory.mktemp("suspects") / "project", tiny_model, {**LORA, "num_train_epochs": 1, "neftune_noise_alpha": None}
-    )
-    done = dvc(root, "repro", "-q")
-    assert done.returncode == 0, done.stderr + done.stdout
-    write_records(root / "data/splits/train", RECORDS)
-    assert main(["why", MODEL, "--index", "--project", str(root)]) == 0
-    return root
-
-
 @pytest.fixture
-def root(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "project", symlinks=True))
+def root(_trained: Path, tmp_path: Path) -> Path:
+    root = Path(shutil.copytree(_trained, tmp_path / "project", symlinks=True))
+    write_records(root / "data/splits/train", RECORDS)
+    return root
 
 
 def suspects(root: Path, *arguments: str) -> int:
