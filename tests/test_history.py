@@ -300,6 +300,8 @@ def test_after_gc_missing_data_is_reported_as_unknown_with_the_fetch_command(mad
     told = audit(made.root, "merged@lora", rev=commit)
     assert told["records"] is None and {one["path"] for one in told["missing"]} == {"data/adapter/lora"}
     assert "records: unknown" in diff_text(diff(made.root, f"{commit}:merged@lora", "merged@lora"))
+    of_both = diff(made.root, f"{commit}:merged@lora", f"{commit}:adapter@lora")["missing"]
+    assert [one["path"] for one in of_both] == ["data/splits"], "what both models need is named once"
 
 
 def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Project) -> None:

@@ -257,6 +257,7 @@ def test_a_changed_adapter_or_other_data_are_refused(root: Path, capsys: pytest.
         (("--prompt", "Hat?", "--answer", "In a box.", "--span", "bag"), "not in the answer"),
         (("--prompt", "Hat?", "--html", "page.txt"), "must end in .html"),
         (("--prompt", "Hat?", "--answer", "Yes.", "--prove", "--draws", "1"), "--draws 1"),
+        (("--prompt", "Hat?", "--answer", "Yes.", "--draws", "3"), "--draws is only used with --prove"),
         (("--prompt", "Hat?", "--answer", "Yes.", "--prove", "--top", "28"), "--top"),
     ],
 )

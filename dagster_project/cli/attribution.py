@@ -19,10 +19,14 @@ log = logging.getLogger("pedigree")
 
 QUESTION = ("prompt", "answer", "span", "system")
 """Options of `why` that belong to a question."""
+DRAWS = 3
+"""Sets of random records that `why --prove` leaves out by default."""
 
 
 def why(options: argparse.Namespace) -> int:
     """Rank the training records of a model by their likeness to a question and its answer, or list those that fit the others the least."""
+    if options.draws is not None and not options.prove:
+        raise InputError("why: --draws is only used with --prove", "add --prove, or leave it out")
     if options.diff:
         return _why_diff(options)
     if not options.model:
@@ -38,7 +42,7 @@ def why(options: argparse.Namespace) -> int:
     if options.html:
         require_suffix("--html", options.html, HTML)
     asked = Options(options.prompt, options.answer, options.span, options.system, options.top, _points(options))
-    document = module.answer_why(project(options), options.model, asked, options.index, options.draws if options.prove else None)
+    document = module.answer_why(project(options), options.model, asked, options.index, (options.draws or DRAWS) if options.prove else None)
     if options.html:
         from dagster_project.views.why import why_page
 
@@ -143,7 +147,7 @@ def _add_why(commands: Any) -> None:
         help="scale gradients by Adam's second moments; --index repeats the training",
     )
     add("--prove", action="store_true", help="train again without these records, and without as many random ones, and compare")
-    add("--draws", type=count, default=3, metavar="N", help="with --prove: sets of random records (default: %(default)s)")
+    add("--draws", type=count, metavar="N", help=f"with --prove: sets of random records (default: {DRAWS})")
     add("--html", metavar="FILE.html", help="also write one self-contained page")
 
 

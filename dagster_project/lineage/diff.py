@@ -51,7 +51,7 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
         "base_model": stated(*(_flat(one["base_model"]) for one in (old, new))),
         "sources": _differing(_hashes(old["sources"]), _hashes(new["sources"]), of_both=bool(naming)),
         "metrics": stated(*(_scores(subject, one) for subject, one in zip(subjects, (old, new), strict=True))),
-        "missing": missing + lost,
+        "missing": list({(one["path"], one["md5"]): one for one in missing + lost}.values()),  # both models may need the same
     }
 
 
