@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from dagster_project.core import row_cache
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
+from dagster_project.curation.checks import overlaps
 from dagster_project.curation.checks.expectations import table
 from dagster_project.curation.checks.profile import profile
 from dagster_project.curation.checks.token_counts import ESTIMATED, tokens_of
@@ -164,6 +165,26 @@ def test_near_copies_are_searched_again_only_if_a_text_or_their_order_changed(ma
     for path in files(managed):
         path.write_bytes(path.read_bytes()[:-1])
     assert near_copies(managed, texts, monkeypatch) == (found, 1), "damaged files"
+
+
+def test_comparisons_are_repeated_only_if_a_text_or_its_side_changed(managed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"please send my red kite number {i} back to the harbour today" for i in range(3)] + ["wh\udce9re is my letter", ""]
+    wide = [f"{text} and {i} tell" for i, text in enumerate(["the frame around all of these texts is one"] * 60)]  # boilerplate
+    requests: list[tuple[Sequence[str], Sequence[str] | None]] = [
+        (texts, None), (texts[::-1], None), (texts, texts[:2]), ([*texts, *texts[:2]], []), (texts + texts[:1], texts[1:2]), ([*wide, *texts], None), ([], None),
+    ]  # fmt: skip
+    searches: list[int] = []
+    search = overlaps.compare
+    monkeypatch.setattr(overlaps, "compare", lambda *args, **kwargs: (searches.append(1), search(*args, **kwargs))[1])
+    for given_texts, against in requests:
+        expected = search(given_texts, against, count_words=True)
+        for searched in (1, 0):
+            searches.clear()
+            with row_cache.using(managed, "s"):
+                assert overlaps._kept_comparison("prompts", given_texts, against) == expected
+            assert len(searches) == searched
+    assert overlaps._kept_comparison("prompts", texts) == search(texts, count_words=True), "without a folder"
+    assert search([*wide, *texts], count_words=True).boilerplate and search(texts, count_words=True).frequency, "what is kept is not empty"
 
 
 def test_the_number_of_a_row_is_not_what_work_can_see(managed: Path) -> None:

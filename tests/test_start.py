@@ -41,7 +41,7 @@ NEEDED: dict[str, set[str]] = {
 """Libraries that take long to import and that a stage of the quick project uses."""
 LARGE = {
     *TRAINS, *CHECKS, "great_expectations", "sklearn", "bitsandbytes", "boto3", "sqlalchemy", "psycopg2", "grpc", "dagster", "matplotlib",
-    "ray", "rfc3987_syntax",
+    "ray", "rfc3987_syntax", "altair",
 }  # fmt: skip
 
 

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dagster_project.core import row_cache
 from dagster_project.core.errors import InputError
-from dagster_project.core.imports import deferred, lean_imports
 from dagster_project.core.messages import calls, is_trained
 from dagster_project.core.records import CheckResult, prompt_text, response_text
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
 from dagster_project.curation.checks import data_docs
+from dagster_project.curation.checks.gx_import import quick_import
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.profile import count_words, scripts
 
@@ -70,8 +70,6 @@ _DECODE = json.JSONDecoder().raw_decode
 _NOT_KWARGS = {"id", "meta", "notes", "description", "severity", "rendered_content", "windows", "batch_id", "catch_exceptions"}
 _NOT_KWARGS |= {"result_format", "condition_parser"}
 """Fields of an expectation that are not supported in its `kwargs`; a condition given as text would be run as code."""
-_OTHER_PLACES = ("sqlalchemy", "psycopg2", "google", "grpc", "boto3", "botocore")
-"""Optional libraries by which Great Expectations reads tables of data bases and clouds. `table` is a data frame."""
 _GALLERY = "https://greatexpectations.io/expectations"
 
 
@@ -293,8 +291,7 @@ def _silenced() -> Iterator[None]:
 
 def _load(path: Path, name: str, columns: list[str]) -> tuple[Any, list[Any]]:
     """The suite and its expectations, each with its index as `id`."""
-    # scipy.stats: three of its expectations load it when they are evaluated
-    with lean_imports(*_OTHER_PLACES, "rfc3987_syntax", "chardet"), deferred("scipy", "stats"):
+    with quick_import():
         import great_expectations as gx
 
     try:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.core import row_cache
 from dagster_project.core.records import response_text, subject_text
 from dagster_project.core.stored_rows import Chained, SelectedTexts, StoredRows, StoredTexts, Texts
 from dagster_project.curation.checks.check import DataSet, part_text
-from dagster_project.curation.similarity.overlap import Comparison, Pair, Rule, clusters, compare, words
+from dagster_project.curation.similarity.overlap import Comparison, Pair, Passage, Rule, clusters, compare, words
 from dagster_project.curation.similarity.wording import is_instruction_only, is_near_duplicate, leak_severity
 from dagster_project.curation.sources.benchmarks import Item
 
@@ -74,7 +77,7 @@ def find_overlaps(data: DataSet) -> Overlaps:
     compared_rows[[*repeats]] = False
     first = np.flatnonzero(compared_rows)
     texts = _ComparedTexts(records)
-    compared = compare(SelectedTexts(texts.subjects, first), count_words=True)
+    compared = _kept_comparison("prompts", SelectedTexts(texts.subjects, first))
     near = [Pair(int(first[p.left]), int(first[p.right]), p.similarity, p.rule) for p in compared.pairs]
     copies = [Pair(j, i, 1.0) for i, j in repeats.items()]
     reported, grouped = _reported(near, records, compared.frequency, least)
@@ -107,6 +110,42 @@ def find_overlaps(data: DataSet) -> Overlaps:
     return overlaps
 
 
+def _kept_comparison(name: str, texts: Sequence[str], against: Sequence[str] | None = None) -> Comparison:
+    """`compare`, with frequencies of words, unless an earlier run compared exactly these texts."""
+
+    def compute() -> pl.DataFrame:
+        return _as_table(compare(texts, against, count_words=True))
+
+    return _as_comparison(row_cache.fact_of_set(f"comparison: {name}", chain([str(len(texts))], texts, against or ()), compute))
+
+
+def _as_table(compared: Comparison) -> pl.DataFrame:
+    """One row: columns of pairs as lists, the rest as JSON."""
+    import polars as pl
+
+    pairs = pl.DataFrame(
+        {
+            "left": pl.Series([pair.left for pair in compared.pairs], dtype=pl.Int64),
+            "right": pl.Series([pair.right for pair in compared.pairs], dtype=pl.Int64),
+            "similarity": pl.Series([pair.similarity for pair in compared.pairs], dtype=pl.Float64),
+            "rule": pl.Series([pair.rule for pair in compared.pairs], dtype=pl.String),
+        }
+    )
+    rest = json.dumps([compared.scores, compared.boilerplate, compared.frequency])
+    return pairs.select(pl.all().implode()).with_columns(rest=pl.lit(rest))
+
+
+def _as_comparison(table: pl.DataFrame) -> Comparison:
+    columns = (table[name][0].to_list() for name in ("left", "right", "similarity", "rule"))
+    scores, boilerplate, frequency = json.loads(table["rest"][0])
+    return Comparison(
+        [Pair(*values) for values in zip(*columns, strict=True)],
+        [(other, near) for other, near in scores],
+        [Passage(*passage) for passage in boilerplate],
+        frequency,
+    )
+
+
 def first_overlap(data: DataSet, name: str) -> dict[int, str]:
     """Row -> the earlier row or held-out item of its most similar overlap."""
     best: dict[int, str] = {}
@@ -129,7 +168,7 @@ def _near_fields(
         seen: (earlier, later) excluded pairs, because their prompts are nearly the same.
     """
     texts = Texts(records, rows, partial(part_text, part=part))
-    compared = compare(texts, count_words=True)
+    compared = _kept_comparison(part, texts)
     reported: list[Link] = []
     grouped: list[Link] = []
     for p in compared.pairs:
@@ -237,7 +276,7 @@ def _leaks(data: DataSet, texts: _ComparedTexts) -> tuple[list[Link], int]:
     fields = (Texts(records, rows, partial(part_text, part=part)) for part, rows in data.features.long.items())
     mine = Chained(texts.subjects, texts.responses, *fields)
     theirs = [*_questions(held_out), *answers]
-    compared = compare(mine, theirs, count_words=True)
+    compared = _kept_comparison("held out", mine, theirs)
     links, frames = [], 0
     for p in compared.pairs:
         if p.left < size and p.right >= items:

@@ -1,0 +1,108 @@
+"""The import of Great Expectations in less time. It loads whatever it could use, and half of the time is pydantic copying fields of models."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+from dagster_project.core.imports import deferred, lean_imports
+
+_OTHER_PLACES = ("sqlalchemy", "psycopg2", "google", "grpc", "boto3", "botocore")
+"""Optional libraries by which Great Expectations reads tables of data bases and clouds. The table of a set is a data frame."""
+_ATOMIC = frozenset({type(None), bool, int, float, complex, str, bytes, type, FunctionType, BuiltinFunctionType})
+"""Types whose objects `copy.deepcopy` returns as they are."""
+
+
+@contextmanager
+def quick_import() -> Iterator[None]:
+    """While open, `import great_expectations` loads no drivers of data bases, and libraries that single expectations use are imported on first use."""
+    # scipy.stats: three of its expectations load it when they are evaluated; altair draws charts of one expectation on its own pages
+    with lean_imports(*_OTHER_PLACES, "rfc3987_syntax", "chardet"), deferred("scipy", "stats"), on_first_use("altair"), direct_copies():
+        yield
+
+
+class _OnFirstUse(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by whoever looks through all modules
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(import_module(self.__name__), name)
+
+
+@contextmanager
+def on_first_use(name: str) -> Iterator[None]:
+    """While open, `import name` gives a module that is imported when it is first used; importing a module inside it raises ModuleNotFoundError.
+    Nothing is changed if it was imported before, or if it is not installed."""
+    if name in sys.modules or find_spec(name) is None:
+        yield
+        return
+    sys.modules[name] = placeholder = _OnFirstUse(name)
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is placeholder:
+            del sys.modules[name]
+
+
+@contextmanager
+def direct_copies() -> Iterator[None]:
+    """While open, `copy.deepcopy` copies fields of pydantic's old models (`pydantic.v1`) slot by slot, with the same result.
+
+    Otherwise it asks each for its state, and copies the names of all slots and every None as if they were objects: a class of Great Expectations has
+    copies of the fields of all its bases. Classes with a copying method of their own keep that.
+    """
+    from pydantic.v1.class_validators import Validator
+    from pydantic.v1.fields import FieldInfo, ModelField
+
+    classes = [each for each in (FieldInfo, ModelField, Validator) if has_plain_state(each)]
+    for each in classes:
+        each.__deepcopy__ = _copied
+    try:
+        yield
+    finally:
+        for each in classes:
+            del each.__deepcopy__
+
+
+def has_plain_state(kind: type) -> bool:
+    """Whether the state of an object is in its slots only, and `copy.deepcopy` would find it there."""
+    own = (
+        "__deepcopy__",
+        "__reduce__",
+        "__reduce_ex__",
+        "__getstate__",
+        "__setstate__",
+        "__getnewargs__",
+        "__getnewargs_ex__",
+        "__setattr__",
+    )
+    slots = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
+    named = all(isinstance(names, tuple) and not any(name.startswith("__") for name in names) for names in slots)
+    return named and kind.__dictoffset__ == 0 and all(getattr(kind, name, None) is getattr(object, name, None) for name in own)
+
+
+def _copied(self: Any, memo: dict[int, Any]) -> Any:
+    twin = object.__new__(type(self))
+    memo[id(self)] = twin
+    for name in _slots(type(self)):
+        try:
+            value = getattr(self, name)
+        except AttributeError:  # not set
+            continue
+        setattr(twin, name, value if type(value) in _ATOMIC else copy.deepcopy(value, memo))
+    if hasattr(self, "__dict__"):  # of a subclass
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return twin
+
+
+@cache
+def _slots(kind: type) -> tuple[str, ...]:
+    return tuple([name for base in kind.__mro__ for name in base.__dict__.get("__slots__", ())])
