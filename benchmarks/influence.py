@@ -107,7 +107,7 @@ def train_on(project: Path, work: Path, records: list[dict[str, Any]], new: dict
     """Tokenize records as the training split, and train: work/{splits,tokenized,adapter}.
 
     Args:
-        new: ids of those that the split of the project does not have, and what they are.
+        new: id of each record that the project's split lacks -> its reason in the ledger.
     """
     from dagster_project.core import params
     from dagster_project.core.records import iter_ledger, write_json, write_ledger, write_records
@@ -217,6 +217,12 @@ def questions(project: Path, seed: int) -> list[dict[str, Any]]:
     ]
 
 
+def asked_questions(project: Path, work: Path, seed: int) -> list[dict[str, Any]]:
+    """Those of `questions` whose culprits were planted into the training in `work`, and those without a culprit."""
+    planted_kinds = json.loads((work / "culprits.json").read_text())
+    return [one for one in questions(project, seed) if one["kind"] in planted_kinds or one["kind"] not in KINDS]
+
+
 def points_of(work: Path, entry: Any, compute: Any, project: Path, selection: Any) -> list[Any]:
     """Points of the training, of which those before its end, and second moments, come from a repeated training; None: the end as it was saved."""
     from dagster_project.lineage.attribution.points import Point, steps_of
@@ -259,8 +265,7 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
     else:
         store = GradientStore.at(work, identity, len(records))
     file = store.folder / "questions.npz"
-    planted_kinds = json.loads((work / "culprits.json").read_text())
-    asked = [one for one in questions(project, seed) if one["kind"] in planted_kinds or one["kind"] not in KINDS]
+    asked = asked_questions(project, work, seed)
     if store.missing() or not file.is_file():
         start = time.process_time()
         trained = TrainedModel.load(adapter, base, compute, "adapter@lora")
@@ -269,8 +274,8 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
         count = store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
         seconds, start = time.process_time() - start, time.process_time()
         tokenizer = AutoTokenizer.from_pretrained(base)
-        spans = [_example(tokenizer, q, q["span"]) for q in asked]
-        wholes = [_example(tokenizer, q, None) for q in asked if q["kind"] in KINDS]
+        spans = [example_of(tokenizer, q, q["span"]) for q in asked]
+        wholes = [example_of(tokenizer, q, None) for q in asked if q["kind"] in KINDS]
         wide = projected_gradients(trained, projection, [*spans, *wholes]).numpy()
         asking, start = time.process_time() - start, time.process_time()
         owners, known = validation_questions(read_records(project / "data/splits/validation"), tokenizer)
@@ -288,7 +293,7 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
     return {"asked": asked, "ids": [r.example_id for r in records], "gradients": gradients, "lengths": lengths, **arrays, "cost": cost}
 
 
-def _example(tokenizer: Any, question: dict[str, Any], span: str | None) -> tuple[Any]:
+def example_of(tokenizer: Any, question: dict[str, Any], span: str | None) -> tuple[Any]:
     from dagster_project.commands.why_question import tokenize
     from dagster_project.core.chat import IGNORE
     from dagster_project.lineage.attribution.records import Example
@@ -316,7 +321,7 @@ def validation_questions(records: list[dict[str, Any]], tokenizer: Any) -> tuple
 
     numbers, examples = list[int](), list[tuple[Any]]()
     for number, part in asked_parts([one["messages"][-1]["content"] for one in records]):
-        examples.append(_example(tokenizer, records[number], part))
+        examples.append(example_of(tokenizer, records[number], part))
         numbers.append(number)
     return numbers, examples
 

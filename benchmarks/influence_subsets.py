@@ -1,9 +1,9 @@
 """Linear datamodeling score of `pedigree why`. usage: python benchmarks/influence_subsets.py [--project FOLDER] [--work FOLDER] [--seed N] [--subsets N] [--checkpoints N]
 
-Do the scores of records predict what a training without some of them would answer? The adapter of `benchmarks/influence.py` (run that first, with the same
+Measures how well the scores of records predict the answers of models that were trained on some of them. The adapter of `benchmarks/influence.py` (run that first, with the same
 --work) is trained again on random halves of its records, for as many epochs and with the same seed, and each of these models is asked all questions of that
 benchmark. The predicted log-probability of the asked part is the sum of the scores of the records in the half. The score is the rank correlation of predicted
-and measured log-probabilities over the halves (Park et al. 2023, arXiv 2303.14186, section 2), the mean over questions. 0 is what random scores give, 1 is a perfect order.
+and measured log-probabilities over the halves (Park et al. 2023, arXiv 2303.14186, section 2), the mean over questions. Random scores give about 0, a perfect order 1.
 
 Questions share their halves, so their correlations are not independent: the interval is a bootstrap over halves, which is wide for few of them. Halves are kept in
 WORK/SEED/halves, so an interrupted command goes on, and more halves can be added later.
@@ -25,15 +25,17 @@ from influence import ROOT
 
 RESAMPLED = 2000
 """Bootstrap samples of halves."""
+LEAST = 3
+"""Halves for which a rank correlation can be computed with more than two values."""
 
 
-def half_of(ids: list[str], seed: int, number: int) -> list[str]:
+def sample_half(ids: list[str], seed: int, number: int) -> list[str]:
     """A random half of the records: half number `number` of this seed."""
     return sorted(random.Random(f"half {seed} {number}").sample(sorted(ids), len(ids) // 2))
 
 
 def log_probabilities(project: Path, work: Path, asked: list[dict[str, Any]]) -> list[float]:
-    """Of the asked part of each question, in nats, of the adapter in work/adapter."""
+    """Log-probability of the asked part of each question, in nats, by the adapter in work/adapter."""
     from transformers import AutoTokenizer
 
     from dagster_project.core.params import Compute
@@ -42,14 +44,14 @@ def log_probabilities(project: Path, work: Path, asked: list[dict[str, Any]]) ->
     training = json.loads((work / "adapter/training.json").read_text())
     trained = TrainedModel.load(work / "adapter", project / "data/base_model", Compute(threads=1, dtype=training["dtype"]), "adapter@lora")
     tokenizer = AutoTokenizer.from_pretrained(project / "data/base_model")
-    return [trained.log_probability(influence._example(tokenizer, question, question["span"])[0]) for question in asked]
+    return [trained.log_probability(influence.example_of(tokenizer, question, question["span"])[0]) for question in asked]
 
 
-def measured_half(project: Path, work: Path, seed: int, number: int, asked: list[dict[str, Any]]) -> dict[str, Any]:
+def train_half(project: Path, work: Path, seed: int, number: int, asked: list[dict[str, Any]]) -> dict[str, Any]:
     """Train on a half of the records of the adapter in `work`, and ask it. Only what it answers is kept.
 
     Returns:
-        {"records": ids of the half, "log_probability": of each question, "steps", "seconds": CPU seconds of the training}
+        {"records": ids of the half, "log_probability": of each question, "steps"}
     """
     from dagster_project.core.records import read_records, write_json
 
@@ -57,15 +59,13 @@ def measured_half(project: Path, work: Path, seed: int, number: int, asked: list
     answers = folder.with_suffix(".json")
     if not answers.is_file():
         records = read_records(work / "splits/train")
-        half = half_of([record["example_id"] for record in records], seed, number)
+        half = sample_half([record["example_id"] for record in records], seed, number)
         steps = json.loads((work / "adapter/training.json").read_text())["steps"] // 2
         chosen = {*half}
         new = {name: kind for kind, names in json.loads((work / "culprits.json").read_text()).items() for name in names}
         if not (folder / "adapter/training.json").is_file():
             influence.train_on(project, folder, [record for record in records if record["example_id"] in chosen], new, seed, steps)
-        seconds = json.loads((folder / "seconds.json").read_text())["training"]
-        document = {"records": half, "log_probability": log_probabilities(project, folder, asked), "steps": steps, "seconds": seconds}
-        write_json(answers, document)
+        write_json(answers, {"records": half, "log_probability": log_probabilities(project, folder, asked), "steps": steps})
         shutil.rmtree(folder)
     return dict(json.loads(answers.read_text()))
 
@@ -132,8 +132,6 @@ def show(found: dict[str, Any], halves: list[dict[str, Any]], seed: int) -> None
         low, high = np.quantile(means, [0.025, 0.975])
         cells = "   ".join(f"{kind} {each[kinds == kind].mean():.2f}" for kind in dict.fromkeys(found["kinds"]))
         print(f"{method:<36} all {each.mean():.2f} [{low:.2f}, {high:.2f}]   {cells}")
-    seconds = [half["seconds"] for half in halves]
-    print(f"training of a half: {np.median(seconds):.0f} CPU s (median)")
 
 
 def main() -> int:
@@ -154,8 +152,10 @@ def main() -> int:
     work = options.work / str(options.seed)
     if not (work / "adapter/training.json").is_file():
         parser.error(f"{work}/adapter is missing: run benchmarks/influence.py first, with the same --work")
-    asked = influence.questions(options.project, options.seed)
-    halves = [measured_half(options.project, work, options.seed, number, asked) for number in range(options.subsets)]
+    if options.subsets < LEAST:
+        parser.error(f"--subsets {options.subsets}: at least {LEAST} are needed for a correlation")
+    asked = influence.asked_questions(options.project, work, options.seed)
+    halves = [train_half(options.project, work, options.seed, number, asked) for number in range(options.subsets)]
     show(scores_of(options.project, work, options.seed, PointSelection(options.checkpoints, options.second_moments)), halves, options.seed)
     return 0
 

@@ -109,12 +109,22 @@ def test_a_text_is_found_whether_its_letters_are_composed_or_not(made: Project) 
         assert impact(made.root, text=f"What of {text}?")["records"] == sorted([identity(parts), identity(composed)])
 
 
-def test_an_expression_finds_letters_and_signs_however_they_are_written(made: Project) -> None:
+def test_an_expression_with_accents_or_an_ellipsis_matches_either_form_of_a_text(made: Project) -> None:
     composed = "caf\u00e9 waits\u2026 for \ufb01ne tea"
     parts = unicodedata.normalize("NFD", composed)
     assert composed != parts
     made.commit(made.lock([(composed, "train", "data/sources/a.jsonl"), *ROWS]))
-    for expression in ("caf\u00e9", "cafe\u0301", "waits\u2026", "waits[.]{3}", "(fine|none)", "\ufb01ne", "caf. waits"):
+    for expression in (
+        "caf\u00e9",
+        "cafe\u0301",
+        "waits\u2026",
+        "waits[.]{3}",
+        r"waits\u2026",
+        r"caf\x{e9}",
+        "(fine|none)",
+        "\ufb01ne",
+        "caf. waits",
+    ):
         found = impact(made.root, containing=expression, regex=True)
         assert found["records"] == [identity(composed)], expression
         assert "waits" in found["matches"][0]["excerpt"]

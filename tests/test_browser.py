@@ -259,6 +259,7 @@ def test_a_spoiled_source_fails_its_check_with_the_rows_and_nothing_downstream_r
 
 
 def test_a_ui_that_was_started_in_the_background_of_a_script_ends_at_sigterm(ui: Ui) -> None:
+    """The last test of this module: it ends the server of all others."""
     assert ui.server.poll() is None
     ui.server.terminate()
     assert ui.server.wait(120) == 0

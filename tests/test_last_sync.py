@@ -85,7 +85,7 @@ CHANGES = {
     "an event in Dagster": report_event,
     "an asset wiped in Dagster": wipe,
     "a run": start_run,
-    "a data base of runs that cannot be read": edit(".dagster/history/runs.db", "no data base"),
+    "a database of runs that cannot be read": edit(".dagster/history/runs.db", "not a database"),
     "an event log that is not in files": edit(".dagster/dagster.yaml", "storage: {postgres: {}}\n"),
     "the state itself": edit(str(FILE), "[]"),
 }
@@ -199,7 +199,7 @@ def test_nothing_is_remembered_while_a_run_could_end(root: Path, synced: dg.Dags
     assert not unchanged(root)
 
 
-def test_a_run_that_ends_is_seen_and_a_daemon_that_is_alive_is_no_change(
+def test_a_run_that_ends_is_a_change_and_a_heartbeat_is_not(
     root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
@@ -221,8 +221,6 @@ def test_a_repeated_sync_loads_neither_dagster_nor_dvc(project: Path, tmp_path: 
     last = json.loads(log.read_text().splitlines()[-1])
     assert not {"dagster", "dvc", "sqlalchemy"} & {*last["modules"]}
     assert done.stdout == "Dagster and DVC agree: nothing to report.\n"
-
-
-def test_the_ui_needs_neither_dagster_nor_dvc_before_it_starts_their_processes() -> None:
-    code = "import sys, dagster_project.orchestration.dagster.ui; print({'dagster', 'dvc', 'sqlalchemy'} & {*sys.modules})"
-    assert run([sys.executable, "-c", code], ROOT).stdout == "set()\n"
+    ui = "import sys; from pathlib import Path; from dagster_project.orchestration.dagster import ui; ui.sync_if_changed(Path.cwd())"
+    code = f"{ui}; print({{'dagster', 'dvc', 'sqlalchemy'}} & {{*sys.modules}})"
+    assert run([sys.executable, "-c", code], project).stdout == "set()\n", "nor does the UI, before it starts Dagster"

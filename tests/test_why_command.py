@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 from dagster_project.__main__ import main
 from dagster_project.commands import why_calibration, why_model, why_prove
 from dagster_project.commands.why_question import tokenize, tokenizer_of
-from dagster_project.core.hashing import md5_of_file
+from dagster_project.core.hashing import md5_of_file, md5_of_folder
 from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration import locks
 
@@ -175,7 +177,13 @@ def test_the_validation_split_of_another_training_is_not_asked_about(
     recorded[1] = ("out", "validation", "0" * 32)
     assert why(root, *QUESTION, "--json") == 0
     found = document(capsys)
-    assert found["distribution"]["compared"] is None and any("is not that of the training" in note for note in found["notes"])
+    assert found["distribution"]["compared"] is None and any("is not the split of the training" in note for note in found["notes"])
+    assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 0
+    recorded.clear()  # as in a clone that never had the files of that data set
+    read = SimpleNamespace(inputs=(("data/splits", "data/splits", md5_of_folder(listing_of(root / "data/splits"))),))
+    monkeypatch.setattr(Index, "ancestors", lambda index, run: {"out": read})
+    assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 24
+    validation(root, 12, "black")
     assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 0
 
 

@@ -90,9 +90,9 @@ def _audit_exported(options: argparse.Namespace) -> int | None:
 
 def _is_recorded_here(root: Path, model: str) -> bool:
     """Whether it is a stage, whatever folder has its name, or the path of an output: a base model may itself be a file that `export` wrote."""
-    from dagster_project.lineage.history import current_lock
+    from dagster_project.lineage.history import workspace_lock
 
-    lock = current_lock(root)
+    lock = workspace_lock(root)
     outputs = {(root / out["path"]).resolve() for stage in lock.values() for out in stage.get("outs", [])}
     return model in lock or Path(model).resolve() in outputs
 

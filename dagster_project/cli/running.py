@@ -154,7 +154,14 @@ def share(options: argparse.Namespace) -> int:
     return 0
 
 
-OF_A_MODEL = {"method": None, "tokens_per_row": 2048, "batch": 1, "gradient_checkpointing": True, "dtype": "auto", "device": "cuda"}
+MODEL_OPTIONS: dict[str, Any] = {
+    "method": ("full", "lora", "qlora"),
+    "tokens_per_row": 2048,
+    "batch": 1,
+    "gradient_checkpointing": True,
+    "dtype": "auto",
+    "device": "cuda",
+}
 """Options of `plan --model` and their defaults."""
 
 
@@ -163,21 +170,24 @@ def plan(options: argparse.Namespace) -> int:
     from dagster_project.commands.plan import as_text, plan_model, plan_variants
     from dagster_project.core.params import Compute
 
-    if options.model and options.variants:
+    given = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
+    if options.model is not None and options.variants:
         raise InputError(f"plan: {options.variants[0]} and --model are both given", "name variants of params.yaml, or any model")
-    defaults = OF_A_MODEL if options.model is None else {}
-    if given := [name for name, default in defaults.items() if getattr(options, name) != default]:
-        raise InputError(f"plan: --{given[0].replace('_', '-')} requires --model", "edit params.yaml, or plan for a model with --model")
+    if options.model is None and given:
+        raise InputError(
+            f"plan: --{next(iter(given)).replace('_', '-')} requires --model", "edit params.yaml, or plan for a model with --model"
+        )
     with lean_imports():
         if options.model is not None:
+            chosen = MODEL_OPTIONS | given
             document = plan_model(
                 Path(options.model),
-                options.method or ["full", "lora", "qlora"],
-                tokens=options.tokens_per_row,
-                rows=options.batch,
-                checkpointing=options.gradient_checkpointing,
-                compute=Compute(dtype=options.dtype),
-                device=options.device,
+                chosen["method"],
+                tokens=chosen["tokens_per_row"],
+                rows=chosen["batch"],
+                checkpointing=chosen["gradient_checkpointing"],
+                compute=Compute(dtype=chosen["dtype"]),
+                device=chosen["device"],
             )
         else:
             document = plan_variants(project(options), options.variants)
@@ -190,21 +200,15 @@ def _add_plan(commands: Any) -> None:
     add("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")
     add("--model", metavar="CONFIG", help="plan for any model instead, from its folder or its config.json only")
     add("--method", action="append", help="with --model; can be repeated (default: full, lora and qlora)")
-    add("--tokens-per-row", type=int, default=OF_A_MODEL["tokens_per_row"], metavar="N", help="with --model (default: %(default)s)")
-    add("--batch", type=int, default=OF_A_MODEL["batch"], metavar="N", help="with --model: rows in a forward pass (default: %(default)s)")
-    add(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=OF_A_MODEL["gradient_checkpointing"],
-        help="with --model (default: on)",
-    )
+    add("--tokens-per-row", type=int, metavar="N", help=f"with --model (default: {MODEL_OPTIONS['tokens_per_row']})")
+    add("--batch", type=int, metavar="N", help=f"with --model: rows in a forward pass (default: {MODEL_OPTIONS['batch']})")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="with --model (default: on)")
     add(
         "--dtype",
         choices=("auto", "bfloat16", "float32"),
-        default=OF_A_MODEL["dtype"],
         help="with --model: bfloat16 or float32 (default: bfloat16 if the device supports it)",
     )
-    add("--device", default=OF_A_MODEL["device"], help="with --model: cuda or cpu; it need not be on this machine (default: %(default)s)")
+    add("--device", help=f"with --model: cuda or cpu; it need not be on this machine (default: {MODEL_OPTIONS['device']})")
 
 
 def add_commands(commands: Any) -> None:

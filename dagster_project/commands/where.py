@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import measured
-from dagster_project.lineage.history import current_lock
+from dagster_project.lineage.history import workspace_lock
 
 
 def where(root: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -17,7 +17,7 @@ def where(root: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
         stages: of the audit document. Those whose output is not the current one are omitted, because only the latest run is recorded: on a branch without
             dvc.lock all of them.
     """
-    current = {address: {out["md5"] for out in stage.get("outs", [])} for address, stage in current_lock(root).items()}
+    current = {address: {out["md5"] for out in stage.get("outs", [])} for address, stage in workspace_lock(root).items()}
     executions: dict[str, Any] = {
         address: dict(measured(root, address)).get("execution")
         for address, stage in stages.items()

@@ -40,7 +40,7 @@ BINS = 40
 """Of the distribution of scores."""
 UNCALIBRATED = (
     f"whether a record stands out is judged by its distance from the others alone, which is often wrong: {why_calibration.VALIDATION} has too few"
-    " questions to compare with or is not that of the training, or --index did not compute them"
+    " questions, is not the split of the training, or was not compared by --index"
 )
 UNCALIBRATED_PAIRS = (
     "whether a record stands out is judged by its distance from the others alone, which is often wrong: models of preference pairs are not compared with"

@@ -13,7 +13,7 @@ from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.commands.why_question import tokenize, tokenizer_of
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import md5_of_file, sha256_of_file, sha256_of_files, sha256_of_text
+from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import read_records, write_json
 from dagster_project.lineage.attribution import calibration
@@ -21,8 +21,10 @@ from dagster_project.lineage.attribution.calibration import ANSWERS, LEAST, Cali
 from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.ranking import cosines
 from dagster_project.lineage.attribution.records import Example
+from dagster_project.lineage.history import listing_of
 
-VALIDATION = "data/splits/validation"
+SPLITS = "data/splits"
+VALIDATION = f"{SPLITS}/validation"
 FILE, NOTE = "validation.safetensors", "validation.json"
 BLOCK = 16
 """Questions whose gradients are held at the same time."""
@@ -84,10 +86,13 @@ def _shards(found: Target) -> list[Path]:
 
 
 def _is_of_another_training(found: Target) -> bool:
-    """Whether the validation split is known to be another one than that of the training: one of its records may then have been trained on, or have a near-copy
-    that was."""
-    recorded = {md5 for _, split, md5 in found.subject.index.shards(found.run) if split == "validation"}
-    return bool(recorded) and recorded != {md5_of_file(shard) for shard in _shards(found)}
+    """Whether the workspace's validation split may differ from that of the training. Its records, or near-copies of them, may have been trained on."""
+    index = found.subject.index
+    if shards := {md5 for _, split, md5 in index.shards(found.run) if split == "validation"}:
+        return shards != {md5_of_file(shard) for shard in _shards(found)}
+    # the files of that data set were never in this clone's cache: what the stage that read it recorded
+    recorded = {md5 for run in index.ancestors(found.run).values() for dep, _, md5 in run.inputs if dep == SPLITS}
+    return bool(recorded) and md5_of_folder(listing_of(found.place / SPLITS)) not in recorded
 
 
 def _asked(found: Target) -> list[tuple[int, Example]]:

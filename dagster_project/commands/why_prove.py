@@ -41,13 +41,12 @@ def prove(found: Target, question: Question, hits: list[dict[str, Any]], count: 
         Busy: the stage is being run, another check or index of it is, or an erasure.
         CheckFailed: a training diverged.
     """
-    refuse_draws(count)
     top = sorted(hit["example_id"] for hit in hits)
     if not fits(found.tokenized, top):
-        alone = not all(fits(found.tokenized, [name]) for name in top)
+        alone = not fits(found.tokenized, [hits[0]["example_id"]])
         raise InputError(
             "--prove: a packed row has no other record than the first ones, so its loss would not be defined",
-            "it has one record alone, as all rows have without tokenized.packing: this cannot be checked"
+            "the first record has a row to itself (all records do without tokenized.packing), so it cannot be checked"
             if alone
             else "leave out fewer with --top",
         )
@@ -68,10 +67,11 @@ def _prove(found: Target, question: Question, top: list[str], count: int) -> dic
     _remove_others(found)
     sets = {"all records": [], f"the first {len(top)} left out": top}
     sets |= {f"random set {i + 1} of {count} left out": names for i, names in enumerate(chosen)}
-    made = made_by(found)
-    todo = sum(not is_kept(_folder(found, names), made) for names in sets.values())
-    log.info(f"why: {todo} of {len(sets)} trainings of {found.run.address} to run; those of earlier questions are kept")
-    values = {what: _log_probability(found, question, train_without(found, names, what, made)) for what, names in sets.items()}
+    identity = training_identity(found)
+    kept = {what for what, names in sets.items() if is_kept(_folder(found, names), identity)}
+    log.info(f"why: {len(sets) - len(kept)} of {len(sets)} trainings of {found.run.address} to run; those of earlier questions are kept")
+    folders = {what: _folder(found, names) if what in kept else train_without(found, names, what, identity) for what, names in sets.items()}
+    values = {what: _log_probability(found, question, folder) for what, folder in folders.items()}
     whole, without, *of_draws = values.values()
     verdict = Verdict(whole - without, tuple(whole - value for value in of_draws))
     return {
@@ -87,18 +87,15 @@ def _prove(found: Target, question: Question, top: list[str], count: int) -> dic
     }
 
 
-def train_without(found: Target, names: Collection[str], what: str, made: Mapping[str, str]) -> Path:
-    """The adapter trained again with a loss weight of 0 for some records, by the code of the stage, or as kept from an earlier question with the same code.
+def train_without(found: Target, names: Collection[str], what: str, identity: Mapping[str, str]) -> Path:
+    """The folder of the adapter trained again by the code of the stage, with a loss weight of 0 for some records.
 
     Args:
-        made: of `made_by`.
-
+        identity: result of `training_identity`.
     Raises:
         CheckFailed: a blocking check of the training failed.
     """
     folder = _folder(found, names)
-    if is_kept(folder, made):
-        return folder
     remove(folder)
     scratch = folder.with_name(f"{folder.name}.training")  # its checkpoints survive an interruption
     remove(scratch / "tokenized")
@@ -114,30 +111,26 @@ def train_without(found: Target, names: Collection[str], what: str, made: Mappin
     )
     if failed := [check.name for check in report.failures]:
         raise CheckFailed(f"the training with {what} failed: {', '.join(failed)}", "see the log above")
-    write_json(out / DONE, {"left_out": len(names), "made_by": dict(made), "files": _weights(out)})
+    write_json(out / DONE, {"left_out": len(names), "made_by": dict(identity), "files": _weights(out)})
     out.replace(folder)
     remove(scratch)
     write_json(folder.parent / OWNER, {"stage": found.run.address})
     return folder
 
 
-def made_by(found: Target) -> dict[str, str]:
-    """What a training of now depends on besides its inputs: trainings by other code or libraries differ in more than their records."""
+def training_identity(found: Target) -> dict[str, str]:
+    """Code, libraries, device and dtype of a training that is run now: with others, adapters differ in more than their records."""
     device, dtype = prepare(found.compute)
     return run_identity(Path(adapter.__file__), found.compute, device, dtype, LIBRARIES)
 
 
-def is_kept(folder: Path, made: Mapping[str, str]) -> bool:
-    """Whether a folder has the intact weights of a training by this code.
-
-    Args:
-        made: of `made_by`.
-    """
+def is_kept(folder: Path, identity: Mapping[str, str]) -> bool:
+    """Whether a folder has the intact weights of a training of this identity."""
     try:
         note = json.loads((folder / DONE).read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(note, dict) and note.get("made_by") == made and note.get("files") == _weights(folder)
+    return isinstance(note, dict) and note.get("made_by") == identity and note.get("files") == _weights(folder)
 
 
 def _weights(folder: Path) -> dict[str, str]:

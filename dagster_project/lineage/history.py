@@ -210,14 +210,16 @@ class Revision:
         return stages
 
 
-def current_lock(root: Path) -> dict[str, Any]:
+def workspace_lock(root: Path) -> dict[str, Any]:
     """The stages of the dvc.lock in the workspace; empty on a branch without one.
 
     Raises:
         InputError: the file is damaged, or missing although the committed state has one.
     """
+    if (root / LOCK).is_file():
+        return Revision(root, None).lock()
     refuse_lost_entries(root)
-    return Revision(root, None).lock(partial=True) if (root / LOCK).is_file() else {}
+    return {}
 
 
 def resolve(lock: dict[str, Any], model: str) -> str:

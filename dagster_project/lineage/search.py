@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 FIELDS = ("content", "reasoning_content", "tool_calls", "name")
 """Fields of a message that are searched. Of calls: their arguments."""
 PARTS = ("messages", "prompt", "chosen", "rejected", "tools")
+BEYOND_ASCII = re.compile(r"[^\x00-\x7f]|\\[xuUpP]")
+"""In a regular expression: a character beyond ASCII, or an escape of one."""
 CONTEXT = 40
 """Characters of an excerpt on either side of a match."""
 
@@ -35,8 +37,11 @@ def normalized(text: str) -> str:
 
 
 class Pattern:
-    """What is searched for: a text between word boundaries, or a regular expression (without look-around and back-references, case-insensitive), which is
-    compared with texts in two forms if it has characters beyond ASCII: NFKC would replace some that it names, such as an ellipsis."""
+    """What is searched for: a text between word boundaries, or a regular expression (without look-around and back-references, case-insensitive).
+
+    An expression that names characters beyond ASCII is matched with the NFKC and the NFC form of each text, because NFKC replaces characters such as an
+    ellipsis. It has to match one of them as a whole.
+    """
 
     def __init__(self, text: str, regex: bool) -> None:
         """Raises:
@@ -49,7 +54,7 @@ class Pattern:
             raise InputError("--containing: the text is empty", "give a word, a name or part of a sentence")
         self.regex = regex
         text = unicodedata.normalize("NFC", text) if regex else text  # as texts are
-        self.forms: tuple[Literal["NFKC", "NFC"], ...] = ("NFKC",) if text.isascii() or not regex else ("NFKC", "NFC")
+        self.forms: tuple[Literal["NFKC", "NFC"], ...] = ("NFKC", "NFC") if regex and BEYOND_ASCII.search(text) else ("NFKC",)
         begin, end = (r"(^|\W)" if words[0][0].isalnum() else ""), (r"($|\W)" if words[-1][-1].isalnum() else "")
         self.ascii = text if regex else begin + r"\s+".join(map(re.escape, words)) + end
         before, after = (r"(?<!\w)" if words[0][0].isalnum() else ""), (r"(?!\w)" if words[-1][-1].isalnum() else "")
@@ -66,8 +71,8 @@ class Pattern:
     def matches_of(self, texts: pl.Series) -> list[int]:
         """Indices of the texts that match; null does not. Raises ComputeError if Rust's `regex` does not know the expression."""
         if self.regex:
-            folded = [texts.str.normalize(form).str.replace_all(r"\s+", " ").str.strip_chars() for form in self.forms]
-            return reduce(or_, [one.str.contains(f"(?i){self.ascii}").fill_null(False) for one in folded]).arg_true().to_list()
+            normalized_texts = [texts.str.normalize(form).str.replace_all(r"\s+", " ").str.strip_chars() for form in self.forms]
+            return reduce(or_, [one.str.contains(f"(?i){self.ascii}").fill_null(False) for one in normalized_texts]).arg_true().to_list()
         plain = (texts.str.len_bytes() == texts.str.len_chars()).fill_null(True)
         found = (plain & texts.str.contains(f"(?i){self.ascii}").fill_null(False)).arg_true().to_list()
         others = (~plain).arg_true()
@@ -80,9 +85,8 @@ class Pattern:
         """The match in the normalized text, with what is around it."""
         flats = [" ".join(unicodedata.normalize(form, text).split()) for form in self.forms]
         flats = flats if self.regex else [flat.casefold() for flat in flats]
-        flat = next((flat for flat in flats if self.python.search(flat)), flats[0])
-        match = self.python.search(flat)
-        start, end = match.span() if match else (0, 0)
+        matches = [match for match in map(self.python.search, flats) if match]
+        flat, (start, end) = (matches[0].string, matches[0].span()) if matches else (flats[0], (0, 0))
         cut = flat[max(0, start - CONTEXT) : end + CONTEXT]
         return f"{'...' if start > CONTEXT else ''}{cut}{'...' if end + CONTEXT < len(flat) else ''}"
 

@@ -67,7 +67,7 @@ class LastSync:
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             return cls(root, key_prefix, (), None, None)
         now = None
-        with suppress(OSError, ValueError, sqlite3.Error):  # a path that no file can have, or a folder or data base that cannot be read
+        with suppress(OSError, ValueError, sqlite3.Error):  # a path that no file can have, or a folder or database that cannot be read
             now = _state(root, key_prefix, paths)
         return cls(root, key_prefix, tuple(paths), known.get("state"), now)
 

@@ -62,7 +62,7 @@ def direct_copies() -> Iterator[None]:
     from pydantic.v1.class_validators import Validator
     from pydantic.v1.fields import FieldInfo, ModelField
 
-    classes = [each for each in (FieldInfo, ModelField, Validator) if has_plain_state(each)]
+    classes: list[Any] = [each for each in (FieldInfo, ModelField, Validator) if has_plain_state(each)]
     for each in classes:
         each.__deepcopy__ = _copied
     try:
@@ -90,9 +90,10 @@ def has_plain_state(kind: type) -> bool:
 
 
 def _copied(self: Any, memo: dict[int, Any]) -> Any:
-    twin = object.__new__(type(self))
+    kind: Any = type(self)
+    twin = object.__new__(kind)
     memo[id(self)] = twin
-    for name in _slots(type(self)):
+    for name in _slots(kind):
         try:
             value = getattr(self, name)
         except AttributeError:  # not set

@@ -55,7 +55,7 @@ class TrainedModel:
         """Args:
             folder: the adapter, or the complete model of a method that trains the base model's own weights.
             where: name of the model, for messages.
-            options: the keys of such a method, which determine the weights that it trained.
+            options: `peft` of the variant; for `full`, `trainable` selects the weights.
         Raises:
             InputError: its method cannot be attributed.
         """

@@ -102,7 +102,8 @@ class Point:
             return load_file(self.folder / name)
         except FileNotFoundError:
             raise InputError(
-                f"the checkpoint of step {self.step} was removed, e.g. by `pedigree erase`", "add --index to train again and store it"
+                f"the checkpoint of step {self.step} was removed, e.g. by `pedigree erase`",
+                "add --index to train again and store it, if the model was not erased",
             ) from None
 
     def write(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor] | None) -> None:

@@ -75,7 +75,7 @@ class Retraining:
         if self.compute.processes > 1 or self.entry.sharding is not None:
             raise InputError(f"{where} was trained in several processes, whose checkpoints are not supported", "ask about the end alone")
         if self.entry.method.lower() == "adalora":
-            raise InputError(f"{where}: checkpoints of adalora have other weights than what it saves", "ask about the end alone")
+            raise InputError(f"{where}: checkpoints of adalora do not contain the weights that it saves", "ask about the end alone")
         if scaled and optim not in WITH_MOMENTS:
             raise InputError(
                 f"--second-moments: {optim}, the optimizer of {where}, is not supported: {' and '.join(WITH_MOMENTS)} are", "leave it out"

@@ -25,7 +25,7 @@ from dagster_project.lineage.sources import stages_reading
 RECORD_ID = re.compile(r"[0-9a-fA-F]{32}")
 
 
-@uncollected  # ten thousands of models are listed without a cycle among them
+@uncollected  # the result has tens of thousands of objects without reference cycles
 def impact(
     root: Path,
     record: str | None = None,

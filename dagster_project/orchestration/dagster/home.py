@@ -1,4 +1,4 @@
-"""The folder of Dagster's instance of a project: its settings, and the project that it belongs to. Needs no Dagster."""
+"""DAGSTER_HOME of a project: creates it with its settings and records its owner. Does not import Dagster."""
 
 from __future__ import annotations
 

@@ -35,18 +35,21 @@ def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
     listener = pages.listen(pages_port)
     folder = home(root)
     pages.remember_port(root, listener.getsockname()[1])
-    _sync(root)
+    sync_if_changed(root)
     command = [sys.executable, "-m", webserver.__name__, "dev", "-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
     hosts = ",".join(filter(None, (host, os.environ.get(webserver.HOSTS))))
     environment = os.environ | command_environment({"DAGSTER_HOME": str(folder), "PEDIGREE_PROJECT": str(root), webserver.HOSTS: hosts})
     pages.start(root, listener)
     listener.close()
     os.chdir(root)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background of a script it is ignored, and Dagster then ignores SIGTERM, too
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # shells without job control start background processes with it ignored; Dagster then ignores SIGTERM
     os.execve(command[0], command, environment)
 
 
-def _sync(root: Path) -> None:
+def sync_if_changed(root: Path) -> None:
+    """Report DVC's state to Dagster. Neither is loaded if nothing changed since the last sync."""
     last = LastSync.read(root, ())
     if last.unchanged:
         return
