@@ -361,7 +361,7 @@ def _small_server() -> Iterator[WarmServer]:
 
 @pytest.fixture
 def warm_small(_small_server: WarmServer) -> Iterator[None]:
-    """The same as `warm`, for projects of the small pipeline. Stages that DVC and `verify` run in the process of the test are forked, too."""
+    """The same as `warm`, for projects of the small pipeline. Stages that DVC runs in the process of the test are forked, too."""
     with running_commands(_small_server), running_stages(_small_server):
         yield
 

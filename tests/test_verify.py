@@ -26,9 +26,6 @@ from dagster_project.lineage.first_difference import first_difference
 from dagster_project.lineage.lineage import Revision
 from dagster_project.orchestration.dvc_cache import Store
 
-forked = pytest.mark.usefixtures("warm_small")
-"""For tests on the small pipeline; stages of the whole one are started."""
-
 
 def files_of(root: Path) -> dict[str, bytes]:
     """What of a project counts: all but DVC's own scratch."""
@@ -94,7 +91,6 @@ def test_an_online_training_on_tasks_is_reproduced_byte_for_byte(finished: Path)
     assert len(read_table(finished / "data/aligned/math/answers/answers-00000.parquet")) == 12
 
 
-@forked
 def test_a_dirty_project_is_verified_against_its_record_and_not_changed(root: Path) -> None:
     (root / "data/sources/g.txt").write_text("r1")
     shutil.rmtree(root / "data/inst")
@@ -106,7 +102,6 @@ def test_a_dirty_project_is_verified_against_its_record_and_not_changed(root: Pa
     assert files_of(root) == before
 
 
-@forked
 def test_the_output_of_other_code_is_different_and_the_code_is_named(root: Path) -> None:
     (root / "code/tok.py").write_text("V = 1\n")
     found = verify(root, "tok")
@@ -117,7 +112,6 @@ def test_the_output_of_other_code_is_different_and_the_code_is_named(root: Path)
     assert verify(root, "tok", rev="HEAD")["verdict"] == "identical"
 
 
-@forked
 def test_several_stages_are_verified_by_one_run_of_each_stage_above_them(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "pedigree")
     assert verdicts(root, ["tok", "inst"]) == {stage: verify(root, stage, deep=True)["verdict"] for stage in ("tok", "inst")}
@@ -130,14 +124,12 @@ def test_several_stages_are_verified_by_one_run_of_each_stage_above_them(root: P
     assert verify(root, "tok")["verdict"] == "identical", "although it is, from the recorded input"
 
 
-@forked
 def test_a_stage_is_verified_from_the_input_it_read_even_if_that_was_produced_again(root: Path) -> None:
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"minlen": 1', '"minlen": 2'))
     assert dvc(root, "repro", "--single-item", "inst").returncode == 0
     assert verify(root, "tok")["verdict"] == "identical"
 
 
-@forked
 def test_without_the_cache_nothing_is_done_and_the_error_names_what_to_fetch(root: Path) -> None:
     shutil.rmtree(root / ".dvc/cache/files")
     with pytest.raises(InputError, match="data/inst: 1 object") as said:
@@ -145,7 +137,6 @@ def test_without_the_cache_nothing_is_done_and_the_error_names_what_to_fetch(roo
     assert "dvc pull data/inst" in str(said.value)
 
 
-@forked
 def test_an_input_that_was_tampered_with_is_not_used(root: Path) -> None:
     content = (root / "data/inst/rows.txt").read_bytes()
     for path in (root / ".dvc/cache/files").rglob("*"):
@@ -156,7 +147,6 @@ def test_an_input_that_was_tampered_with_is_not_used(root: Path) -> None:
         verify(root, "tok")
 
 
-@forked
 def test_likely_causes_are_differences_in_the_environment(root: Path) -> None:
     def causes(environment: dict[str, str], then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         write_json(root / "data/reports/adapter/lora.json", {"environment": environment})
@@ -178,7 +168,6 @@ def test_likely_causes_are_differences_in_the_environment(root: Path) -> None:
     assert causes(here, same, same) == [f"other installed packages: sha256 {'1' * 16} then, {'2' * 16} now"]
 
 
-@forked
 def test_an_unknown_stage_or_revision_is_one_message(root: Path) -> None:
     with pytest.raises(InputError, match="nothing: no such stage"):
         verify(root, "nothing")

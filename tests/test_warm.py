@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from builders.warm import words_of_stage
 from builders.warm_server import WarmServer, running_commands, running_stages, words_of
 from conftest import run
 
-from dagster_project.commands.verify import verify
 from dagster_project.core.errors import CheckFailed
 from dagster_project.orchestration import dvc_run
 
@@ -67,22 +66,6 @@ def test_a_stage_that_dvc_in_the_process_of_a_test_forks_does_what_a_started_one
         assert run(VERSION, root).returncode == 0
         monkeypatch.setattr(subprocess, "Popen", start)
         assert {source: outcome(source) for source in started} == started
-
-
-def test_a_stage_that_verify_forks_gives_what_a_started_one_gives(server: WarmServer, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = verify(root, "tok")
-    forked: list[list[str]] = []
-    whole = server.run
-
-    def noted(words: Sequence[str], *place: Any) -> Any:
-        forked.append([*words])
-        return whole(words, *place)
-
-    monkeypatch.setattr(server, "run", noted)
-    with running_stages(server):
-        assert verify(root, "tok")["stages"] == started["stages"] and started["verdict"] == "identical"
-        assert forked == [["small_pipeline.py", "run", "tok"]]
-    assert verify(root, "tok")["stages"] == started["stages"] and len(forked) == 1, "afterwards it is started again"
 
 
 def test_a_script_that_a_test_has_edited_is_started(server: WarmServer, root: Path) -> None:

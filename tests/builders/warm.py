@@ -22,11 +22,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 PRELOAD = ["dvc.cli", "dvc.commands.repro", "dvc.commands.status", "dvc.commands.checkout", "dvc.repo.reproduce", "dvc.repo.status", "dvc.stage.run",
-           "dagster", "dagster_project.__main__", "dagster_project.cli.parser", "dagster_project.commands.verify", "dagster_project.orchestration.dagster.sync", "dagster_project.orchestration.run_stage", "dagster_project.stages"]  # fmt: skip
+           "dagster", "dagster_project.__main__", "dagster_project.cli.parser", "dagster_project.orchestration.dagster.sync", "dagster_project.orchestration.run_stage", "dagster_project.stages"]  # fmt: skip
 CPU_SECONDS = 120
 """CPU time after which a command counts as hanging."""
 SECONDS = 600
@@ -258,8 +257,9 @@ def has_small_pipeline(folder: str | Path) -> bool:
 
 
 def start_stages_by(start: Callable[[Sequence[str], str, Mapping[str, str]], Any]) -> None:
-    """From now on DVC and `verify` in this process start the command of a stage by a function of what `main_of` gets, a folder and an environment. It
-    returns what DVC uses of subprocess.Popen."""
+    """From now on DVC in this process starts the command of a stage by a function of what `main_of` gets, a folder and an environment. It returns what
+    DVC uses of subprocess.Popen."""
+    import dvc.stage.run as module
 
     class Subprocess:
         def __getattr__(self, name: str) -> Any:
@@ -270,45 +270,18 @@ def start_stages_by(start: Callable[[Sequence[str], str, Mapping[str, str]], Any
                 return start(words, options["cwd"], options["env"])
             return subprocess.Popen(arguments, **options)
 
-        def run(self, command: Any, **options: Any) -> Any:
-            if not options.get("shell") or not (words := words_of_stage(command, options["cwd"])):
-                return subprocess.run(command, **options)
-            with _output_to(options["stdout"]):
-                stage = start(words, str(options["cwd"]), options["env"])
-                stage.communicate()
-            return subprocess.CompletedProcess(command, stage.returncode)
-
-    for module in _starting_stages():
-        module.subprocess = Subprocess()  # type: ignore[attr-defined]
+    module.subprocess = Subprocess()  # type: ignore[attr-defined]
 
 
 def start_stages_by_subprocess() -> None:
-    """From now on DVC and `verify` in this process start the commands of stages as they do themselves."""
-    for module in _starting_stages():
-        module.subprocess = subprocess  # type: ignore[attr-defined]
+    """From now on DVC in this process starts the commands of stages as it does itself."""
+    import dvc.stage.run as module
 
-
-def _starting_stages() -> list[ModuleType]:
-    """The modules that start stages. That of `verify` only if it is loaded."""
-    verify = sys.modules.get("dagster_project.commands.verify")
-    return [importlib.import_module("dvc.stage.run"), *([verify] if verify else [])]
-
-
-@contextmanager
-def _output_to(number: int) -> Iterator[None]:
-    """While open, what is written to standard output goes where another file descriptor writes."""
-    sys.stdout.flush()
-    before = os.dup(1)
-    os.dup2(number, 1)
-    try:
-        yield
-    finally:
-        os.dup2(before, 1)
-        os.close(before)
+    module.subprocess = subprocess  # type: ignore[attr-defined]
 
 
 def fork_instead_of_starting(in_stage: Fault | None) -> None:
-    """From now on DVC and `verify` in this process, a forked one, fork the commands of stages."""
+    """From now on DVC in this process, a forked one, forks the commands of stages."""
     start_stages_by(lambda words, cwd, env: ForkedStage(words, in_stage, cwd, env))
     whole = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: whole("fork" if method == "forkserver" else method)  # type: ignore[assignment, misc]

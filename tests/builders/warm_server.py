@@ -108,7 +108,7 @@ def running_commands(server: WarmServer) -> Iterator[None]:
 
 @contextmanager
 def running_stages(server: WarmServer) -> Iterator[None]:
-    """While open, DVC and `verify` in the process of the test let this process run the commands of stages."""
+    """While open, DVC in the process of the test lets this process run the commands of stages."""
     warm.start_stages_by(lambda words, folder, environment: ServedStage(server, words, folder, environment))
     try:
         yield
