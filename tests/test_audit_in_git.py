@@ -120,7 +120,7 @@ def test_an_expression_with_accents_or_an_ellipsis_matches_either_form_of_a_text
         "waits\u2026",
         "waits[.]{3}",
         r"waits\u2026",
-        r"caf\x{e9}",
+        r"caf\xe9",
         "(fine|none)",
         "\ufb01ne",
         "caf. waits",
