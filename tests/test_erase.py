@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import multiprocessing
+import re
 import shutil
 import sqlite3
 import sys
@@ -50,6 +51,7 @@ from dagster_project.orchestration.erasure.exclusive import LOCK, no_stage_runs,
 from dagster_project.orchestration.erasure.objects import Own, to_remove
 from dagster_project.orchestration.erasure.plan import found_in_models, models_of, usable_key
 from dagster_project.orchestration.erasure.steps import Erasure
+from dagster_project.orchestration.integrity import KNOWN_HASHES
 from dagster_project.stages import raw_examples, raw_preferences
 
 KEY = "5f" * 32
@@ -621,3 +623,63 @@ def test_ids_that_a_row_that_stays_has_too_are_not_those_of_the_erased_record(tm
         found = Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"data/sources/a.jsonl:{row}",)), [])
         assert found.own_ids == [*map(identity, ids)] == [*found.needles.ids], row
         assert found.made == [*map(identity, children)], row
+
+
+def test_a_text_with_capital_letters_in_its_escapes_is_found() -> None:
+    """As System.Text.Json of .NET writes JSON."""
+    text = "Потерян кобальтовый фонарь 🏮 без фитиля"
+    lower = json.dumps(text)
+    upper = re.sub(r"\\u[0-9a-f]{4}", lambda found: "\\u" + found[0][2:].upper(), lower)
+    assert (
+        lower != upper and [*map(Scanner(needles_of([text], [], [])).content, (lower.encode(), upper.encode()))] == [{"text", "sure"}] * 2
+    )
+
+
+def review_file(root: Path, *names: str) -> None:
+    path = root / "data/sources/review/instructions.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("example_id,check,decision,reason\n" + "".join(f"{name},secrets,accept,a sample\n" for name in names))
+
+
+def test_a_decision_of_a_reviewer_about_a_row_by_its_number_does_not_become_one_about_another_row(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("{}")
+    review_file(tmp_path, "data/sources/a.jsonl:1", "0123456789ab", "data/sources/b.jsonl:9", "data/sources/a.jsonl:4")
+    plans._refuse_shifted_names(tmp_path, {"data/sources/a.jsonl": {5}}, {})
+    plans._refuse_shifted_names(tmp_path, {"data/sources/a.jsonl": {4}}, {"data/sources/review/instructions.csv": {3}})  # this line goes
+    with pytest.raises(InputError, match=r"review/instructions.csv: data/sources/a.jsonl:4 is the number of a row"):
+        plans._refuse_shifted_names(tmp_path, {"data/sources/a.jsonl": {2}}, {})
+
+
+def test_lines_of_a_review_file_name_a_record_in_all_ways_of_reviewers(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    raw = Raw("raw_examples", "data/sources/a.jsonl", (7,), {"example_id": identity("lantern"), "messages": messages("lantern")}, True)
+    names = [
+        identity("lantern"),
+        identity("lantern")[:8],
+        "data/sources/a.jsonl:7",
+        identity("wick"),
+        identity("wick")[:8],
+        "data/sources/a.jsonl:8",
+        "",
+    ]
+    review_file(tmp_path, *names)
+    found = Finder(Index(toy.root), bytes.fromhex(KEY))._notes(Found(meant=[raw]), "data/sources/review")
+    assert found == {"data/sources/review/instructions.csv": {0, 1, 2}}
+
+
+def test_with_another_key_than_that_of_the_tombstones_nothing_is_begun(root: Path) -> None:
+    (root / "data/keys/record_ids.key").write_text("60" * 32)
+    with pytest.raises(InputError, match=r"line 1: made with another key"):
+        plans.make(root, Request(records=(identity("lantern"),)), [], "")
+
+
+def test_a_reason_that_is_not_utf_8_is_one_message() -> None:
+    with pytest.raises(InputError, match="--reason: it has bytes that are not UTF-8"):
+        plans._refuse_reason("\udcff", Request(), Found())
+
+
+def test_hashes_of_files_that_are_no_longer_there_are_not_kept(tmp_path: Path) -> None:
+    (tmp_path / KNOWN_HASHES).parent.mkdir(parents=True)
+    (tmp_path / KNOWN_HASHES).write_text(json.dumps({str(tmp_path / "data/raw_examples/records-00001.parquet"): [1, 2, 3, "0" * 64]}))
+    Erasure(tmp_path, {**PLAN, "needles": {"texts": [], "groups": [], "ids": [], "unsearchable": 0}}, lambda root: None).files()
+    assert not (tmp_path / KNOWN_HASHES).exists()

@@ -65,7 +65,9 @@ def _encoded(text: str) -> Iterator[str]:
     if not text.isascii():
         escaped = text.encode("ascii", "backslashreplace").decode()  # "\xe9" for Latin-1, which JSON writes as \u00e9
         escaped = re.sub(r"\\x([0-9a-f]{2})", r"\\u00\1", escaped)
-        yield re.sub(r"\\U([0-9a-f]{8})", lambda found: _surrogates(int(found[1], 16)), escaped)
+        escaped = re.sub(r"\\U([0-9a-f]{8})", lambda found: _surrogates(int(found[1], 16)), escaped)
+        yield escaped
+        yield re.sub(r"\\u([0-9a-f]{4})", lambda found: f"\\u{found[1].upper()}", escaped)  # as .NET and others write it
 
 
 def _surrogates(code: int) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -18,7 +19,7 @@ from dagster_project.core.records import LEDGER, iter_table, with_source_rows
 from dagster_project.core.text import visible
 from dagster_project.curation.left_out import LEFT_OUT, is_remote
 from dagster_project.curation.sources.erased import key_id, record_mark, text_marks
-from dagster_project.curation.sources.files import READERS, read_rows, suffix_of
+from dagster_project.curation.sources.files import READERS, Row, read_rows, suffix_of
 from dagster_project.lineage import tables
 from dagster_project.lineage.erasure.needles import Needles, needles_of
 from dagster_project.lineage.history import is_within
@@ -349,26 +350,21 @@ class Finder:
         return others
 
     def _notes(self, found: Found, folder: str) -> dict[str, set[int]]:
-        """Rows of files in a folder that name one of the records, or have its prompt."""
+        """Rows of files in a folder that name one of the records, by its id, the beginning of it or its place, or have its prompt."""
         ids = {*found.ids, *self._children(found.ids)}
+        places = {f"{raw.source}:{row}" for raw in found.meant if raw.current for row in raw.rows}
         prompts = {
             message["content"].strip() for raw in found.meant for message in _prompt_messages(raw.record) if message["role"] == "user"
         }
         notes: dict[str, set[int]] = {}
-        for path in sorted((self.root / folder).rglob("*")):
-            if not path.is_file() or suffix_of(path) not in READERS or path.suffix == ".txt" or not path.stat().st_size:
-                continue
-            try:
-                rows = read_rows(path)
-            except InputError:  # a file without rows has nothing to take out; the scan at the end reads every byte
-                continue
+        for path, rows in rows_of_notes(self.root, folder):
             numbers = {
                 row.source_row
                 for row in rows
-                if row.value and (row.value.get("example_id") in ids or str(row.value.get("prompt")).strip() in prompts)
+                if row.value and (_names(row.value.get("example_id"), ids, places) or str(row.value.get("prompt")).strip() in prompts)
             }
             if numbers:
-                notes[path.relative_to(self.root).as_posix()] = numbers
+                notes[path] = numbers
         return notes
 
     def _describe(self, found: Found) -> None:
@@ -401,6 +397,25 @@ class Finder:
             columns = [name for name in ("example_id", "messages", "prompt", "chosen", "rejected") if name in names]
             for row in tables.read(path, columns).filter(pl.col("example_id").is_in(sorted(ids))).iter_rows(named=True):
                 yield from texts_of(row)
+
+
+def rows_of_notes(root: Path, folder: str) -> Iterator[tuple[str, Sequence[Row]]]:
+    """Path in the project and rows of each file of notes; a file that cannot be read as rows is left out."""
+    for path in sorted((root / folder).rglob("*")):
+        if not path.is_file() or suffix_of(path) not in READERS or path.suffix == ".txt" or not path.stat().st_size:
+            continue
+        try:
+            rows = read_rows(path)
+        except InputError:  # a file without rows has nothing to take out; the scan at the end reads every byte
+            continue
+        yield path.relative_to(root).as_posix(), rows
+
+
+def _names(name: object, ids: Collection[str], places: Collection[str]) -> bool:
+    """Whether a note names one of the records as reviewers may: by id, by its first 8 or more characters, or by `source:row`."""
+    if not isinstance(name, str):
+        return False
+    return name in ids or name in places or (re.fullmatch(r"[0-9a-f]{8,31}", name) is not None and any(one.startswith(name) for one in ids))
 
 
 def _prompt_messages(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -20,11 +20,12 @@ from dagster_project.core.layout import RECORD_KEY
 from dagster_project.core.published_ids import CREATE, SAMPLE_KEY, read_key
 from dagster_project.core.records import write_json
 from dagster_project.curation.left_out import is_remote
+from dagster_project.curation.sources.erased import read_erased
 from dagster_project.lineage import papers_in_place
 from dagster_project.lineage.erasure import removal
 from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles
-from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Raw, Request
+from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Raw, Request, rows_of_notes
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.history import Objects, is_within
 from dagster_project.lineage.impact.question import exposed_in_workspace, exposed_models
@@ -108,6 +109,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         InputError: a part of the request means nothing, the raw data sets are not those of the sources, or a row cannot be taken out.
     """
     key = usable_key(root)
+    read_erased(root)  # tombstones of another key would end the pipeline after the rows are gone
     states = dvc.read_stages(root)
     _refuse_outdated(root, states)
     index = Index(root)
@@ -118,7 +120,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     remote = {path: sorted(numbers) for path, numbers in sorted(found.rows.items()) if is_remote(path)}
     rows = {path: numbers for path, numbers in found.rows.items() if path not in remote}
     _refuse_reason(reason, request, found)
-    _refuse_shifted_waivers(root, rows)
+    _refuse_shifted_names(root, rows, found.notes)
     _refuse_without_tombstone(found, key)
     sources = {path: _change(root, path, numbers, False, read) for path, numbers in sorted(rows.items())}
     sources |= {
@@ -259,8 +261,12 @@ def _is_own(root: Path, file: Path) -> bool:
 
 def _refuse_reason(reason: str, request: Request, found: Found) -> None:
     """Raises:
-    InputError: the reason, which is written to files that git tracks, holds what was requested or a text or id of the records.
+    InputError: the reason, which is written to files that git tracks, holds what was requested or a text or id of the records, or is not UTF-8.
     """
+    try:
+        reason.encode()
+    except UnicodeEncodeError:
+        raise InputError("--reason: it has bytes that are not UTF-8", "write it in UTF-8") from None
     said = " ".join(reason.casefold().split())
     ids = [*found.ids, *found.made, *found.needles.ids]
     texts = [*found.needles.texts, *(text for raw in found.meant for text in raw.texts if len(text) >= SHORTEST)]
@@ -284,19 +290,28 @@ def _has_event_log_elsewhere(root: Path) -> bool:
     return isinstance(settings, Mapping) and not STORAGES.isdisjoint(settings)
 
 
-def _refuse_shifted_waivers(root: Path, rows: Mapping[str, set[int]]) -> None:
+def _refuse_shifted_names(root: Path, rows: Mapping[str, set[int]], notes: Mapping[str, set[int]]) -> None:
     """Raises:
-    InputError: params.yaml names a row by its number, which another row of the file will have.
+    InputError: params.yaml or a review file names a row by its number, which another row of the file will have.
     """
+    for where, name, what in _names_of_rows(root, notes):
+        path, _, row = name.rpartition(":")
+        if path in rows and row.isdecimal() and int(row) >= min(rows[path]):
+            raise InputError(
+                f"{where}: {name} is the number of a row, which changes when rows before it are taken out",
+                f"name it by the first 8 characters of its example_id, or take the {what} out if the row will go",
+            )
+
+
+def _names_of_rows(root: Path, notes: Mapping[str, set[int]]) -> Iterator[tuple[str, str, str]]:
+    """(where, name of a row, what names it), without lines of review files that are taken out."""
     for section, value in params.read(root).items():
         waivers = value.get("waivers", []) if isinstance(value, Mapping) else []
-        for name in _names([w for w in waivers if isinstance(w, Mapping)]):
-            path, _, row = name.rpartition(":")
-            if path in rows and row.isdigit() and int(row) >= min(rows[path]):
-                raise InputError(
-                    f"params.yaml: {section}.waivers: {name} is the number of a row, which changes when rows before it are taken out",
-                    "name it by the first 8 characters of its example_id, or take the waiver out if the row will go",
-                )
+        yield from ((f"params.yaml: {section}.waivers", name, "waiver") for name in _names([w for w in waivers if isinstance(w, Mapping)]))
+    for path, lines in rows_of_notes(root, NOTES["review"]):
+        yield from (
+            (path, str(line.value.get("example_id")), "line") for line in lines if line.value and line.source_row not in notes.get(path, ())
+        )
 
 
 def _names(waivers: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -30,13 +30,14 @@ from dagster_project.orchestration.erasure.objects import Own, listings, name_of
 from dagster_project.orchestration.erasure.places import Search, search
 from dagster_project.orchestration.erasure.plan import REMAKE, found_in_models, models_now, needles_in, save, usable_key
 from dagster_project.orchestration.erasure.remotes import needed_objects, remotes_of, removers
+from dagster_project.orchestration.integrity import KNOWN_HASHES
 from dagster_project.orchestration.run_all import run_all
 from dagster_project.views.comparison import WHY
 
 log = logging.getLogger("pedigree")
 
-OWN_SCRATCH = ("set_aside", "checkpoints", "scratch", "rows", GRADIENTS.name, PROOFS.name)
-"""Folders of .dvc/tmp/pedigree that may hold tokens, weights, gradients or hashes of a run with the record: deleted as a whole."""
+OWN_SCRATCH = ("set_aside", "checkpoints", "scratch", "rows", GRADIENTS.name, PROOFS.name, KNOWN_HASHES.name)
+"""Folders and files of .dvc/tmp/pedigree that may hold tokens, weights, gradients or hashes of a run with the record: deleted as a whole."""
 DELETED = ("pages", SCRATCH)
 """Places whose files are deleted: they are drawn again, or are of no use."""
 COPY = "source"
