@@ -13,10 +13,12 @@ import pytest
 from builders.adapters import changes, factors, make_adapter, scale
 from conftest import ROOT
 
+from dagster_project.commands import pipeline_file
 from dagster_project.commands.adapter_reads import listed, write_reads
 from dagster_project.commands.pipeline_file import current_lock, pipeline_text, update_pipeline
 from dagster_project.core.context import Documents, StageContext, ValidationContext
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.params import Compute
 from dagster_project.core.records import Report
 from dagster_project.lineage import code_lock
@@ -501,6 +503,15 @@ def test_an_upgrade_of_a_project_with_an_installed_package_keeps_the_list(tmp_pa
     assert update.lock == code_lock.read(tmp_path)
     (tmp_path / "dvc.yaml").write_text(written.replace("meta: {group: 3_training", "meta: {group: own"))
     assert update_pipeline(tmp_path, code_lock.read(tmp_path)).edited  # by a person
+
+
+def test_an_upgrade_that_was_interrupted_after_it_wrote_dvc_yaml_does_not_make_it_an_edited_one(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text(pipeline_text())
+    (tmp_path / "params.yaml").write_text(json.dumps({"reward_model": {}}))
+    before = code_lock.CodeLock("1.0", {}, "that of an earlier dvc.yaml")
+    (tmp_path / "dvc.yaml").write_text(listed(pipeline_text(pipeline_file.left_out(tmp_path)), {}))
+    update = update_pipeline(tmp_path, before)
+    assert not update.edited and update.lock.pipeline == sha256_of_text((tmp_path / "dvc.yaml").read_text())
 
 
 def _with(root: Path, *more: str) -> Path:

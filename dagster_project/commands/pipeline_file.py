@@ -118,15 +118,15 @@ def update_pipeline(root: Path, recorded: CodeLock) -> Update:
     text = listed(pipeline_text(left_out(root)), adapters if isinstance(adapters, dict) else {})
     lock = current_lock(text)
     present, written = path.read_text(encoding="utf-8"), list[str]()
-    if sha256_of_text(present) == recorded.pipeline:
+    if sha256_of_text(present) == recorded.pipeline or present == text:  # the latter after an interrupted upgrade
         if present != text:
-            write_with_its_line_ends(path, text)
-            written.append("dvc.yaml")
             for name in folders()[1]:
                 if not (root / name).exists():  # this version reads it, the earlier one did not
                     (root / name).mkdir(parents=True)
                     (root / name / KEEP).touch()
                     written.append(f"{name}/{KEEP}")
+            write_with_its_line_ends(path, text)  # last: an interrupted upgrade is done again as a whole
+            written.append("dvc.yaml")
         return Update(lock, _differing(*(_without_notes(_stages(one)) for one in (present, text))), [], written)
     return Update(replace(lock, pipeline=recorded.pipeline), [], _differing(_stages(present), _stages(text)), [])
 

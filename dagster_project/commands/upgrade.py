@@ -9,6 +9,7 @@ from typing import Any
 
 from dagster_project.commands.pipeline_file import update_pipeline
 from dagster_project.core.errors import InputError
+from dagster_project.core.records import write_text
 from dagster_project.lineage import code_lock, papers_in_place
 
 RESULTS = code_lock.PACKAGE / "results_changelog.md"
@@ -40,7 +41,7 @@ def upgrade(root: Path) -> dict[str, Any]:
     changed = [name for name, value in lock.stages.items() if recorded.stages.get(name) != value]
     written = [*update.written]
     if lock != recorded:
-        (root / code_lock.FILE).write_text(lock.text(), encoding="utf-8")
+        write_text(root / code_lock.FILE, lock.text())
         written.append(code_lock.FILE)
     if ignored := papers_in_place.add_lines(root):
         written.append(papers_in_place.IGNORE_FILE)
