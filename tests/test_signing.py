@@ -654,3 +654,19 @@ def test_nothing_is_signed_if_dvc_lock_changed_while_stages_were_made_again(
     monkeypatch.setattr("dagster_project.commands.verify.verify", lambda *_, **__: document)
     with pytest.raises(CheckFailed, match=r"dvc\.lock changed while"):
         attest(root, "adapter@lora", public.replace(".pub", ".pem"), remade=True)
+
+
+def test_a_model_that_changes_while_it_is_hashed_is_not_signed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, _ = write_keys(tmp_path / "keys", "ed25519")
+    file, hashed = root / "data/adapter/lora/weights.txt", model_signature.manifest
+
+    def manifest(name: str, found: Any) -> Any:
+        content = file.read_bytes()
+        file.unlink()
+        file.write_bytes(content + b" ")
+        return hashed(name, found)
+
+    monkeypatch.setattr(model_signature, "manifest", manifest)
+    with pytest.raises(InputError, match=r"not what dvc\.lock recorded"):
+        sign(root, "adapter@lora", private)
+    assert not (root / "data/signatures").exists()

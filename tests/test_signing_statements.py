@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from dagster_project.lineage.signing import envelope, provenance
+from dagster_project.lineage.signing import envelope, model_signature, provenance
 from dagster_project.lineage.signing.envelope import SignatureError
 from dagster_project.lineage.signing.keys import PrivateKey
 
@@ -95,3 +95,14 @@ def test_a_signed_statement_of_another_shape_is_read_or_refused_and_nothing_else
             except SignatureError:
                 refused += 1
     assert read > 20 and refused > 200
+
+
+def test_a_name_that_was_added_beside_a_signature_is_found() -> None:
+    """The name of the key in an envelope is not signed."""
+    key = PrivateKey(ed25519.Ed25519PrivateKey.generate())
+    text = model_signature.bundle(model_signature.Manifest("model", {"a.txt": "0" * 64}, ()), key)
+    assert model_signature.read_bundle(text.encode(), key.public).files
+    changed = text.replace('"keyid":""', '"keyid":"another person"')
+    assert changed != text
+    with pytest.raises(SignatureError, match="was changed"):
+        model_signature.read_bundle(changed.encode(), key.public)

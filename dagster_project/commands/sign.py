@@ -34,8 +34,9 @@ def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
     Raises:
         InputError: no such folder, no usable key, the output is not the recorded one, or the folder cannot be signed.
     """
-    key, target = private_key(key_file), find(root, model)
-    target.refuse_unrecorded()
+    key, recorded = private_key(key_file), find(root, model)
+    recorded.refuse_unrecorded()
+    target = recorded
     if any(os.path.lexists(target.folder / name) for name in (PAGE, FOLDER) if name in target.papers):
         target = _with_papers(target)
     target.refuse_other_key(key.public)
@@ -45,6 +46,7 @@ def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
         )
     found = files_to_sign(target)
     text = model_signature.bundle(model_signature.manifest(target.folder.name, found), key)
+    recorded.refuse_unrecorded()  # so it did not change while it was hashed
     return {**_written(target, SIGNATURE, text, key), "files": len(found.files)}
 
 

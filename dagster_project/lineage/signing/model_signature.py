@@ -111,7 +111,10 @@ def read_bundle(content: bytes, key: PublicKey) -> Manifest:
         if not isinstance(material, dict) or set(material) != {"publicKey", "tlogEntries"}:
             raise SignatureError("is signed with a certificate, which is not supported: `model_signing verify` reads it")
         raise SignatureError(f"is signed by another key than this one (sha256 {key.fingerprint[:16]}), or was changed")
-    return _manifest_in(envelope.unseal(document["dsseEnvelope"], key))
+    statement = envelope.unseal(document["dsseEnvelope"], key)
+    if document["dsseEnvelope"]["signatures"][0]["keyid"] != "":  # it is not signed, and no tool writes one here
+        raise SignatureError("was changed: it names another key beside its signature")
+    return _manifest_in(statement)
 
 
 def _manifest_in(statement: Mapping[str, Any]) -> Manifest:
