@@ -197,3 +197,22 @@ def test_the_run_is_in_the_named_experiment(project: Project, address: str, caps
         known = client.get_experiment_by_name(name)
         assert code == 0 and known and client.get_run(made["run"]).info.experiment_id == known.experiment_id
         assert len(client.search_registered_models()) == models
+
+
+def test_a_model_that_changes_while_it_is_uploaded_is_not_registered(
+    project: Project, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    log = MlflowClient.log_artifact
+
+    def log_artifact(self: Any, run: str, path: str, *rest: Any) -> None:
+        (project.root / "data/merged/lora/model.safetensors").write_bytes(b"others")
+        log(self, run, path, *rest)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", log_artifact)
+    assert main(["mlflow", "merged@lora", "--tracking-uri", address, "--upload", "--project", str(project.root)]) == 2
+    assert "is not what dvc.lock records" in capsys.readouterr().err
+    client = MlflowClient(address)
+    [run] = client.search_runs([client.get_experiment_by_name("pedigree").experiment_id])
+    assert run.info.status == "FAILED" and not client.search_registered_models()

@@ -684,3 +684,21 @@ time.sleep(600)
     while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_model_that_changes_while_it_is_converted_does_not_leave(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, out = recorded(tmp_path / "project", folder), tmp_path / "out"
+    module = import_module("dagster_project.commands.model_files.export")
+
+    def converted(root: Path, target: Any, name: str, origin: Claim, made: Path) -> dict[str, Any]:
+        (made / name).write_bytes(b"GGUF")
+        flip(root / "data/merged/lora/model.safetensors")
+        return {"vocabulary": 1, "prompts": None}
+
+    monkeypatch.setattr(module, "_write_gguf", converted)
+    monkeypatch.setattr(module.convert, "require", lambda form: None)
+    arguments = ["export", "merged@lora", "--format", "gguf", "--out", str(out), "--project", str(project.root)]
+    assert main(arguments) == 2 and "not what dvc.lock recorded" in capsys.readouterr().err
+    assert not out.exists()

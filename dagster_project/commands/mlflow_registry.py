@@ -69,14 +69,22 @@ def register(root: Path, model: str, name: str | None, experiment: str, uri: str
         one = document["missing"][0]
         raise InputError(f"{model}: its lineage is incomplete here: {one['path']} is missing", one["fetch"])
     folder = root / subject.run.path
-    if upload and md5_of_folder(listing_of(folder)) != subject.run.md5:
-        raise InputError(f"{subject.run.path} is not what dvc.lock records", f"`dvc checkout {subject.run.path}` restores it")
+    if upload:
+        _refuse_unrecorded(folder, subject)
     tags = claim.make(root, subject.run.address).as_fields()
     if tags["pedigree.model"] != subject.run.md5:
         raise InputError(
             f"{model}: is not a model of the workspace", f"check out the commit that has it: {subject.run.commit or 'unknown'}"
         )
     return _write(where, name or subject.run.address.replace("@", "-"), experiment, subject, document, tags, folder if upload else None)
+
+
+def _refuse_unrecorded(folder: Path, subject: lineage.Subject) -> None:
+    """Raises:
+    InputError: the files are not those of the model.
+    """
+    if md5_of_folder(listing_of(folder)) != subject.run.md5:
+        raise InputError(f"{subject.run.path} is not what dvc.lock records", f"`dvc checkout {subject.run.path}` restores it")
 
 
 def _address(uri: str) -> str:
@@ -137,6 +145,7 @@ def _write(
                 for file in (file for file in sorted(without_papers(folder, folder.rglob("*"))) if file.is_file()):
                     client.log_artifact(run.info.run_id, str(file), Path("model", file.parent.relative_to(folder)).as_posix())
                 source = f"{run.info.artifact_uri}/model"
+                _refuse_unrecorded(folder, subject)  # so it did not change while it was uploaded
             if not found:
                 client.create_registered_model(name)
             version = client.create_model_version(name, source, run.info.run_id, tags=dict(tags))

@@ -65,6 +65,7 @@ def export(root: Path, model: str, form: str, quantization: str | None, out: str
     with new_folder(folder) as made:
         if form == "gguf":
             checked = _write_gguf(root, target, f"{name}.gguf", origin, made)
+            target.refuse_unrecorded()  # so it did not change while it was converted
         else:
             checked = _write_safetensors(target, origin, made)
         files = {path.relative_to(made).as_posix(): _facts(path) for path in sorted(made.rglob("*")) if path.is_file()}
