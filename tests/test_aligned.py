@@ -403,7 +403,7 @@ def test_answers_that_a_distillation_samples_are_kept_without_rewards(
         assert point["response_length"] == pytest.approx(sum(tokens) / len(tokens))
     assert len({row["answer"] for row in rows}) > 8 and "rewards_differ" not in {check.name for check in report.checks}
     shortest, *_, longest = sorted((row for row in rows if row["step"] == 1), key=lambda row: row["tokens"])
-    assert "The policy learned from 32 of its own answers. The shortest and the longest of three steps" in page
+    assert "The policy learned from 32 of its own answers. The shortest and the longest of 3 steps" in page
     for row in (shortest, longest):
         end = ", unfinished" if row["unfinished"] else ""
         assert f"<span>{row['tokens']} tokens{end}:</span>" in page and f"record {row['example_id']}" in page

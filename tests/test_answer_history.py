@@ -19,7 +19,9 @@ from conftest import dvc
 
 from dagster_project.__main__ import main
 from dagster_project.commands.bisect import Search
-from dagster_project.commands.why_diff import differing, recorded_answers
+from dagster_project.commands.bisect import as_text as bisect_text
+from dagster_project.commands.why_diff import as_text as why_diff_text
+from dagster_project.commands.why_diff import differing, record_lines, recorded_answers
 from dagster_project.commands.why_model import adapter_of
 from dagster_project.core.errors import InputError
 from dagster_project.evaluation.evaluator import write_results
@@ -27,6 +29,7 @@ from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find
 from dagster_project.views.bisect import bisect_page
+from dagster_project.views.why_diff import why_diff_page
 
 MODEL = "merged@lora"
 START = [
@@ -283,6 +286,28 @@ def test_the_page_of_a_search_has_its_verdict_and_escapes_texts(verdict: str, fo
     assert ("taken as right" in html) == ("first such version" in html) == bool(found), "a version given with --good was not asked"
     for text in ("hat <b>", "<i>", "blue <script>", "<u>", "a<b>"):
         assert text not in html
+
+
+def test_names_that_are_left_out_are_counted() -> None:
+    files = [f"file{i:02}.py" for i in range(14)]
+    first = {"first": PAGE["versions"][2], "last_good": PAGE["versions"][1], "also_differ": {"code": files}, "records": [], "among": 0}
+    found = {**PAGE, "verdict": "found", **first}
+    record = {"rank": 1, "score": 0.5, "kind": "added", "trained": "after", "rows": ["a:1", "a:2", "a:3", "a:4"], "example_id": "0" * 64}
+    two = {
+        "models": [{"stage": MODEL, "path": "x", "md5": "0" * 32}] * 2,
+        "changed": 0,
+        "compared": 1,
+        "records": {},
+        "answers": [],
+        "notes": [],
+    }
+    assert "file11.py and 2 more" in bisect_page(found) and "file12.py" not in bisect_page(found)
+    assert "file05.py and 8 more\n" in bisect_text(found) + "\n"
+    assert "file11.py and 2 more" in why_diff_page({**two, "also_differ": {"code": files}})
+    assert "file05.py and 8 more" in why_diff_text({**two, "also_differ": {"code": files}})
+    assert "a:1, a:2, a:3 and 1 more" in record_lines([record])[0]
+    assert "more" not in bisect_text({**found, "also_differ": {"code": files[:6]}})
+    assert "file11.py<" in bisect_page({**found, "also_differ": {"code": files[:12]}})
 
 
 def test_the_ends_are_asked_where_the_result_depends_on_them(made: Made, capsys: pytest.CaptureFixture[str]) -> None:

@@ -270,6 +270,13 @@ def test_the_page_shows_advice_scores_costs_and_the_worst_errors_first() -> None
     assert shown == comparison_page(document(), samples()[::-1], {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
 
 
+def test_the_title_of_the_scores_counts_questions_not_test_examples() -> None:
+    """Of a conversation with tools several turns are asked."""
+    scores = {name: {**found, "n": 21, "n_text": 8, "n_calls": 13} for name, found in document()["scores"].items()}
+    shown = comparison_page(document(scores=scores), samples(), {})
+    assert "macro-F1 on 21 questions" in shown and "on 8 questions" not in shown
+
+
 def test_the_page_names_failed_checks_and_does_not_call_the_variant_the_one_to_use() -> None:
     compared = {"lora": {**to_rivals(few_shot=SURE), "failed_checks": [FAILED]}}
     told = {"variant": "lora", "sure": False, "instead": "few_shot", "why": f"Its checks failed: {FAILED}."}

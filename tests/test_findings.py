@@ -97,6 +97,18 @@ def test_new_and_resolved_findings_are_reported() -> None:
     }
 
 
+def test_a_line_at_the_terminal_says_how_many_names_it_leaves_out() -> None:
+    """Of 60 categories the document has 50 and the sum of the others."""
+    asked = [ask(f"{LONG} number {i}", category=f"c{i:02}") for i in range(60)]
+    shown = document("rows.jsonl", "messages", judge(placed(asked), [], Rules()), [])
+    assert len(shown["profile"]["categories"]) == 51
+    assert "c06 1, c07 1, 52 more\n" in check_text(shown, width=400)
+    few = check_text(document("rows.jsonl", "messages", judge(placed(asked[:8]), [], Rules()), []), width=400)
+    assert "c07 1\n" in few
+    shown["similarity"]["boilerplate"] = [{"text": f"passage {i}", "rows": 60 - i} for i in range(5)]
+    assert '"passage 2" in 58 prompts; 2 more\n' in check_text(shown, width=400)
+
+
 HOSTILE = "\x1b[2J<script>alert(1)</script>\u202eevil\x00 [bold]x[/bold] :smile: \ud83d"
 
 

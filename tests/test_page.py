@@ -439,3 +439,10 @@ def test_the_embedded_pairs_are_those_of_the_document() -> None:
     assert [pair["score"] for pair in data] == [m["score"] for m in held]
     assert ["".join(pair["sides"][0]["text"]) for pair in data] == [m["text"] for m in held]
     assert [pair["sides"][1]["text"][1] for pair in data] == [m["other_text"][slice(*m["other_span"])] for m in held]
+
+
+@pytest.mark.parametrize(("checks", "said"), [(2, "c0, c1."), (6, "c4, c5."), (8, "c4, c5 and 2 more.")])
+def test_the_verdict_says_how_many_checks_it_does_not_name(checks: int, said: str) -> None:
+    reader = Reader(data_quality_page(document(findings=[finding(f"c{i}") for i in range(checks)])))
+    words = re.sub(r"\s+", " ", " ".join(reader.words)).replace(" ,", ",").replace(" .", ".")
+    assert f"{checks} warnings to review" in words and said in words

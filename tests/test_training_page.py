@@ -49,6 +49,31 @@ def test_large_negative_numbers_are_short_on_an_axis() -> None:
     assert [html.brief(value) for value in (-1200, -3e6, -0.25, 800)] == ["-1.2k", "-3M", "-0.25", "800"]
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (100_000, "100k"),
+        (123_456, "123k"),
+        (-250_000, "-250k"),
+        (999_999, "1M"),
+        (2.5e9, "2,500M"),
+        (999.7, "1k"),
+        (999, "999"),
+        (99_400, "99k"),
+    ],
+)
+def test_numbers_on_an_axis_have_no_exponent(value: float, shown: str) -> None:
+    assert html.brief(value) == shown
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 5, 420])
+def test_the_steps_below_a_curve_are_at_their_places(last: int) -> None:
+    shown = plot("Loss", "", [{"step": step, "loss": 1.0 + step} for step in range(last + 1)], ["loss"])
+    ticks = re.findall(r'<text class="tick" x="([\d.]+)%" y="196"[^>]*>(\d+)<', shown)
+    assert len(ticks) == min(3, last + 1)
+    assert [float(x) for x, _ in ticks] == pytest.approx([12 + 88 * int(step) / last for _, step in ticks], abs=0.01)
+
+
 def test_values_that_are_not_finite_are_counted_and_do_not_bend_the_axis() -> None:
     shown = plot("KL", "of it", [{"step": 1, "kl": 1.0}, {"step": 2, "kl": math.inf}, {"step": 3, "kl": 2.0}], ["kl"])
     assert len(heights(shown)) == 2 and "of it; 1 value not finite, not drawn" in shown
@@ -119,6 +144,8 @@ def test_overfitting_needs_no_change_if_the_best_weights_were_kept() -> None:
         ({0: 3.0, 10: 1.001, 30: 1.0}, FALLING, "and it has converged"),
         ({0: 3.0, 10: 1.0, 30: 1.5}, FALLING[::-1], "Unstable: the validation loss was lowest at step 10"),
         ({0: 1.0, 30: 2.0}, FALLING[::-1], "Not learning: the validation loss rose from 1.000 to 2.000"),
+        ({0: 1.0, 30: 1.0}, FALLING, "No change: the validation loss is 1.000 at the beginning and at the end."),
+        ({0: 1.0, 15: 0.9999, 30: 1.0001}, FALLING, "No change: the validation loss is 1.000 at the beginning and at the end."),
     ],
 )
 def test_the_page_interprets_the_curves_in_words(validation: dict[int, float], losses: list[float], words: str) -> None:

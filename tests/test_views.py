@@ -197,7 +197,7 @@ def alignment(text: Text, tmp_path: Path) -> str:
 
 def comparison(text: Text, tmp_path: Path) -> str:
     systems, label = [text("lora"), text("few_shot")], {"n": 2, "f1": 0.5}
-    score = {"macro_f1": 0.5, "macro_f1_interval": [0.4, 0.6], "accuracy": 0.5, "by_label": {text("login"): label}}
+    score = {"n": 8, "macro_f1": 0.5, "macro_f1_interval": [0.4, 0.6], "accuracy": 0.5, "by_label": {text("login"): label}}
     change = {"base": 0.5, "tuned": 0.6, "difference": 0.1, "interval": [0.0, 0.2]}
     retention = {"accuracy": change, "gold_log_likelihood": change, "questions": 9}
     document = {

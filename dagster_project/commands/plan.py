@@ -20,7 +20,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.layout import report_of
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences, read_table, write_json
-from dagster_project.core.text import visible
+from dagster_project.core.text import many, visible
 from dagster_project.pipeline import validate
 from dagster_project.stages.adapter import Params
 from dagster_project.training.methods.hardware import available_memory, prepare
@@ -552,15 +552,15 @@ def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list
         return [f"{name}: merged by {v['method']}: {of}; nothing is trained"]
     if "command" in v:
         return [
-            f"{name}: {v['examples']} examples, {v['tokens_per_epoch']:,} tokens per epoch, trained by `{visible(v['command'])}`",
+            f"{name}: {many(v['examples'], 'example')}, {v['tokens_per_epoch']:,} tokens per epoch, trained by `{visible(v['command'])}`",
             "  memory and time of a training command are unknown",
         ]
     lines = []
     if "pairs" in v:
-        lines.append(f"{name}: {v['pairs']} pairs, {v['tokens']:,} tokens in {v['steps']} steps")
+        lines.append(f"{name}: {many(v['pairs'], 'pair')}, {v['tokens']:,} tokens in {many(v['steps'], 'step')}")
     elif "steps" in v:
         tokens = f"{v['tokens']:,} tokens ({v['trained_tokens']:,} in the loss)"
-        lines.append(f"{name}: {v['examples']} examples x {v['epochs']:g} epochs = {tokens} in {v['steps']} steps")
+        lines.append(f"{name}: {many(v['examples'], 'example')} x {v['epochs']:g} epochs = {tokens} in {many(v['steps'], 'step')}")
     else:
         lines.append(f"{name}:")
     lines += [f"  {key} {choice['value']}: {choice['why']}" for key, choice in v.get("chosen", {}).items()]

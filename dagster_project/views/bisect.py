@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dagster_project.core.text import many, number
-from dagster_project.views.html import Table, render
+from dagster_project.views.html import Table, listed, render
 from dagster_project.views.why_diff import record_view
 
 VERDICTS = {
@@ -30,7 +30,7 @@ def bisect_page(document: Mapping[str, Any]) -> str:
         ("first commit without it", first["commit"][:12] if first else "none", first["title"] if first else "in this search"),
         ("records", "unknown" if first and records is None else number(len(records or ())), _among(document)),
     ]
-    others = [f"{name.replace('_', ' ')}: {', '.join(names[:12])}" for name, names in document.get("also_differ", {}).items()]
+    others = [f"{name.replace('_', ' ')}: {listed(names, 12)}" for name, names in document.get("also_differ", {}).items()]
     sections = {
         "Versions": _versions(document),
         "Records": {"found": [record_view(one) for one in records or ()], "among": _among(document)} if first else None,

@@ -150,9 +150,10 @@ def _comparison_table(document: Mapping[str, Any], order: Sequence[str], measure
     """Score and interval of each system as bars, and the comparison table."""
     points = {name: _point(document, name) for name in order}
     most = max(1.0, *(high for _, _, high in points.values()))
-    title = f"{TITLES[document['shown'][0]]} on {many(document['test']['answered'], 'question')}"
-    note = "point and 95 % interval; variants in blue; base model with different prompts, and classical classifier, in gray"
-    if not document["scores"]:
+    if document["scores"]:
+        title = f"{TITLES[document['shown'][0]]} on {many(document['scores'][order[0]]['n'], 'question')}"
+        note = "point and 95 % interval; variants in blue; base model with different prompts, and classical classifier, in gray"
+    else:
         title, note = "Perplexity relative to the base model", "point and 95 % interval; lower is better"
     body = []
     for i, name in enumerate(order):

@@ -27,6 +27,8 @@ BARS = 10
 """Bars in a chart. Its table has all values."""
 LISTED = 20
 """Places listed for a finding."""
+NAMED = 6
+"""Checks named in the verdict."""
 RANK = {"error": 0, "warn": 1, "info": 2}
 SIGNS = {"error": "✕", "warn": "!", "info": "i"}
 """Symbol of each severity, for readers who cannot distinguish the colors."""
@@ -142,8 +144,11 @@ def _verdict(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]])
         why = "Every row that violates a check is repaired, dropped or waived, or the finding is only a remark."
     else:
         severity, words, why = "good", "Ready to train on", "No check found anything."
-    named = [f["check"] for f in (open_["error"] or open_["warn"])[:6]] if document["kept"] else []
-    return {"severity": severity, "sign": SIGNS.get(severity, "✓"), "words": words, "why": why, "checks": named, "resolved": resolved}
+    named = [f["check"] for f in (open_["error"] or open_["warn"])] if document["kept"] else []
+    return {
+        "severity": severity, "sign": SIGNS.get(severity, "✓"), "words": words, "why": why, "checks": named[:NAMED],
+        "more": max(0, len(named) - NAMED), "resolved": resolved,
+    }  # fmt: skip
 
 
 def _key_figures(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, str, Mapping[str, int]]]:

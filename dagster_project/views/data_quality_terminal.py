@@ -118,7 +118,9 @@ def _profile_lines(document: Mapping[str, Any]) -> list[str]:
     profile = document.get("profile") or {}
     lines = []
     if profile.get("category_count"):
-        lines.append("categories: " + ", ".join(f"{_line(name, 40)} {n:,}" for name, n in list(profile["categories"].items())[:8]))
+        named = {name: n for name, n in profile["categories"].items() if name != "(others)"}
+        others = profile["category_count"] + ("(none)" in named) - len(named)
+        lines.append(f"categories: {_first_counts(named, 8, others)}")
     if calling := profile.get("tool_calls"):
         made = f"{_count_text(calling['calls'], 'tool call')} in {_count_text(calling['rows'], 'row')}, {_count_text(calling['results'], 'result')}"
         lines.append(f"{made}; {_count_text(calling['rows_with_tools'], 'row')} with tools")
@@ -134,16 +136,25 @@ def _profile_lines(document: Mapping[str, Any]) -> list[str]:
     boilerplate = document.get("similarity", {}).get("boilerplate", [])
     if boilerplate:
         passages = "; ".join(f'"{_line(passage["text"])}" in {_count_text(passage["rows"], "prompt")}' for passage in boilerplate[:3])
-        lines.append(f"boilerplate: {passages}")
+        lines.append(f"boilerplate: {passages}" + (f"; {len(boilerplate) - 3} more" if len(boilerplate) > 3 else ""))
     if any(finding["check"] == "low_diversity" for finding in document["findings"]):
         for part, name in (("top_openings", "openings"), ("top_responses", "responses")):
             frequent = [f'"{_line(text, 60)}" {rows:,}' for text, rows in list(profile.get("diversity", {}).get(part, {}).items())[:3]]
             lines += [f"most frequent {name}: {', '.join(frequent)}"] if frequent else []
     for place, counts in document.get("fields", {}).items():
-        shown = [f"{_line(name, 40)} {count:,}" for name, count in list(counts.items())[:FIELDS]]
-        more = [f"{len(counts) - FIELDS:,} more"] if len(counts) > FIELDS else []
-        lines.append(f"fields {place}: {', '.join([*shown, *more])}")
+        lines.append(f"fields {place}: {_first_counts(counts, FIELDS)}")
     return lines
+
+
+def _first_counts(counts: Mapping[str, int], most: int, others: int = 0) -> str:
+    """The first names with their counts, and the number of names that are left out.
+
+    Args:
+        others: number of names that `counts` does not have.
+    """
+    shown = [f"{_line(name, 40)} {count:,}" for name, count in list(counts.items())[:most]]
+    more = max(0, len(counts) - most) + others
+    return ", ".join([*shown, *([f"{more:,} more"] if more else [])])
 
 
 FIELDS = 12

@@ -110,11 +110,17 @@ def label(name: str, most: int = 30) -> str:
     return cut(name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2) :]}")
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """The first names, and how many are left out."""
+    return ", ".join(names[:most]) + (f" and {number(len(names) - most)} more" if len(names) > most else "")
+
+
 def brief(value: float) -> str:
-    """A number as on an axis: 0.25, 800, 12k, 3M, -2k."""
+    """A number as on an axis: 0.25, 800, 12k, 250k, 3M, -2k."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.2g}{unit}"
+        if abs(value) >= 0.9995 * size:  # 999.7 would be 1e+03
+            scaled = value / size
+            return f"{scaled:.2g}{unit}" if abs(scaled) < 99.5 else f"{scaled:,.0f}{unit}"
     return f"{value:.3g}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dagster_project.core.text import number
+from dagster_project.core.text import many, number
 from dagster_project.views.html import render
 
 
@@ -41,7 +41,7 @@ def suspect_row(one: Mapping[str, Any]) -> dict[str, Any]:
             *([f"harm to validation answers {one['harm']['value']:.4g}, rank {one['harm']['rank']}"] if "harm" in one else []),
             one["example_id"][:8],
         ],
-        "group": f"cosine {group['cosine']:+.3f} with {number(group['records'] - 1)} others: {group['name']}",
+        "group": f"cosine {group['cosine']:+.3f} with {many(group['records'] - 1, 'other')}: {group['name']}",
         "prompt": one["prompt"],
         "answer": one["answer"],
     }

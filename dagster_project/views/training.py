@@ -158,6 +158,8 @@ def diagnosis(curve: Sequence[Point], kept: int | None = None) -> str:
                 else f"The weights of step {kept:,} were kept."
             )
         )
+    if f"{last:.3f}" == f"{validation[0][1]:.3f}" and last <= lowest + RISE * abs(lowest):
+        return f"No change: the validation loss is {last:.3f} at the beginning and at the end."
     if last > validation[0][1]:
         return f"Not learning: the validation loss rose from {validation[0][1]:.3f} to {last:.3f}. Lower learning_rate."
     if last <= lowest + RISE * abs(lowest):
@@ -232,9 +234,10 @@ def _grid(low: float, high: float, last: float, y: Callable[[float], float]) -> 
         kind = "grid zero" if value == 0 and low < 0 else "grid"
         body.append(shape("line", class_=kind, x1="12%", x2="100%", y1=f"{y(value):.1f}", y2=f"{y(value):.1f}"))
         body.append(shape("text", brief(value), class_="tick", x="11%", y=f"{y(value) + 4:.1f}", text_anchor="end"))
-    for step, anchor, at in ((0, "start", 12), (last / 2, "middle", 56), (last, "end", 100)):
-        if step in {0, last} or last >= 2:
-            body.append(shape("text", number(round(step)), class_="tick", x=f"{at}%", y=PLOT_HEIGHT + 26, text_anchor=anchor))
+    for step, anchor in ((0, "start"), (round(last / 2), "middle"), (last, "end")):
+        if anchor == "start" or step:
+            x = f"{12 + 88 * step / max(1, last):.4g}%"
+            body.append(shape("text", number(round(step)), class_="tick", x=x, y=PLOT_HEIGHT + 26, text_anchor=anchor))
     return body
 
 

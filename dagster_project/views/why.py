@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dagster_project.core.text import number
+from dagster_project.core.text import many, number
 from dagster_project.views.html import Figure, Plot, Shape, Table, brief, render, shape
 
 HEIGHT = 160
@@ -91,7 +91,7 @@ def _distribution(spread: Mapping[str, Any], records: int, effect: str) -> Figur
     for i, count in enumerate(counts):
         if count:
             tall = max(2.0, (HEIGHT - 16) * count / most)
-            title = shape("title", f"{count} records from {edges[i]:.3f} to {edges[i + 1]:.3f}")
+            title = shape("title", f"{many(count, 'record')} from {edges[i]:.3f} to {edges[i + 1]:.3f}")
             shapes.append(
                 shape(
                     "rect",
@@ -108,7 +108,7 @@ def _distribution(spread: Mapping[str, Any], records: int, effect: str) -> Figur
         shapes.append(shape("text", brief(value), class_="tick", x=f"{x:.1f}%", y=HEIGHT + 16, text_anchor=anchor))
     rows = [(f"{edges[i]:.3f} to {edges[i + 1]:.3f}", count) for i, count in enumerate(counts) if count]
     note = f"cosine of the gradient of the question with that of each record's loss; above 0: a step on the record {effect}"
-    plot = Plot(f"Scores of {records} records from {low:.3f} to {high:.3f}, median {spread['median']:.3f}", HEIGHT + 22, shapes)
+    plot = Plot(f"Scores of {many(records, 'record')} from {low:.3f} to {high:.3f}, median {spread['median']:.3f}", HEIGHT + 22, shapes)
     return Figure("Gradient scores of all records", note, plot, Table("Scores", ["score", "records"], rows))
 
 
@@ -133,7 +133,7 @@ def _proof_figure(proof: Mapping[str, Any]) -> Figure:
     for value in {low, 0.0, high}:
         shapes.append(shape("text", brief(value), class_="tick", x=x(value), y=tall + 14, text_anchor="middle"))
     bounds = f"95 % interval {proof['interval'][0]:.2f} to {proof['interval'][1]:.2f}"
-    note = f"nats by which the asked tokens became less likely without {proof['left_out']} records; difference {proof['difference']:.2f}, {bounds}"
+    note = f"nats by which the asked tokens became less likely without {many(proof['left_out'], 'record')}; difference {proof['difference']:.2f}, {bounds}"
     rows = [(name, f"{change:+.3f}") for name, change in changes]
     return Figure(
         "Trained again without the first records, and without random ones",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dagster_project.core.text import many, number
-from dagster_project.views.html import render
+from dagster_project.views.html import listed, render
 
 MARKS = {True: ("fine", "✓ right"), False: ("bad", "✕ wrong"), None: ("", "")}
 
@@ -25,7 +25,7 @@ def why_diff_page(document: Mapping[str, Any]) -> str:
         ("became wrong", number(wrong), f"of those shown; {number(right)} became right"),
         ("records", number(sum(document["records"].values())), counts),
     ]
-    others = [f"{kind.replace('_', ' ')}: {', '.join(names[:12])}" for kind, names in document["also_differ"].items()]
+    others = [f"{kind.replace('_', ' ')}: {listed(names, 12)}" for kind, names in document["also_differ"].items()]
     sections = {
         "Answers": [_answer(one) for one in document["answers"]],
         "Notes": [*(f"Also different, and not explained by records: {line}" for line in others), *document["notes"]],
