@@ -136,6 +136,20 @@ def test_a_failing_command_fails_the_run_and_records_nothing(foreign: Path, inst
     assert (foreign / "dvc.lock").read_bytes() == lock
 
 
+def test_a_stage_that_always_runs_is_run_once_and_what_reads_it_can_be_materialized(foreign: Path, instance: dg.DagsterInstance) -> None:
+    text = foreign_project.DVC_YAML.replace("outs: [data/prepared]", "outs: [data/prepared]\n    always_changed: true")
+    text = text.replace("cmd: python src/prepare.py", "cmd: echo x >> runs.txt && python src/prepare.py")
+    (foreign / "dvc.yaml").write_text(text)
+    assert materialize(foreign, instance, "prepare", "featurize").success
+    assert (foreign / "runs.txt").read_text() == "x\n"
+    sync(DvcProject(foreign, ("points",)), instance)
+    assert sync(DvcProject(foreign, ("points",)), instance) == []
+    assert not_fresh(foreign, instance) & {"prepare", "featurize"} == changed_in_dvc(foreign) & {"prepare", "featurize"} == {"prepare"}
+    assert materialize(foreign, instance, "featurize").success, "its inputs are as recorded"
+    (foreign / "data/prepared/train.csv").unlink()
+    assert not materialize(foreign, instance, "featurize").success
+
+
 def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a DVC project"):
         build_dvc_definitions(tmp_path)

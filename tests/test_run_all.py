@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,7 +25,7 @@ from ruamel.yaml import YAML
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dvc import read_stages
-from dagster_project.orchestration.run_all import RunAll, parents, remaining, reproduce_one
+from dagster_project.orchestration.run_all import RunAll, Running, parents, remaining, reproduce_one
 
 BOTH = {"adapter@lora", "adapter@dora"}
 
@@ -118,6 +120,36 @@ def test_after_a_kill_no_process_is_left_and_the_next_run_recovers(root: Path, v
         return
     assert run_all(root)["passed"]
     assert small_pipeline.changed_in_dvc(root) == set()
+
+
+def test_while_a_file_is_invalid_nothing_is_started_and_what_runs_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def invalid() -> Any:
+        raise InputError("dvc.yaml is invalid")
+
+    def running(alive: bool) -> Any:
+        sentinel, other = os.pipe()
+        if not alive:
+            os.close(other)
+        process = SimpleNamespace(sentinel=sentinel, is_alive=lambda: alive, join=lambda: None)
+        result = SimpleNamespace(poll=lambda: True, recv=lambda: {"outcome": "restored"}, close=lambda: None)
+        return Running(process, result, threading.Thread(target=int), 0, 0, [])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(threading.Thread, "join", lambda *_: None)
+    whole = RunAll(tmp_path, 2, False)
+    whole.states = dict.fromkeys("abc")  # type: ignore[assignment]
+    whole.running = {"a": running(False), "b": running(True)}
+    monkeypatch.setattr(whole, "_read", invalid)
+    whole._wait()
+    assert (*whole.running,) == ("b",) and whole.outcomes["a"].outcome == "restored"
+    assert whole._stopped, "c is not started"
+    whole.running["b"] = running(False)
+    monkeypatch.setattr(whole, "_read", dict)
+    whole._wait()
+    assert not whole.running and not whole._stopped
+    whole.running = {"c": running(False)}
+    monkeypatch.setattr(whole, "_read", invalid)
+    with pytest.raises(InputError):
+        whole._wait()
 
 
 def test_two_at_once_share_the_work_and_run_nothing_twice(root: Path) -> None:

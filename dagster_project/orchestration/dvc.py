@@ -31,6 +31,8 @@ from dagster_project.orchestration.special_files import refuse_special_files
 log = logging.getLogger("pedigree")
 
 MISSING = "missing"
+ALWAYS = "always changed"
+"""`output_problem` of a stage that DVC runs each time although its output is as recorded."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ class StageState:
             + [f"{i.path} changed" for i in self.inputs if i.now != i.recorded]
             + ([] if self.definition_now == self.definition_recorded else ["command, parameters, code or a report it reads changed"])
         )
+
+    @property
+    def as_recorded(self) -> bool:
+        """Whether output, inputs and definition are those in dvc.lock, also if DVC runs the stage each time."""
+        return not self.changed or self.changed == [ALWAYS]
 
 
 @contextmanager
@@ -326,7 +333,7 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
     problem = (
         "not in dvc.lock" if not known
         else f"{next(iter(changed))} differs from dvc.lock ({next(iter(changed.values()))})" if changed
-        else "always changed" if stage.always_changed or stage.is_callback
+        else ALWAYS if stage.always_changed or stage.is_callback
         else ""
     )  # fmt: skip
     return StageState(

@@ -111,6 +111,7 @@ class RunAll:
         self.running: dict[str, Running] = {}
         self.waiting: set[str] = set()
         self.interrupted = False
+        self.unreadable = False
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([__name__, *dvc_run.PRELOAD])
 
@@ -135,7 +136,7 @@ class RunAll:
 
     @property
     def _stopped(self) -> bool:
-        return any(one.outcome == FAILED for one in self.outcomes.values())
+        return self.unreadable or any(one.outcome == FAILED for one in self.outcomes.values())
 
     @property
     def _queued(self) -> list[str]:
@@ -231,9 +232,24 @@ class RunAll:
         for address in ended:
             self._end(address)
         if ended or self.waiting:
-            now = self._read()
-            self.states = {address: now.get(address, state) for address, state in self.states.items()}
+            self._read_again()
         self.waiting -= {*ended}
+
+    def _read_again(self) -> None:
+        """Raises:
+        InputError: a file was made invalid meanwhile, and no stage is running.
+        """
+        try:
+            now = self._read()
+        except InputError as error:
+            if not self.running:
+                raise
+            if not self.unreadable:
+                log.error(f"{error}\nno other stage is started until this is corrected; running ones finish")
+            self.unreadable = True
+            return
+        self.unreadable = False
+        self.states = {address: now.get(address, state) for address, state in self.states.items()}
 
     def _end(self, address: str) -> None:
         one = self.running.pop(address)

@@ -66,7 +66,7 @@ def bring_up_to_date(
                 done = _reproduce(context, project, address, force, variables)
                 after = _read(context, project)
                 states = after.states
-                if not states[address].output_problem:
+                if states[address].output_problem in {"", dvc.ALWAYS}:
                     break
         else:
             context.log.info(f"{address} is up to date; it was not run")
@@ -85,7 +85,7 @@ def bring_up_to_date(
     yield in_sync(key, state)
     if project.blocks(report):
         raise dg.Failure(f"{address}: a blocking check failed. See {state.report}.", allow_retries=False)
-    if state.output_problem:
+    if state.output_problem not in {"", dvc.ALWAYS}:
         raise dg.Failure(f"{address}: {state.output_problem}. Materialize it again.", allow_retries=False)
     # the same tags as sync reports, so that it does not report a second materialization
     yield dg.MaterializeResult(
@@ -145,7 +145,7 @@ def _not_ready(states: Mapping[str, StageState], address: str) -> str:
         for source in states[name].inputs:
             if source.problem:
                 return source.problem
-    changed = [name for name in upstream if states[name].changed]
+    changed = [name for name in upstream if not states[name].as_recorded]
     if not changed:
         return ""
     first = states[changed[0]]
