@@ -153,6 +153,8 @@ def test_a_stage_that_always_runs_is_run_once_and_what_reads_it_can_be_materiali
 def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a DVC project"):
         build_dvc_definitions(tmp_path)
+    with dg.DagsterInstance.ephemeral() as nothing, pytest.raises(InputError, match="'sup-port' cannot be part of a name"):
+        sync(DvcProject(foreign, ("ml", "sup-port")), nothing)  # events of assets that no definitions can have
     with pytest.raises(InputError, match=r"'a\.b' cannot be part of a name"):
         build_dvc_definitions(foreign, "a.b")
     (foreign / "dvc.yaml").write_text("stages:\n  a-b: {cmd: echo}\n  a_b: {cmd: echo}\n")

@@ -17,7 +17,8 @@ def ui(options: argparse.Namespace) -> int:
 
     root = project(options)
     port = pages.port_of(root) if options.pages_port is None else options.pages_port
-    addresses = {"url": f"http://{options.host}:{options.port}", "pages": f"http://{pages.HOST}:{port}/"}
+    host = f"[{options.host}]" if ":" in options.host else options.host  # of IPv6
+    addresses = {"url": f"http://{host}:{options.port}", "pages": f"http://{pages.HOST}:{port}/"}
     print_result(options, addresses, lambda found: f"Dagster UI: {found['url']}  (stop with Ctrl-C)\nPages: {found['pages']}")
     sys.stdout.flush()
     serve(root, options.host, options.port, port)

@@ -72,10 +72,16 @@ class DvcProject:
             raise InputError(
                 f"{self.root} is not a DVC project: it has no .dvc or no dvc.yaml", "name the folder in which `dvc init` was run"
             )
+        self.refuse_names()
+        return self.read()
+
+    def refuse_names(self) -> None:
+        """Raises:
+        InputError: Dagster does not allow the prefix of keys, or the group.
+        """
         for part in [*self.key_prefix, *(() if self.group_name is None else self.group_name.split("/"))]:
             if not re.fullmatch("[A-Za-z0-9_]+", part):
                 raise InputError(f"{part!r} cannot be part of a name in Dagster", "use letters, digits and _ in key_prefix and group_name")
-        return self.read()
 
     def read(self) -> dict[str, StageState]:
         """The state of every stage, in flow order.

@@ -46,8 +46,9 @@ def read(project: DvcProject, instance: dg.DagsterInstance) -> Snapshot:
     """Set aside the outputs that were tampered with, then read the state of all stages.
 
     Raises:
-        InputError: invalid dvc.yaml or dvc.lock.
+        InputError: a name that Dagster does not allow, or invalid dvc.yaml or dvc.lock.
     """
+    project.refuse_names()
     busy, materialized = in_progress(instance), _materialized(project, instance)
     states = project.read()
     lines = project.set_tampered_aside(states.values())
