@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.nearest_records import some
 from dagster_project.commands.outputs import ancestors
 from dagster_project.commands.verify import reproduce
 from dagster_project.commands.why_diff import CAVEAT, Change, also_differ, cut_text, explained, record_lines
@@ -27,6 +26,7 @@ from dagster_project.lineage.history import LOCK, Revision, commit_of
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
 from dagster_project.lineage.runs import StageRun
+from dagster_project.views.html import listed
 
 log = logging.getLogger("pedigree")
 
@@ -284,7 +284,7 @@ def as_text(document: Mapping[str, Any]) -> str:
     else:
         first = document["first"]
         lines += ["", f"first commit without the expected answer: {first['commit'][:12]}  {first['title']}"]
-        lines += [f"  {kind.replace('_', ' ')} differ too: {some(names, 6)}" for kind, names in document["also_differ"].items()]
+        lines += [f"  {kind.replace('_', ' ')} differ too: {listed(names, 6)}" for kind, names in document["also_differ"].items()]
         if document["records"]:
             lines += [
                 f"its records that are most like the answer, of {document['among']} that only one of the two versions was trained on:"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,8 +99,3 @@ def cut(text: str, most: int = 300) -> str:
     """A text in one line, cut to `most` characters."""
     words = " ".join(text.split())
     return words if len(words) <= most else f"{words[:most]} ..."
-
-
-def some(names: Sequence[str], most: int) -> str:
-    """The first names, and how many are left out."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.nearest_records import cut, some
+from dagster_project.commands.nearest_records import cut
 from dagster_project.commands.why import EXCERPT
 from dagster_project.commands.why_model import Target, adapter_of
 from dagster_project.commands.why_question import Question, tokenize_parts, tokenizer_of
@@ -28,6 +28,7 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
 from dagster_project.lineage.runs import StageRun, fetch_hint
 from dagster_project.training.inference.answers import of_row
+from dagster_project.views.html import listed
 
 RESULTS = "results.parquet"
 LAST = -1
@@ -250,7 +251,7 @@ def as_text(document: Mapping[str, Any]) -> str:
     lines = [f"{sign} {one['stage']}  {one['path']}  md5 {one['md5']}" for sign, one in zip("-+", document["models"], strict=True)]
     counts = ", ".join(f"{n} {kind}" for kind, n in document["records"].items() if n) or "the same"
     lines += [f"{document['changed']} of {document['compared']} recorded answers differ; records: {counts}"]
-    lines += [f"{kind.replace('_', ' ')} that differ too: {some(names, 6)}" for kind, names in document["also_differ"].items()]
+    lines += [f"{kind.replace('_', ' ')} that differ too: {listed(names, 6)}" for kind, names in document["also_differ"].items()]
     for one in document["answers"]:
         marks = [{True: "right", False: "wrong", None: ""}[right] for right in one["right"]]
         lines += ["", f"{one['example_id'][:8]}  {one['category'] or ''}", f"  question  {one['prompt']}"]
@@ -266,7 +267,7 @@ def record_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for one in records:
         lines += [
-            f"  {one['rank']:>4}  {one['score']:+.3f}  {one['kind']}, trained {one['trained']}  {some(one['rows'], 3)}  {one['example_id'][:8]}",
+            f"  {one['rank']:>4}  {one['score']:+.3f}  {one['kind']}, trained {one['trained']}  {listed(one['rows'], 3)}  {one['example_id'][:8]}",
             f"        {one.get('prompt', '')} -> {one.get('answer', '')}",
         ]
     return lines

@@ -29,8 +29,8 @@ NAME = "suspects"
 CAVEAT = "Ranks and scores say how well gradients fit those of the others. A rare but right answer can be among the first: look at each."
 
 WITHOUT = (
-    f"ranked by opposition and length alone, which finds fewer flipped labels: {why_calibration.VALIDATION} has too few answers or is not that of the"
-    " training, or --index did not compare records with them"
+    f"ranked by opposition and length alone, which finds fewer flipped labels: {why_calibration.VALIDATION} has too few answers, is not the split of the"
+    " training, or was not compared by --index"
 )
 
 

@@ -159,9 +159,8 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
         else "no such stage, output path or content hash in dvc.lock"
     )
     known = f"known: {', '.join(lock)}" if lock else "there is no dvc.lock here; of another commit give REV:MODEL or a content hash"
-    if (
-        colon and name and not name.startswith("//") and rev is None and not path_exists(Path(model))
-    ):  # otherwise the revision was found above
+    names_revision = colon and name and not name.startswith("//")  # not an address such as s3://bucket
+    if names_revision and rev is None and not path_exists(Path(model)):
         what = f"there is no revision {visible(revision)} here, and {what}"
     raise InputError(f"{model}: {what}", f"{known}{shallow}")
 
