@@ -444,6 +444,17 @@ def test_of_eight_versions_at_most_three_are_asked(first: int) -> None:
     assert not search.is_good(first) and len(search.answers) <= 3, "the version that is named was asked itself"
 
 
+def test_more_versions_can_be_asked_where_the_cache_has_only_those_at_the_ends() -> None:
+    """So the number that a search of all versions needs at most is not announced then."""
+    asked = {}
+    for cached in ({1, 14}, {*range(16)}):
+        searches = [Searched(16, first, cached) for first in range(1, 16)]
+        for search in searches:
+            assert not search.is_good(search.first_bad())
+        asked[len(cached)] = max(len(search.answers) for search in searches)
+    assert asked[16] == 4 < asked[2]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_any_first_version_is_found_whatever_is_missing(seed: int) -> None:
     dice = np.random.default_rng(seed)

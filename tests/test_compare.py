@@ -260,7 +260,8 @@ def samples() -> list[Sample]:
 def test_the_page_shows_advice_scores_costs_and_the_worst_errors_first() -> None:
     shown = comparison_page(document(), samples(), {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
     text = re.sub("<[^>]+>", "|", shown)
-    assert "|Use lora.|" in text and "9 test examples, none of them seen in training" in text
+    assert "|Use lora.|" in text and "9 test examples, none of them seen in training; 8 of them scored" in text
+    assert "scored" not in comparison_page(document(test={"examples": 9, "answered": 9, "seen": 0}), samples(), {})
     for figure in ("0.873", "400", "100 tokens", "150 s", "1,400 MB", "0.750 (-5.0 points)", "1 MB"):
         assert f"|{figure}|" in text, figure
     assert "|-5.0 points|" in text and "|-0.100 to +0.000|" in text and "|-0.300 to -0.100|" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,26 @@ def test_without_data_the_next_step_is_to_add_some(tmp_path: Path) -> None:
         validate(tmp_path / "project")
     (tmp_path / "project/data/sources/mine.jsonl").write_text(json.dumps(chats(["It sings."])[0]))
     validate(tmp_path / "project")
+
+
+def test_the_next_steps_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    document = init(tmp_path / "my project", [], None, "auto", "unknown")
+    assert document["next"][0] == f"cd '{tmp_path}/my project'"
+
+
+def test_a_limit_below_the_answers_does_not_say_that_it_holds_them(tmp_path: Path) -> None:
+    short, long = tmp_path / "short", tmp_path / "long"
+    for folder, answers in ((short, ["It sings."] * 3), (long, [f"{i} " * 2_000 for i in range(3)])):
+        folder.mkdir()
+        make(folder, {"mine.json": chats(answers)})
+    lines = [
+        next(line for line in (folder / "project/params.yaml").read_text().splitlines() if "max_new_tokens" in line)
+        for folder in (short, long)
+    ]
+    assert lines[0] == "  max_new_tokens: 16   # longest answer; 95 % of the examples have fewer"
+    assert re.fullmatch(
+        r"  max_new_tokens: 512   # longest answer, which costs time; 95 % of the examples have fewer than [\d,]{5}", lines[1]
+    )
 
 
 def test_large_files_are_tracked_by_dvc(tmp_path: Path) -> None:

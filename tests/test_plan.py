@@ -360,7 +360,9 @@ def test_a_plan_refuses_what_training_refuses(tokenized: Path) -> None:
 def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
-    assert "dpo" not in plan.plan_variants(tokenized, [])["variants"], "there are no preferences yet"
+    without = plan.plan_variants(tokenized, [])
+    assert "dpo" not in without["variants"] and without["not_planned"] == {"dpo": "run `dvc repro preferences` first"}
+    assert "dpo: not planned: run `dvc repro preferences` first" in plan.as_text(without).splitlines()
     with pytest.raises(InputError, match="no preferences to train on yet"):
         plan.plan_variants(tokenized, ["dpo"])
     write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(12)], PREFERENCE_SCHEMA)

@@ -30,6 +30,12 @@ def heights(html: str) -> list[float]:
     return [float(place.split(",")[1]) for line in re.findall('polyline class="[^"]*" points="([^"]*)"', html) for place in line.split()]
 
 
+def test_a_single_validation_loss_is_not_called_missing() -> None:
+    """A training command may report one."""
+    assert diagnosis(course({4: 1.0}, [2.0] * 4)).startswith("The validation loss was measured once")
+    assert diagnosis(course({}, [2.0] * 4)).startswith("There is no validation loss")
+
+
 @pytest.mark.parametrize("values", [[-3.0, 1.0], [-9.0, -1.0], [-5.0, -4.5], [0.0, -2.0], [-1e-3, 5e3], [2.0], [-2.0], [0.0, 0.0]])
 def test_negative_values_are_inside_the_plot(values: list[float]) -> None:
     found = heights(plot("Reward", "", [{"step": i, "reward": value} for i, value in enumerate(values)], ["reward"]))

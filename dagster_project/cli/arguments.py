@@ -15,7 +15,7 @@ def add_command(commands: Any, function: Any, name: str = "") -> argparse.Argume
     command = commands.add_parser(name or function.__name__, help=function.__doc__, description=function.__doc__)
     command.set_defaults(function=function)
     command.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
-    command.add_argument("--project", default=".", metavar="FOLDER", help="folder of the project (default: the current folder)")
+    command.add_argument("--project", type=named, default=".", metavar="FOLDER", help="folder of the project (default: the current folder)")
     return command
 
 
@@ -33,6 +33,13 @@ def count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def named(text: str) -> str:
+    """A name. An empty one, e.g. of a shell variable that is not set, would have the effect of no option."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def day(text: str) -> date:

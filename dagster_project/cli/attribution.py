@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.cli.arguments import add_command, count, project
+from dagster_project.cli.arguments import add_command, count, named, project
 from dagster_project.cli.output import HTML, print_result, require_suffix, write
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
@@ -148,7 +148,7 @@ def _add_why(commands: Any) -> None:
     )
     add("--prove", action="store_true", help="train again without these records, and without as many random ones, and compare")
     add("--draws", type=count, metavar="N", help=f"with --prove: sets of random records (default: {DRAWS})")
-    add("--html", metavar="FILE.html", help="also write one self-contained page")
+    add("--html", type=named, metavar="FILE.html", help="also write one self-contained page")
 
 
 def bisect(options: argparse.Namespace) -> int:
@@ -178,7 +178,7 @@ def _add_bisect(commands: Any) -> None:
     add("--bad", metavar="REV", help="a commit that is known not to (default: HEAD)")
     add("--train", action="store_true", help="make models that are not in the cache again, in a scratch clone, as `verify` does")
     add("--top", type=count, default=10, metavar="N", help="rows to show (default: %(default)s)")
-    add("--html", metavar="FILE.html", help="also write one self-contained page")
+    add("--html", type=named, metavar="FILE.html", help="also write one self-contained page")
 
 
 def _write_page(options: argparse.Namespace, page: str) -> None:

@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.cli.arguments import add_command, count
+from dagster_project.cli.arguments import add_command, count, named
 from dagster_project.cli.output import HTML, print_result, require_suffix, write
 from dagster_project.core.errors import InputError
 
@@ -93,13 +93,18 @@ def add_commands(commands: Any) -> None:
     )
     add("--format", default="auto", help="alpaca, messages, sharegpt, dolly, dpo, hh, ...; default: detected from the keys")
     add("--mapping", metavar="FIELD=COLUMN,...", help="for other columns: prompt=q,response=a or prompt=q,chosen=a,rejected=b")
-    add("--out", metavar="CLEAN.jsonl", help="write the rows that would be kept, repaired where the policy is `fix`")
-    add("--dropped", metavar="DROPPED.jsonl", help="write the other rows, each with its source row and all reasons")
+    add("--out", type=named, metavar="CLEAN.jsonl", help="write the rows that would be kept, repaired where the policy is `fix`")
+    add("--dropped", type=named, metavar="DROPPED.jsonl", help="write the other rows, each with its source row and all reasons")
     add("--against", nargs="+", default=[], metavar="PATH", help="held-out files that must not overlap with PATH")
-    add("--policy", metavar="FILE", help="YAML with policy, limits and waivers: the keys of `instructions` in params.yaml")
-    add("--report", metavar="FILE.html", help="also write one self-contained page")
+    add("--policy", type=named, metavar="FILE", help="YAML with policy, limits and waivers: the keys of `instructions` in params.yaml")
+    add("--report", type=named, metavar="FILE.html", help="also write one self-contained page")
     add("--since", metavar="PATH|REV", help="list the changes since another version: a path, or a git revision of the same paths")
-    add("--base-model", metavar="FOLDER", help="model whose tokenizer and chat template are used (default: data/base_model, if it exists)")
+    add(
+        "--base-model",
+        type=named,
+        metavar="FOLDER",
+        help="model whose tokenizer and chat template are used (default: data/base_model, if it exists)",
+    )
     add("--thirteen-grams", action="store_true", help="also list what the common rule, any 13 shared words, would report as leakage")
     rows = command.add_mutually_exclusive_group()
     rows.add_argument(

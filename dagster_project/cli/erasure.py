@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, project
+from dagster_project.cli.arguments import add_command, named, project
 from dagster_project.cli.output import print_result
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.erasure.kinds import KINDS
@@ -52,7 +52,7 @@ def add_commands(commands: Any) -> None:
     add("--not", dest="declined", action="append", default=[], choices=[*KINDS], metavar="KIND",
         help="leave these relatives; repeatable (default: near)")  # fmt: skip
     add("--reason", default="", help="why, for the certificate and the tombstones, as given; it must not repeat the text")
-    add("--key", metavar="FILE", help="sign the certificate with this private key (PEM)")
+    add("--key", type=named, metavar="FILE", help="sign the certificate with this private key (PEM)")
     add(
         "--verify",
         action="store_true",

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.cli.arguments import add_command, count, project
+from dagster_project.cli.arguments import add_command, count, named, project
 from dagster_project.cli.output import HTML, print_result, require_suffix, write
 from dagster_project.core.errors import InputError
 
@@ -71,8 +71,9 @@ def judge(options: argparse.Namespace) -> int:
     from dagster_project.core import params
     from dagster_project.evaluation import judge as module
 
-    if options.reward_model == bool(options.endpoint and options.model):
-        raise InputError("judge: requires exactly one judge", "give either --endpoint and --model, or --reward-model")
+    of_endpoint = [name for name in ("endpoint", "model", "key_env", "price") if getattr(options, name) is not None]
+    if bool(of_endpoint) == options.reward_model or not (options.reward_model or (options.endpoint and options.model)):
+        raise InputError("judge: requires exactly one judge", "give either --endpoint and --model, or --reward-model alone")
     if options.reward_model:
         if "reward_model" not in params.read(project(options)):  # a folder that was left behind is not the project's
             raise InputError("params.yaml has no section reward_model", "give --endpoint and --model")
@@ -123,10 +124,10 @@ def add_commands(commands: Any) -> None:
     parts = ballots.add_subparsers(dest="part", required=True, metavar="COMMAND")
     command = add_command(parts, export_ballot, "export")
     _add_systems(command)
-    command.add_argument("--out", metavar="FILE.html", help="the page (default: data/pages/ballots/<ballot>.html)")
+    command.add_argument("--out", type=named, metavar="FILE.html", help="the page (default: data/pages/ballots/<ballot>.html)")
     add = add_command(parts, import_votes, "import").add_argument
     add("votes", nargs="+", metavar="VOTES.json", help="files saved from one ballot, one for each rater")
-    add("--preferences", metavar="OUT.jsonl", help="also write the majority votes as preference pairs")
+    add("--preferences", type=named, metavar="OUT.jsonl", help="also write the majority votes as preference pairs")
     add("--partial", action="store_true", help="count files with missing votes")
     add("--seed", type=int, help="seed of the export (default: compute.seed)")
     command = add_command(commands, judge)

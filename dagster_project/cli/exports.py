@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, day, project
+from dagster_project.cli.arguments import add_command, day, named, project
 from dagster_project.cli.output import print_result, write
 from dagster_project.commands.model_files import FORMATS as MODEL_FORMATS
 from dagster_project.commands.model_files import QUANTIZATIONS
@@ -40,7 +40,7 @@ def _add_signing_commands(commands: Any) -> None:
     for function in (sign, attest):
         add = add_command(commands, function).add_argument
         add("model", metavar="MODEL", help="name of a stage, path, or content hash" + ("; or any folder" if function is sign else ""))
-        add("--key", metavar="FILE", help="private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)")
+        add("--key", type=named, metavar="FILE", help="private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)")
         if function is attest:
             add(
                 "--remade",
@@ -150,12 +150,14 @@ def _add_export(commands: Any) -> None:
     add(
         "--out",
         "--output",
+        type=named,
         metavar="FILE",
         help="with --format (default: standard output); of gguf and safetensors a new folder (default: in build/), of an adapter too (default: here)",
     )
     add("--with-model", action="store_true", help="with --all: also copy the files of the release, and sign the folder if there is a key")
     add(
         "--key",
+        type=named,
         metavar="FILE",
         help="with --with-model, or --all without FOLDER: private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)",
     )

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, day, project
+from dagster_project.cli.arguments import add_command, day, named, project
 from dagster_project.cli.output import HTML, print_result, require_suffix, write
 from dagster_project.core.errors import InputError
 
@@ -79,9 +79,10 @@ def _audit_exported(options: argparse.Namespace) -> int | None:
         if not has_project and claim.is_model_file(path):
             raise InputError(f"{path}: its metadata does not say where it is from", "run the command in a project that may have it")
         return None
-    if options.html or options.records or options.where or options.as_of or options.rev:
+    if options.html or options.records or options.where or options.as_of or options.rev or options.against_rev:
         raise InputError(
-            "--html, --records, --where, --as-of and --rev are not for exported files", f"use them with the hash that {path} names"
+            "--html, --records, --where, --as-of, --rev and --against-rev are not for exported files",
+            f"use them with the hash that {path} names",
         )
     document = claimed.examine(project(options) if has_project else None, file)
     print_result(options, document, claimed.as_text)
@@ -106,8 +107,13 @@ def _add_audit(commands: Any) -> None:
         help="name of a stage, path (also of a copied folder, or of an exported file), content hash, or REV:one of these",
     )
     add("--rev", help="git revision (default: the workspace)")
-    add("--html", metavar="FILE.html", help="also write one self-contained page")
-    add("--records", metavar="FILE", help="also write every record the model was trained on, with step and epoch: .csv or .parquet")
+    add("--html", type=named, metavar="FILE.html", help="also write one self-contained page")
+    add(
+        "--records",
+        type=named,
+        metavar="FILE",
+        help="also write every record the model was trained on, with step and epoch: .csv or .parquet",
+    )
     add(
         "--as-of",
         type=day,
@@ -209,7 +215,7 @@ def _add_verify(commands: Any) -> None:
         action="store_true",
         help="instead verify the signature and the attestations of a model, or of a folder that has them",
     )
-    add("--key", metavar="PUB", help="with --signatures: the public key to trust (default: the one beside the signatures)")
+    add("--key", type=named, metavar="PUB", help="with --signatures: the public key to trust (default: the one beside the signatures)")
 
 
 def add_commands(commands: Any) -> None:

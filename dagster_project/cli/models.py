@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, count, day, project
+from dagster_project.cli.arguments import add_command, count, day, named, project
 from dagster_project.cli.output import print_result
 from dagster_project.core.errors import InputError
 
@@ -44,9 +44,9 @@ def _add_chat(commands: Any) -> None:
         metavar="MODEL",
         help="release, merged@VARIANT, ... or a folder (default: the release, else the recommended variant, else the base model)",
     )
-    add("--compare", metavar="OTHER", help="another model that answers the same questions")
+    add("--compare", type=named, metavar="OTHER", help="another model that answers the same questions")
     add("--system", metavar="TEXT", help="system prompt; '' for none (default: that of the training records, if all have the same)")
-    add("--tools", metavar="FILE.json", help="functions to offer, as OpenAI writes them; calls are shown, not executed")
+    add("--tools", type=named, metavar="FILE.json", help="functions to offer, as OpenAI writes them; calls are shown, not executed")
     add("--once", metavar="TEXT", help="ask this, print the answer and end")
     add("--max-new-tokens", type=count, default=256, metavar="N", help="longest answer, in tokens (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, the most likely answer, as in evaluation)")
@@ -99,7 +99,7 @@ def _add_push(commands: Any) -> None:
     add("repo", metavar="REPO_ID", help="repository on the Hub, OWNER/NAME; it is created if it does not exist")
     add("--private", action="store_true", help="create the repository as a private one; refused if it exists and is public")
     add("--dry-run", action="store_true", help="check, and list what would be uploaded; needs neither network nor token")
-    add("--key", metavar="FILE", help="sign the files with this private key in PEM (default: the text in PEDIGREE_SIGNING_KEY)")
+    add("--key", type=named, metavar="FILE", help="sign the files with this private key in PEM (default: the text in PEDIGREE_SIGNING_KEY)")
     add("--issued", type=day, metavar="YYYY-MM-DD", help="of the papers (default: the date of the commit that recorded the model)")
 
 
@@ -115,7 +115,12 @@ def mlflow(options: argparse.Namespace) -> int:
 def _add_mlflow(commands: Any) -> None:
     add = add_command(commands, mlflow).add_argument
     add("model", metavar="MODEL", help="release, merged@VARIANT, adapter@VARIANT, ... as for `audit`")
-    add("--tracking-uri", metavar="URI", help="e.g. sqlite:///mlflow.db or http://127.0.0.1:5000 (default: MLFLOW_TRACKING_URI)")
+    add(
+        "--tracking-uri",
+        type=named,
+        metavar="URI",
+        help="e.g. sqlite:///mlflow.db or http://127.0.0.1:5000 (default: MLFLOW_TRACKING_URI)",
+    )
     add("--name", help="of the registered model (default: the stage, with - in place of @)")
     add("--experiment", default="pedigree", help="of the run (default: %(default)s)")
     add("--upload", action="store_true", help="also store the model's files in MLflow")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, count, project
+from dagster_project.cli.arguments import add_command, count, named, project
 from dagster_project.cli.output import print_result
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
@@ -24,7 +24,7 @@ def init(options: argparse.Namespace) -> int:
 
 def _add_init(commands: Any) -> None:
     add = add_command(commands, init).add_argument
-    add("folder", nargs="?", metavar="FOLDER", help="an empty or new folder (default: the current folder)")
+    add("folder", nargs="?", type=named, metavar="FOLDER", help="an empty or new folder (default: the current folder)")
     add(
         "--data",
         nargs="+",
@@ -96,7 +96,7 @@ def _add_sweep(commands: Any) -> None:
         "-S", dest="set", action="append", default=[], metavar="KEY=VALUE,...", help="a parameter of the section and its values; repeatable"
     )
     add("--jobs", type=count, default=1, metavar="N", help="trials at once (default: %(default)s)")
-    add("--to", metavar="STAGE[@VARIANT]", help="stage at which each trial ends (default: the stage of the section)")
+    add("--to", type=named, metavar="STAGE[@VARIANT]", help="stage at which each trial ends (default: the stage of the section)")
 
 
 def render(options: argparse.Namespace) -> int:
@@ -221,5 +221,7 @@ def add_commands(commands: Any) -> None:
     add_command(commands, sync).add_argument(
         "--key-prefix", default="", metavar="PREFIX", help="of the project's asset keys in an instance with other assets, e.g. ml/support"
     )
-    add_command(commands, share).add_argument("--remote", metavar="NAME", help="a remote of .dvc/config (default: the default remote)")
+    add_command(commands, share).add_argument(
+        "--remote", type=named, metavar="NAME", help="a remote of .dvc/config (default: the default remote)"
+    )
     _add_plan(commands)

@@ -174,8 +174,12 @@ def bisect(root: Path, model: str, asked: Asked, good: str | None, bad: str | No
         search = Search(root, model, asked, steps, Path(scratch), may_train)
         missing = sum(not search.is_cached(i) for i in range(len(steps)))
         log.info(
-            f"bisect: {len(steps)} versions, at most {(len(steps) - 1).bit_length() + 1} of them are asked; {missing} are not in the cache"
-            + (" and are trained again only if nothing else divides the rest" if missing else "")
+            f"bisect: {len(steps)} versions, "
+            + (
+                f"{missing} are not in the cache and are trained again only if nothing else divides the rest"
+                if missing
+                else f"at most {(len(steps) - 1).bit_length() + 1} of them are asked"
+            )
         )
         first = search.first_bad()
         notes = [] if good is None or first > 1 else [f"{good} is taken to give the expected answer: it was not asked"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -224,8 +225,6 @@ def _refuse_existing(folder: Path, names: Sequence[str]) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    if source.resolve() == target.resolve():
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
     remove(target)
     if source.is_dir():
@@ -250,9 +249,9 @@ def _add_to_dvc(folder: Path, names: Sequence[str]) -> bool:
 
 
 def _next(folder: Path, has_data: bool, untracked: Sequence[str]) -> list[str]:
-    lines = [] if folder.resolve() == Path.cwd() else [f"cd {folder}"]
+    lines = [] if folder.resolve() == Path.cwd() else [f"cd {shlex.quote(str(folder))}"]
     lines += [] if has_data else [f"put your data into {PLACEHOLDER}"]
-    lines += [f"dvc add {name}" for name in untracked]
+    lines += [f"dvc add {shlex.quote(name)}" for name in untracked]
     return [*lines, "git commit -m 'New project'", "pedigree run --all"]
 
 

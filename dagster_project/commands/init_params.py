@@ -22,6 +22,8 @@ CONTEXT = 8192
 """Default of base_model.max_length, in tokens."""
 PLAIN = re.compile(r"[A-Za-z_/][\w./@+-]*", re.ASCII)
 RESERVED = {"yes", "no", "on", "off", "true", "false", "null", "y", "n"}
+MAX_NEW_TOKENS = 512
+"""Largest `evaluation.max_new_tokens` that is written."""
 PLACEHOLDER = "data/sources/mine.jsonl"
 
 
@@ -148,11 +150,18 @@ def _preferences(found: Found, pairs: Sequence[Given], watched: Mapping[str, Any
 
 def _evaluation(found: Found, watched: Mapping[str, Any]) -> list[str]:
     section: dict[str, Any] = {}
+    notes: dict[str, str] = {}
     if found.task:
         section["task"] = found.task
     section |= watched
     if found.answer:
-        section["max_new_tokens"] = min(512, max(16, 16 * math.ceil(found.margin * found.answer / 16)))
+        needed = max(16, 16 * math.ceil(found.margin * found.answer / 16))
+        section["max_new_tokens"] = min(MAX_NEW_TOKENS, needed)
+        notes["max_new_tokens"] = (
+            "   # longest answer; 95 % of the examples have fewer"
+            if needed <= MAX_NEW_TOKENS
+            else f"   # longest answer, which costs time; 95 % of the examples have fewer than {needed:,}"
+        )
     kind = "labels" if "labels" in (found.task or {}) else "JSON objects" if found.task else "free text"
     if not section:
         return ["evaluation: {}   # e.g. task: {labels: auto}; without a task, answers are scored as free text"]
@@ -163,8 +172,7 @@ def _evaluation(found: Found, watched: Mapping[str, Any]) -> list[str]:
             lines += [f"      {_flow(name)}: {_flow(values)}" for name, values in value["fields"].items()]
             lines.append(f"    score: {_flow(value['score'])}")
         else:
-            note = "   # longest answer; 95 % of the examples have fewer" if key == "max_new_tokens" else ""
-            lines.append(f"  {key}: {_flow(value)}{note}")
+            lines.append(f"  {key}: {_flow(value)}{notes.get(key, '')}")
     return lines
 
 

@@ -139,7 +139,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     Args:
         variants: names, or `reward_model`; empty for all variants.
     Returns:
-        {"variants": {name: prediction}, "machine"}.
+        {"variants": {name: prediction}, "not_planned": variants without data yet -> next step, if any, "machine"}.
     Raises:
         InputError: a variant is unknown, the data has not been tokenized, or the base model is missing.
     """
@@ -156,15 +156,17 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     if not (base_model / "config.json").is_file():
         raise InputError("data/base_model is missing", "run `dvc repro base_model` or `dvc pull base_model` first")
     machine = Machine(params.parse(Compute, values.get("compute"), "compute"), None, _notes(root))
-    predictions = {}
+    predictions, not_planned = {}, dict[str, str]()
     for name in variants or known:
         if name not in known:
             predictions[name] = _reward_model(root, values["reward_model"], base_model, machine)
         elif name not in values["aligned"]:
             predictions[name] = _adapter(root, values, name, tokenized, base_model, machine)
-        elif variants or (root / "data" / ("splits" if _has_tasks(values["aligned"][name]) else "preferences") / "train").is_dir():
+        elif variants or (root / "data" / _read_by(values["aligned"][name]) / "train").is_dir():
             predictions[name] = _aligned(root, values, name, base_model, machine)
-    return {"variants": predictions, "machine": machine.summary()}
+        else:
+            not_planned[name] = f"run `dvc repro {_read_by(values['aligned'][name])}` first"
+    return {"variants": predictions, **({"not_planned": not_planned} if not_planned else {}), "machine": machine.summary()}
 
 
 def _adapter(
@@ -284,6 +286,11 @@ def _passes_over(steps: int, per_epoch: int, share: float) -> float:
     """
     epochs, more = divmod(steps, per_epoch)
     return epochs + min(more * share, 1.0)
+
+
+def _read_by(values: dict[str, Any]) -> str:
+    """The stage whose prompts an entry of `aligned` trains on."""
+    return "splits" if _has_tasks(values) else "preferences"
 
 
 def _has_tasks(values: dict[str, Any]) -> bool:
@@ -537,6 +544,7 @@ def as_text(document: dict[str, Any]) -> str:
     machine, lines = document["machine"], _assumptions(document) if "assumptions" in document else []
     for name, variant in document["variants"].items():
         lines += _variant_text(name, variant, machine)
+    lines += [f"{name}: not planned: {step}" for name, step in document.get("not_planned", {}).items()]
     threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
     if any("published_gb" in variant for variant in document["variants"].values()):
         lines.append(

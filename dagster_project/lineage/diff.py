@@ -178,6 +178,8 @@ def as_text(difference: Mapping[str, Any]) -> str:
         lines += [f"  - {_record(entry)}" for entry in records["removed"][:SHOWN]]
         for entry in [*records["changed"][:SHOWN], *records["moved"][:SHOWN]]:
             lines += [f"  - {_record(entry['before'])}", f"  + {_record(entry['after'])}"]
+        if more := ", ".join(f"{len(entries) - SHOWN} {name}" for name, entries in records.items() if len(entries) > SHOWN):
+            lines.append(f"  more, which --json lists: {more}")
     if difference["missing"]:
         lines += ["", "not available: what they state is left out"]
         lines += [f"  {entry['path']}  md5 {entry['md5']}\n    fetch it: {entry['fetch']}" for entry in difference["missing"]]

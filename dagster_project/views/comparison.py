@@ -135,8 +135,14 @@ def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], meas
     seen = "none of them seen in training" if not test["seen"] else f"{number(test['seen'])} of them seen in training"
     return render(
         "comparison.jinja", "Was tuning worth it?", sections, "comparison.js", document=document, limit=MAX_CHARACTERS,
-        tested=f"{many(test['examples'], 'test example')}, {seen}", advice=[line for line in document["advice"] if line != found["why"]],
+        tested=f"{many(test['examples'], 'test example')}, {seen}{_scored(document)}", advice=[line for line in document["advice"] if line != found["why"]],
     )  # fmt: skip
+
+
+def _scored(document: Mapping[str, Any]) -> str:
+    """How many test examples have scores, if not all do: those whose reference does not fit the task have none."""
+    test = document["test"]
+    return f"; {number(test['answered'])} of them scored" if document["scores"] and test["answered"] < test["examples"] else ""
 
 
 def _order(document: Mapping[str, Any]) -> list[str]:

@@ -145,8 +145,10 @@ def diagnosis(curve: Sequence[Point], kept: int | None = None) -> str:
         kept: the step whose weights were kept, if it is not the last one.
     """
     validation = [(int(point["step"]), point["validation_loss"]) for point in curve if "validation_loss" in point]
-    if len(validation) < 2:
+    if not validation:
         return "There is no validation loss, so overfitting cannot be detected: set splits.validation above 0."
+    if len(validation) == 1:
+        return "The validation loss was measured once, so overfitting cannot be detected."
     best, lowest = min(validation, key=lambda point: point[1])
     last = validation[-1][1]
     if (since := overfitting_since(curve)) is not None:

@@ -30,6 +30,9 @@ def as_text(result: Mapping[str, Any]) -> str:
         lines.append(
             f"near    {copy['example_id']}  {copy['part']}, {copy['rule']} {copy['similarity']:.2f}  {visible(' '.join(copy['text'].split())[:80])}"
         )
+    for name in ("matches", "near"):
+        if (more := len(result.get(name, ())) - SHOWN) > 0:
+            lines.append(f"{name:7} {more} more, which --json lists")
     lines.append("")
     for model in result["models"]:
         aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,12 +21,13 @@ from dagster_project.orchestration.last_sync import LastSync
 log = logging.getLogger("pedigree")
 
 
-def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
+def serve(root: Path, host: str, port: int, pages_port: int, announce: Callable[[], None]) -> NoReturn:
     """Start the server of data/pages, sync once, then execute `dagster dev`, with the guarded web server, in this process, so that stop signals reach it directly.
 
     Args:
         host, port: of the Dagster UI.
         pages_port: of the server of data/pages, which is always on loopback.
+        announce: called once both ports are known to be free.
     Raises:
         InputError: a port is in use.
     """
@@ -33,6 +35,7 @@ def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
         raise InputError(f"--port and --pages-port are both {port}", "give two different ports")
     ports.bound(host, port, "--port", 3000).close()
     listener = pages.listen(pages_port)
+    announce()
     folder = home(root)
     pages.remember_port(root, listener.getsockname()[1])
     sync_if_changed(root)

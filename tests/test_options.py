@@ -1,0 +1,98 @@
+"""Options of the command line: none is accepted and then without effect, and nothing is announced that does not happen."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dagster_project.__main__ import main
+from dagster_project.cli.parser import parser
+from dagster_project.lineage import diff
+from dagster_project.lineage.impact import text
+
+NAMES_A_FILE = re.compile(r"FILE|FOLDER|\.html|\.jsonl")
+REFUSED_LATER = {"--all", "--template"}
+"""Each has a message of its own for an empty name."""
+
+
+def commands(of: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    nested = [action for action in of._actions if isinstance(action, argparse._SubParsersAction)]
+    yield from (one for action in nested for child in action.choices.values() for one in commands(child))
+    if not nested:
+        yield of
+
+
+def test_every_option_that_names_a_file_refuses_an_empty_name() -> None:
+    """It would have the effect of no option, e.g. where a variable of a script is not set: `--policy ""` would check by the default policy."""
+    actions = [action for command in commands(parser()) for action in command._actions if action.nargs in {None, "?"}]
+    files = [one for one in actions if NAMES_A_FILE.search(str(one.metavar)) and not REFUSED_LATER.intersection(one.option_strings)]
+    assert len(files) > 20
+    for one in files:
+        assert callable(one.type), f"{one.option_strings} accepts an empty name"
+        with pytest.raises(argparse.ArgumentTypeError, match="the name is empty"):
+            one.type("")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["init", "check x --policy", "chat --compare", "share --remote", "sweep splits --to", "mlflow release --tracking-uri", "ui --host"],
+)
+def test_an_empty_name_ends_with_exit_code_2(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments.split(), "", "--project", str(tmp_path)])
+    assert ended.value.code == 2 and "the name is empty" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("more", ["--endpoint http://127.0.0.1:9/v1", "--model m", "--key-env JUDGE_KEY", "--price 1 2"])
+def test_the_reward_model_as_judge_has_no_options_of_an_endpoint(more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / "params.yaml").write_text("reward_model: {}")
+    assert main(["judge", "--reward-model", *more.split(), "--project", str(tmp_path)]) == 2
+    assert "exactly one judge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", ["--rev HEAD", "--against-rev HEAD", "--where"])
+def test_an_audit_of_an_exported_file_refuses_options_that_it_does_not_use(
+    more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = json.dumps({"__metadata__": {"pedigree.model": "0" * 32 + ".dir", "pedigree.stage": "merged@lora"}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    exported = ["audit", str(tmp_path / "model.safetensors"), "--project", str(tmp_path)]
+    assert main(exported) != 2, "without the option it is examined"
+    assert main([*exported, *more.split()]) == 2
+    assert "not for exported files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ports", ["--port 70000", "--port 3111 --pages-port 3111"])
+def test_addresses_of_the_ui_are_printed_only_if_its_ports_are_free(ports: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dvc.yaml").touch()
+    assert main(["ui", *ports.split(), "--json", "--project", str(tmp_path)]) == 2
+    assert not capsys.readouterr().out
+
+
+def test_the_terminal_says_how_many_records_of_a_difference_it_leaves_out() -> None:
+    def records(count: int) -> list[dict[str, object]]:
+        return [{"example_id": f"{i:032x}", "splits": ["train"], "rows": [f"a.jsonl:{i}"]} for i in range(count)]
+
+    model = {"stage": "merged@lora", "path": "data/merged/lora", "md5": "0" * 32}
+    same = {name: {} for name in ("sources", "base_model", "parameters", "code", "environment", "metrics")}
+    found = {"added": records(diff.SHOWN + 5), "removed": records(diff.SHOWN), "changed": [], "moved": []}
+    shown = diff.as_text({"models": [model, model], "same": False, "records": found, "missing": [], **same})
+    assert "more, which --json lists: 5 added\n" in shown + "\n"
+    assert "more, " not in diff.as_text({"models": [model, model], "same": False, "records": {**found, "added": []}, "missing": [], **same})
+
+
+def test_the_terminal_says_how_many_matches_of_a_text_it_leaves_out() -> None:
+    match = {"example_id": "0" * 32, "role": "user", "field": "content", "excerpt": "x"}
+    looked = dict.fromkeys(("models", "data_sets", "rows", "commits", "commits_in_reflog", "cached_runs"), 0)
+    answer = {
+        "asked": {"containing": "x"}, "verdict": "no", "records": [], "models": [], "unknown": [], "looked_at": looked, "unreadable": [],
+        "shallow": False,
+    }  # fmt: skip
+    assert "3 more, which --json lists" in text.as_text({**answer, "matches": [match] * (text.SHOWN + 3)})
+    assert "more, " not in text.as_text({**answer, "matches": [match] * text.SHOWN})
