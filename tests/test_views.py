@@ -237,7 +237,10 @@ def lineage(text: Text, tmp_path: Path) -> str:
         {"path": text("a"), "md5": text("b"), "fetch": text("dvc pull")}], "shallow": True, "waivers": [{"reason": text("because")}],
         "parameters": {text("adapter.lora"): {text("r"): text("4")}}, "metrics": {text("adapter"): {text("loss"): text("1")}},
         "other_files": {text("b.jsonl"): {"md5": text("abc"), "license": text("MIT"), "stages": [text("splits")]}},
-        "watched": {"stages": {text("release"): stage}, "sources": {text("c.jsonl"): source}},
+        "watched": {
+            "stages": {text("release"): stage}, "sources": {text("c.jsonl"): source},
+            "other_files": {text("d.jsonl"): {"md5": text("abc"), "license": text("MIT"), "stages": [text("evaluation")]}},
+        },
         "code": {"commit": None, "after": text("abc"), "files": {text("a.py"): text("abc")}}, "environment": {text("torch"): text("2")},
         "base_model": {"origin": text("hub"), "license": text("MIT"), "sha256": {"model.safetensors": text("abc")}},
         "chat_template": {"name": text("chatml"), "sha256": text("abc")},
@@ -272,6 +275,12 @@ def papers(text: Text, tmp_path: Path) -> str:
         "release": release,
     }
     return papers_page({**document, **signed})
+
+
+def test_the_page_of_an_audit_lists_files_that_were_only_watched(tmp_path: Path) -> None:
+    page = lineage(lambda text: text, tmp_path)
+    watched = page[page.index('<section id="watched"') :].partition("</section>")[0]
+    assert all(f'<bdi dir="auto">{name}</bdi>' in watched for name in ("release", "c.jsonl", "d.jsonl"))
 
 
 class Elements(HTMLParser):

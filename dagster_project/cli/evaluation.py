@@ -72,7 +72,7 @@ def judge(options: argparse.Namespace) -> int:
     from dagster_project.evaluation import judge as module
 
     of_endpoint = [name for name in ("endpoint", "model", "key_env", "price") if getattr(options, name) is not None]
-    if bool(of_endpoint) == options.reward_model or not (options.reward_model or (options.endpoint and options.model)):
+    if of_endpoint if options.reward_model else not (options.endpoint and options.model):
         raise InputError("judge: requires exactly one judge", "give either --endpoint and --model, or --reward-model alone")
     if options.reward_model:
         if "reward_model" not in params.read(project(options)):  # a folder that was left behind is not the project's

@@ -190,7 +190,10 @@ def _watched(document: Mapping[str, Any]) -> Table:
     watched = document["watched"]
     rows = [(name, f"md5 {stage['md5']}") for name, stage in watched["stages"].items()]
     rows += [(name, f"sha256 {source.get('sha256', 'unknown')}") for name, source in watched["sources"].items()]
-    return _table("Compared or only watched", ["stage or source", "hash"], rows)
+    rows += [
+        (path, f"sha256 {file['sha256']}" if "sha256" in file else f"md5 {file['md5']}") for path, file in watched["other_files"].items()
+    ]
+    return _table("Compared or only watched", ["stage, source or file", "hash"], rows)
 
 
 def _rows(document: Mapping[str, Any]) -> tuple[Table, Table]:
