@@ -219,6 +219,13 @@ def test_a_megabyte_of_text_gives_a_small_page_that_states_what_is_omitted() -> 
     assert "999,200 characters not shown" in html
 
 
+def test_a_long_place_of_a_pair_says_how_much_of_it_is_cut() -> None:
+    """Two rows of one file with a long path must not look like the same row."""
+    match = {"score": 1.0, "rule": "jaccard", "part": "prompt", "text": "a", "span": [0, 1], "other_text": "a", "other_span": [0, 1]}
+    pair = module._pair_view(0, "near_duplicates", {**match, "place": "d/" * 160 + ":1", "other": "b.jsonl:2"})
+    assert [side["place"] for side in pair["sides"]] == ["d/" * 150 + " … (22 characters cut)", "b.jsonl:2"]
+
+
 def test_the_figures_of_the_page_are_those_of_the_document() -> None:
     found = document()
     reader = Reader(data_quality_page(found, CHANGES))

@@ -14,7 +14,7 @@ from dagster_project.core.severity import Shown, shown
 from dagster_project.core.text import many, number, visible
 from dagster_project.views.conversations import conversation
 from dagster_project.views.declared import declared_table, violations_table
-from dagster_project.views.html import SHORT, Figure, Plot, Shape, Table, brief, cut, label, render, shape, share
+from dagster_project.views.html import Figure, Plot, Shape, Table, brief, cut, label, render, shape, share
 from dagster_project.views.suspects import suspect_row
 
 PAGE = 20
@@ -341,9 +341,9 @@ def _pair_view(number_: int, check: str, match: Mapping[str, Any]) -> dict[str, 
     sides = []
     for place, text, span in (("place", "text", "span"), ("other", "other_text", "other_span")):
         before, inside, after, hidden = around_span(match[text], match[span])
-        sides.append({"place": visible(match[place][:SHORT]), "text": [before, inside, after], "cut": hidden})
-    words = {name: visible(match[name][:SHORT]) for name in ("rule", "part")}
-    return {"number": number_, "check": visible(check[:SHORT]), "score": match["score"], **words, "sides": sides}
+        sides.append({"place": visible(cut(match[place])), "text": [before, inside, after], "cut": hidden})
+    words = {name: visible(cut(match[name])) for name in ("rule", "part")}
+    return {"number": number_, "check": visible(cut(check)), "score": match["score"], **words, "sides": sides}
 
 
 def _bars(title: str, note: str, counts: Mapping[str, int], whole: int, unit: str = "rows") -> Figure:
