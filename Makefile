@@ -8,9 +8,12 @@ export DAGSTER_HOME ?= $(abspath .dagster)
 PORT ?= 3000
 # uv installs where it is present (`make UV= run`: pip)
 UV ?= $(shell command -v uv 2> /dev/null)
+PYTESTS = $(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder
+RAY_TESTS = tests/test_ray.py tests/test_ray_train.py
+LONG_TESTS = $(shell grep -l 'mark[.]long' tests/test_*.py | awk -v part=$(or $(PART),1/1) 'split(part, p, "/") && NR % p[2] == p[1] % p[2]')
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: help run test test-latest test-places test-projects lint docs site ui bench soak fuzz faults lock sbom audit-packages clean
+.PHONY: help run test test-long test-latest test-places test-projects lint docs site ui bench soak fuzz faults lock sbom audit-packages clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -24,10 +27,15 @@ run: $(VENV)/ok  ## set up, run changed stages, show the summary
 	@$(BIN)/pedigree sync > /dev/null
 	@$(MAKE) --no-print-directory summary
 
-test: $(VENV)/ok ## run all tests, three at a time: tests also wait (JOBS=N: N at a time)
+test: $(VENV)/ok ## run the tests but the longest, three at a time: tests also wait (JOBS=N: N at a time)
 	@$(MAKE) --no-print-directory setup-dvc
-	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder -m "not cluster and not projects"
-	$(BIN)/python -m pytest -q tests/test_ray.py tests/test_ray_train.py
+	$(PYTESTS) -m "not long and not cluster and not projects"
+	$(BIN)/python -m pytest -q -m "not long" $(RAY_TESTS)
+
+test-long: $(VENV)/ok ## run the longest tests: whole pipelines, both front ends at once, repeated trainings. PART=1/3: those of a third of their files
+	@$(MAKE) --no-print-directory setup-dvc
+	$(PYTESTS) -m "long and not cluster and not projects" $(filter-out $(RAY_TESTS),$(LONG_TESTS))
+	$(if $(filter $(RAY_TESTS),$(LONG_TESTS)),$(BIN)/python -m pytest -q -m long $(filter $(RAY_TESTS),$(LONG_TESTS)))
 
 test-projects: $(VENV)/ok ## make a project with the installed wheel from each layout of a file and each recipe of examples/, and run it; prints a table. Runs the whole pipeline on Ray
 	@$(MAKE) --no-print-directory setup-dvc

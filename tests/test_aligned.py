@@ -587,6 +587,7 @@ def test_resuming_from_any_step_gives_the_same_bytes_and_number_of_measurements(
         assert bytes_of(tmp_path / "whole" / "out") == bytes_of(tmp_path / str(step) / "out"), step
 
 
+@pytest.mark.long
 def test_ppo_in_two_processes_shares_the_work_and_reports_it(
     tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
 ) -> None:

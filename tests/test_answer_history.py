@@ -393,6 +393,7 @@ def test_versions_in_the_cache_are_asked_before_others_are_trained_again(
     assert "adapter@lora must run again" in shown.err and "--train" in shown.err and not shown.out
 
 
+@pytest.mark.long
 def test_a_version_that_is_not_in_the_cache_is_trained_again_if_asked_for(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,7 @@ def test_one_file_of_a_release_is_that_of_the_model_of_which_the_release_is_a_co
     assert audit(finished, str(weights)) == audit(finished, "merged@lora")
 
 
+@pytest.mark.long
 def test_the_diff_names_a_changed_record_and_the_audit_of_the_earlier_model_does_not_change(finished: Path) -> None:
     for command in (["git", "add", "-A"], ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "run"]):
         assert run(command, finished).returncode == 0

@@ -225,6 +225,7 @@ def test_the_checks_of_the_instruction_set_passed(ui: Ui) -> None:
     assert "Not evaluated" not in said
 
 
+@pytest.mark.long
 def test_after_an_edit_the_right_assets_are_unsynced(ui: Ui) -> None:
     edit_params(ui.root, lambda v: v["adapter"]["lora"].update(max_steps=9))
     assert pedigree(ui.root, "sync").returncode == 0
@@ -233,6 +234,7 @@ def test_after_an_edit_the_right_assets_are_unsynced(ui: Ui) -> None:
     assert "Unsynced" not in said
 
 
+@pytest.mark.long
 def test_the_progress_of_a_long_stage_streams_into_the_runs_log(ui: Ui) -> None:
     edit_params(ui.root, lambda v: v["adapter"]["lora"].update(max_steps=9))
     run = ui.materialize("adapter/lora")
@@ -242,6 +244,7 @@ def test_the_progress_of_a_long_stage_streams_into_the_runs_log(ui: Ui) -> None:
     assert run["status"] == "SUCCESS"
 
 
+@pytest.mark.long
 def test_a_spoiled_source_fails_its_check_with_the_rows_and_nothing_downstream_runs(ui: Ui) -> None:
     edit_params(ui.root, lambda v: v["instructions"].update(policy={"empty_response": "fail"}))
     path = ui.root / "data/sources/triage_alpaca.json"

@@ -61,6 +61,7 @@ def files_with(text: str, folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and text.encode() in path.read_bytes()]
 
 
+@pytest.mark.long
 def test_dagster_shows_the_same_on_postgres_and_no_password(root: Path, server: Postgres, caplog: pytest.LogCaptureFixture) -> None:
     on_postgres(root)
     (root / "code/tok.py").write_text("V = 2\n")
@@ -81,6 +82,7 @@ def test_dagster_shows_the_same_on_postgres_and_no_password(root: Path, server: 
     assert files_with("PEDIGREE_PG_PASSWORD", root) == [root / ".dagster/dagster.yaml"], "the search looks into the home, too"
 
 
+@pytest.mark.long
 def test_a_lost_database_is_rebuilt_by_a_sync(root: Path, server: Postgres) -> None:
     on_postgres(root)
     with open_instance(root) as instance:
@@ -128,6 +130,7 @@ def ask(url: str, query: str) -> Any:
         return json.load(answer)["data"]
 
 
+@pytest.mark.long
 def test_the_ui_serves_a_project_whose_event_log_is_on_postgres_and_shows_no_password(project: Path, server: Postgres) -> None:
     on_postgres(project)
     with ui(project) as url:

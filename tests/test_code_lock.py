@@ -311,6 +311,7 @@ def test_changes_in_results_are_those_after_the_recorded_version() -> None:
     assert results_since("unknown", text) == {"Unreleased": ["a b"]}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_verify_runs_with_the_recorded_code_and_names_the_version_otherwise(site: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps(ROWS))

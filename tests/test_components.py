@@ -71,6 +71,7 @@ def test_two_projects_share_no_name_but_the_pools_of_their_machine(roots: dict[s
     assert pools == {"pedigree_cpu"}, "a pool of somebody else gets no limit from us"
 
 
+@pytest.mark.long
 def test_both_are_synced_and_materialized_in_one_run_from_another_folder(roots: dict[str, Path], instance: dg.DagsterInstance) -> None:
     definitions = together(roots)
     for name in TEAMS:
@@ -164,6 +165,7 @@ def test_components_are_loaded_from_yaml_and_automation_runs_what_sync_shows_as_
     assert [requested.get_num_requested(key) for key in keys] == [0, 0, 1, 1]
 
 
+@pytest.mark.long
 def test_a_stage_of_a_component_runs_in_its_project(location: Path, instance: dg.DagsterInstance) -> None:
     definitions = dg.load_from_defs_folder(path_within_project=location)
     done = definitions.resolve_implicit_global_asset_job_def().execute_in_process(

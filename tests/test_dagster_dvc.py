@@ -128,6 +128,7 @@ def test_of_two_outputs_only_the_one_that_is_read_makes_a_stage_stale(foreign: P
     assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == {"featurize", "evaluate"}
 
 
+@pytest.mark.long
 def test_a_failing_command_fails_the_run_and_records_nothing(foreign: Path, instance: dg.DagsterInstance) -> None:
     assert materialize(foreign, instance).success
     lock = (foreign / "dvc.lock").read_bytes()

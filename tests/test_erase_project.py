@@ -134,6 +134,7 @@ def interrupted(step: Callable[[Erasure], None]) -> Callable[[Erasure], None]:
     return call
 
 
+@pytest.mark.long
 def test_nothing_of_an_erased_record_is_left_and_all_else_stays(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
 ) -> None:

@@ -243,6 +243,7 @@ def made(project: Path, bucket: S3Server) -> tuple[Path, dict[str, Any]]:
     return project, source
 
 
+@pytest.mark.long
 def test_rows_in_s3_are_erased_with_those_of_files_and_the_certificate_names_what_still_holds_them(
     made: tuple[Path, dict[str, Any]], bucket: S3Server
 ) -> None:
@@ -284,6 +285,7 @@ def test_rows_in_s3_are_erased_with_those_of_files_and_the_certificate_names_wha
     assert not ran & json.loads(dvc(root, "status", "--json").stdout).keys(), "read again, it gives the same bytes"
 
 
+@pytest.mark.long
 def test_a_row_on_the_hub_is_erased_and_stays_left_out_when_the_hub_is_read_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole erasure, as the command does it; the Hub answers on loopback and keeps its row."""
     root, row = project, {"prompt": PROMPT, "completion": ANSWER}

@@ -63,6 +63,7 @@ def sweep(root: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_small")
 def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(root: Path) -> None:
     before = len(ran(root))
@@ -88,6 +89,7 @@ def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(ro
     assert "adapter@lora" not in small_pipeline.changed_in_dvc(root)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: signal.Signals, root: Path) -> None:
     os.environ["SLOW"] = "adapter"

@@ -64,6 +64,7 @@ def test_after_materializing_dvc_status_is_clean_and_a_second_run_runs_nothing(p
     assert done == dict.fromkeys(DATA, "nothing")
 
 
+@pytest.mark.long
 def test_force_runs_again_and_gives_the_same_version(finished: Path, synced_finished) -> None:
     version = read_stages(finished)["splits"].version
     result = materialize(finished, synced_finished, "splits", tags={"pedigree/force": "true"})

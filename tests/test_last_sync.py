@@ -213,6 +213,7 @@ def test_a_run_that_ends_is_a_change_and_a_heartbeat_is_not(
     assert not unchanged(root)
 
 
+@pytest.mark.long
 def test_a_repeated_sync_loads_neither_dagster_nor_dvc(project: Path, tmp_path: Path) -> None:
     log = tmp_path / "loaded.jsonl"
     for _ in range(4):  # one reports the sources, one has nothing to report, one reads the same files

@@ -126,6 +126,7 @@ def verified(root: Path, *arguments: str, **environment: str) -> tuple[int, dict
     return done.returncode, json.loads(done.stdout)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
 def test_data_stages_give_the_same_bytes_with_another_instruction_set(finished: Path) -> None:
     """`preferences` with all stages before it; of those before `tokenized`, each is among them."""
@@ -137,6 +138,7 @@ def test_data_stages_give_the_same_bytes_with_another_instruction_set(finished: 
     assert checked == {"base_model", "raw_examples", "instructions", "splits", "tokenized", "raw_preferences", "preferences"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
 def test_a_training_on_another_instruction_set_is_elsewhere_and_a_tampered_one_is_different(finished: Path) -> None:
     """On the same one it is identical: tests/test_verify.py."""
@@ -159,6 +161,7 @@ def test_a_training_on_another_instruction_set_is_elsewhere_and_a_tampered_one_i
     assert "a fault" in document["causes"][-1]
 
 
+@pytest.mark.long
 def test_a_report_without_a_machine_is_verified_as_before(finished: Path) -> None:
     report = finished / "data/reports/adapter/lora.json"
     write_json(report, {key: value for key, value in json.loads(report.read_text()).items() if key != "machine"})

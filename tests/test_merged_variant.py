@@ -29,6 +29,7 @@ def stages_that_changed(project: Path) -> set[str]:
     return {*json.loads(dvc(project, "status", "--json").stdout)}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm")
 def test_a_merged_variant_is_a_variant_like_any_other(finished: Path) -> None:
     assert stages_that_changed(finished) == set()

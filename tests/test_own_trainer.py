@@ -395,6 +395,7 @@ def script_of_the_documentation() -> str:
     return shown.replace('report_to="none"', 'report_to="none", use_cpu=True, bf16=False, max_steps=5')
 
 
+@pytest.mark.long
 def test_the_documented_script_with_trl_is_a_variant_like_any_other(root: Path, tiny_model: Path) -> None:
     peft = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
     report = train(root, tiny_model, script_of_the_documentation() + AFTERWARDS, peft=peft, learning_rate=0.05)
@@ -410,6 +411,7 @@ def test_the_documented_script_with_trl_is_a_variant_like_any_other(root: Path, 
     assert outputs(root)["adapter_config.json"]
 
 
+@pytest.mark.long
 def test_both_front_ends_run_a_command_and_verify_makes_it_again(
     tmp_path: Path, tiny_model: Path, instance: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -307,6 +307,7 @@ def other_process(work: dict[str, Any]) -> None:
     (Path(work["folder"]) / f"{distributed.place().rank}").write_text(str(total[0].item()))
 
 
+@pytest.mark.long
 def test_spawned_processes_form_a_group_and_exit(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -151,6 +151,7 @@ def make_project(site: Site, layout: str, data: Data, model: Path) -> None:
     commit(site.project, "New project")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # fifteen processes of stages
 def test_an_empty_folder_becomes_a_released_model(site: Site, tiny_model: Path) -> None:

@@ -38,6 +38,7 @@ def test_the_tour_has_commands() -> None:
     assert {c.split()[1] for c in OTHERS if c.startswith("pedigree")} == {"check", "plan", "audit", "impact", "verify", "sync"}
 
 
+@pytest.mark.long
 def test_the_readmes_commands_run_on_the_quick_override(finished: Path) -> None:
     for command in OTHERS:
         words = shlex.split(command.split(" | ")[0])

@@ -62,13 +62,24 @@ def test_continuous_integration_runs_the_same_script_without_write_permission_or
     text = (GITHUB / "workflows/ci.yml").read_text()
     workflow = YAML(typ="safe").load(text)
     assert workflow["permissions"] == {"contents": "read"} and "secrets." not in text
-    suite, packages, projects = workflow["jobs"].values()
+    suite, packages, long, projects = workflow["jobs"].values()
     assert {"run": "make audit-packages"} in packages["steps"] and {"run": "make sbom"} in packages["steps"]
     assert suite["steps"][-1] == {"run": ".ci/run"} and os.access(ROOT / ".ci/run", os.X_OK)
     assert projects["steps"][-1]["run"] == "make UV= test-projects" and re.search(r"^test-projects:", MAKEFILE, re.MULTILINE)
-    for job in (suite, projects):
+    assert long["steps"][-1]["run"] == "make UV= test-long" and re.search(r"^test-long:", MAKEFILE, re.MULTILINE)
+    for job in (suite, long, projects):
         python = re.fullmatch(r"python:(3\.\d+)-\w+", job["container"])
         assert python and PROJECT["requires-python"] == f">={python[1]}"
+
+
+def test_each_of_the_longest_tests_belongs_to_one_part() -> None:
+    def names(**part: str) -> list[str]:
+        said = subprocess.run(["make", "-n", "test-long", *(f"{k}={v}" for k, v in part.items())], cwd=ROOT, capture_output=True, text=True)
+        return re.findall(r"tests/test_\w+\.py", said.stdout)
+
+    marked = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py") if re.search(r"mark\.long", path.read_text())}
+    parts = [name for number in (1, 2, 3) for name in names(PART=f"{number}/3")]
+    assert sorted(parts) == sorted(names()) == sorted(marked)
 
 
 @pytest.mark.parametrize("form", sorted((GITHUB / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem)

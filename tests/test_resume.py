@@ -249,8 +249,10 @@ def kills(trainer: Trainer, folder: Path, **order: Any) -> dict[str, dict[str, A
 
 @pytest.mark.parametrize(
     ("threads", "strategy"),
-    [(1, {"save_strategy": "steps", "save_steps": 2}), (2, {"save_strategy": "epoch"})],
-    ids=["one thread", "two threads"],
+    [
+        pytest.param(1, {"save_strategy": "steps", "save_steps": 2}, id="one thread"),
+        pytest.param(2, {"save_strategy": "epoch"}, id="two threads", marks=pytest.mark.long),
+    ],
 )
 def test_a_killed_training_ends_in_the_same_bytes(trainer: Trainer, folder: Path, threads: int, strategy: dict[str, Any]) -> None:
     """At some of the passes, chosen at random; PEDIGREE_FUZZ=1: at all of them."""
@@ -262,7 +264,10 @@ def test_a_killed_training_ends_in_the_same_bytes(trainer: Trainer, folder: Path
     assert [one["resumed"] for one in found.values()] == [n > first for n in passes] and min(passes) <= first < max(passes)
 
 
-@pytest.mark.parametrize(("threads", "boundaries"), [(1, 6), (2, 2)], ids=["one thread", "two threads"])
+@pytest.mark.parametrize(
+    ("threads", "boundaries"),
+    [pytest.param(1, 6, id="one thread", marks=pytest.mark.long), pytest.param(2, 2, id="two threads")],
+)
 def test_a_kill_at_any_write_loses_at_most_that_checkpoint(trainer: Trainer, folder: Path, threads: int, boundaries: int) -> None:
     """At some of the writes, chosen at random; PEDIGREE_FUZZ=1: at all of them."""
     make_data(folder, threads=threads)

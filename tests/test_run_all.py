@@ -48,6 +48,7 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in (root / "data").rglob("*") if p.is_file() and "pages" not in p.parts}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_small")
 def test_it_gives_the_files_and_records_of_dvc_repro_and_runs_nothing_else(root: Path, tmp_path: Path) -> None:
     (root / "data/sources/g.txt").write_text("r5")

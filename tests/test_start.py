@@ -110,6 +110,7 @@ def busy() -> Iterator[None]:
     hog.wait()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("busy")
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_beside_other_work_waiting_threads_sleep_whichever_front_end_starts_a_stage(

@@ -45,6 +45,7 @@ def each_version_once_and_every_check_shown(root: Path, synced: dg.DagsterInstan
     assert {status for checks in shown.values() for status in checks.values()} == {"SUCCEEDED"}, shown
 
 
+@pytest.mark.long
 def test_syncs_during_and_after_a_run_do_not_repeat_its_reports(root: Path, synced: dg.DagsterInstance) -> None:
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="2")
     syncs = 0

@@ -23,6 +23,7 @@ from typing import Any
 
 import dagster as dg
 import psutil
+import pytest
 from builders import small_pipeline
 from builders.growth import Growth
 from dvc.cli import main as dvc_main
@@ -371,6 +372,7 @@ class TwoFrontEnds(RuleBasedStateMachine):
         (self.root / "params.yaml").write_text(json.dumps(values))
 
 
+@pytest.mark.long
 def test_every_operation_once_with_both_front_ends() -> None:
     day = TwoFrontEnds()
     day.start()

@@ -72,6 +72,7 @@ def test_a_stage_of_the_real_pipeline_is_reproduced_byte_for_byte(finished: Path
     assert files_of(finished) == before
 
 
+@pytest.mark.long
 def test_an_online_training_on_tasks_is_reproduced_byte_for_byte(finished: Path) -> None:
     """Its prompts are records of the training split; `preferences` and the reward model are dependencies that it does not read."""
     entry = {
@@ -112,6 +113,7 @@ def test_the_output_of_other_code_is_different_and_the_code_is_named(root: Path)
     assert verify(root, "tok", rev="HEAD")["verdict"] == "identical"
 
 
+@pytest.mark.long
 def test_several_stages_are_verified_by_one_run_of_each_stage_above_them(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "pedigree")
     assert verdicts(root, ["tok", "inst"]) == {stage: verify(root, stage, deep=True)["verdict"] for stage in ("tok", "inst")}

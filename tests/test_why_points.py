@@ -327,6 +327,7 @@ def test_a_damaged_checkpoint_is_computed_again(root: Path, monkeypatch: pytest.
     assert len(runs) == 2 and files(root) == before
 
 
+@pytest.mark.long
 def test_points_end_where_the_best_weights_were(tiny_model: Path, tmp_path: Path) -> None:
     """The validation loss of random examples is lowest early, so the saved weights are not those of the last step."""
     values = {**PLAIN, "num_train_epochs": 3, "load_best_model_at_end": True, "learning_rate": 0.5}
@@ -347,6 +348,7 @@ def test_points_end_where_the_best_weights_were(tiny_model: Path, tmp_path: Path
         assert torch.equal(weight, saved[name]), name
 
 
+@pytest.mark.long
 def test_the_weights_of_full_are_those_that_it_trained(tiny_model: Path, tmp_path: Path) -> None:
     values = {"method": "full", "peft": {"trainable": [r"layers\.1\..*v_proj"]}, "learning_rate": 1e-3, "num_train_epochs": 1}
     root = training_pipeline.make_project(tmp_path / "project", tiny_model, values)

@@ -43,6 +43,7 @@ def materialize(root: Path, instance: Any, addresses: Iterable[str], **tags: str
     return {str(event.materialization.metadata["done"].value) for event in result.get_asset_materialization_events()}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("warm")
 def test_a_project_without_preferences_runs_through_to_a_release(without_preferences: Path, instance: Any) -> None:

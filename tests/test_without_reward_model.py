@@ -137,6 +137,7 @@ def test_only_methods_that_learn_from_its_scores_need_it(new: Path, entry: dict[
         plan_variants(new, ["reward_model"])
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("warm")
 def test_the_pipeline_runs_to_a_release_and_nobody_is_said_to_have_watched(project: Path, _finished: Path) -> None:
