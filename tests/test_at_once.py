@@ -89,6 +89,7 @@ def test_the_exit_code_of_an_interrupted_command_is_left_for_dvc() -> None:
     assert command.wait() != 0
 
 
+@pytest.mark.long
 def test_a_killed_run_takes_its_steps_along_and_the_next_run_is_not_kept_waiting_by_its_slots(
     root: Path, synced: dg.DagsterInstance
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_killed_run_takes_its_steps_along_and_the_next_run_is_not_kept_waiting
     assert agree(root, synced) == set()
 
 
+@pytest.mark.long
 def test_a_killed_step_fails_its_run_and_the_other_variant_is_recorded(root: Path, synced: dg.DagsterInstance) -> None:
     process, pids = start_until_both_adapters_run(root, *AT_ONCE, SLOW_SECONDS="6")
     command = psutil.Process(pids["adapter@lora"])
@@ -114,6 +116,7 @@ def test_a_killed_step_fails_its_run_and_the_other_variant_is_recorded(root: Pat
     assert active_slots(synced) == 0
 
 
+@pytest.mark.long
 def test_a_run_without_two_stages_that_could_run_at_once_uses_one_process(root: Path, synced: dg.DagsterInstance) -> None:
     (root / "code/cmp.py").write_text("V = 3\n")
     assert small_pipeline.run_in(root, *AT_ONCE) == 0
@@ -149,6 +152,7 @@ def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path
     assert set_default_limits(synced)["gpu"] == 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("addresses", "run"),
     [

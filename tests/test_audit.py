@@ -109,6 +109,7 @@ def test_the_records_of_a_model_are_those_it_was_trained_on(finished: Path) -> N
     assert {row["example_id"] for row in seen.rows(named=True)} <= records.keys()
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_audit_gives_the_same_content_as_text_and_json(finished: Path) -> None:
     text = pedigree(finished, "audit", "merged@lora")
     document = json.loads(pedigree(finished, "audit", "merged@lora", "--json").stdout)

@@ -18,6 +18,9 @@ from dagster_project.__main__ import main
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
 
+forked = pytest.mark.usefixtures("warm_small")
+"""For tests of what changes in a project. What a command prints is also tested with processes that are started."""
+
 
 def fingerprint(root: Path) -> dict[str, str]:
     """Every artifact, dvc.lock and the reports, by content."""
@@ -90,6 +93,7 @@ def test_a_source_that_cannot_be_read_changes_nothing(
     assert fingerprint(finished) == before
 
 
+@forked
 def test_dvc_repro_of_a_source_that_cannot_be_read_changes_nothing(finished: Path) -> None:
     (finished / "data/sources/mine.json").write_text("[]")
     edit_params(finished, source("data/sources/mine.json"))
@@ -100,6 +104,7 @@ def test_dvc_repro_of_a_source_that_cannot_be_read_changes_nothing(finished: Pat
     assert fingerprint(finished) == before
 
 
+@forked
 def test_bad_parameters_leave_dagsters_event_log_without_a_materialization(finished: Path, synced_finished: dg.DagsterInstance) -> None:
     instance = synced_finished
     definitions = build_definitions(finished)
@@ -114,6 +119,7 @@ def test_bad_parameters_leave_dagsters_event_log_without_a_materialization(finis
     assert (fingerprint(finished), instance.get_latest_materialization_event(asset_key("splits"))) == before
 
 
+@forked
 def test_a_base_model_with_another_sha256_is_refused_and_the_old_one_stays(finished: Path) -> None:
     edit_params(finished, lambda v: v["base_model"].update(sha256={"model.safetensors": "0" * 64}))
     before = fingerprint(finished)
@@ -123,6 +129,7 @@ def test_a_base_model_with_another_sha256_is_refused_and_the_old_one_stays(finis
     assert fingerprint(finished) == before
 
 
+@forked
 def test_an_input_that_its_producer_did_not_record_is_refused(finished: Path) -> None:
     (finished / "data/instructions/records-00000.parquet").unlink()
     done = pedigree(finished, "run", "splits")
@@ -164,6 +171,7 @@ def test_a_command_outside_a_project_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2 and "no dvc.yaml in" in done.stderr
 
 
+@forked
 def test_json_output_is_exactly_one_document(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The file descriptor of stdout is read, so what libraries print counts too."""
     for arguments in (["audit", "merged@lora"], ["plan"], ["check", str(finished / "data/sources/triage_alpaca.json")]):

@@ -102,6 +102,7 @@ def trained_texts(root: Path, tokenizer: Any) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_model_learns_to_call_a_tool(tmp_path: Path, tiny_model: Path, tiny_tokenizer: Any) -> None:
     rows = [conversation(seed) for seed in range(24)]
@@ -138,6 +139,7 @@ def test_a_model_learns_to_call_a_tool(tmp_path: Path, tiny_model: Path, tiny_to
     assert "| same calls |" in (tmp_path / "data" / "comparison" / "board.md").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_model_learns_to_reason_before_it_answers(tmp_path: Path, tiny_model: Path, tiny_tokenizer: Any) -> None:
     rows = [reasoned(seed) for seed in range(24)] + [reasoned(0, "4 + 3 = 7"), reasoned(0)]

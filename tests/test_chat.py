@@ -153,6 +153,7 @@ def test_tools_that_are_no_list_are_refused(tmp_path: Path, content: str) -> Non
         chat.read_tools(tmp_path / "tools.json")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # may have to make the finished project
 def test_the_release_talks_and_names_the_rows_that_it_was_trained_on(finished: Path) -> None:

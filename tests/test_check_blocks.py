@@ -27,6 +27,7 @@ def test_blocks_of_any_size_give_the_same_answer(seed: int, pairs: bool, tiny_mo
         assert answer(rows, tokens, pairs) == whole
 
 
+@pytest.mark.long
 def test_several_processes_give_the_same_answer(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, tokens = sample(5, 80), tokens_of(tiny_model)
     whole = answer(rows, tokens, False)

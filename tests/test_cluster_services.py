@@ -177,6 +177,7 @@ def test_an_invalid_dagster_yaml_is_one_message(root: Path, text: str, what: str
     assert "hunter2" not in str(refusal.value)
 
 
+@pytest.mark.long
 def test_a_command_names_the_missing_variables_and_the_server_that_does_not_answer(
     root: Path, server: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,7 @@ attributes:
     yield root
 
 
+@pytest.mark.long
 def test_components_are_loaded_from_yaml_and_automation_runs_what_sync_shows_as_changed(
     location: Path, instance: dg.DagsterInstance
 ) -> None:

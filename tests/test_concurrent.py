@@ -54,6 +54,7 @@ def work(root: Path, front_end: str, barrier: Any, failures: Any) -> None:
         raise
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_four_concurrent_processes_lose_nothing_run_nothing_twice_and_do_not_fail(tmp_path: Path) -> None:
     import dagster as dg

@@ -117,6 +117,7 @@ def test_sync_shows_what_dvc_repro_did_and_what_is_stale(foreign: Path, instance
     assert shown(instance, "train")["done"] == "restored", "from DVC's run cache"
 
 
+@pytest.mark.long
 def test_of_two_outputs_only_the_one_that_is_read_makes_a_stage_stale(foreign: Path, instance: dg.DagsterInstance) -> None:
     assert dvc(foreign, "repro").returncode == 0
     script = foreign / "src/featurize.py"

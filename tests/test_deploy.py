@@ -266,6 +266,7 @@ def command(name: str, ports: dict[str, int], folder: Path) -> list[str]:
     return [str(ports[word]) if word in ports else changes.get(word, word) for word in words]
 
 
+@pytest.mark.long
 def test_the_processes_of_dagster_in_compose_work_together(project: Path, postgres: Postgres, tmp_path: Path) -> None:
     postgres.renew()
     home = tmp_path / "home"

@@ -31,6 +31,7 @@ def ran(root: Path) -> list[str]:
     return [json.loads(line)["stage"] for line in (root / small_pipeline.LOG).read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_small")
 def test_two_experiments_show_parameters_and_metrics_and_rerun_only_their_variant(tmp_path: Path) -> None:
     root = small_pipeline.make_project(tmp_path / "project")

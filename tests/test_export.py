@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from builders import small_pipeline
-from conftest import ROOT, pedigree, run, tool
+from conftest import ROOT, dvc, pedigree, tool
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard, ModelCardData
@@ -171,6 +171,7 @@ def test_limits_say_on_how_much_each_measure_rests(figures: dict[str, Any], word
     assert limits(summary)[0] == f"Measured on 152 test examples from the same sources as the training data{words}. On other data: unknown."
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_a_stage_that_is_not_a_model_has_no_card(finished: Path) -> None:
     done = pedigree(finished, "export", "splits", "--format", "model-card", "--issued", "2026-01-31")
     assert done.returncode == 2 and "splits is not a model" in done.stderr and "model-card cannot describe it" in done.stderr
@@ -181,6 +182,8 @@ def test_a_stage_that_is_not_a_model_has_no_card(finished: Path) -> None:
     assert done.returncode == 0 and json.loads(done.stdout)["text"] == (finished / "bom.json").read_text()
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("warm_small")
 def test_exports_state_what_the_models_own_lock_records_also_after_the_data_ran_again(finished: Path) -> None:
     needed("spdx")
     small_pipeline.git(finished, "add", "-A")
@@ -191,7 +194,7 @@ def test_exports_state_what_the_models_own_lock_records_also_after_the_data_ran_
     old = sha256(file)
     rows = json.loads(file.read_text())
     file.write_text(json.dumps([{**row, "input": f"{row['input']} Thanks."} for row in rows]))
-    done = run(["python", "-m", "dvc", "repro", "tokenized"], finished)
+    done = dvc(finished, "repro", "tokenized")
     assert done.returncode == 0, done.stderr
     after = {form: export(finished, "adapter@lora", form, issued=ISSUED) for form in formats()}
     assert all(old in text and sha256(file) not in text for text in after.values())

@@ -21,6 +21,8 @@ from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
 from dagster_project.pipeline import PEDIGREE
 
+pytestmark = pytest.mark.usefixtures("warm_small")
+
 DATA = ["base_model", "raw_examples", "instructions", "splits"]
 
 

@@ -93,6 +93,7 @@ def test_a_data_set_name_with_capitals_is_found_in_the_cache(hub: Hub, tmp_path:
     assert [source["rows"] for source in twice] == [PAIRS] * 2
 
 
+@pytest.mark.long
 def test_offline_another_commit_or_configuration_is_never_taken_instead(hub: Hub, tmp_path: Path) -> None:
     hub.repos[NAME][NEW] = {"train.jsonl": lines({"prompt": "new", "completion": "new"})}
     read(hub, tmp_path, {"revision": NEW})

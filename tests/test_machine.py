@@ -56,7 +56,9 @@ def ask(**environment: str) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's instruction sets of x86")
-@pytest.mark.parametrize("limit", ["", "SSE41", "avx2", "AVX512_CORE_BF16", "UNKNOWN"])
+@pytest.mark.parametrize(
+    "limit", ["", *(pytest.param(name, marks=pytest.mark.long) for name in ("SSE41", "avx2", "AVX512_CORE_BF16", "UNKNOWN"))]
+)
 def test_the_instruction_set_is_the_one_that_onednn_says_it_uses(limit: str) -> None:
     recorded, printed = ask(ONEDNN_MAX_CPU_ISA=limit)
     if printed in ISA:  # else a processor with AMX, whose words are not known here

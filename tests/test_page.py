@@ -181,6 +181,7 @@ def hostile_documents(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     return found, changes
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(hostile_documents())
 def test_no_text_creates_an_element_or_attribute_and_every_page_is_valid_utf_8(drawn: tuple[dict[str, Any], dict[str, Any]]) -> None:

@@ -131,6 +131,7 @@ def test_a_stranger_with_the_folder_and_the_package_alone_verifies_it(signed: Pa
     assert verdict(tmp_path, str(other), keys[1]) == ("verified", {}), "under any other name, too"
 
 
+@pytest.mark.long
 def test_every_changed_added_or_removed_paper_is_named(signed: Path, keys: tuple[str, str]) -> None:
     release = signed / RELEASE
     for name in sorted(names(release)):
@@ -155,6 +156,7 @@ def test_every_changed_added_or_removed_paper_is_named(signed: Path, keys: tuple
     assert verdict(signed, str(release), None)[0] == "altered"
 
 
+@pytest.mark.long
 def test_papers_of_another_version_are_refused_wherever_dvc_leaves_them(signed: Path, keys: tuple[str, str], capsys: Any) -> None:
     """DVC deletes them when the stage runs or is restored, and leaves them when it checks another version out."""
     release, private, public = signed / RELEASE, *keys
@@ -189,6 +191,7 @@ def test_papers_of_another_version_are_refused_wherever_dvc_leaves_them(signed: 
     )
 
 
+@pytest.mark.long
 def test_dvc_restores_pushes_and_gets_the_release_without_papers(signed: Path, keys: tuple[str, str], tmp_path: Path) -> None:
     release = signed / RELEASE
     content = names(release) - {name for name in names(release) if name.split("/")[0] in papers_in_place.NAMES}

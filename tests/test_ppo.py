@@ -555,22 +555,26 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str,
     return {"log": log, **{name: json.loads((folder / f"{name}.json").read_text()) for name in ("one", "killed", "two", "other")}}
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_and_ends_in_the_same_bytes(ran: dict[str, Any]) -> None:
     assert "ppo: resuming from the checkpoint of iteration 2 of 4" in ran["log"]
     assert ran["killed"] == ran["one"]
 
 
+@pytest.mark.long
 def test_two_runs_give_the_same_bytes(ran: dict[str, Any], tmp_path: Path, tiny_model: Path) -> None:
     run(tmp_path, tiny_model, "again", keep=False)
     assert json.loads((tmp_path / "again.json").read_text()) == ran["one"]
 
 
+@pytest.mark.long
 def test_two_processes_learn_like_one(ran: dict[str, Any]) -> None:
     assert ran["two"] == ran["other"]
     for one, two in zip(ran["one"]["curve"], ran["two"]["curve"], strict=True):
         assert two == pytest.approx(one, rel=1e-2, abs=1e-3)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_saves_and_resumes_to_the_same_bytes(ran: dict[str, Any], tmp_path: Path, tiny_model: Path) -> None:
     asked = 0
 

@@ -141,6 +141,7 @@ def assert_ended(trained: tuple[Path, dict[str, list[int]]], name: str, *codes: 
     assert ends[name] == [*codes], printed(folder, name)
 
 
+@pytest.mark.long
 def test_two_processes_match_one_with_twice_the_accumulation(trained: Any) -> None:
     import torch
     from safetensors.torch import load_file
@@ -164,6 +165,7 @@ def test_two_processes_match_one_with_twice_the_accumulation(trained: Any) -> No
     assert shared == alone
 
 
+@pytest.mark.long
 def test_three_processes_match_one_with_three_times_the_accumulation_bit_for_bit(trained: Any) -> None:
     assert_ended(trained, "three", 0)
     assert_ended(trained, "one_for_three", 0)
@@ -173,6 +175,7 @@ def test_three_processes_match_one_with_three_times_the_accumulation_bit_for_bit
     assert three["adapter_model.safetensors"] != output_files(trained[0], "two")["adapter_model.safetensors"]
 
 
+@pytest.mark.long
 def test_two_hosts_of_one_process_give_the_bytes_of_one_host_with_two(trained: Any) -> None:
     assert trained[1]["hosts"] == [0], printed(trained[0], "hosts") + (trained[0] / "second_host.log").read_text()
     assert output_files(trained[0], "hosts") == output_files(trained[0], "first")
@@ -220,6 +223,7 @@ def test_two_launchers_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
         launch(2, __name__, {"alone": 1})
 
 
+@pytest.mark.long
 def test_each_row_is_used_once_per_epoch_with_any_number_of_processes(trained: Any) -> None:
     assert_ended(trained, "four", 0)
     for name, in_a_step in (("two", 2), ("four", 4)):
@@ -232,6 +236,7 @@ def test_each_row_is_used_once_per_epoch_with_any_number_of_processes(trained: A
         assert seen[-1]["step"] == steps(7, recipe, in_a_step) == json.loads((trained[0] / name / "training.json").read_text())["steps"]
 
 
+@pytest.mark.long
 def test_random_numbers_depend_neither_on_the_run_nor_on_the_process(trained: Any) -> None:
     assert_ended(trained, "first", 0)
     assert_ended(trained, "second", 0)
@@ -246,6 +251,7 @@ def test_random_numbers_depend_neither_on_the_run_nor_on_the_process(trained: An
         torch.testing.assert_close(four[name], weight, atol=1e-6, rtol=0)
 
 
+@pytest.mark.long
 def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained: Any) -> None:
     assert_ended(trained, "killed", -signal.SIGKILL, 0)
     left = json.loads((trained[0] / "pids").read_text())
@@ -256,6 +262,7 @@ def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained:
     assert output_files(trained[0], "killed") == output_files(trained[0], "first")
 
 
+@pytest.mark.long
 def test_a_stopped_training_stops_within_the_step_and_ends_in_the_same_bytes(trained: Any) -> None:
     assert_ended(trained, "stopped", 130, 0)
     assert (trained[0] / "stopped.said").read_text().startswith("interrupted at step 3; the next run resumes from there")
@@ -263,18 +270,21 @@ def test_a_stopped_training_stops_within_the_step_and_ends_in_the_same_bytes(tra
     assert output_files(trained[0], "stopped")[weights] == output_files(trained[0], "first")[weights]
 
 
+@pytest.mark.long
 def test_a_lost_process_ends_the_training_with_one_message(trained: Any) -> None:
     assert_ended(trained, "lonely", 1)
     assert (trained[0] / "lonely.said").read_text() == f"process 2 of 2 was killed\nhint: {LOST}"
     assert list((trained[0] / "lonely").iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_training_whose_first_process_was_lost_ends_in_the_same_bytes_when_run_again(trained: Any) -> None:
     assert_ended(trained, "headless", 1, 0)
     assert (trained[0] / "headless.said").read_text() == f"process 1 of 2 was killed\nhint: {LOST}"
     assert output_files(trained[0], "headless") == output_files(trained[0], "first")
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_in_any_process_names_the_examples(trained: Any) -> None:
     assert_ended(trained, "diverged", 0)
     learned = json.loads((trained[0] / "diverged" / "report.json").read_text())["checks"]["learned"]
@@ -307,7 +317,6 @@ def other_process(work: dict[str, Any]) -> None:
     (Path(work["folder"]) / f"{distributed.place().rank}").write_text(str(total[0].item()))
 
 
-@pytest.mark.long
 def test_spawned_processes_form_a_group_and_exit(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -136,6 +136,7 @@ def test_the_key_is_in_no_file_but_its_own(finished: Path) -> None:
     assert holders == [KEY_FILE]
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_the_key_decides_the_bytes_of_a_release_and_of_nothing_else(finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.glob("data/release/**/*") if path.is_file()}
     evidence = finished / "data/release/audit/adapter_lora/examples.parquet"
@@ -148,6 +149,7 @@ def test_the_key_decides_the_bytes_of_a_release_and_of_nothing_else(finished: Pa
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_without_a_key_no_stage_starts(finished: Path) -> None:
     (finished / KEY_FILE).unlink()
     for command in (("run", "release"), ("run", "splits"), ("plan",)):

@@ -163,6 +163,7 @@ def test_a_stage_on_a_node_gives_the_same_bytes_and_shows_where_it_ran_and_no_se
     assert_no_secret(cluster, root, caplog.text, s3)
 
 
+@pytest.mark.long
 def test_parts_of_a_stage_are_tasks_of_the_cluster_and_give_the_same_bytes(
     cluster: Cluster, driver: dict[str, str], root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -267,6 +268,7 @@ def test_other_versions_on_a_node_are_refused_before_anything_is_computed(
 # --- killed and lost
 
 
+@pytest.mark.long
 def test_a_killed_worker_is_replaced_and_the_training_ends_in_the_same_bytes_from_its_checkpoint(
     cluster: Cluster, driver: dict[str, str], tmp_path: Path, tiny_model: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -297,6 +299,7 @@ def test_a_killed_worker_is_replaced_and_the_training_ends_in_the_same_bytes_fro
     assert not s3.names(f"{tmp_path.name}/pedigree/")  # checkpoints included
 
 
+@pytest.mark.long
 def test_a_lost_node_does_not_end_the_stage(cluster: Cluster, driver: dict[str, str], root: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = forget(root, "tok")
     [gate] = hold(root, "tok")
@@ -335,6 +338,7 @@ def test_the_job_of_a_killed_driver_records_nothing_and_the_next_driver_takes_it
     assert "going on with job" in caplog.text
 
 
+@pytest.mark.long
 def test_a_waiting_result_is_verified(
     cluster: Cluster, driver: dict[str, str], root: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -357,6 +361,7 @@ def test_a_waiting_result_is_verified(
     assert not s3.names(f"{root.parent.name}/pedigree/")
 
 
+@pytest.mark.long
 def test_a_live_job_that_computes_from_other_inputs_is_stopped(cluster: Cluster, driver: dict[str, str], root: Path) -> None:
     hold(root, "tok")
     process = start(root, "tok")
@@ -378,6 +383,7 @@ def object_key(root: Path, oid: str) -> str:
     return f"{root.parent.name}/files/md5/{oid[:2]}/{oid[2:]}"
 
 
+@pytest.mark.long
 def test_an_input_damaged_in_the_remote_is_sent_again(
     driver: dict[str, str], root: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -399,6 +405,7 @@ def test_an_input_damaged_in_the_remote_is_sent_again(
 # --- interrupted, at once, unreachable
 
 
+@pytest.mark.long
 def test_an_interrupt_ends_the_job_and_a_second_driver_is_refused_meanwhile(cluster: Cluster, driver: dict[str, str], root: Path) -> None:
     before = published(root, "tok")
     (root / "code/tok.py").write_text("V = 4\n")
@@ -439,6 +446,7 @@ def test_dagster_runs_an_asset_on_ray_when_its_run_says_so_and_shows_where(
     assert isinstance(event.asset_materialization.metadata["dashboard"], dg.UrlMetadataValue)
 
 
+@pytest.mark.long
 def test_terminating_a_run_of_dagster_ends_the_job_of_its_stage_and_records_nothing(
     cluster: Cluster, driver: dict[str, str], root: Path, synced: Any
 ) -> None:

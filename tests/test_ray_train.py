@@ -69,6 +69,7 @@ def train(folder: Path, model: Path, name: str) -> dict[str, bytes]:
     return output_files(folder, name)
 
 
+@pytest.mark.long
 def test_ray_train_gives_the_bytes_of_torch_elastic(
     tmp_path: Path, tiny_model: Path, by_elastic: dict[str, bytes], on_ray: None, caplog: pytest.LogCaptureFixture
 ) -> None:

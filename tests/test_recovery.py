@@ -96,6 +96,7 @@ def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path,
     assert not [line for line in sync(root, synced, small_pipeline.PIPELINE) if "sha256" in line]
 
 
+@pytest.mark.long
 def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: Path, synced: dg.DagsterInstance) -> None:
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize")
     os.kill(process.pid, signal.SIGKILL)
@@ -220,6 +221,7 @@ def test_deleting_dagsters_home_and_syncing_brings_the_view_back(root: Path) -> 
         shutil.rmtree(root / ".dagster")
 
 
+@pytest.mark.long
 def test_a_tracked_source_that_was_edited_but_not_added_stops_an_asset_before_anything_is_deleted(root: Path, synced) -> None:
     (root / "data/sources/d.txt").unlink()
     (root / "data/sources/d.txt").write_text("new")

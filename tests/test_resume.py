@@ -317,6 +317,7 @@ def test_early_stopping_and_grouping_by_length_resume_exactly(trainer: Trainer, 
     assert len(json.loads((folder / "whole" / "report.json").read_text())["validation_loss"]) < 10, "it did not stop early"
 
 
+@pytest.mark.long
 def test_a_training_killed_during_or_after_the_sweep_ends_in_the_same_bytes(trainer: Trainer, folder: Path) -> None:
     recipe = {"learning_rate": "auto", "max_steps": 4}
     assert trainer.train(folder, "probe", recipe=recipe) == 0, (folder / "probe.log").read_text()

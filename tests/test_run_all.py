@@ -102,6 +102,7 @@ def test_an_interrupt_ends_every_process_and_loses_nothing(root: Path) -> None:
     assert dvc(root, "repro").returncode == 0, "no lock is left"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", ["whole", "one stage"])
 def test_after_a_kill_no_process_is_left_and_the_next_run_recovers(root: Path, victim: str) -> None:
     process, pids = start_until_both_adapters_run(root, "small_pipeline.py", "run-all", "2", SLOW_SECONDS="5")

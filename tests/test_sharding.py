@@ -119,6 +119,7 @@ def weights(trained: Trained, name: str) -> dict[str, Any]:
     return load_file(file)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BOUNDS)
 def test_a_sharded_training_gives_the_weights_of_an_unsharded_one_within_bounds(trained: Trained, name: str) -> None:
     import torch
@@ -137,6 +138,7 @@ def test_a_sharded_training_gives_the_weights_of_an_unsharded_one_within_bounds(
     assert documents[0]["processes"] == documents[1]["processes"]
 
 
+@pytest.mark.long
 def test_the_bounds_would_notice_another_training(trained: Trained) -> None:
     two, four = weights(trained, "full"), weights(trained, "lora")
     other = weights(trained, "qlora")
@@ -145,6 +147,7 @@ def test_the_bounds_would_notice_another_training(trained: Trained) -> None:
     assert min(group["norm_of_change"] for group in moved.values()) > 100 * BOUNDS["full"]
 
 
+@pytest.mark.long
 def test_checkpointed_gradients_and_gathered_weights_change_no_bit(trained: Trained) -> None:
     import torch
 
@@ -152,6 +155,7 @@ def test_checkpointed_gradients_and_gathered_weights_change_no_bit(trained: Trai
     assert all(torch.equal(other[name], weight) for name, weight in one.items())
 
 
+@pytest.mark.long
 def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trained: Trained) -> None:
     folder, ends = trained
     assert ends["killed"] == [-signal.SIGKILL, 2, 0], printed(folder, "killed")
@@ -161,6 +165,7 @@ def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trai
     assert output_files(folder, "killed") == output_files(folder, "full_sharded")
 
 
+@pytest.mark.long
 def test_a_stopped_training_saves_the_parts_of_all_processes(trained: Trained) -> None:
     folder, ends = trained
     assert ends["stopped"] == [130, 0], printed(folder, "stopped")

@@ -177,6 +177,7 @@ def weights(trained: Trained, name: str) -> dict[str, Any]:
     return load_file(file)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BOUNDS)
 def test_a_sharded_training_gives_the_weights_of_an_unsharded_one_within_the_bound(trained: Trained, name: str) -> None:
     import torch
@@ -203,6 +204,7 @@ def test_a_sharded_training_gives_the_weights_of_an_unsharded_one_within_the_bou
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["judge", "full_judge", "dpo", "kto", "ppo"])
 def test_the_curves_and_the_evaluation_are_those_of_an_unsharded_training(trained: Trained, name: str) -> None:
     one, two = (json.loads((trained[0] / n / "report.json").read_text()) for n in (name, f"{name}_sharded"))
@@ -214,6 +216,7 @@ def test_the_curves_and_the_evaluation_are_those_of_an_unsharded_training(traine
         assert [float(x) for x in theirs.split(",") if x] == pytest.approx([float(x) for x in ours.split(",") if x], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "step"), [("judge", 2), ("ppo", 1)])
 def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trained: Trained, name: str, step: int) -> None:
     folder, ends = trained
@@ -224,6 +227,7 @@ def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trai
     assert resumed == whole
 
 
+@pytest.mark.long
 def test_another_number_of_processes_is_refused(trained: Trained) -> None:
     folder, ends = trained
     assert ends["judge_killed"][1] == 2, printed(folder, "judge_killed")
@@ -231,6 +235,7 @@ def test_another_number_of_processes_is_refused(trained: Trained) -> None:
     assert re.search(r"step-00000002: this checkpoint is of 2 processes, .*as many\nhint: set compute.processes: 2, or remove", said)
 
 
+@pytest.mark.long
 def test_a_stopped_training_saves_the_parts_of_all_processes(trained: Trained) -> None:
     folder, ends = trained
     assert ends["dpo_stopped"] == [130, 0], printed(folder, "dpo_stopped")
@@ -350,6 +355,7 @@ def test_without_sharding_and_quantization_they_are_not_among_the_settings() -> 
     assert (settings["sharding"]["fsdp"], settings["quantization"]) == ("full_shard", "nf4")
 
 
+@pytest.mark.long
 def test_a_reward_model_trained_on_four_bit_weights_is_saved_with_the_unquantized_ones(trained: Trained, tiny_model: Path) -> None:
     import torch
     from safetensors.torch import load_file

@@ -64,6 +64,7 @@ def test_an_edit_of_any_view_or_planner_changes_neither_dvc_status_nor_checkpoin
     assert changed_in_dvc(finished) == set()
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_pages_are_rendered_without_running_a_stage(finished: Path) -> None:
     pages = sorted((finished / "data/pages").rglob("*.html"))
     names = {
@@ -86,6 +87,7 @@ def test_pages_are_rendered_without_running_a_stage(finished: Path) -> None:
     assert (finished / "dvc.lock").read_bytes() == lock and changed_in_dvc(finished) == set()
 
 
+@pytest.mark.usefixtures("warm_small")
 def test_rendering_names_pages_it_cannot_draw(finished: Path) -> None:
     (finished / "data/pages/comparison/samples.json").unlink()
     done = pedigree(finished, "render", "comparison", "--json")
