@@ -47,6 +47,7 @@ def questions(tmp_path: Path) -> Any:
     return read_benchmarks(tmp_path, [f"{name}.jsonl" for name in FILES])
 
 
+@pytest.mark.long
 def test_accuracies_and_likelihoods_are_those_of_lm_evals_command_line(
     questions: Any, model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -364,6 +364,7 @@ def test_audit_and_impact_name_objects_and_their_prefix(tmp_path: Path) -> None:
     assert set(audit(made.root, "adapter@lora")["sources"]) == {source for _, _, source in rows}
 
 
+@pytest.mark.long
 def test_a_stage_that_read_objects_is_made_again_from_its_record(project: Path, bucket: S3Server, prefix: str, tmp_path: Path) -> None:
     url = upload(bucket, prefix, jsonl(tmp_path / "set/a.jsonl", *ROWS).parent)
     source = {"path": url, "revision": digest(bucket, prefix), "license": "MIT"}

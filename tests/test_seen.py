@@ -93,6 +93,7 @@ def live_of(root: Path) -> Path:
     return root / "data/live/adapter/lora"
 
 
+@pytest.mark.long
 def test_live_data_is_shown_in_both_front_ends_and_changes_no_status(
     root: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

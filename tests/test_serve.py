@@ -179,7 +179,9 @@ def test_a_port_in_use_is_one_message(made: Path, served: dict[str, Any]) -> Non
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr and "--port" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "ending", [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.long) for one in (signal.SIGINT, signal.SIGKILL))]
+)
 def test_the_server_ends_with_the_command(made: Path, ending: signal.Signals) -> None:
     tool("fastapi")
     with serving(made, "models/tiny") as (process, document):

@@ -747,6 +747,7 @@ def test_warmup_may_be_given_in_steps(model: Any, tiny_tokenizer: Any) -> None:
     assert [point["learning_rate"] for point in course.curve] == pytest.approx([0, 0.1, 0.2, 0.3, 0.3])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compiled_layers_compute_the_same(model: Any, tiny_tokenizer: Any) -> None:
     rows, curves = Dataset.from_list([packed(SHORT, LONG), OTHER, LONG]), []

@@ -174,6 +174,7 @@ def test_the_shards_that_tokenized_reads_change_nothing(runs: Runs, seed: int, n
     assert runs.tokenized(rows, cuts, settings) == runs.tokenized(rows, [], settings)
 
 
+@pytest.mark.long
 def test_the_number_of_processes_changes_nothing(runs: Runs) -> None:
     rows = some_rows(5, 400)
     cuts = [40, 41, 200, 310]
