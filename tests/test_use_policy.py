@@ -314,6 +314,7 @@ def test_the_gate_publishes_no_release_that_the_policy_refuses(root: Path, gate:
     assert "data/cmp/release.json" in published(root, "cmp")
 
 
+@pytest.mark.long
 def test_with_a_policy_the_release_waits_for_all_stages_before_it(root: Path) -> None:
     """Else it would judge reports on other data than the model was made from."""
     assert PEDIGREE.rests_on_all == {"release": "raw_examples.use_policy"} and "use_policy" in raw_examples.Params.model_fields

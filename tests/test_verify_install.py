@@ -107,6 +107,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(project, new, wheels, rev)
 
 
+@pytest.mark.long
 def test_the_recorded_version_and_what_it_requires_are_installed_and_give_the_answer(made: Made, tmp_path: Path) -> None:
     refused = made.verify()
     assert refused.returncode == 2 and "pip install pedigree-llm==1.0`; --install does both" in refused.stderr
@@ -123,6 +124,7 @@ def test_the_recorded_version_and_what_it_requires_are_installed_and_give_the_an
     assert run([sys.executable, "-m", "pip", "show", "only-in-one"], made.project).returncode, "this environment has nothing new"
 
 
+@pytest.mark.long
 def test_an_answer_that_is_negative_has_its_exit_code(made: Made, tmp_path: Path) -> None:
     project = Path(shutil.copytree(made.project, tmp_path / "project", symlinks=True))
     run(["git", "checkout", "-q", made.rev], project)
@@ -143,6 +145,7 @@ def refusal(made: Made, monkeypatch: pytest.MonkeyPatch, **environment: str) -> 
     return caught.value
 
 
+@pytest.mark.long
 def test_another_build_of_the_version_is_refused_before_it_runs(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever Python would begin to run it."""
     mark, [right] = tmp_path / "ran", made.wheels.glob("pedigree_llm-1.0-*")
