@@ -53,6 +53,28 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(root: Path, command: st
         process.communicate()
 
 
+def test_ctrl_c_while_a_compiled_module_starts_waits_for_its_end() -> None:
+    """orjson, in Rust, imports modules while it is initialized, and crashes if that fails."""
+    script = """
+import signal, sys, time
+from dagster_project.commands.ending import interrupts
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "uuid" and sys.modules.get("orjson"):
+            print("pressed")
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+try:
+    with interrupts():
+        import orjson
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "pressed\ninterrupted\n"), done.stderr
+
+
 def test_ctrl_c_while_a_command_waits_for_another_one_is_one_line(root: Path) -> None:
     lineage.audit(root, "tok")  # makes the index
     with closing(sqlite3.connect(root / INDEX_FILE, isolation_level=None)) as db:

@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -26,12 +27,28 @@ EXIT_CODE = 130
 
 _NO_MEMORY = re.compile("can't allocate memory|memory allocation of|ThreadPoolBuildError")
 """What PyTorch and libraries in Rust say; a thread needs memory for its stack."""
+_STARTS_OF_COMPILED_MODULES = (ExtensionFileLoader.create_module.__code__, ExtensionFileLoader.exec_module.__code__)
 DAMAGED = {11, 26}
 """SQLITE_CORRUPT, SQLITE_NOTADB"""
 
 
 def _end_at_once(*_: Any) -> None:
     os._exit(EXIT_CODE)
+
+
+def _interrupt_later() -> None:
+    later = threading.Timer(0.02, signal.raise_signal, [signal.SIGINT])
+    later.daemon = True
+    later.start()
+
+
+def _starts_compiled_module(frame: FrameType | None) -> bool:
+    """Whether a module in C or Rust is being initialized, and has called Python. Some crash if that call fails."""
+    while frame is not None:
+        if frame.f_code in _STARTS_OF_COMPILED_MODULES:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Interrupts:
@@ -41,13 +58,13 @@ class Interrupts:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.came = True
-        raise KeyboardInterrupt
+        if not _starts_compiled_module(frame):
+            raise KeyboardInterrupt
+        _interrupt_later()
 
     def _note_unraisable(self, unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):  # it came in a callback of the garbage collector, which cannot end anything
-            again = threading.Timer(0.02, signal.raise_signal, [signal.SIGINT])
-            again.daemon = True
-            again.start()
+            _interrupt_later()
         else:
             sys.__unraisablehook__(unraisable)
 
