@@ -42,7 +42,7 @@ test-projects: $(VENV)/ok ## make a project with the installed wheel from each l
 	$(BIN)/python -m pytest -q tests/test_projects.py tests/test_ray_pipeline.py
 
 test-latest: $(or $(UV),build/uv/bin/uv) ## run all tests with the newest versions that pyproject.toml allows, in an environment of their own
-	@$(MAKE) --no-print-directory VENV=.venv-latest LOCK= UV=$(abspath $<) test
+	@$(MAKE) --no-print-directory VENV=.venv-latest LOCK= UV=$(abspath $<) test test-long
 
 test-places: $(VENV)/ok ## run the small pipeline in odd places, each by itself: paths, repositories, environments, users, file systems, versions of Python
 	@$(MAKE) --no-print-directory setup-dvc
