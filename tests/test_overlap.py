@@ -94,6 +94,17 @@ def test_text_without_spaces_is_compared_by_character() -> None:
     assert pairs(text, unrelated, edited) == [(0, 2)]
 
 
+def test_letters_and_figures_before_text_without_spaces_are_words_of_their_own() -> None:
+    assert words("请用Python3写一个程序") == ("请", "用", "python3", *"写一个程序")
+    assert pairs("2023年我的生日风筝被送到了隔壁的酒吧", "2023年我的生日风筝被送到了对面的酒吧") == [(0, 1)]
+
+
+def test_marks_are_part_of_a_word_where_spaces_separate_words() -> None:
+    assert words("दिन दान की कि") == ("दिन", "दान", "की", "कि")
+    assert words("שָׁלוֹם x\u0304 1\ufe0f\u20e3") == ("שָׁלוֹם", "x\u0304", "1")
+    assert pairs("सबसे बड़ा दान", "सबसे बड़ा दिन") == []
+
+
 @pytest.mark.parametrize("at", range(7))
 @pytest.mark.parametrize("size", [5, 6, 7])
 def test_one_changed_word_in_a_short_text_is_found_at_any_position(size: int, at: int) -> None:
@@ -191,7 +202,7 @@ def test_the_shared_span_is_the_longest_common_run_in_the_characters_of_both_tex
     assert shared_span("kite", "pub") == shared_span("", "kite") == ((0, 0), (0, 0))
 
 
-@given(text=st.text() | st.text(alphabet="e\u0301\u0323 ﾊﾟｶﾞ\u1112\u1161\u11ab가ﬁßΣ字Ａ.", max_size=12))
+@given(text=st.text() | st.text(alphabet="e\u0301\u0323 दि\u0304ﾊﾟｶﾞ\u1112\u1161\u11ab가ﬁßΣ字Ａ.", max_size=12))
 @settings(deadline=None, max_examples=500)
 def test_spans_hold_exactly_the_words_of_the_text(text: str) -> None:
     spans = overlap._spans(text)
