@@ -244,6 +244,13 @@ def test_a_question_that_several_items_ask_with_other_choices_leaks_with_its_cho
     assert judged([row("Which animal is a mammal?")], items[:1]).reason == ["benchmark_leakage"]
 
 
+@pytest.mark.parametrize("before", ["", "-" * 400 + "\n", "é" * 400 + " "], ids=["nothing", "a rule", "a long word"])
+def test_a_held_out_answer_leaks_whatever_is_before_it(before: str) -> None:
+    answer = "The committee rejected the harbour because dredging endangered the spawning grounds of local herring"
+    held_out = [Item("quiz.jsonl:0", "Why was it refused?", text=answer)]
+    assert judged([row("Tell me why", before + answer)], held_out).reason == ["benchmark_leakage"]
+
+
 def test_pairs_that_share_only_a_frame_are_counted_in_the_note() -> None:
     found = judged([row("What is the capital of Spain?")], [Item("quiz.jsonl:0", "What is the capital of France?")])
     assert found.verdicts["benchmark_leakage"].note == "1 pairs share only a common phrase and are not leaks"
