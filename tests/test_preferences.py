@@ -20,9 +20,11 @@ from dagster_project.core.params import parse
 from dagster_project.core.records import Report, pair_id, pair_schema, read_ledger, read_preferences, read_table, write_records
 from dagster_project.core.rendering import render
 from dagster_project.core.strings import StringIndex
+from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.quotes import MISSING
 from dagster_project.curation.sources import reading
 from dagster_project.curation.sources.files import Block, Row, as_parsed
+from dagster_project.curation.sources.formats import as_record, pairs_of
 from dagster_project.curation.splitting.split import find_copies, verify_splits
 from dagster_project.stages import preferences, raw_preferences
 
@@ -201,6 +203,15 @@ def test_every_pair_is_kept_or_dropped_for_a_reason(tmp_path: Path, tiny_model: 
     assert [(line["source_row"], line["outcome"]) for line in read_ledger(tmp_path / "out")] == list(enumerate(outcomes))
     found = json.loads((tmp_path / "out/findings.json").read_text())
     assert (found["rows"], found["kept"], found["dropped"]) == (8, 2, report.dropped)
+
+
+def test_sides_of_different_length_are_not_identical_though_they_end_alike() -> None:
+    def say(*texts: str) -> list[Fields]:
+        return [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    row = Row(0, better(chosen=say("Which kite?", "The red one.", "On its way."), rejected=say("On its way.")))  # type: ignore[arg-type]
+    pairs = pairs_of([row], "p.jsonl", "p.jsonl")[1]
+    assert judge([as_record(pair) for pair in pairs], [], Rules(), kind="preferences").broken.keys() == {"prompt_mismatch"}
 
 
 @pytest.mark.parametrize("rows", [[better()], [better(rejected="On its way.")], []], ids=["a pair is kept", "none is", "there is none"])

@@ -116,6 +116,11 @@ def test_a_decomposed_text_is_composed() -> None:
     assert (said(found.records[0])[0], found.fixed, decomposed([text])) == (text, {"unicode_form": 1}, [None])
 
 
+def test_a_field_named_input_that_is_not_in_the_prompt_drops_no_row() -> None:
+    talk = [{"role": "user", "content": "Where is my kite?"}, {"role": "assistant", "content": "On its way."}]
+    assert judged(records({"messages": talk, "input": "N/A"})).reason == [None]
+
+
 @pytest.mark.parametrize("spelling", ["No input", "noinput", "< noinput >", "`<noinput>`", "N/A", "No input."])
 def test_a_placeholder_input_is_emptied(spelling: str) -> None:
     found = judged(records(asked("Name a kite.", "Delta.", input=spelling)))

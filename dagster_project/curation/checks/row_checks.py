@@ -155,14 +155,15 @@ def _has_content(message: Mapping[str, Any]) -> bool:
 
 
 def inputs_of(record: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> list[str]:
-    """The texts that a user gives: the input of an Alpaca row, and the user turns.
+    """The texts that a user gives: the input of an Alpaca row, which ends a user turn, and the user turns.
 
     Args:
         meta: of the record, if it is parsed already.
     """
     meta = (json.loads(record["meta"]) if '"input"' in record["meta"] else {}) if meta is None else meta
-    given = meta.get("input", "")
-    return [*([given] if isinstance(given, str) else []), *(m["content"] for m in record["messages"] if m["role"] == "user")]
+    given, turns = meta.get("input"), [m["content"] for m in record["messages"] if m["role"] == "user"]
+    is_asked = isinstance(given, str) and any(turn.endswith(f"\n\n{given}") for turn in turns)
+    return [*([given] if is_asked else []), *turns]
 
 
 def is_placeholder(text: str) -> bool:
@@ -188,7 +189,7 @@ def _of_text(find: Callable[[Sequence[str]], list[str | None]]) -> Callable[[Row
 
 def _sides_differ(record: Mapping[str, Any]) -> bool:
     rejected = record.get("rejected")
-    return not rejected or not record["messages"] or not _sides_are_equal(record["messages"][-len(rejected) :], rejected)
+    return not rejected or not record["messages"] or not _sides_are_equal(record["messages"][record["asked"] :], rejected)
 
 
 def _sides_are_equal(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> bool:
