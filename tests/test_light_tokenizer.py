@@ -47,6 +47,23 @@ def test_counts_special_tokens_and_misfits_are_those_of_transformers(tiny_model:
         assert (light.rendered(chat, None), light.misfit(chat, None)) == (heavy.rendered(chat, None), heavy.misfit(chat, None))
 
 
+@pytest.mark.parametrize("is_light", [True, False], ids=["light", "transformers"])
+def test_what_training_cut_and_padded_to_does_not_limit_the_count(
+    is_light: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    state = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    state["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    state["padding"] = {
+        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"
+    }  # fmt: skip
+    (model / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    if not is_light:
+        monkeypatch.setattr(token_counts, "read_tokenizer", lambda folder: None)
+    texts = ["Hi", "word " * 50]
+    assert token_counts.tokens_of(model).count(texts) == token_counts.tokens_of(tiny_model).count(texts)
+
+
 TEMPLATES = sorted(file.name for file in files("trl").joinpath("chat_templates").iterdir() if file.name.endswith(".jinja"))
 
 

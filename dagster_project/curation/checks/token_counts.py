@@ -101,7 +101,10 @@ def load_tokenizer(base_model: Path) -> Any:
     Raises:
         InputError: it cannot be read.
     """
-    return read_tokenizer(base_model) or _from_transformers(base_model)
+    tokenizer = read_tokenizer(base_model) or _from_transformers(base_model)
+    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json may hold what training set last
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
 def tokens_of(base_model: Path) -> Tokens:
