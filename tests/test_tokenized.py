@@ -323,6 +323,14 @@ def test_a_conversation_that_the_template_refuses_blocks_or_is_dropped_by_policy
     assert bool(report.failures) is (policy == "fail")
 
 
+def test_equal_records_of_a_source_keep_their_rows(stage: Stage) -> None:
+    first, second, again, other, held_out, copy = (ask(text, source="a.jsonl") for text in ("Hi", "Ho", "Hi", "Hi", "He", "He"))
+    stage(first, second, again, {**other, "source": "b.jsonl"}, validation=(held_out, copy))
+    assert [(line["source"], line["source_row"]) for line in read_ledger(stage.out)] == [
+        ("a.jsonl", 10), ("a.jsonl", 11), ("a.jsonl", 12), ("b.jsonl", 13), ("a.jsonl", 14), ("a.jsonl", 15)
+    ]  # fmt: skip
+
+
 def test_turns_after_the_last_answer_are_left_out_and_noted(stage: Stage, tiny_tokenizer: Any) -> None:
     stage(record(*talk("Hi", "Yes?", "Thanks")))
     assert read_ledger(stage.out)[0]["why"] == "1 turns after the last answer left out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -242,23 +243,29 @@ def _copies(params: Params, found: Splits, seed: int) -> tuple[dict[str, list[in
 
 
 def _source_rows(found: Splits, splits: Path) -> dict[str, list[int | None]]:
-    """Split -> row of each record in its source file; None for a record that the ledger of `splits` does not have."""
-    rows: list[int | None] = []
+    """Split -> row of each record in its source file; None for a record that the ledger of `splits` does not have.
+
+    Equal records of a source are in one split, in the order of their lines in the ledger.
+    """
+    import numpy as np
+
+    rows = array("q")
 
     def keys() -> Iterator[str]:
         for line in iter_ledger(splits):
-            rows.append(line["source_row"])
-            yield f"{line['source']}\0{line['example_id']}"
+            if not (line["outcome"] or "").startswith("dropped:"):
+                rows.append(line["source_row"])
+                yield f"{line['source']}\0{line['example_id']}"
 
     index = StringIndex(keys())
-    row_of: list[int | None] = [None] * len(index)
-    for number, row in zip(index.numbers.tolist(), rows, strict=True):
-        row_of[number] = row  # of several rows the last
-    row_of.append(None)
-    result = {}
+    row_of: list[int | None] = [*np.array(rows)[np.argsort(index.numbers, kind="stable")].tolist(), None]
+    following = np.searchsorted(np.sort(index.numbers), np.arange(len(index) + 1))  # place in `row_of` of the next record of each key
+    result: dict[str, list[int | None]] = {split: [] for split in found}
     for split, tokens in found.items():
         names = Strings(f"{source}\0{name}" for source, name in zip(tokens.sources, tokens.ids, strict=True))
-        result[split] = [row_of[number] for number in index.find(names).tolist()]
+        for number in index.find(names).tolist():
+            result[split].append(row_of[following[number] if number >= 0 else -1])
+            following[number] += number >= 0
     return result
 
 
