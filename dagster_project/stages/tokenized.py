@@ -259,13 +259,15 @@ def _source_rows(found: Splits, splits: Path) -> dict[str, list[int | None]]:
 
     index = StringIndex(keys())
     row_of: list[int | None] = [*np.array(rows)[np.argsort(index.numbers, kind="stable")].tolist(), None]
-    following = np.searchsorted(np.sort(index.numbers), np.arange(len(index) + 1))  # place in `row_of` of the next record of each key
+    starts = np.searchsorted(np.sort(index.numbers), np.arange(len(index) + 1))  # place in `row_of` of the first record of each key
+    following = starts.copy()
     result: dict[str, list[int | None]] = {split: [] for split in found}
     for split, tokens in found.items():
         names = Strings(f"{source}\0{name}" for source, name in zip(tokens.sources, tokens.ids, strict=True))
         for number in index.find(names).tolist():
             result[split].append(row_of[following[number] if number >= 0 else -1])
-            following[number] += number >= 0
+            if number >= 0 and following[number] + 1 < starts[number + 1]:
+                following[number] += 1
     return result
 
 

@@ -102,8 +102,9 @@ def load_tokenizer(base_model: Path) -> Any:
         InputError: it cannot be read.
     """
     tokenizer = read_tokenizer(base_model) or _from_transformers(base_model)
-    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json may hold what training set last
-    tokenizer.backend_tokenizer.no_padding()
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()  # tokenizer.json may hold what training set last
+        backend.no_padding()
     return tokenizer
 
 
