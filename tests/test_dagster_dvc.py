@@ -162,6 +162,9 @@ def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_
     (foreign / "dvc.yaml").write_text("stages:\n  a-b: {cmd: echo}\n  a_b: {cmd: echo}\n")
     with pytest.raises(InputError, match="same name in Dagster"):
         build_dvc_definitions(foreign)
+    (foreign / "dvc.yaml").write_text("stages:\n  a: {cmd: echo, deps: [data/my points.csv]}\n")
+    with pytest.raises(InputError, match=r"dvc\.yaml: data/my points\.csv cannot be a name in Dagster"):
+        build_dvc_definitions(foreign)
     (foreign / "dvc.yaml").write_text("stages:\n  a: {cmd: echo, meta: {checks: [x]}}\n")
     with pytest.raises(InputError, match=r"a: meta\.checks is not a mapping"):
         build_dvc_definitions(foreign)
