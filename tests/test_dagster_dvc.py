@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from conftest import ROOT, dvc
 
 from dagster_project import build_dvc_definitions, pipeline
 from dagster_project.core.errors import InputError
+from dagster_project.orchestration.dagster_dvc.metadata import describe
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.sync import sync
 
@@ -162,6 +164,9 @@ def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_
     (foreign / "dvc.yaml").write_text("stages:\n  a-b: {cmd: echo}\n  a_b: {cmd: echo}\n")
     with pytest.raises(InputError, match="same name in Dagster"):
         build_dvc_definitions(foreign)
+    (foreign / "dvc.yaml").write_text("stages:\n  a: {cmd: echo, deps: [data/my points.csv]}\n")
+    with pytest.raises(InputError, match=r"dvc\.yaml: data/my points\.csv cannot be a name in Dagster"):
+        build_dvc_definitions(foreign)
     (foreign / "dvc.yaml").write_text("stages:\n  a: {cmd: echo, meta: {checks: [x]}}\n")
     with pytest.raises(InputError, match=r"a: meta\.checks is not a mapping"):
         build_dvc_definitions(foreign)
@@ -177,6 +182,14 @@ def test_a_check_without_a_verdict_fails_and_one_that_the_report_lacks_has_no_re
     results = DvcProject(Path()).check_results("stage", state, {"checks": checks})  # type: ignore[arg-type]
     found = [("passed" if one.passed else "failed", one.metadata["severity"].value) for one in results]
     assert found == ([shown] if shown else [])
+
+
+def test_a_table_that_is_not_utf_8_or_not_csv_does_not_end_the_sync(tmp_path: Path) -> None:
+    (tmp_path / "latin.csv").write_bytes("city,score\nKöln,1".encode("latin-1"))
+    (tmp_path / "long.csv").write_text("x" * (csv.field_size_limit() + 1))
+    state: Any = SimpleNamespace(outs=("latin.csv", "long.csv"), version="1", metrics=(), plots=("latin.csv", "long.csv"))
+    shown = describe(tmp_path, state)
+    assert shown["latin.csv"].value.splitlines()[-1] == "| K\ufffdln | 1 |" and "long.csv" not in shown
 
 
 def test_the_docs_show_the_project_that_is_tested() -> None:

@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -22,6 +24,7 @@ from dagster_project.core.layout import RECORD_KEY, measured_path, report_of
 from dagster_project.curation.sources.erased import TOMBSTONES
 from dagster_project.orchestration.dvc_run import is_forced
 from dagster_project.orchestration.executors import StageJob, StageResult
+from dagster_project.orchestration.executors.ray import _project_id
 from dagster_project.orchestration.run_stage import _executor, run_stage
 from dagster_project.pipeline import PEDIGREE
 
@@ -226,3 +229,24 @@ def test_a_stage_command_knows_whether_its_run_was_forced(command: list[str], fo
 def test_without_dvc_nothing_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DVC_STAGE", raising=False)
     assert not is_forced()
+
+
+def test_drivers_that_start_at_once_in_a_new_workspace_give_it_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two, a job of the driver whose id was replaced would not be found again."""
+    ids = iter(("a", "b"))
+    second, written = threading.Event(), threading.Event()
+
+    def token(_: int) -> str:
+        mine = next(ids)
+        (second if mine == "b" else written).set()
+        if mine == "a":
+            second.wait(0.5)  # for the other driver, if that found no id either
+        return mine
+
+    monkeypatch.setattr("dagster_project.orchestration.executors.ray.secrets.token_hex", token)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(_project_id, tmp_path)
+        written.wait()
+        later = threads.submit(_project_id, tmp_path)
+        assert first.result() == later.result() == _project_id(tmp_path)
+    assert not second.is_set()

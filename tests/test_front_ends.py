@@ -9,6 +9,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from builders import small_pipeline
 from builders.small_pipeline import changed_in_dvc, not_fresh
 from conftest import dvc, edit_params, pedigree
 
@@ -138,6 +139,13 @@ def test_adding_a_variant_is_one_entry_in_params(finished: Path) -> None:
     keys = {key.to_user_string() for key in build_definitions(finished).resolve_asset_graph().get_all_asset_keys()}
     assert {"adapter/small", "merged/small", "evaluation/small"} <= keys
     assert changed_in_dvc(finished) == {"adapter@small", "merged@small", "evaluation@small", "comparison"}
+
+
+def test_variants_with_a_hyphen_in_their_name_have_jobs(tmp_path: Path) -> None:
+    root = small_pipeline.make_project(tmp_path, {"minlen": 1, "testseed": 7, "variants": {"lora-small": {"r": 8}, "dora": {"r": 16}}})
+    jobs = {job.name: job for job in build_definitions(root, small_pipeline.PIPELINE).resolve_all_job_defs()}
+    assert {"variant_lora_small", "variant_dora"} <= jobs.keys()
+    assert jobs["variant_lora_small"].asset_layer.selected_asset_keys == {asset_key("adapter@lora-small")}
 
 
 def test_dvc_and_dagster_show_the_comparison_scores_and_the_release_lists_its_waivers(finished: Path) -> None:

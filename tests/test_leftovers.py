@@ -42,6 +42,14 @@ def test_temporary_files_of_dvc_are_removed_unless_dvc_is_at_work(tmp_path: Path
     assert present(tmp_path, OF_DVC) == []
 
 
+def test_temporary_files_of_dvc_are_kept_where_it_locks_by_hard_links(tmp_path: Path) -> None:
+    """`flock` succeeds there also while DVC holds its lock."""
+    make(tmp_path, *OF_DVC)
+    (tmp_path / ".dvc/config").write_text("[core]\n hardlink_lock = true\n")
+    remove_leftovers(tmp_path)
+    assert present(tmp_path, OF_DVC) == OF_DVC
+
+
 def test_scratch_files_of_reports_and_pages_are_removed_when_their_process_is_dead(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
     ended.wait()

@@ -25,7 +25,7 @@ from dagster_project.commands.elsewhere import compared, differences
 from dagster_project.commands.requirements import versions_in
 from dagster_project.core.records import write_json
 from dagster_project.lineage.tolerance import deviations
-from dagster_project.orchestration.machine import machine, packages
+from dagster_project.orchestration.machine import _caches, machine, packages
 from dagster_project.pipeline import FLOATING_POINT
 
 ISA = {  # oneDNN's own words for its instruction sets (src/cpu/x64/cpu_isa_traits.cpp)
@@ -91,6 +91,15 @@ def test_the_machine_is_in_the_report_of_each_stage_that_computes_with_floats_an
     for path in (finished / "data").rglob("*.json"):
         if path not in reports and path.relative_to(finished / "data").parts[0] not in {"pages", "live"}:
             assert "instruction_set" not in path.read_text(), path
+
+
+def test_a_cache_whose_size_the_firmware_does_not_state_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, facts in enumerate(({"level": "1", "type": "Data"}, {"level": "2", "type": "Unified", "size": "512K"}, {})):
+        (tmp_path / f"index{number}").mkdir()
+        for name, value in facts.items():
+            (tmp_path / f"index{number}" / name).write_text(f"{value}\n")
+    monkeypatch.setattr("dagster_project.orchestration.machine.CACHES", tmp_path)
+    assert _caches() == {"L2": "512K"}
 
 
 def test_the_hash_of_the_environment_is_that_of_the_names_and_versions_that_pip_lists() -> None:

@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dvc import read_stages
-from dagster_project.orchestration.run_all import RunAll, Running, parents, remaining, reproduce_one
+from dagster_project.orchestration.run_all import Outcome, RunAll, Running, parents, remaining, reproduce_one
 
 BOTH = {"adapter@lora", "adapter@dora"}
 
@@ -241,12 +241,32 @@ def test_a_stage_has_the_environment_of_who_asks_and_not_that_of_the_first_who_a
     small_pipeline.commit_project(tmp_path)
     (tmp_path / "dvc.yaml").write_text("stages:\n  probe:\n    cmd: printenv PROBE > out\n    outs: [out]\n")
     monkeypatch.setenv("PROBE", "here")
+    answer = answer_of(tmp_path, "probe")
+    assert "error" not in answer, answer
+    assert (tmp_path / "out").read_text() == "here\n"
+
+
+def answer_of(root: Path, address: str) -> dict[str, str]:
+    """What the process of one stage sends."""
+    context = multiprocessing.get_context("forkserver")
     (_, send_log), (receive, send) = context.Pipe(duplex=False), context.Pipe(duplex=False)
-    given = (tmp_path, "probe", False, os.getpid(), time.time(), {**os.environ}, send_log, send)
+    given = (root, address, False, os.getpid(), time.time(), {**os.environ}, send_log, send)
     process = context.Process(target=reproduce_one, args=given)
     process.start()
     send.close()
     answer = receive.recv()
     process.join()
-    assert "error" not in answer, answer
-    assert (tmp_path / "out").read_text() == "here\n"
+    return dict(answer)
+
+
+def test_an_error_of_the_operating_system_in_the_process_of_a_stage_is_its_error(tmp_path: Path) -> None:
+    table = tmp_path / ".dvc/tmp/rwlock"
+    table.mkdir(parents=True)
+    answer = answer_of(tmp_path, "probe")
+    assert answer["outcome"] == "failed" and answer["error"].startswith(f"{table}: Is a directory"), answer
+
+
+def test_nothing_is_started_after_a_stage_was_interrupted_by_someone_else(tmp_path: Path) -> None:
+    whole = RunAll(tmp_path, 1, False)
+    whole.outcomes["a"] = Outcome("interrupted")
+    assert whole._stopped

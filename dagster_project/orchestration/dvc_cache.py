@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import copyfile
+from shutil import copyfile, move
 from typing import Any
 
 from dagster_project.core.hashing import md5_of_file
@@ -92,12 +92,17 @@ def isolate_project(root: Path, cache: Path | str = "cache", remote: Mapping[str
         remote: url and other options of its remote.
     """
     (root / ".dvc").mkdir(exist_ok=True)
-    core = ["no_scm = true", "analytics = false", f"site_cache_dir = {root / '.dvc' / 'site'}"]
-    config = ["[cache]", f"dir = {cache}", 'type = "reflink,hardlink,copy"']
+    core = ["no_scm = true", "analytics = false", f"site_cache_dir = {_quoted(root / '.dvc' / 'site')}"]
+    config = ["[cache]", f"dir = {_quoted(cache)}", 'type = "reflink,hardlink,copy"']
     if remote is not None:
         core.append("remote = carrier")
-        config += ["['remote \"carrier\"']", *(f'{key} = "{value}"' for key, value in remote.items())]
+        config += ["['remote \"carrier\"']", *(f"{key} = {_quoted(value)}" for key, value in remote.items())]
     (root / ".dvc" / "config.local").write_text("\n".join(["[core]", *core, *config, ""]))
+
+
+def _quoted(value: Path | str) -> str:
+    """A value in DVC's configuration, in which a comma would separate two values, and " #" begin a comment."""
+    return f"'{value}'" if '"' in str(value) else f'"{value}"'
 
 
 def add_to_cache(root: Path, paths: Iterable[str]) -> None:
@@ -142,9 +147,15 @@ def set_aside(root: Path, address: str, differs: Callable[[Path], bool], locked:
             if not intact:
                 tampered.append(oid)
             if not intact or oid == whole:  # without the whole, the run cache cannot restore an output that no stage published
-                path.replace(aside / oid)
+                _move(path, aside / oid)
         target = aside / address
         remove(target)
         if out.exists:
-            Path(out.fs_path).replace(target)
+            _move(Path(out.fs_path), target)
     return tampered
+
+
+def _move(path: Path, target: Path) -> None:
+    """Move a file or folder, in place of what is there. The cache may be on another file system than the project."""
+    remove(target)
+    move(path, target)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.lineage.history import LOCK, Revision
+from dagster_project.lineage.history import LOCK, Revision, config_files
 from dagster_project.orchestration.private_api import private_module
 
 INVALID_FILE_ERRORS = {
@@ -43,7 +43,7 @@ def explained(error: Exception, root: Path) -> InputError | None:
     if isinstance(error, UnicodeEncodeError) and (name := _name_that_is_not_utf8(root / "data")):
         return InputError(f"{name!r}: the name of this file is not UTF-8, and DVC cannot record it", "rename the file")
     if isinstance(error, private_module("dvc.config").ConfigError):
-        return InputError(f"{root / '.dvc/config'}: {error}", "restore it with `git checkout HEAD .dvc/config`, or correct it")
+        return _of_settings(error, root)
     if isinstance(error, exceptions.NotDvcRepoError):
         return InputError(f"{root} is not a DVC project", "run `make run` once, or `dvc init`, in the project's folder")
     if isinstance(error, private_module("dvc.scm").SCMError) and "not a git repository" in str(error):
@@ -51,6 +51,19 @@ def explained(error: Exception, root: Path) -> InputError | None:
     if isinstance(error, exceptions.DvcException) and type(error).__name__ in INVALID_FILE_ERRORS:
         return _of_a_file(error, root)
     return None
+
+
+def _of_settings(error: Exception, root: Path) -> InputError:
+    """The first of the files with DVC's settings that is invalid by itself; the project's if none is."""
+    dvc_config, tracked = private_module("dvc.config"), root / ".dvc" / "config"
+    for path in filter(Path.is_file, config_files(root)):
+        try:
+            dvc_config.Config.validate(dvc_config.Config.load_file(str(path)))
+        except dvc_config.ConfigError as wrong:
+            if path != tracked:
+                return InputError(f"{path}: {wrong}", "correct it")
+            break
+    return InputError(f"{tracked}: {error}", "restore it with `git checkout HEAD .dvc/config`, or correct it")
 
 
 def _of_a_file(error: Exception, root: Path) -> InputError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +68,13 @@ def push(root: Path, remote: str | None = None) -> PushResult:
                 f"`dvc remote modify {shown} url ADDRESS` without it, and give credentials by the environment (docs/cluster.md)",
             )
         try:
-            entries = _complete_runs(repo)
-            used = {info for stage in entries for infos in stage.get_used_objs().values() for info in infos}
+            runs = _complete_runs(repo)
+            used = {info for stage in runs.values() for infos in stage.get_used_objs().values() for info in infos}
             result = repo.cloud.push(used, remote=name)  # before the run cache: no entry refers to missing objects
             if result.failed:
                 raise InputError(f"{len(result.failed)} objects were not pushed to {name}", "see the messages above; push again")
-            runs = len(repo.stage_cache.push(name))
-            return PushResult(name, runs, len(result.transferred) + repo.push(remote=name))
+            _push_runs(repo, name, runs)
+            return PushResult(name, len(runs), len(result.transferred) + repo.push(remote=name))
         except ImportError as error:
             raise InputError(f"cannot push to the DVC remote {name}: {error}", "`pip install 'pedigree-llm[s3]'` installs dvc-s3") from None
         except Exception as error:
@@ -86,12 +86,23 @@ def push(root: Path, remote: str | None = None) -> PushResult:
             ) from None
 
 
-def _complete_runs(repo: Any) -> list[Any]:
-    """A temporary stage for each entry of the run cache whose outputs are in the cache."""
+def _complete_runs(repo: Any) -> dict[Path, Any]:
+    """A temporary stage for each entry of the run cache whose outputs are in the cache, by the file of the entry."""
     cache = repo.stage_cache
-    entries = [cache._load_cache(path.parent.name, path.name) for path in cached_runs(Path(cache.cache_dir).parent)]
-    stages = [cache._create_stage(entry) for entry in entries if entry]
-    return [stage for stage in stages if stage.outs_cached()]
+    entries = {path: cache._load_cache(path.parent.name, path.name) for path in cached_runs(Path(cache.cache_dir).parent)}
+    stages = {path: cache._create_stage(entry) for path, entry in entries.items() if entry}
+    return {path: stage for path, stage in stages.items() if stage.outs_cached()}
+
+
+def _push_runs(repo: Any, name: str, entries: Iterable[Path]) -> None:
+    """Copy entries of the run cache to a remote. DVC's own `push` of the run cache copies incomplete ones, too, and only logs failures."""
+    target = repo.cloud.get_remote_odb(name, "push --run-cache", hash_name="md5-dos2unix")  # that of the folder `runs`
+    if isinstance(target.fs, private_module("dvc.fs").HTTPFileSystem):
+        raise InputError(f"the DVC remote {name} is on a web server, to which past runs cannot be pushed", "use a remote of another kind")
+    cache = repo.cache.legacy
+    paths = {str(path): target.fs.join(target.path, *path.relative_to(cache.path).parts) for path in entries}
+    if paths:
+        private_module("dvc.fs").generic.copy(cache.fs, [*paths], target.fs, [*paths.values()])
 
 
 def inputs_by_hash(root: Path, address: str) -> dict[str, str]:

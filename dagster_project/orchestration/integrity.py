@@ -227,7 +227,7 @@ class _Examination:
         Args:
             path: of the file with this content.
             fetch: next step if it is missing.
-            reproduce: next step if it is altered.
+            reproduce: next step if it is altered; empty if no stage produces it again.
             commit: command that stores the file of the workspace instead; empty if none does.
         """
         if oid not in self.objects:
@@ -235,7 +235,9 @@ class _Examination:
             self.objects[oid] = None
             if what := _misplaced(file):
                 then = f"rm -r {file}, then {commit}" if commit and self._has(path, oid) else reproduce
-                self._add_finding("cache", str(file), f"is {what}, not the object; it should contain {path}", then)
+                self._add_finding(
+                    "cache", str(file), f"is {what}, not the object; it should contain {path}", then or f"rm -r {file}, then {fetch}"
+                )
             elif not file.is_file():
                 self.missing[path, oid] = {"path": path, "object": oid, "next": commit if commit and self._has(path, oid) else fetch}
             else:
@@ -243,7 +245,7 @@ class _Examination:
                 if md5 == oid.removesuffix(".dir"):
                     self.objects[oid] = sha256
                 else:
-                    then = f"rm {file}, then {commit}" if commit and self._has(path, oid) else reproduce
+                    then = f"rm {file}, then {commit}" if commit and self._has(path, oid) else reproduce or f"rm {file}, then {fetch}"
                     self._add_finding("cache", str(file), f"does not match its name; it contains {path}", then)
         return self.objects[oid]
 
@@ -275,16 +277,15 @@ class _Examination:
             sha256: published in the stage's report; None if unknown.
         """
         reproduce = f"dvc repro {address}: it sets altered files aside and produces them again" if address else f"dvc pull {path}"
+        again = "" if at.rev else reproduce  # a stage runs on the files of the workspace
         fetch = "dvc pull --all-commits" if at.rev else f"dvc pull {path}, or dvc repro {address or path}"
         commit = f"dvc commit {address}" if address and at.rev is None else ""
-        listing = self._object(oid, path, fetch, reproduce, commit)
+        listing = self._object(oid, path, fetch, again, commit)
         files = self.store.files(oid) if listing else None
-        sums = {
-            name: self._object(one, f"{path}/{name}" if name else path, fetch, reproduce, commit) for name, one in (files or {}).items()
-        }
+        sums = {name: self._object(one, f"{path}/{name}" if name else path, fetch, again, commit) for name, one in (files or {}).items()}
         if files is not None and sha256 and None not in sums.values() and _sha256_of_listing(sums) != sha256:
             where = f"dvc.lock at {at.rev}" if at.rev else "dvc.lock"
-            self._add_finding(where, path, f"is recorded as {oid}, whose sha256 is not that of the report", reproduce)
+            self._add_finding(where, path, f"is recorded as {oid}, whose sha256 is not that of the report", again or "use another revision")
         if at.rev is None and (self.root / path).exists():
             self._examine_workspace(path, files, sha256, reproduce)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dagster_project.core.layout import REPORTS
 from dagster_project.orchestration.processes import is_running
+from dagster_project.orchestration.rwlock import locks_by_hard_links
 
 log = logging.getLogger("pedigree")
 
@@ -33,7 +34,7 @@ def remove_leftovers(root: Path) -> None:
             with suppress(OSError):  # the command itself says what it cannot write
                 path.unlink()
     lock = root / ".dvc" / "tmp" / "lock"
-    if not lock.is_file():
+    if not lock.is_file() or locks_by_hard_links(root):  # then `flock` does not show whether DVC holds it
         return
     try:
         with lock.open("r+") as file:

@@ -117,11 +117,13 @@ def _cpu() -> dict[str, str]:
 
 
 def _caches() -> dict[str, str]:
-    """Level -> size of the first processor's caches: MKL and oneDNN cut products into blocks by them, which orders the sums."""
+    """Level -> size of the first processor's caches: MKL and oneDNN cut products into blocks by them, which orders the sums. Linux leaves out files
+    whose value the firmware does not state, on many Arm machines the size."""
     found = {}
     for folder in sorted(CACHES.glob("index*")):
-        level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
-        if kind != "Instruction":
+        files = [folder / name for name in ("level", "type", "size")]
+        level, kind, size = (file.read_text().strip() if file.is_file() else "" for file in files)
+        if level and size and kind != "Instruction":
             found[f"L{level}"] = size
     return found
 

@@ -21,8 +21,9 @@ from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core import faults
 from dagster_project.core.context import measured
-from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.errors import InputError
 from dagster_project.core.layout import is_report
 from dagster_project.core.progress import clock
 from dagster_project.core.records import write_json
@@ -136,7 +137,7 @@ class RunAll:
 
     @property
     def _stopped(self) -> bool:
-        return self.unreadable or any(one.outcome == FAILED for one in self.outcomes.values())
+        return self.unreadable or any(one.outcome in {FAILED, INTERRUPTED} for one in self.outcomes.values())
 
     @property
     def _queued(self) -> list[str]:
@@ -312,8 +313,10 @@ def reproduce_one(
     processes.end_with(parent, since)
     try:
         result.send({"outcome": _reproduce(root, address, force)})
-    except PedigreeError as error:
-        result.send({"outcome": FAILED, "error": str(error)})
+    except Exception as error:
+        if (known := faults.explained(error, root)) is None:
+            raise
+        result.send({"outcome": FAILED, "error": str(known)})
     except KeyboardInterrupt:
         result.send({"outcome": INTERRUPTED})
 

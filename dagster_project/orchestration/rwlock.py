@@ -50,7 +50,7 @@ def repair(root: Path) -> None:
     if table is not None and _of_running(table) == table:
         return
     make_lock = private_module("dvc.lock").make_lock
-    with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), hardlink_lock=_hardlink_lock(root), wait=True):
+    with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), hardlink_lock=locks_by_hard_links(root), wait=True):
         table = _table(root)
         if table is None:  # no other process was writing it
             path.unlink()
@@ -59,7 +59,7 @@ def repair(root: Path) -> None:
             path.write_text(json.dumps(kept))
 
 
-def _hardlink_lock(root: Path) -> bool:
+def locks_by_hard_links(root: Path) -> bool:
     """Whether DVC locks by hard links here (its setting core.hardlink_lock)."""
     from dvc.config import Config, ConfigError
 

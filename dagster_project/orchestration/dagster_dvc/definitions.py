@@ -44,16 +44,18 @@ def assets(project: DvcProject, states: dict[str, StageState]) -> list[dg.Assets
     """An asset for each stage, and an external asset for each source and each stage's definition.
 
     Raises:
-        InputError: a stage's name cannot be part of a name in Dagster, or two assets have one name.
+        InputError: the name of a stage or source cannot be part of a name in Dagster, or two assets have one name.
     """
     sources = sorted({i.path for state in states.values() for i in state.inputs if i.producer is None})
     keys = [*map(project.asset_key, states), *map(project.definition_key, states), *map(project.source_key, sources)]
     names = [project.asset_key(address).to_python_identifier() for address in states]
-    invalid = [address for address, name in zip(states, names, strict=True) if re.search(r"[^A-Za-z0-9_]", name)]
+    named = [*zip(states, names, strict=True), *((path, project.source_key(path).to_python_identifier()) for path in sources)]
+    invalid = [one for one, name in named if re.search(r"[^A-Za-z0-9_]", name)]  # Dagster makes names of inputs from the paths of sources
     if invalid or len(set(keys)) < len(keys) or len(set(names)) < len(names):
         what = f"{', '.join(invalid)} cannot be a name in Dagster" if invalid else "two stages or sources have the same name in Dagster"
         raise InputError(
-            f"{project.root / 'dvc.yaml'}: {what}", "name stages and variants by letters, digits, _ and -, not different in - and _ only"
+            f"{project.root / 'dvc.yaml'}: {what}",
+            "name stages, variants and sources by letters, digits, _ and -, not different in - and _ only",
         )
     return [
         *(

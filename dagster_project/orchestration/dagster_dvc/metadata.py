@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def _plot(path: Path, name: str) -> dict[str, Any]:
         encoded = base64.b64encode(path.read_bytes()).decode()
         return {name: dg.MetadataValue.md(f"![{path.stem}](data:image/{IMAGES[path.suffix]};base64,{encoded})")}
     if path.suffix in {".csv", ".tsv"}:
-        with path.open(encoding="utf-8", newline="") as file:
+        rows: list[list[str]] = []
+        with path.open(encoding="utf-8", errors="replace", newline="") as file, suppress(csv.Error):
             rows = [*islice(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","), MAX_ROWS + 1)]
         return {name: dg.MetadataValue.md(table(rows[0], rows[1:]))} if rows else {}
     return {}

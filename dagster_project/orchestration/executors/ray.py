@@ -28,7 +28,7 @@ from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
-from dagster_project.orchestration import dvc_cache, dvc_remote, dvc_run, integrity
+from dagster_project.orchestration import dvc_cache, dvc_remote, dvc_run, integrity, locks
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
@@ -527,6 +527,7 @@ class _Run:
 def _project_id(root: Path) -> str:
     """Random id of this workspace, so that drivers of other clones and copies do not stop or take its jobs."""
     path = root / ".dvc" / "tmp" / "pedigree" / "project_id"
-    if not path.is_file():
-        write_text(path, secrets.token_hex(16))
+    with locks.hold(root, path.name, lambda _: None):  # another driver may start at the same moment
+        if not path.is_file():
+            write_text(path, secrets.token_hex(16))
     return sha256_of_text(f"{path.read_text(encoding='utf-8')} {root.resolve()}")[:32]
