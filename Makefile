@@ -27,14 +27,14 @@ run: $(VENV)/ok  ## set up, run changed stages, show the summary
 	@$(BIN)/pedigree sync > /dev/null
 	@$(MAKE) --no-print-directory summary
 
-test: $(VENV)/ok ## run the tests but the longest, three at a time: tests also wait (JOBS=N: N at a time)
+test: $(VENV)/ok ## run all tests except the longest, three at a time: tests also wait (JOBS=N: N at a time)
 	@$(MAKE) --no-print-directory setup-dvc
 	$(PYTESTS) -m "not long and not cluster and not projects"
 	$(BIN)/python -m pytest -q -m "not long" $(RAY_TESTS)
 
-test-long: $(VENV)/ok ## run the longest tests: whole pipelines, both front ends at once, repeated trainings. PART=1/3: those of a third of their files
+test-long: $(VENV)/ok ## run the longest tests: whole pipelines, both front ends at once, repeated trainings. PART=1/3: a third of the test files
 	@$(MAKE) --no-print-directory setup-dvc
-	$(PYTESTS) -m "long and not cluster and not projects" $(filter-out $(RAY_TESTS),$(LONG_TESTS))
+	$(if $(filter-out $(RAY_TESTS),$(LONG_TESTS)),$(PYTESTS) -m "long and not cluster and not projects" $(filter-out $(RAY_TESTS),$(LONG_TESTS)))
 	$(if $(filter $(RAY_TESTS),$(LONG_TESTS)),$(BIN)/python -m pytest -q -m long $(filter $(RAY_TESTS),$(LONG_TESTS)))
 
 test-projects: $(VENV)/ok ## make a project with the installed wheel from each layout of a file and each recipe of examples/, and run it; prints a table. Runs the whole pipeline on Ray

@@ -71,7 +71,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=40, check=False)
     assert (done.returncode, done.stdout) == (0, "pressed\ninterrupted\n"), done.stderr
 
 

@@ -246,7 +246,7 @@ def test_drivers_that_start_at_once_in_a_new_workspace_give_it_one_id(tmp_path: 
     monkeypatch.setattr("dagster_project.orchestration.executors.ray.secrets.token_hex", token)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(_project_id, tmp_path)
-        written.wait()
+        assert written.wait(60)
         later = threads.submit(_project_id, tmp_path)
         assert first.result() == later.result() == _project_id(tmp_path)
     assert not second.is_set()

@@ -40,7 +40,21 @@ def test_every_option_that_names_a_file_refuses_an_empty_name() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["init", "check x --policy", "chat --compare", "share --remote", "sweep splits --to", "mlflow release --tracking-uri", "ui --host"],
+    [
+        "init",
+        "check x --policy",
+        "chat --compare",
+        "share --remote",
+        "sweep splits --to",
+        "mlflow release --tracking-uri",
+        "mlflow release --name",
+        "ui --host",
+        "export release --rev",
+        "audit release --rev",
+        "audit --against-rev",
+        "init --base-model",
+        "plan --model",
+    ],
 )
 def test_an_empty_name_ends_with_exit_code_2(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

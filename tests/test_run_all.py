@@ -23,6 +23,7 @@ from conftest import dvc, run
 from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
+from dagster_project.commands.run_all import as_text
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dvc import read_stages
 from dagster_project.orchestration.run_all import Outcome, RunAll, Running, parents, remaining, reproduce_one
@@ -270,3 +271,5 @@ def test_nothing_is_started_after_a_stage_was_interrupted_by_someone_else(tmp_pa
     whole = RunAll(tmp_path, 1, False)
     whole.outcomes["a"] = Outcome("interrupted")
     assert whole._stopped
+    document = {"stages": {"a": {"outcome": "interrupted"}}, "seconds": 1.0, "jobs": 1, "interrupted": False, "passed": False}
+    assert "stopped: a was interrupted. Finished stages are kept; run the command again." in as_text(document)

@@ -36,7 +36,7 @@ def count(text: str) -> int:
 
 
 def named(text: str) -> str:
-    """A name. An empty one, e.g. of a shell variable that is not set, would have the effect of no option."""
+    """A name that is not empty. An empty one, e.g. from a shell variable that is not set, would act as if the option were absent."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return text

@@ -71,9 +71,13 @@ def judge(options: argparse.Namespace) -> int:
     from dagster_project.core import params
     from dagster_project.evaluation import judge as module
 
-    of_endpoint = [name for name in ("endpoint", "model", "key_env", "price") if getattr(options, name) is not None]
-    if of_endpoint if options.reward_model else not (options.endpoint and options.model):
-        raise InputError("judge: requires exactly one judge", "give either --endpoint and --model, or --reward-model alone")
+    of_endpoint = [
+        f"--{name.replace('_', '-')}" for name in ("endpoint", "model", "key_env", "price") if getattr(options, name) is not None
+    ]
+    if options.reward_model and of_endpoint:
+        raise InputError(f"judge: --reward-model and {of_endpoint[0]}: requires exactly one judge", "leave one of the two out")
+    if not options.reward_model and not (options.endpoint and options.model):
+        raise InputError("judge: requires exactly one judge", "give either --endpoint and --model, or --reward-model")
     if options.reward_model:
         if "reward_model" not in params.read(project(options)):  # a folder that was left behind is not the project's
             raise InputError("params.yaml has no section reward_model", "give --endpoint and --model")

@@ -161,7 +161,7 @@ def _add_export(commands: Any) -> None:
         metavar="FILE",
         help="with --with-model, or --all without FOLDER: private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)",
     )
-    add("--rev", help="git revision (default: the workspace)")
+    add("--rev", type=named, help="git revision (default: the workspace)")
     add("--issued", type=day, metavar="YYYY-MM-DD", help="default: the date of the commit that recorded the model")
 
 

@@ -106,7 +106,7 @@ def _add_audit(commands: Any) -> None:
         metavar="MODEL",
         help="name of a stage, path (also of a copied folder, or of an exported file), content hash, or REV:one of these",
     )
-    add("--rev", help="git revision (default: the workspace)")
+    add("--rev", type=named, help="git revision (default: the workspace)")
     add("--html", type=named, metavar="FILE.html", help="also write one self-contained page")
     add(
         "--records",
@@ -122,7 +122,7 @@ def _add_audit(commands: Any) -> None:
     )
     add("--where", action="store_true", help="also show where each stage ran on a cluster: node, resources, times and cost")
     add("--diff", nargs=2, metavar=("A", "B"), help="instead: differences between two models, each as MODEL or REV:MODEL")
-    add("--against-rev", metavar="REV", help="with --diff: the revision of B, as --rev is that of A")
+    add("--against-rev", type=named, metavar="REV", help="with --diff: the revision of B, as --rev is that of A")
 
 
 def impact(options: argparse.Namespace) -> int:

@@ -121,7 +121,7 @@ def _add_mlflow(commands: Any) -> None:
         metavar="URI",
         help="e.g. sqlite:///mlflow.db or http://127.0.0.1:5000 (default: MLFLOW_TRACKING_URI)",
     )
-    add("--name", help="of the registered model (default: the stage, with - in place of @)")
+    add("--name", type=named, help="of the registered model (default: the stage, with - in place of @)")
     add("--experiment", default="pedigree", help="of the run (default: %(default)s)")
     add("--upload", action="store_true", help="also store the model's files in MLflow")
 

@@ -32,7 +32,12 @@ def _add_init(commands: Any) -> None:
         metavar="FILE",
         help="as for `check`; files are copied to data/sources/, others are read where they are",
     )
-    add("--base-model", metavar="MODEL", help="org/name@REVISION on the Hub, or a folder (default: the small model of the sample project)")
+    add(
+        "--base-model",
+        type=named,
+        metavar="MODEL",
+        help="org/name@REVISION on the Hub, or a folder (default: the small model of the sample project)",
+    )
     add("--task", choices=("auto", "labels", "json", "text"), default="auto", help="what answers are (default: detected)")
     add("--license", default="unknown", metavar="SPDX", help="license of the data (default: %(default)s)")
 
@@ -198,7 +203,7 @@ def plan(options: argparse.Namespace) -> int:
 def _add_plan(commands: Any) -> None:
     add = add_command(commands, plan).add_argument
     add("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")
-    add("--model", metavar="CONFIG", help="plan for any model instead, from its folder or its config.json only")
+    add("--model", type=named, metavar="CONFIG", help="plan for any model instead, from its folder or its config.json only")
     add("--method", action="append", help="with --model; can be repeated (default: full, lora and qlora)")
     add("--tokens-per-row", type=int, metavar="N", help=f"with --model (default: {MODEL_OPTIONS['tokens_per_row']})")
     add("--batch", type=int, metavar="N", help=f"with --model: rows in a forward pass (default: {MODEL_OPTIONS['batch']})")

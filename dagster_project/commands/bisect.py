@@ -176,7 +176,7 @@ def bisect(root: Path, model: str, asked: Asked, good: str | None, bad: str | No
         log.info(
             f"bisect: {len(steps)} versions, "
             + (
-                f"{missing} are not in the cache and are trained again only if nothing else divides the rest"
+                f"{missing} of them are not in the cache; these are trained again only if no cached version narrows the search further"
                 if missing
                 else f"at most {(len(steps) - 1).bit_length() + 1} of them are asked"
             )

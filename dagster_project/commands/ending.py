@@ -37,13 +37,13 @@ def _end_at_once(*_: Any) -> None:
 
 
 def _interrupt_later() -> None:
-    later = threading.Timer(0.02, signal.raise_signal, [signal.SIGINT])
+    later = threading.Timer(0.02, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])  # also wakes a thread that waits
     later.daemon = True
     later.start()
 
 
 def _starts_compiled_module(frame: FrameType | None) -> bool:
-    """Whether a module in C or Rust is being initialized, and has called Python. Some crash if that call fails."""
+    """Whether the frame runs inside the initialization of a module in C or Rust. Some crash if the Python code that they call raises."""
     while frame is not None:
         if frame.f_code in _STARTS_OF_COMPILED_MODULES:
             return True

@@ -28,6 +28,9 @@ def as_text(document: Mapping[str, Any]) -> str:
     failed = [address for address, stage in stages.items() if stage["outcome"] == "failed"]
     if failed:
         lines.append(f"stopped: {', '.join(failed)} failed. Finished stages are kept; fix the error above and run the command again.")
+    ended = [address for address, stage in stages.items() if stage["outcome"] == "interrupted"]
+    if ended and not document["interrupted"]:
+        lines.append(f"stopped: {', '.join(ended)} was interrupted. Finished stages are kept; run the command again.")
     if document["interrupted"]:
         lines.append("interrupted: finished stages are kept; run the command again to continue.")
     return "\n".join(lines)

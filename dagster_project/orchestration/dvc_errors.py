@@ -54,7 +54,7 @@ def explained(error: Exception, root: Path) -> InputError | None:
 
 
 def _of_settings(error: Exception, root: Path) -> InputError:
-    """The first of the files with DVC's settings that is invalid by itself; the project's if none is."""
+    """The error of the first settings file that is invalid on its own; that of .dvc/config if none is."""
     dvc_config, tracked = private_module("dvc.config"), root / ".dvc" / "config"
     for path in filter(Path.is_file, config_files(root)):
         try:

@@ -87,7 +87,7 @@ def push(root: Path, remote: str | None = None) -> PushResult:
 
 
 def _complete_runs(repo: Any) -> dict[Path, Any]:
-    """A temporary stage for each entry of the run cache whose outputs are in the cache, by the file of the entry."""
+    """File of an entry of the run cache -> temporary stage, for entries whose outputs are all in the cache."""
     cache = repo.stage_cache
     entries = {path: cache._load_cache(path.parent.name, path.name) for path in cached_runs(Path(cache.cache_dir).parent)}
     stages = {path: cache._create_stage(entry) for path, entry in entries.items() if entry}

@@ -34,12 +34,15 @@ def remove_leftovers(root: Path) -> None:
             with suppress(OSError):  # the command itself says what it cannot write
                 path.unlink()
     lock = root / ".dvc" / "tmp" / "lock"
-    if not lock.is_file() or locks_by_hard_links(root):  # then `flock` does not show whether DVC holds it
+    if not lock.is_file():
         return
     try:
         with lock.open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for path in _leftovers(root):
+            found = [*_leftovers(root)]
+            if found and locks_by_hard_links(root):  # then `flock` does not show whether DVC holds its lock
+                return
+            for path in found:
                 path.unlink(missing_ok=True)
                 log.info(f"removed {path.relative_to(root)}, which a killed process of DVC left behind")
             (root / SWEPT).parent.mkdir(parents=True, exist_ok=True)

@@ -271,7 +271,7 @@ class RunAll:
         if outcome == FAILED:
             log.error(f"{address}: {error}")
         text = f"{address}: {outcome} after {clock(seconds)}"
-        if outcome == FAILED and (self.running or self._queued):
+        if outcome in {FAILED, INTERRUPTED} and not self.interrupted and (self.running or self._queued):
             text += "; no other stage is started" + (", running ones finish" if self.running else "")
         log.info(text)
 

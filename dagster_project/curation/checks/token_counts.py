@@ -103,7 +103,7 @@ def load_tokenizer(base_model: Path) -> Any:
     """
     tokenizer = read_tokenizer(base_model) or _from_transformers(base_model)
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        backend.no_truncation()  # tokenizer.json may hold what training set last
+        backend.no_truncation()  # tokenizer.json may contain settings that a training script left
         backend.no_padding()
     return tokenizer
 

@@ -51,7 +51,7 @@ _SPACED = (
     range(0xA66F, 0xA9E0),
     range(0xAAE0, 0xAC00),
 )
-"""Code points of scripts with spaces between words, as far as they have marks: all but those from Thai to Burmese, Khmer and a few others."""
+"""Ranges of code points with combining marks, in scripts that put spaces between words. Excluded: Thai to Burmese, Khmer and a few others."""
 _MARKS = "".join(c for c in map(chr, chain(*_SPACED)) if unicodedata.category(c) in {"Mn", "Mc"})
 r"""Vowel signs, viramas and points. They are part of a word, and Python's \w lacks them: \u0926\u093e\u0928 and \u0926\u093f\u0928 are two words of Hindi."""
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"

@@ -64,9 +64,9 @@ def _partial_jobs(project: PedigreeProject, states: dict[str, dvc.StageState], e
     data = [address for address, state in states.items() if state.meta.get("group") == DATA]
     upstream = {name for address in data for name in dvc.ancestors(states, address)}
     selected = {"data": ([a for a in states if a in data or a in upstream], "Data stages only: from sources to splits and preferences.")}
-    variants = {address: address.partition("@")[2].replace("-", "_") for address in states}  # Dagster allows no "-" in the name of a job
-    for variant in sorted({*variants.values()} - {""}):
-        selected[f"variant_{variant}"] = ([a for a in states if variants[a] == variant], f"Train, merge and evaluate {variant}.")
+    for variant in sorted({address.partition("@")[2] for address in states} - {""}):
+        name = f"variant_{variant.replace('-', '_')}"  # Dagster allows no "-" in the name of a job
+        selected[name] = ([a for a in states if a.endswith(f"@{variant}")], f"Train, merge and evaluate {variant}.")
     return [
         dg.define_asset_job(
             project.name(name),

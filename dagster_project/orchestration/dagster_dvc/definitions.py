@@ -55,7 +55,7 @@ def assets(project: DvcProject, states: dict[str, StageState]) -> list[dg.Assets
         what = f"{', '.join(invalid)} cannot be a name in Dagster" if invalid else "two stages or sources have the same name in Dagster"
         raise InputError(
             f"{project.root / 'dvc.yaml'}: {what}",
-            "name stages, variants and sources by letters, digits, _ and -, not different in - and _ only",
+            "use only letters, digits, _ and - in names of stages and variants, also . and / in paths of sources; names must differ in more than these marks",
         )
     return [
         *(
