@@ -197,6 +197,9 @@ FIRST = (
     "test_own_trainer",
     "test_without_reward_model",
     "test_without_preferences",
+    "test_faults",
+    "test_fuzz",
+    "test_hostile_files",
 )
 """Files that take a minute or more, in the order in which they start: none of them is the last one, for which the other test processes would wait."""
 

@@ -385,7 +385,7 @@ def test_versions_in_the_cache_are_asked_before_others_are_trained_again(
         (root / ".dvc/cache/files/md5" / listing[:2] / listing[2:]).unlink()
     assert bisect(root, "--json") == 0
     shown = capsys.readouterr()
-    assert json.loads(shown.out)["first"]["commit"] == made.commits[BAD] and "4 are not in the cache" in shown.err
+    assert json.loads(shown.out)["first"]["commit"] == made.commits[BAD] and "4 of them are not in the cache" in shown.err
     listing = _adapter(made, BAD - 1)
     (root / ".dvc/cache/files/md5" / listing[:2] / listing[2:]).unlink()
     assert bisect(root) == 2

@@ -171,6 +171,7 @@ def test_a_command_outside_a_project_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2 and "no dvc.yaml in" in done.stderr
 
 
+@pytest.mark.long
 @forked
 def test_json_output_is_exactly_one_document(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The file descriptor of stdout is read, so what libraries print counts too."""

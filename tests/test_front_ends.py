@@ -101,6 +101,7 @@ def test_an_added_source_row_makes_the_readers_of_sources_stale_and_reverting_it
     assert both_doors_agree(finished, synced_finished) == set()
 
 
+@pytest.mark.long
 def test_a_failed_gate_shows_its_rows_and_nothing_downstream_runs(project: Path, instance) -> None:
     edit_params(project, lambda v: v["instructions"].update(policy={"empty_response": "fail"}))
     rows = json.loads((project / "data/sources/triage_alpaca.json").read_text())
@@ -125,6 +126,7 @@ def test_an_asset_refuses_to_run_on_an_outdated_parent(finished: Path, synced_fi
     assert (finished / "dvc.lock").read_text() == before and (finished / "data" / "splits" / "train").exists()
 
 
+@pytest.mark.long
 def test_deleting_dagsters_home_and_syncing_brings_the_view_back(finished: Path, synced_finished) -> None:
     assert sync(finished, synced_finished) == []
     shutil.rmtree(finished / ".dagster")
@@ -193,6 +195,7 @@ def test_every_stage_has_a_result_for_each_check_that_dagster_requires(finished:
         assert [one.check_name for one in project.check_results(address, state, blocked)] == [*blocked["checks"]]
 
 
+@pytest.mark.long
 def test_a_training_on_pairs_is_materialized_although_some_checks_are_for_online_methods(finished: Path, synced_finished: Any) -> None:
     done = materialize(finished, synced_finished, "aligned@dpo", tags={"pedigree/force": "true"})
     assert done.success

@@ -338,6 +338,7 @@ def other_trainer(tiny_model: Path) -> Iterator[Trainer]:
         yield trainer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_processes_give_identical_bytes(trainer: Trainer, other_trainer: Trainer, folder: Path, threads: int) -> None:
     make_data(folder, threads=threads)

@@ -253,7 +253,7 @@ def _source_rows(found: Splits, splits: Path) -> dict[str, list[int | None]]:
 
     def keys() -> Iterator[str]:
         for line in iter_ledger(splits):
-            if not line["outcome"].startswith("dropped:"):
+            if not (line["outcome"] or "").startswith("dropped:"):
                 rows.append(line["source_row"])
                 yield f"{line['source']}\0{line['example_id']}"
 

@@ -20,6 +20,7 @@ from faults.project import differences
 pytestmark = pytest.mark.faults
 
 
+@pytest.mark.long
 def test_no_case_of_the_fixed_part_fails() -> None:
     """In a process of its own: commands are forked from it, so it must not have threads."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}

@@ -16,6 +16,7 @@ CASES = {"data_files": 25, "parameters": 30, "model_folders": 3, "gguf_files": 3
 """New cases of each surface: the same ones in every run."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODULES)
 def test_what_was_found_stays_fixed_and_new_cases_hold(name: str) -> None:
     cases = [*kept(name, CORPUS).values(), *(drawn(surface(name), 1, number) for number in range(CASES[name]))]

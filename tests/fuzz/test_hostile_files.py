@@ -111,6 +111,7 @@ def lines(*rows: Any) -> bytes:
     return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TEXTS)
 def test_hostile_text_in_every_field_is_checked(name: str) -> None:
     text = TEXTS[name]
