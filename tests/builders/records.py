@@ -103,7 +103,7 @@ CHECK_EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
         [rich(user(f"Is {city} cold?"), said(reasoning_content="It is north.")) for city in ("Oslo", "Bergen")],
         [*(rich(user(f"Is {city} cold?"), said(reasoning_content="It is north.")) for city in ("Oslo", "Bergen")), ask("Is Rome warm?")],
     ),
-    "placeholder_input": ([ask(input="A kite.")], [ask(input="<noinput>")]),
+    "placeholder_input": ([ask("Name it.\n\nA kite.", input="A kite.")], [ask("Name it.\n\n<noinput>", input="<noinput>")]),
     "prompt_mismatch": ([pair()], [{**pair(), "same_prompt": False}]),
     "identical_pair": ([pair()], [pair(rejected="On its way.")]),
     "tied_pair": ([pair(margin=1.0)], [pair(margin=0.0)]),
