@@ -743,6 +743,7 @@ def test_the_output_fits_every_terminal(columns: str, check: Check, monkeypatch:
     assert done.code == 0 and max(map(len, done.out.splitlines())) <= max(40, int(columns))
 
 
+@pytest.mark.long
 def test_a_terminal_that_is_not_utf_8_gets_every_row_and_a_file_name_of_any_bytes_is_json(tmp_path: Path) -> None:
     name = os.fsdecode(b"odd \xff.jsonl")
     jsonl(tmp_path / name, ask("Grüße, 你好 🎉", ""))

@@ -77,6 +77,7 @@ def test_data_sets_of_all_file_types_give_the_same_rows_in_order(hub: Hub, tmp_p
     assert not [line for line in hub.asked if OLD not in line and "agent-harnesses" not in line], "only the commit is asked for"
 
 
+@pytest.mark.long
 def test_what_was_fetched_once_is_read_again_without_a_network(hub: Hub, tmp_path: Path) -> None:
     first = read(hub, tmp_path, {}, {"split": "test"})
     hub.asked.clear()

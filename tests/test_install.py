@@ -101,6 +101,7 @@ def test_init_works_in_the_core_and_says_what_is_missing(core: Path, tmp_path: P
     assert (tmp_path / "project/data/sources/rows.jsonl").is_file()
 
 
+@pytest.mark.long
 def test_audit_impact_and_export_work_in_the_core(core: Path, tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     project.commit(project.lock([("kites", "train", "a.jsonl"), ("pubs", "test", "a.jsonl")]))

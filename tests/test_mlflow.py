@@ -136,7 +136,7 @@ def test_files_can_be_uploaded_after_a_model_was_registered_without_them(
         (("splits", "--tracking-uri", "sqlite:///mlflow.db"), "splits is not a model"),
         (("merged@x", "--tracking-uri", "sqlite:///mlflow.db"), "no such stage"),
         (("merged@lora", "--tracking-uri", "sqlite:///mlflow.db", "--name", "a/b"), "cannot contain"),
-        (("merged@lora", "--tracking-uri", "sqlite:///mlflow.db", "--name", ""), "the name is empty"),
+        (("merged@lora", "--tracking-uri", "sqlite:///mlflow.db", "--name", " "), "the name is empty"),
         (("merged@lora", "--tracking-uri", "http://127.0.0.1:9"), "MLflow: "),
         (("merged@lora", "--tracking-uri", "http://"), "not an address of a server or database"),
         (("merged@lora", "--tracking-uri", "http://[::1"), "not an address"),

@@ -145,6 +145,7 @@ def at(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_all_harmless_oddities_at_once_give_the_same_bytes(based: Callable[[str], Path], _finished: Path, tmp_path: Path) -> None:
     root = based(ALL_NAMES)
     odd: dict[str, str | None] = {

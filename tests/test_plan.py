@@ -569,7 +569,7 @@ def test_a_plan_for_a_model_loads_no_library_that_it_does_not_need(config: Any) 
         (["--device", "cpu"], "--device requires --model"),
         (["--device", "cuda"], "--device requires --model"),
         (["--batch", "1"], "--batch requires --model"),
-        (["--model", "", "lora"], "are both given"),
+        (["--model", "", "lora"], "the name is empty"),
         (["--dtype", "float32"], "--dtype requires --model"),
         (["--model", "config.json", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
     ],

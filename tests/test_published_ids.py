@@ -136,6 +136,7 @@ def test_the_key_is_in_no_file_but_its_own(finished: Path) -> None:
     assert holders == [KEY_FILE]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_small")
 def test_the_key_decides_the_bytes_of_a_release_and_of_nothing_else(finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.glob("data/release/**/*") if path.is_file()}

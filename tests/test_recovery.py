@@ -115,6 +115,7 @@ def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: P
     assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) == set()
 
 
+@pytest.mark.long
 def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, synced: dg.DagsterInstance) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize")

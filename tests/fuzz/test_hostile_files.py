@@ -327,6 +327,7 @@ def test_a_file_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert "set: cannot be read: Permission denied" in call("check", "set")[2] and holds("set") is None
 
 
+@pytest.mark.long
 def test_many_long_near_copies_take_seconds() -> None:
     """Each pair's shared words are sought, which takes minutes where words repeat."""
     unique = " ".join(f"word{i}" for i in range(300))
