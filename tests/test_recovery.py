@@ -165,6 +165,7 @@ def test_an_invalid_table_of_locked_paths_is_deleted(root: Path, synced: dg.Dags
     assert dvc(root, "repro").returncode == 0
 
 
+@pytest.mark.long
 def test_a_lock_older_than_the_event_log_is_fresh_after_sync(root: Path, synced: dg.DagsterInstance) -> None:
     old = read_stages(root)["inst"].version
     (root / "data/sources/g.txt").write_text("r1")

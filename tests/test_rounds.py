@@ -89,6 +89,7 @@ sizes = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.long
 @given(
     texts=corpora(),
     against=st.none() | corpora(),

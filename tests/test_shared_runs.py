@@ -84,6 +84,7 @@ def test_a_second_clone_computes_nothing_and_no_credential_travels(root: Path, s
     assert files_with(server.url, root) != [], "the search looks into .dvc"
 
 
+@pytest.mark.long
 def test_a_change_is_computed_and_the_stages_that_it_does_not_reach_are_restored(root: Path, tmp_path: Path) -> None:
     push(root)
     second = clone_without_results(root, tmp_path / "second")
@@ -94,6 +95,7 @@ def test_a_change_is_computed_and_the_stages_that_it_does_not_reach_are_restored
     assert commands_run(second) == ["adapter@dora", "cmp"]
 
 
+@pytest.mark.long
 def test_an_object_that_was_changed_in_the_remote_is_not_taken(root: Path, server: S3Server, tmp_path: Path) -> None:
     push(root)
     weights = (root / "data/adapter/lora/weights.txt").read_bytes()
