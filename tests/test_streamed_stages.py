@@ -166,7 +166,6 @@ def test_the_shards_that_splits_reads_change_nothing(runs: Runs, seed: int, n: i
     assert runs.splits(rows, cuts, params) == runs.splits(rows, [], params)
 
 
-@pytest.mark.long
 @calm
 @given(st.integers(0, 1000), st.integers(12, 60), cuts, st.sampled_from(RENDERING))
 def test_the_shards_that_tokenized_reads_change_nothing(runs: Runs, seed: int, n: int, cuts: list[int], params: dict[str, Any]) -> None:
