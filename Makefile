@@ -80,7 +80,7 @@ else
 	PEDIGREE_HISTORIES=$(or $(HISTORIES),3000) $(BIN)/python tests/test_random_histories.py
 endif
 
-fuzz: $(VENV)/ok ## random and damaged input for every reader, 16,500 cases, then a training killed at each pass and write; SURFACE=histories SEED=3 CASES=200: fewer; CASE=17: one of them; REPLAY=FOLDER: kept cases
+fuzz: $(VENV)/ok ## random and damaged input for every reader, 18,500 cases, then a training killed at each pass and write; SURFACE=histories SEED=3 CASES=200: fewer; CASE=17: one of them; REPLAY=FOLDER: kept cases
 	PYTHONPATH=$(CURDIR)/tests:$(CURDIR) $(BIN)/python -m fuzz $(SURFACE) --seed $(or $(SEED),0) \
 	  $(if $(CASES),--cases $(CASES)) $(if $(CASE),--case $(CASE)) $(if $(REPLAY),--replay $(REPLAY))
 ifeq ($(SURFACE)$(CASES)$(CASE)$(REPLAY),)
