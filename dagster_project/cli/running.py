@@ -115,7 +115,7 @@ def render(options: argparse.Namespace) -> int:
 
 
 def upgrade(options: argparse.Namespace) -> int:
-    """Record the code of the installed version in code.lock.yaml, and list the stages that become stale."""
+    """Record the code of the installed version in code.lock.yaml, write its dvc.yaml unless that was edited, and list the stages that become stale."""
     from dagster_project.commands.upgrade import as_text
     from dagster_project.commands.upgrade import upgrade as record
 
