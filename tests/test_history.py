@@ -144,6 +144,16 @@ def test_a_source_leads_to_its_records_by_name_by_folder_and_by_sha256(made: Pro
     assert [commit for _, commit in names(by_hash)] == [commits[1]] * 2  # while the file was so
 
 
+def test_a_folder_of_sources_is_not_one_whose_name_has_other_case_or_begins_like_it(made: Project) -> None:
+    others = ("data/sources/Web/a.jsonl", "data/sources/web.jsonl", "data/sources/web0/a.jsonl", "data/sources/we_/a.jsonl")
+    made.commit(made.lock([("cats", "train", "data/sources/web/a.jsonl"), *((str(i), "train", one) for i, one in enumerate(others))]))
+    for asked in ("data/sources/web", "data/sources/web/", "data/sources/web/a.jsonl"):
+        [seen] = impact(made.root, source=asked)["models"][0]["seen"]
+        assert (seen["splits"], seen["learnt"]) == ({"train": 1}, {"records": 1, "first_step": 1, "last_step": 1})
+    with pytest.raises(InputError, match="no recorded run has read"):
+        impact(made.root, source="data/sources/WEB")
+
+
 def test_the_hash_of_a_data_set_shard_source_folder_or_model_leads_to_its_models(made: Project) -> None:
     lock = made.lock(ROWS)
     made.commit(lock)

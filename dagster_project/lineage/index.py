@@ -8,7 +8,6 @@ per several million rows. The tables are in database.py, the runs in run_index.p
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +41,8 @@ PARAPHRASES = "paraphrases"
 """Format, in a report, of a source whose rows are new prompts for rows of other sources."""
 PARAPHRASED = "paraphrase"
 """How the ledger of `splits` names a copy with a new prompt."""
+WITHIN = "(source = :source OR source >= :first AND source < :after)"
+"""Condition of SQL that a source is the queried one, or in the queried folder (`_within`)."""
 
 
 @dataclass
@@ -234,19 +235,18 @@ class Index(RunIndex):
     def rows_from_source(self, source: str) -> dict[str, dict[str, int]]:
         """Hash of an output -> split -> rows from a source: a file, or a folder and its contents."""
         # CROSS JOIN: from the few shards with the source to the outputs, not the other way round.
-        query = """SELECT file.out, file.split, sum(rows) FROM source_rows CROSS JOIN content ON content.id = source_rows.content
+        query = f"""SELECT file.out, file.split, sum(rows) FROM source_rows CROSS JOIN content ON content.id = source_rows.content
             CROSS JOIN file ON file.md5 = content.md5
-            WHERE file.split IS NOT NULL AND (source = ?1 OR source LIKE ?2 ESCAPE '\\') GROUP BY 1, 2"""
+            WHERE file.split IS NOT NULL AND {WITHIN} GROUP BY 1, 2"""
         by_output: dict[str, dict[str, int]] = defaultdict(dict)
-        for out, split, rows in self._db.execute(query, (source, _inside(source))):
+        for out, split, rows in self._db.execute(query, _within(source)):
             by_output[out][split] = rows
         return dict(by_output)
 
     def knows_source(self, source: str) -> bool:
         """Whether any report, row or contribution in history names a source: a file, or a folder and its contents."""
-        where = "source = ?1 OR source LIKE ?2 ESCAPE '\\'"
-        query = " UNION ALL ".join(f"SELECT 1 FROM {table} WHERE {where}" for table in ("origin", "source_rows", "credit"))
-        return self._db.execute(f"SELECT EXISTS ({query})", (source, _inside(source))).fetchone() == (1,)
+        query = " UNION ALL ".join(f"SELECT 1 FROM {table} WHERE {WITHIN}" for table in ("origin", "source_rows", "credit"))
+        return self._db.execute(f"SELECT EXISTS ({query})", _within(source)).fetchone() == (1,)
 
     def contributed(self, source: str) -> tuple[dict[str, set[bytes]], dict[int, set[bytes]]]:
         """Keys of the records to which rows of a source contributed although the record names another row.
@@ -256,14 +256,13 @@ class Index(RunIndex):
             records of its output that are paraphrases from the source.
         """
         copies: dict[str, set[bytes]] = defaultdict(set)
-        where, values = "(source = ?1 OR source LIKE ?2 ESCAPE '\\')", (source, _inside(source))
-        query = f"SELECT file.out, credit.key FROM credit JOIN file ON file.md5 = credit.file WHERE {where}"
-        for out, key in self._db.execute(query, values):
+        query = f"SELECT file.out, credit.key FROM credit JOIN file ON file.md5 = credit.file WHERE {WITHIN}"
+        for out, key in self._db.execute(query, _within(source)):
             copies[out].add(key)
         paraphrases: dict[int, set[bytes]] = defaultdict(set)
         query = f"""SELECT run.id, derived.child FROM origin JOIN run ON run.id = origin.run JOIN file ON file.out = run.md5 AND file.name = '{LEDGER}'
-            JOIN derived ON derived.file = file.md5 AND derived.how = '{PARAPHRASED}' WHERE origin.format = '{PARAPHRASES}' AND {where}"""
-        for entry, key in self._db.execute(query, values):
+            JOIN derived ON derived.file = file.md5 AND derived.how = '{PARAPHRASED}' WHERE origin.format = '{PARAPHRASES}' AND {WITHIN}"""
+        for entry, key in self._db.execute(query, _within(source)):
             paraphrases[entry].add(key)
         return dict(copies), dict(paraphrases)
 
@@ -381,7 +380,7 @@ class Index(RunIndex):
     @cached_per_instance
     def _trainings(self, source: str | None) -> dict[tuple[str, str], tuple[int, int, int]]:
         """For one source or for all: training key of a model -> (records, first step, last step), of those that were trained on any."""
-        where, values = ("", []) if source is None else ("WHERE source = ? OR source LIKE ? ESCAPE '\\'", [source, _inside(source)])
+        where, values = ("", {}) if source is None else (f"WHERE {WITHIN}", _within(source))
         query = f"SELECT evidence, data, sum(records), min(first), max(last) FROM training_source {where} GROUP BY 1, 2"
         return {(evidence, data): tuple(summary) for evidence, data, *summary in self._db.execute(query, values)}
 
@@ -406,6 +405,7 @@ class Index(RunIndex):
         return self._db.execute(query, (segment, key[:8])).fetchone()
 
 
-def _inside(folder: str) -> str:
-    """LIKE pattern for everything in a folder."""
-    return re.sub(r"([%_\\])", r"\\\1", folder.rstrip("/")) + "/%"
+def _within(source: str) -> dict[str, str]:
+    """Values of `WITHIN`: "0" is the character after "/". LIKE ignores case."""
+    folder = source.rstrip("/")
+    return {"source": source, "first": f"{folder}/", "after": f"{folder}0"}
