@@ -296,6 +296,24 @@ def test_a_wait_for_another_process_that_indexes_is_shown(
     assert any(line.startswith("waiting: another process is reading the history") for line in caplog.messages)
 
 
+def test_a_lock_that_a_stage_replaces_while_a_question_waits_is_not_indexed_as_the_one_before(
+    made: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = made.lock(ROWS), made.lock([("frogs", "train", FAQ)])
+    made.write(first)
+    begin = Index._begin
+
+    def begin_later(index: Index) -> None:
+        made.write(second)
+        begin(index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "_begin", begin_later)
+        Index(made.root)
+    made.commit(first)
+    assert stages(impact(made.root, record=identity("cats"))) == ["adapter@lora", "merged@lora"]
+
+
 def test_an_answer_of_no_says_what_was_looked_at_and_needs_all_of_it(made: Project) -> None:
     first = made.trained(made.curated(ROWS), TRAINED)
     made.commit(first)

@@ -254,6 +254,8 @@ class History:
     """The same for commits that only the reflog reaches, e.g. after an amendment or a rebase; without those in `first`."""
     workspace: str | None
     """Blob of the dvc.lock of the workspace, committed or not; None if there is none."""
+    workspace_content: bytes
+    """The bytes that `workspace` names: a stage may write the file meanwhile."""
     boundary: frozenset[str]
     """Commits at which a shallow clone ends: earlier history is unavailable."""
     moved: Mapping[str, str] = field(default_factory=dict)
@@ -279,7 +281,7 @@ def history(root: Path) -> History:
     """The history of all branches, tags, stashes and experiments, and of the reflog."""
     all_refs, reflog = _first_commits(root, "--all"), _first_commits(root, "--reflog", "--not", "--all")
     first, unreachable = all_refs or FirstCommits(), reflog or FirstCommits()
-    lock, workspace = root / LOCK, None
+    lock, workspace, content = root / LOCK, None, b""
     if lock.is_file():
         content = lock.read_bytes()
         filtered = git_bytes(root, "hash-object", "--stdin", "--path", LOCK, given=content)
@@ -291,6 +293,7 @@ def history(root: Path) -> History:
         first,
         {blob: commit for blob, commit in unreachable.items() if blob not in first},
         workspace,
+        content,
         boundary,
         _moves(root, [*first.added, *unreachable.added]),
         is_in_repository(root) and (all_refs is None or reflog is None),

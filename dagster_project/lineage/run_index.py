@@ -15,7 +15,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import REPORTS
 from dagster_project.lineage.database import Database, cached_per_instance
-from dagster_project.lineage.history import LOCK, Objects, blobs, history, is_within, lost_entries, stages_of
+from dagster_project.lineage.history import Objects, blobs, history, is_within, lost_entries, stages_of
 from dagster_project.lineage.rows import EVIDENCE, LEDGER, OVERLAPS
 from dagster_project.lineage.runs import (
     PLACEHOLDER,
@@ -69,7 +69,7 @@ class RunIndex(Database):
         contents = blobs(self.root, [*new, *(f"{commits[blob]}:./dvc.yaml" for blob in new)])
         texts |= {blob: (contents[blob], commits[blob]) for blob in new if blob in contents}
         if self.history.workspace and self.history.workspace not in {*indexed, *commits}:
-            texts[self.history.workspace] = (self.root / LOCK).read_bytes(), ":"
+            texts[self.history.workspace] = self.history.workspace_content, ":"
         if not texts:
             return
         declared = {":": self._pipeline} | {name.partition(":")[0]: text for name, text in contents.items() if ":" in name}
