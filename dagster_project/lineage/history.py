@@ -348,6 +348,14 @@ def _moves(root: Path, commits: Iterable[str]) -> dict[str, str]:
 
 REMOTE = re.compile("'remote \"(.*)\"'")
 """A remote's section in DVC's configuration."""
+VALUE = re.compile(r"""(?:"([^"]*)"|'([^']*)'|([^"'#][^#]*?)?)\s*(?:#.*)?""")
+"""A setting in DVC's configuration, quoted if it contains a comma or a "#", and a comment after it."""
+
+
+def _unquoted(value: str) -> str:
+    """A setting as ConfigObj, with which DVC reads and writes them, understands it."""
+    found = VALUE.fullmatch(value)
+    return next(filter(None, found.groups()), "") if found else value
 
 
 def config_files(root: Path) -> list[Path]:
@@ -386,7 +394,7 @@ class Objects:
             local = config.get("cache", "local", fallback=local)
             remotes = [(match.group(1), section, "url") for section in config.sections() if (match := REMOTE.fullmatch(section))]
             for name, section, key in [("", "cache", "dir"), *remotes]:
-                if configured := config.get(section, key, fallback=""):
+                if configured := _unquoted(config.get(section, key, fallback="")):
                     folders[name] = file.parent / Path(configured).expanduser()
         return folders.get(local or "", self.root / ".dvc" / "cache") / "files" / "md5"
 
