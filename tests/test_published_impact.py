@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from builders.history import Project, entry, identity, table
+from builders.small_pipeline import git
 from conftest import pedigree
 
 from dagster_project.core.hashing import md5_of_folder
@@ -18,6 +19,7 @@ from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit
+from dagster_project.lineage.published import key_files
 from dagster_project.training.trainers.harness.weight_audit import seen_schema
 
 ROWS = [
@@ -78,6 +80,20 @@ def test_ids_published_with_an_earlier_key_lead_back_too(made: Project) -> None:
     for key in KEYS:
         assert impact(made.root, record=published(key, "cats"))["published"]["record"] == identity("cats")
     assert "published" not in impact(made.root, record=published(bytes(32), "cats"))
+
+
+def test_a_key_of_a_branch_whose_merge_kept_another_one_leads_back_too(made: Project, tmp_path: Path) -> None:
+    set_key(made, KEYS[0])
+    made.commit(made.lock(ROWS))
+    git(made.root, "checkout", "-q", "-b", "side")
+    set_key(made, KEYS[1])
+    made.commit({}, "another key")
+    git(made.root, "checkout", "-q", "main")
+    made.commit({}, "elsewhere")
+    git(made.root, "merge", "-q", "-s", "ours", "-m", "merge", "side")
+    git(made.root, "branch", "-D", "side")
+    git(tmp_path, "clone", "-q", str(made.root), "clone")  # without the reflog
+    assert len(key_files(tmp_path / "clone")) == 2
 
 
 @pytest.mark.parametrize("content", [None, "", "no key"])

@@ -58,7 +58,7 @@ def missing_keys(index: Index) -> list[dict[str, Any]]:
 def key_files(root: Path) -> list[bytes]:
     """The key file in the workspace, then every other version of it in git: earlier releases were published with these."""
     file = root / RECORD_KEY
-    commits = (git(root, "log", "--all", "--reflog", "--format=%H", "--", RECORD_KEY) or "").split()
+    commits = (git(root, "log", "--all", "--reflog", "--full-history", "--format=%H", "--", RECORD_KEY) or "").split()
     contents = [file.read_bytes()] if file.is_file() else []
     contents += blobs(root, [f"{commit}:./{RECORD_KEY}" for commit in commits]).values()
     return list(dict.fromkeys(contents))
