@@ -304,6 +304,24 @@ def test_facts_about_code_name_the_version_that_has_it_also_from_history(project
     assert "1.0, of unknown version; the installed code" in code_lock.as_text(facts) and "differs for other" in code_lock.as_text(facts)
 
 
+def test_a_version_is_known_from_other_branches_and_from_one_whose_merge_kept_another(tmp_path: Path) -> None:
+    def record(value: str) -> None:
+        (tmp_path / code_lock.FILE).write_text(code_lock.CodeLock(f"{value}.0", {"splits": value}).text())
+        commit(tmp_path)
+
+    run(["git", "init", "-q", "-b", "main"], tmp_path)
+    record("1")
+    for branch, value in (("merged", "2"), ("other", "3")):
+        run(["git", "checkout", "-q", "-b", branch, "main"], tmp_path)
+        record(value)
+    run(["git", "checkout", "-q", "main"], tmp_path)
+    run(["git", "commit", "-q", "--allow-empty", "-m", "x"], tmp_path)
+    run(["git", "merge", "-q", "-s", "ours", "-m", "merge", "merged"], tmp_path)
+    run(["git", "branch", "-D", "merged"], tmp_path)
+    assert [code_lock.version_with(tmp_path, {"splits": value}) for value in "123"] == ["1.0", "2.0", "3.0"]
+    assert code_lock.version_with(tmp_path, {"splits": "4"}) is None
+
+
 def test_changes_in_results_are_those_after_the_recorded_version() -> None:
     text = "## Unreleased\n\n- a\n  b\n\n## [1.2.0] - 2026-01-01\n\n- c\n\n## 1.10.0\n\n- d\n- e\n\n## First version\n\n- f\n"
     assert results_since("1.1.0", text) == {"Unreleased": ["a b"], "1.2.0": ["c"], "1.10.0": ["d", "e"]}
