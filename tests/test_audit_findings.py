@@ -473,6 +473,44 @@ def test_two_versions_of_a_file_are_listed_separately(made: Project) -> None:
     assert found[file]["stages"] == ["instructions"] and found[f"{file} {md5(b'2')[:8]}"]["stages"] == ["tokenized"]
 
 
+def tasks_on(made: Project, data: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """An alignment that reads a data set and a merged model."""
+    read = {out["path"]: out["md5"] for stage in (data["splits"], model["merged@lora"]) for out in stage["outs"][:1]}
+    return {"aligned@dpo": entry("aligned@dpo", read, made.put({"adapter_model.safetensors": b"aligned"}))}
+
+
+def test_two_versions_of_a_source_are_listed_separately(made: Project) -> None:
+    """The adapter is frozen in dvc.yaml, or `dvc repro --single-item` made the alignment."""
+    first = made.lock([("cats", "train", FAQ), ("birds", "train", MAIL)])
+    made.commit(first)
+    now = made.splits([("cats", "train", FAQ), ("dogs", "train", FAQ)])
+    model = {name: first[name] for name in ("adapter@lora", "merged@lora")}
+    made.commit({**now, **model, **tasks_on(made, now, model)})
+    found = audit(made.root, "aligned@dpo")["sources"]
+    before = audit(made.root, "merged@lora")["sources"]
+    earlier = f"{FAQ} {before[FAQ]['sha256'][:8]}"
+    assert {name: (one["rows"], one["outcomes"]) for name, one in found.items()} == {
+        FAQ: (2, {"splits": {"train": 2}}),
+        earlier: (1, {f"splits {first['splits']['outs'][0]['md5'][:8]}": {"train": 1}}),
+        MAIL: (1, {f"splits {first['splits']['outs'][0]['md5'][:8]}": {"train": 1}}),
+    }
+    assert found[earlier]["sha256"] == before[FAQ]["sha256"] != found[FAQ]["sha256"]
+
+
+def test_another_version_of_a_source_that_a_model_was_only_watched_by_is_listed(made: Project) -> None:
+    first = made.lock([("cats", "train", FAQ)])
+    watcher = {"reward_model": entry("reward_model", {"data/splits": first["splits"]["outs"][0]["md5"]}, made.put({"m.safetensors": b"r"}))}
+    made.commit({**first, **watcher})
+    now = made.lock([("cats", "train", FAQ), ("dogs", "train", FAQ)])
+    read = {out["path"]: out["md5"] for stage in (now["merged@lora"], watcher["reward_model"]) for out in stage["outs"][:1]}
+    aligned = entry("aligned@dpo", read, made.put({"adapter_model.safetensors": b"aligned"}))
+    aligned["params"] = {"params.yaml": {"aligned.dpo": {"method": "dpo"}}}
+    made.commit({**now, **watcher, "aligned@dpo": aligned})
+    found = audit(made.root, "aligned@dpo")
+    assert [one["rows"] for one in found["sources"].values()] == [2]
+    assert [one["rows"] for one in found["watched"]["sources"].values()] == [1]
+
+
 def test_a_stage_that_no_commit_had_is_referred_to_by_its_hash(made: Project) -> None:
     other = made.trained(made.curated(ROWS), TRAINED)["adapter@lora"]
     out = {**other["outs"][0], "path": "data/adapter/other"}

@@ -245,8 +245,8 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     unordered = [model.address for model in subject.models if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)]
     watched = [stage for stage in upstream if stage not in contributing]
     made_from = {stage: reports[stage] for stage in contributing}
-    watched_sources = _sources(index, {stage: reports[stage] for stage in watched}, names)
     sources = _sources(index, made_from, names)
+    watched_sources = _sources(index, {stage: reports[stage] for stage in watched}, names, sources)
     waivers = [waiver for value in parameters.values() if isinstance(value, dict) for waiver in value.get("waivers") or []]
     judged = use_policy.judged([*made_from.values()], waivers, as_of)
     if as_of and not judged:
@@ -307,18 +307,48 @@ def _parameters(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _sources(
-    index: Index, reports: Mapping[StageRun, Mapping[str, Any]], names: Mapping[tuple[str, str], str]
+    index: Index,
+    reports: Mapping[StageRun, Mapping[str, Any]],
+    names: Mapping[tuple[str, str], str],
+    known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The sources that reports name, with the outcomes of their rows in every stage."""
+    """The sources that reports name, with the outcomes of their rows in every stage. Where two versions of a source were read, the hash is appended to the
+    name of the second, and the outcomes of each are those of the stages after it.
+
+    Args:
+        known: sources that have their names already.
+    """
+    sources: dict[str, dict[str, Any]] = {}
+    versions: dict[str, dict[str, set[StageRun]]] = {}
+    """Source -> name of each version -> the runs that read it."""
+    for run, report in reports.items():
+        for source, facts in report.get("sources", {}).items():
+            first = {**sources, **(known or {})}.get(source, facts)
+            name = source if first.get("sha256") == facts.get("sha256") else f"{source} {facts['sha256'][:8]}"
+            sources[name] = with_unknown(facts, source)
+            versions.setdefault(source, {}).setdefault(name, set()).add(run)
     ledgers = {stage: _ledger_counts(index, stage) for stage in reports if not stage.is_model}
-    sources = {name: with_unknown(facts, name) for report in reports.values() for name, facts in report.get("sources", {}).items()}
-    for name, facts in sources.items():
-        facts["outcomes"] = {
-            names[stage.path, stage.md5]: counts
-            for stage, counted in ledgers.items()
-            if (counts := _outcomes_of_source(counted, name)) and counts != {"read": facts.get("rows")}
-        }
+    for source, readers in versions.items():
+        for name, runs in readers.items():
+            sources[name]["outcomes"] = {
+                names[stage.path, stage.md5]: counts
+                for stage, counted in ledgers.items()
+                if (len(readers) == 1 or not runs.isdisjoint(_with_producers(stage)))
+                and (counts := _outcomes_of_source(counted, source))
+                and counts != {"read": sources[name].get("rows")}
+            }
     return sources
+
+
+def _with_producers(run: StageRun) -> set[StageRun]:
+    """A run and everything upstream of it."""
+    found, pending = set[StageRun](), [run]
+    while pending:
+        one = pending.pop()
+        if one not in found:
+            found.add(one)
+            pending += one.producers.values()
+    return found
 
 
 def _origin(report: Mapping[str, Any]) -> dict[str, Any]:
