@@ -23,7 +23,7 @@ from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import as_text as audit_text
-from dagster_project.lineage.lineage import audit, document, find
+from dagster_project.lineage.lineage import audit, document, find, listed, trained_on
 from dagster_project.training.trainers.alignment.preference import METHODS
 
 pytestmark = pytest.mark.usefixtures("warm_small")
@@ -471,6 +471,18 @@ def test_two_versions_of_a_file_are_listed_separately(made: Project) -> None:
     made.commit(lock)
     found = audit(made.root, "merged@lora")["other_files"]
     assert found[file]["stages"] == ["instructions"] and found[f"{file} {md5(b'2')[:8]}"]["stages"] == ["tokenized"]
+
+
+def test_each_row_of_a_record_that_was_kept_twice_is_named_and_one_that_was_dropped_is_not_the_first(made: Project) -> None:
+    """`exact_duplicates: warn` keeps copies; of rows whose sources label them for two splits, `splits` drops one."""
+    odd = "data/sources/a, b.jsonl"
+    rows = [("cats", "dropped:split_leakage", MAIL), ("cats", "train", FAQ), ("cats", "train", odd), ("dogs", "train", FAQ)]
+    made.commit(made.lock(rows, trained=TRAINED))
+    index = Index(made.root)
+    index.read_records()
+    cats, dogs = listed(trained_on(find(index, "adapter@lora"))[0])
+    assert (cats["source"], cats["source_row"], cats["also_in"]) == (FAQ, 1, [f"{odd}:2", f"{MAIL}:0"])
+    assert (dogs["source"], dogs["source_row"]) == (FAQ, 3) and "also_in" not in dogs
 
 
 def tasks_on(made: Project, data: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:

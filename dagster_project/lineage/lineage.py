@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -464,7 +465,8 @@ def trained_on(subject: Subject) -> tuple[pl.DataFrame | None, list[dict[str, st
 
     Returns:
         A table of model, example_id, step, epoch, source and source_row (null if unknown), or None without evidence; and the missing outputs,
-        each with path, md5 and the commands that fetch it. Where rows were dropped as copies of a record, `also_in` lists them: "faq.jsonl:3, b.csv:0".
+        each with path, md5 and the commands that fetch it. Where other rows have the same record, dropped as copies or kept, `also_in` lists them:
+        "faq.jsonl:3, b.csv:0".
     """
     import polars as pl
 
@@ -494,28 +496,33 @@ def trained_on(subject: Subject) -> tuple[pl.DataFrame | None, list[dict[str, st
 
 
 def _with_source_rows(
-    model: str, evidence: Path, source_rows: Mapping[str, tuple[str, int | None]], copies: Mapping[bytes, Sequence[tuple[str, int]]]
+    model: str,
+    evidence: Path,
+    source_rows: Mapping[str, Sequence[tuple[str | None, int | None]]],
+    copies: Mapping[bytes, Sequence[tuple[str | None, int | None]]],
 ) -> pl.DataFrame:
     import polars as pl
 
     table = tables.read(evidence, ["example_id", "step", "epoch"])
     ids = table["example_id"].to_list()
-    rows = [source_rows.get(identity, (None, None)) for identity in ids]
+    rows = [source_rows.get(identity) or [(None, None)] for identity in ids]
     table = table.select(
         pl.lit(model).alias("model"),
         pl.all(),
-        pl.Series("source", [source for source, _ in rows], pl.String),
-        pl.Series("source_row", [row for _, row in rows], pl.Int64),
+        pl.Series("source", [source for (source, _), *_ in rows], pl.String),
+        pl.Series("source_row", [row for (_, row), *_ in rows], pl.Int64),
     )
-    if not copies:
+    others = [[*more, *copies.get(record_key(identity), ())] for identity, (_, *more) in zip(ids, rows, strict=True)]
+    if not any(others):
         return table
-    also = [", ".join(f"{source}:{row}" for source, row in copies.get(record_key(identity), ())) or None for identity in ids]
+    also = [", ".join(f"{source}:{row}" for source, row in found) or None for found in others]
     return table.with_columns(pl.Series("also_in", also, pl.String))
 
 
-def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, tuple[str, int | None]], list[dict[str, str]]]:
-    """example_id -> (source, source_row) from the ledgers of data sets with splits; and the missing outputs."""
-    source_rows: dict[str, tuple[str, int | None]] = {}
+def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, list[tuple[str, int | None]]], list[dict[str, str]]]:
+    """example_id -> (source, source_row) of each row with this record, those that were dropped last, from the ledger of the first data set with splits that
+    has it; and the missing outputs."""
+    source_rows: dict[str, list[tuple[str, int | None]]] = {}
     missing = []
     for run in data:
         files = index.files(run.md5)
@@ -525,8 +532,11 @@ def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, tupl
         if path is None:
             missing.append(_missing(run))
             continue
-        for row in tables.read(path, ["source", "source_row", "example_id"]).rows(named=True):
-            source_rows.setdefault(row["example_id"], (row["source"], row["source_row"]))
+        here: dict[str, list[tuple[str, int | None]]] = {}
+        lines = tables.read(path, ["source", "source_row", "example_id", "outcome"]).rows(named=True)
+        for line in sorted(lines, key=lambda line: (line["outcome"] or "").startswith("dropped")):
+            here.setdefault(line["example_id"], []).append((line["source"], line["source_row"]))
+        source_rows = here | source_rows
     return source_rows, missing
 
 
@@ -587,7 +597,7 @@ def listed(records: pl.DataFrame | None) -> list[dict[str, Any]]:
             (row["model"], row["example_id"]),
             {
                 **{key: row[key] for key in ("example_id", "source", "source_row", "model")},
-                **({"also_in": row["also_in"].split(", ")} if row.get("also_in") else {}),
+                **({"also_in": re.findall(r"(.+?:\d+)(?:, |$)", row["also_in"])} if row.get("also_in") else {}),
                 "steps": [],
                 "epochs": [],
             },
