@@ -187,6 +187,13 @@ def test_an_empty_revision_is_not_the_staged_one(made: Project) -> None:
         audit(made.root, "merged@lora", "")
 
 
+def test_a_revision_without_a_model_is_not_the_current_folder(made: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file in it was hashed."""
+    monkeypatch.chdir(made.root)
+    with pytest.raises(InputError, match="HEAD:: no such stage"):
+        audit(made.root, "HEAD:")
+
+
 def test_near_copies_of_a_record_whose_text_is_gone_are_no_question(made: Project) -> None:
     """Nothing could be compared, which is not the same as no near-copy."""
     assert impact(made.root, record=identity("frogs"), near=True)["near"] == []

@@ -623,6 +623,8 @@ def test_ids_that_a_row_that_stays_has_too_are_not_those_of_the_erased_record(tm
         found = Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"data/sources/a.jsonl:{row}",)), [])
         assert found.own_ids == [*map(identity, ids)] == [*found.needles.ids], row
         assert found.made == [*map(identity, children)], row
+    with pytest.raises(InputError, match="no record found"):
+        Finder(index, bytes.fromhex(KEY)).find(Request(sources=("data/sources/a.jsonl:²",)), [])
 
 
 def test_a_text_with_capital_letters_in_its_escapes_is_found() -> None:

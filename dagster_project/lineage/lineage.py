@@ -122,7 +122,7 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
         InputError: nothing matches, or more than one run does.
     """
     revision, colon, name = model.partition(":")
-    if colon and rev is None and not path_exists(Path(model)) and commit_of(index.root, revision):
+    if colon and name and rev is None and not path_exists(Path(model)) and commit_of(index.root, revision):
         return find(index, name, revision)
     lock = {} if _has_history_only(index, rev) else _lock(index, rev)
     target = model.rstrip("/").removeprefix("./")

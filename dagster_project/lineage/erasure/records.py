@@ -231,7 +231,7 @@ class Finder:
         if kind == "containing":
             return self._containing(value)
         path, _, row = value.removeprefix("./").rpartition(":")
-        if not (path and row.isdigit()):
+        if not (path and row.isdecimal()):
             path, row = value.removeprefix("./").rstrip("/"), ""
         return [raw for raw in self.raws if is_within(raw.source, path) and (not row or (raw.current and int(row) in raw.rows))]
 
