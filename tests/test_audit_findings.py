@@ -576,6 +576,24 @@ def test_an_entry_of_the_run_cache_that_cannot_be_read_is_no_reason_to_say_no(ma
     assert "cannot be read: run cache 0123456789ab" in as_text(answer)
 
 
+def test_an_entry_of_the_run_cache_counts_once_it_is_written_and_a_damaged_one_until_it_is_replaced(made: Project) -> None:
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    folder = made.root / ".dvc/cache/runs/ab/abcd"
+    folder.mkdir(parents=True)
+    (folder / ".q3vXc0.tmp").write_text("outs: [")  # DVC writes it, or was killed while it did
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "no"
+    damaged = folder / ("0" * 64)
+    damaged.write_text("outs: [")
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "cannot tell"
+    again = made.trained(made.curated(ROWS), TRAINED, seed=1)
+    made.cache_run(again["merged@lora"])
+    damaged.write_text(json.dumps(again["adapter@lora"]))
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "no"
+    assert ("adapter@lora", "run cache") in [
+        (one["stage"], one["found_in"]) for one in impact(made.root, record=identity("dogs"))["models"]
+    ]
+
+
 def test_malformed_ids_are_refused(made: Project) -> None:
     made.commit(made.trained(made.curated(ROWS), TRAINED))
     with pytest.raises(InputError, match="not the id of a record"):

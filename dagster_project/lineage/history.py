@@ -399,8 +399,9 @@ class Objects:
         return folders.get(local or "", self.root / ".dvc" / "cache") / "files" / "md5"
 
     def run_cache(self) -> list[Path]:
-        """The entries of DVC's run cache, each a run that DVC may restore instead of running the stage again."""
-        return cached_runs(self.cache.parent.parent)
+        """The entries of DVC's run cache, each a run that DVC may restore instead of running the stage again. One that DVC is writing, or was writing when it
+        was killed, has the ending .tmp, and is none yet."""
+        return [path for path in cached_runs(self.cache.parent.parent) if path.suffix != ".tmp"]
 
     def folders(self) -> dict[Path, int]:
         """The folders of the project's own cache -> time of their last change, in nanoseconds. Of a cache that projects share: none, because most of

@@ -138,6 +138,7 @@ class RunIndex(Database):
 
     def _read_run_cache(self) -> None:
         """Add the runs of DVC's run cache: also of models that no commit ever contained."""
+        self._db.execute("DELETE FROM cached_run WHERE run IS NULL")  # unreadable ones may have been replaced or removed
         known = {name for (name,) in self._db.execute("SELECT name FROM cached_run")}
         new = [path for path in self.objects.run_cache() if path.name not in known]
         models = declared_models(self._pipeline) if new else frozenset()
