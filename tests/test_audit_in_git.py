@@ -61,6 +61,24 @@ def test_a_commit_that_git_replaces_is_searched(made: Project) -> None:
     assert [model["stage"] for model in impact(made.root, record=identity("dogs"))["unknown"]] == ["adapter@lora", "merged@lora"]
 
 
+def test_the_lock_of_a_merge_without_conflicts_is_read_also_if_git_shows_no_files_of_merges(made: Project) -> None:
+    git(made.root, "config", "log.diffMerges", "off")
+    lock = made.lock(ROWS)
+    made.commit(lock)
+    git(made.root, "checkout", "-q", "-b", "side")
+    other = json.loads(json.dumps(lock))
+    other["splits"]["cmd"] += " # again"
+    made.commit(other)
+    git(made.root, "checkout", "-q", "main")
+    now = made.lock(ROWS, seed=1)
+    made.commit(now)
+    git(made.root, "merge", "-q", "--no-edit", "side")
+    git(made.root, "checkout", "-q", "side")
+    found = audit(made.root, "main:merged@lora")
+    assert found["model"]["md5"] == now["merged@lora"]["outs"][0]["md5"]
+    assert found["code"]["stages"]["splits"]["commit"] == git(made.root, "rev-parse", "side").strip()
+
+
 def test_the_history_before_a_project_was_moved_is_said_to_be_missing(made: Project) -> None:
     (made.root / "ml").mkdir()
     for name in ("data", "dvc.lock", "dvc.yaml", ".dvc", ".gitignore"):

@@ -23,6 +23,8 @@ from dagster_project.lineage.papers_in_place import without_papers
 LOCK = "dvc.lock"
 LINK, SUBMODULE = "120000", "160000"
 """Modes of symbolic links and submodules in git trees."""
+EACH_PARENT = ("-c", "log.diffMerges=separate")
+"""Options of git before `log -m`, which otherwise shows of merges what the user's settings say: with `off` no files."""
 
 
 def blobs(root: Path, names: Iterable[str]) -> dict[str, bytes]:
@@ -313,7 +315,7 @@ def _first_commits(root: Path, *revisions: str) -> FirstCommits | None:
     """Blob of a dvc.lock -> the first commit among some revisions that contains it; None if git fails. `git replace` is ignored: it hides commits."""
     order = ("--full-history", "-m", "--date-order", "--reverse")
     format_options = ("--raw", "--no-abbrev", "--no-color", "--no-renames", "--no-show-signature", "--format=%x00%H")
-    log = git(root, "--no-replace-objects", "-c", "log.showRoot=true", "log", *order, *format_options, *revisions, "--", LOCK)
+    log = git(root, "--no-replace-objects", "-c", "log.showRoot=true", *EACH_PARENT, "log", *order, *format_options, *revisions, "--", LOCK)
     if log is None:
         return None
     first = FirstCommits()
@@ -331,7 +333,7 @@ def _moves(root: Path, commits: Iterable[str]) -> dict[str, str]:
     """Commit -> the dvc.lock of another folder that it renamed to the project's, of those that did."""
     given = list(dict.fromkeys(commits))
     options = ("--no-walk", "-m", "-M20%", "--diff-filter=R", "--name-status", "-z", "--no-show-signature", "--format=commit %H")
-    log = git(root, "--no-replace-objects", "log", *options, *given, "--", f":(top,glob)**/{LOCK}") if given else None
+    log = git(root, "--no-replace-objects", *EACH_PARENT, "log", *options, *given, "--", f":(top,glob)**/{LOCK}") if given else None
     here = (git(root, "rev-parse", "--show-prefix") or "").strip() + LOCK if log else LOCK
     moves: dict[str, str] = {}
     commit = ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagster_project.core.git import git
-from dagster_project.lineage.history import blobs, cached_runs, is_within
+from dagster_project.lineage.history import EACH_PARENT, blobs, cached_runs, is_within
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.run_index import SOURCES
 from dagster_project.lineage.runs import StageRun
@@ -97,7 +97,8 @@ def _is_source(path: str) -> bool:
 def _tracked_sources(root: Path) -> set[str]:
     """Hashes that .dvc files of sources name, in the workspace and in every commit."""
     where = [f":(glob){SOURCES}/**/*.dvc", f":(exclude){BENCHMARKS}"]
-    log = git(root, "log", "--all", "--reflog", "--raw", "--no-abbrev", "--no-renames", "-m", "--format=", "--", *where) or ""
+    options = ("--all", "--reflog", "--raw", "--no-abbrev", "--no-renames", "-m", "--format=")
+    log = git(root, *EACH_PARENT, "log", *options, "--", *where) or ""
     committed = blobs(root, re.findall(r" [0-9a-f]{40,64} ([0-9a-f]{40,64}) [AM]", log)).values()
     files = [path for path in (root / SOURCES).rglob("*.dvc") if path.is_file() and not path.is_relative_to(root / BENCHMARKS)]
     texts = [*(content.decode("utf-8", "replace") for content in committed), *(path.read_text("utf-8", "replace") for path in files)]
