@@ -65,9 +65,6 @@ def answer_passes(ledger: Any, prepared: PreparedModel, base: Any, groups: Answe
     import torch
 
     model = prepared.model
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
     prompts = [[number] * size for number, (size, *sizes) in enumerate(groups.lengths) for _ in sizes]
     answers = [[number] * size for _, *sizes in groups.lengths for number, size in enumerate(sizes)]  # which begin with different tokens
     keeps = groups.keeps_graph and not checkpointing

@@ -22,9 +22,6 @@ def distillation_passes(
     """
     import torch
 
-    for parameter in prepared.model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
     teacher.requires_grad_(False)
     rows, width = len(lengths), counted // len(lengths)
     ids = torch.zeros(rows, max(lengths), dtype=torch.long, device="meta")

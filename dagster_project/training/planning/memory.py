@@ -176,6 +176,9 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
             batch = parse(Options, options, spec.where).batch_size
             _feature_pass(ledger, base, [max(spec.lengths)] * batch)
         else:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
             passes = min(2, spec.gradient_accumulation_steps)
             if spec.teacher:
                 with torch.device("meta"), intercepted(0):
@@ -449,9 +452,6 @@ def _passes(ledger: _Ledger, prepared: PreparedModel, base: Any, lengths: Sequen
     import torch
     from torch.nn.functional import cross_entropy
 
-    for parameter in prepared.model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
     batch = _batch(lengths, prepared.packs)
     where = torch.zeros(counted, dtype=torch.long, device="meta")
     for _ in range(passes):

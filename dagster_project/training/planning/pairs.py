@@ -36,9 +36,6 @@ def pair_passes(
     """
     import torch
 
-    for parameter in prepared.model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
     pairs, tokens = len(pair_lengths), sum(map(sum, pair_lengths))
     spare = -tokens % SIZES
     longest = max(shared + max(first, second) for shared, first, second in pair_lengths)
