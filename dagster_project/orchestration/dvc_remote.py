@@ -147,17 +147,8 @@ def definition_of(root: Path, address: str) -> tuple[str, list[str]]:
     """A stage's command and the paths of its outputs in dvc.yaml."""
     with open_repo(root) as repo:
         stage = stage_named(repo, address)
-        return _command(stage), sorted(os.path.relpath(out.fs_path, root) for out in stage.outs)
-
-
-def command_of(root: Path, address: str) -> str:
-    """A stage's command in dvc.yaml."""
-    with open_repo(root) as repo:
-        return _command(stage_named(repo, address))
-
-
-def _command(stage: Any) -> str:
-    return stage.cmd if isinstance(stage.cmd, str) else " && ".join(stage.cmd)
+        command = stage.cmd if isinstance(stage.cmd, str) else " && ".join(stage.cmd)
+        return command, sorted(os.path.relpath(out.fs_path, root) for out in stage.outs)
 
 
 PUBLIC_OPTIONS = ("endpointurl", "region", "use_ssl", "ssl_verify")

@@ -67,7 +67,7 @@ class RemoteStore:
                     f"{len(missing)} object(s) of the inputs are neither in DVC's cache nor in its remote (first: {missing[0]})",
                     "`dvc pull` them, or `dvc commit` what is in the workspace",
                 )
-            sent += self._each(self._send, absent)
+            sent += self._each(lambda oid: self.put(Path(self.remote.cached_at(oid)), self.remote.object_at(oid)), absent)
         return sent
 
     def _files(self, objects: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -86,12 +86,6 @@ class RemoteStore:
             self.remote.fs.fs.invalidate_cache()
             found = self.remote.fs.exists([self.remote.object_at(oid) for oid in objects])
         return [oid for oid, there in zip(objects, found, strict=True) if not there]
-
-    def _send(self, oid: str) -> int:
-        path = self.remote.cached_at(oid)
-        with self._explained("write"):
-            self.remote.fs.put_file(path, self.remote.object_at(oid))
-        return Path(path).stat().st_size
 
     def pull(self, objects: Iterable[str]) -> int:
         """Copy outputs from the remote into the cache. Every object is hashed, also one that the cache already has.

@@ -172,12 +172,7 @@ def _refuse_outdated(root: Path, address: str) -> None:
     CheckFailed: a stage upstream is not up to date: what the stage reads may have been made from other data than reports state.
     """
     states = dvc.read_stages(root)
-    upstream, pending = {address}, [address]
-    while pending:
-        new = {i.producer for i in states[pending.pop()].inputs if i.producer} - upstream
-        upstream |= new
-        pending += new
-    outdated = [f"{name}: {'; '.join(states[name].changed)}" for name in states if name in upstream - {address} and states[name].changed]
+    outdated = [f"{name}: {'; '.join(states[name].changed)}" for name in dvc.ancestors(states, address) if states[name].changed]
     if outdated:
         raise CheckFailed(
             "\n".join(

@@ -108,8 +108,9 @@ class Work:
         threads = {THREADS: self.job["threads"]} if self.job.get("threads") else {}
         own = {"DVC_STAGE": self.address, "PYTHONUNBUFFERED": "1", VARIABLE: WORKER, WORKERS: str(self.job["workers"]), **threads}
         environment = dvc_run.environment_in_copy(self.root, [THREADS], own)
+        command, _ = dvc_remote.definition_of(self.root, self.address)
         process = subprocess.Popen(
-            dvc_remote.command_of(self.root, self.address), shell=True, cwd=self.root, env=environment, text=True, errors="replace",
+            command, shell=True, cwd=self.root, env=environment, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
