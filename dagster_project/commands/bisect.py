@@ -13,7 +13,8 @@ from typing import Any
 
 from dagster_project.commands.outputs import ancestors
 from dagster_project.commands.verify import reproduce
-from dagster_project.commands.why_diff import CAVEAT, Change, also_differ, cut_text, explained, record_lines
+from dagster_project.commands.why import excerpt
+from dagster_project.commands.why_diff import CAVEAT, Change, also_differ, explained, record_lines
 from dagster_project.commands.why_model import Target, adapter_of, needed
 from dagster_project.commands.why_version import is_available, place_of, version
 from dagster_project.core import params
@@ -84,7 +85,7 @@ class Search:
             [said] = model.answer([self.asked.messages], target.run.address)
             self.answers[i] = dict(said.message)
             verdict = "as expected" if self.asked.accepts(self.answers[i]) else "not as expected"
-            log.info(f"bisect: {self.steps[i].commit[:12]} answers {verdict}: {cut_text(said.content)}")
+            log.info(f"bisect: {self.steps[i].commit[:12]} answers {verdict}: {excerpt(said.content)}")
         return self.asked.accepts(self.answers[i])
 
     def target(self, i: int) -> Target:
@@ -194,7 +195,7 @@ def bisect(root: Path, model: str, asked: Asked, good: str | None, bad: str | No
         if verdict == "found":
             document |= _found(search, first, top)
         document["answers"] = [
-            {"commit": steps[i].commit, "answer": cut_text(said.get("content") or ""), "as_expected": asked.accepts(said)}
+            {"commit": steps[i].commit, "answer": excerpt(said.get("content") or ""), "as_expected": asked.accepts(said)}
             for i, said in sorted(search.answers.items())
         ]
     return document | {"notes": [*notes, *document.get("notes", ())]}

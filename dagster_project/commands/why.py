@@ -263,13 +263,14 @@ def places_of(found: Target) -> dict[str, dict[str, Any]]:
 
 def shown_texts(texts: Texts, record: TrainedRecord) -> dict[str, str]:
     """Prompt and answer of a record, cut; secrets and personal data in them are masked."""
-    prompt, response = map(_excerpt, texts.of(record))
+    prompt, response = map(excerpt, texts.of(record))
     rejected = texts.rejected(record)
-    return {"prompt": prompt, "answer": response, **({} if rejected is None else {"rejected": _excerpt(rejected)})}
+    return {"prompt": prompt, "answer": response, **({} if rejected is None else {"rejected": excerpt(rejected)})}
 
 
-def _excerpt(text: str) -> str:
-    return cut(mask(text[: 20 * EXCERPT]), EXCERPT)
+def excerpt(text: str, most: int = EXCERPT) -> str:
+    """The beginning of a text of the data; secrets and personal data in it are masked."""
+    return cut(mask(text[: 20 * EXCERPT]), most)
 
 
 def place_text(hit: Mapping[str, Any]) -> str:

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.nearest_records import cut
-from dagster_project.commands.why import EXCERPT
+from dagster_project.commands.why import excerpt
 from dagster_project.commands.why_model import Target, adapter_of
 from dagster_project.commands.why_question import Question, tokenize_parts, tokenizer_of
 from dagster_project.commands.why_version import one_sided, records_of, scores_among, version
@@ -20,7 +19,6 @@ from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message
 from dagster_project.core.records import prompt_text, read_table, response_text
-from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.evaluator import Settings, select_questions, turn_key
 from dagster_project.evaluation.metrics import AnyTask, label
 from dagster_project.lineage.diff import diff
@@ -194,10 +192,10 @@ def _row(change: Change, found: list[dict[str, Any]], top: int) -> dict[str, Any
     return {
         "example_id": change.record["example_id"],
         "category": change.record["category"],
-        "prompt": cut_text(prompt_text(change.record["messages"])),
-        "reference": cut_text(response_text(change.record["messages"])),
-        "before": cut_text(before),
-        "after": cut_text(after),
+        "prompt": excerpt(prompt_text(change.record["messages"])),
+        "reference": excerpt(response_text(change.record["messages"])),
+        "before": excerpt(before),
+        "after": excerpt(after),
         "right": list(change.right),
         "among": len(found),
         "records": [{"rank": i, **one} for i, one in enumerate(ordered[:top], 1)],
@@ -237,13 +235,9 @@ def _shown(message: Message) -> str:
     return " ".join([*filter(None, parts), *(str(call) for call in message.get("tool_calls") or ())])
 
 
-def cut_text(text: str) -> str:
-    return cut(mask(text[: 20 * EXCERPT]), EXCERPT)
-
-
 def _texts(record: Mapping[str, Any] | None) -> dict[str, str]:
     """Prompt and answer of a record; masked."""
-    return {"prompt": cut_text(prompt_text(record["messages"])), "answer": cut_text(response_text(record["messages"]))} if record else {}
+    return {"prompt": excerpt(prompt_text(record["messages"])), "answer": excerpt(response_text(record["messages"]))} if record else {}
 
 
 def as_text(document: Mapping[str, Any]) -> str:

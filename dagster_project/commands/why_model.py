@@ -122,11 +122,14 @@ class Target:
 
     def load(self) -> TrainedModel:
         """The model at the end of its training, loaded anew."""
-        one_process = self.compute.model_copy(update={"processes": 1})
         with lean_imports():  # of the model's own module
             return TrainedModel.load(
-                self.folder, self.base_model, one_process, self.run.address, self.entry.label_smoothing_factor, self.entry.peft
+                self.folder, self.base_model, self._one_process, self.run.address, self.entry.label_smoothing_factor, self.entry.peft
             )
+
+    @property
+    def _one_process(self) -> Compute:
+        return self.compute.model_copy(update={"processes": 1})
 
     def gradients(self, numbers: Sequence[int]) -> torch.Tensor:
         """Projected gradients of some records by number, (records, width) float32."""

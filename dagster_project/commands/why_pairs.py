@@ -12,7 +12,6 @@ from dagster_project.commands.why_model import ALIGNED, PREFERENCES, Target, ref
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.imports import lean_imports
-from dagster_project.core.params import Compute
 from dagster_project.lineage.attribution import pairs
 from dagster_project.lineage.attribution.pairs import AlignedModel, DpoLoss, RewardedModel, gradients_of_pairs, pair_records
 from dagster_project.lineage.attribution.records import TrainedRecord
@@ -89,10 +88,6 @@ class PairTarget(Target):
         """The loaded reward model."""
         with lean_imports():
             return RewardedModel.load(self.folder, self.settings, self._one_process, self._margins, self.run.address)
-
-    @property
-    def _one_process(self) -> Compute:
-        return self.compute.model_copy(update={"processes": 1})
 
     def gradients(self, numbers: Sequence[int]) -> torch.Tensor:
         chosen = [self.records[i] for i in numbers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,10 +99,7 @@ def tokenize_parts(tokenizer: Any, messages: Messages, parts: Callable[[str], Se
 
 def _find(turn: str, span: str) -> list[tuple[int, int]]:
     """Every occurrence of a text in an answer."""
-    found, start = list[tuple[int, int]](), turn.find(span) if span else -1
-    while start >= 0:
-        found.append((start, start + len(span)))
-        start = turn.find(span, start + len(span))
+    found = [match.span() for match in re.finditer(re.escape(span), turn)] if span else []
     if not found:
         raise InputError(f"--span: {cut(span, 80)!r} is not in the answer: {cut(turn)!r}", "copy a part of the answer, letter by letter")
     return found

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands import why_calibration
-from dagster_project.commands.nearest_records import cut
 from dagster_project.commands.render import render
-from dagster_project.commands.why import EXCERPT, Texts, index_lines, model_of, place_text, places_of, shown_texts
+from dagster_project.commands.why import Texts, excerpt, index_lines, model_of, place_text, places_of, shown_texts
 from dagster_project.commands.why_checkpoints import index
 from dagster_project.commands.why_model import Target, target
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import pages_of
 from dagster_project.core.records import iter_ledger, write_json, write_text
-from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.review import REVIEWED, queue
 from dagster_project.lineage.attribution.points import END_ONLY
 from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, harm, members, opposition
@@ -79,7 +77,7 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
 def _own_groups(found: Target, texts: Texts) -> list[Group]:
     """Source, category and form of the answer of each record, where the split has it. Keys of JSON are text of the data: cut, and masked."""
     records = [texts.known.get(one.example_id) for one in found.records]
-    forms = [cut(mask(form_of(one["messages"][-1])[: 20 * EXCERPT]), FORM) if one else None for one in records]
+    forms = [excerpt(form_of(one["messages"][-1]), FORM) if one else None for one in records]
     return [Group(one["source"], one["category"], form) if one else Group() for one, form in zip(records, forms, strict=True)]
 
 
