@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.core.text import visible
+from dagster_project.core.text import many, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -31,8 +31,8 @@ def check_text(document: Mapping[str, Any], color: bool = False, width: int = 12
     from rich.text import Text
 
     counts = Counter(finding["severity"] for finding in document["findings"])
-    findings = ", ".join(_count_text(counts[name], word) for name, word in WORDS.items() if counts[name]) or "no findings"
-    first = f"{_count_text(document['rows'], 'row')} ({document['format']}), {document['kept']:,} would be kept; {findings}"
+    findings = ", ".join(many(counts[name], word) for name, word in WORDS.items() if counts[name]) or "no findings"
+    first = f"{many(document['rows'], 'row')} ({document['format']}), {document['kept']:,} would be kept; {findings}"
     parts: list[Any] = [Text(first, style="bold")]
     if document["dropped"]:
         parts.append(Text("would be dropped: " + ", ".join(f"{name} {n:,}" for name, n in document["dropped"].items())))
@@ -82,7 +82,7 @@ def _finding_parts(finding: Mapping[str, Any]) -> list[Any]:
     head = Text(f"\n{finding['check']}", style=COLORS[finding["severity"]])
     head.append(f"  {finding['truth']}", style="not bold")
     lines: list[Any] = [Text(_line(finding["note"], 1000))] if finding["note"] else []
-    lines += [Text(f"{_count_text(finding['waived'], 'row')} waived")] if finding["waived"] else []
+    lines += [Text(f"{many(finding['waived'], 'row')} waived")] if finding["waived"] else []
     for match in finding["matches"][:2]:
         places = f"{_line(match['place'])} ~ {_line(match['other'])}"
         lines += [
@@ -110,10 +110,6 @@ def _line(text: str, most: int = 200) -> str:
     return shown if len(text) <= most else f"{shown} …"
 
 
-def _count_text(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def _profile_lines(document: Mapping[str, Any]) -> list[str]:
     profile = document.get("profile") or {}
     lines = []
@@ -122,12 +118,12 @@ def _profile_lines(document: Mapping[str, Any]) -> list[str]:
         others = profile["category_count"] + ("(none)" in named) - len(named)
         lines.append(f"categories: {_first_counts(named, 8, others)}")
     if calling := profile.get("tool_calls"):
-        made = f"{_count_text(calling['calls'], 'tool call')} in {_count_text(calling['rows'], 'row')}, {_count_text(calling['results'], 'result')}"
-        lines.append(f"{made}; {_count_text(calling['rows_with_tools'], 'row')} with tools")
+        made = f"{many(calling['calls'], 'tool call')} in {many(calling['rows'], 'row')}, {many(calling['results'], 'result')}"
+        lines.append(f"{made}; {many(calling['rows_with_tools'], 'row')} with tools")
     if traces := profile.get("reasoning"):
-        lines.append(f"reasoning in {_count_text(traces['answers'], 'answer')} of {_count_text(traces['rows'], 'row')}")
+        lines.append(f"reasoning in {many(traces['answers'], 'answer')} of {many(traces['rows'], 'row')}")
     if untrained := profile.get("untrained_answers"):
-        lines.append(f"{_count_text(untrained, 'answer')} with weight 0")
+        lines.append(f"{many(untrained, 'answer')} with weight 0")
     for part, length in profile.get("lengths", {}).items():
         if document["kept"]:
             lines.append(
@@ -135,7 +131,7 @@ def _profile_lines(document: Mapping[str, Any]) -> list[str]:
             )
     boilerplate = document.get("similarity", {}).get("boilerplate", [])
     if boilerplate:
-        passages = "; ".join(f'"{_line(passage["text"])}" in {_count_text(passage["rows"], "prompt")}' for passage in boilerplate[:3])
+        passages = "; ".join(f'"{_line(passage["text"])}" in {many(passage["rows"], "prompt")}' for passage in boilerplate[:3])
         lines.append(f"boilerplate: {passages}" + (f"; {len(boilerplate) - 3} more" if len(boilerplate) > 3 else ""))
     if any(finding["check"] == "low_diversity" for finding in document["findings"]):
         for part, name in (("top_openings", "openings"), ("top_responses", "responses")):
@@ -162,7 +158,7 @@ FIELDS = 12
 
 
 def _thirteen_lines(document: Mapping[str, Any]) -> list[str]:
-    lines = [f"\n13 shared words, the common rule: {_count_text(document['rows'], 'row')}, {_count_text(document['pairs'], 'pair')}"]
+    lines = [f"\n13 shared words, the common rule: {many(document['rows'], 'row')}, {many(document['pairs'], 'pair')}"]
     return lines + [f"  {_line(one['place'])} ~ {_line(one['other'])}   {_line(one['shared'], 90)}" for one in document["matches"][:3]]
 
 
