@@ -250,7 +250,7 @@ def test_a_file_cut_at_any_place_is_refused(tmp_path: Path) -> None:
     whole = header(2, field("a", 8, struct.pack("<Q", 3) + b"abc"), field("b", 9, struct.pack("<IQ", 4, 2) + bytes(8)))
     path = tmp_path / "x.gguf"
     path.write_bytes(whole)
-    assert gguf_metadata.read(path).text("a") == "abc"
+    assert gguf_metadata.read(path).fields["a"].value == "abc"
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(InputError):

@@ -14,7 +14,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.records import response_text
 from dagster_project.curation.check_files import Kind, LoadedRecords, load
-from dagster_project.curation.checks.checks import Judgement, Rules, judge
+from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.hub import HubSplit, parse_spec
 from dagster_project.curation.sources.s3 import SCHEME
@@ -137,7 +137,7 @@ def examine(given: Sequence[Given], task: str, tokens: Tokens = ESTIMATED) -> Fo
     return Found(
         given,
         kept=len(rows),
-        dropped=_dropped(judged),
+        dropped=dict(Counter(reason for reason in judged.reason if reason)),
         categories=Counter(str(record["category"]) for record in rows if record.get("category") is not None),
         longest=max((_tokens(record, tokens) for record in rows), default=0),
         longest_pair=longest_pair,
@@ -173,10 +173,6 @@ def _writes_traces(rows: Sequence[Mapping[str, Any]], tokens: Tokens) -> bool:
 
 def _given(path: str, loaded: LoadedRecords) -> Given:
     return Given(path, loaded.kind, loaded.layout, loaded.records, loaded.revision)
-
-
-def _dropped(judged: Judgement) -> dict[str, int]:
-    return dict(Counter(reason for reason in judged.reason if reason))
 
 
 def _tokens(record: Mapping[str, Any], tokens: Tokens) -> int:

@@ -191,7 +191,7 @@ class _Papers:
         Returns:
             The document of the page.
         """
-        facts = _signed_facts(self.target, self.key, self.attested)
+        facts = _signed_facts(self.key, self.attested)
         document = _complete({**self.document, **facts, "model_files": len(found.files)}, found)
         _write(folder, self.texts, document)
         if self.key and self.attested:
@@ -273,7 +273,7 @@ def _attestations(target: Target, key: PrivateKey) -> dict[str, Any]:
     return {"content": lines.encode(), "stages": [record.address for record in records], "remade": None}
 
 
-def _signed_facts(target: Target, key: PrivateKey | None, attested: Mapping[str, Any] | None) -> dict[str, Any]:
+def _signed_facts(key: PrivateKey | None, attested: Mapping[str, Any] | None) -> dict[str, Any]:
     if key is None or attested is None:
         return {"attestations": None, "signature": None}
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +190,8 @@ class _Verification:
     papers: dict[str, Any] | None = None
     stages: Sequence[Attested] = ()
     """Those of the attestations, if they are signed by the key."""
-    _digests: dict[Path, str] = field(default_factory=dict)
-
-    def _sha256(self, file: Path) -> str:
-        """Each file is hashed once."""
-        if file not in self._digests:
-            self._digests[file] = sha256_of_file(file)
-        return self._digests[file]
+    _sha256: Callable[[Path], str] = field(default_factory=lambda: cache(sha256_of_file))
+    """Each file is hashed once."""
 
     def find(self, file: str, wrong: str) -> None:
         self.findings.setdefault(file, wrong)

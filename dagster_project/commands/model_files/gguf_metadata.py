@@ -56,11 +56,6 @@ class Metadata:
     end: int
     """Where the fields end."""
 
-    def text(self, name: str) -> str | None:
-        """The value of a field that is a text; None if there is no such field."""
-        field = self.fields.get(name)
-        return field.value if field and isinstance(field.value, str) else None
-
 
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as a GGUF file does."""
