@@ -99,6 +99,21 @@ def newline_merging_tokenizer(tiny_tokenizer: Any) -> Any:
 
 
 @pytest.fixture
+def check(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`pedigree check` (builders.commands.Check), in a folder of its own and without a new process."""
+    from builders.commands import Done, exit_code
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments: object) -> Done:
+        capsys.readouterr()
+        return Done(exit_code("check", *map(str, arguments)), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
 def model(tiny_model: Path) -> Any:
     """The tiny model with weights ten times as large, so that what a token attends to shows in its logits."""
     import torch
@@ -359,8 +374,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     def make(folder: Path) -> None:
         small_pipeline.make_project(folder)
         assert dvc(folder, "repro").returncode == 0
-        small_pipeline.git(folder, "add", "-A")
-        small_pipeline.git(folder, "commit", "-qm", "made")
+        small_pipeline.commit(folder, "made")
 
     return made_once("pipeline", make, tmp_path_factory, worker_id)
 
@@ -495,6 +509,14 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture
+def bucket(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The server of S3, with credentials and address in the environment."""
+    for name, value in {**s3.environment, "AWS_ENDPOINT_URL": s3.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    return s3
 
 
 @pytest.fixture(scope="session")

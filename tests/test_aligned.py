@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from builders.files import contents
 from builders.preferences import PREFERENCE_SCHEMA, preference_row
 from conftest import draw_pages
 
@@ -121,10 +121,6 @@ def align_it(
 
 def read_answers(out: Path) -> list[dict[str, Any]]:
     return [row for path in sorted((out / "answers").iterdir()) for row in read_table(path)]
-
-
-def bytes_of(folder: Path) -> Mapping[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_answer_tokens_begin_after_the_prompt_and_include_the_end_of_turn(tiny_tokenizer: Any) -> None:
@@ -476,7 +472,7 @@ def test_a_training_whose_rewards_no_longer_differ_stops_with_its_weights_and_re
             align_it(tmp_path / "again", preferences, weak[0], tiny_model, **settings)
     assert list((tmp_path / "again" / "checkpoints").glob("step-*"))
     align_it(tmp_path / "again", preferences, weak[0], tiny_model, **settings)
-    assert bytes_of(tmp_path / "whole" / "out") == bytes_of(tmp_path / "again" / "out")
+    assert contents(tmp_path / "whole" / "out") == contents(tmp_path / "again" / "out")
 
 
 def test_a_policy_learns_from_a_function_of_the_project_whose_code_is_part_of_its_checkpoints(
@@ -552,7 +548,7 @@ def test_a_resumed_training_ends_in_the_same_bytes(
             align_it(tmp_path / "stopped", preferences, judged[0], tiny_model, **settings)
     assert list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
     align_it(tmp_path / "stopped", preferences, judged[0], tiny_model, **settings)
-    assert bytes_of(tmp_path / "whole" / "out") == bytes_of(tmp_path / "stopped" / "out")
+    assert contents(tmp_path / "whole" / "out") == contents(tmp_path / "stopped" / "out")
     assert (tmp_path / "whole" / "out" / "answers").exists() == (method not in OFFLINE - {"gkd"})
 
 
@@ -584,7 +580,7 @@ def test_resuming_from_any_step_gives_the_same_bytes_and_number_of_measurements(
             with pytest.raises(Interrupted, match=f"interrupted at step {step};"):
                 align_it(tmp_path / str(step), preferences, judged[0], tiny_model, method="dpo")
         align_it(tmp_path / str(step), preferences, judged[0], tiny_model, method="dpo")
-        assert bytes_of(tmp_path / "whole" / "out") == bytes_of(tmp_path / str(step) / "out"), step
+        assert contents(tmp_path / "whole" / "out") == contents(tmp_path / str(step) / "out"), step
 
 
 @pytest.mark.long

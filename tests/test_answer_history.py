@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from builders import training_pipeline
 from builders.answer_history import EVALUATION, AnswerHistory, Row
+from builders.commands import document, exit_code
 from builders.history import Project, entry
 from builders.small_pipeline import git
 from builders.training import LORA
@@ -70,11 +71,6 @@ class Made:
 @pytest.fixture(scope="module")
 def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp("history") / "project", tiny_model)
-
-
-def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 def state(root: Path) -> dict[str, str]:
@@ -237,7 +233,7 @@ def test_only_the_words_that_differ_are_asked_about() -> None:
 
 
 def bisect(root: Path, *arguments: str, expect: str = "red") -> int:
-    return main(["bisect", MODEL, "--prompt", "hat?", "--expect", expect, *arguments, "--project", str(root)])
+    return exit_code("bisect", MODEL, "--prompt", "hat?", "--expect", expect, *arguments, "--project", str(root))
 
 
 def test_the_commit_is_found_in_three_evaluations_with_its_row_first(
@@ -334,10 +330,7 @@ def test_the_ends_are_asked_where_the_result_depends_on_them(made: Made, capsys:
 def test_a_history_that_cannot_be_searched_is_refused(
     made: Made, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
 ) -> None:
-    try:
-        code = bisect(made.root, *arguments)
-    except SystemExit as end:
-        code = int(end.code or 0)
+    code = bisect(made.root, *arguments)
     shown = capsys.readouterr()
     assert code == 2 and said in shown.err and "Traceback" not in shown.err and not shown.out
 

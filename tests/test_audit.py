@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace as Of
 
 import pytest
+from builders import small_pipeline
 from conftest import edit_params, pedigree, run
 from ruamel.yaml import YAML
 
@@ -51,9 +52,7 @@ def test_one_file_of_a_release_is_that_of_the_model_of_which_the_release_is_a_co
 
 @pytest.mark.long
 def test_the_diff_names_a_changed_record_and_the_audit_of_the_earlier_model_does_not_change(finished: Path) -> None:
-    for command in (["git", "add", "-A"], ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "run"]):
-        assert run(command, finished).returncode == 0
-    commit = run(["git", "rev-parse", "HEAD"], finished).stdout.strip()
+    commit = small_pipeline.commit(finished)
     before = audit(finished, "adapter@lora")
     assert before["code"] == {**before["code"], "commit": commit, "clean": True}
     file = finished / "data/sources/triage_alpaca.json"

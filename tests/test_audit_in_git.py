@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from builders.history import Project, identity
-from builders.small_pipeline import git
+from builders.small_pipeline import commit, git
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
@@ -83,14 +83,12 @@ def test_the_history_before_a_project_was_moved_is_said_to_be_missing(made: Proj
     (made.root / "ml").mkdir()
     for name in ("data", "dvc.lock", "dvc.yaml", ".dvc", ".gitignore"):
         (made.root / name).rename(made.root / "ml" / name)
-    git(made.root, "add", "-A")
-    git(made.root, "commit", "-qm", "moved")
-    commit = git(made.root, "rev-parse", "HEAD").strip()[:12]
+    moved = commit(made.root, "moved")[:12]
     found = impact(made.root / "ml", record=identity("dogs"))
-    lost = f"the history before commit {commit}, which moved dvc.lock here (ask at `git checkout {commit}^`)"
+    lost = f"the history before commit {moved}, which moved dvc.lock here (ask at `git checkout {moved}^`)"
     assert (found["verdict"], found["unreadable"]) == ("cannot tell", [lost])
     code = audit(made.root / "ml", "merged@lora")["code"]
-    assert code["commit"][:12] == commit and code_text(code).endswith(f"it may be an earlier one, in {lost}")
+    assert code["commit"][:12] == moved and code_text(code).endswith(f"it may be an earlier one, in {lost}")
 
 
 def test_an_empty_text_is_no_question(made: Project) -> None:

@@ -9,61 +9,21 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from builders.commands import Check, Done
 from builders.files import FILE_WRITERS, jsonl
 from builders.layouts import BENCHMARK_ROWS, LAYOUT_ROWS, PAIR_ROWS
 from conftest import ROOT, SHARED_DATA
 
-from dagster_project.__main__ import main
 from dagster_project.curation.check_files import ALIASES, KNOWN
 from dagster_project.curation.checks.checks import CHECKS, checks_of
 
 KEY = "AKIA" + "Q3EXAMPLE7KEY2AB"
 LONG = "My parcel with the garden kite went to the wrong house last week"
 ANSWERED = {"instruction": LONG, "output": "We are sorry; a new kite is on its way to you."}
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        def refuse(constant: str) -> float:
-            raise AssertionError(f"{constant} is no JSON")
-
-        found = json.loads(self.out, parse_constant=refuse)
-        assert isinstance(found, dict)
-        return found
-
-    @property
-    def findings(self) -> dict[str, dict[str, Any]]:
-        return {finding["check"]: finding for finding in self.document["findings"]}
-
-
-Check = Callable[..., Done]
-
-
-@pytest.fixture
-def check(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
-    """The command, in a folder of its own and without a new process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def call(*arguments: object) -> Done:
-        capsys.readouterr()
-        try:
-            code = main(["check", *map(str, arguments)])
-        except SystemExit as usage:
-            code = int(usage.code or 0)
-        return Done(code, *capsys.readouterr())
-
-    return call
 
 
 def by_itself(*arguments: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from builders.small_pipeline import git
+from builders.small_pipeline import commit, git
 from dvc.repo import Repo
 
 from dagster_project.lineage.code import code_in
@@ -16,12 +16,6 @@ FOLDER = "dagster_project/core"
 
 def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-def commit(root: Path) -> str:
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "x")
-    return git(root, "rev-parse", "HEAD").strip()
 
 
 def recorded(root: Path) -> dict[str, dict]:

@@ -6,16 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import grimp
 import pytest
-from builders.installed import commit, edit, install, installed, pedigree_in, pretend_to_run, set_version
+from builders.installed import edit, install, installed, pedigree_in, pretend_to_run, set_version
+from builders.servers import Quiet, answering
+from builders.small_pipeline import commit
 from conftest import ROOT, run
 from ruamel.yaml import YAML
 
@@ -173,7 +173,7 @@ def test_dagster_loads_with_a_warning_and_refuses_to_materialize_with_other_code
     PedigreeProject(other_code).validate("raw_preferences", {})  # the code of other stages is the recorded one
 
 
-class _Dashboard(BaseHTTPRequestHandler):
+class _Dashboard(Quiet):
     """Of a Ray cluster, as far as it is asked: which is counted."""
 
     asked: ClassVar[list[str]] = []
@@ -182,16 +182,12 @@ class _Dashboard(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         self.send_error(503)
 
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
-
 
 def test_other_code_is_refused_before_a_stage_goes_to_a_cluster_and_by_its_worker(
     other_code: Path, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Dashboard) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.server_port}")
+    with answering(_Dashboard) as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
         monkeypatch.setenv(execution.VARIABLE, "ray")
         with pytest.raises(InputError, match=OTHER_CODE):
             run_stage(other_code, "raw_examples")
@@ -200,7 +196,6 @@ def test_other_code_is_refused_before_a_stage_goes_to_a_cluster_and_by_its_worke
         with pytest.raises(ClusterGone):
             run_stage(other_code, "raw_examples")
         assert _Dashboard.asked, "with the recorded code, the cluster is asked"
-        server.shutdown()
     run(["git", "add", "-A"], other_code)
     edit(site, "stages/raw_examples.py")  # on the node
     with project_package(other_code, other_code.parent / "package") as package:

@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import small_pipeline
-from builders.files import flip
+from builders.files import contents, flip
+from builders.keys import write_keys
 from conftest import edit_params, tool
-from cryptography.hazmat.primitives.asymmetric import ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from dagster_project.__main__ import main
 from dagster_project.commands.sign import sign
@@ -452,8 +451,7 @@ def test_the_provider_is_printed_and_makes_nothing_stale(finished: Path) -> None
 
 def test_the_provider_of_a_revision_is_that_of_its_params(finished: Path) -> None:
     edit_params(finished, lambda values: values.update(provider={"legal_name": "Then Ltd"}))
-    small_pipeline.git(finished, "add", "-A")
-    small_pipeline.git(finished, "commit", "-qm", "made")
+    small_pipeline.commit(finished, "made")
     edit_params(finished, lambda values: values.update(provider={"legal_name": "Now Ltd"}))
     assert provider(finished, None) == {"legal_name": "Now Ltd"} and provider(finished, "HEAD") == {"legal_name": "Then Ltd"}
 
@@ -499,7 +497,7 @@ def test_all_exports_are_in_one_folder_with_a_page_that_names_each_by_its_hash(f
     arguments = ["export", MODEL, "--all", str(folder), "--issued", "2026-01-31", "--project", str(finished)]
     assert main([*arguments, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = contents(folder)
     page = files.pop("papers.html").decode()
     assert {one["format"] for one in document["exports"]} == set(formats()) and set(files) == {one["file"] for one in document["exports"]}
     assert document["missing"] == [] and 'id="missing"' not in page and 'id="release"' not in page
@@ -513,12 +511,9 @@ def test_all_exports_are_in_one_folder_with_a_page_that_names_each_by_its_hash(f
 
 def test_a_stranger_verifies_a_signed_folder_of_exports_alone(finished: Path) -> None:
     tool("spdx_python_model")
-    folder, key, public = finished.parent / "exports", finished.parent / "key.pem", finished.parent / "key.pub"
+    folder, (key, public) = finished.parent / "exports", write_keys(finished.parent, "ed25519")
     assert main(["export", MODEL, "--all", str(folder), "--issued", "2026-01-31", "--project", str(finished)]) == 0
-    private = ed25519.Ed25519PrivateKey.generate()
-    key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    sign(finished, str(folder), str(key))
+    sign(finished, str(folder), key)
     elsewhere = Path(shutil.move(folder, finished.parent / "stranger"))
     shutil.rmtree(finished)
     document = verify_signatures(elsewhere, str(elsewhere), str(public))

@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 from builders.erasure_oracle import blobs_with, files, traces
 from builders.files import jsonl
+from builders.project_data import messages as ticket
+from builders.small_pipeline import commit
 from conftest import dvc, edit_params, run
 
 from dagster_project.commands.erase import dry_run, erase, exit_code
@@ -38,15 +40,6 @@ ANSWER = '{"summary": "lantern without wick", "category": "delivery", "priority"
 WORDS = ["zephyrine", "okonkwo", "cobalt lantern", "lantern without wick"]
 KEY = "5f" * 32
 STAGES = ("tokenized", "raw_preferences")
-
-
-def ticket(prompt: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-
-
-def git(root: Path, *arguments: str) -> None:
-    done = run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], root)
-    assert done.returncode == 0, done.stderr
 
 
 def plant(root: Path) -> None:
@@ -104,13 +97,11 @@ def made(project: Path) -> Path:
     plant(project)
     (project / ".gitignore").open("a").write("\n/store\n")
     assert dvc(project, "remote", "add", "-d", "store", "store").returncode == 0
-    git(project, "add", "-A")
-    git(project, "commit", "-qm", "planted")
+    commit(project, "planted")
     done = dvc(project, "repro", *STAGES)
     assert done.returncode == 0, done.stderr + done.stdout
     assert dvc(project, "push", "-q", "--run-cache").returncode == 0
-    git(project, "add", "-A")
-    git(project, "commit", "-qm", "ran")
+    commit(project, "ran")
     return project
 
 

@@ -17,9 +17,11 @@ import pytest
 import yaml
 from builders.erasure_oracle import traces
 from builders.files import jsonl
-from builders.hub import NAME, OLD, PAIRS, hub_with_pairs, parquet, serving
+from builders.hub import NAME, OLD, PAIRS, hub_with_pairs, lines, parquet, serving
+from builders.project_data import messages as ticket
 from builders.s3 import BUCKET, S3Server
-from conftest import ROOT, dvc, edit_params, pedigree, run
+from builders.small_pipeline import git
+from conftest import ROOT, dvc, edit_params, pedigree
 
 from dagster_project.commands.erase import as_text, dry_run, dry_run_text, erase, exit_code
 from dagster_project.core.errors import InputError
@@ -43,26 +45,11 @@ PROMPT, ANSWER = "Zephyrine Okonkwo asks where the cobalt lantern of order 8817 
 WORDS = ["zephyrine", "okonkwo", "cobalt lantern"]
 
 
-def ticket(prompt: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-
-
 OTHERS = [ticket(f"Ticket {i} asks where parcel number {i * 37} went after Monday.", f"Parcel {i} is in house {i * 3}.") for i in range(8)]
 TOOL = {
     "tools": [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}],
     **ticket("Find the kite of Mr. Abara.", "It is in the attic."),
 }
-
-
-@pytest.fixture
-def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    for name, value in {**s3.environment, "AWS_ENDPOINT_URL": s3.endpoint}.items():
-        monkeypatch.setenv(name, value)
-    return s3
-
-
-def lines(*rows: Any) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def upload(bucket: S3Server, **files: bytes) -> dict[str, Any]:
@@ -212,11 +199,6 @@ def test_a_request_that_leaves_a_raw_data_set_without_rows_is_refused() -> None:
     with pytest.raises(InputError, match="raw_preferences: no row would be left"):
         refuse_empty([*meant, pair, kept], Found(meant=[*meant, pair]))
     refuse_empty([*meant, pair, kept], Found(meant=meant))
-
-
-def git(root: Path, *arguments: str) -> None:
-    done = run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], root)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from builders.history import Project, identity
+from builders.small_pipeline import git
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.erasure.needles import needles_of
@@ -29,11 +30,6 @@ from dagster_project.orchestration.erasure.steps import Erasure
 
 SECRET = "Zephyrine Okonkwo of Larkspur Lane has lost a cobalt lantern without its wick"
 SCANNER = Scanner(needles_of([SECRET], [], []))
-
-
-def git(root: Path, *arguments: str) -> str:
-    command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments]
-    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
 
 
 def write(path: Path, content: str = SECRET) -> Path:

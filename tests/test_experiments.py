@@ -36,8 +36,7 @@ def ran(root: Path) -> list[str]:
 def test_two_experiments_show_parameters_and_metrics_and_rerun_only_their_variant(tmp_path: Path) -> None:
     root = small_pipeline.make_project(tmp_path / "project")
     assert dvc(root, "repro", "-q").returncode == 0
-    small_pipeline.git(root, "add", "-A")
-    small_pipeline.git(root, "commit", "-qm", "run")
+    small_pipeline.commit(root, "run")
     before, board = len(ran(root)), (root / "data/cmp/board.txt").read_text()
     for point in (["--temp", "-S", "variants.lora.r=2"], ["-S", "variants.lora.r=4"]):
         done = dvc(root, "exp", "run", *point)

@@ -186,8 +186,7 @@ def test_a_stage_that_is_not_a_model_has_no_card(finished: Path) -> None:
 @pytest.mark.usefixtures("warm_small")
 def test_exports_state_what_the_models_own_lock_records_also_after_the_data_ran_again(finished: Path) -> None:
     needed("spdx")
-    small_pipeline.git(finished, "add", "-A")
-    small_pipeline.git(finished, "commit", "-qm", "made")
+    small_pipeline.commit(finished, "made")
     assert audit(finished, "merged@lora")["code"]["clean"]
     before = {form: export(finished, "adapter@lora", form) for form in formats()}
     file = finished / "data/sources/triage_alpaca.json"
@@ -198,8 +197,7 @@ def test_exports_state_what_the_models_own_lock_records_also_after_the_data_ran_
     assert done.returncode == 0, done.stderr
     after = {form: export(finished, "adapter@lora", form, issued=ISSUED) for form in formats()}
     assert all(old in text and sha256(file) not in text for text in after.values())
-    small_pipeline.git(finished, "add", "-A")
-    small_pipeline.git(finished, "commit", "-qm", "other data")
+    small_pipeline.commit(finished, "other data")
     assert {form: export(finished, "adapter@lora", form) for form in formats()} == before
     events = [json.loads(line) for line in before["openlineage"].splitlines()]
     tags = {event["job"]["name"]: {tag["key"]: tag["value"] for tag in event["run"]["facets"]["tags"]["tags"]} for event in events}

@@ -7,12 +7,13 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders.ballots import make_answered_project
+from builders.servers import Quiet
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
@@ -33,7 +34,7 @@ class Stub:
         self.keys: list[str | None] = []
         stub = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stub.requests.append({"path": self.path, **body})
@@ -52,9 +53,6 @@ class Stub:
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(text)
-
-            def log_message(self, *_: Any) -> None:
-                pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import dvc, edit_params, pedigree, run
+from builders.small_pipeline import commit
+from conftest import dvc, edit_params, pedigree
 from ruamel.yaml import YAML
 
 SOUP = {"merge_of": {"lora": 0.6, "other": 0.4}, "method": "dare_ties", "peft": {"density": 0.5}}
@@ -76,8 +77,7 @@ def test_a_merged_variant_is_a_variant_like_any_other(finished: Path) -> None:
     models = {one["stage"] for one in impact["models"]}
     assert {"adapter@lora", "adapter@other", "adapter@soup", "merged@soup", "release"} <= models
 
-    for command in (["git", "add", "-A"], ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "soup"]):
-        assert run(command, finished).returncode == 0
+    commit(finished)
     verified = pedigree(finished, "verify", "adapter@soup")
     assert verified.returncode == 0 and "adapter@soup: identical" in verified.stdout, verified.stdout + verified.stderr
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from builders.commands import ask
 from builders.history import Project, entry
 from conftest import tool
 
@@ -39,12 +40,6 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A database of MLflow's, whose files of models are beside it."""
     monkeypatch.chdir(tmp_path)
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
-    code = main([*arguments, "--json"])
-    out = capsys.readouterr().out
-    return code, json.loads(out) if out else {}
 
 
 def files_of(root: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from builders import byte_fallback_model
+from builders.commands import ask
 from builders.history import Project, entry, git, md5
 from conftest import ROOT, tool
 
@@ -318,12 +319,6 @@ def recorded(root: Path, model: Path) -> Project:
     shutil.copytree(model, root / "data/merged/lora")
     project.commit(lock)
     return project
-
-
-def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
-    code = main([*arguments, "--json"])
-    out = capsys.readouterr().out
-    return code, json.loads(out) if out else {}
 
 
 def test_a_model_leaves_as_safetensors_and_is_found_again(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.files import flip
+from builders.files import flip, names
+from builders.keys import write_keys
 from conftest import run, tool
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
@@ -34,27 +33,15 @@ ISSUED = "2026-01-31"
 SIGNED = ("model.sig", "model.intoto.jsonl", "model.pub")
 
 
-def write_key(folder: Path, name: str) -> tuple[str, str]:
-    """Files of a new P-256 key, and of its public key."""
-    key, private, public = ec.generate_private_key(ec.SECP256R1()), folder / f"{name}.pem", folder / f"{name}.pub"
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    return str(private), str(public)
-
-
 def hand_over(root: Path, folder: Path, *more: str) -> int:
     return main(["export", "release", "--all", str(folder), "--with-model", "--issued", ISSUED, "--project", str(root), *more])
-
-
-def names(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def _folder(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tool("spdx_python_model")
     base = tmp_path_factory.mktemp("papers")
-    private, _ = write_key(base, "key")
+    private, _ = write_keys(base, "p256", "key")
     root = Path(shutil.copytree(_finished, base / "project", symlinks=True))
     assert hand_over(root, base / "handed", "--key", private) == 0
     return base
@@ -224,7 +211,7 @@ def test_a_signature_that_is_no_file_is_named(handed: Path, public: str, tmp_pat
 
 
 def test_another_key_fails_and_is_named(handed: Path, public: str, tmp_path: Path) -> None:
-    private, other = write_key(tmp_path, "other")
+    private, other = write_keys(tmp_path, "p256", "other")
     verdict, found = verified(handed, other)
     assert verdict == "altered" and set(found) == set(SIGNED)
     for name in SIGNED:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.files import flip
+from builders.files import flip, names
+from builders.keys import write_keys
+from builders.small_pipeline import commit
 from conftest import dvc, edit_params, pedigree, run, tool
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from dagster_project.__main__ import main
 from dagster_project.commands.init import DVC_FILES
@@ -40,26 +40,8 @@ ISSUED = ("--issued", "2026-01-31")
 RELEASE = "data/release"
 
 
-def names(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def write_key(folder: Path, name: str) -> tuple[str, str]:
-    """Files of a new Ed25519 key, and of its public key."""
-    key, private, public = Ed25519PrivateKey.generate(), folder / f"{name}.pem", folder / f"{name}.pub"
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    return str(private), str(public)
-
-
 def write_papers(root: Path, *more: str) -> int:
     return main(["export", "release", "--all", *ISSUED, "--project", str(root), *more])
-
-
-def commit(root: Path, message: str) -> None:
-    for command in (["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", message]):
-        done = run(["git", *command], root)
-        assert done.returncode == 0, done.stderr
 
 
 def is_clean(root: Path) -> bool:
@@ -70,7 +52,7 @@ def is_clean(root: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    return write_key(tmp_path_factory.mktemp("key"), "key")
+    return write_keys(tmp_path_factory.mktemp("key"), "ed25519", "key")
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +248,7 @@ def test_signatures_of_the_project_and_in_the_folder_are_both_verified(signed: P
     before = (signed / "data/signatures/release/model.intoto.jsonl").read_bytes()
     assert write_papers(signed, "--key", private) == 0 and verdict(signed, "release", public) == ("verified", {})
     assert (signed / RELEASE / "model.intoto.jsonl").read_bytes() == before, "attestations that still hold are taken"
-    other, _ = write_key(tmp_path, "other")
+    other, _ = write_keys(tmp_path, "ed25519", "other")
     assert write_papers(signed, "--key", other) == 2, "signatures of a model are by one key"
     shutil.rmtree(signed / "data/signatures")
     assert write_papers(signed, "--key", other) == 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.commands import exit_code
 from builders.preferences import PREFERENCE_SCHEMA, preference_row
 from builders.tool_calls import WEATHER
 from conftest import ROOT, edit_params
@@ -575,11 +576,7 @@ def test_a_plan_for_a_model_loads_no_library_that_it_does_not_need(config: Any) 
     ],
 )
 def test_options_that_would_have_no_effect_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        code = main(["plan", *arguments])
-    except SystemExit as ended:
-        code = int(str(ended.code))
-    assert code == 2 and message in capsys.readouterr().err
+    assert exit_code("plan", *arguments) == 2 and message in capsys.readouterr().err
 
 
 def test_help_needs_no_torch() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import polars as pl
 import pytest
-from builders.installed import commit
 from builders.project_data import LAYOUTS, RECIPE_DATA, WITH_PAIRS, Data, layout_data, pairs, write_pairs
+from builders.small_pipeline import commit
 from builders.wheel import Environment, environment_with
 from conftest import ROOT, edit_params
 

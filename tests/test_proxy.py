@@ -15,10 +15,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from builders.servers import Quiet, free_port
 from conftest import ROOT
 
 from dagster_project.orchestration.dagster.webserver import Guard
@@ -27,7 +28,7 @@ CONFIG = (ROOT / "deploy/proxy/nginx.conf").read_text()
 NAME = "pedigree.example.org"
 
 
-class Echo(BaseHTTPRequestHandler):
+class Echo(Quiet):
     """Answers with the headers of the request."""
 
     def do_GET(self) -> None:
@@ -36,9 +37,6 @@ class Echo(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        """Nothing."""
 
 
 def _certificate(folder: Path) -> None:
@@ -55,12 +53,6 @@ def _certificate(folder: Path) -> None:
     (folder / "pedigree.key").write_bytes(private)
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The proxy with other ports and paths, in front of a server that echoes headers."""
@@ -69,7 +61,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         if os.environ.get("CI"):
             pytest.fail("CI must have nginx")
         pytest.skip("needs nginx")
-    folder, port = tmp_path_factory.mktemp("proxy"), _free_port()
+    folder, port = tmp_path_factory.mktemp("proxy"), free_port()
     upstream = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
     threading.Thread(target=upstream.serve_forever, daemon=True).start()
     _certificate(folder)

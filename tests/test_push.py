@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.files import contents
 from builders.model_hub import ModelHub, Repository, serving
 from conftest import ROOT, edit_params
 
@@ -59,10 +60,6 @@ def pushed(root: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[s
     capsys.readouterr()
     assert push(root, "--json", *more) == 0, capsys.readouterr().err
     return dict(json.loads(capsys.readouterr().out))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_repository_has_the_release_and_its_papers_in_one_commit(made: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]) -> None:

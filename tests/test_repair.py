@@ -6,14 +6,14 @@ import itertools
 import json
 import unicodedata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from builders.commands import Done
 from conftest import ROOT, SHARED_DATA, draw_pages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_project.__main__ import main
 from dagster_project.core.records import Report, content_id, read_ledger, read_records, write_ledger, write_records
 from dagster_project.curation.check_files import load
 from dagster_project.curation.checks import privacy
@@ -383,31 +383,6 @@ def test_pairs_are_repaired_in_their_stage_and_accounted_for(tmp_path: Path, tin
 
 
 # The command
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        return dict(json.loads(self.out))
-
-
-@pytest.fixture
-def check(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> Done:
-        capsys.readouterr()
-        try:
-            code = main(["check", *map(str, arguments)])
-        except SystemExit as usage:
-            code = int(usage.code or 0)
-        return Done(code, *capsys.readouterr())
-
-    return call
 
 
 def jsonl(name: str, rows: list[dict[str, Any]]) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from builders import small_pipeline
+from builders.commands import exit_code
 from builders.small_pipeline import gone, start_until_both_adapters_run
 from conftest import dvc, run
 from ruamel.yaml import YAML
@@ -197,11 +198,7 @@ def test_a_stage_waits_for_those_whose_report_it_reads(root: Path) -> None:
     ],
 )
 def test_wrong_usage_is_refused_with_exit_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        code = main(arguments)
-    except SystemExit as exit:
-        code = exit.code  # type: ignore[assignment]
-    assert code == 2 and message in capsys.readouterr().err
+    assert exit_code(*arguments) == 2 and message in capsys.readouterr().err
 
 
 def test_bad_parameters_are_refused_before_anything_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

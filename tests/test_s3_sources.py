@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -19,7 +18,8 @@ from builders.history import Project
 from builders.layouts import BENCHMARK_ROWS
 from builders.s3 import BUCKET, S3Server
 from builders.servers import free_port
-from conftest import dvc, edit_params, pedigree, run
+from builders.small_pipeline import commit, git
+from conftest import dvc, edit_params, pedigree
 
 from dagster_project.commands.init import init
 from dagster_project.core.errors import InputError
@@ -38,14 +38,6 @@ for needed in ("s3fs", "moto"):
         pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
 
 ROWS = [{"prompt": f"Question {number}", "completion": f"Answer {number}"} for number in range(50)]
-
-
-@pytest.fixture
-def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The server, with credentials and address in the environment."""
-    for name, value in {**s3.environment, "AWS_ENDPOINT_URL": s3.endpoint}.items():
-        monkeypatch.setenv(name, value)
-    return s3
 
 
 @pytest.fixture
@@ -163,8 +155,8 @@ def test_objects_that_are_not_those_of_the_revision_are_named(
     source, report = changed
     write_json(tmp_path / "data/reports/raw_examples.json", report)
     if where == "commit":  # DVC removes a stage's outputs before it runs
-        for command in (["init", "-q"], ["add", "data"], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "x"]):
-            subprocess.run(["git", *command], cwd=tmp_path, check=True)
+        for command in (["init", "-q"], ["add", "data"], ["commit", "-qm", "x"]):
+            git(tmp_path, *command)
         (tmp_path / "data/reports/raw_examples.json").unlink()
     error = refusal(tmp_path, source)
     assert error.what == (
@@ -373,8 +365,7 @@ def test_a_stage_that_read_objects_is_made_again_from_its_record(project: Path, 
     assert done.returncode == 0, done.stderr
     report = json.loads((project / "data/reports/raw_examples.json").read_text())["sources"][url]
     assert (report["rows"], report["license"], report["revision"]) == (50, "MIT", source["revision"])
-    run(["git", "add", "-A"], project)
-    run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "from S3"], project)
+    commit(project)
     assert json.loads(pedigree(project, "verify", "raw_examples", "--json").stdout)["verdict"] == "identical"
     assert bucket.secret not in "".join(path.read_text(errors="replace") for path in project.rglob("*.json"))
     bucket.write(f"{prefix}/a.jsonl", b'{"prompt": "Hi", "completion": "Ho"}\n')

@@ -5,53 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from builders.commands import Check
 from builders.files import jsonl
 from builders.layouts import BENCHMARK_ROWS
 from builders.tool_calls import WEATHER, record, weather, write_data_set
 
-from dagster_project.__main__ import main
 from dagster_project.views.rendered_terminal import rendered_text
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(self.out)["shown"]
-        return found
-
-    @property
-    def rendered(self) -> str:
-        """The output from the rendered rows on."""
-        return self.out[self.out.index("as rendered by ") :]
-
-
-Check = Callable[..., Done]
-
-
-@pytest.fixture
-def check(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
-    """The command, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> Done:
-        capsys.readouterr()
-        try:
-            code = main(["check", *map(str, arguments)])
-        except SystemExit as usage:
-            code = int(usage.code or 0)
-        return Done(code, *capsys.readouterr())
-
-    return call
 
 
 def chat(*texts: str) -> dict[str, Any]:

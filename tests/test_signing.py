@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from builders import small_pipeline
 from builders.files import flip
+from builders.keys import KINDS, write_keys
 from conftest import pedigree, run, tool
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
 from dagster_project.commands.sign import Lineage, attest, sign
 from dagster_project.commands.verify_signatures import as_text, verify_signatures
@@ -30,18 +31,6 @@ from dagster_project.lineage.signing.envelope import SignatureError
 from dagster_project.lineage.signing.keys import public_key_of
 
 pytestmark = pytest.mark.usefixtures("warm_small")
-
-KINDS = {"ed25519": ed25519.Ed25519PrivateKey.generate, "p256": lambda: ec.generate_private_key(ec.SECP256R1())}
-
-
-def write_keys(folder: Path, kind: str, name: str = "key") -> tuple[str, str]:
-    """Files of a new private key and of its public key."""
-    key = KINDS[kind]()
-    folder.mkdir(exist_ok=True)
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    return str(private), str(public)
 
 
 @pytest.fixture(params=sorted(KINDS))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from builders.files import contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -98,10 +99,6 @@ def write_shards(folder: Path, rows: Sequence[dict[str, Any]], cuts: Sequence[in
         write_table(folder / f"records-{n:05d}.parquet", stored[start:stop], rich_schema(record_schema()))
 
 
-def written(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 class Runs:
     """Runs of the stage on the same rows in other shards."""
 
@@ -121,7 +118,7 @@ class Runs:
         write_ledger(folder / "in", lines)
         with processing:
             report = splits.produce(folder, params, 7, folder / "in", folder / "out")
-        return report, written(folder / "out")
+        return report, contents(folder / "out")
 
     def tokenized(
         self, rows: Sequence[dict[str, Any]], cuts: Sequence[int], params: dict[str, Any], processes: int = 1
@@ -133,7 +130,7 @@ class Runs:
         write_ledger(folder / "in", [{"source": r["source"], "example_id": r["example_id"], "source_row": i} for i, r in enumerate(rows)])
         with processing:
             report = tokenized.produce(folder, parse(tokenized.Params, params, "tokenized"), 7, folder / "in", self.model, folder / "out")
-        return report, written(folder / "out")
+        return report, contents(folder / "out")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from builders.history import Project, entry, identity, table
 from builders.installed import pretend_to_run
 from builders.layouts import LAYOUT_ROWS, PAIR_ROWS
-from builders.small_pipeline import git
+from builders.small_pipeline import commit
 from builders.tool_calls import WEATHER, call
 from conftest import draw_pages, edit_params, run
 from ruamel.yaml import YAML
@@ -275,8 +275,7 @@ def test_another_test_split_makes_no_alignment_stale(new: Path) -> None:
         (new / "data/splits" / name).mkdir(parents=True)
         (new / "data/splits" / name / "records-00000.parquet").write_text(name)
     pretend_to_run(new)
-    git(new, "add", "-A")
-    git(new, "commit", "-qm", "made")
+    commit(new, "made")
 
     def stale() -> set[str]:
         return {address for address, state in dvc.read_stages(new).items() if state.changed}
@@ -419,8 +418,7 @@ def test_verify_refuses_a_training_whose_records_are_others_now(new: Path) -> No
         (new / "data/splits" / name).mkdir(parents=True)
         (new / "data/splits" / name / "records-00000.parquet").write_text(name)
     pretend_to_run(new)
-    git(new, "add", "-A")
-    git(new, "commit", "-qm", "made")
+    commit(new, "made")
     (new / "data/splits/train/records-00000.parquet").write_text("other")
     done = run([sys.executable, "-m", "dvc", "commit", "-q", "-f", "splits"], new)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders.small_pipeline import git
+from builders.small_pipeline import commit, git
 from conftest import dvc, edit_params, pedigree
 from safetensors.torch import save_file
 
@@ -46,8 +46,7 @@ def test_files_of_a_commit_that_are_left_out_of_archives_are_unpacked_too(tmp_pa
     (root / "data/sources/\u00e9 b.sh").chmod(0o755)
     (root / "data/sources/link").symlink_to("a.jsonl")
     (root / ".gitattributes").write_text("data/sources/** export-ignore\n")
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "x")
+    commit(root, "x")
     expected = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file() and ".git" not in path.parts}
     shutil.rmtree(root / "data")
     for path in (".", "data/sources"):

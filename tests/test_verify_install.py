@@ -13,8 +13,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from builders.installed import commit, install, installed, pedigree_in
+from builders.installed import install, installed, pedigree_in
 from builders.servers import free_port
+from builders.small_pipeline import commit
 from conftest import ROOT, run
 from packaging.requirements import Requirement
 

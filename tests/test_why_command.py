@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.commands import document
 
 from dagster_project.__main__ import main
 from dagster_project.commands import why_calibration, why_model, why_prove
@@ -37,11 +38,6 @@ def root(_trained: Path, tmp_path: Path) -> Path:
 
 def why(root: Path, *arguments: str) -> int:
     return main(["why", MODEL, *arguments, "--project", str(root)])
-
-
-def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 def stores(root: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from builders import training_pipeline
+from builders.commands import document, exit_code
+from builders.files import contents
 from builders.training import LORA
 from conftest import dvc
 from safetensors.torch import load_file
@@ -68,17 +69,11 @@ def root(indexed: Path, tmp_path: Path) -> Path:
 
 
 def why(root: Path, *arguments: str) -> int:
-    return main(["why", MODEL, *arguments, "--project", str(root)])
-
-
-def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    return exit_code("why", MODEL, *arguments, "--project", str(root))
 
 
 def files(root: Path) -> dict[str, bytes]:
-    folder = root / ".dvc/tmp/pedigree/gradients"
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return contents(root / ".dvc/tmp/pedigree/gradients")
 
 
 def retraining(found: Target) -> Retraining:
@@ -237,10 +232,7 @@ def test_bad_input_is_refused_with_one_message(
     indexed: Path, arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files(indexed)
-    try:
-        code = why(indexed, *arguments)
-    except SystemExit as ended:
-        code = int(str(ended.code))
+    code = why(indexed, *arguments)
     shown = capsys.readouterr()
     assert code == 2 and said in shown.err and "Traceback" not in shown.err and files(indexed) == before
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.commands import document
 
 from dagster_project.__main__ import main
 from dagster_project.commands.why_suspects import _own_groups
@@ -213,11 +214,6 @@ def root(_trained: Path, tmp_path: Path) -> Path:
 
 def suspects(root: Path, *arguments: str) -> int:
     return main(["why", MODEL, "--suspects", *arguments, "--project", str(root)])
-
-
-def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 def add_instructions(root: Path, names: list[str]) -> None:

@@ -66,6 +66,16 @@ def jsonl(path: Path, *rows: Any) -> Path:
     return path
 
 
+def names(folder: Path) -> set[str]:
+    """Paths of all files in a folder, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files in a folder, by their paths relative to it."""
+    return {name: (folder / name).read_bytes() for name in sorted(names(folder))}
+
+
 def flip(path: Path, bit: int = -1) -> None:
     """Flip one bit in place, as a disk or an intruder would: the mode stays what it was."""
     mode, content = path.stat().st_mode, bytearray(path.read_bytes())

@@ -7,12 +7,11 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from builders.servers import answering
+from builders.servers import Quiet, answering
 
 NAME, OLD = "org/name", "a" * 40
 PAIRS = [{"prompt": f"Hi {i}", "completion": "Hello"} for i in range(5)]
@@ -106,7 +105,7 @@ def hub_with_pairs() -> Hub:
 def serving(found: Hub) -> Iterator[Hub]:
     """Serve a Hub on a free port."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         protocol_version = "HTTP/1.1"
 
         def handle_it(self) -> None:
@@ -124,9 +123,6 @@ def serving(found: Hub) -> Iterator[Hub]:
                 self.wfile.write(content)
 
         do_GET = do_HEAD = do_POST = handle_it
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
 
     with answering(Handler) as found.url:
         yield found

@@ -47,12 +47,6 @@ def pedigree_in(site: Path, folder: Path, *arguments: str) -> subprocess.Complet
     return installed(site, folder, "-m", "dagster_project", *arguments)
 
 
-def commit(folder: Path, message: str = "made") -> str:
-    for command in (["git", "add", "-A"], ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", message]):
-        assert run(command, folder).returncode == 0
-    return run(["git", "rev-parse", "HEAD"], folder).stdout.strip()
-
-
 def pretend_to_run(folder: Path) -> None:
     """Write a small file for each output of every stage, and record all as up to date."""
     from dvc.repo import Repo

@@ -8,11 +8,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from builders.servers import answering
+from builders.servers import Quiet, answering
 
 LARGE = 100_000
 """Bytes from which a file is stored as LFS, like tables and weights of any size."""
@@ -206,7 +205,7 @@ def as_json(document: Any) -> tuple[int, dict[str, str], bytes]:
 def serving(hub: ModelHub) -> Iterator[ModelHub]:
     """Serve a Hub on a free port."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         protocol_version = "HTTP/1.1"
 
         def handle_it(self) -> None:
@@ -237,9 +236,6 @@ def serving(hub: ModelHub) -> Iterator[ModelHub]:
             return b"".join(parts)
 
         do_GET = do_HEAD = do_POST = do_PUT = handle_it
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
 
     with answering(Handler) as hub.url:
         yield hub

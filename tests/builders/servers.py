@@ -37,6 +37,13 @@ def as_user(user: str) -> dict[str, object]:
     return {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
 
 
+class Quiet(BaseHTTPRequestHandler):
+    """Writes no log of its requests."""
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
 @contextmanager
 def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Answer HTTP requests in threads of this process. Yields the address of the server."""

@@ -183,6 +183,13 @@ def git(root: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
 
 
+def commit(root: Path, message: str = "made") -> str:
+    """Commit everything. Returns the commit."""
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", message)
+    return git(root, "rev-parse", "HEAD").strip()
+
+
 def commit_project(root: Path, *under_dvc: str) -> Path:
     """Put a project under git and DVC, with these files and folders under DVC; everything is committed."""
     from dvc.repo import Repo
@@ -192,8 +199,7 @@ def commit_project(root: Path, *under_dvc: str) -> Path:
         with repo.config.edit() as config:
             config["core"]["analytics"] = False
         repo.add([*under_dvc])
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "start")
+    commit(root, "start")
     return root
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from builders.files import contents
 from dagster_project.training.trainers.harness import checkpoint
 
 PACKAGE = Path(checkpoint.__file__).parents[3]
@@ -74,8 +75,7 @@ def train_adapter(folder: Path, model: Path, name: str, params: dict[str, Any], 
 
 
 def output_files(folder: Path, name: str) -> dict[str, bytes]:
-    files = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
-    return {path.relative_to(folder / name).as_posix(): path.read_bytes() for path in files}
+    return contents(folder / name)
 
 
 def exclude_loaded_from_garbage_collection() -> None:

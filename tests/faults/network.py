@@ -14,14 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from builders.ballots import make_answered_project
 from builders.hub import NAME, OLD, hub_with_pairs, serving
 from builders.s3 import BUCKET, s3_server
-from builders.servers import free_port
+from builders.servers import Quiet, free_port
 from builders.warm import Outcome
 
 from faults import project
@@ -135,7 +135,7 @@ def _judge(kind: str) -> Callable[[Play], None]:
     return play
 
 
-class _JudgeHandler(BaseHTTPRequestHandler):
+class _JudgeHandler(Quiet):
     """Prefers the answer that comes later in the alphabet, whatever the order."""
 
     def do_POST(self) -> None:
@@ -152,9 +152,6 @@ class _JudgeHandler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 def _hub(kind: str) -> Callable[[Play], None]:

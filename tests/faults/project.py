@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from builders import warm
+from builders.small_pipeline import commit
 from builders.tiny_model import make_tiny_model
 from dvc.utils import dict_sha256
 from ruamel.yaml import YAML
@@ -115,8 +116,7 @@ class Projects:
                     assert done.code == 0, done.text
                     done = warm.run(place, "pedigree", "sync", fault=note)
                     assert done.code == 0, done.text
-                    git(place.root, "add", "-A")
-                    git(place.root, "commit", "-qm", "made")
+                    commit(place.root, "made")
                 self.keep(place, stage)
                 warm.preload(sorted(set(modules.read_text().splitlines())))  # so that no later process imports them again
 
@@ -146,11 +146,6 @@ class Projects:
         warm.preload(["torch", "transformers", "tokenizers", "polars", "pandera.polars", "pyarrow.parquet"])
 
 
-def git(root: Path, *arguments: str) -> str:
-    command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-
-
 def forked(function: Any, *arguments: Any) -> None:
     pid = os.fork()
     if not pid:
@@ -175,6 +170,5 @@ def _make_project(root: Path) -> int:
     document = yaml.load((root / "dvc.yaml").read_text())
     document["stages"] = {name: document["stages"][name] for name in STAGES}
     (root / "dvc.yaml").write_text(json.dumps(document, indent=1))
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "start")
+    commit(root, "start")
     return 0

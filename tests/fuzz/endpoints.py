@@ -15,6 +15,7 @@ from typing import Any
 
 from builders.hub import Hub, parquet, serving
 from builders.layouts import LAYOUT_ROWS
+from builders.servers import Quiet
 
 from dagster_project.core.errors import PedigreeError
 from dagster_project.evaluation.judge import Endpoint, judge, judge_text
@@ -102,15 +103,12 @@ class Server:
         self.asked = 0
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))
                 answer = server.answers[min(server.asked, len(server.answers) - 1)]
                 server.asked += 1
                 send(self, answer)
-
-            def log_message(self, format: str, *arguments: object) -> None:
-                pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.http.serve_forever, daemon=True).start()

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dagster_project.__main__ import main
+from builders.commands import exit_code, refuse_constant
 
 Case = dict[str, Any]
 """A case is plain JSON, so that it can be kept in the corpus. `files` maps paths to contents (see `as_content`)."""
@@ -80,10 +80,7 @@ def call(*arguments: str) -> tuple[int, str, str]:
     """Run a command of the command line in this process. Returns its exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([*arguments])
-        except SystemExit as usage:
-            code = int(usage.code or 0)
+        code = exit_code(*arguments)
     return code, out.getvalue(), err.getvalue()
 
 
@@ -112,10 +109,6 @@ def answered(*arguments: str, codes: tuple[int, ...] = (0, 1, 2), verdict: bool 
         return code, None
     assert code < 2 or verdict, f"a document with exit code {code}"
     return code, json.loads(out.encode(), parse_constant=refuse_constant)
-
-
-def refuse_constant(constant: str) -> float:
-    raise AssertionError(f"{constant} is not JSON")
 
 
 @contextlib.contextmanager

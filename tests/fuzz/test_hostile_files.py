@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.commands import refuse_constant
 from builders.layouts import BENCHMARK_ROWS, LAYOUT_ROWS, PAIR_ROWS
 
 from dagster_project.core.errors import PedigreeError
@@ -24,7 +25,7 @@ from dagster_project.curation.sources import files
 from dagster_project.curation.sources.files import READERS
 from fuzz import values
 from fuzz.data_files import TOOL_ROW
-from fuzz.surface import STEERS, call, refuse_constant
+from fuzz.surface import STEERS, call
 
 
 @contextmanager
