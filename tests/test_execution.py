@@ -26,8 +26,7 @@ from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.records import remove
 from dagster_project.execution import Execution, Placement, placement
 from dagster_project.orchestration.dvc import records_locked
-from dagster_project.orchestration.dvc_remote import command_of as read_command
-from dagster_project.orchestration.dvc_remote import inputs_by_hash, push
+from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_hash, push
 from dagster_project.orchestration.executors import messages, worker
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.executors.ray import RayExecutor, _Run, connect
@@ -324,9 +323,9 @@ def test_a_job_with_another_command_or_number_of_threads_is_another_job(
         assert run_of(stored, store, tmp_path).key != key
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         text = (stored / "dvc.yaml").read_text()
-        command = read_command(stored, "tok")
+        command = definition_of(stored, "tok")[0]
         (stored / "dvc.yaml").write_text(text.replace(command, f"{command} --verbose"))
-        assert read_command(stored, "tok") != command
+        assert definition_of(stored, "tok")[0] != command
         assert run_of(stored, store, tmp_path).key != key
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.training import example, packed
 from conftest import ROOT
 from torch.nn.functional import cross_entropy
 
@@ -62,15 +63,6 @@ def _quiet() -> Iterator[None]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield
-
-
-def example(ids: list[int], answer_from: int, weight: float = 1.0) -> dict[str, Any]:
-    labels = [IGNORE] * answer_from + ids[answer_from:]
-    return {"input_ids": ids, "labels": labels, "weights": [weight * (x != IGNORE) for x in labels], "lengths": [len(ids)]}
-
-
-def packed(*examples: dict[str, Any]) -> dict[str, Any]:
-    return {column: [value for one in examples for value in one[column]] for column in examples[0]}
 
 
 SHORT_ONE = example([5, 6, 7, 8, 9], 2, weight=0.5)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.training import example, packed
 from conftest import ROOT, tool
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -45,22 +46,6 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj", "down_pr
 
 def tunable(model: Any) -> PreparedModel:
     return PreparedModel(model, 0, 0, lambda folder: None)
-
-
-def example(ids: list[int], answer_from: int, weight: float = 1.0) -> dict[str, Any]:
-    """A row of one example, trained on from a position on."""
-    labels = [IGNORE] * answer_from + ids[answer_from:]
-    return {
-        "example_ids": ["-"],
-        "input_ids": ids,
-        "labels": labels,
-        "weights": [weight * (x != IGNORE) for x in labels],
-        "lengths": [len(ids)],
-    }
-
-
-def packed(*examples: dict[str, Any]) -> dict[str, Any]:
-    return {column: [value for one in examples for value in one[column]] for column in examples[0]}
 
 
 def losses_alone(model: Any, one: dict[str, Any]) -> list[tuple[float, float]]:

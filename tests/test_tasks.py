@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.history import Project, entry, identity, table
+from builders.history import Project, entry, identity, out, table
 from builders.installed import pretend_to_run
 from builders.layouts import LAYOUT_ROWS, PAIR_ROWS
 from builders.small_pipeline import commit
@@ -296,11 +296,6 @@ def test_another_test_split_makes_no_alignment_stale(new: Path) -> None:
 
 
 FAQ, PAIRS = "data/sources/faq.jsonl", "data/sources/pairs.jsonl"
-
-
-def out(lock: dict[str, Any], address: str) -> str:
-    md5: str = lock[address]["outs"][0]["md5"]
-    return md5
 
 
 def reads(made: Project, lock: dict[str, Any]) -> dict[str, str]:

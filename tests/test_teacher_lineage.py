@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.history import Project, entry, identity
+from builders.history import Project, entry, identity, out
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.export.cyclonedx import cyclonedx
@@ -30,11 +30,6 @@ WEIGHTS, CONFIG = "a1" * 32, "c2" * 32
 TEACHER = {"folder": "models/large one", "license": "GPL-3.0-only", "sha256": {"model.safetensors": WEIGHTS, "config.json": CONFIG}}
 SETTINGS: dict[str, Any] = {"method": "gkd", "adapter": "lora", "options": {"teacher": TEACHER}}
 PAIRS = "data/sources/pairs.jsonl"
-
-
-def out(lock: dict[str, Any], address: str) -> str:
-    md5: str = lock[address]["outs"][0]["md5"]
-    return md5
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.history import Project, entry, identity, table
+from builders.history import Project, entry, identity, out, table
 
 from dagster_project.lineage.export.cyclonedx import cyclonedx
 from dagster_project.lineage.export.eu_summary import eu_summary
@@ -30,11 +30,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rules": {"method": "grpo", "rewards": {"valid_json": 1.0}},
 }
 WATCHED, LEARNED = {"dpo", "kto", "rules"}, {"ppo"}
-
-
-def out(lock: dict[str, Any], address: str) -> str:
-    md5: str = lock[address]["outs"][0]["md5"]
-    return md5
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.gradients import flat
 from builders.tool_calls import weather
 from builders.training import LORA, make_data, train_adapter
 
@@ -71,10 +72,6 @@ def plain_gradients(model: Any, example: Example) -> dict[str, np.ndarray]:
     loss = -sum(weight * likely[i, label] for i, label, weight in kept) / sum(weight for _, _, weight in kept)
     loss.backward()
     return {name: weight.grad.numpy().copy() for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def flat(gradients: dict[str, Any]) -> np.ndarray:
-    return np.concatenate([np.asarray(gradients[name]).ravel() for name in sorted(gradients)])
 
 
 @pytest.fixture(scope="module")
@@ -324,9 +321,9 @@ def test_ranks_and_their_weighted_sum() -> None:
     assert ranking.ranks(np.array([0.1, 0.9, 0.9, 0.5])).tolist() == [4, 1, 2, 3]
     scores = np.array([[0.9, 0.1, 0.5, 0.0], [1.0, 0.0, 4.0, 0.5], [0.0, 0.0, 1.0, 0.0]])
     found = ranking.Ranking.of(*scores)
-    assert found.order("gradient") == [0, 2, 1, 3] and found.order("bm25") == [2, 0, 3, 1]
+    assert found.gradient_rank.tolist() == [1, 3, 2, 4] and found.bm25_rank.tolist() == [2, 4, 1, 3]
     units = [(row - row.sum() / 4) / (np.square(row - row.sum() / 4).sum() / 4) ** 0.5 for row in scores]
-    assert found.order("fused") == sorted(range(4), key=lambda i: -(1.5 * units[0][i] + units[1][i] + units[2][i]))
+    assert found.order() == sorted(range(4), key=lambda i: -(1.5 * units[0][i] + units[1][i] + units[2][i]))
 
 
 def test_words_are_those_of_prompt_and_asked_part_together() -> None:
@@ -342,15 +339,15 @@ def test_a_score_in_which_nothing_is_far_from_the_others_changes_little() -> Non
     for i, far in enumerate((0.3, 60.0, 60.0)):
         scores = noise.copy()
         scores[i, 7] = far
-        assert ranking.Ranking.of(*scores).order("fused")[0] == 7
+        assert ranking.Ranking.of(*scores).order()[0] == 7
     few = np.zeros(200)
     few[[3, 5]] = 1.0, 2.0
-    assert ranking.Ranking.of(np.zeros(200), np.zeros(200), few).order("fused")[:2] == [5, 3]
+    assert ranking.Ranking.of(np.zeros(200), np.zeros(200), few).order()[:2] == [5, 3]
 
 
 def test_records_without_a_word_in_common_share_the_last_place() -> None:
     found = ranking.Ranking.of(np.array([0.1, 0.2, 0.3, 0.4]), np.zeros(4), np.array([0.0, 0.0, 2.0, 0.0]))
-    assert found.bm25_rank.tolist() == [4, 4, 1, 4] and found.order("fused") == [2, 3, 1, 0]
+    assert found.bm25_rank.tolist() == [4, 4, 1, 4] and found.order() == [2, 3, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import alignment_pipeline
+from builders.gradients import flat
 from builders.preferences import PREFERENCE_SCHEMA, preference_row
 from conftest import dvc
 
@@ -56,10 +57,6 @@ def tokenizer(root: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(root / "data/base_model")
-
-
-def flat(gradients: dict[str, Any]) -> np.ndarray:
-    return np.concatenate([np.asarray(gradients[name]).ravel() for name in sorted(gradients)])
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, bound: float = 2e-5) -> None:

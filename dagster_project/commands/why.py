@@ -285,7 +285,7 @@ def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[
     """The first records by both scores, each with its place, use and scores."""
     places = places_of(found)
     hits = []
-    for i in ranking.order("fused")[:top]:
+    for i in ranking.order()[:top]:
         record = found.records[i]
         hits.append(
             {

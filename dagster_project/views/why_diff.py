@@ -47,7 +47,7 @@ def _answer(one: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_view(one: Mapping[str, Any]) -> dict[str, Any]:
-    """A ranked record of a difference for the macro `record_of_difference`."""
+    """A ranked record of a difference for the macro `record`."""
     return {
         "rank": one["rank"],
         "place": ", ".join(one["rows"][:3]) + (" and more" if len(one["rows"]) > 3 else ""),

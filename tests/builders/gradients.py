@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -12,6 +13,10 @@ def trained_gradients(model: Any) -> dict[str, torch.Tensor]:
     found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
     model.zero_grad()
     return found
+
+
+def flat(gradients: dict[str, Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(gradients[name]).ravel() for name in sorted(gradients)])
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:

@@ -48,6 +48,11 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
 
 
+def out(lock: Mapping[str, Any], address: str) -> str:
+    """Hash of the output of a stage."""
+    return str(lock[address]["outs"][0]["md5"])
+
+
 class Project:
     """A repository with DVC's cache and no code."""
 

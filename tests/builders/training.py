@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from builders.files import contents
+from dagster_project.core.chat import IGNORE
 from dagster_project.training.trainers.harness import checkpoint
 
 PACKAGE = Path(checkpoint.__file__).parents[3]
@@ -37,7 +38,6 @@ PACKED_ROWS = 7
 
 def make_data(folder: Path, rows: int = PACKED_ROWS, threads: int = 1) -> None:
     """Packed rows of random examples; for two threads long enough that they share the work."""
-    from dagster_project.core.chat import IGNORE
     from dagster_project.core.records import write_table
     from dagster_project.stages.tokenized import row_schema
 
@@ -57,6 +57,18 @@ def make_data(folder: Path, rows: int = PACKED_ROWS, threads: int = 1) -> None:
 
     for split, count in (("train", rows), ("validation", 2)):
         write_table(folder / "tokenized" / f"{split}.parquet", [row(f"{split}{n}") for n in range(count)], row_schema())
+
+
+def example(ids: list[int], answer_from: int, weight: float = 1.0) -> dict[str, Any]:
+    """A row of one example, trained on from a position on."""
+    labels = [IGNORE] * answer_from + ids[answer_from:]
+    weights = [weight * (x != IGNORE) for x in labels]
+    return {"example_ids": ["-"], "input_ids": ids, "labels": labels, "weights": weights, "lengths": [len(ids)]}
+
+
+def packed(*examples: dict[str, Any]) -> dict[str, Any]:
+    """A packed row."""
+    return {column: [value for one in examples for value in one[column]] for column in examples[0]}
 
 
 def train_adapter(folder: Path, model: Path, name: str, params: dict[str, Any], threads: int = 1, live: Path | None = None) -> None:

@@ -113,13 +113,8 @@ class Ranking:
         total = WEIGHT * standardized(gradient) + standardized(prompt) + standardized(part)
         return cls(gradient, robust_z(gradient), words, by_gradient, by_words, ranks(total))
 
-    def order(self, by: str) -> list[int]:
-        """Numbers of the records, the first first.
-
-        Args:
-            by: "fused", "gradient" or "bm25".
-        """
+    def order(self) -> list[int]:
+        """Numbers of the records, the first first."""
         import numpy as np
 
-        chosen = {"fused": self.rank, "gradient": self.gradient_rank, "bm25": self.bm25_rank}[by]
-        return [int(i) for i in np.argsort(chosen, kind="stable")]
+        return [int(i) for i in np.argsort(self.rank, kind="stable")]
