@@ -119,7 +119,7 @@ def train_on(project: Path, work: Path, records: list[dict[str, Any]], new: dict
     ids = {record["example_id"]: record for record in records}
     kept = [line for line in iter_ledger(project / "data/splits") if line["example_id"] in ids]
     added = [
-        {"source": ids[name]["source"], "source_row": None, "example_id": name, "outcome": "train", "why": what}
+        {"source": ids[name]["source"], "source_row": 0, "example_id": name, "outcome": "train", "why": what}
         for name, what in new.items()
         if name in ids
     ]

@@ -61,7 +61,7 @@ def prepare(project: Path, work: Path, seed: int, steps: int, most: int) -> None
     kept = {record["example_id"] for record in records}
     lines = [line for line in iter_ledger(project / "data/splits") if line["example_id"] in kept]
     new = [
-        {"source": record["source"], "source_row": None, "example_id": record["example_id"], "outcome": "train", "why": "flipped"}
+        {"source": record["source"], "source_row": 0, "example_id": record["example_id"], "outcome": "train", "why": "flipped"}
         for record in records
         if record["example_id"] in names
     ]
