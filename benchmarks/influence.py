@@ -241,7 +241,7 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
     are compared in seconds.
 
     Returns:
-        {"asked", "ids", "gradients" (records, width), "lengths" (records,), "span" (questions, width), "whole" (questions with culprits, width),
+        {"asked", "ids", "gradients" (`store.Gradients`), "span" (questions, width), "whole" (questions with culprits, width),
         "prompt", "part" and "answer" (questions, records): words in common, "validation" (validation questions, width) and "owners", "cost"}.
     """
     import numpy as np
@@ -250,7 +250,7 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
     from dagster_project.core.params import Compute
     from dagster_project.core.records import read_records, write_json
     from dagster_project.lineage.attribution.gradients import TrainedModel
-    from dagster_project.lineage.attribution.per_record import projected_gradients
+    from dagster_project.lineage.attribution.per_record import projected_gradients, with_log_odds
     from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.records import trained_records
     from dagster_project.lineage.attribution.store import GradientStore, identity_of
@@ -271,7 +271,7 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
         trained = TrainedModel.load(adapter, base, compute, "adapter@lora")
         trained = trained.at(point.weights(), point.scales()) if point else trained
         loading, start = time.process_time() - start, time.process_time()
-        count = store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
+        count = store.build(lambda numbers: with_log_odds(trained, projection, [records[i].examples for i in numbers]), "gradients")
         seconds, start = time.process_time() - start, time.process_time()
         tokenizer = AutoTokenizer.from_pretrained(base)
         spans = [example_of(tokenizer, q, q["span"]) for q in asked]
@@ -286,11 +286,10 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
         cost = {"loading": loading, "index": seconds, "records": count, "questions": asking, "asked": len(wide)}
         cost |= {"validation": comparing, "validation questions": len(owners), "bytes": store.bytes()}
         write_json(store.folder / "cost.json", cost)
-    gradients, lengths = store.read()
     with np.load(file) as kept:
         arrays = {name: kept[name] for name in kept.files}
     cost = json.loads((store.folder / "cost.json").read_text())
-    return {"asked": asked, "ids": [r.example_id for r in records], "gradients": gradients, "lengths": lengths, **arrays, "cost": cost}
+    return {"asked": asked, "ids": [r.example_id for r in records], "gradients": store.read(), **arrays, "cost": cost}
 
 
 def example_of(tokenizer: Any, question: dict[str, Any], span: str | None) -> tuple[Any]:
@@ -349,19 +348,22 @@ def measure(project: Path, work: Path, seed: int, points: list[Any]) -> dict[str
     culprits = json.loads((work / "culprits.json").read_text())
     dice = np.random.default_rng(seed)
 
-    def mean(name: str) -> Any:
-        """Cosines of questions with records, (questions, records), mean over the points; and those of each point."""
-        each = [np.stack([cosines(one["gradients"], row) for row in one[name]]) for one in of_points]
+    def mean(name: str, of: str) -> Any:
+        """Cosines of questions with records, (questions, records), mean over the points; and those of each point.
+
+        Args:
+            of: "loss" or "log_odds" of the records.
+        """
+        each = [np.stack([cosines(getattr(one["gradients"], of), row) for row in one[name]]) for one in of_points]
         return np.mean(each, axis=0), each
 
-    span, each = mean("span")
-    whole = mean("whole")[0] if len(found["whole"]) else None
-    validation, _ = mean("validation")
-    known = Calibration(validation, found["owners"])
+    (span, each), (losses, _) = mean("span", "log_odds"), mean("span", "loss")
+    whole = mean("whole", "log_odds")[0] if len(found["whole"]) else None
+    known = Calibration(mean("validation", "loss")[0], found["owners"])
     results = []
     for i, question in enumerate(asked):
         prompt, part, answer = (found[name][i] for name in ("prompt", "part", "answer"))
-        ranking = Ranking.of(span[i], prompt, part)
+        ranking, of_loss = Ranking.of(span[i], prompt, part), Ranking.of(losses[i], prompt, part)
         before = distances(ranking.gradient) + distances(prompt + answer)
         by = {
             "gradient of the asked part": ranking.gradient_rank,
@@ -371,21 +373,23 @@ def measure(project: Path, work: Path, seed: int, points: list[Any]) -> dict[str
                 else {}
             ),
             "gradient of the whole answer": ranks(whole[i]) if question["kind"] in KINDS else ranking.gradient_rank,
+            "gradient of the asked part, loss of records": of_loss.gradient_rank,
             "BM25 of prompt and asked part": ranking.bm25_rank,
             "BM25 of prompt and answer": np.where(prompt + answer > 0, ranks(prompt + answer), len(ids)),
             "`pedigree why`: order of the list": ranking.rank,
+            "order of the list, loss of records": of_loss.rank,
             "order before: robust sum, words of the answer": ranks(before),
             "reciprocal rank fusion of both": ranks(fused(ranking.gradient_rank, ranking.bm25_rank)),
             "random": ranks(dice.random(len(ids))),
         }
         own = [ids.index(name) for name in culprits.get(question["kind"], ()) if name in ids]
-        order, p_value = np.sort(ranking.z)[::-1], known.p_value(ranking.gradient)
+        order, p_value = np.sort(of_loss.z)[::-1], known.p_value(losses[i])
         results.append(
             {
                 "kind": question["kind"],
                 "p": round(p_value, 4),
                 "stands_out": p_value <= ALPHA,
-                "stood_out": stands_out(ranking.z),
+                "stood_out": stands_out(of_loss.z),
                 "z": [round(float(z), 2) for z in order[:20]],
                 "ranks": {method: sorted(int(rank[k]) for k in own) for method, rank in by.items()} if own else {},
             }

@@ -100,7 +100,7 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
     from dagster_project.core.params import Compute
     from dagster_project.core.records import read_records
     from dagster_project.lineage.attribution.gradients import TrainedModel
-    from dagster_project.lineage.attribution.per_record import projected_gradients
+    from dagster_project.lineage.attribution.per_record import with_log_odds
     from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.ranking import cosines, ranks
     from dagster_project.lineage.attribution.records import trained_records
@@ -112,12 +112,13 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
     start = time.process_time()
     if store.missing() or not (work / "losses.json").is_file():
         trained = TrainedModel.load(adapter, base, Compute(threads=1, dtype=training["dtype"]), "adapter@lora")
-        store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
+        store.build(lambda numbers: with_log_odds(trained, projection, [records[i].examples for i in numbers]), "gradients")
         with torch.no_grad():
             losses = [float(trained.sum_of_losses([one.examples])) for one in records]
         (work / "losses.json").write_text(json.dumps(losses))
     seconds = time.process_time() - start
-    gradients, lengths = store.read()
+    stored = store.read()
+    gradients, lengths = stored.loss, stored.lengths
     known = {one["example_id"]: one for one in read_records(work / "splits/train")}
     texts = [known[one.example_id] for one in records]
     own = [Group(one["source"], one["category"], form_of(one["messages"][-1])) for one in texts]
@@ -166,20 +167,22 @@ def asked(project: Path, work: Path) -> dict[str, Any]:
     words = [
         bm25(documents, many) for many in ([prompt_text(messages) for messages, _, _ in questions], [label for _, label, _ in questions])
     ]
-    gradients, _ = store_of(project, work).read()
+    stored = store_of(project, work).read()
     of_questions, of_validation, owners = spans(project, work, questions)
-    compared = Calibration(np.stack([cosines(gradients, one) for one in of_validation]), owners)
+    compared = Calibration(np.stack([cosines(stored.loss, one) for one in of_validation]), owners)
     recall: dict[str, list[list[float]]] = {}
     clear: dict[str, list[bool]] = {}
     for span, prompt, label, (_, _, numbers) in zip(of_questions, *words, questions, strict=True):
-        ranking = Ranking.of(cosines(gradients, span), prompt, label)
-        rules = {"by validation questions": compared.p_value(ranking.gradient) <= ALPHA, "by the rule before": stands_out(ranking.z)}
+        ranking, of_loss = (Ranking.of(cosines(rows, span), prompt, label) for rows in (stored.log_odds, stored.loss))
+        rules = {"by validation questions": compared.p_value(of_loss.gradient) <= ALPHA, "by the rule before": stands_out(of_loss.z)}
         for rule, is_clear in rules.items():
             clear.setdefault(f"{rule}, {'with' if numbers else 'without'} a culprit", []).append(is_clear)
         by = {
             "gradient of the label": ranking.gradient_rank,
+            "gradient of the label, loss of records": of_loss.gradient_rank,
             "BM25 of prompt and label": ranking.bm25_rank,
             "`pedigree why`: order of the list": ranking.rank,
+            "order of the list, loss of records": of_loss.rank,
             "reciprocal rank fusion": ranks(fused(ranking.gradient_rank, ranking.bm25_rank)),
         }
         for method, rank in by.items() if numbers else ():

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,15 +30,15 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.attribution import proof, ranking, store
-from dagster_project.lineage.attribution.gradients import TrainedModel
-from dagster_project.lineage.attribution.per_record import lora_layers, projected_gradients
+from dagster_project.lineage.attribution.gradients import LEAST_ERROR, TrainedModel
+from dagster_project.lineage.attribution.per_record import lora_layers, projected_gradients, with_log_odds
 from dagster_project.lineage.attribution.projection import Projection, signs
 from dagster_project.lineage.attribution.records import Example, TrainedRecord, trained_records
 from dagster_project.lineage.attribution.store import GradientStore, identity_of
 from dagster_project.lineage.history import listing_of
 
 COMPUTE = Compute(threads=1, dtype="float32")
-WHOLE = Projection(size=4096)
+WHOLE = Projection(numbers=4096**2)
 """So large that no side of a gradient is projected."""
 SHORT = {**LORA, "num_train_epochs": 1}
 
@@ -132,8 +133,67 @@ def test_packed_records_have_the_gradients_of_each_alone(
     assert_close(projected_gradients(trained, WHOLE, examples).numpy(), expected)
     monkeypatch.setattr(per_record, "ROOM", 30)  # several passes
     assert_close(projected_gradients(trained, WHOLE, examples).numpy(), expected)
-    alone = np.stack([Projection(5).project(trained.of_record(record)).numpy() for record in examples])
-    assert_close(projected_gradients(trained, Projection(5), examples).numpy(), alone)
+    alone = np.stack([Projection(25).project(trained.of_record(record)).numpy() for record in examples])
+    assert_close(projected_gradients(trained, Projection(25), examples).numpy(), alone)
+
+
+@pytest.fixture
+def confident(trained: TrainedModel, tiny_model: Path, work: Path) -> Iterator[Any]:
+    """The same adapter on two models that are sure of many tokens: their logits are those of the tiny model times 8. Yields that of PEFT alone."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), work / "adapter", is_trainable=True).eval()
+    heads = [model.get_output_embeddings().weight for model in (plain.get_base_model(), trained.prepared.model.get_base_model())]
+    with torch.no_grad():
+        for head in {id(head): head for head in heads}.values():
+            head *= 8
+    yield plain
+    with torch.no_grad():
+        heads[1] /= 8
+
+
+def sure_example(model: Any, example: Example) -> Example:
+    """The example with the likeliest tokens as labels, as far as it has labels."""
+    import torch
+
+    likeliest = model(torch.tensor([example.input_ids])).logits[0].argmax(-1).tolist()
+    labels = [label if label == IGNORE else likeliest[i - 1] for i, label in enumerate(example.labels)]
+    return Example(example.input_ids, tuple(labels), example.weights)
+
+
+def test_gradients_of_log_odds_equal_those_of_plain_autograd(trained: TrainedModel, records: list[TrainedRecord], confident: Any) -> None:
+    import torch
+
+    examples = [record.examples[0] for record in records[:6]]
+    examples += [sure_example(confident, example) for example in examples]
+    expected, errors = [], []
+    for example in examples:
+        confident.zero_grad()
+        likely = torch.log_softmax(confident(torch.tensor([example.input_ids])).logits[0, :-1].double(), -1)
+        kept = [(i, label, example.weights[i + 1]) for i, label in enumerate(example.labels[1:]) if label != IGNORE]
+        total = torch.zeros((), dtype=torch.float64)
+        for i, label, weight in kept:
+            p = likely[i, label].exp()
+            errors.append(float(1 - p))
+            total = total - weight * (torch.log(p / (1 - p)) if errors[-1] > LEAST_ERROR else likely[i, label] / LEAST_ERROR)
+        (total / sum(weight for _, _, weight in kept)).backward()
+        gradients = {name: weight.grad.numpy().copy() for name, weight in confident.named_parameters() if weight.requires_grad}
+        expected.append(flat(gradients))
+    assert sum(error < LEAST_ERROR for error in errors) >= 5 and sum(LEAST_ERROR < error < 0.5 for error in errors) >= 5
+    losses, found = with_log_odds(trained, WHOLE, [(example,) for example in examples])
+    for row, wanted in zip(found.numpy(), np.stack(expected), strict=True):
+        assert_close(row, wanted, 1e-4)
+    assert_close(losses.numpy(), projected_gradients(trained, WHOLE, [(example,) for example in examples]).numpy())
+    assert_close(flat(trained.log_odds_of_record(examples[:1])), expected[0], 1e-4)
+
+
+def test_log_odds_leave_label_smoothing_out(trained: TrainedModel, records: list[TrainedRecord]) -> None:
+    examples = [record.examples for record in records[:6]]
+    plain, smoothed = (with_log_odds(replace(trained, label_smoothing=amount), WHOLE, examples) for amount in (0.0, 0.3))
+    assert_close(smoothed[1].numpy(), plain[1].numpy())
+    assert np.abs(smoothed[0].numpy() - plain[0].numpy()).max() > 0.1 * np.abs(plain[0].numpy()).max()
 
 
 def test_examples_of_one_record_share_a_loss(trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray) -> None:
@@ -186,8 +246,8 @@ def test_other_methods_take_one_record_at_a_time(tiny_model: Path, work: Path, t
     model = TrainedModel.load(tmp_path / "adapter", tiny_model, COMPUTE, "adapter@x")
     found = trained_records(tmp_path / "adapter", tmp_path / "tokenized")[:2]
     assert lora_layers(model) is None
-    gradients = projected_gradients(model, Projection(4), [record.examples for record in found]).numpy()
-    assert gradients.shape == (2, Projection(4).width(model.shapes)) and np.isfinite(gradients).all() and gradients.any(1).all()
+    gradients = projected_gradients(model, Projection(16), [record.examples for record in found]).numpy()
+    assert gradients.shape == (2, Projection(16).width(model.shapes)) and np.isfinite(gradients).all() and gradients.any(1).all()
 
 
 # ---- projections
@@ -202,7 +262,7 @@ def test_inner_products_are_exact_where_nothing_is_projected_and_unbiased_where_
     )
     exact = sum(float((one[name] * two[name]).sum()) for name in one)
     assert float(WHOLE.project(one) @ WHOLE.project(two)) == pytest.approx(exact, rel=1e-5)
-    estimates = [float(p.project(one) @ p.project(two)) for p in (Projection(8, seed) for seed in range(300))]
+    estimates = [float(p.project(one) @ p.project(two)) for p in (Projection(64, seed) for seed in range(300))]
     error = np.std(estimates) / len(estimates) ** 0.5
     assert abs(np.mean(estimates) - exact) < 4 * error and error < 0.1 * abs(exact)
 
@@ -216,10 +276,14 @@ def test_signs_depend_on_the_name_alone() -> None:
 # ---- the store
 
 
-def gradient_of(numbers: Any) -> Any:
+def gradient_of(numbers: Any, first: int = 0) -> Any:
     import torch
 
-    return torch.stack([torch.from_numpy(np.random.default_rng(i).normal(size=20)).float() for i in numbers])
+    return torch.stack([torch.from_numpy(np.random.default_rng(first + i).normal(size=20)).float() for i in numbers])
+
+
+def both_of(numbers: Any) -> Any:
+    return gradient_of(numbers), gradient_of(numbers, 100)
 
 
 @pytest.fixture
@@ -234,41 +298,46 @@ def contents(one: GradientStore) -> dict[str, bytes]:
 @pytest.mark.usefixtures("small_shards")
 def test_a_store_has_the_same_bytes_twice_and_after_an_interruption(tmp_path: Path) -> None:
     one, two, three = (GradientStore.at(tmp_path / str(i), {"adapter": "a"}, 10) for i in range(3))
-    assert one.build(gradient_of, "x") == two.build(gradient_of, "x") == 10
+    assert one.build(both_of, "x") == two.build(both_of, "x") == 10
     calls = iter(range(2))
 
     def interrupted(numbers: Any) -> Any:
         next(calls)
-        return gradient_of(numbers)
+        return both_of(numbers)
 
     with pytest.raises(StopIteration):
         three.build(interrupted, "x")
     with pytest.raises(InputError, match="incomplete or damaged: 1 of 3"):
         three.read()
-    assert three.build(gradient_of, "x") == 2
+    assert three.build(both_of, "x") == 2
     assert contents(one) == contents(two) == contents(three)
 
 
 @pytest.mark.usefixtures("small_shards")
 def test_what_is_read_are_the_gradients_at_length_one(tmp_path: Path) -> None:
     one = GradientStore.at(tmp_path, {}, 10)
-    one.build(gradient_of, "x")
-    units, norms = one.read()
-    whole = gradient_of(range(10)).numpy()
-    assert units.dtype == np.float16 and np.allclose(units * norms[:, None], whole, atol=2e-3)
+    one.build(both_of, "x")
+    stored = one.read()
+    units, norms = stored.loss, stored.lengths
+    whole, odds = (found.numpy() for found in both_of(range(10)))
+    assert units.dtype == stored.log_odds.dtype == np.float16 and np.allclose(units * norms[:, None], whole, atol=2e-3)
     assert np.allclose(norms, np.linalg.norm(whole, axis=1))
+    assert np.allclose(stored.log_odds * np.linalg.norm(odds, axis=1)[:, None], odds, atol=2e-3)
+    of_pairs = GradientStore.at(tmp_path, {"of": "pairs"}, 10)
+    of_pairs.build(lambda numbers: (gradient_of(numbers),), "x")
+    assert np.array_equal(of_pairs.read().loss, units) and np.array_equal(of_pairs.read().log_odds, units)
 
 
 @pytest.mark.usefixtures("small_shards")
 def test_a_damaged_file_is_refused_and_computed_again(tmp_path: Path) -> None:
     one = GradientStore.at(tmp_path, {}, 10)
-    one.build(gradient_of, "x")
+    one.build(both_of, "x")
     before = contents(one)
     path = one.folder / "gradients-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(InputError, match="damaged"):
         one.read()
-    assert one.build(gradient_of, "x") == 4
+    assert one.build(both_of, "x") == 4
     assert contents(one) == before
 
 
@@ -285,7 +354,7 @@ def test_a_store_of_another_model_is_never_used(work: Path, tiny_model: Path, re
     different = [
         at(other),
         at(work / "adapter", altered),
-        at(work / "adapter", projection=Projection(3)),
+        at(work / "adapter", projection=Projection(9)),
         at(work / "adapter", dtype="bfloat16"),
     ]
     assert len({first.folder, *(one.folder for one in different)}) == 5
@@ -298,7 +367,7 @@ def test_a_store_of_another_model_is_never_used(work: Path, tiny_model: Path, re
 def test_an_erasure_removes_all_stores_and_trainings_of_checks(tmp_path: Path) -> None:
     from dagster_project.orchestration.erasure.steps import Erasure
 
-    GradientStore.at(tmp_path, {}, 3).build(gradient_of, "x")
+    GradientStore.at(tmp_path, {}, 3).build(both_of, "x")
     (tmp_path / proof.PROOFS / "model" / "set").mkdir(parents=True)
     plan = {"needles": {"texts": [], "groups": [], "ids": [], "unsearchable": 0}, "files": []}
     Erasure(tmp_path, plan, lambda _: None).files()

@@ -14,9 +14,10 @@ from builders.commands import document
 
 from dagster_project.__main__ import main
 from dagster_project.commands import why_calibration, why_model, why_prove
-from dagster_project.commands.why_question import tokenize, tokenizer_of
+from dagster_project.commands.why_question import Options, question, tokenize, tokenizer_of
 from dagster_project.core.hashing import md5_of_file, md5_of_folder
 from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.lineage.attribution import ranking
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration import locks
@@ -122,7 +123,7 @@ def test_a_question_is_compared_with_those_of_the_validation_split(root: Path, c
 
     # the same scores, each question asked alone: of the part as a span of its answer, at the model
     target = why_model.target(root, MODEL)
-    gradients, _ = target.store.read()
+    gradients = target.store.read().loss
     tokenizer = tokenizer_of(target)
     expected = []
     for i, (prompt, part) in enumerate(asked):
@@ -133,6 +134,12 @@ def test_a_question_is_compared_with_those_of_the_validation_split(root: Path, c
         expected.append(gradients.astype(np.float32) @ vector / np.linalg.norm(vector))
     known = why_calibration.read(target)
     assert known is not None
+    _, gradient = target.model.of_span(question(target, Options(*QUESTION[1::2]), None, tokenizer).example)
+    span = target.projection.project(gradient).numpy()
+    stored = target.store.read()
+    of_loss, of_log_odds = (ranking.cosines(rows, span) for rows in (stored.loss, stored.log_odds))
+    assert compared["p"] == round(known.p_value(of_loss), 4) and compared["excess"] == round(known.excess(of_loss), 4)
+    assert found["distribution"]["first"] == round(float(of_log_odds.max()), 4) != round(float(of_loss.max()), 4)
     far = np.abs(known.cosines[:, None] - np.stack(expected)[None]).max(2)
     assert far.min(1).max() < 2e-3 and sorted(far.argmin(1).tolist()) == list(range(24)), "each stored question is another one of these"
     assert sorted(known.owners.tolist()) == [i // 2 for i in range(24)]

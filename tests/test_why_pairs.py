@@ -27,7 +27,7 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find
 
 COMPUTE = Compute(threads=1, dtype="float32")
-WHOLE = Projection(size=4096)
+WHOLE = Projection(numbers=4096**2)
 """So large that no side of a gradient is projected."""
 ENTRY = {
     "adapter": "lora",
@@ -115,7 +115,7 @@ def test_gradients_of_dpo_are_those_of_its_loss(root: Path, monkeypatch: pytest.
     monkeypatch.setattr(per_record, "ROOM", 60)  # several passes
     assert_close(gradients_of_pairs(model, WHOLE, examples).numpy(), expected)
     assert_close(np.stack([flat(model.of_record(pair)) for pair in examples]), expected)
-    projected = [gradients_of_pairs(model, Projection(8, seed), examples).numpy() for seed in range(40)]
+    projected = [gradients_of_pairs(model, Projection(64, seed), examples).numpy() for seed in range(40)]
     products, exact = np.stack([one @ one.T for one in projected]), expected @ expected.T
     error = products.std(0) / len(products) ** 0.5
     assert (np.abs(products.mean(0) - exact) <= 5 * error).all(), "inner products of projected gradients estimate those of the gradients"

@@ -139,7 +139,7 @@ def test_second_moments_of_the_first_step_are_the_squares_of_its_gradient(root: 
 def test_stored_gradients_are_those_of_autograd_at_the_weights_of_each_point(indexed: Path, scaled: bool) -> None:
     found = target(indexed, MODEL)
     for point in at_points(found, PointSelection(3, scaled)):
-        stored, lengths = point.store.read()
+        stored = point.store.read()
         model = untrained(found).model.eval()
         named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         saved = point.point.weights() if isinstance(point, EarlierTarget) else None
@@ -158,8 +158,8 @@ def test_stored_gradients_are_those_of_autograd_at_the_weights_of_each_point(ind
                 moments = load_file(point.point.folder / "moments.safetensors")
                 gradients = {name: gradient / (moments[name].sqrt() + 1e-8).sqrt() for name, gradient in gradients.items()}
             expected = point.projection.project(gradients).numpy()
-            assert np.allclose(lengths[number], np.linalg.norm(expected), rtol=1e-3)
-            assert np.allclose(stored[number], expected / np.linalg.norm(expected), atol=2e-3)
+            assert np.allclose(stored.lengths[number], np.linalg.norm(expected), rtol=1e-3)
+            assert np.allclose(stored.loss[number], expected / np.linalg.norm(expected), atol=2e-3)
 
 
 def test_a_score_is_the_mean_of_the_cosines_at_the_points(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +179,7 @@ def test_a_score_is_the_mean_of_the_cosines_at_the_points(indexed: Path, capsys:
     for point in at_points(found, PointSelection(3)):
         _, gradient = point.model.of_span(asked.example)
         wanted = point.projection.project(gradient).numpy()
-        of_points.append(point.store.read()[0].astype(np.float32) @ (wanted / np.linalg.norm(wanted)))
+        of_points.append(point.store.read().log_odds.astype(np.float32) @ (wanted / np.linalg.norm(wanted)))
     for record, score in zip(found.records, np.mean(of_points, 0), strict=True):
         assert abs(mean[record.example_id] - score) < 1e-4
 

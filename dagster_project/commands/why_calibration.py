@@ -115,7 +115,7 @@ def _asked(found: Target) -> list[tuple[int, Example]]:
 def _computed(found: Target, asked: list[tuple[int, Example]]) -> Calibration:
     import numpy as np
 
-    gradients, _ = found.store.read()
+    gradients = found.store.read().loss
     model = replace(found.model, label_smoothing=0.0)  # a question is about a log-probability
     progress, rows = Progress(f"{found.run.address}: questions of the validation split", len(asked), "question"), list[np.ndarray]()
     for start in range(0, len(asked), BLOCK):

@@ -43,7 +43,8 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
     """
     found = target(root, model)
     indexed = index(found, END_ONLY) if with_index else None
-    gradients, lengths = found.store.read()
+    stored = found.store.read()
+    gradients, lengths = stored.loss, stored.lengths
     known = why_calibration.read(found)
     texts = Texts(found)
     own = _own_groups(found, texts)

@@ -31,6 +31,8 @@ REFUSED = {
     "feature_extraction": "it is a classifier without optimizer steps: it predicts a label and has no log-probability of a text",
 }
 """Method -> why its answers cannot be attributed."""
+LEAST_ERROR = 0.01
+"""Least 1 - p in the gradient of the log-odds of a token, whose noise would count as much as what was learned otherwise. Chosen in docs/decisions/061."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,11 @@ class TrainedModel:
 
     def of_record(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Gradient of the weighted mean loss over the tokens of a record's examples, by name of the weight."""
-        return self._gradient(self._loss(examples, self.label_smoothing))
+        return self._gradient(self.sum_of_losses([examples]))
+
+    def log_odds_of_record(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """The same of the negative log-odds of the tokens, as in `sums`."""
+        return self._gradient(self.sums([examples])[1])
 
     def of_span(self, example: Example) -> tuple[float, dict[str, torch.Tensor]]:
         """Log-probability in nats of the labeled tokens, and the gradient of its negative, by name of the weight.
@@ -137,11 +143,21 @@ class TrainedModel:
 
     def sum_of_losses(self, records: Sequence[Sequence[Example]]) -> torch.Tensor:
         """Sum of the losses of several records, in one packed row."""
-        scaled = []
-        for examples in records:
-            total = max(sum(weight for example in examples for weight in _counted(example)), 1e-30)
-            scaled += [replace(example, weights=tuple(weight / total for weight in example.weights)) for example in examples]
-        return self._weighted_sum(scaled, self.label_smoothing)
+        return self._weighted_sum(_averaging(records), self.label_smoothing)
+
+    def sums(self, records: Sequence[Sequence[Example]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the losses of several records, in one packed row, and a sum with the gradient of their negative log-odds.
+
+        The log-odds log(p / (1 - p)) of a token change by 1 / (1 - p) times what log(p) changes by, so their gradient does not vanish when the token is
+        learned. TRAK compares such gradients (Park et al. 2023, arXiv 2303.14186, section 3). Label smoothing, which ends at some p below 1, is left out.
+        """
+        import torch
+
+        examples = _averaging(records)
+        losses, weights, _ = self.token_losses(examples, self.label_smoothing)
+        nats = self.token_losses(examples, 0.0)[0] if self.label_smoothing else losses
+        errors = -torch.expm1(-nats.detach())
+        return (losses * weights).sum(), (nats * weights / errors.clamp_min(LEAST_ERROR)).sum()
 
     def _weighted_sum(self, examples: Sequence[Example], label_smoothing: float) -> torch.Tensor:
         """Sum of weight x loss over the tokens of examples in one packed row."""
@@ -165,6 +181,15 @@ class TrainedModel:
         numbers = torch.tensor([i for i, example in enumerate(examples) for _ in example.input_ids], device=device)
         owners = numbers[counted[0].nonzero()[:, 0] + 1]
         return losses, batch["weights"][:, 1:][counted], owners
+
+
+def _averaging(records: Sequence[Sequence[Example]]) -> list[Example]:
+    """The examples of records, with weights that add up to 1 in each record; 0 where no token has a weight."""
+    found = []
+    for examples in records:
+        total = max(sum(weight for example in examples for weight in _counted(example)), 1e-30)
+        found += [replace(example, weights=tuple(weight / total for weight in example.weights)) for example in examples]
+    return found
 
 
 def _counted(example: Example) -> list[float]:

@@ -10,7 +10,7 @@ multiplied, as LoGRA does, so the gradients themselves are never formed, unless 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,26 @@ def projected_gradients(trained: TrainedModel, projection: Projection, records: 
     layers = lora_layers(trained)
     if layers is None:
         return torch.stack([projection.project(trained.of_record(examples)) for examples in records])
-    return torch.cat([_of_pass(trained, projection, layers, [records[i] for i in numbers]) for numbers in _passes(records)])
+    passes = [[records[i] for i in numbers] for numbers in _passes(records)]
+    return torch.cat([_of_pass(trained, projection, layers, one, lambda given: [trained.sum_of_losses(given)])[0] for one in passes])
+
+
+def with_log_odds(trained: TrainedModel, projection: Projection, records: Sequence[Sequence[Example]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projected gradients of the loss of each record, and of the negative log-odds of its tokens, (records, width) float32 each.
+
+    Args:
+        records: the examples of each record.
+    """
+    import torch
+
+    layers = lora_layers(trained)
+    if layers is None:
+        odds = torch.stack([projection.project(trained.log_odds_of_record(examples)) for examples in records])
+        return projected_gradients(trained, projection, records), odds
+    passes = [[records[i] for i in numbers] for numbers in _passes(records)]
+    of_passes = [_of_pass(trained, projection, layers, one, trained.sums) for one in passes]
+    loss, odds = (torch.cat(parts) for parts in zip(*of_passes, strict=True))
+    return loss, odds
 
 
 def _passes(records: Sequence[Sequence[Example]]) -> Iterator[list[int]]:
@@ -81,15 +100,22 @@ def lora_layers(trained: TrainedModel) -> list[Layer] | None:
     return layers if {name for layer in layers for name in (layer.a, layer.b)} == weights.keys() else None
 
 
-def _of_pass(trained: TrainedModel, projection: Projection, layers: Sequence[Layer], records: Sequence[Sequence[Example]]) -> torch.Tensor:
-    """Projected gradients of records in one packed row, (records, width) float32."""
+def _of_pass(
+    trained: TrainedModel,
+    projection: Projection,
+    layers: Sequence[Layer],
+    records: Sequence[Sequence[Example]],
+    sums: Callable[[Sequence[Sequence[Example]]], Sequence[torch.Tensor]],
+) -> list[torch.Tensor]:
+    """Projected gradients of records in one packed row, (records, width) float32 for each of the sums over all records."""
     import torch
 
     owners = [i for i, examples in enumerate(records) for _ in examples]
     sizes = [len(example.input_ids) for examples in records for example in examples]
     segments = list(zip(owners, pairwise(accumulate(sizes, initial=0)), strict=True))
     places = _places(trained, projection)
-    found = torch.zeros(len(records), sum(rows * columns for _, rows, columns in places.values()))
+    width = sum(rows * columns for _, rows, columns in places.values())
+    found = list[torch.Tensor]()
 
     def add(name: str, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add the products of two factors, (tokens, rows) and (tokens, columns), over the tokens of each example. Factors are projected before, unless
@@ -99,11 +125,14 @@ def _of_pass(trained: TrainedModel, projection: Projection, layers: Sequence[Lay
         for owner, (start, stop) in segments:
             product = left[start:stop].T @ right[start:stop]
             part = product.flatten() if trained.scales is None else projection.of_weight(name, product * trained.scales[name])
-            found[owner, first : first + rows * columns] += part.cpu()
+            found[-1][owner, first : first + rows * columns] += part.cpu()
 
     hooks = [layer.module.register_forward_hook(_Capture(layer, trained, projection, add)) for layer in layers]
     try:
-        trained.sum_of_losses(records).backward()
+        totals = sums(records)
+        for total in totals:
+            found.append(torch.zeros(len(records), width))
+            total.backward(retain_graph=total is not totals[-1])
     finally:
         for hook in hooks:
             hook.remove()

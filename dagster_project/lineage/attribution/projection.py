@@ -15,26 +15,31 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+KEPT = 16
+"""A side of a weight that has at most this many rows or columns is not projected."""
+
 
 @dataclass(frozen=True)
 class Projection:
     """A projection of the gradients of a model's trained weights."""
 
-    size: int = 16
-    """A weight's gradient is projected to at most size x size numbers."""
+    numbers: int = 128
+    """A weight's gradient is projected to at most this many. One that has no more stays as it is."""
     seed: int = 0
     _sides: dict[tuple[str, int, int], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def shape(self, weight: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of the projected gradient of a weight.
+        """Rows and columns of the projected gradient of a weight. Its narrow side, such as the rank of LoRA, is kept as it is, up to `KEPT`.
 
-        >>> Projection(16).shape((16, 576)), Projection(16).shape((576, 8)), Projection(16).shape((2048,))
-        ((16, 16), (32, 8), (1, 256))
+        >>> Projection().shape((16, 576)), Projection().shape((576, 8)), Projection().shape((2048, 576)), Projection().shape((2048,))
+        ((16, 8), (16, 8), (8, 16), (1, 128))
         """
         rows, columns = as_matrix(weight)
-        room = self.size**2
-        narrow = min(columns, max(1, room // min(rows, self.size)))
-        return min(rows, room // narrow), narrow
+        if rows * columns <= self.numbers:
+            return rows, columns
+        narrow = min(rows, columns, KEPT, self.numbers)
+        wide = min(max(rows, columns), self.numbers // narrow)
+        return (narrow, wide) if rows <= columns else (wide, narrow)
 
     def width(self, weights: Mapping[str, tuple[int, ...]]) -> int:
         """Numbers of a projected gradient of all weights, given their shapes."""

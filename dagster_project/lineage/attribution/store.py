@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 GRADIENTS = Path(".dvc", "tmp", "pedigree", "gradients")
 """Folder of all stores of a project."""
 MANIFEST = "store.json"
+LOSS, LENGTHS, LOG_ODDS = "loss", "lengths", "log_odds"
+"""Arrays of a file."""
 SHARD = 32
 """Records of a file. An interrupted command loses at most the gradients of these."""
 LIBRARIES = ("torch", "transformers", "peft")
@@ -51,12 +53,41 @@ def identity_of(
         "adapter": sha256_of_files(files),
         "base_model": sha256_of_files(sorted([*base_model.glob("*.safetensors"), base_model / "config.json"])),
         "records": sha256_of_records(list(records)),
-        "projection": {"size": projection.size, "seed": projection.seed},
+        "projection": {"numbers": projection.numbers, "seed": projection.seed},
         "label_smoothing": label_smoothing,
         "compute": dict(compute),
         "libraries": {name: version(name) for name in LIBRARIES},
         "code": sha256_of_files([here / name for name in CODE]),
     }
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Projected gradients of all records, scaled to length 1."""
+
+    loss: np.ndarray
+    """(records, width) float16."""
+    lengths: np.ndarray
+    """Those of the gradients of the loss, (records,) float32."""
+    log_odds: np.ndarray
+    """Of the negative log-odds of the tokens (`gradients.py`), (records, width) float16. Those of the loss for pairs, whose loss has no tokens: its
+    gradient is that of the log-odds that the chosen answer is the better one, times a number."""
+
+
+def lengths_of(rows: np.ndarray) -> np.ndarray:
+    """(records,) float64."""
+    import numpy as np
+
+    found: np.ndarray = np.sqrt(np.square(rows, dtype=np.float64).sum(1))
+    return found
+
+
+def to_units(rows: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1, float16; those of length 0 stay."""
+    import numpy as np
+
+    lengths = lengths_of(rows)
+    return (rows / np.where(lengths, lengths, 1.0)[:, None]).astype(np.float16)
 
 
 @dataclass(frozen=True)
@@ -84,11 +115,11 @@ class GradientStore:
     def is_begun(self) -> bool:
         return bool(self._manifest())
 
-    def build(self, gradients: Callable[[Sequence[int]], torch.Tensor], what: str) -> int:
+    def build(self, gradients: Callable[[Sequence[int]], Sequence[torch.Tensor]], what: str) -> int:
         """Compute what is missing.
 
         Args:
-            gradients: numbers of some records -> their projected gradients, (records, width) float32.
+            gradients: numbers of some records -> their projected gradients of the loss, and of the log-odds if these are others; (records, width) float32.
             what: name of the work in progress lines.
         Returns:
             Records that were computed.
@@ -99,18 +130,15 @@ class GradientStore:
         progress = Progress(what, sum(len(self._records_of(n)) for n in missing), "record")
         self.folder.mkdir(parents=True, exist_ok=True)
         for n in missing:
-            rows = gradients(self._records_of(n)).numpy()
-            norms = np.sqrt(np.square(rows, dtype=np.float64).sum(1))
-            units = rows / np.where(norms, norms, 1.0)[:, None]
-            self._write(n, units.astype(np.float16), norms.astype(np.float32))
-            progress.advance(len(rows))
+            rows = dict(zip((LOSS, LOG_ODDS), gradients(self._records_of(n)), strict=False))  # a loss of pairs has no log-odds of its own
+            arrays = {name: to_units(found.numpy()) for name, found in rows.items()}
+            self._write(n, {**arrays, LENGTHS: lengths_of(rows[LOSS].numpy()).astype(np.float32)})
+            progress.advance(len(rows[LOSS]))
         return progress.total
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Projected gradients scaled to length 1, (records, width) float16, and their lengths, (records,) float32.
-
-        Raises:
-            InputError: the store does not exist, or is incomplete or damaged.
+    def read(self) -> Gradients:
+        """Raises:
+        InputError: the store does not exist, or is incomplete or damaged.
         """
         import numpy as np
         from safetensors.numpy import load_file
@@ -121,7 +149,8 @@ class GradientStore:
                 f"the gradients of the model are {state}: {len(missing)} of {self.shards} files", "add --index to compute them"
             )
         parts = [load_file(self._path(n)) for n in range(self.shards)]
-        return np.concatenate([part["gradients"] for part in parts]), np.concatenate([part["norms"] for part in parts])
+        loss, lengths = (np.concatenate([part[name] for part in parts]) for name in (LOSS, LENGTHS))
+        return Gradients(loss, lengths, np.concatenate([part[LOG_ODDS] for part in parts]) if LOG_ODDS in parts[0] else loss)
 
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
@@ -132,11 +161,11 @@ class GradientStore:
     def _path(self, n: int) -> Path:
         return self.folder / f"gradients-{n:05d}.safetensors"
 
-    def _write(self, n: int, gradients: np.ndarray, norms: np.ndarray) -> None:
+    def _write(self, n: int, arrays: dict[str, np.ndarray]) -> None:
         from safetensors.numpy import save_file
 
         scratch = self.folder / f".writing-{n:05d}"
-        save_file({"gradients": gradients, "norms": norms}, scratch)
+        save_file(arrays, scratch)
         digest = sha256_of_file(scratch)
         scratch.replace(self._path(n))
         known = self._manifest().get("shards", {}) | {self._path(n).name: digest}
