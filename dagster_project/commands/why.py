@@ -357,14 +357,15 @@ def _verdict_lines(spread: Mapping[str, Any], records: int) -> list[str]:
     """Whether a record stands out, and by what."""
     verdict = "a record stands out" if spread["stands_out"] else "nothing stands out"
     tenth = "tenth" if records >= CROWD else "last"
-    scores = (
-        f"the highest of {records} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f} robust standard deviations above the median,"
-        f" and the {tenth} {spread['z_of_tenth']:.1f}"
-    )
+    scores = f"the highest of {records} gradient scores is {spread['first']:.3f}, their median {spread['median']:.3f}"
     if (compared := spread["compared"]) is None:
-        return [f"{verdict}: {scores} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the {tenth})"]
+        return [
+            f"{verdict}: by the losses of records the first is {spread['z_of_first']:.1f} robust standard deviations above the median, and the {tenth}"
+            f" {spread['z_of_tenth']:.1f} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the {tenth})",
+            scores,
+        ]
     return [
-        f"{verdict}: scores are above those that the records have with {compared['questions']} questions of the validation split by {compared['excess']:.2f},"
+        f"{verdict}: cosines with the losses of records are above those of {compared['questions']} questions of the validation split by {compared['excess']:.2f},"
         f" p {compared['p']:.3f} (records stand out up to {ALPHA:g})",
         scores,
     ]

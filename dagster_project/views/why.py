@@ -33,7 +33,7 @@ def why_page(document: Mapping[str, Any]) -> str:
         (
             "distance",
             f"{spread['z_of_first']:.1f}",
-            f"robust standard deviations above the median; the {'tenth' if document['records'] >= 10 else 'last'} record {spread['z_of_tenth']:.1f}",
+            f"robust standard deviations above the median, by losses; the {'tenth' if document['records'] >= 10 else 'last'} record {spread['z_of_tenth']:.1f}",
         ),
     ]
     if compared := spread["compared"]:
