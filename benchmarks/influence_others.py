@@ -407,10 +407,10 @@ def row_of(name: str, results: list[dict[str, Any]], steps: Steps, records: int)
 
 
 def own_rows(document: dict[str, Any]) -> list[Row]:
-    """Lines of `pedigree why` from the results of benchmarks/influence.py; of its questions, those with culprits are counted."""
+    """Lines of `pedigree why` from the results of benchmarks/influence.py at the end of the training; of its questions, those with culprits are counted."""
     from influence import KINDS
 
-    results, cost = [one for one in document["questions"] if one["kind"] in KINDS], document["cost"]
+    results, cost = [one for one in document["questions"] if one["kind"] in KINDS], document["cost"][-1]
     seconds = cost["loading"] + cost["index"] + cost["questions"] / cost["asked"] * len(results)
     names = {
         "gradient of the asked part": "`pedigree why`: gradient",
@@ -443,7 +443,7 @@ def main() -> int:
 
     ids, kinds, inputs = inputs_of(options.project, work, options.seed, folder)
     culprits = json.loads((work / "culprits.json").read_text())
-    known = work / "results.json"  # of benchmarks/influence.py
+    known = work / "results-1.json"  # of benchmarks/influence.py
     rows = own_rows(json.loads(known.read_text())) if known.is_file() else []
     for name in options.method or METHODS:
         if importlib.util.find_spec(METHODS[name].tool) is None:
