@@ -231,7 +231,8 @@ def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]],
     from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.records import Example
 
-    adapter, base, file = work / "adapter", project / "data/base_model", work / "questions.npz"
+    adapter, base = work / "adapter", project / "data/base_model"
+    file = store_of(project, work).folder / "questions.npz"  # they are projected as the records are
     if not file.is_file():
         training = json.loads((adapter / "training.json").read_text())
         trained = TrainedModel.load(adapter, base, Compute(threads=1, dtype=training["dtype"]), "adapter@lora")

@@ -478,9 +478,7 @@ def test_each_row_of_a_record_that_was_kept_twice_is_named_and_one_that_was_drop
     odd = "data/sources/a, b.jsonl"
     rows = [("cats", "dropped:split_leakage", MAIL), ("cats", "train", FAQ), ("cats", "train", odd), ("dogs", "train", FAQ)]
     made.commit(made.lock(rows, trained=TRAINED))
-    index = Index(made.root)
-    index.read_records()
-    cats, dogs = listed(trained_on(find(index, "adapter@lora"))[0])
+    cats, dogs = listed(trained_on(find(Index(made.root), "adapter@lora"))[0])
     assert (cats["source"], cats["source_row"], cats["also_in"]) == (FAQ, 1, [f"{odd}:2", f"{MAIL}:0"])
     assert (dogs["source"], dogs["source_row"]) == (FAQ, 3) and "also_in" not in dogs
 

@@ -210,10 +210,11 @@ def test_the_cache_is_the_one_that_dvc_uses(bare: Path, tmp_path: Path, monkeypa
         ("../user/config", "[cache]\n    dir = {home}/of user\n", "of user"),
         ("../machine/config", "[cache]\n    dir = {home}/of machine\n", "of machine"),
         (".dvc/config", "[cache]\n    local = mine\n['remote \"mine\"']\n    url = ../../named\n", "named"),
+        (".dvc/config", '[cache]\n    local = "mine"  # shared\n[\'remote "mine"\']\n    url = ../../named\n', "named"),
         (".dvc/config", '[cache]\n    dir = "{home}/of team, #2"  # shared\n', "of team, #2"),
         (".dvc/config", "[cache]\n    dir = {home}/ours  # of all projects\n", "ours"),
     ],
-    ids=["default", "project", "clone", "user", "machine", "remote", "quoted", "comment"],
+    ids=["default", "project", "clone", "user", "machine", "remote", "quoted remote", "quoted", "comment"],
 )
 def test_audits_read_the_cache_that_dvc_uses(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, folder: str

@@ -186,7 +186,9 @@ def test_gradients_of_log_odds_equal_those_of_plain_autograd(trained: TrainedMod
     for row, wanted in zip(found.numpy(), np.stack(expected), strict=True):
         assert_close(row, wanted, 1e-4)
     assert_close(losses.numpy(), projected_gradients(trained, WHOLE, [(example,) for example in examples]).numpy())
-    assert_close(flat(trained.log_odds_of_record(examples[:1])), expected[0], 1e-4)
+    alone = trained.both_of_record(examples[:1])
+    assert_close(flat(alone[0]), losses.numpy()[0])
+    assert_close(flat(alone[1]), expected[0], 1e-4)
 
 
 def test_log_odds_leave_label_smoothing_out(trained: TrainedModel, records: list[TrainedRecord]) -> None:
@@ -246,7 +248,11 @@ def test_other_methods_take_one_record_at_a_time(tiny_model: Path, work: Path, t
     model = TrainedModel.load(tmp_path / "adapter", tiny_model, COMPUTE, "adapter@x")
     found = trained_records(tmp_path / "adapter", tmp_path / "tokenized")[:2]
     assert lora_layers(model) is None
-    gradients = projected_gradients(model, Projection(16), [record.examples for record in found]).numpy()
+    examples = [record.examples for record in found]
+    gradients = projected_gradients(model, Projection(16), examples).numpy()
+    losses, log_odds = with_log_odds(model, Projection(16), examples)
+    assert_close(losses.numpy(), gradients)
+    assert_close(log_odds.numpy()[1], Projection(16).project(model.both_of_record(examples[1])[1]).numpy())
     assert gradients.shape == (2, Projection(16).width(model.shapes)) and np.isfinite(gradients).all() and gradients.any(1).all()
 
 
@@ -265,6 +271,19 @@ def test_inner_products_are_exact_where_nothing_is_projected_and_unbiased_where_
     estimates = [float(p.project(one) @ p.project(two)) for p in (Projection(64, seed) for seed in range(300))]
     error = np.std(estimates) / len(estimates) ** 0.5
     assert abs(np.mean(estimates) - exact) < 4 * error and error < 0.1 * abs(exact)
+
+
+@pytest.mark.parametrize("numbers", [1, 5, 16, 128, 1000])
+def test_a_projection_has_at_most_the_wanted_numbers_and_no_more_than_the_weight(numbers: int) -> None:
+    projection = Projection(numbers)
+    for rows, columns in ((rows, columns) for rows in (1, 2, 3, 9, 16, 17, 300) for columns in (1, 4, 13, 16, 31, 576)):
+        height, width = projection.shape((rows, columns))
+        assert 1 <= height <= rows and 1 <= width <= columns and height * width <= numbers
+        assert (height, width) == (rows, columns) or 2 * height * width > numbers, "few numbers are left unused"
+        if min(rows, columns) <= min(16, numbers):
+            assert (height if rows <= columns else width) == min(rows, columns)
+        assert projection.shape((columns, rows)) == (width, height) or rows == columns
+    assert projection.shape((576,)) == (1, min(numbers, 576)) and projection.shape((8, 2, 2)) == projection.shape((8, 4))
 
 
 def test_signs_depend_on_the_name_alone() -> None:

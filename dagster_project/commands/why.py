@@ -360,12 +360,12 @@ def _verdict_lines(spread: Mapping[str, Any], records: int) -> list[str]:
     scores = f"the highest of {records} gradient scores is {spread['first']:.3f}, their median {spread['median']:.3f}"
     if (compared := spread["compared"]) is None:
         return [
-            f"{verdict}: by the losses of records the first is {spread['z_of_first']:.1f} robust standard deviations above the median, and the {tenth}"
-            f" {spread['z_of_tenth']:.1f} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the {tenth})",
+            f"{verdict}: the highest cosine with the gradient of a loss is {spread['z_of_first']:.1f} robust standard deviations above the median, and the"
+            f" {tenth} {spread['z_of_tenth']:.1f} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the {tenth})",
             scores,
         ]
     return [
-        f"{verdict}: cosines with the losses of records are above those of {compared['questions']} questions of the validation split by {compared['excess']:.2f},"
+        f"{verdict}: cosines with the gradients of losses are above those of {compared['questions']} questions of the validation split by {compared['excess']:.2f},"
         f" p {compared['p']:.3f} (records stand out up to {ALPHA:g})",
         scores,
     ]

@@ -393,7 +393,7 @@ class Objects:
             except (configparser.Error, UnicodeDecodeError) as error:
                 why = " ".join(str(error).split())
                 raise InputError(f"DVC's configuration {file} cannot be read: {why}", "fix it; `dvc config --list --show-origin`") from None
-            local = config.get("cache", "local", fallback=local)
+            local = _unquoted(config.get("cache", "local", fallback="")) or local
             remotes = [(match.group(1), section, "url") for section in config.sections() if (match := REMOTE.fullmatch(section))]
             for name, section, key in [("", "cache", "dir"), *remotes]:
                 if configured := _unquoted(config.get(section, key, fallback="")):
@@ -401,9 +401,8 @@ class Objects:
         return folders.get(local or "", self.root / ".dvc" / "cache") / "files" / "md5"
 
     def run_cache(self) -> list[Path]:
-        """The entries of DVC's run cache, each a run that DVC may restore instead of running the stage again. One that DVC is writing, or was writing when it
-        was killed, has the ending .tmp, and is none yet."""
-        return [path for path in cached_runs(self.cache.parent.parent) if path.suffix != ".tmp"]
+        """The entries of DVC's run cache, each a run that DVC may restore instead of running the stage again."""
+        return finished_runs(self.cache.parent.parent)
 
     def folders(self) -> dict[Path, int]:
         """The folders of the project's own cache -> time of their last change, in nanoseconds. Of a cache that projects share: none, because most of
@@ -454,6 +453,11 @@ class Objects:
 def cached_runs(storage: Path) -> list[Path]:
     """The entries of the run cache in the folder of a cache or remote of DVC."""
     return sorted(path for path in (storage / "runs").glob("*/*/*") if path.is_file())
+
+
+def finished_runs(storage: Path) -> list[Path]:
+    """As `cached_runs`, without those that DVC is writing, or was writing when it was killed: they end in .tmp."""
+    return [path for path in cached_runs(storage) if path.suffix != ".tmp"]
 
 
 def listing_of(path: Path) -> dict[str, str]:

@@ -280,13 +280,11 @@ class Index(RunIndex):
         return found
 
     def copies_of_records(self, outs: Iterable[str]) -> dict[bytes, list[tuple[str, int]]]:
-        """Key of a record -> (source, row) of each of its copies that was dropped in one of some outputs."""
-        rows: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
-        query = (
-            "SELECT DISTINCT credit.key, credit.source, credit.source_row FROM credit JOIN file ON file.md5 = credit.file WHERE file.out IN"
-        )
-        for key, source, row in self._rows(query, [*outs]):
-            rows[key].append((source, row))
+        """Key of a record -> (source, row) of each of its copies, dropped or kept, by the tables of some outputs that are available."""
+        rows: dict[bytes, set[tuple[str, int]]] = defaultdict(set)
+        for path in filter(None, (self.file_path(out, OVERLAPS) for out in outs)):
+            for source, row, key in contributions(path, OVERLAPS)[0]:
+                rows[key].add((source, row))
         return {key: sorted(found) for key, found in rows.items()}
 
     def derivations(self, keys: Iterable[bytes]) -> dict[bytes, list[tuple[bytes, frozenset[str]]]]:

@@ -313,19 +313,18 @@ def _sources(
     names: Mapping[tuple[str, str], str],
     known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The sources that reports name, with the outcomes of their rows in every stage. Where two versions of a source were read, the hash is appended to the
-    name of the second, and the outcomes of each are those of the stages after it.
+    """The sources that reports name, with the outcomes of their rows in every stage. Where several versions of a source were read, the hash is appended to the
+    name of all but the first, and the outcomes of each are those of the stages after it.
 
     Args:
         known: sources that have their names already.
     """
     sources: dict[str, dict[str, Any]] = {}
-    versions: dict[str, dict[str, set[StageRun]]] = {}
-    """Source -> name of each version -> the runs that read it."""
+    versions: dict[str, dict[str, set[StageRun]]] = {}  # source -> name of each version -> the runs that read it
     for run, report in reports.items():
         for source, facts in report.get("sources", {}).items():
-            first = {**sources, **(known or {})}.get(source, facts)
-            name = source if first.get("sha256") == facts.get("sha256") else f"{source} {facts['sha256'][:8]}"
+            first, sha256 = {**sources, **(known or {})}.get(source, facts), facts.get("sha256")
+            name = source if first.get("sha256") == sha256 else f"{source} {(sha256 or 'unknown')[:8]}"
             sources[name] = with_unknown(facts, source)
             versions.setdefault(source, {}).setdefault(name, set()).add(run)
     ledgers = {stage: _ledger_counts(index, stage) for stage in reports if not stage.is_model}
@@ -334,7 +333,7 @@ def _sources(
             sources[name]["outcomes"] = {
                 names[stage.path, stage.md5]: counts
                 for stage, counted in ledgers.items()
-                if (len(readers) == 1 or not runs.isdisjoint(_with_producers(stage)))
+                if ([*readers] == [source] or not runs.isdisjoint(_with_producers(stage)))
                 and (counts := _outcomes_of_source(counted, source))
                 and counts != {"read": sources[name].get("rows")}
             }
@@ -512,7 +511,10 @@ def _with_source_rows(
         pl.Series("source", [source for (source, _), *_ in rows], pl.String),
         pl.Series("source_row", [row for (_, row), *_ in rows], pl.Int64),
     )
-    others = [[*more, *copies.get(record_key(identity), ())] for identity, (_, *more) in zip(ids, rows, strict=True)]
+    others = []
+    for identity, (first, *more) in zip(ids, rows, strict=True):
+        copied = copies.get(record_key(identity), ())  # copies that were kept are among `more`, too
+        others.append([row for row in dict.fromkeys([*more, *copied]) if row != first])
     if not any(others):
         return table
     also = [", ".join(f"{source}:{row}" for source, row in found) or None for found in others]

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError
-from dagster_project.lineage.history import cached_runs
+from dagster_project.lineage.history import finished_runs
 from dagster_project.orchestration.dvc import declared_stages, open_repo, overlap, stage_named
 from dagster_project.orchestration.private_api import private_module
 
@@ -89,7 +89,7 @@ def push(root: Path, remote: str | None = None) -> PushResult:
 def _complete_runs(repo: Any) -> dict[Path, Any]:
     """File of an entry of the run cache -> temporary stage, for entries whose outputs are all in the cache."""
     cache = repo.stage_cache
-    entries = {path: cache._load_cache(path.parent.name, path.name) for path in cached_runs(Path(cache.cache_dir).parent)}
+    entries = {path: cache._load_cache(path.parent.name, path.name) for path in finished_runs(Path(cache.cache_dir).parent)}
     stages = {path: cache._create_stage(entry) for path, entry in entries.items() if entry}
     return {path: stage for path, stage in stages.items() if stage.outs_cached()}
 

@@ -33,7 +33,7 @@ def why_page(document: Mapping[str, Any]) -> str:
         (
             "distance",
             f"{spread['z_of_first']:.1f}",
-            f"robust standard deviations above the median, by losses; the {'tenth' if document['records'] >= 10 else 'last'} record {spread['z_of_tenth']:.1f}",
+            f"robust standard deviations above the median, by gradients of losses; the {'tenth' if document['records'] >= 10 else 'last'} record {spread['z_of_tenth']:.1f}",
         ),
     ]
     if compared := spread["compared"]:
@@ -107,7 +107,7 @@ def _distribution(spread: Mapping[str, Any], records: int, effect: str) -> Figur
         x = 100 * (value - low) / ((high - low) or 1)
         shapes.append(shape("text", brief(value), class_="tick", x=f"{x:.1f}%", y=HEIGHT + 16, text_anchor=anchor))
     rows = [(f"{edges[i]:.3f} to {edges[i + 1]:.3f}", count) for i, count in enumerate(counts) if count]
-    note = f"cosine of the gradient of the question with that of each record's loss; above 0: a step on the record {effect}"
+    note = f"cosine of the gradient of the question with that of each record; above 0: a step on the record {effect}"
     plot = Plot(f"Scores of {many(records, 'record')} from {low:.3f} to {high:.3f}, median {spread['median']:.3f}", HEIGHT + 22, shapes)
     return Figure("Gradient scores of all records", note, plot, Table("Scores", ["score", "records"], rows))
 

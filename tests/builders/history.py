@@ -159,10 +159,11 @@ class Project:
             }
             for t, split, s, i in numbered
         ]
+        first = {identity(t): i for t, _, _, i in reversed(numbered)}
         overlaps = [
             {"check": "exact_duplicates", "source": s, "source_row": i, "example_id": identity(t), "other": identity(t), "part": "prompt",
              "rule": "equal", "score": 1.0}
-            for t, split, s, i in numbered if split.startswith("dropped")
+            for t, split, s, i in numbered if split.startswith("dropped") or i > first[identity(t)]
         ]  # fmt: skip
         records = table(
             [{"example_id": identity(t), "source": s, "messages": messages(t), "meta": "{}"} for t, _, s, _ in numbered[: len(rows)]],

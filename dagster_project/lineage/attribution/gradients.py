@@ -32,7 +32,8 @@ REFUSED = {
 }
 """Method -> why its answers cannot be attributed."""
 LEAST_ERROR = 0.01
-"""Least 1 - p in the gradient of the log-odds of a token, whose noise would count as much as what was learned otherwise. Chosen in docs/decisions/061."""
+"""Lower bound of 1 - p in the gradient of the log-odds of a token: without it, tokens of which the model is certain count as much as the label. Chosen in
+docs/decisions/061."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,10 @@ class TrainedModel:
         """Gradient of the weighted mean loss over the tokens of a record's examples, by name of the weight."""
         return self._gradient(self.sum_of_losses([examples]))
 
-    def log_odds_of_record(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """The same of the negative log-odds of the tokens, as in `sums`."""
-        return self._gradient(self.sums([examples])[1])
+    def both_of_record(self, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The same, and the gradient of the negative log-odds of the tokens, as in `sums`."""
+        loss, log_odds = self.sums([examples])
+        return self._gradient(loss, keeps_graph=True), self._gradient(log_odds)
 
     def of_span(self, example: Example) -> tuple[float, dict[str, torch.Tensor]]:
         """Log-probability in nats of the labeled tokens, and the gradient of its negative, by name of the weight.
@@ -121,35 +123,30 @@ class TrainedModel:
             return -float(self._nats(example))
 
     def _nats(self, example: Example) -> torch.Tensor:
-        count = sum(label != IGNORE for label in example.labels[1:])
         uniform = Example(example.input_ids, example.labels, tuple(float(label != IGNORE) for label in example.labels))
-        return self._loss([uniform], 0.0) * count
+        return self._weighted_sum([uniform], 0.0)
 
-    def _gradient(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _gradient(self, loss: torch.Tensor, keeps_graph: bool = False) -> dict[str, torch.Tensor]:
         import torch
 
         weights = self.weights
-        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, retain_graph=keeps_graph)
         gradients = {
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(weights.items(), found, strict=True)
         }
         return gradients if self.scales is None else {name: gradient * self.scales[name] for name, gradient in gradients.items()}
 
-    def _loss(self, examples: Sequence[Example], label_smoothing: float) -> torch.Tensor:
-        """Weighted mean of the loss per token, as in `trainers/sft/sft.py`; 0 if no token has a weight."""
-        total = max(sum(weight for example in examples for weight in _counted(example)), 1e-30)
-        return self._weighted_sum(examples, label_smoothing) / total
-
     def sum_of_losses(self, records: Sequence[Sequence[Example]]) -> torch.Tensor:
-        """Sum of the losses of several records, in one packed row."""
+        """Sum of the losses of several records, in one packed row. A loss is the weighted mean over the tokens, as in `trainers/sft/sft.py`; 0 if none has a
+        weight."""
         return self._weighted_sum(_averaging(records), self.label_smoothing)
 
     def sums(self, records: Sequence[Sequence[Example]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses of several records, in one packed row, and a sum with the gradient of their negative log-odds.
 
-        The log-odds log(p / (1 - p)) of a token change by 1 / (1 - p) times what log(p) changes by, so their gradient does not vanish when the token is
-        learned. TRAK compares such gradients (Park et al. 2023, arXiv 2303.14186, section 3). Label smoothing, which ends at some p below 1, is left out.
+        The log-odds log(p / (1 - p)) of a token change by 1 / (1 - p) times what log(p) changes by, so their gradient does not vanish before p is
+        0.99. TRAK compares such gradients (Park et al. 2023, arXiv 2303.14186, section 3). Label smoothing, which ends at some p below 1, is left out.
         """
         import torch
 

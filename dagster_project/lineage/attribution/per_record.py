@@ -51,12 +51,11 @@ def with_log_odds(trained: TrainedModel, projection: Projection, records: Sequen
 
     layers = lora_layers(trained)
     if layers is None:
-        odds = torch.stack([projection.project(trained.log_odds_of_record(examples)) for examples in records])
-        return projected_gradients(trained, projection, records), odds
-    passes = [[records[i] for i in numbers] for numbers in _passes(records)]
-    of_passes = [_of_pass(trained, projection, layers, one, trained.sums) for one in passes]
-    loss, odds = (torch.cat(parts) for parts in zip(*of_passes, strict=True))
-    return loss, odds
+        found = [[projection.project(gradient)[None] for gradient in trained.both_of_record(examples)] for examples in records]
+    else:
+        found = [_of_pass(trained, projection, layers, [records[i] for i in numbers], trained.sums) for numbers in _passes(records)]
+    loss, log_odds = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return loss, log_odds
 
 
 def _passes(records: Sequence[Sequence[Example]]) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 KEPT = 16
-"""A side of a weight that has at most this many rows or columns is not projected."""
+"""The narrower side of a weight is not projected if it has at most this many rows or columns."""
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,7 @@ class Gradients:
     lengths: np.ndarray
     """Those of the gradients of the loss, (records,) float32."""
     log_odds: np.ndarray
-    """Of the negative log-odds of the tokens (`gradients.py`), (records, width) float16. Those of the loss for pairs, whose loss has no tokens: its
-    gradient is that of the log-odds that the chosen answer is the better one, times a number."""
+    """Of the negative log-odds of the tokens (`gradients.py`), (records, width) float16. Those of the loss for pairs, whose loss is not a sum over tokens."""
 
 
 def lengths_of(rows: np.ndarray) -> np.ndarray:
