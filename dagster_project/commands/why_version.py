@@ -10,6 +10,7 @@ from dagster_project.commands.why_model import Target, adapter_of, needed, refus
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder
 from dagster_project.core.records import read_table
+from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.ranking import cosines
 from dagster_project.lineage.attribution.store import to_units
 from dagster_project.lineage.history import listing_of
@@ -121,11 +122,12 @@ def scores_among(found: Target, names: Sequence[str], questions: Sequence[Questi
 
 
 def gradients_of(found: Target, names: Sequence[str]) -> np.ndarray:
-    """Projected gradients of the log-odds of some records of a training at length 1, (records, width) float16, as in the store."""
+    """Projected gradients of the losses of some records of a training at length 1, (records, width) float16, as in the store."""
     numbers = {record.example_id: i for i, record in enumerate(found.records)}
     if found.store.is_begun() and not found.store.missing():
-        return found.store.read().log_odds[[numbers[name] for name in names]]
-    return to_units(found.gradients([numbers[name] for name in names])[-1].numpy())
+        return found.store.read().loss[[numbers[name] for name in names]]
+    examples = [found.records[numbers[name]].examples for name in names]
+    return to_units(projected_gradients(found.model, found.projection, examples).numpy())
 
 
 def one_sided(records: dict[str, Any], mine: Collection[str], others: Collection[str], side: str) -> dict[str, dict[str, Any]]:
