@@ -108,6 +108,16 @@ def test_the_hash_of_the_environment_is_that_of_the_names_and_versions_that_pip_
     assert packages() == hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def test_the_environment_does_not_depend_on_what_a_stage_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import setuptools
+
+    vendored = str(Path(setuptools.__file__).parent / "_vendor")
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != vendored])
+    before = packages()
+    monkeypatch.setattr(sys, "path", [*sys.path, vendored])  # as setuptools does when it is imported
+    assert list(Path(vendored).glob("*.dist-info")) and packages() == before
+
+
 def test_what_an_interrupted_installation_left_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = packages()
     (tmp_path / "half-1.0.dist-info").mkdir()

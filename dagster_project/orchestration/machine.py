@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
@@ -86,8 +87,10 @@ METADATA = ("METADATA", "PKG-INFO")
 
 
 def packages() -> str:
-    """The environment: sha256 over the lines "name==version" of all installed distributions, names normalized and lines sorted."""
-    lines = {f"{re.sub('[-_.]+', '-', one.name).lower()}=={one.version}\n" for one in named(distributions())}
+    """The environment: sha256 over the lines "name==version" of all installed distributions, names normalized and lines sorted. The libraries that setuptools
+    contains, and adds to `sys.path` when it is imported, are not installed."""
+    folders = [folder for folder in sys.path if Path(folder).parts[-2:] != ("setuptools", "_vendor")]
+    lines = {f"{re.sub('[-_.]+', '-', one.name).lower()}=={one.version}\n" for one in named(distributions(path=folders))}
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
