@@ -82,7 +82,7 @@ def test_of_questions_that_are_drawn_alike_a_share_of_alpha_stands_out() -> None
 
 
 def test_a_p_value_that_is_just_above_the_limit_is_not_shown_as_the_limit() -> None:
-    distribution = {"stands_out": False, "first": 0.5, "z_of_first": 7.0, "z_of_tenth": 3.0}
+    distribution = {"stands_out": False, "first": 0.5, "median": 0.0, "z_of_first": 7.0, "z_of_tenth": 3.0}
     [verdict, _] = _verdict_lines(distribution | {"compared": {"questions": 96, "excess": 0.1, "p": round(10 / 97, 4)}}, 427)
     assert verdict.startswith("nothing stands out") and "p 0.103 (records stand out up to 0.1)" in verdict
 
