@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
 import subprocess
 import threading
@@ -25,6 +26,7 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import as_text as audit_text
 from dagster_project.lineage.lineage import audit, document, find, listed, trained_on
 from dagster_project.training.trainers.alignment.preference import METHODS
+from dagster_project.views.lineage import lineage_page
 
 pytestmark = pytest.mark.usefixtures("warm_small")
 
@@ -505,6 +507,35 @@ def test_two_versions_of_a_source_are_listed_separately(made: Project) -> None:
         MAIL: (1, {f"splits {first['splits']['outs'][0]['md5'][:8]}": {"train": 1}}),
     }
     assert found[earlier]["sha256"] == before[FAQ]["sha256"] != found[FAQ]["sha256"]
+
+
+def test_each_value_of_a_parameter_that_stages_ran_with_is_listed_and_each_source_goes_to_the_stages_that_read_it(made: Project) -> None:
+    first = made.lock([("cats", "train", FAQ), ("birds", "train", MAIL)])
+    now = made.splits([("cats", "train", FAQ), ("dogs", "train", FAQ)])
+    model = {name: first[name] for name in ("adapter@lora", "merged@lora")}
+    waivers = [{"check": "pii", "reason": "public"}, {"check": "secrets", "reason": "test keys"}]
+    first["splits"]["params"] = {"params.yaml": {"compute.seed": 1, "splits": {"waivers": waivers[:1]}}}
+    model["adapter@lora"]["params"] = {"params.yaml": {"compute.seed": 1, "adapter.lora": {"epochs": 1}}}
+    made.commit(first)
+    now["splits"]["params"] = {"params.yaml": {"compute.seed": 2, "splits": {"waivers": waivers}}}
+    aligned = tasks_on(made, now, model)
+    aligned["aligned@dpo"]["params"] = {"params.yaml": {"compute.seed": 2}}
+    made.commit({**now, **model, **aligned})
+    found = audit(made.root, "aligned@dpo")
+    old = f"splits {first['splits']['outs'][0]['md5'][:8]}"
+    assert found["parameters"] == {
+        "compute.seed": 2,
+        f"compute.seed of {old}, adapter@lora": 1,
+        "splits": {"waivers": waivers},
+        f"splits of {old}": {"waivers": waivers[:1]},
+        "adapter.lora": {"epochs": 1},
+    }
+    assert found["waivers"] == [*waivers, waivers[0]]
+    earlier = f"{FAQ} {audit(made.root, 'merged@lora')['sources'][FAQ]['sha256'][:8]}"
+    assert found["read_by"] == {FAQ: ["splits"], earlier: [old], MAIL: [old]}
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in lineage_page(found, []).split("<tr>")]
+    inputs = {row[0]: row[2] for row in rows if len(row) == 4 and row[0] in found["stages"]}
+    assert (inputs["splits"], inputs[old]) == (FAQ, f"{earlier}, {MAIL}")
 
 
 def test_another_version_of_a_source_that_a_model_was_only_watched_by_is_listed(made: Project) -> None:

@@ -235,7 +235,7 @@ def lineage(text: Text, tmp_path: Path) -> str:
     part = {"records": 1, "views": 1, "steps": 1, "epochs": 1}
     found = {
         "model": {"stage": text("adapter"), "path": text("data/a"), "md5": text("abc")}, "parents": [], "sources": {text("a.json"): source},
-        "stages": {text("adapter"): stage}, "records": {"records": 1, "learnt_by": {text("adapter"): part}}, "missing": [
+        "read_by": {text("a.json"): [text("adapter")]}, "stages": {text("adapter"): stage}, "records": {"records": 1, "learnt_by": {text("adapter"): part}}, "missing": [
         {"path": text("a"), "md5": text("b"), "fetch": text("dvc pull")}], "shallow": True, "waivers": [{"reason": text("because")}],
         "parameters": {text("adapter.lora"): {text("r"): text("4")}}, "metrics": {text("adapter"): {text("loss"): text("1")}},
         "other_files": {text("b.jsonl"): {"md5": text("abc"), "license": text("MIT"), "stages": [text("splits")]}},

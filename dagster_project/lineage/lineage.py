@@ -226,7 +226,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     Args:
         as_of: the day for which the use policy is judged, instead of its own.
     Returns:
-        "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "other_files" that contributed; "base_model"; "teachers" that were distilled, if any, each with the "training", "folder", "license" and "sha256" of files; "stages" in flow order,
+        "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "read_by", the stages that read each source; "other_files" that contributed; "base_model"; "teachers" that were distilled, if any, each with the "training", "folder", "license" and "sha256" of files; "stages" in flow order,
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "watched_by", the models
         among them that measured a training, if any, each with the "training"; "records" it was
         trained on; "answers", per model those of its own that it learned from, if any; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,
@@ -240,14 +240,14 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     contributing = subject.contributing
     names = _stage_names(upstream)
     entries = {stage: index.lock_entry(stage) for stage in upstream}
-    parameters = _parameters(entries[stage] for stage in contributing)
+    parameters = _parameters({names[stage.path, stage.md5]: entries[stage] for stage in contributing}, names[run.path, run.md5])
     records, missing = trained_on(subject)
     missing += unrecorded(index, contributing) + unavailable_reports(index, upstream)
     unordered = [model.address for model in subject.models if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)]
     watched = [stage for stage in upstream if stage not in contributing]
     made_from = {stage: reports[stage] for stage in contributing}
-    sources = _sources(index, made_from, names)
-    watched_sources = _sources(index, {stage: reports[stage] for stage in watched}, names, sources)
+    sources, read_by = _sources(index, made_from, names)
+    watched_sources, _ = _sources(index, {stage: reports[stage] for stage in watched}, names, sources)
     waivers = [waiver for value in parameters.values() if isinstance(value, dict) for waiver in value.get("waivers") or []]
     judged = use_policy.judged([*made_from.values()], waivers, as_of)
     if as_of and not judged:
@@ -256,6 +256,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     return {
         "model": {"stage": run.address, "path": run.path, "md5": run.md5},
         "sources": sources,
+        "read_by": read_by,
         "other_files": other_files(index, {stage: entries[stage] for stage in contributing}, names, sources),
         "base_model": next((_origin(r) for r in made_from.values() if {"origin", "sha256"} <= r.keys()), {}),
         **({"teachers": teachers} if (teachers := _teachers({stage.address: entries[stage] for stage in contributing})) else {}),
@@ -297,13 +298,23 @@ def _watchers(subject: Subject) -> list[dict[str, str]]:
     ]
 
 
-def _parameters(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        key: value
-        for entry in entries
-        for file, values in entry.get("params", {}).items()
-        if file != code_lock.FILE
-        for key, value in (values or {}).items()
+def _parameters(entries: Mapping[str, Mapping[str, Any]], model: str) -> dict[str, Any]:
+    """The recorded parameters. Where stages ran with different values, the key has that of the model's own stage, or else of the first; each other value is
+    under "KEY of STAGE, STAGE"."""
+    found: dict[str, list[tuple[Any, list[str]]]] = {}  # key -> each value with the stages that ran with it
+    for stage, entry in entries.items():
+        for file, values in entry.get("params", {}).items():
+            for key, value in (values or {}).items() if file != code_lock.FILE else ():
+                known = found.setdefault(key, [])
+                stages = next((stages for one, stages in known if one == value), None)
+                if stages is None:
+                    known.append((value, [stage]))
+                else:
+                    stages.append(stage)
+    for known in found.values():
+        known.sort(key=lambda pair: model not in pair[1])
+    return {key: known[0][0] for key, known in found.items()} | {
+        f"{key} of {', '.join(stages)}": value for key, known in found.items() for value, stages in known[1:]
     }
 
 
@@ -312,12 +323,14 @@ def _sources(
     reports: Mapping[StageRun, Mapping[str, Any]],
     names: Mapping[tuple[str, str], str],
     known: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
     """The sources that reports name, with the outcomes of their rows in every stage. Where several versions of a source were read, the hash is appended to the
     name of all but the first, and the outcomes of each are those of the stages after it.
 
     Args:
         known: sources that have their names already.
+    Returns:
+        The sources, and for each the names of the stages that read it.
     """
     sources: dict[str, dict[str, Any]] = {}
     versions: dict[str, dict[str, set[StageRun]]] = {}  # source -> name of each version -> the runs that read it
@@ -328,8 +341,10 @@ def _sources(
             sources[name] = with_unknown(facts, source)
             versions.setdefault(source, {}).setdefault(name, set()).add(run)
     ledgers = {stage: _ledger_counts(index, stage) for stage in reports if not stage.is_model}
+    read_by: dict[str, list[str]] = {}
     for source, readers in versions.items():
         for name, runs in readers.items():
+            read_by[name] = [names[run.path, run.md5] for run in reports if run in runs]
             sources[name]["outcomes"] = {
                 names[stage.path, stage.md5]: counts
                 for stage, counted in ledgers.items()
@@ -337,7 +352,7 @@ def _sources(
                 and (counts := _outcomes_of_source(counted, source))
                 and counts != {"read": sources[name].get("rows")}
             }
-    return sources
+    return sources, {name: read_by[name] for name in sources}
 
 
 def _with_producers(run: StageRun) -> set[StageRun]:

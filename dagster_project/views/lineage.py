@@ -120,11 +120,11 @@ def _policy(verdict: Mapping[str, Any]) -> str:
 def _diagram(document: Mapping[str, Any]) -> Figure:
     """Sources at the top, the model at the bottom; each stage is in the row after its last input. Horizontal positions are in percent."""
     stages = document["stages"]
-    readers = [name for name, stage in stages.items() if "rows_in" in stage and not stage["parents"]] if document["sources"] else []
-    parents = {name: list(stage["parents"]) for name, stage in stages.items()}
-    for name in readers:
-        parents[name] = [*document["sources"], *parents[name]]
-    depth: dict[str, int] = dict.fromkeys(document["sources"] if readers else [], 0)
+    parents = {
+        name: [path for path in document["sources"] if name in document["read_by"][path]] + stage["parents"]
+        for name, stage in stages.items()
+    }
+    depth: dict[str, int] = dict.fromkeys(document["sources"], 0)
     for name in stages:
         depth[name] = 1 + max((depth[parent] for parent in parents[name]), default=-1)
     rows = [[name for name in depth if depth[name] == row] for row in range(max(depth.values(), default=-1) + 1)]
@@ -157,7 +157,7 @@ def _diagram(document: Mapping[str, Any]) -> Figure:
             shape("text", title, class_="name", x=middle, y=row * ROW + 18, text_anchor="middle"),
             shape("text", cut(note, 40), class_="soft", x=middle, y=row * ROW + 35, text_anchor="middle"),
         ]
-    cells = [(name, stage["md5"], ", ".join(stage["parents"]) or "sources", stage["output"]) for name, stage in stages.items()]
+    cells = [(name, stage["md5"], ", ".join(parents[name]), stage["output"]) for name, stage in stages.items()]
     table = Table("Lineage", ["stage", "md5 of its output", "inputs", "output"], cells)
     picture = Plot(f"Lineage of {cut(document['model']['stage'])}", len(rows) * ROW - ROW + BOX, [*lines, *boxes], "plot lineage")
     return Figure("Lineage", "every stage with the hash of its output; models are in color", picture, table)
