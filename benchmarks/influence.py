@@ -250,7 +250,7 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
     from dagster_project.core.params import Compute
     from dagster_project.core.records import read_records, write_json
     from dagster_project.lineage.attribution.gradients import TrainedModel
-    from dagster_project.lineage.attribution.per_record import projected_gradients, with_log_odds
+    from dagster_project.lineage.attribution.per_record import projected_gradients
     from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.records import trained_records
     from dagster_project.lineage.attribution.store import GradientStore, identity_of
@@ -269,9 +269,9 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
     if store.missing() or not file.is_file():
         start = time.process_time()
         trained = TrainedModel.load(adapter, base, compute, "adapter@lora")
-        trained = trained.at(point.weights(), point.scales()) if point else trained
+        trained = (trained.at(point.weights(), point.scales()) if point else trained).weakened()
         loading, start = time.process_time() - start, time.process_time()
-        count = store.build(lambda numbers: with_log_odds(trained, projection, [records[i].examples for i in numbers]), "gradients")
+        count = store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
         seconds, start = time.process_time() - start, time.process_time()
         tokenizer = AutoTokenizer.from_pretrained(base)
         spans = [example_of(tokenizer, q, q["span"]) for q in asked]
@@ -348,22 +348,23 @@ def measure(project: Path, work: Path, seed: int, points: list[Any]) -> dict[str
     culprits = json.loads((work / "culprits.json").read_text())
     dice = np.random.default_rng(seed)
 
-    def mean(name: str, of: str) -> Any:
-        """Cosines of questions with records, (questions, records), mean over the points; and those of each point.
+    def mean(name: str) -> tuple[Any, Any, list[Any]]:
+        """Scores and cosines of the gradients of all records for some questions, (questions, records), means over the points; and scores of each point."""
+        stored = [one["gradients"] for one in of_points]
+        each = [at.second_moment.scores(at.units, one[name]) for at, one in zip(stored, of_points, strict=True)]
+        return (
+            np.mean(each, axis=0),
+            np.mean([cosines(at.units, one[name]) for at, one in zip(stored, of_points, strict=True)], axis=0),
+            each,
+        )
 
-        Args:
-            of: "loss" or "log_odds" of the records.
-        """
-        each = [np.stack([cosines(getattr(one["gradients"], of), row) for row in one[name]]) for one in of_points]
-        return np.mean(each, axis=0), each
-
-    (span, each), (losses, _) = mean("span", "log_odds"), mean("span", "loss")
-    whole = mean("whole", "log_odds")[0] if len(found["whole"]) else None
-    known = Calibration(mean("validation", "loss")[0], found["owners"])
+    span, alike, each = mean("span")
+    whole = mean("whole")[0] if len(found["whole"]) else None
+    known = Calibration(mean("validation")[0], found["owners"])
     results = []
     for i, question in enumerate(asked):
         prompt, part, answer = (found[name][i] for name in ("prompt", "part", "answer"))
-        ranking, of_loss = Ranking.of(span[i], prompt, part), Ranking.of(losses[i], prompt, part)
+        ranking = Ranking.of(span[i], prompt, part)
         before = distances(ranking.gradient) + distances(prompt + answer)
         by = {
             "gradient of the asked part": ranking.gradient_rank,
@@ -372,24 +373,23 @@ def measure(project: Path, work: Path, seed: int, points: list[Any]) -> dict[str
                 if len(points) > 1
                 else {}
             ),
+            "cosine of the gradient of the asked part": ranks(alike[i]),
             "gradient of the whole answer": ranks(whole[i]) if question["kind"] in KINDS else ranking.gradient_rank,
-            "gradient of the asked part, loss of records": of_loss.gradient_rank,
             "BM25 of prompt and asked part": ranking.bm25_rank,
             "BM25 of prompt and answer": np.where(prompt + answer > 0, ranks(prompt + answer), len(ids)),
             "`pedigree why`: order of the list": ranking.rank,
-            "order of the list, loss of records": of_loss.rank,
             "order before: robust sum, words of the answer": ranks(before),
             "reciprocal rank fusion of both": ranks(fused(ranking.gradient_rank, ranking.bm25_rank)),
             "random": ranks(dice.random(len(ids))),
         }
         own = [ids.index(name) for name in culprits.get(question["kind"], ()) if name in ids]
-        order, p_value = np.sort(of_loss.z)[::-1], known.p_value(losses[i])
+        order, p_value = np.sort(ranking.z)[::-1], known.p_value(ranking.gradient)
         results.append(
             {
                 "kind": question["kind"],
                 "p": round(p_value, 4),
                 "stands_out": p_value <= ALPHA,
-                "stood_out": stands_out(of_loss.z),
+                "stood_out": stands_out(ranking.z),
                 "z": [round(float(z), 2) for z in order[:20]],
                 "ranks": {method: sorted(int(rank[k]) for k in own) for method, rank in by.items()} if own else {},
             }

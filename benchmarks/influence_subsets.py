@@ -79,16 +79,17 @@ def scores_of(project: Path, work: Path, seed: int, selection: Any) -> dict[str,
     points = influence.points_of(work, *influence.training_of(project, seed, None), project, selection)
     of_points = [influence.computed(project, work, seed, point) for point in points]
     end = of_points[-1]
-    each = [np.stack([cosines(one["gradients"].loss, row) for row in one["span"]]) for one in of_points]
-    mean_of_odds = np.mean([np.stack([cosines(one["gradients"].log_odds, row) for row in one["span"]]) for one in of_points], axis=0)
-    mean, prompt, part = np.mean(each, axis=0), end["prompt"], end["part"]
+    stored = [one["gradients"] for one in of_points]
+    each = [cosines(at.units, one["span"]) for at, one in zip(stored, of_points, strict=True)]
+    mean = np.mean([at.second_moment.scores(at.units, one["span"]) for at, one in zip(stored, of_points, strict=True)], axis=0)
+    prompt, part = end["prompt"], end["part"]
     rows = range(len(mean))
     scores = {
-        "cosine of gradients": mean_of_odds,
-        "cosine of gradients, loss of records": mean,
-        "inner product of gradients": np.mean([one * at["gradients"].lengths for one, at in zip(each, of_points, strict=True)], axis=0),
+        "score of gradients": mean,
+        "cosine of gradients": np.mean(each, axis=0),
+        "inner product of gradients": np.mean([one * at.lengths for one, at in zip(each, stored, strict=True)], axis=0),
         "`pedigree why`: score of the list": np.stack(
-            [WEIGHT * standardized(mean_of_odds[i]) + standardized(prompt[i]) + standardized(part[i]) for i in rows]
+            [WEIGHT * standardized(mean[i]) + standardized(prompt[i]) + standardized(part[i]) for i in rows]
         ),
         "BM25 of prompt and asked part": prompt + part,
         "random": np.random.default_rng(seed).random(mean.shape),

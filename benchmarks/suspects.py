@@ -100,7 +100,7 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
     from dagster_project.core.params import Compute
     from dagster_project.core.records import read_records
     from dagster_project.lineage.attribution.gradients import TrainedModel
-    from dagster_project.lineage.attribution.per_record import with_log_odds
+    from dagster_project.lineage.attribution.per_record import projected_gradients
     from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.ranking import cosines, ranks
     from dagster_project.lineage.attribution.records import trained_records
@@ -112,19 +112,20 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
     start = time.process_time()
     if store.missing() or not (work / "losses.json").is_file():
         trained = TrainedModel.load(adapter, base, Compute(threads=1, dtype=training["dtype"]), "adapter@lora")
-        store.build(lambda numbers: with_log_odds(trained, projection, [records[i].examples for i in numbers]), "gradients")
         with torch.no_grad():
             losses = [float(trained.sum_of_losses([one.examples])) for one in records]
+        trained = trained.weakened()
+        store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
         (work / "losses.json").write_text(json.dumps(losses))
     seconds = time.process_time() - start
     stored = store.read()
-    gradients, lengths = stored.loss, stored.lengths
+    gradients, lengths = stored.units, stored.lengths
     known = {one["example_id"]: one for one in read_records(work / "splits/train")}
     texts = [known[one.example_id] for one in records]
     own = [Group(one["source"], one["category"], form_of(one["messages"][-1])) for one in texts]
     fits = agreement(gradients, own, chosen_groups(own))
     _, validation, _ = spans(project, work, asked_tickets(project, work, [one.example_id for one in records]))
-    opposed, harmful = opposition(gradients, lengths), harm(np.stack([cosines(gradients, one) for one in validation]), lengths)
+    opposed, harmful = opposition(gradients, lengths), harm(cosines(gradients, validation), lengths)
     found = Suspicion.of(opposed, lengths, harmful)
     by = {
         "`pedigree why --suspects`": found.rank,
@@ -169,20 +170,20 @@ def asked(project: Path, work: Path) -> dict[str, Any]:
     ]
     stored = store_of(project, work).read()
     of_questions, of_validation, owners = spans(project, work, questions)
-    compared = Calibration(np.stack([cosines(stored.loss, one) for one in of_validation]), owners)
+    scores, of_validation = (stored.second_moment.scores(stored.units, many) for many in (of_questions, of_validation))
+    compared = Calibration(of_validation, owners)
     recall: dict[str, list[list[float]]] = {}
     clear: dict[str, list[bool]] = {}
-    for span, prompt, label, (_, _, numbers) in zip(of_questions, *words, questions, strict=True):
-        ranking, of_loss = (Ranking.of(cosines(rows, span), prompt, label) for rows in (stored.log_odds, stored.loss))
-        rules = {"by validation questions": compared.p_value(of_loss.gradient) <= ALPHA, "by the rule before": stands_out(of_loss.z)}
+    for score, alike, prompt, label, (_, _, numbers) in zip(scores, cosines(stored.units, of_questions), *words, questions, strict=True):
+        ranking = Ranking.of(score, prompt, label)
+        rules = {"by validation questions": compared.p_value(ranking.gradient) <= ALPHA, "by the rule before": stands_out(ranking.z)}
         for rule, is_clear in rules.items():
             clear.setdefault(f"{rule}, {'with' if numbers else 'without'} a culprit", []).append(is_clear)
         by = {
             "gradient of the label": ranking.gradient_rank,
-            "gradient of the label, loss of records": of_loss.gradient_rank,
+            "cosine of the gradient of the label": ranks(alike),
             "BM25 of prompt and label": ranking.bm25_rank,
             "`pedigree why`: order of the list": ranking.rank,
-            "order of the list, loss of records": of_loss.rank,
             "reciprocal rank fusion": ranks(fused(ranking.gradient_rank, ranking.bm25_rank)),
         }
         for method, rank in by.items() if numbers else ():
@@ -235,7 +236,7 @@ def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]],
     file = store_of(project, work).folder / "questions.npz"  # they are projected as the records are
     if not file.is_file():
         training = json.loads((adapter / "training.json").read_text())
-        trained = TrainedModel.load(adapter, base, Compute(threads=1, dtype=training["dtype"]), "adapter@lora")
+        trained = TrainedModel.load(adapter, base, Compute(threads=1, dtype=training["dtype"]), "adapter@lora").weakened()
         tokenizer = AutoTokenizer.from_pretrained(base)
         examples = [tokenize(tokenizer, messages, label).example for messages, label, _ in questions]
         weighed = [(Example(one.input_ids, one.labels, tuple(float(label != IGNORE) for label in one.labels)),) for one in examples]

@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,11 +28,12 @@ from dagster_project.core.named_templates import HERMES
 from dagster_project.core.params import Compute
 from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation.baselines import bm25
-from dagster_project.lineage.attribution import proof, ranking, store
-from dagster_project.lineage.attribution.gradients import LEAST_ERROR, TrainedModel
-from dagster_project.lineage.attribution.per_record import lora_layers, projected_gradients, with_log_odds
+from dagster_project.lineage.attribution import proof, ranking, second_moment, store
+from dagster_project.lineage.attribution.gradients import TrainedModel
+from dagster_project.lineage.attribution.per_record import lora_layers, projected_gradients
 from dagster_project.lineage.attribution.projection import Projection, signs
 from dagster_project.lineage.attribution.records import Example, TrainedRecord, trained_records
+from dagster_project.lineage.attribution.second_moment import SecondMoment
 from dagster_project.lineage.attribution.store import GradientStore, identity_of
 from dagster_project.lineage.history import listing_of
 
@@ -137,67 +137,6 @@ def test_packed_records_have_the_gradients_of_each_alone(
     assert_close(projected_gradients(trained, Projection(25), examples).numpy(), alone)
 
 
-@pytest.fixture
-def confident(trained: TrainedModel, tiny_model: Path, work: Path) -> Iterator[Any]:
-    """The same adapter on two models that are sure of many tokens: their logits are those of the tiny model times 8. Yields that of PEFT alone."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), work / "adapter", is_trainable=True).eval()
-    heads = [model.get_output_embeddings().weight for model in (plain.get_base_model(), trained.prepared.model.get_base_model())]
-    with torch.no_grad():
-        for head in {id(head): head for head in heads}.values():
-            head *= 8
-    yield plain
-    with torch.no_grad():
-        heads[1] /= 8
-
-
-def sure_example(model: Any, example: Example) -> Example:
-    """The example with the likeliest tokens as labels, as far as it has labels."""
-    import torch
-
-    likeliest = model(torch.tensor([example.input_ids])).logits[0].argmax(-1).tolist()
-    labels = [label if label == IGNORE else likeliest[i - 1] for i, label in enumerate(example.labels)]
-    return Example(example.input_ids, tuple(labels), example.weights)
-
-
-def test_gradients_of_log_odds_equal_those_of_plain_autograd(trained: TrainedModel, records: list[TrainedRecord], confident: Any) -> None:
-    import torch
-
-    examples = [record.examples[0] for record in records[:6]]
-    examples += [sure_example(confident, example) for example in examples]
-    expected, errors = [], []
-    for example in examples:
-        confident.zero_grad()
-        likely = torch.log_softmax(confident(torch.tensor([example.input_ids])).logits[0, :-1].double(), -1)
-        kept = [(i, label, example.weights[i + 1]) for i, label in enumerate(example.labels[1:]) if label != IGNORE]
-        total = torch.zeros((), dtype=torch.float64)
-        for i, label, weight in kept:
-            p = likely[i, label].exp()
-            errors.append(float(1 - p))
-            total = total - weight * (torch.log(p / (1 - p)) if errors[-1] > LEAST_ERROR else likely[i, label] / LEAST_ERROR)
-        (total / sum(weight for _, _, weight in kept)).backward()
-        gradients = {name: weight.grad.numpy().copy() for name, weight in confident.named_parameters() if weight.requires_grad}
-        expected.append(flat(gradients))
-    assert sum(error < LEAST_ERROR for error in errors) >= 5 and sum(LEAST_ERROR < error < 0.5 for error in errors) >= 5
-    losses, found = with_log_odds(trained, WHOLE, [(example,) for example in examples])
-    for row, wanted in zip(found.numpy(), np.stack(expected), strict=True):
-        assert_close(row, wanted, 1e-4)
-    assert_close(losses.numpy(), projected_gradients(trained, WHOLE, [(example,) for example in examples]).numpy())
-    alone = trained.both_of_record(examples[:1])
-    assert_close(flat(alone[0]), losses.numpy()[0])
-    assert_close(flat(alone[1]), expected[0], 1e-4)
-
-
-def test_log_odds_leave_label_smoothing_out(trained: TrainedModel, records: list[TrainedRecord]) -> None:
-    examples = [record.examples for record in records[:6]]
-    plain, smoothed = (with_log_odds(replace(trained, label_smoothing=amount), WHOLE, examples) for amount in (0.0, 0.3))
-    assert_close(smoothed[1].numpy(), plain[1].numpy())
-    assert np.abs(smoothed[0].numpy() - plain[0].numpy()).max() > 0.1 * np.abs(plain[0].numpy()).max()
-
-
 def test_examples_of_one_record_share_a_loss(trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray) -> None:
     one, two = records[0].examples[0], records[1].examples[0]
     weights = [sum(w for w, label in zip(e.weights[1:], e.labels[1:], strict=True) if label != IGNORE) for e in (one, two)]
@@ -233,6 +172,42 @@ def test_a_step_along_the_gradient_of_a_span_makes_it_more_likely(trained: Train
     assert gained == pytest.approx(step * size, rel=0.05)
 
 
+def test_a_weakened_model_has_half_of_the_adapter_and_answers_as_before(work: Path, tiny_model: Path, records: list[TrainedRecord]) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    full = TrainedModel.load(work / "adapter", tiny_model, COMPUTE, "adapter@x")
+    asked = records[0].examples[0]
+    likely, before = full.log_probability(asked), {name: weight.detach().clone() for name, weight in full.weights.items()}
+    weak = full.weakened()
+    assert weak.is_weakened and weak.weakened() is weak
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), work / "adapter", is_trainable=True).eval()
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            if "lora_B" in name:
+                weight /= 2
+    expected = np.stack([flat(plain_gradients(plain, record.examples[0])) for record in records[:6]])
+    assert_close(projected_gradients(weak, WHOLE, [record.examples for record in records[:6]]).numpy(), expected)
+    value, gradient = weak.of_span(asked)
+    assert value == weak.log_probability(asked) == likely, "a probability is that of the model as it answers"
+    tokens = sum(label != IGNORE for label in asked.labels[1:])
+    even = Example(asked.input_ids, asked.labels, (1.0,) * len(asked.weights))
+    assert_close(flat(gradient), tokens * flat(plain_gradients(plain, even)))
+    changed = {name for name, weight in weak.weights.items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if "lora_B" in name}
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "olora"])
+def test_an_adapter_that_begins_with_a_part_of_the_base_model_is_not_weakened(work: Path, tiny_model: Path, start: str) -> None:
+    import torch
+
+    full = TrainedModel.load(work / "adapter", tiny_model, COMPUTE, "adapter@x")
+    full.prepared.model.peft_config["default"].init_lora_weights = start
+    before = {name: weight.detach().clone() for name, weight in full.weights.items()}
+    assert all(torch.equal(weight, before[name]) for name, weight in full.weakened().weights.items())
+
+
 def test_methods_without_gradients_of_weights_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     from dagster_project.training.methods.load import AdapterInfo
 
@@ -248,11 +223,7 @@ def test_other_methods_take_one_record_at_a_time(tiny_model: Path, work: Path, t
     model = TrainedModel.load(tmp_path / "adapter", tiny_model, COMPUTE, "adapter@x")
     found = trained_records(tmp_path / "adapter", tmp_path / "tokenized")[:2]
     assert lora_layers(model) is None
-    examples = [record.examples for record in found]
-    gradients = projected_gradients(model, Projection(16), examples).numpy()
-    losses, log_odds = with_log_odds(model, Projection(16), examples)
-    assert_close(losses.numpy(), gradients)
-    assert_close(log_odds.numpy()[1], Projection(16).project(model.both_of_record(examples[1])[1]).numpy())
+    gradients = projected_gradients(model, Projection(16), [record.examples for record in found]).numpy()
     assert gradients.shape == (2, Projection(16).width(model.shapes)) and np.isfinite(gradients).all() and gradients.any(1).all()
 
 
@@ -295,14 +266,10 @@ def test_signs_depend_on_the_name_alone() -> None:
 # ---- the store
 
 
-def gradient_of(numbers: Any, first: int = 0) -> Any:
+def gradient_of(numbers: Any) -> Any:
     import torch
 
-    return torch.stack([torch.from_numpy(np.random.default_rng(first + i).normal(size=20)).float() for i in numbers])
-
-
-def both_of(numbers: Any) -> Any:
-    return gradient_of(numbers), gradient_of(numbers, 100)
+    return torch.stack([torch.from_numpy(np.random.default_rng(i).normal(size=20)).float() for i in numbers])
 
 
 @pytest.fixture
@@ -317,46 +284,53 @@ def contents(one: GradientStore) -> dict[str, bytes]:
 @pytest.mark.usefixtures("small_shards")
 def test_a_store_has_the_same_bytes_twice_and_after_an_interruption(tmp_path: Path) -> None:
     one, two, three = (GradientStore.at(tmp_path / str(i), {"adapter": "a"}, 10) for i in range(3))
-    assert one.build(both_of, "x") == two.build(both_of, "x") == 10
+    assert one.build(gradient_of, "x") == two.build(gradient_of, "x") == 10
     calls = iter(range(2))
 
     def interrupted(numbers: Any) -> Any:
         next(calls)
-        return both_of(numbers)
+        return gradient_of(numbers)
 
     with pytest.raises(StopIteration):
         three.build(interrupted, "x")
     with pytest.raises(InputError, match="incomplete or damaged: 1 of 3"):
         three.read()
-    assert three.build(both_of, "x") == 2
+    assert three.build(gradient_of, "x") == 2
     assert contents(one) == contents(two) == contents(three)
 
 
 @pytest.mark.usefixtures("small_shards")
 def test_what_is_read_are_the_gradients_at_length_one(tmp_path: Path) -> None:
     one = GradientStore.at(tmp_path, {}, 10)
-    one.build(both_of, "x")
+    one.build(gradient_of, "x")
     stored = one.read()
-    units, norms = stored.loss, stored.lengths
-    whole, odds = (found.numpy() for found in both_of(range(10)))
-    assert units.dtype == stored.log_odds.dtype == np.float16 and np.allclose(units * norms[:, None], whole, atol=2e-3)
-    assert np.allclose(norms, np.linalg.norm(whole, axis=1))
-    assert np.allclose(stored.log_odds * np.linalg.norm(odds, axis=1)[:, None], odds, atol=2e-3)
-    of_pairs = GradientStore.at(tmp_path, {"of": "pairs"}, 10)
-    of_pairs.build(lambda numbers: (gradient_of(numbers),), "x")
-    assert np.array_equal(of_pairs.read().loss, units) and np.array_equal(of_pairs.read().log_odds, units)
+    units, lengths = stored.units, stored.lengths
+    whole = gradient_of(range(10)).numpy()
+    assert units.dtype == np.float16 and np.allclose(units * lengths[:, None], whole, atol=2e-3)
+    assert np.allclose(lengths, np.linalg.norm(whole, axis=1))
+    assert np.allclose(stored.second_moment.inner, units.astype(np.float64) @ units.astype(np.float64).T, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01")])
+def test_a_second_moment_that_is_missing_or_damaged_is_computed_from_the_gradients(tmp_path: Path, change: Any) -> None:
+    one = GradientStore.at(tmp_path, {}, 10)
+    one.build(gradient_of, "x")
+    before = one.read().second_moment.inner
+    change(one.folder / "second_moment.safetensors")
+    assert np.array_equal(one.read().second_moment.inner, before)
 
 
 @pytest.mark.usefixtures("small_shards")
 def test_a_damaged_file_is_refused_and_computed_again(tmp_path: Path) -> None:
     one = GradientStore.at(tmp_path, {}, 10)
-    one.build(both_of, "x")
+    one.build(gradient_of, "x")
     before = contents(one)
     path = one.folder / "gradients-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(InputError, match="damaged"):
         one.read()
-    assert one.build(both_of, "x") == 4
+    assert one.build(gradient_of, "x") == 4
     assert contents(one) == before
 
 
@@ -386,7 +360,7 @@ def test_a_store_of_another_model_is_never_used(work: Path, tiny_model: Path, re
 def test_an_erasure_removes_all_stores_and_trainings_of_checks(tmp_path: Path) -> None:
     from dagster_project.orchestration.erasure.steps import Erasure
 
-    GradientStore.at(tmp_path, {}, 3).build(both_of, "x")
+    GradientStore.at(tmp_path, {}, 3).build(gradient_of, "x")
     (tmp_path / proof.PROOFS / "model" / "set").mkdir(parents=True)
     plan = {"needles": {"texts": [], "groups": [], "ids": [], "unsearchable": 0}, "files": []}
     Erasure(tmp_path, plan, lambda _: None).files()
@@ -396,13 +370,71 @@ def test_an_erasure_removes_all_stores_and_trainings_of_checks(tmp_path: Path) -
 # ---- ranking
 
 
-def test_scores_are_cosines() -> None:
+def of_length_one(rows: np.ndarray) -> np.ndarray:
+    units: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return units
+
+
+def test_cosines_of_questions_with_records(monkeypatch: pytest.MonkeyPatch) -> None:
     dice = np.random.default_rng(2)
-    rows, question = dice.normal(size=(50, 30)), dice.normal(size=30).astype(np.float32)
-    units = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    exact = rows @ question / np.linalg.norm(rows, axis=1) / np.linalg.norm(question)
-    assert np.allclose(ranking.cosines(units, question), exact, atol=2e-3)
-    assert not ranking.cosines(units, np.zeros(30, np.float32)).any()
+    rows, questions = dice.normal(size=(50, 30)), dice.normal(size=(3, 30)).astype(np.float32)
+    exact = of_length_one(questions) @ of_length_one(rows).T
+    for block in (4096, 7):
+        monkeypatch.setattr(ranking, "BLOCK", block)
+        assert np.allclose(ranking.cosines(of_length_one(rows).astype(np.float16), questions), exact, atol=2e-3)
+    assert not ranking.cosines(rows.astype(np.float16), np.zeros((1, 30), np.float32)).any()
+
+
+def dense_scores(rows: np.ndarray, questions: np.ndarray, damping: float) -> np.ndarray:
+    """The definition: the second moment as a matrix, inverted."""
+    moment = rows.T @ rows + damping * np.eye(rows.shape[1])
+    found: np.ndarray = damping * of_length_one(questions) @ np.linalg.inv(moment) @ rows.T
+    return found
+
+
+@pytest.mark.parametrize(("count", "damping"), [(60, 1.0), (400, 0.007 * 400)])
+def test_scores_are_those_of_the_damped_inverse_of_the_second_moment(count: int, damping: float) -> None:
+    dice = np.random.default_rng(3)
+    rows = of_length_one(dice.normal(size=(count, 40)) + 0.7).astype(np.float16)
+    questions = (dice.normal(size=(4, 40)) + 0.7).astype(np.float32)
+    found = SecondMoment.of(rows).scores(rows, questions)
+    assert np.allclose(found, dense_scores(rows.astype(np.float64), questions, damping), atol=1e-5)
+    assert np.abs(found).max() < np.abs(ranking.cosines(rows, questions)).max(), "what they have in common counts little"
+    assert not SecondMoment.of(rows).scores(rows, np.zeros((1, 40), np.float32)).any()
+    assert np.allclose(SecondMoment.of(rows).scores(rows, questions[1:2])[0], found[1], atol=1e-6), "questions do not depend on each other"
+
+
+def test_a_sample_stands_for_all_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of records that are all there twice, half stand for all; of others, scores are nearly the same."""
+    dice = np.random.default_rng(4)
+    shared = of_length_one(dice.normal(size=(3, 300)))
+    rows = of_length_one(shared[dice.integers(3, size=600)] + 0.1 * dice.normal(size=(600, 300))).astype(np.float16)
+    questions = (shared + 0.02 * dice.normal(size=(3, 300))).astype(np.float32)
+    exact = SecondMoment.of(rows).scores(rows, questions)
+    monkeypatch.setattr(second_moment, "SAMPLE", 300)
+    chosen = second_moment.sample(600)
+    assert len(set(chosen.tolist())) == 300 and (chosen == second_moment.sample(600)).all()
+    near = SecondMoment.of(rows)
+    assert near.inner.shape == (300, 300)
+    assert all(np.corrcoef(one, other)[0, 1] > 0.95 for one, other in zip(near.scores(rows, questions), exact, strict=True))
+    twice = np.empty((600, 300), np.float16)
+    twice[chosen], twice[np.setdiff1d(np.arange(600), chosen)] = rows[:300], rows[:300]
+    damping = 0.007 * 600
+    assert np.allclose(
+        SecondMoment.of(twice).scores(twice, questions), dense_scores(twice.astype(np.float64), questions, damping), atol=1e-4
+    )
+
+
+def test_a_record_that_is_like_the_question_in_what_is_rare_comes_before_those_that_are_like_it_in_what_all_share() -> None:
+    dice = np.random.default_rng(5)
+    rows = dice.normal(size=(200, 300)) * 0.04
+    rows[:, 0] += 1.0  # all share this
+    rows[7, 0], rows[7, 1] = 0.2, 1.0  # the one record with this
+    question = np.zeros((1, 300), np.float32)
+    question[0, :2] = 1.0, 0.6
+    units = of_length_one(rows).astype(np.float16)
+    assert ranking.ranks(ranking.cosines(units, question)[0])[7] > 100
+    assert ranking.ranks(SecondMoment.of(units).scores(units, question)[0])[7] == 1
 
 
 def test_ranks_and_their_weighted_sum() -> None:

@@ -17,7 +17,6 @@ from dagster_project.commands import why_calibration, why_model, why_prove
 from dagster_project.commands.why_question import Options, question, tokenize, tokenizer_of
 from dagster_project.core.hashing import md5_of_file, md5_of_folder
 from dagster_project.core.records import example_id, read_table, write_records
-from dagster_project.lineage.attribution import ranking
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration import locks
@@ -80,7 +79,7 @@ def test_an_index_is_computed_once_and_a_killed_one_goes_on(root: Path, capsys: 
     before = files(root)
     assert why(root, "--index", "--json") == 0
     assert document(capsys)["index"]["computed"] == 0 and files(root) == before
-    damaged = next(path for path in stores(root)[0].iterdir() if path.suffix == ".safetensors")
+    damaged = next(iter(stores(root)[0].glob("gradients-*.safetensors")))
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1])
     assert why(root, *QUESTION) == 2
@@ -123,7 +122,7 @@ def test_a_question_is_compared_with_those_of_the_validation_split(root: Path, c
 
     # the same scores, each question asked alone: of the part as a span of its answer, at the model
     target = why_model.target(root, MODEL)
-    gradients = target.store.read().loss
+    stored = target.store.read()
     tokenizer = tokenizer_of(target)
     expected = []
     for i, (prompt, part) in enumerate(asked):
@@ -131,16 +130,16 @@ def test_a_question_is_compared_with_those_of_the_validation_split(root: Path, c
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         _, gradient = target.model.of_span(tokenize(tokenizer, messages, part).example)
         vector = target.projection.project(gradient).numpy()
-        expected.append(gradients.astype(np.float32) @ vector / np.linalg.norm(vector))
+        expected.append(vector / np.linalg.norm(vector))
     known = why_calibration.read(target)
     assert known is not None
     _, gradient = target.model.of_span(question(target, Options(*QUESTION[1::2]), None, tokenizer).example)
-    span = target.projection.project(gradient).numpy()
-    stored = target.store.read()
-    of_loss, of_log_odds = (ranking.cosines(rows, span) for rows in (stored.loss, stored.log_odds))
-    assert compared["p"] == round(known.p_value(of_loss), 4) and compared["excess"] == round(known.excess(of_loss), 4)
-    assert found["distribution"]["first"] == round(float(of_log_odds.max()), 4) != round(float(of_loss.max()), 4)
-    far = np.abs(known.cosines[:, None] - np.stack(expected)[None]).max(2)
+    [scores] = stored.second_moment.scores(stored.units, target.projection.project(gradient).numpy()[None])
+    assert compared["p"] == round(known.p_value(scores), 4) and compared["excess"] == round(known.excess(scores), 4)
+    assert found["distribution"]["first"] == round(float(scores.max()), 4)
+    alike = why_calibration.cosines_of(target)
+    far = np.abs(alike[:, None] - (np.stack(expected) @ stored.units.astype(np.float32).T)[None]).max(2)
+    assert np.allclose(known.scores, stored.second_moment.scores(stored.units, np.stack(expected)[far.argmin(1)]), atol=2e-3)
     assert far.min(1).max() < 2e-3 and sorted(far.argmin(1).tolist()) == list(range(24)), "each stored question is another one of these"
     assert sorted(known.owners.tolist()) == [i // 2 for i in range(24)]
 

@@ -258,13 +258,13 @@ def test_the_cosines_and_lengths_are_those_of_the_store(root: Path, capsys: pyte
 
     assert suspects(root, "--top", "28", "--json") == 0
     listed = {one["example_id"]: one for one in document(capsys)["suspects"]}
-    [shard] = (root / ".dvc/tmp/pedigree/gradients").glob("*/*.safetensors")
+    [shard] = (root / ".dvc/tmp/pedigree/gradients").glob("*/gradients-*.safetensors")
     stored, names = load_file(shard), sorted(listed)
     lengths = stored["lengths"]
     assert [listed[name]["length"]["value"] for name in names] == pytest.approx(lengths.tolist(), rel=1e-3)
     assert sorted(names, key=lambda name: listed[name]["length"]["rank"])[0] == names[int(lengths.argmax())]
     alike = [k for k, name in enumerate(names) if listed[name]["group"]["name"] == listed[names[0]]["group"]["name"]]
-    whole = stored["loss"].astype(np.float64)
+    whole = stored["gradients"].astype(np.float64)
     mean = whole[[k for k in alike if k]].mean(0)
     assert listed[names[0]]["group"]["cosine"] == pytest.approx(whole[0] @ mean / np.linalg.norm(mean), abs=1e-3)
 

@@ -25,7 +25,7 @@ from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.attribution.calibration import ALPHA, Calibration
 from dagster_project.lineage.attribution.points import END_ONLY, PointSelection
-from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, cosines, robust_z, stands_out
+from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, stands_out
 from dagster_project.lineage.attribution.records import Example, TrainedRecord
 from dagster_project.lineage.lineage import trained_on
 from dagster_project.training.methods.hardware import import_libraries
@@ -86,12 +86,11 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
     texts = Texts(found)
     system, notes = _system(texts, options)
     asked = question(found, options, system, texts.tokenizer)
-    scores, losses = list[Any](), list[Any]()
+    scores = list[Any]()
     for target, gradients in zip(at_points(found, options.points), stored, strict=True):
         value, gradient = _asked_gradient(target, asked)
-        projected = target.projection.project(gradient).numpy()
-        scores.append(cosines(gradients.log_odds, projected))
-        losses.append(cosines(gradients.loss, projected))
+        projected = target.projection.project(gradient).numpy()[None]
+        scores.append(gradients.second_moment.scores(gradients.units, projected)[0])
     points = {} if options.points == END_ONLY else {"steps": steps_at(found, options.points), "second_moments": options.points.scaled}
     documents = [" ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in found.records]
     ranking = Ranking.of(sum(scores) / len(scores), *bm25(documents, [options.prompt, _part(asked, options)]))
@@ -110,7 +109,7 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
         },
         **({"points": points} if points else {}),
         "records": len(found.records),
-        "distribution": _distribution(ranking.gradient, sum(losses) / len(losses), known),
+        "distribution": _distribution(ranking, known),
         "hits": _hits(found, ranking, texts, options.top),
         "notes": [
             *notes,
@@ -228,30 +227,24 @@ def _system_of(messages: Messages) -> str | None:
     return next((message["content"] for message in messages[:1] if message["role"] == "system"), None)
 
 
-def _distribution(scores: Any, losses: Any, known: Calibration | None) -> dict[str, Any]:
-    """Scores of all records: median, first, counts by interval; and whether records stand out: by the questions of the validation split, if there are any, else
-    by the distance of the first.
-
-    Args:
-        scores: cosines with the gradients of the log-odds, by which records are ranked.
-        losses: cosines with the gradients of the loss, by which records stand out.
-    """
+def _distribution(ranking: Ranking, known: Calibration | None) -> dict[str, Any]:
+    """Scores of all records: median, z of the first, counts by interval; and whether records stand out: by the questions of the validation split, if there
+    are any, else by the distance of the first."""
     import numpy as np
 
-    counts, edges = np.histogram(scores, bins=BINS)
-    z = robust_z(losses)
-    ordered = np.sort(z)[::-1]
+    counts, edges = np.histogram(ranking.gradient, bins=BINS)
+    ordered = np.sort(ranking.z)[::-1]
     compared = None
     if known:
-        p_value = known.p_value(losses)
-        compared = {"questions": len(known.owners), "excess": round(known.excess(losses), 4), "p": round(p_value, 4)}
+        p_value = known.p_value(ranking.gradient)
+        compared = {"questions": len(known.owners), "excess": round(known.excess(ranking.gradient), 4), "p": round(p_value, 4)}
     return {
-        "median": round(float(np.median(scores)), 4),
-        "first": round(float(scores.max()), 4),
+        "median": round(float(np.median(ranking.gradient)), 4),
+        "first": round(float(ranking.gradient.max()), 4),
         "z_of_first": round(float(ordered[0]), 2),
         "z_of_tenth": round(float(ordered[min(CROWD, len(ordered)) - 1]), 2),
         "compared": compared,
-        "stands_out": p_value <= ALPHA if known else stands_out(z),
+        "stands_out": p_value <= ALPHA if known else stands_out(ranking.z),
         "counts": [int(count) for count in counts],
         "edges": [round(float(edge), 5) for edge in edges],
     }
@@ -357,15 +350,14 @@ def _verdict_lines(spread: Mapping[str, Any], records: int) -> list[str]:
     """Whether a record stands out, and by what."""
     verdict = "a record stands out" if spread["stands_out"] else "nothing stands out"
     tenth = "tenth" if records >= CROWD else "last"
-    scores = f"the highest of {records} gradient scores is {spread['first']:.3f}, their median {spread['median']:.3f}"
+    scores = (
+        f"the highest of {records} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f} robust standard deviations above the median,"
+        f" and the {tenth} {spread['z_of_tenth']:.1f}"
+    )
     if (compared := spread["compared"]) is None:
-        return [
-            f"{verdict}: the highest cosine with the gradient of a loss is {spread['z_of_first']:.1f} robust standard deviations above the median, and the"
-            f" {tenth} {spread['z_of_tenth']:.1f} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the {tenth})",
-            scores,
-        ]
+        return [f"{verdict}: {scores} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the {tenth})"]
     return [
-        f"{verdict}: cosines with the gradients of losses are above those of {compared['questions']} questions of the validation split by {compared['excess']:.2f},"
+        f"{verdict}: scores are above those that the records have with {compared['questions']} questions of the validation split by {compared['excess']:.2f},"
         f" p {compared['p']:.3f} (records stand out up to {ALPHA:g})",
         scores,
     ]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.commands.why_model import Target
 from dagster_project.commands.why_pairs import PairTarget
@@ -16,12 +16,15 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import read_records, write_json
-from dagster_project.lineage.attribution import calibration
+from dagster_project.lineage.attribution import calibration, second_moment
 from dagster_project.lineage.attribution.calibration import ANSWERS, LEAST, Calibration, asked_parts
 from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.ranking import cosines
 from dagster_project.lineage.attribution.records import Example
 from dagster_project.lineage.history import listing_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SPLITS = "data/splits"
 VALIDATION = f"{SPLITS}/validation"
@@ -37,16 +40,28 @@ def index(found: Target) -> dict[str, Any]:
         {"folder", "records", "computed", "bytes", "questions"}.
     """
     indexed = found.index()
-    known = read(found)
+    known = _read(found)
     if known is None and (asked := _asked(found)):
         known = _computed(found, asked)
         _write(found, known)
-    return {**indexed, "bytes": found.store.bytes(), "questions": 0 if known is None else len(known.owners)}
+    return {**indexed, "bytes": found.store.bytes(), "questions": 0 if known is None else len(known["owners"])}
 
 
 def read(found: Target) -> Calibration | None:
     """The questions of the validation split of the workspace, if they were computed for these very gradients and are intact, and the split is that of the
     training."""
+    known = _read(found)
+    return None if known is None else Calibration(known["scores"], known["owners"])
+
+
+def cosines_of(found: Target) -> np.ndarray | None:
+    """Cosines of the gradients of the same questions with those of all records, (questions, records) float32; None as for `read`."""
+    known = _read(found)
+    return None if known is None else known["cosines"]
+
+
+def _read(found: Target) -> dict[str, np.ndarray] | None:
+    """Cosines and scores of all records, (questions, records) float32 each, and owners of the questions."""
     from safetensors.numpy import load_file
 
     file = found.store.folder / FILE
@@ -58,26 +73,25 @@ def read(found: Target) -> Calibration | None:
         return None
     if _is_of_another_training(found):
         return None
-    arrays = load_file(file)
-    return Calibration(arrays["cosines"], arrays["owners"])
+    return dict(load_file(file))
 
 
 def mean(known: Sequence[Calibration | None]) -> Calibration | None:
-    """Questions at several points of a training, with the mean of their cosines; None if they are missing at one."""
+    """Questions at several points of a training, with the mean of their scores; None if they are missing at one."""
     import numpy as np
 
     complete = [one for one in known if one is not None]
     if len(complete) < len(known):
         return None
-    return Calibration(np.mean([one.cosines for one in complete], axis=0), complete[0].owners)
+    return Calibration(np.mean([one.scores for one in complete], axis=0), complete[0].owners)
 
 
 def _identity(found: Target) -> dict[str, str]:
-    """What the cosines are made from."""
+    """What cosines and scores are made from."""
     return {
         "gradients": sha256_of_text(json.dumps(found.store.identity, sort_keys=True)),
         "validation": sha256_of_files(_shards(found)),
-        "code": sha256_of_files([Path(__file__), Path(calibration.__file__)]),
+        "code": sha256_of_files([Path(__file__), Path(calibration.__file__), Path(second_moment.__file__)]),
     }
 
 
@@ -112,24 +126,27 @@ def _asked(found: Target) -> list[tuple[int, Example]]:
     return asked if len(asked) >= LEAST and len({number for number, _ in asked}) >= ANSWERS else []
 
 
-def _computed(found: Target, asked: list[tuple[int, Example]]) -> Calibration:
+def _computed(found: Target, asked: list[tuple[int, Example]]) -> dict[str, np.ndarray]:
     import numpy as np
 
-    gradients = found.store.read().loss
+    stored = found.store.read()
     model = replace(found.model, label_smoothing=0.0)  # a question is about a log-probability
-    progress, rows = Progress(f"{found.run.address}: questions of the validation split", len(asked), "question"), list[np.ndarray]()
+    progress = Progress(f"{found.run.address}: questions of the validation split", len(asked), "question")
+    parts: dict[str, list[np.ndarray]] = {"cosines": [], "scores": []}
     for start in range(0, len(asked), BLOCK):
         block = [[example] for _, example in asked[start : start + BLOCK]]
-        rows += [cosines(gradients, gradient) for gradient in projected_gradients(model, found.projection, block).numpy()]
+        gradients = projected_gradients(model, found.projection, block).numpy()
+        parts["cosines"].append(cosines(stored.units, gradients))
+        parts["scores"].append(stored.second_moment.scores(stored.units, gradients))
         progress.advance(len(block))
-    return Calibration(np.stack(rows), np.array([number for number, _ in asked]))
+    return {name: np.concatenate(rows) for name, rows in parts.items()} | {"owners": np.array([number for number, _ in asked])}
 
 
-def _write(found: Target, known: Calibration) -> None:
+def _write(found: Target, known: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
     scratch = found.store.folder / f".writing-{FILE}"
-    save_file({"cosines": known.cosines, "owners": known.owners}, scratch)
+    save_file(known, scratch)
     digest = sha256_of_file(scratch)
     scratch.replace(found.store.folder / FILE)
     write_json(found.store.folder / NOTE, {"of": _identity(found), "sha256": digest})

@@ -36,7 +36,7 @@ class EarlierTarget(Target):
     @cached_property
     def model(self) -> TrainedModel:
         """The loaded model, which belongs to this point alone: its weights are replaced in memory."""
-        return self.load().at(self.point.weights(), self.point.scales())
+        return self.load().at(self.point.weights(), self.point.scales()).weakened()
 
     def claim_store(self) -> None:
         self.end.claim_store()

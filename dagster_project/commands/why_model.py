@@ -18,7 +18,7 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import REFUSED, TrainedModel
 from dagster_project.lineage.attribution.owners import OWNER, owner_of
-from dagster_project.lineage.attribution.per_record import with_log_odds
+from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.records import TrainedRecord, trained_records
 from dagster_project.lineage.attribution.store import GRADIENTS, GradientStore, identity_of
@@ -117,8 +117,8 @@ class Target:
 
     @cached_property
     def model(self) -> TrainedModel:
-        """The loaded model."""
-        return self.load()
+        """The loaded model, as gradients are taken of it."""
+        return self.load().weakened()
 
     def load(self) -> TrainedModel:
         """The model at the end of its training, loaded anew."""
@@ -131,9 +131,9 @@ class Target:
     def _one_process(self) -> Compute:
         return self.compute.model_copy(update={"processes": 1})
 
-    def gradients(self, numbers: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        """Projected gradients of some records by number: of their loss, and of the log-odds of their tokens; (records, width) float32 each."""
-        return with_log_odds(self.model, self.projection, [self.records[i].examples for i in numbers])
+    def gradients(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Projected gradients of some records by number, (records, width) float32."""
+        return projected_gradients(self.model, self.projection, [self.records[i].examples for i in numbers])
 
     def index(self) -> dict[str, Any]:
         """Compute what is missing in the store; the caller holds the lock (`alone`).

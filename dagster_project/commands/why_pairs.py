@@ -89,14 +89,13 @@ class PairTarget(Target):
         with lean_imports():
             return RewardedModel.load(self.folder, self.settings, self._one_process, self._margins, self.run.address)
 
-    def gradients(self, numbers: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        """Projected gradients of the losses of some pairs by number, (pairs, width) float32."""
+    def gradients(self, numbers: Sequence[int]) -> torch.Tensor:
         chosen = [self.records[i] for i in numbers]
         if not self.scores:
-            return (gradients_of_pairs(self.model, self.projection, [record.examples for record in chosen]),)
+            return gradients_of_pairs(self.model, self.projection, [record.examples for record in chosen])
         from torch import stack
 
-        return (stack([self.projection.project(self.reward_model.of_record(record)) for record in chosen]),)
+        return stack([self.projection.project(self.reward_model.of_record(record)) for record in chosen])
 
 
 def asked(root: Path, model: str) -> Target:

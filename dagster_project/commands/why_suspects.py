@@ -44,12 +44,12 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
     found = target(root, model)
     indexed = index(found, END_ONLY) if with_index else None
     stored = found.store.read()
-    gradients, lengths = stored.loss, stored.lengths
-    known = why_calibration.read(found)
+    gradients, lengths = stored.units, stored.lengths
+    known = why_calibration.cosines_of(found)
     texts = Texts(found)
     own = _own_groups(found, texts)
     chosen = chosen_groups(own)
-    ranking = Suspicion.of(opposition(gradients, lengths), lengths, harm(known.cosines, lengths) if known else None)
+    ranking = Suspicion.of(opposition(gradients, lengths), lengths, None if known is None else harm(known, lengths))
     fits, sizes = agreement(gradients, own, chosen), [len(numbers) for numbers in members(own, chosen)]
     groups = [
         {
@@ -62,7 +62,7 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
         }
         for one, size, fit in zip(chosen, sizes, fits, strict=True)
     ]
-    notes = [CAVEAT, *([] if known else [WITHOUT])]
+    notes = [CAVEAT, *([] if known is not None else [WITHOUT])]
     listed = _listed(found, ranking, texts, groups, top)
     document = {
         "model": model_of(found),

@@ -11,8 +11,8 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder
 from dagster_project.core.records import read_table
 from dagster_project.lineage.attribution.per_record import projected_gradients
+from dagster_project.lineage.attribution.projection import units
 from dagster_project.lineage.attribution.ranking import cosines
-from dagster_project.lineage.attribution.store import to_units
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject
@@ -113,21 +113,17 @@ def scores_among(found: Target, names: Sequence[str], questions: Sequence[Questi
     """
     import numpy as np
 
-    gradients = gradients_of(found, names)
-    scores = np.empty((len(questions), len(names)), np.float32)
-    for i, question in enumerate(questions):
-        _, gradient = found.model.of_span(question.example)
-        scores[i] = cosines(gradients, found.projection.project(gradient).numpy())
-    return scores
+    asked = [found.projection.project(found.model.of_span(question.example)[1]).numpy() for question in questions]
+    return cosines(gradients_of(found, names), np.stack(asked))
 
 
 def gradients_of(found: Target, names: Sequence[str]) -> np.ndarray:
-    """Projected gradients of the losses of some records of a training at length 1, (records, width) float16, as in the store."""
+    """Projected gradients of some records of a training at length 1, (records, width) float16, as in the store."""
     numbers = {record.example_id: i for i, record in enumerate(found.records)}
     if found.store.is_begun() and not found.store.missing():
-        return found.store.read().loss[[numbers[name] for name in names]]
+        return found.store.read().units[[numbers[name] for name in names]]
     examples = [found.records[numbers[name]].examples for name in names]
-    return to_units(projected_gradients(found.model, found.projection, examples).numpy())
+    return units(projected_gradients(found.model, found.projection, examples).numpy()).astype("float16")
 
 
 def one_sided(records: dict[str, Any], mine: Collection[str], others: Collection[str], side: str) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ def why_page(document: Mapping[str, Any]) -> str:
         "Answer": _parts(asked["answer"], asked["spans"]),
         "Check": {"figure": _proof_figure(proof), "proof": proof} if proof else None,
         "Records": [_record(hit) for hit in document["hits"]],
-        "Scores": _distribution(spread, document["records"], "raises the reward" if "reward" in asked else "makes the tokens more likely"),
+        "Scores": _distribution(spread, document["records"]),
         "Notes": document["notes"],
     }
     figures = [
@@ -33,7 +33,7 @@ def why_page(document: Mapping[str, Any]) -> str:
         (
             "distance",
             f"{spread['z_of_first']:.1f}",
-            f"robust standard deviations above the median, by gradients of losses; the {'tenth' if document['records'] >= 10 else 'last'} record {spread['z_of_tenth']:.1f}",
+            f"robust standard deviations above the median; the {'tenth' if document['records'] >= 10 else 'last'} record {spread['z_of_tenth']:.1f}",
         ),
     ]
     if compared := spread["compared"]:
@@ -78,12 +78,8 @@ def _record(hit: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _distribution(spread: Mapping[str, Any], records: int, effect: str) -> Figure:
-    """Histogram of the gradient scores of all records.
-
-    Args:
-        effect: what a step on a record with a score above 0 does.
-    """
+def _distribution(spread: Mapping[str, Any], records: int) -> Figure:
+    """Histogram of the gradient scores of all records."""
     counts, edges = spread["counts"], spread["edges"]
     most, low, high = max(counts), edges[0], edges[-1]
     width = 100 / len(counts)
@@ -107,7 +103,7 @@ def _distribution(spread: Mapping[str, Any], records: int, effect: str) -> Figur
         x = 100 * (value - low) / ((high - low) or 1)
         shapes.append(shape("text", brief(value), class_="tick", x=f"{x:.1f}%", y=HEIGHT + 16, text_anchor=anchor))
     rows = [(f"{edges[i]:.3f} to {edges[i + 1]:.3f}", count) for i, count in enumerate(counts) if count]
-    note = f"cosine of the gradient of the question with that of each record; above 0: a step on the record {effect}"
+    note = "how alike the gradient of each record is to that of the question, where what many records share counts little; below 0: opposed"
     plot = Plot(f"Scores of {many(records, 'record')} from {low:.3f} to {high:.3f}, median {spread['median']:.3f}", HEIGHT + 22, shapes)
     return Figure("Gradient scores of all records", note, plot, Table("Scores", ["score", "records"], rows))
 

@@ -1,6 +1,6 @@
 """Tells whether records stand out for a question, by questions for which none should: the parts of answers in the validation split.
 
-Some records are like many questions. So a question is measured by its excess: how far the cosines of records go beyond the highest that each of them has with
+Some records are like many questions. So a question is measured by its excess: how far the scores of records go beyond the highest that each of them has with
 any of those questions. The p-value is the share of these questions whose own excess, beyond those of other validation records, is as large, as in conformal
 prediction (Vovk, Gammerman and Shafer 2005): of questions that are drawn like them, about a share of `ALPHA` is wrongly said to have a record that stands out.
 """
@@ -49,27 +49,27 @@ def asked_parts(answers: Sequence[str]) -> list[tuple[int, str]]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Cosines of the questions of the validation split with all records."""
+    """Scores of all records for the questions of the validation split."""
 
-    cosines: np.ndarray
+    scores: np.ndarray
     """(questions, records) float32."""
     owners: np.ndarray
     """Number of the validation record that each question is about, (questions,)."""
 
-    def excess(self, cosines: np.ndarray) -> float:
-        """How far the cosines are above the highest of the questions: the root of the sum of the squares over the records for which they are. One record that
+    def excess(self, scores: np.ndarray) -> float:
+        """How far the scores are above the highest of the questions: the root of the sum of the squares over the records for which they are. One record that
         is far above counts as much as several that are less far above.
 
         Args:
-            cosines: of another question, (records,).
+            scores: of another question, (records,).
         """
-        return float(_beyond(cosines[None], self.cosines.max(0))[0])
+        return float(_beyond(scores[None], self.scores.max(0))[0])
 
-    def p_value(self, cosines: np.ndarray) -> float:
+    def p_value(self, scores: np.ndarray) -> float:
         """Share of questions with at least this excess, the asked one counted in."""
         import numpy as np
 
-        excess = self.excess(cosines)
+        excess = self.excess(scores)
         return float(1 + np.count_nonzero(self.own_excesses() >= excess)) / (len(self.owners) + 1)
 
     def own_excesses(self) -> np.ndarray:
@@ -79,7 +79,7 @@ class Calibration:
         found = np.empty(len(self.owners))
         for owner in np.unique(self.owners):
             own = self.owners == owner
-            found[own] = _beyond(self.cosines[own], self.cosines[~own].max(0))
+            found[own] = _beyond(self.scores[own], self.scores[~own].max(0))
         return found
 
 

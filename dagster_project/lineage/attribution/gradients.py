@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.lineage.attribution.records import Example
 from dagster_project.training.methods.attention import attention_for
-from dagster_project.training.methods.build import PreparedModel, build, causal
+from dagster_project.training.methods.build import STARTS_FROM_WEIGHTS, PreparedModel, build, causal
 from dagster_project.training.methods.hardware import adding_adapters, prepare
 from dagster_project.training.methods.load import AdapterInfo, load_base
 from dagster_project.training.tokens.collators import SIZES, collate_packed
@@ -31,9 +33,10 @@ REFUSED = {
     "feature_extraction": "it is a classifier without optimizer steps: it predicts a label and has no log-probability of a text",
 }
 """Method -> why its answers cannot be attributed."""
-LEAST_ERROR = 0.01
-"""Lower bound of 1 - p in the gradient of the log-odds of a token: without it, tokens of which the model is certain count as much as the label. Chosen in
-docs/decisions/061."""
+STRENGTH = 0.5
+"""Share of what an adapter adds, at which gradients are taken. Chosen in docs/decisions/062. A power of two, so that weights are multiplied exactly."""
+ADDS = re.compile(r"\.lora_(embedding_)?B\.")
+"""Names of the weights that what an adapter adds is proportional to: B of LoRA and its kin."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class TrainedModel:
     label_smoothing: float
     scales: Mapping[str, torch.Tensor] | None = field(default=None, kw_only=True)
     """What each number of a gradient is multiplied by, by name of the weight; None: nothing."""
+    is_weakened: bool = field(default=False, kw_only=True)
 
     @classmethod
     def load(
@@ -98,39 +102,61 @@ class TrainedModel:
         device = next(iter(own.values())).device
         return replace(self, scales=scales and {name: scale.to(device) for name, scale in scales.items()})
 
+    def weakened(self) -> TrainedModel:
+        """This model with `STRENGTH` of what its adapter adds, in memory. Where that is not proportional to a weight, or the training began with an adapter that
+        added something, it stays as it is.
+        """
+        if self.is_weakened:
+            return self
+        self._multiply(STRENGTH)
+        return replace(self, is_weakened=True)
+
+    def _multiply(self, factor: float) -> None:
+        """Multiply what the adapter adds."""
+        starts = [str(getattr(config, "init_lora_weights", "")) for config in getattr(self.prepared.model, "peft_config", {}).values()]
+        if not any(STARTS_FROM_WEIGHTS.search(start) for start in starts):
+            for name, weight in self.weights.items():
+                if ADDS.search(name):
+                    weight.data.mul_(factor)
+
+    @contextmanager
+    def _as_it_answers(self) -> Iterator[None]:
+        """Undo `weakened` for the time being."""
+        if self.is_weakened:
+            self._multiply(1 / STRENGTH)
+        try:
+            yield
+        finally:
+            if self.is_weakened:
+                self._multiply(STRENGTH)
+
     def of_record(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Gradient of the weighted mean loss over the tokens of a record's examples, by name of the weight."""
         return self._gradient(self.sum_of_losses([examples]))
 
-    def both_of_record(self, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The same, and the gradient of the negative log-odds of the tokens, as in `sums`."""
-        loss, log_odds = self.sums([examples])
-        return self._gradient(loss, keeps_graph=True), self._gradient(log_odds)
-
     def of_span(self, example: Example) -> tuple[float, dict[str, torch.Tensor]]:
-        """Log-probability in nats of the labeled tokens, and the gradient of its negative, by name of the weight.
+        """Log-probability in nats of the labeled tokens as the model answers, and the gradient of its negative, by name of the weight.
 
         The sign is that of a loss, so that a cosine above 0 with the gradient of a record means: a step on the record makes the tokens more likely.
         """
-        loss = self._nats(example)
-        return -float(loss.detach()), self._gradient(loss)
+        return self.log_probability(example), self._gradient(self._nats(example))
 
     def log_probability(self, example: Example) -> float:
-        """Log-probability in nats of the labeled tokens."""
+        """Log-probability in nats of the labeled tokens as the model answers."""
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), self._as_it_answers():
             return -float(self._nats(example))
 
     def _nats(self, example: Example) -> torch.Tensor:
         uniform = Example(example.input_ids, example.labels, tuple(float(label != IGNORE) for label in example.labels))
         return self._weighted_sum([uniform], 0.0)
 
-    def _gradient(self, loss: torch.Tensor, keeps_graph: bool = False) -> dict[str, torch.Tensor]:
+    def _gradient(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch
 
         weights = self.weights
-        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, retain_graph=keeps_graph)
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         gradients = {
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(weights.items(), found, strict=True)
@@ -140,21 +166,11 @@ class TrainedModel:
     def sum_of_losses(self, records: Sequence[Sequence[Example]]) -> torch.Tensor:
         """Sum of the losses of several records, in one packed row. A loss is the weighted mean over the tokens, as in `trainers/sft/sft.py`; 0 if none has a
         weight."""
-        return self._weighted_sum(_averaging(records), self.label_smoothing)
-
-    def sums(self, records: Sequence[Sequence[Example]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the losses of several records, in one packed row, and a sum with the gradient of their negative log-odds.
-
-        The log-odds log(p / (1 - p)) of a token change by 1 / (1 - p) times what log(p) changes by, so their gradient does not vanish before p is
-        0.99. TRAK compares such gradients (Park et al. 2023, arXiv 2303.14186, section 3). Label smoothing, which ends at some p below 1, is left out.
-        """
-        import torch
-
-        examples = _averaging(records)
-        losses, weights, _ = self.token_losses(examples, self.label_smoothing)
-        nats = self.token_losses(examples, 0.0)[0] if self.label_smoothing else losses
-        errors = -torch.expm1(-nats.detach())
-        return (losses * weights).sum(), (nats * weights / errors.clamp_min(LEAST_ERROR)).sum()
+        scaled = []
+        for examples in records:
+            total = max(sum(weight for example in examples for weight in _counted(example)), 1e-30)
+            scaled += [replace(example, weights=tuple(weight / total for weight in example.weights)) for example in examples]
+        return self._weighted_sum(scaled, self.label_smoothing)
 
     def _weighted_sum(self, examples: Sequence[Example], label_smoothing: float) -> torch.Tensor:
         """Sum of weight x loss over the tokens of examples in one packed row."""
@@ -178,15 +194,6 @@ class TrainedModel:
         numbers = torch.tensor([i for i, example in enumerate(examples) for _ in example.input_ids], device=device)
         owners = numbers[counted[0].nonzero()[:, 0] + 1]
         return losses, batch["weights"][:, 1:][counted], owners
-
-
-def _averaging(records: Sequence[Sequence[Example]]) -> list[Example]:
-    """The examples of records, with weights that add up to 1 in each record; 0 where no token has a weight."""
-    found = []
-    for examples in records:
-        total = max(sum(weight for example in examples for weight in _counted(example)), 1e-30)
-        found += [replace(example, weights=tuple(weight / total for weight in example.weights)) for example in examples]
-    return found
 
 
 def _counted(example: Example) -> list[float]:

@@ -38,12 +38,12 @@ def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
             if manifest and manifest["identity"].get("adapter") == adapter:
                 total = manifest["records"]
                 sizes = {f"gradients-{n:05d}.safetensors": min(SHARD, total - n * SHARD) for n in range(-(-total // SHARD))}
-                files = [path for path in store.glob("*.safetensors") if path.name in manifest["shards"] and path.name in sizes]
+                files = [path for path in store.glob("*.safetensors") if path.name in manifest["shards"]]
                 found.append(
                     {
                         "stage": run.address,
                         "folder": store.relative_to(root).as_posix(),
-                        "records": sum(sizes[path.name] for path in files),
+                        "records": sum(sizes.get(path.name, 0) for path in files),
                         "of": total,
                         "bytes": sum(path.stat().st_size for path in files),
                     }

@@ -10,7 +10,7 @@ multiplied, as LoGRA does, so the gradients themselves are never formed, unless 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -37,25 +37,7 @@ def projected_gradients(trained: TrainedModel, projection: Projection, records: 
     layers = lora_layers(trained)
     if layers is None:
         return torch.stack([projection.project(trained.of_record(examples)) for examples in records])
-    passes = [[records[i] for i in numbers] for numbers in _passes(records)]
-    return torch.cat([_of_pass(trained, projection, layers, one, lambda given: [trained.sum_of_losses(given)])[0] for one in passes])
-
-
-def with_log_odds(trained: TrainedModel, projection: Projection, records: Sequence[Sequence[Example]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Projected gradients of the loss of each record, and of the negative log-odds of its tokens, (records, width) float32 each.
-
-    Args:
-        records: the examples of each record.
-    """
-    import torch
-
-    layers = lora_layers(trained)
-    if layers is None:
-        found = [[projection.project(gradient)[None] for gradient in trained.both_of_record(examples)] for examples in records]
-    else:
-        found = [_of_pass(trained, projection, layers, [records[i] for i in numbers], trained.sums) for numbers in _passes(records)]
-    loss, log_odds = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return loss, log_odds
+    return torch.cat([_of_pass(trained, projection, layers, [records[i] for i in numbers]) for numbers in _passes(records)])
 
 
 def _passes(records: Sequence[Sequence[Example]]) -> Iterator[list[int]]:
@@ -99,22 +81,15 @@ def lora_layers(trained: TrainedModel) -> list[Layer] | None:
     return layers if {name for layer in layers for name in (layer.a, layer.b)} == weights.keys() else None
 
 
-def _of_pass(
-    trained: TrainedModel,
-    projection: Projection,
-    layers: Sequence[Layer],
-    records: Sequence[Sequence[Example]],
-    sums: Callable[[Sequence[Sequence[Example]]], Sequence[torch.Tensor]],
-) -> list[torch.Tensor]:
-    """Projected gradients of records in one packed row, (records, width) float32 for each of the sums over all records."""
+def _of_pass(trained: TrainedModel, projection: Projection, layers: Sequence[Layer], records: Sequence[Sequence[Example]]) -> torch.Tensor:
+    """Projected gradients of records in one packed row, (records, width) float32."""
     import torch
 
     owners = [i for i, examples in enumerate(records) for _ in examples]
     sizes = [len(example.input_ids) for examples in records for example in examples]
     segments = list(zip(owners, pairwise(accumulate(sizes, initial=0)), strict=True))
     places = _places(trained, projection)
-    width = sum(rows * columns for _, rows, columns in places.values())
-    found = list[torch.Tensor]()
+    found = torch.zeros(len(records), sum(rows * columns for _, rows, columns in places.values()))
 
     def add(name: str, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add the products of two factors, (tokens, rows) and (tokens, columns), over the tokens of each example. Factors are projected before, unless
@@ -124,14 +99,11 @@ def _of_pass(
         for owner, (start, stop) in segments:
             product = left[start:stop].T @ right[start:stop]
             part = product.flatten() if trained.scales is None else projection.of_weight(name, product * trained.scales[name])
-            found[-1][owner, first : first + rows * columns] += part.cpu()
+            found[owner, first : first + rows * columns] += part.cpu()
 
     hooks = [layer.module.register_forward_hook(_Capture(layer, trained, projection, add)) for layer in layers]
     try:
-        totals = sums(records)
-        for total in totals:
-            found.append(torch.zeros(len(records), width))
-            total.backward(retain_graph=total is not totals[-1])
+        trained.sum_of_losses(records).backward()
     finally:
         for hook in hooks:
             hook.remove()

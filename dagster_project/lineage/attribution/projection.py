@@ -23,7 +23,7 @@ KEPT = 16
 class Projection:
     """A projection of the gradients of a model's trained weights."""
 
-    numbers: int = 128
+    numbers: int = 256
     """A weight's gradient is projected to at most this many. One that has no more stays as it is."""
     seed: int = 0
     _sides: dict[tuple[str, int, int], Any] = field(default_factory=dict, repr=False, compare=False)
@@ -32,7 +32,7 @@ class Projection:
         """Rows and columns of the projected gradient of a weight. Its narrow side, such as the rank of LoRA, is kept as it is, up to `KEPT`.
 
         >>> Projection().shape((16, 576)), Projection().shape((576, 8)), Projection().shape((2048, 576)), Projection().shape((2048,))
-        ((16, 8), (16, 8), (8, 16), (1, 128))
+        ((16, 16), (32, 8), (16, 16), (1, 256))
         """
         rows, columns = as_matrix(weight)
         if rows * columns <= self.numbers:
@@ -102,3 +102,19 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     for length in shape[1:]:
         columns *= length
     return shape[0], columns
+
+
+def lengths_of(rows: np.ndarray) -> np.ndarray:
+    """(rows, 1) float64."""
+    import numpy as np
+
+    found: np.ndarray = np.sqrt(np.square(rows, dtype=np.float64).sum(1, keepdims=True))
+    return found
+
+
+def units(rows: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1, float32; those of length 0 stay."""
+    import numpy as np
+
+    lengths = lengths_of(rows)
+    return (rows / np.where(lengths, lengths, 1.0)).astype(np.float32)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dagster_project.lineage.attribution.projection import units
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -21,21 +23,33 @@ TO_SIGMA = 1.4826
 """Median absolute deviation times this is the standard deviation of a normal distribution."""
 
 
-def cosines(gradients: np.ndarray, question: np.ndarray) -> np.ndarray:
-    """Cosine of a question's gradient with that of every record, (records,) float32; 0 where a gradient is 0.
+BLOCK = 4096
+"""Records whose gradients are converted to float32 at the same time."""
+
+
+def products(gradients: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Inner products of rows with the gradient of every record, (rows, records) float32.
 
     Args:
-        gradients: of length 1, (records, width) float16.
-        question: (width,) float32.
+        gradients: (records, width) float16.
+        rows: (rows, width) float32.
     """
     import numpy as np
 
-    norm = float(np.sqrt(np.square(question, dtype=np.float64).sum()))
-    unit = (question / (norm or 1.0)).astype(np.float32)
-    scores = np.empty(len(gradients), np.float32)
-    for start in range(0, len(gradients), 4096):  # in blocks, because the product needs float32
-        scores[start : start + 4096] = gradients[start : start + 4096].astype(np.float32) @ unit
-    return scores
+    found = np.empty((len(rows), len(gradients)), np.float32)
+    for start in range(0, len(gradients), BLOCK):
+        found[:, start : start + BLOCK] = rows @ gradients[start : start + BLOCK].astype(np.float32).T
+    return found
+
+
+def cosines(gradients: np.ndarray, questions: np.ndarray) -> np.ndarray:
+    """Cosines of the gradients of questions with that of every record, (questions, records) float32; 0 where a gradient is 0.
+
+    Args:
+        gradients: of length 1, (records, width) float16.
+        questions: (questions, width) float32.
+    """
+    return products(gradients, units(questions))
 
 
 def robust_z(scores: np.ndarray) -> np.ndarray:
@@ -90,7 +104,7 @@ class Ranking:
     """All records, ranked in three ways; (records,) each."""
 
     gradient: np.ndarray
-    """Cosine of the gradients."""
+    """Score of the gradients (`second_moment.py`)."""
     z: np.ndarray
     bm25: np.ndarray
     """Of the words of the prompt and those of the asked part, together."""
@@ -103,7 +117,7 @@ class Ranking:
     @classmethod
     def of(cls, gradient: np.ndarray, prompt: np.ndarray, part: np.ndarray) -> Ranking:
         """Args:
-        gradient: cosines.
+        gradient: scores of the gradients.
         prompt, part: BM25 of the words of the prompt, and of those of the asked part of the answer.
         """
         import numpy as np

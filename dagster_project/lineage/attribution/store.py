@@ -15,8 +15,9 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import write_json
-from dagster_project.lineage.attribution.projection import Projection
+from dagster_project.lineage.attribution.projection import Projection, lengths_of, units
 from dagster_project.lineage.attribution.records import TrainedRecord, sha256_of_records
+from dagster_project.lineage.attribution.second_moment import SecondMoment, sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 GRADIENTS = Path(".dvc", "tmp", "pedigree", "gradients")
 """Folder of all stores of a project."""
 MANIFEST = "store.json"
-LOSS, LENGTHS, LOG_ODDS = "loss", "lengths", "log_odds"
-"""Arrays of a file."""
 SHARD = 32
 """Records of a file. An interrupted command loses at most the gradients of these."""
 LIBRARIES = ("torch", "transformers", "peft")
@@ -63,30 +62,13 @@ def identity_of(
 
 @dataclass(frozen=True)
 class Gradients:
-    """Projected gradients of all records, scaled to length 1."""
+    """Projected gradients of the losses of all records."""
 
-    loss: np.ndarray
-    """(records, width) float16."""
+    units: np.ndarray
+    """Scaled to length 1, (records, width) float16."""
     lengths: np.ndarray
-    """Those of the gradients of the loss, (records,) float32."""
-    log_odds: np.ndarray
-    """Of the negative log-odds of the tokens (`gradients.py`), (records, width) float16. Those of the loss for pairs, whose loss is not a sum over tokens."""
-
-
-def lengths_of(rows: np.ndarray) -> np.ndarray:
-    """(records,) float64."""
-    import numpy as np
-
-    found: np.ndarray = np.sqrt(np.square(rows, dtype=np.float64).sum(1))
-    return found
-
-
-def to_units(rows: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1, float16; those of length 0 stay."""
-    import numpy as np
-
-    lengths = lengths_of(rows)
-    return (rows / np.where(lengths, lengths, 1.0)[:, None]).astype(np.float16)
+    """(records,) float32."""
+    second_moment: SecondMoment
 
 
 @dataclass(frozen=True)
@@ -109,16 +91,16 @@ class GradientStore:
     def missing(self) -> list[int]:
         """Numbers of the files that are missing or damaged, by their hashes."""
         known = self._manifest().get("shards", {})
-        return [n for n in range(self.shards) if not self._is_intact(n, known)]
+        return [n for n in range(self.shards) if not _is_intact(self._path(n), known)]
 
     def is_begun(self) -> bool:
         return bool(self._manifest())
 
-    def build(self, gradients: Callable[[Sequence[int]], Sequence[torch.Tensor]], what: str) -> int:
+    def build(self, gradients: Callable[[Sequence[int]], torch.Tensor], what: str) -> int:
         """Compute what is missing.
 
         Args:
-            gradients: numbers of some records -> their projected gradients of the loss, and of the log-odds if these are others; (records, width) float32.
+            gradients: numbers of some records -> their projected gradients, (records, width) float32.
             what: name of the work in progress lines.
         Returns:
             Records that were computed.
@@ -129,10 +111,10 @@ class GradientStore:
         progress = Progress(what, sum(len(self._records_of(n)) for n in missing), "record")
         self.folder.mkdir(parents=True, exist_ok=True)
         for n in missing:
-            rows = dict(zip((LOSS, LOG_ODDS), gradients(self._records_of(n)), strict=False))  # a loss of pairs has no log-odds of its own
-            arrays = {name: to_units(found.numpy()) for name, found in rows.items()}
-            self._write(n, {**arrays, LENGTHS: lengths_of(rows[LOSS].numpy()).astype(np.float32)})
-            progress.advance(len(rows[LOSS]))
+            rows = gradients(self._records_of(n)).numpy()
+            self._write(self._path(n), {"gradients": units(rows).astype(np.float16), "lengths": lengths_of(rows)[:, 0].astype(np.float32)})
+            progress.advance(len(rows))
+        self._write(self._second_moment, {"inner": self.read().second_moment.inner})
         return progress.total
 
     def read(self) -> Gradients:
@@ -148,8 +130,11 @@ class GradientStore:
                 f"the gradients of the model are {state}: {len(missing)} of {self.shards} files", "add --index to compute them"
             )
         parts = [load_file(self._path(n)) for n in range(self.shards)]
-        loss, lengths = (np.concatenate([part[name] for part in parts]) for name in (LOSS, LENGTHS))
-        return Gradients(loss, lengths, np.concatenate([part[LOG_ODDS] for part in parts]) if LOG_ODDS in parts[0] else loss)
+        rows, lengths = (np.concatenate([part[name] for part in parts]) for name in ("gradients", "lengths"))
+        is_known = _is_intact(self._second_moment, self._manifest()["shards"])
+        inner = load_file(self._second_moment)["inner"] if is_known else np.empty((0, 0))
+        is_own = len(inner) == len(sample(self.records))  # of as many records as are drawn now
+        return Gradients(rows, lengths, SecondMoment(inner, self.records) if is_own else SecondMoment.of(rows))
 
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
@@ -160,19 +145,19 @@ class GradientStore:
     def _path(self, n: int) -> Path:
         return self.folder / f"gradients-{n:05d}.safetensors"
 
-    def _write(self, n: int, arrays: dict[str, np.ndarray]) -> None:
+    @property
+    def _second_moment(self) -> Path:
+        return self.folder / "second_moment.safetensors"
+
+    def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
         from safetensors.numpy import save_file
 
-        scratch = self.folder / f".writing-{n:05d}"
+        scratch = self.folder / f".writing-{path.stem}"
         save_file(arrays, scratch)
         digest = sha256_of_file(scratch)
-        scratch.replace(self._path(n))
-        known = self._manifest().get("shards", {}) | {self._path(n).name: digest}
+        scratch.replace(path)
+        known = self._manifest().get("shards", {}) | {path.name: digest}
         write_json(self.folder / MANIFEST, {"identity": self.identity, "records": self.records, "shards": dict(sorted(known.items()))})
-
-    def _is_intact(self, n: int, known: Mapping[str, str]) -> bool:
-        path = self._path(n)
-        return path.name in known and path.is_file() and sha256_of_file(path) == known[path.name]
 
     def _manifest(self) -> dict[str, Any]:
         """The list of files and hashes; empty if there is none, or it is damaged or of something else."""
@@ -182,3 +167,7 @@ class GradientStore:
             return {}
         is_own = isinstance(found, dict) and found.get("identity") == self.identity and found.get("records") == self.records
         return found if is_own and isinstance(found.get("shards"), dict) else {}
+
+
+def _is_intact(path: Path, known: Mapping[str, str]) -> bool:
+    return path.name in known and path.is_file() and sha256_of_file(path) == known[path.name]

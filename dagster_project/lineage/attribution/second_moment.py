@@ -1,0 +1,67 @@
+"""Scores of records in which what many of their gradients have in common counts little: by the damped inverse of the second moment of these gradients.
+
+    score of g for a question q    d g' (M + d)^-1 q,   M the sum of g g' over all records, all gradients of length 1, d the damping
+
+This is the preconditioning of influence functions by the damped Gauss-Newton matrix, as in TRAK (Park et al. 2023, arXiv 2303.14186, section 3.2). M is never formed:
+with the gradients of n records as the rows of G, d (G'G + d)^-1 q = q - G' (GG' + d)^-1 G q.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dagster_project.lineage.attribution.projection import units
+from dagster_project.lineage.attribution.ranking import products
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DAMPING = 0.007
+"""Damping as a share of the number of records. Chosen in docs/decisions/062."""
+LEAST = 1.0
+"""Least damping: the mean of the eigenvalues of M that are not 0, if there are no more records than numbers in a gradient."""
+SAMPLE = 2048
+"""Most records that M is made from. Of more, that many, drawn at random, always the same, stand for all."""
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """The second moment of the gradients of records."""
+
+    inner: np.ndarray
+    """Inner products of the gradients of the sample, (sample, sample) float32."""
+    records: int
+
+    @classmethod
+    def of(cls, gradients: np.ndarray) -> SecondMoment:
+        """Args:
+        gradients: of length 1, (records, width) float16.
+        """
+        import numpy as np
+
+        rows = gradients[sample(len(gradients))].astype(np.float32)
+        return cls(rows @ rows.T, len(gradients))
+
+    def scores(self, gradients: np.ndarray, questions: np.ndarray) -> np.ndarray:
+        """Scores of all records for each question, (questions, records) float32; from -1 to 1, and 0 where a gradient is 0.
+
+        Args:
+            gradients: of length 1, (records, width) float16.
+            questions: (questions, width) float32.
+        """
+        import numpy as np
+
+        chosen = gradients[sample(self.records)].astype(np.float32)
+        asked = units(questions)
+        damping = max(LEAST, DAMPING * self.records) * len(chosen) / max(1, self.records)
+        damped = self.inner.astype(np.float64) + damping * np.eye(len(chosen))
+        known = np.linalg.solve(damped, (chosen @ asked.T).astype(np.float64)).astype(np.float32)
+        return products(gradients, asked - known.T @ chosen)
+
+
+def sample(records: int) -> np.ndarray:
+    """Numbers of the records that stand for all, sorted."""
+    import numpy as np
+
+    return np.arange(records) if records <= SAMPLE else np.sort(np.random.default_rng(0).choice(records, SAMPLE, replace=False))
