@@ -19,6 +19,7 @@ from conftest import pedigree
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import REWARD_METHODS, ledger_schema
 from dagster_project.lineage import database
+from dagster_project.lineage.diff import diff
 from dagster_project.lineage.export.export import issue_date
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
@@ -510,32 +511,40 @@ def test_two_versions_of_a_source_are_listed_separately(made: Project) -> None:
 
 
 def test_each_value_of_a_parameter_that_stages_ran_with_is_listed_and_each_source_goes_to_the_stages_that_read_it(made: Project) -> None:
-    first = made.lock([("cats", "train", FAQ), ("birds", "train", MAIL)])
-    now = made.splits([("cats", "train", FAQ), ("dogs", "train", FAQ)])
-    model = {name: first[name] for name in ("adapter@lora", "merged@lora")}
     waivers = [{"check": "pii", "reason": "public"}, {"check": "secrets", "reason": "test keys"}]
+    first = made.lock([("cats", "train", FAQ), ("birds", "train", MAIL)])
     first["splits"]["params"] = {"params.yaml": {"compute.seed": 1, "splits": {"waivers": waivers[:1]}}}
-    model["adapter@lora"]["params"] = {"params.yaml": {"compute.seed": 1, "adapter.lora": {"epochs": 1}}}
+    first["adapter@lora"]["params"] = {"params.yaml": {"compute.seed": 1, "adapter.lora": {"epochs": 1}}}
     made.commit(first)
+    now = made.splits([("cats", "train", FAQ), ("dogs", "train", FAQ)])
     now["splits"]["params"] = {"params.yaml": {"compute.seed": 2, "splits": {"waivers": waivers}}}
+    model = {name: first[name] for name in ("adapter@lora", "merged@lora")}
     aligned = tasks_on(made, now, model)
     aligned["aligned@dpo"]["params"] = {"params.yaml": {"compute.seed": 2}}
     made.commit({**now, **model, **aligned})
     found = audit(made.root, "aligned@dpo")
     old = f"splits {first['splits']['outs'][0]['md5'][:8]}"
-    assert found["parameters"] == {
-        "compute.seed": 2,
-        f"compute.seed of {old}, adapter@lora": 1,
-        "splits": {"waivers": waivers},
-        f"splits of {old}": {"waivers": waivers[:1]},
-        "adapter.lora": {"epochs": 1},
+    assert found["parameters"] == {"compute.seed": 2, "splits": {"waivers": waivers}, "adapter.lora": {"epochs": 1}}
+    assert found["other_values"] == {
+        "compute.seed": [{"value": 1, "stages": [old, "adapter@lora"]}],
+        "splits": [{"value": {"waivers": waivers[:1]}, "stages": [old]}],
     }
-    assert found["waivers"] == [*waivers, waivers[0]]
+    assert found["waivers"] == waivers
+    assert f"compute.seed of {old}, adapter@lora: 1" in audit_text(found) and "compute.seed: 2" in audit_text(found)
+    assert "other_values" not in audit(made.root, "merged@lora")
+    assert not diff(made.root, "aligned@dpo", "aligned@dpo")["parameters"]
+    assert diff(made.root, "merged@lora", "aligned@dpo")["parameters"] == {
+        "compute.seed": [1, 2],
+        "compute.seed, other values": [None, [1]],
+        "splits, other values": [None, [{"waivers": waivers[:1]}]],
+        "splits.waivers": [waivers[:1], waivers],
+    }
     earlier = f"{FAQ} {audit(made.root, 'merged@lora')['sources'][FAQ]['sha256'][:8]}"
     assert found["read_by"] == {FAQ: ["splits"], earlier: [old], MAIL: [old]}
-    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in lineage_page(found, []).split("<tr>")]
-    inputs = {row[0]: row[2] for row in rows if len(row) == 4 and row[0] in found["stages"]}
-    assert (inputs["splits"], inputs[old]) == (FAQ, f"{earlier}, {MAIL}")
+    page = lineage_page(found, [])
+    inputs = {name: re.search(rf"{name}</bdi></th><td>{stage['md5']}</td><td>(.*?)</td>", page) for name, stage in found["stages"].items()}
+    shown = {name: match and match.group(1) for name, match in inputs.items()}
+    assert (shown["splits"], shown[old]) == (FAQ, f"{earlier}, {MAIL}")
 
 
 def test_another_version_of_a_source_that_a_model_was_only_watched_by_is_listed(made: Project) -> None:

@@ -237,7 +237,8 @@ def lineage(text: Text, tmp_path: Path) -> str:
         "model": {"stage": text("adapter"), "path": text("data/a"), "md5": text("abc")}, "parents": [], "sources": {text("a.json"): source},
         "read_by": {text("a.json"): [text("adapter")]}, "stages": {text("adapter"): stage}, "records": {"records": 1, "learnt_by": {text("adapter"): part}}, "missing": [
         {"path": text("a"), "md5": text("b"), "fetch": text("dvc pull")}], "shallow": True, "waivers": [{"reason": text("because")}],
-        "parameters": {text("adapter.lora"): {text("r"): text("4")}}, "metrics": {text("adapter"): {text("loss"): text("1")}},
+        "parameters": {text("adapter.lora"): {text("r"): text("4")}},
+        "other_values": {text("seed"): [{"value": text("1"), "stages": [text("splits")]}]}, "metrics": {text("adapter"): {text("loss"): text("1")}},
         "other_files": {text("b.jsonl"): {"md5": text("abc"), "license": text("MIT"), "stages": [text("splits")]}},
         "watched": {
             "stages": {text("release"): stage}, "sources": {text("c.jsonl"): source},

@@ -17,7 +17,7 @@ from dagster_project.core.imports import lean_imports
 from dagster_project.core.params import Compute
 from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import REFUSED, TrainedModel
-from dagster_project.lineage.attribution.owners import OWNER, owner_of
+from dagster_project.lineage.attribution.owners import END, OWNER, owner_of
 from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.records import TrainedRecord, trained_records
@@ -177,6 +177,33 @@ class Target:
             if file.parent != self.store.folder and owner_of(file) == self.run.address:
                 remove(file.parent)
         write_json(self.store.folder / OWNER, {"stage": self.run.address})
+
+
+@dataclass(frozen=True)
+class EndTarget(Target):
+    """A trained adapter whose gradients are taken at all that it adds."""
+
+    half: Target
+
+    @cached_property
+    def records(self) -> list[TrainedRecord]:
+        return self.half.records
+
+    @cached_property
+    def store(self) -> GradientStore:
+        return GradientStore(self.half.store.folder / END, {**self.half.store.identity, "strength": 1.0}, len(self.records))
+
+    @cached_property
+    def model(self) -> TrainedModel:
+        return self.load()
+
+    def claim_store(self) -> None:
+        self.half.claim_store()
+
+
+def at_end(found: Target) -> EndTarget:
+    """The same adapter, for suspects and differences, whose figures are better there (docs/decisions/062)."""
+    return EndTarget(found.root, found.asked, found.subject, found.run, found.place, found)
 
 
 def target(root: Path, model: str) -> Target:

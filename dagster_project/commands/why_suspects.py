@@ -9,13 +9,11 @@ from typing import Any
 from dagster_project.commands import why_calibration
 from dagster_project.commands.render import render
 from dagster_project.commands.why import Texts, excerpt, index_lines, model_of, place_text, places_of, shown_texts
-from dagster_project.commands.why_checkpoints import index
-from dagster_project.commands.why_model import Target, target
+from dagster_project.commands.why_model import Target, at_end, target
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import pages_of
 from dagster_project.core.records import iter_ledger, write_json, write_text
 from dagster_project.curation.checks.review import REVIEWED, queue
-from dagster_project.lineage.attribution.points import END_ONLY
 from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, harm, members, opposition
 from dagster_project.orchestration import dvc
 
@@ -41,8 +39,11 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
     Raises:
         InputError: as `target`; or gradients are missing.
     """
-    found = target(root, model)
-    indexed = index(found, END_ONLY) if with_index else None
+    found = at_end(target(root, model))
+    indexed = None
+    if with_index:
+        with found.alone("pedigree why --suspects --index"):
+            indexed = why_calibration.index(found)
     stored = found.store.read()
     gradients, lengths = stored.units, stored.lengths
     known = why_calibration.cosines_of(found)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.commands.why_model import Target, adapter_of, needed, refuse_method
+from dagster_project.commands.why_model import EndTarget, Target, adapter_of, at_end, needed, refuse_method
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder
 from dagster_project.core.records import read_table
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dagster_project.commands.why_question import Question
 
 
-def version(root: Path, subject: Subject, model: str, scratch: Path) -> Target:
+def version(root: Path, subject: Subject, model: str, scratch: Path) -> EndTarget:
     """A model with the files of its training: those of the workspace if they are the recorded ones, else linked from DVC's cache.
 
     Args:
@@ -42,7 +42,7 @@ def version(root: Path, subject: Subject, model: str, scratch: Path) -> Target:
             restore(subject.index, path, md5, place / path, run)
     found = Target(root, model, subject, run, place)
     refuse_method(found)
-    return found
+    return at_end(found)
 
 
 def place_of(scratch: Path, run: StageRun) -> Path:

@@ -45,7 +45,7 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
         "models": [old["model"], new["model"]],
         "same": old["model"]["md5"] == new["model"]["md5"],
         "records": records,
-        "parameters": _differing(_flat(old["parameters"]), _flat(new["parameters"])),
+        "parameters": _differing(_values(old), _values(new)),
         "code": _differing(old["code"]["files"], new["code"]["files"]),
         "environment": stated(*(one["environment"] for one in (old, new))),
         "base_model": stated(*(_flat(one["base_model"]) for one in (old, new))),
@@ -57,6 +57,12 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
 
 def _hashes(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: facts.get("sha256") for name, facts in sources.items()}
+
+
+def _values(audited: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters by dotted name. Those of which stages ran with other values, too, have these in one list."""
+    others = {f"{key}, other values": [one["value"] for one in values] for key, values in audited.get("other_values", {}).items()}
+    return _flat(audited["parameters"]) | others
 
 
 def _differing(before: Mapping[str, Any], after: Mapping[str, Any], of_both: bool = False) -> dict[str, list[Any]]:

@@ -229,7 +229,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "read_by", the stages that read each source; "other_files" that contributed; "base_model"; "teachers" that were distilled, if any, each with the "training", "folder", "license" and "sha256" of files; "stages" in flow order,
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "watched_by", the models
         among them that measured a training, if any, each with the "training"; "records" it was
-        trained on; "answers", per model those of its own that it learned from, if any; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,
+        trained on; "answers", per model those of its own that it learned from, if any; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "other_values" of these, if stages ran with several; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,
         also per stage; "environment"; "machine" of each stage that records one; "metrics"; "missing" outputs that leave something unknown;
         "shallow".
     Raises:
@@ -240,7 +240,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     contributing = subject.contributing
     names = _stage_names(upstream)
     entries = {stage: index.lock_entry(stage) for stage in upstream}
-    parameters = _parameters({names[stage.path, stage.md5]: entries[stage] for stage in contributing}, names[run.path, run.md5])
+    parameters, others = _parameters({names[stage.path, stage.md5]: entries[stage] for stage in contributing}, names[run.path, run.md5])
     records, missing = trained_on(subject)
     missing += unrecorded(index, contributing) + unavailable_reports(index, upstream)
     unordered = [model.address for model in subject.models if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)]
@@ -248,7 +248,8 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     made_from = {stage: reports[stage] for stage in contributing}
     sources, read_by = _sources(index, made_from, names)
     watched_sources, _ = _sources(index, {stage: reports[stage] for stage in watched}, names, sources)
-    waivers = [waiver for value in parameters.values() if isinstance(value, dict) for waiver in value.get("waivers") or []]
+    waivers = _waivers(parameters.values())
+    waivers += [one for one in _waivers(other["value"] for values in others.values() for other in values) if one not in waivers]
     judged = use_policy.judged([*made_from.values()], waivers, as_of)
     if as_of and not judged:
         raise InputError(f"{run.address}: its data was read without a use policy", "set raw_examples.use_policy and run `dvc repro`")
@@ -274,6 +275,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
             {"stage": stage.address, "path": stage.path, "md5": stage.md5, **_commit_facts(index, stage)} for stage in subject.models[:-1]
         ],
         "parameters": parameters,
+        **({"other_values": others} if others else {}),
         "waivers": waivers,
         **judged,
         "chat_template": next((r["template"] for r in reversed(made_from.values()) if "template" in r), None),
@@ -284,6 +286,10 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "missing": missing,
         "shallow": index.history.shallow,
     }
+
+
+def _waivers(values: Iterable[Any]) -> list[Any]:
+    return [waiver for value in values if isinstance(value, dict) for waiver in value.get("waivers") or []]
 
 
 def _teachers(entries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -298,24 +304,23 @@ def _watchers(subject: Subject) -> list[dict[str, str]]:
     ]
 
 
-def _parameters(entries: Mapping[str, Mapping[str, Any]], model: str) -> dict[str, Any]:
-    """The recorded parameters. Where stages ran with different values, the key has that of the model's own stage, or else of the first; each other value is
-    under "KEY of STAGE, STAGE"."""
-    found: dict[str, list[tuple[Any, list[str]]]] = {}  # key -> each value with the stages that ran with it
+def _parameters(entries: Mapping[str, Mapping[str, Any]], model: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """The recorded parameters of stages, and the other values of those that stages ran with different values of, with these stages. The value of a parameter
+    is that of the model's own stage, or else of the first."""
+    found: dict[str, dict[str, tuple[Any, list[str]]]] = {}  # key -> value as JSON -> value, and the stages that ran with it
     for stage, entry in entries.items():
         for file, values in entry.get("params", {}).items():
-            for key, value in (values or {}).items() if file != code_lock.FILE else ():
-                known = found.setdefault(key, [])
-                stages = next((stages for one, stages in known if one == value), None)
-                if stages is None:
-                    known.append((value, [stage]))
-                else:
-                    stages.append(stage)
-    for known in found.values():
-        known.sort(key=lambda pair: model not in pair[1])
-    return {key: known[0][0] for key, known in found.items()} | {
-        f"{key} of {', '.join(stages)}": value for key, known in found.items() for value, stages in known[1:]
-    }
+            if file == code_lock.FILE:
+                continue
+            for key, value in (values or {}).items():
+                found.setdefault(key, {}).setdefault(json.dumps(value, sort_keys=True), (value, []))[1].append(stage)
+    chosen, others = {}, {}
+    for key, known in found.items():
+        first, *rest = sorted(known.values(), key=lambda pair: model not in pair[1])
+        chosen[key] = first[0]
+        if rest:
+            others[key] = [{"value": value, "stages": stages} for value, stages in rest]
+    return chosen, others
 
 
 def _sources(
@@ -706,6 +711,8 @@ def as_text(audited: dict[str, Any]) -> str:
     lines += [f"waived     {json.dumps(waiver, ensure_ascii=False)}" for waiver in audited["waivers"]]
     lines += ["", "parameters"]
     lines += [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in audited["parameters"].items()]
+    for key, values in audited.get("other_values", {}).items():
+        lines += [f"  {key} of {', '.join(one['stages'])}: {json.dumps(one['value'], ensure_ascii=False)}" for one in values]
     lines += ["", "metrics"]
     lines += [f"  {name}  {key}: {json.dumps(value)}" for name, metrics in audited["metrics"].items() for key, value in metrics.items()]
     if audited["missing"]:

@@ -39,7 +39,7 @@ def lineage_page(document: Mapping[str, Any], records: Sequence[Mapping[str, Any
         "Checks": _nonempty(
             _checks(document), _mapping_table({str(i + 1): waiver for i, waiver in enumerate(document["waivers"])}, "Waivers")
         ),
-        "Parameters": _nonempty(_mapping_table(document["parameters"], "Recorded parameters")),
+        "Parameters": _nonempty(_mapping_table(document["parameters"], "Recorded parameters"), _other_values(document)),
         "Metrics": _nonempty(_mapping_table(metrics, "Metrics")),
         "Code": {"commit": code_text(document["code"]), "table": Table("Code", ["file", "hash"], list(document["code"]["files"].items()))},
         "Missing": _nonempty(_missing(document)),
@@ -241,6 +241,15 @@ def _checks(document: Mapping[str, Any]) -> Table:
 def _mapping_table(values: Mapping[str, Any], caption: str) -> Table:
     rows = [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for name, value in values.items()]
     return _table(caption, ["name", "value"], rows)
+
+
+def _other_values(document: Mapping[str, Any]) -> Table:
+    rows = [
+        (key, json.dumps(one["value"], ensure_ascii=False), ", ".join(one["stages"]))
+        for key, values in document.get("other_values", {}).items()
+        for one in values
+    ]
+    return _table("Other values of parameters", ["name", "value", "of"], rows)
 
 
 def _missing(document: Mapping[str, Any]) -> Table:

@@ -12,6 +12,8 @@ from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.lineage import Subject
 
 OWNER = "model.json"
+END = "end"
+"""Folder in that of a store, for gradients at all that the adapter adds."""
 
 
 def owner_of(file: Path) -> str | None:
@@ -33,7 +35,9 @@ def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
         if not owned or md5_of_folder(listing_of(folder)) != run.md5:
             continue
         adapter = sha256_of_files(sorted(path for path in folder.rglob("*") if path.is_file()))
-        for store in (place for home in owned for place in (home, *sorted(home.glob("step-*")))):  # also at earlier points of the training
+        for store in (
+            place for home in owned for place in (home, home / END, *sorted(home.glob("step-*")))
+        ):  # also at earlier points of the training
             manifest = _manifest(store)
             if manifest and manifest["identity"].get("adapter") == adapter:
                 total = manifest["records"]
