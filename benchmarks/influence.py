@@ -249,7 +249,7 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
 
     from dagster_project.core.params import Compute
     from dagster_project.core.records import read_records, write_json
-    from dagster_project.lineage.attribution.gradients import TrainedModel
+    from dagster_project.lineage.attribution.gradients import STRENGTH, TrainedModel
     from dagster_project.lineage.attribution.per_record import projected_gradients
     from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.records import trained_records
@@ -259,14 +259,14 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
     training = json.loads((adapter / "training.json").read_text())
     compute = Compute(threads=1, dtype=training["dtype"])
     records, projection = trained_records(adapter, work / "tokenized"), Projection()
-    identity = identity_of(adapter, base, records, projection, {"dtype": compute.dtype, "device": "cpu", "threads": 1}, 0.0)
+    identity = identity_of(adapter, base, records, projection, {"dtype": compute.dtype, "device": "cpu", "threads": 1}, 0.0, STRENGTH)
     if point:
         store = GradientStore(point.store, identity | point.identity(), len(records))
     else:
         store = GradientStore.at(work, identity, len(records))
     file = store.folder / "questions.npz"
     asked = asked_questions(project, work, seed)
-    if store.missing() or not file.is_file():
+    if not store.is_complete() or not file.is_file():
         start = time.process_time()
         trained = TrainedModel.load(adapter, base, compute, "adapter@lora")
         trained = (trained.at(point.weights(), point.scales()) if point else trained).weakened()

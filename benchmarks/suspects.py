@@ -79,8 +79,8 @@ def prepare(project: Path, work: Path, seed: int, steps: int, most: int) -> None
     write_json(work / "seconds.json", {"training": time.process_time() - start})
 
 
-def store_of(project: Path, work: Path) -> Any:
-    """The store of the gradients of the training."""
+def store_of(project: Path, work: Path, strength: float) -> Any:
+    """The store of the gradients of the training at a share of what the adapter adds."""
     from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.records import trained_records
     from dagster_project.lineage.attribution.store import GradientStore, identity_of
@@ -89,7 +89,30 @@ def store_of(project: Path, work: Path) -> Any:
     training = json.loads((adapter / "training.json").read_text())
     compute = {"dtype": training["dtype"], "device": training["device"], "threads": training["threads"]}
     records = trained_records(adapter, work / "tokenized")
-    return GradientStore.at(work, identity_of(adapter, base, records, Projection(), compute, 0.0), len(records))
+    return GradientStore.at(work, identity_of(adapter, base, records, Projection(), compute, 0.0, strength), len(records))
+
+
+def loaded(project: Path, work: Path, strength: float) -> Any:
+    """The model of the training with a share of what its adapter adds."""
+    from dagster_project.core.params import Compute
+    from dagster_project.lineage.attribution.gradients import TrainedModel
+
+    dtype = json.loads((work / "adapter/training.json").read_text())["dtype"]
+    found = TrainedModel.load(work / "adapter", project / "data/base_model", Compute(threads=1, dtype=dtype), "adapter@lora")
+    return found.weakened() if strength < 1 else found
+
+
+def built(project: Path, work: Path, strength: float) -> Any:
+    """The same store, complete."""
+    from dagster_project.lineage.attribution.per_record import projected_gradients
+    from dagster_project.lineage.attribution.projection import Projection
+    from dagster_project.lineage.attribution.records import trained_records
+
+    store = store_of(project, work, strength)
+    if not store.is_complete():
+        trained, records = loaded(project, work, strength), trained_records(work / "adapter", work / "tokenized")
+        store.build(lambda numbers: projected_gradients(trained, Projection(), [records[i].examples for i in numbers]), "gradients")
+    return store
 
 
 def measure(project: Path, work: Path) -> dict[str, Any]:
@@ -97,34 +120,25 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from dagster_project.core.params import Compute
     from dagster_project.core.records import read_records
-    from dagster_project.lineage.attribution.gradients import TrainedModel
-    from dagster_project.lineage.attribution.per_record import projected_gradients
-    from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.ranking import cosines, ranks
     from dagster_project.lineage.attribution.records import trained_records
     from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, harm, opposition
 
-    adapter, base = work / "adapter", project / "data/base_model"
-    training = json.loads((adapter / "training.json").read_text())
-    records, projection, store = trained_records(adapter, work / "tokenized"), Projection(), store_of(project, work)
     start = time.process_time()
-    if store.missing() or not (work / "losses.json").is_file():
-        trained = TrainedModel.load(adapter, base, Compute(threads=1, dtype=training["dtype"]), "adapter@lora")
+    records, stored = trained_records(work / "adapter", work / "tokenized"), built(project, work, 1.0).read()
+    if not (work / "losses.json").is_file():
+        trained = loaded(project, work, 1.0)
         with torch.no_grad():
             losses = [float(trained.sum_of_losses([one.examples])) for one in records]
-        trained = trained.weakened()
-        store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
         (work / "losses.json").write_text(json.dumps(losses))
     seconds = time.process_time() - start
-    stored = store.read()
     gradients, lengths = stored.units, stored.lengths
     known = {one["example_id"]: one for one in read_records(work / "splits/train")}
     texts = [known[one.example_id] for one in records]
     own = [Group(one["source"], one["category"], form_of(one["messages"][-1])) for one in texts]
     fits = agreement(gradients, own, chosen_groups(own))
-    _, validation, _ = spans(project, work, asked_tickets(project, work, [one.example_id for one in records]))
+    _, validation, _ = spans(project, work, asked_tickets(project, work, [one.example_id for one in records]), 1.0)
     opposed, harmful = opposition(gradients, lengths), harm(cosines(gradients, validation), lengths)
     found = Suspicion.of(opposed, lengths, harmful)
     by = {
@@ -144,7 +158,7 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
     return {
         "records": len(records),
         "flipped": len(at),
-        "steps": training["steps"],
+        "steps": json.loads((work / "adapter/training.json").read_text())["steps"],
         "cost": cost,
         "places": {method: sorted(int(rank[i]) for i in at) for method, rank in by.items()},
     }
@@ -158,6 +172,7 @@ def asked(project: Path, work: Path) -> dict[str, Any]:
     from dagster_project.core.records import prompt_text, read_records, response_text
     from dagster_project.evaluation.baselines import bm25
     from dagster_project.lineage.attribution.calibration import ALPHA, Calibration
+    from dagster_project.lineage.attribution.gradients import STRENGTH
     from dagster_project.lineage.attribution.ranking import Ranking, cosines, fused, ranks, stands_out
     from dagster_project.lineage.attribution.records import trained_records
 
@@ -168,8 +183,8 @@ def asked(project: Path, work: Path) -> dict[str, Any]:
     words = [
         bm25(documents, many) for many in ([prompt_text(messages) for messages, _, _ in questions], [label for _, label, _ in questions])
     ]
-    stored = store_of(project, work).read()
-    of_questions, of_validation, owners = spans(project, work, questions)
+    stored = built(project, work, STRENGTH).read()
+    of_questions, of_validation, owners = spans(project, work, questions, STRENGTH)
     scores, of_validation = (stored.second_moment.scores(stored.units, many) for many in (of_questions, of_validation))
     compared = Calibration(of_validation, owners)
     recall: dict[str, list[list[float]]] = {}
@@ -216,7 +231,7 @@ def asked_tickets(project: Path, work: Path, ids: list[str]) -> list[tuple[list[
     return found + [(with_label(one, wrong)["messages"], wrong, []) for one, wrong in without[:16]]
 
 
-def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]], str, list[int]]]) -> tuple[Any, Any, Any]:
+def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]], str, list[int]]], strength: float) -> tuple[Any, Any, Any]:
     """Projected gradients of the labels of questions, those of the questions of the validation split, and the number of the record of each of these: from a
     file, if they were computed before."""
     import numpy as np
@@ -225,19 +240,15 @@ def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]],
 
     from dagster_project.commands.why_question import tokenize
     from dagster_project.core.chat import IGNORE
-    from dagster_project.core.params import Compute
     from dagster_project.core.records import read_records
-    from dagster_project.lineage.attribution.gradients import TrainedModel
     from dagster_project.lineage.attribution.per_record import projected_gradients
     from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.records import Example
 
-    adapter, base = work / "adapter", project / "data/base_model"
-    file = store_of(project, work).folder / "questions.npz"  # they are projected as the records are
+    file = store_of(project, work, strength).folder / "questions.npz"
     if not file.is_file():
-        training = json.loads((adapter / "training.json").read_text())
-        trained = TrainedModel.load(adapter, base, Compute(threads=1, dtype=training["dtype"]), "adapter@lora").weakened()
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        trained = loaded(project, work, strength)
+        tokenizer = AutoTokenizer.from_pretrained(project / "data/base_model")
         examples = [tokenize(tokenizer, messages, label).example for messages, label, _ in questions]
         weighed = [(Example(one.input_ids, one.labels, tuple(float(label != IGNORE) for label in one.labels)),) for one in examples]
         tickets = [one for one in read_records(project / "data/splits/validation") if one["category"]]

@@ -198,8 +198,34 @@ def test_a_weakened_model_has_half_of_the_adapter_and_answers_as_before(work: Pa
     assert changed == {name for name in before if "lora_B" in name}
 
 
-@pytest.mark.parametrize("start", ["pissa_niter_4", "olora"])
-def test_an_adapter_that_begins_with_a_part_of_the_base_model_is_not_weakened(work: Path, tiny_model: Path, start: str) -> None:
+def test_an_error_while_the_model_answers_leaves_it_weakened(
+    work: Path, tiny_model: Path, records: list[TrainedRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    weak = TrainedModel.load(work / "adapter", tiny_model, COMPUTE, "adapter@x").weakened()
+    before = {name: weight.detach().clone() for name, weight in weak.weights.items()}
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(TrainedModel, "_nats", lambda model, example: (_ for _ in ()).throw(MemoryError))
+        weak.log_probability(records[0].examples[0])
+    assert all(torch.equal(weight, before[name]) for name, weight in weak.weights.items())
+
+
+@pytest.mark.parametrize(("method", "changes"), [("dora", True), ("adalora", True), ("ia3", False)])
+def test_b_is_halved_where_a_method_has_one(tiny_model: Path, work: Path, tmp_path: Path, method: str, changes: bool) -> None:
+    import torch
+
+    shutil.copytree(work / "tokenized", tmp_path / "tokenized")
+    train_adapter(tmp_path, tiny_model, "adapter", {"method": method, "learning_rate": 1e-2, "num_train_epochs": 1})
+    full = TrainedModel.load(tmp_path / "adapter", tiny_model, COMPUTE, "adapter@x")
+    before = {name: weight.detach().clone() for name, weight in full.weights.items()}
+    for name, weight in full.weakened().weights.items():
+        assert torch.equal(weight, before[name] / 2 if ".lora_B." in name else before[name])
+    assert any(".lora_B." in name for name in before) is changes
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "olora", False])
+def test_an_adapter_that_began_with_an_effect_is_not_weakened(work: Path, tiny_model: Path, start: str | bool) -> None:
     import torch
 
     full = TrainedModel.load(work / "adapter", tiny_model, COMPUTE, "adapter@x")
@@ -316,9 +342,28 @@ def test_what_is_read_are_the_gradients_at_length_one(tmp_path: Path) -> None:
 def test_a_second_moment_that_is_missing_or_damaged_is_computed_from_the_gradients(tmp_path: Path, change: Any) -> None:
     one = GradientStore.at(tmp_path, {}, 10)
     one.build(gradient_of, "x")
-    before = one.read().second_moment.inner
+    before, content = one.read().second_moment.inner, contents(one)
+    assert one.is_complete()
     change(one.folder / "second_moment.safetensors")
     assert np.array_equal(one.read().second_moment.inner, before)
+    assert not one.is_complete() and not one.missing()
+    assert one.build(gradient_of, "x") == 0 and contents(one) == content
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_stored_second_moment_is_read_and_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = GradientStore.at(tmp_path, {}, 10)
+    one.build(gradient_of, "x")
+    before = one.read().second_moment.inner
+    monkeypatch.setattr(SecondMoment, "of", lambda rows: pytest.fail("it is stored"))
+    assert np.array_equal(one.read().second_moment.inner, before)
+
+
+def test_a_gradient_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    one = GradientStore.at(tmp_path, {}, 10)
+    with pytest.raises(InputError, match="a gradient is not finite"):
+        one.build(lambda numbers: gradient_of(numbers) / 0, "adapter@x: gradients")
+    assert not one.is_begun()
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -335,8 +380,10 @@ def test_a_damaged_file_is_refused_and_computed_again(tmp_path: Path) -> None:
 
 
 def test_a_store_of_another_model_is_never_used(work: Path, tiny_model: Path, records: list[TrainedRecord], tmp_path: Path) -> None:
-    def at(adapter: Path, of: list[TrainedRecord] = records, projection: Projection = WHOLE, dtype: str = "float32") -> GradientStore:
-        return GradientStore.at(tmp_path, identity_of(adapter, tiny_model, of, projection, {"dtype": dtype}, 0.0), len(of))
+    def at(
+        adapter: Path, of: list[TrainedRecord] = records, projection: Projection = WHOLE, dtype: str = "float32", strength: float = 0.5
+    ) -> GradientStore:
+        return GradientStore.at(tmp_path, identity_of(adapter, tiny_model, of, projection, {"dtype": dtype}, 0.0, strength), len(of))
 
     first = at(work / "adapter")
     assert at(work / "adapter").folder == first.folder
@@ -349,8 +396,9 @@ def test_a_store_of_another_model_is_never_used(work: Path, tiny_model: Path, re
         at(work / "adapter", altered),
         at(work / "adapter", projection=Projection(9)),
         at(work / "adapter", dtype="bfloat16"),
+        at(work / "adapter", strength=1.0),
     ]
-    assert len({first.folder, *(one.folder for one in different)}) == 5
+    assert len({first.folder, *(one.folder for one in different)}) == 6
     first.folder.mkdir(parents=True)
     manifest = {"identity": dict(different[0].identity), "records": len(records), "shards": {}}
     (first.folder / "store.json").write_text(json.dumps(manifest))  # moved there by hand

@@ -15,6 +15,8 @@ import pytest
 from builders.commands import document
 
 from dagster_project.__main__ import main
+from dagster_project.commands import why_calibration
+from dagster_project.commands.why_model import at_end, target
 from dagster_project.commands.why_suspects import _own_groups
 from dagster_project.core.context import Documents
 from dagster_project.core.hashing import sha256_of_file
@@ -209,6 +211,7 @@ RECORDS = [record(i, "bug" if i % 4 < 2 else "idea") for i in range(28)]
 def root(_trained: Path, tmp_path: Path) -> Path:
     root = Path(shutil.copytree(_trained, tmp_path / "project", symlinks=True))
     write_records(root / "data/splits/train", RECORDS)
+    assert why_calibration.index(at_end(target(root, MODEL)))["computed"] == 28
     return root
 
 
@@ -258,7 +261,7 @@ def test_the_cosines_and_lengths_are_those_of_the_store(root: Path, capsys: pyte
 
     assert suspects(root, "--top", "28", "--json") == 0
     listed = {one["example_id"]: one for one in document(capsys)["suspects"]}
-    [shard] = (root / ".dvc/tmp/pedigree/gradients").glob("*/gradients-*.safetensors")
+    [shard] = (root / ".dvc/tmp/pedigree/gradients").glob("*/end/gradients-*.safetensors")
     stored, names = load_file(shard), sorted(listed)
     lengths = stored["lengths"]
     assert [listed[name]["length"]["value"] for name in names] == pytest.approx(lengths.tolist(), rel=1e-3)

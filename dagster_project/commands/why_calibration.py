@@ -16,7 +16,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import read_records, write_json
-from dagster_project.lineage.attribution import calibration, second_moment
+from dagster_project.lineage.attribution import calibration, ranking
 from dagster_project.lineage.attribution.calibration import ANSWERS, LEAST, Calibration, asked_parts
 from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.ranking import cosines
@@ -91,7 +91,7 @@ def _identity(found: Target) -> dict[str, str]:
     return {
         "gradients": sha256_of_text(json.dumps(found.store.identity, sort_keys=True)),
         "validation": sha256_of_files(_shards(found)),
-        "code": sha256_of_files([Path(__file__), Path(calibration.__file__), Path(second_moment.__file__)]),
+        "code": sha256_of_files([Path(__file__), Path(calibration.__file__), Path(ranking.__file__)]),
     }
 
 

@@ -16,7 +16,7 @@ from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.params import Compute
 from dagster_project.core.records import remove, write_json
-from dagster_project.lineage.attribution.gradients import REFUSED, TrainedModel
+from dagster_project.lineage.attribution.gradients import REFUSED, STRENGTH, TrainedModel
 from dagster_project.lineage.attribution.owners import END, OWNER, owner_of
 from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.projection import Projection
@@ -112,7 +112,7 @@ class Target:
     def store(self) -> GradientStore:
         compute = {name: self.training.get(name) for name in ("dtype", "device", "threads")}
         smoothing = self.entry.label_smoothing_factor
-        identity = identity_of(self.folder, self.base_model, self.records, self.projection, compute, smoothing)
+        identity = identity_of(self.folder, self.base_model, self.records, self.projection, compute, smoothing, STRENGTH)
         return GradientStore.at(self.root, identity, len(self.records))
 
     @cached_property
@@ -142,7 +142,7 @@ class Target:
             {"folder", "records", "computed", "bytes"}.
         """
         store = self.store
-        if store.missing():
+        if not store.is_complete():
             self.claim_store()
             computed = store.build(self.gradients, f"{self.run.address}: gradients")
         else:

@@ -103,7 +103,7 @@ def _distribution(spread: Mapping[str, Any], records: int) -> Figure:
         x = 100 * (value - low) / ((high - low) or 1)
         shapes.append(shape("text", brief(value), class_="tick", x=f"{x:.1f}%", y=HEIGHT + 16, text_anchor=anchor))
     rows = [(f"{edges[i]:.3f} to {edges[i + 1]:.3f}", count) for i, count in enumerate(counts) if count]
-    note = "how alike the gradient of each record is to that of the question, where what many records share counts little; below 0: opposed"
+    note = "similarity of the gradient of each record to that of the question; directions that many records share count little; below 0: opposed"
     plot = Plot(f"Scores of {many(records, 'record')} from {low:.3f} to {high:.3f}, median {spread['median']:.3f}", HEIGHT + 22, shapes)
     return Figure("Gradient scores of all records", note, plot, Table("Scores", ["score", "records"], rows))
 

@@ -34,9 +34,9 @@ REFUSED = {
 }
 """Method -> why its answers cannot be attributed."""
 STRENGTH = 0.5
-"""Share of what an adapter adds, at which gradients are taken. Chosen in docs/decisions/062. A power of two, so that weights are multiplied exactly."""
+"""Share of what an adapter adds, at which gradients are taken. A power of two, so that weights are multiplied exactly. Chosen in docs/decisions/062."""
 ADDS = re.compile(r"\.lora_(embedding_)?B\.")
-"""Names of the weights that what an adapter adds is proportional to: B of LoRA and its kin."""
+"""Names of the weights that are multiplied: B of LoRA, DoRA and AdaLoRA."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class TrainedModel:
         Raises:
             InputError: the weights are not those of this model.
         """
+        assert not self.is_weakened
         for given in filter(None, (weights, scales)):
             if {name: tuple(tensor.shape) for name, tensor in given.items()} != self.shapes:
                 raise InputError("the checkpoints of this method have other weights than its adapter", "ask about the end alone")
@@ -103,8 +104,8 @@ class TrainedModel:
         return replace(self, scales=scales and {name: scale.to(device) for name, scale in scales.items()})
 
     def weakened(self) -> TrainedModel:
-        """This model with `STRENGTH` of what its adapter adds, in memory. Where that is not proportional to a weight, or the training began with an adapter that
-        added something, it stays as it is.
+        """This model with B multiplied by `STRENGTH` in memory, also in that of the given object, which must not be used any more. Unchanged if the adapter has
+        no B, or began with one that added something. Other trained weights, such as DoRA's magnitudes, stay as they are.
         """
         if self.is_weakened:
             return self
@@ -112,16 +113,16 @@ class TrainedModel:
         return replace(self, is_weakened=True)
 
     def _multiply(self, factor: float) -> None:
-        """Multiply what the adapter adds."""
-        starts = [str(getattr(config, "init_lora_weights", "")) for config in getattr(self.prepared.model, "peft_config", {}).values()]
-        if not any(STARTS_FROM_WEIGHTS.search(start) for start in starts):
+        """Multiply B."""
+        starts = [getattr(config, "init_lora_weights", True) for config in getattr(self.prepared.model, "peft_config", {}).values()]
+        if not any(start is False or STARTS_FROM_WEIGHTS.search(str(start)) for start in starts):
             for name, weight in self.weights.items():
                 if ADDS.search(name):
                     weight.data.mul_(factor)
 
     @contextmanager
     def _as_it_answers(self) -> Iterator[None]:
-        """Undo `weakened` for the time being."""
+        """Undo `weakened` within the block."""
         if self.is_weakened:
             self._multiply(1 / STRENGTH)
         try:
@@ -139,7 +140,9 @@ class TrainedModel:
 
         The sign is that of a loss, so that a cosine above 0 with the gradient of a record means: a step on the record makes the tokens more likely.
         """
-        return self.log_probability(example), self._gradient(self._nats(example))
+        as_it_answers = self.log_probability(example) if self.is_weakened else None
+        loss = self._nats(example)
+        return -float(loss.detach()) if as_it_answers is None else as_it_answers, self._gradient(loss)
 
     def log_probability(self, example: Example) -> float:
         """Log-probability in nats of the labeled tokens as the model answers."""

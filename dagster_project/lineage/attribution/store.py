@@ -17,7 +17,7 @@ from dagster_project.core.progress import Progress
 from dagster_project.core.records import write_json
 from dagster_project.lineage.attribution.projection import Projection, lengths_of, units
 from dagster_project.lineage.attribution.records import TrainedRecord, sha256_of_records
-from dagster_project.lineage.attribution.second_moment import SecondMoment, sample
+from dagster_project.lineage.attribution.second_moment import SecondMoment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ MANIFEST = "store.json"
 SHARD = 32
 """Records of a file. An interrupted command loses at most the gradients of these."""
 LIBRARIES = ("torch", "transformers", "peft")
-CODE = ("gradients.py", "per_record.py", "projection.py", "records.py", "store.py")
+CODE = ("gradients.py", "per_record.py", "projection.py", "records.py", "second_moment.py", "store.py")
 """Modules of this folder that the content depends on."""
 
 
@@ -40,11 +40,13 @@ def identity_of(
     projection: Projection,
     compute: Mapping[str, Any],
     label_smoothing: float,
+    strength: float,
 ) -> dict[str, Any]:
     """All that a store is computed from.
 
     Args:
         compute: dtype, device and threads of the computation.
+        strength: share of what the adapter adds, at which gradients are taken.
     """
     files = sorted(path for path in adapter.rglob("*") if path.is_file())
     here = Path(__file__).parent
@@ -54,6 +56,7 @@ def identity_of(
         "records": sha256_of_records(list(records)),
         "projection": {"numbers": projection.numbers, "seed": projection.seed},
         "label_smoothing": label_smoothing,
+        "strength": strength,
         "compute": dict(compute),
         "libraries": {name: version(name) for name in LIBRARIES},
         "code": sha256_of_files([here / name for name in CODE]),
@@ -93,6 +96,12 @@ class GradientStore:
         known = self._manifest().get("shards", {})
         return [n for n in range(self.shards) if not _is_intact(self._path(n), known)]
 
+    def is_complete(self) -> bool:
+        return not self.missing() and self._has_second_moment()
+
+    def _has_second_moment(self) -> bool:
+        return _is_intact(self._second_moment, self._manifest().get("shards", {}))
+
     def is_begun(self) -> bool:
         return bool(self._manifest())
 
@@ -112,6 +121,8 @@ class GradientStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for n in missing:
             rows = gradients(self._records_of(n)).numpy()
+            if not np.isfinite(rows).all():
+                raise InputError(f"{what}: a gradient is not finite", "the training may have diverged: look at its curve")
             self._write(self._path(n), {"gradients": units(rows).astype(np.float16), "lengths": lengths_of(rows)[:, 0].astype(np.float32)})
             progress.advance(len(rows))
         self._write(self._second_moment, {"inner": self.read().second_moment.inner})
@@ -131,10 +142,8 @@ class GradientStore:
             )
         parts = [load_file(self._path(n)) for n in range(self.shards)]
         rows, lengths = (np.concatenate([part[name] for part in parts]) for name in ("gradients", "lengths"))
-        is_known = _is_intact(self._second_moment, self._manifest()["shards"])
-        inner = load_file(self._second_moment)["inner"] if is_known else np.empty((0, 0))
-        is_own = len(inner) == len(sample(self.records))  # of as many records as are drawn now
-        return Gradients(rows, lengths, SecondMoment(inner, self.records) if is_own else SecondMoment.of(rows))
+        moment = SecondMoment(load_file(self._second_moment)["inner"], self.records) if self._has_second_moment() else SecondMoment.of(rows)
+        return Gradients(rows, lengths, moment)
 
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
