@@ -37,7 +37,7 @@ def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
         adapter = sha256_of_files(sorted(path for path in folder.rglob("*") if path.is_file()))
         for store in (
             place for home in owned for place in (home, home / END, *sorted(home.glob("step-*")))
-        ):  # also at earlier points of the training
+        ):  # also at all of the adapter, and at points of the training
             manifest = _manifest(store)
             if manifest and manifest["identity"].get("adapter") == adapter:
                 total = manifest["records"]

@@ -17,7 +17,7 @@ from dagster_project.lineage.attribution.ranking import products
 if TYPE_CHECKING:
     import numpy as np
 
-DAMPING = 0.007
+DAMPING = 0.01
 """Damping as a share of the number of records. Chosen in docs/decisions/062."""
 LEAST = 1.0
 """Least damping. It is the mean eigenvalue of the inner products of the records, because all gradients have length 1."""
