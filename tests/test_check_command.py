@@ -284,6 +284,14 @@ def test_an_unreadable_held_out_row_is_refused(check: Check) -> None:
     refused(check("a.jsonl", "--against", jsonl(Path("e.jsonl"), ANSWERED, ask("Hi", 3))), "e.jsonl:1", "expected text, found int")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("report", ["a.jsonl/b.html", "folder.html"])
+def test_a_report_that_cannot_be_written_leaves_no_other_file(report: str, check: Check) -> None:
+    Path("folder.html").mkdir()
+    before = sorted(Path().iterdir())
+    refused(check(jsonl(Path("a.jsonl"), ANSWERED), "--out", "clean.jsonl", "--report", report), "--report", "cannot be written")
+    assert sorted(Path().iterdir()) == sorted([*before, Path("a.jsonl")])
+
+
 def test_overlap_by_13_words_is_reported_in_addition(check: Check) -> None:
     long = "one two three four five six seven eight nine ten eleven twelve thirteen"
     jsonl(Path("q.jsonl"), {"question": f"{long} {' '.join(f'q{i}' for i in range(60))}", "choices": ["a", "b"], "answer": 0})

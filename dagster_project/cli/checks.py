@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.cli.arguments import add_command, count, named
-from dagster_project.cli.output import HTML, print_result, require_suffix, write
+from dagster_project.cli.output import HTML, print_result, require_suffix, require_writable, write
 from dagster_project.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def check(options: argparse.Namespace) -> int:
 
     if options.report:
         require_suffix("--report", options.report, HTML)
+        require_writable("--report", Path(options.report))
     if options.thirteen_grams and not options.against:
         raise InputError("--thirteen-grams requires held-out files", "name them with --against")
     outputs = {f"--{name}": Path(path) for name in ("out", "dropped") if (path := getattr(options, name))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ def write(option: str, path: Path, text: str) -> None:
         write_text(path, text)
     except OSError as error:
         raise InputError(f"{option} {path}: {error.strerror}", "name a writable file") from None
+
+
+def require_writable(option: str, path: Path) -> None:
+    """Refuse a file that cannot be written, before other files are."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(path if path.exists() else there, os.W_OK):
+        raise InputError(f"{option} {path}: cannot be written", "name a writable file")
 
 
 def require_suffix(option: str, name: str, suffixes: tuple[str, ...]) -> None:
