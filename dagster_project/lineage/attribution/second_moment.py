@@ -54,7 +54,7 @@ class SecondMoment:
 
         chosen = gradients[sample(self.records)].astype(np.float32)
         asked = units(questions)
-        damping = max(LEAST, DAMPING * self.records) * len(chosen) / max(1, self.records)
+        damping = max(LEAST, DAMPING * self.records) * len(chosen) / max(1, self.records)  # the sample's M is that share of the whole
         damped = self.inner.astype(np.float64) + damping * np.eye(len(chosen))
         known = np.linalg.solve(damped, (chosen @ asked.T).astype(np.float64)).astype(np.float32)
         return products(gradients, asked - known.T @ chosen)
