@@ -2,8 +2,8 @@
 
     score of g for a question q    d g' (M + d)^-1 q,   M the sum of g g' over all records, all gradients of length 1, d the damping
 
-This is the preconditioning of influence functions by the damped Gauss-Newton matrix, as in TRAK (Park et al. 2023, arXiv 2303.14186, section 3.2). M is never formed:
-with the gradients of n records as the rows of G, d (G'G + d)^-1 q = q - G' (GG' + d)^-1 G q.
+TRAK divides by the same second moment (Park et al. 2023, arXiv 2303.14186); the damping is that of influence functions. M is never formed: with the gradients of
+n records as the rows of G, d (G'G + d)^-1 q = q - G' (GG' + d)^-1 G q.
 """
 
 from __future__ import annotations
