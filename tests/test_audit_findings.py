@@ -510,6 +510,25 @@ def test_two_versions_of_a_source_are_listed_separately(made: Project) -> None:
     assert found[earlier]["sha256"] == before[FAQ]["sha256"] != found[FAQ]["sha256"]
 
 
+def test_each_version_of_a_library_that_stages_ran_with_is_listed(made: Project) -> None:
+    """The adapter was trained before an upgrade, the alignment after it."""
+    lock = made.lock([("cats", "train", FAQ)])
+    lock |= tasks_on(made, lock, lock)
+    for name, installed in (("adapter@lora", {"torch": "1", "peft": "7"}), ("aligned@dpo", {"torch": "2", "trl": "9"})):
+        report = made.report(name.replace("@", "/"), {"environment": installed})
+        lock[name]["outs"].append(report)
+    made.commit(lock)
+    found = audit(made.root, "aligned@dpo")
+    assert found["environment"] == {"torch": "2", "trl": "9", "peft": "7"}
+    assert found["other_versions"] == {"torch": [{"value": "1", "stages": ["adapter@lora"]}]}
+    assert "torch 1 in adapter@lora" in audit_text(found) and "<dt>torch of adapter@lora</dt>" in lineage_page(found, [])
+    before = audit(made.root, "merged@lora")
+    assert before["environment"] == {"torch": "1", "peft": "7"} and "other_versions" not in before
+    assert diff(made.root, "merged@lora", "aligned@dpo")["environment"] == {
+        "torch": ["1", "2"], "torch, other values": [None, ["1"]], "trl": [None, "9"],
+    }  # fmt: skip
+
+
 def test_each_value_of_a_parameter_that_stages_ran_with_is_listed_and_each_source_goes_to_the_stages_that_read_it(made: Project) -> None:
     waivers = [{"check": "pii", "reason": "public"}, {"check": "secrets", "reason": "test keys"}]
     first = made.lock([("cats", "train", FAQ), ("birds", "train", MAIL)])

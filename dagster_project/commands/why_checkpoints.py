@@ -8,38 +8,29 @@ from functools import cached_property
 from typing import Any
 
 from dagster_project.commands import why_calibration
-from dagster_project.commands.why_model import Target
+from dagster_project.commands.why_model import Target, TargetElsewhere
 from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.points import END_ONLY, Point, PointSelection, steps_of
-from dagster_project.lineage.attribution.records import TrainedRecord
 from dagster_project.lineage.attribution.retraining import Retraining
 from dagster_project.lineage.attribution.store import GradientStore
 
 
 @dataclass(frozen=True)
-class EarlierTarget(Target):
+class EarlierTarget(TargetElsewhere):
     """A trained adapter at a point of its training."""
 
-    end: Target
     point: Point
 
     @cached_property
-    def records(self) -> list[TrainedRecord]:
-        return self.end.records
-
-    @cached_property
     def store(self) -> GradientStore:
-        return GradientStore(self.point.store, {**self.end.store.identity, **self.point.identity()}, len(self.records))
+        return GradientStore(self.point.store, {**self.saved.store.identity, **self.point.identity()}, len(self.records))
 
     @cached_property
     def model(self) -> TrainedModel:
         """The loaded model, which belongs to this point alone: its weights are replaced in memory."""
         return self.load().at(self.point.weights(), self.point.scales()).weakened()
-
-    def claim_store(self) -> None:
-        self.end.claim_store()
 
 
 def index(found: Target, selection: PointSelection) -> dict[str, Any]:

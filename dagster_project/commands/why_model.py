@@ -180,25 +180,31 @@ class Target:
 
 
 @dataclass(frozen=True)
-class EndTarget(Target):
-    """A trained adapter whose gradients are taken at all that it adds."""
+class TargetElsewhere(Target):
+    """The same adapter with other weights in memory, whose gradients are stored within the store of `saved`."""
 
-    half: Target
+    saved: Target
 
     @cached_property
     def records(self) -> list[TrainedRecord]:
-        return self.half.records
+        return self.saved.records
+
+    def claim_store(self) -> None:
+        self.saved.claim_store()
+
+
+@dataclass(frozen=True)
+class EndTarget(TargetElsewhere):
+    """A trained adapter whose gradients are taken at all that it adds."""
 
     @cached_property
     def store(self) -> GradientStore:
-        return GradientStore(self.half.store.folder / END, {**self.half.store.identity, "strength": 1.0}, len(self.records))
+        saved = self.saved.store
+        return GradientStore(saved.folder / END, {**saved.identity, "strength": 1.0}, len(self.records))
 
     @cached_property
     def model(self) -> TrainedModel:
         return self.load()
-
-    def claim_store(self) -> None:
-        self.half.claim_store()
 
 
 def at_end(found: Target) -> EndTarget:

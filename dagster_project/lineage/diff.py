@@ -47,7 +47,7 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
         "records": records,
         "parameters": _differing(_values(old), _values(new)),
         "code": _differing(old["code"]["files"], new["code"]["files"]),
-        "environment": stated(*(one["environment"] for one in (old, new))),
+        "environment": stated(*(one["environment"] | _others(one.get("other_versions", {})) for one in (old, new))),
         "base_model": stated(*(_flat(one["base_model"]) for one in (old, new))),
         "sources": _differing(_hashes(old["sources"]), _hashes(new["sources"]), of_both=bool(naming)),
         "metrics": stated(*(_scores(subject, one) for subject, one in zip(subjects, (old, new), strict=True))),
@@ -61,8 +61,11 @@ def _hashes(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _values(audited: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters by dotted name. Those of which stages ran with other values, too, have these in one list."""
-    others = {f"{key}, other values": [one["value"] for one in values] for key, values in audited.get("other_values", {}).items()}
-    return _flat(audited["parameters"]) | others
+    return _flat(audited["parameters"]) | _others(audited.get("other_values", {}))
+
+
+def _others(values: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    return {f"{name}, other values": [one["value"] for one in others] for name, others in values.items()}
 
 
 def _differing(before: Mapping[str, Any], after: Mapping[str, Any], of_both: bool = False) -> dict[str, list[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -230,7 +230,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "watched_by", the models
         among them that measured a training, if any, each with the "training"; "records" it was
         trained on; "answers", per model those of its own that it learned from, if any; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "other_values" of these, if stages ran with several; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,
-        also per stage; "environment"; "machine" of each stage that records one; "metrics"; "missing" outputs that leave something unknown;
+        also per stage; "environment", versions of libraries; "other_versions" of these, if stages ran with several; "machine" of each stage that records one; "metrics"; "missing" outputs that leave something unknown;
         "shallow".
     Raises:
         InputError: `as_of` is given, and the model has no use policy.
@@ -240,12 +240,15 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     contributing = subject.contributing
     names = _stage_names(upstream)
     entries = {stage: index.lock_entry(stage) for stage in upstream}
-    parameters, others = _parameters({names[stage.path, stage.md5]: entries[stage] for stage in contributing}, names[run.path, run.md5])
+    own_name = names[run.path, run.md5]
+    parameters, others = _with_others(_parameters({names[stage.path, stage.md5]: entries[stage] for stage in contributing}), own_name)
     records, missing = trained_on(subject)
     missing += unrecorded(index, contributing) + unavailable_reports(index, upstream)
     unordered = [model.address for model in subject.models if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)]
     watched = [stage for stage in upstream if stage not in contributing]
     made_from = {stage: reports[stage] for stage in contributing}
+    latest_first = [(names[stage.path, stage.md5], made_from[stage].get("environment", {})) for stage in reversed(made_from)]
+    versions, other_versions = _with_others(((name, *one) for name, installed in latest_first for one in installed.items()), own_name)
     sources, read_by = _sources(index, made_from, names)
     watched_sources, _ = _sources(index, {stage: reports[stage] for stage in watched}, names, sources)
     waivers = _waivers(parameters.values())
@@ -280,7 +283,8 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         **judged,
         "chat_template": next((r["template"] for r in reversed(made_from.values()) if "template" in r), None),
         "code": _code(subject),
-        "environment": next((r["environment"] for r in reversed(made_from.values()) if "environment" in r), {}),
+        "environment": versions,
+        **({"other_versions": other_versions} if other_versions else {}),
         "machine": {names[stage.path, stage.md5]: report["machine"] for stage, report in reports.items() if "machine" in report},
         "metrics": _metrics(subject, reports[run]),
         "missing": missing,
@@ -304,22 +308,29 @@ def _watchers(subject: Subject) -> list[dict[str, str]]:
     ]
 
 
-def _parameters(entries: Mapping[str, Mapping[str, Any]], model: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """The recorded parameters of stages, and the other values of those that stages ran with different values of, with these stages. The value of a parameter
-    is that of the model's own stage, or else of the first."""
-    found: dict[str, dict[str, tuple[Any, list[str]]]] = {}  # key -> value as JSON -> value, and the stages that ran with it
+def _parameters(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
+    """The recorded parameters of stages: stage, name and value of each."""
     for stage, entry in entries.items():
         for file, values in entry.get("params", {}).items():
-            if file == code_lock.FILE:
-                continue
-            for key, value in (values or {}).items():
-                found.setdefault(key, {}).setdefault(json.dumps(value, sort_keys=True), (value, []))[1].append(stage)
+            if file != code_lock.FILE:
+                yield from ((stage, key, value) for key, value in (values or {}).items())
+
+
+def _with_others(values: Iterable[tuple[str, str, Any]], model: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """One value of each name, and the other values of those that stages have different values of, with these stages.
+
+    Args:
+        values: stage, name and value of each. The one value of a name is that of the model's own stage, or else the first.
+    """
+    found: dict[str, dict[str, tuple[Any, list[str]]]] = {}  # name -> value as JSON -> value, and the stages that have it
+    for stage, name, value in values:
+        found.setdefault(name, {}).setdefault(json.dumps(value, sort_keys=True), (value, []))[1].append(stage)
     chosen, others = {}, {}
-    for key, known in found.items():
+    for name, known in found.items():
         first, *rest = sorted(known.values(), key=lambda pair: model not in pair[1])
-        chosen[key] = first[0]
+        chosen[name] = first[0]
         if rest:
-            others[key] = [{"value": value, "stages": stages} for value, stages in rest]
+            others[name] = [{"value": value, "stages": stages} for value, stages in rest]
     return chosen, others
 
 
@@ -698,6 +709,8 @@ def as_text(audited: dict[str, Any]) -> str:
         lines += [f"template   {template['name']}, sha256 {template['sha256'][:16]}"]
     if audited["environment"]:
         lines += [f"versions   {', '.join(f'{name} {version}' for name, version in audited['environment'].items())}"]
+    for name, others in audited.get("other_versions", {}).items():
+        lines += [f"           {name} {one['value']} in {', '.join(one['stages'])}" for one in others]
     lines += [f"machine    {line}" for line in _machine_lines(audited["machine"])]
     lines += ["", "sources", *_sources_text(audited["sources"])]
     lines += _other_files_text(audited["other_files"])

@@ -99,6 +99,8 @@ def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("version", versions_text(document["registered"])))
     if document["environment"]:
         facts.append(("environment", ", ".join(f"{name} {version}" for name, version in document["environment"].items())))
+    for name, others in document.get("other_versions", {}).items():
+        facts += [(f"{name} of {', '.join(one['stages'])}", one["value"]) for one in others]
     return [*facts, ("verify with", f"pedigree verify {model['stage']}")]
 
 

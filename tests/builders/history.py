@@ -106,10 +106,11 @@ class Project:
         files["ledger.parquet"] = table(ledger, ledger_schema())
         sources = {name: {"rows": n, "format": "text", "license": "MIT", "sha256": hashlib.sha256(f"{name}{rows}".encode()).hexdigest()}
                    for name in sorted({source for _, _, source in rows}) for n in [sum(s == name for _, _, s in rows)]}  # fmt: skip
-        report = self._report(name, {"passed": True, "sources": sources})
+        report = self.report(name, {"passed": True, "sources": sources})
         return {name: entry(name, {"data/sources": md5(str(rows).encode()) + ".dir"}, self.put(files), report)}
 
-    def _report(self, name: str, document: Mapping[str, Any]) -> dict[str, str]:
+    def report(self, name: str, document: Mapping[str, Any]) -> dict[str, str]:
+        """Write a report. Returns its entry for dvc.lock."""
         path = self.root / "data" / "reports" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document))
@@ -179,7 +180,7 @@ class Project:
             s: {"rows": n, "format": "text", "license": "MIT", "sha256": hashlib.sha256(f"{s}{rows}{copies}".encode()).hexdigest()}
             for s, n in sorted(counts.items())
         }
-        report = self._report("instructions", {"passed": True, "sources": sources})
+        report = self.report("instructions", {"passed": True, "sources": sources})
         deps = {"data/sources": md5(f"{rows}{copies}".encode()) + ".dir"}
         lock = {"instructions": entry("instructions", deps, self.put(files), report)}
         added = [(new, "train", source, old) for old, new in paraphrases.items() for text, _, source, _ in numbered if text == old]
@@ -208,7 +209,7 @@ class Project:
             "license": "CC-BY-4.0",
             "sha256": hashlib.sha256(str(paraphrases).encode()).hexdigest(),
         }
-        report = self._report("splits", {"passed": True, **({"sources": {file: facts}} if paraphrases else {})})
+        report = self.report("splits", {"passed": True, **({"sources": {file: facts}} if paraphrases else {})})
         deps = {
             "data/instructions": lock["instructions"]["outs"][0]["md5"],
             "data/sources/paraphrases": md5(f"{file}{paraphrases}".encode()) + ".dir",
