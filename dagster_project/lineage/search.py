@@ -27,13 +27,15 @@ FIELDS = ("content", "reasoning_content", "tool_calls", "name")
 PARTS = ("messages", "prompt", "chosen", "rejected", "tools")
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f]|\\[xuUpP]")
 """In a regular expression: a character beyond ASCII, or an escape of one."""
+UNSEEN = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]")
+"""Characters that a reader does not see, such as a soft hyphen or a zero-width space: the default-ignorable ones of Unicode, without fillers of Hangul."""
 CONTEXT = 40
 """Characters of an excerpt on either side of a match."""
 
 
 def normalized(text: str) -> str:
-    """A text without differences of case, compatible characters (NFKC) and whitespace."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """A text without differences of case, compatible characters (NFKC) and whitespace, and without characters that are not seen."""
+    return " ".join(unicodedata.normalize("NFKC", UNSEEN.sub("", text)).casefold().split())
 
 
 class Pattern:
@@ -83,8 +85,7 @@ class Pattern:
 
     def excerpt(self, text: str) -> str:
         """The match in the normalized text, with what is around it."""
-        flats = [" ".join(unicodedata.normalize(form, text).split()) for form in self.forms]
-        flats = flats if self.regex else [flat.casefold() for flat in flats]
+        flats = [" ".join(unicodedata.normalize(form, text).split()) for form in self.forms] if self.regex else [normalized(text)]
         matches = [match for match in map(self.python.search, flats) if match]
         flat, (start, end) = (matches[0].string, matches[0].span()) if matches else (flats[0], (0, 0))
         cut = flat[max(0, start - CONTEXT) : end + CONTEXT]
@@ -92,7 +93,8 @@ class Pattern:
 
 
 def search(index: Index, text: str, regex: bool = False) -> list[dict[str, Any]]:
-    """Every record with a message that contains a text: ignoring case, compatible characters (NFKC) and whitespace, between word boundaries.
+    """Every record with a message that contains a text: ignoring case, compatible characters (NFKC), whitespace and
+    characters that are not seen, between word boundaries.
 
     Args:
         regex: the text is a regular expression instead.
