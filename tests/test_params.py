@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, inside, parse
 from dagster_project.curation.sources.reading import locate
-from dagster_project.stages import raw_examples, splits
+from dagster_project.stages import raw_examples, splits, tokenized
+from dagster_project.training.trainers.harness.params import AdapterParams
 
 
 def refused(call: Any, *arguments: Any) -> InputError:
@@ -209,3 +211,12 @@ def test_a_path_that_cannot_be_one_is_refused(path: str, tmp_path: Path) -> None
 def test_numbers_that_would_fail_hours_later_are_refused_at_once(values: dict[str, int]) -> None:
     with pytest.raises(InputError, match=f"compute.{next(iter(values))}: Input should be"):
         params.parse(params.Compute, values, "compute")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_numbers_are_finite(value: float) -> None:
+    """JSON has no others, and a training with one would diverge."""
+    with pytest.raises(InputError, match=r"adapter\.x\.(learning_rate|weight_decay): Input should be a finite number"):
+        params.parse(AdapterParams, {"method": "lora", "learning_rate": value, "weight_decay": value}, "adapter.x")
+    with pytest.raises(InputError, match=r"tokenized\.field_weights\.category: Input should be a finite number"):
+        params.parse(tokenized.Params, {"field_weights": {"category": value}}, "tokenized")

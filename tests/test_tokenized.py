@@ -14,9 +14,10 @@ from builders.tiny_model import CHAT_TEMPLATE
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from dagster_project.core import bounded_templates
-from dagster_project.core.chat import IGNORE, encode, encode_prompt, pieces
+from dagster_project.core.chat import IGNORE, encode, encode_prompt, loss_weights, pieces
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_example
 from dagster_project.core.named_templates import NAMED
@@ -103,6 +104,18 @@ class Stage:
 @pytest.fixture
 def stage(tmp_path: Path, tiny_model: Path) -> Stage:
     return Stage(tmp_path, tiny_model)
+
+
+def test_the_weight_of_a_field_is_that_of_its_text_or_number_alone(tiny_model: Path) -> None:
+    """A list or an object has none, and neither have the spaces before it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    answer = '{"tags":   ["a"], "n": 512, "who":  "Bob", "more": {"x": 1}}'
+    encoded = tokenizer(answer + tokenizer.eos_token, return_offsets_mapping=True)
+    weights = loss_weights(tokenizer, encoded["input_ids"], answer, {"tags": 16, "more": 8, "n": 4, "who": 2}, False)
+    covered = dict.fromkeys(weights, "")
+    for weight, (start, stop) in zip(weights, encoded["offset_mapping"], strict=True):
+        covered[weight] += answer[start:stop]
+    assert covered.keys() == {1.0, 2.0, 4.0} and "512" in covered[4.0] and "Bob" in covered[2.0]
 
 
 def check(report: Report, name: str) -> CheckResult:

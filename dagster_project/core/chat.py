@@ -299,7 +299,7 @@ def loss_weights(tokenizer: Any, labels: Sequence[int], answer: str, fields: Map
         if first < 0 or list(labels[first:last]) != encoded["input_ids"]:
             continue  # the template trims or reformats the answer
         for name, weight in fields.items():
-            for match in re.finditer(rf'"{re.escape(name)}"\s*:\s*(?:"((?:[^"\\]|\\.)*)"|([^",{{}}\[\]]+))', text):
+            for match in re.finditer(rf'"{re.escape(name)}"\s*:\s*+(?:"((?:[^"\\]|\\.)*)"|([^",{{}}\[\]]+))', text):
                 begin, stop = match.span(1) if match.group(1) is not None else match.span(2)
                 for i, (start, end) in enumerate(encoded["offset_mapping"]):
                     if start < stop and end > begin:

@@ -21,7 +21,7 @@ class Section(BaseModel):
     """Base of every section of params.yaml: frozen, no unknown keys, no silent type conversion. The docstring beneath a field is its description in
     docs/parameters.md; `make docs` reads it, because reading the source of every class would take a third of a second in each process."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)  # JSON has neither
 
 
 class Licensed(Section):
