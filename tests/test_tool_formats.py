@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -593,6 +594,14 @@ def test_a_message_with_sound_or_images_beside_its_text_is_refused_as_well(more:
     assert judge(read({"messages": [ASKED, answer("Yes.", **more)]}), [], Rules()).reason == ["unsupported_content"]
 
 
+def test_of_several_kinds_of_content_the_first_is_the_reason_in_every_process() -> None:
+    media = {"images": "image", "audio": "audio", "videos": "video", "files": "file"}
+    for order in permutations(media):
+        rows = [Row(0, {"messages": [{**ASKED, **{key: ["x"] for key in order}}, answer("Yes.")]})]
+        meta = json.loads(records_of(rows, "a.jsonl", "a.jsonl")[1][0]["meta"])
+        assert meta["problem"] == f"{media[order[0]]} in a message"
+
+
 @pytest.mark.parametrize(
     "parts",
     [[3], [{"type": "tool_use"}], [{"type": "text", "text": [{"type": "text", "text": "x"}]}], [{"type": "text"}], [[]], {"type": "text"}],
@@ -647,6 +656,14 @@ def test_answers_under_different_tools_are_not_paired(tmp_path: Path) -> None:
     good, bad = PAIRS["kto"]
     pairs = to_pairs(jsonl(tmp_path / "a.jsonl", {**good, "tools": [WEATHER]}, bad), "a.jsonl")[1]
     assert [pair["source_rows"] for pair in pairs] == [[0], [1]]
+
+
+def test_answers_under_tools_whose_keys_are_in_another_order_are_paired(tmp_path: Path) -> None:
+    good, bad = PAIRS["kto"]
+    reordered = {**WEATHER, "function": dict(reversed(WEATHER["function"].items()))}
+    assert reordered == WEATHER and json.dumps(reordered) != json.dumps(WEATHER)
+    pairs = to_pairs(jsonl(tmp_path / "a.jsonl", {**good, "tools": [WEATHER]}, {**bad, "tools": [reordered]}), "a.jsonl")[1]
+    assert [pair["source_rows"] for pair in pairs] == [[0, 1]]
 
 
 def test_a_common_beginning_may_end_with_a_tool_result(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def read_message(message: Any) -> Parsed:
     rest = dict(message)
     role = as_text(rest.pop("role"))
     unused: list[str] = []
-    for key in MEDIA.keys() & rest.keys():
+    for key in [key for key in rest if key in MEDIA]:  # in their order: that of a set differs between processes
         if rest.pop(key) not in (None, "", [], {}):
             raise UnsupportedContent(f"{MEDIA[key]} in a message")
     calls = _calls(rest, unused)

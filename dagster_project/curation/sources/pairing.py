@@ -44,7 +44,7 @@ def entries_of(rows: Iterable[Row], source: str, layout: PairLayout, split: str 
             entry |= {**messages, **tools, "margin": pair.margin, "category": category_of(row, form.category), "group_id": None}
             entry |= {"meta": {**meta, **labelled}, **counted}
             if half:
-                same = sha256_of_text(json.dumps([label, pair.prompt, *tools.values()]))[:32]
+                same = sha256_of_text(json.dumps([label, pair.prompt, *tools.values()], sort_keys=True))[:32]
                 entry[HALF] = {"same": same, "side": side, "other": other, "category": form.category}
             yield entry if half else _finished(entry)
             counted = {"fields": ()}  # a row is counted once
