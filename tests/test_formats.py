@@ -625,7 +625,7 @@ def test_a_prompt_ends_with_a_user_turn_if_conversations_diverge_there(tmp_path:
     assert (pair["prompt"], len(pair["chosen"]), len(pair["rejected"])) == (user("Hi"), 3, 3)
 
 
-@pytest.mark.parametrize("margin", [10**400, "2", True])
+@pytest.mark.parametrize("margin", [10**400, "two", "nan", "1e999", True])
 def test_a_margin_that_is_not_a_number_is_malformed(margin: Any, tmp_path: Path) -> None:
     assert problem_of(pairs_of(tmp_path, {**PAIR_ROWS["preference"][0], "margin": margin})[0])
 
@@ -643,7 +643,7 @@ def test_the_preferred_output_is_chosen_and_a_tie_has_no_margin(preference: floa
     assert [(pair["chosen"], pair["margin"]) for pair in pairs_of(tmp_path, row)] == [(answer(chosen), margin)]
 
 
-@pytest.mark.parametrize("preference", [None, 0.5, 3, False, "1"])
+@pytest.mark.parametrize("preference", [None, 0.5, 3, False, "one", ""])
 def test_a_preference_for_neither_output_is_malformed(preference: Any, tmp_path: Path) -> None:
     row = {"instruction": "Hi", "output_1": "A", "output_2": "B", "preference": preference}
     assert problem_of(pairs_of(tmp_path, row)[0])
@@ -701,6 +701,13 @@ def test_true_and_false_of_a_table_are_judgements(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,completion,label\nHi,Hello,True\nHi,What?,False\n")
     assert refused(tmp_path / "a.csv").startswith("a.csv: the rows are preferences (kto: ")
     assert [sides(pair) for pair in to_pairs(tmp_path / "a.csv", "a.csv")[1]] == [(user("Hi"), answer("Hello"), answer("What?"))]
+
+
+def test_numbers_of_a_table_are_margins_and_preferences(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected,margin\nHi,Hello,What?,0.5\nHi,Hello,No,2\nHi,Hello,Hm,\n")
+    assert [pair["margin"] for pair in to_pairs(tmp_path / "a.csv", "a.csv")[1]] == [0.5, 2.0, None]
+    (tmp_path / "b.csv").write_text("instruction,output_1,output_2,preference\nHi,A,B,1.75\n")
+    assert [(pair["chosen"], pair["margin"]) for pair in to_pairs(tmp_path / "b.csv", "b.csv")[1]] == [(answer("B"), 0.5)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -75,13 +76,20 @@ MISMATCH = "chosen and rejected do not answer the same prompt"
 
 
 def _margin(row: dict[str, Any]) -> float | None:
-    return None if row.get("margin") is None else _number(row["margin"])
+    return None if row.get("margin") in (None, "") else _number(row["margin"])
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Parse a number, which is text in a CSV file."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"expected a number, found {type(value).__name__}")
-    return float(value)
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError("expected a number, found text")
+    return number
 
 
 def _preference(prompt: str, chosen: str, rejected: str) -> Callable[[dict[str, Any]], list[Pair]]:
