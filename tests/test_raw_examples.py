@@ -278,6 +278,13 @@ def test_the_fields_of_a_row_add_up_in_every_layout(layout: str, root: Path) -> 
         assert sum(sum(place.values()) for place in found.values()) == count([row])
 
 
+@pytest.mark.parametrize("replies", [3, ["Hm."], [{"content": "Hm."}]])
+def test_a_message_may_have_a_field_replies_as_trees_have(replies: Any, root: Path) -> None:
+    asked, said = CHAT["messages"]
+    jsonl(root / "data/sources/a.jsonl", {"prompt": {**asked, "replies": replies}, "completion": said})
+    assert fields_of(read(root, "data/sources/a.jsonl"))["ignored"] == {"prompt[].replies": 1}
+
+
 def test_a_field_that_a_layout_loses_stops_the_stage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(root / "data/sources/a.jsonl", {**CHAT, "stars": 4})
     with monkeypatch.context() as patch:

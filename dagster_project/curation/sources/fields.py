@@ -115,7 +115,7 @@ class FieldAccount:
         if (found := self._known.get(shape)) is None:
             found = self._known[shape] = _assigned(row, used, columns, kept, shapes)
         fields, total = found
-        if (present := len(row) + sum([_fields_in(row[key]) for key in shapes])) != total:
+        if (present := len(row) + sum([_fields_in(row[key], len(turns)) for key, turns in shapes.items()])) != total:
             raise AssertionError(f"a row has {present} fields, of which {total} are accounted for (keys: {', '.join(row)})")
         return fields
 
@@ -144,11 +144,15 @@ def _assigned(
     return Fields(places["used"], places["kept"], places["ignored"]), total
 
 
-def _fields_in(value: Any) -> int:
-    """Number of fields of a message, a list of messages, or a tree of replies."""
+def _fields_in(value: Any, messages: int) -> int:
+    """Number of fields of a message, a list of messages, or a tree of replies.
+
+    Args:
+        messages: number of messages that were read. `replies` of a single message is a field like any other.
+    """
     if isinstance(value, list):
         return sum(map(len, value))
-    return len(value) + sum(map(_fields_in, value.get("replies") or ()))
+    return len(value) + (sum([_fields_in(reply, messages) for reply in value.get("replies") or ()]) if messages > 1 else 0)
 
 
 def kept_whole(row: Mapping[str, Any] | None) -> Fields:
