@@ -808,6 +808,12 @@ def test_calls_of_a_column_that_have_unused_keys_are_kept_as_they_were(read: Cal
     assert json.loads(record["meta"]) == {"calls": json.dumps(made)}
 
 
+def test_calls_beside_those_of_a_sharegpt_turn_are_reported_as_ignored(read: Callable[..., Any]) -> None:
+    calling = {"from": "function_call", "value": '{"name": "f", "arguments": {}}', "tool_calls": [call()]}
+    (record,) = read({"conversations": [{"from": "human", "value": "x"}, calling]})
+    assert record["messages"][1] == answer(tool_calls=[call("f", {})]) and record["ignored"] == ["conversations[].tool_calls"]
+
+
 def test_turns_that_only_call_and_differ_in_their_name_are_not_joined(read: Callable[..., Any]) -> None:
     calling = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
     turns = [{"from": "human", "value": "x"}, {**calling, "name": "A"}, {**calling, "name": "B"}]

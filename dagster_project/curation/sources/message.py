@@ -182,9 +182,10 @@ def read_turn(turn: Any) -> Parsed:
     if "from" not in turn and "role" in turn:
         return read_message(turn)
     more = {key: value for key, value in turn.items() if key not in {"from", "value", "role", "content"}}
-    unused = [key for key in ("role", "content") if key in turn]
     role, value = SHAREGPT_ROLES.get(as_text(turn["from"]), turn["from"]), turn["value"]
     calling = {"content": None, "tool_calls": value} if turn["from"] == "function_call" and value else {"content": value}
+    unused = [key for key in ("role", "content") if key in turn]
+    unused += [key for key in more if key in calling]  # further calls beside those in `value`
     message, others = read_message({**more, "role": role, **calling})
     return message, (*unused, *others)
 
