@@ -20,7 +20,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import REWARD_METHODS, ledger_schema
 from dagster_project.lineage import database
 from dagster_project.lineage.diff import diff
-from dagster_project.lineage.export.export import issue_date
+from dagster_project.lineage.export.answers import training_records
+from dagster_project.lineage.export.export import issue_date, summarize
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
@@ -520,6 +521,11 @@ def test_two_versions_of_a_source_are_listed_separately(made: Project) -> None:
         MAIL: (1, {f"splits {first['splits']['outs'][0]['md5'][:8]}": {"train": 1}}),
     }
     assert found[earlier]["sha256"] == before[FAQ]["sha256"] != found[FAQ]["sha256"]
+    exported = summarize(find(Index(made.root), "aligned@dpo"))
+    assert {name: one["sha256"] for name, one in exported["sources"].items()} == {name: one["sha256"] for name, one in found.items()}
+    old = f"splits {first['splits']['outs'][0]['md5'][:8]}"
+    assert (exported["stages"]["splits"]["sources"], exported["stages"][old]["sources"]) == ([FAQ], [earlier, MAIL])
+    assert training_records(exported) == {FAQ: 2, earlier: 1, MAIL: 1}
 
 
 def test_each_version_of_a_library_that_stages_ran_with_is_listed(made: Project) -> None:

@@ -74,15 +74,23 @@ def latest_collection(sources: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def training_records(summary: Mapping[str, Any]) -> dict[str, int]:
-    """Source -> the records in training splits that were made from its rows, augmented copies included."""
-    split = {path: Counter(outcomes.get("splits", {})) for path, outcomes in summary["outcomes"].items()}
-    copies = {path: sum(n for outcome, n in counts.items() if outcome.startswith(AUGMENTED)) for path, counts in split.items()}
-    found = {
-        path: counts["train"] + copies[path] + summary["outcomes"][path].get("preferences", {}).get("train", 0)
-        for path, counts in split.items()
-    }
-    rewritten = sum(counts[AUGMENTED + PARAPHRASED] for counts in split.values())
+    """Source -> the records in training splits that were made from its rows, augmented copies included. Of several versions of a data set, the one with
+    most of them counts."""
+    found, rewritten = {}, 0
+    for path, outcomes in summary["outcomes"].items():
+        split = max(_versions(outcomes, "splits"), key=_trained_on)
+        found[path] = _trained_on(split) + max(counts["train"] for counts in _versions(outcomes, "preferences"))
+        rewritten += split[AUGMENTED + PARAPHRASED]
     return found | {path: rewritten for path, facts in summary["sources"].items() if facts.get("format") == PARAPHRASES}
+
+
+def _versions(outcomes: Mapping[str, Mapping[str, int]], stage: str) -> list[Counter[str]]:
+    """The outcomes in each version of a stage, whose names are the stage's, or that with a hash ("splits 5d41402a"); without one, an empty count."""
+    return [Counter(counts) for name, counts in outcomes.items() if name.partition(" ")[0] == stage] or [Counter()]
+
+
+def _trained_on(counts: Counter[str]) -> int:
+    return counts["train"] + sum(n for outcome, n in counts.items() if outcome.startswith(AUGMENTED))
 
 
 def scripts(summary: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID, uuid5
 
@@ -43,7 +43,7 @@ def from_reports(
     tuned = [report for name, report in reports.items() if "environment" in report]
     measured = {name: report for name, report in reports.items() if name.startswith("evaluation") and name.partition("@")[2] == variant}
     base, own = with_license(reports.get("base_model", {})), reports.get(address, {})
-    sources = {path: with_unknown(facts, path) for report in reports.values() for path, facts in report.get("sources", {}).items()}
+    sources, read_by = _named_sources(reports)
     taught = _teachers(reports) if teachers is None else teachers
     online = _own_answers(reports)
     return {
@@ -52,7 +52,9 @@ def from_reports(
         "base_model": {key: base[key] for key in ("origin", "license", "parameters", "dtype", "sha256") if key in base},
         "licenses": summarize_licenses(base, sources, taught),
         "stages": {
-            name: _stage(report) for name, report in reports.items() if name not in measured and name not in {"baselines", "comparison"}
+            name: _stage(report, read_by.get(name, ()))
+            for name, report in reports.items()
+            if name not in measured and name not in {"baselines", "comparison"}
         },
         "training": {key: tuned[-1][key] for key in TRAINING if key in tuned[-1]} if tuned else {},
         "environment": tuned[-1]["environment"] if tuned else {},
@@ -63,6 +65,22 @@ def from_reports(
         **({"own_answers": online} if online else {}),
         **judged([report for name, report in reports.items() if name not in measured], waivers),
     }
+
+
+def _named_sources(reports: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
+    """The facts on each source, and the sources that each stage read.
+
+    Where stages read several versions of a source, the hash is appended to the name of all but the first, as in audits.
+    """
+    sources: dict[str, dict[str, Any]] = {}
+    read_by: dict[str, list[str]] = {}
+    for stage, report in reports.items():
+        for path, facts in report.get("sources", {}).items():
+            sha256 = facts.get("sha256")
+            name = path if sources.get(path, facts).get("sha256") == sha256 else f"{path} {(sha256 or 'unknown')[:8]}"
+            sources[name] = with_unknown(facts, path)
+            read_by.setdefault(stage, []).append(name)
+    return sources, read_by
 
 
 def _teachers(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -124,12 +142,12 @@ TRAINING = (
 NOT_METRICS = {"checks", "machine", "passed", "output_sha256"}
 
 
-def _stage(report: Mapping[str, Any]) -> dict[str, Any]:
+def _stage(report: Mapping[str, Any], sources: Iterable[str]) -> dict[str, Any]:
     kept = {key: report[key] for key in ("rows_in", "rows_out", "dropped", "train", "validation", "test") if key in report}
     checks = {
         name: {key: check[key] for key in ("passed", "count", "note") if key in check} for name, check in report.get("checks", {}).items()
     }
-    read = {"sources": sorted(report["sources"])} if "sources" in report else {}
+    read = {"sources": sorted(sources)} if "sources" in report else {}
     return {"sha256": report.get("output_sha256"), **read, **kept, **({"checks": checks} if checks else {})}
 
 
