@@ -144,10 +144,11 @@ def test_a_placeholder_that_is_the_whole_prompt_cannot_be_emptied() -> None:
     ],
 )
 def test_personal_data_is_masked_by_a_typed_placeholder(value: str, masked: str) -> None:
-    row = asked(f"It was {value} that", "Gladly.", input=f"See {value}", note={"who": [value]})
+    row = asked(f"It was {value} that", "Gladly.", input=f"See {value}", note={"who": [value]}, category=f"from {value}")
     found = judged(records(row), policy={"pii": "fix"})
     assert (found.reason, said(found.records[0])[0]) == ([None], f"It was {masked} that\n\nSee {masked}")
-    assert value not in json.dumps([[record["messages"], record["meta"]] for record in found.records])
+    assert found.records[0]["category"] == f"from {masked}"
+    assert value not in json.dumps([[record["messages"], record["meta"], record["category"]] for record in found.records])
     assert privacy.scan(said(found.records[0])) == []
 
 

@@ -138,7 +138,7 @@ def _rewritten(
     record: Record, change: Callable[[str], str], whole: bool = False, argument: Callable[[str, str], str] | None = None
 ) -> Record:
     """The record with `change` applied to every message, and to their copies in `meta`; with `whole` to every text in
-    `meta`.
+    `meta`, and to the category.
 
     Args:
         argument: changes a text in the arguments of a call, given its name and the text; `change` unless given.
@@ -147,6 +147,8 @@ def _rewritten(
     new = {**record, "messages": [_changed_message(m, change, given) for m in record["messages"]]}
     if record.get("rejected"):
         new["rejected"] = [_changed_message(m, change, given) for m in record["rejected"]]
+    if whole and record.get("category"):
+        new["category"] = change(record["category"])
     meta = json.loads(record["meta"])
     changed = {key: _change_texts(value, change) if whole or key == "input" else value for key, value in meta.items()}
     return new if changed == meta else {**new, "meta": _dumped(changed)}
@@ -208,7 +210,7 @@ def _marks(special: Collection[str]) -> tuple[Find, Callable[[Record], Record]]:
 
 
 def _values(secret: bool) -> Callable[[Collection[str]], tuple[Find, Callable[[Record], Record]]]:
-    """Personal data, or secrets. They are removed from `meta`, too."""
+    """Personal data, or secrets. They are removed from `meta` and the category, too."""
 
     def find(texts: Sequence[str]) -> list[str | None]:
         found: list[str | None] = [None] * len(texts)
