@@ -58,6 +58,7 @@ def test_the_most_restrictive_license_is_first_and_names_its_owners() -> None:
         ("MIT", ["CC-BY-ND-4.0"], ["The license of 0.jsonl (CC-BY-ND-4.0) does not allow adapted versions to be passed on, and the model may be one."]),
         ("llama3", ["MIT"], ["The license of base model (llama3) has terms of its own: read them before the model is used or passed on."]),
         ("GPL-3.0-only", ["CC-BY-SA-4.0"], ["Not compatible: the license of 0.jsonl (CC-BY-SA-4.0) and the license of base model (GPL-3.0-only) each require adapted versions to keep that license."]),
+        ("CC-BY-SA-4.0", ["cc-by-sa-4.0"], []),
         ("MIT", ["CC-BY-SA-4.0", "CC-BY-SA-4.0"], ["The license of 0.jsonl and 1 more (CC-BY-SA-4.0) requires adapted versions to keep it: MIT alone does not cover the model."]),
     ],
 )  # fmt: skip

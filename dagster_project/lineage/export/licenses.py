@@ -90,6 +90,8 @@ def _paired_problems(listed: Sequence[Mapping[str, Any]]) -> list[str]:
         if families[0] == NON_COMMERCIAL and families[1] in (SHARE_ALIKE, ATTRIBUTION, PERMISSIVE, PUBLIC_DOMAIN):
             keeps = " and requires that adapted versions do, too" if families[1] == SHARE_ALIKE else ""
             lines.append(f"Not compatible: the {_named(one)} forbids commercial use, the {_named(other)} allows it{keeps}.")
+        elif families == (SHARE_ALIKE, SHARE_ALIKE) and one["license"].casefold() == other["license"].casefold():
+            continue  # the same license: names of SPDX are equal in any case
         elif families == (SHARE_ALIKE, SHARE_ALIKE):
             lines.append(f"Not compatible: the {_named(one)} and the {_named(other)} each require adapted versions to keep that license.")
         elif families[0] == SHARE_ALIKE:
