@@ -110,7 +110,7 @@ class Reading(Section):
     """How sources are read. Whoever reads adds `sources`."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Rows to read from each source, for a quick try. null: all rows."""
+    """Examples or pairs to read from each source, for a quick try; one row may give several, and two rows one pair. null: all."""
     max_malformed: float = Field(default=0.5, ge=0, le=1)
     """Largest share of a source's rows that may be unreadable. Above it, or if no row is readable, the source is
     refused with its first three problems, because its format is probably wrong."""
