@@ -110,7 +110,8 @@ class Reading(Section):
     """How sources are read. Whoever reads adds `sources`."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Examples or pairs to read from each source, for a quick try; one row may give several, and two rows one pair. null: all."""
+    """Examples or pairs to read from each source, for a quick try; of a data set on the Hub, rows. One row may give several
+    examples or pairs, and two rows one pair. null: all."""
     max_malformed: float = Field(default=0.5, ge=0, le=1)
     """Largest share of a source's rows that may be unreadable. Above it, or if no row is readable, the source is
     refused with its first three problems, because its format is probably wrong."""
