@@ -62,6 +62,23 @@ def test_completed_decisions_are_read_and_the_rest_stay_open(tmp_path: Path) -> 
     ]
 
 
+def test_edits_of_a_row_in_the_lines_of_several_checks_are_all_applied(tmp_path: Path) -> None:
+    rows = placed([ask("Hi 0", "Hello.")])
+    edits = [{"check": "pii", "new_prompt": "Hi you"}, {"check": "secrets", "new_response": "Good day."}]
+    same = {"example_id": rows[0]["example_id"], "decision": "edit", "reason": "clearer"}
+    judged = judge(rows, [], Rules(), decisions=read_decisions(filled(tmp_path / "r.csv", *({**same, **edit} for edit in edits)), CHECKS))
+    assert [message["content"] for message in judged.records[0]["messages"]] == ["Hi you", "Good day."]
+    edits[1]["new_prompt"] = "Hi all"
+    with pytest.raises(InputError, match=r"row 2: .* was already edited otherwise"):
+        read_decisions(filled(tmp_path / "r.csv", *({**same, **edit} for edit in edits)), CHECKS)
+
+
+def test_a_review_file_may_have_prompts_as_long_as_rows(tmp_path: Path) -> None:
+    path = filled(tmp_path / "r.csv", {"prompt": "word " * 30_000, "decision": "drop", "reason": "wrong"})
+    assert [decision.decision for decision in read_decisions(path, CHECKS)] == ["drop"]
+    assert csv.field_size_limit() == 131_072
+
+
 def test_a_row_that_a_person_drops_for_what_no_check_found_is_counted_as_reviewed(tmp_path: Path) -> None:
     rows = placed([ask("Hi 0", "Hello."), ask("Hi 1", "Good day.")])
     path = filled(tmp_path / "r.csv", {})

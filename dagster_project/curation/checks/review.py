@@ -8,7 +8,7 @@ import datetime
 import io
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +21,7 @@ from dagster_project.core.params import Section
 from dagster_project.core.records import content_id, prompt_text
 from dagster_project.core.stored_rows import StoredRows, encode
 from dagster_project.core.text import cell
+from dagster_project.curation.sources.files import MAX_ROW_BYTES
 from dagster_project.curation.sources.reading import locate
 
 Decide = Literal["accept", "drop", "edit"]
@@ -195,6 +196,7 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
     Raises:
         InputError: lists every line with an unknown decision or check, without a reason, or with nothing to edit or accept.
     """
+    usual = csv.field_size_limit(MAX_ROW_BYTES)  # prompts are as long as rows may be
     try:
         text = path.read_text(encoding="utf-8-sig")
         lines = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
@@ -202,11 +204,15 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
         raise InputError(f"{path.name}: not UTF-8 at byte {error.start}", "save the file as UTF-8") from None
     except csv.Error as error:
         raise InputError(f"{path.name}: not CSV: {error}", "close every quote; double quotes inside one") from None
+    finally:
+        csv.field_size_limit(usual)
     missing = {"example_id", "check", "decision", "reason"} - set(lines[0] if lines else COLUMNS)
     if missing:
         raise InputError(f"{path.name}: no column {', '.join(sorted(missing))}", f"columns: {', '.join(COLUMNS)}")
     decisions, problems = [], []
     seen: dict[tuple[str, str], str] = {}
+    texts: dict[tuple[str, str], str] = {}
+    """(example_id, column) -> new text."""
     for number, line in enumerate(lines, 1):
         values = {name: line.get(name) or "" for name in COLUMNS}
         decision = values["decision"].strip().lower()
@@ -225,6 +231,11 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
             problems.append(f"{path.name}: row {number}: edit, but new_prompt and new_response are both empty")
         elif seen.setdefault(key, decision) != decision:
             problems.append(f"{path.name}: row {number}: {key[0]} was already decided otherwise for {key[1]}")
+        elif decision == "edit" and any(
+            (text := values[column]).strip() and texts.setdefault((key[0], column), text) != text
+            for column in ("new_prompt", "new_response")
+        ):
+            problems.append(f"{path.name}: row {number}: {key[0]} was already edited otherwise")
         else:
             decisions.append(
                 Decision(key[0], key[1], decision, values["reason"].strip(), values["new_prompt"], values["new_response"])  # type: ignore[arg-type]
@@ -236,7 +247,14 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
 
 def edited(records: StoredRows, decisions: Sequence[Decision]) -> tuple[StoredRows, dict[int, str]]:
     """The records with the edits applied, and index -> reason of each edit. An edited row gets a new `example_id`."""
-    edits = {d.example_id: d for d in decisions if d.decision == "edit"}
+    edits: dict[str, Decision] = {}
+    for d in decisions:
+        if d.decision == "edit":  # a row may be edited in the lines of several checks
+            first = edits.get(d.example_id, d)
+            new_prompt, new_response = (
+                new if new.strip() else old for new, old in ((d.new_prompt, first.new_prompt), (d.new_response, first.new_response))
+            )
+            edits[d.example_id] = replace(d, new_prompt=new_prompt, new_response=new_response)
     changed = {
         i: _edit(record, edits[record["example_id"]]) for i, record in enumerate(records if edits else ()) if record["example_id"] in edits
     }
