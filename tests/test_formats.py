@@ -703,6 +703,18 @@ def test_true_and_false_of_a_table_are_judgements(tmp_path: Path) -> None:
     assert [sides(pair) for pair in to_pairs(tmp_path / "a.csv", "a.csv")[1]] == [(user("Hi"), answer("Hello"), answer("What?"))]
 
 
+def test_a_mapped_column_named_system_or_margin_is_only_what_it_is_mapped_to(tmp_path: Path) -> None:
+    row = {"system": "Hi", "good": "Hello", "bad": "What?", "margin": "greeting"}
+    mapping = {"prompt": "system", "chosen": "good", "rejected": "bad", "category": "margin"}
+    (pair,) = to_pairs(jsonl(tmp_path / "a.jsonl", row), "a.jsonl", mapping=mapping)[1]
+    assert (sides(pair), pair["category"], pair["margin"], pair["meta"]) == (
+        (user("Hi"), answer("Hello"), answer("What?")),
+        "greeting",
+        None,
+        "{}",
+    )
+
+
 def test_numbers_of_a_table_are_margins_and_preferences(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected,margin\nHi,Hello,What?,0.5\nHi,Hello,No,2\nHi,Hello,Hm,\n")
     assert [pair["margin"] for pair in to_pairs(tmp_path / "a.csv", "a.csv")[1]] == [0.5, 2.0, None]

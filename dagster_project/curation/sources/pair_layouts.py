@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -92,9 +92,18 @@ def _number(value: Any) -> float:
     return number
 
 
-def _preference(prompt: str, chosen: str, rejected: str) -> Callable[[dict[str, Any]], list[Pair]]:
+def _preference(
+    prompt: str, chosen: str, rejected: str, more: Collection[str] = ("system", "margin")
+) -> Callable[[dict[str, Any]], list[Pair]]:
+    """Reader of rows with a prompt and two answers.
+
+    Args:
+        more: those of the keys `system` and `margin` that are read.
+    """
+
     def pairs(row: dict[str, Any]) -> list[Pair]:
-        context = [*as_turns(row.get("system")), *as_conversation(row[prompt], "user")]
+        system = row.get("system") if "system" in more else None
+        context = [*as_turns(system), *as_conversation(row[prompt], "user")]
         good, bad = (as_conversation(row[key], "assistant") for key in (chosen, rejected))
         if good[: len(context)] == context == bad[: len(context)]:  # UltraFeedback repeats the prompt in both
             good, bad = good[len(context) :], bad[len(context) :]
@@ -102,7 +111,7 @@ def _preference(prompt: str, chosen: str, rejected: str) -> Callable[[dict[str, 
             raise ValueError("chosen or rejected says nothing after the prompt")
         if good[0]["role"] != "assistant" or bad[0]["role"] != "assistant":
             raise ValueError(MISMATCH)
-        return [Pair(context, good, bad, _margin(row))]
+        return [Pair(context, good, bad, _margin(row) if "margin" in more else None)]
 
     return pairs
 
@@ -279,11 +288,12 @@ PAIR_FIELDS = {"prompt": True, "chosen": True, "rejected": True, "category": Fal
 
 
 def mapped_pairs(mapping: Mapping[str, str]) -> PairLayout:
-    columns = [mapping[name] for name in ("prompt", "chosen", "rejected")]
+    columns = prompt, chosen, rejected = [mapping[name] for name in ("prompt", "chosen", "rejected")]
+    more = {"system", "margin"} - set(mapping.values())  # a column that is mapped to a field is only that field
     return PairLayout(
         keys=frozenset(columns),
-        pairs=_preference(*columns),
-        used=frozenset(columns) | {"system", "margin"} | ({mapping["tools"]} if "tools" in mapping else set()),
+        pairs=_preference(prompt, chosen, rejected, more),
+        used=frozenset(columns) | more | ({mapping["tools"]} if "tools" in mapping else set()),
         category=mapping.get("category", "category"),
         turns=dict.fromkeys(columns, read_message),
         tool_keys=(mapping["tools"],) if "tools" in mapping else (),
