@@ -73,6 +73,14 @@ def test_edits_of_a_row_in_the_lines_of_several_checks_are_all_applied(tmp_path:
         read_decisions(filled(tmp_path / "r.csv", *({**same, **edit} for edit in edits)), CHECKS)
 
 
+def test_a_row_that_is_dropped_in_one_line_and_edited_in_another_is_refused(tmp_path: Path) -> None:
+    same = {"example_id": placed([ask("Hi 0", "Hello.")])[0]["example_id"], "reason": "wrong"}
+    edit = {"check": "pii", "decision": "edit", "new_prompt": "Hi you"}
+    path = filled(tmp_path / "r.csv", {**same, **edit}, {**same, "check": "secrets", "decision": "drop"})
+    with pytest.raises(InputError, match=r"row 2: .* is both dropped and edited"):
+        read_decisions(path, CHECKS)
+
+
 def test_a_review_file_may_have_prompts_as_long_as_rows(tmp_path: Path) -> None:
     path = filled(tmp_path / "r.csv", {"prompt": "word " * 30_000, "decision": "drop", "reason": "wrong"})
     assert [decision.decision for decision in read_decisions(path, CHECKS)] == ["drop"]

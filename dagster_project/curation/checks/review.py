@@ -211,6 +211,8 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
         raise InputError(f"{path.name}: no column {', '.join(sorted(missing))}", f"columns: {', '.join(COLUMNS)}")
     decisions, problems = [], []
     seen: dict[tuple[str, str], str] = {}
+    changes: dict[str, str] = {}
+    """example_id -> drop or edit."""
     texts: dict[tuple[str, str], str] = {}
     """(example_id, column) -> new text."""
     for number, line in enumerate(lines, 1):
@@ -231,6 +233,8 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
             problems.append(f"{path.name}: row {number}: edit, but new_prompt and new_response are both empty")
         elif seen.setdefault(key, decision) != decision:
             problems.append(f"{path.name}: row {number}: {key[0]} was already decided otherwise for {key[1]}")
+        elif decision != "accept" and changes.setdefault(key[0], decision) != decision:
+            problems.append(f"{path.name}: row {number}: {key[0]} is both dropped and edited")
         elif decision == "edit" and any(
             (text := values[column]).strip() and texts.setdefault((key[0], column), text) != text
             for column in ("new_prompt", "new_response")
