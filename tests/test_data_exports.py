@@ -378,6 +378,15 @@ def test_own_answers_hide_nothing_that_is_said_of_sources(declared: list[dict[st
     assert f"- **Used:** {used}\n" in section and "learned from 8 answers" in section
 
 
+def test_labels_that_examples_and_pairs_share_are_added_up() -> None:
+    counted = {"instructions": {"refund": 5, "(none)": 1}, "preferences": {"refund": 2, "other": 1}}
+    summary = {
+        "sources": {"a": {"format": "messages"}},
+        "data_sets": {name: {"profile": {"categories": found}} for name, found in counted.items()},
+    }
+    assert eu_summary_module._content(summary).endswith("; labels: refund 7, other 1")
+
+
 def test_a_category_is_denied_only_if_every_source_declares_another() -> None:
     assert uses_category({}, "public")[0].startswith("*missing*")
     assert uses_category({"a": declare({}, category="user")}, "public")[0] == "no"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import date
 from typing import Any
@@ -115,9 +116,9 @@ def _sizes(summary: Mapping[str, Any]) -> list[str]:
 
 def _content(summary: Mapping[str, Any]) -> str:
     layouts = dict.fromkeys(markdown(facts["format"]) for facts in summary["sources"].values())
-    categories = {
-        name: n for found in summary["data_sets"].values() for name, n in found["profile"].get("categories", {}).items() if name != "(none)"
-    }
+    categories: Counter[str] = Counter()
+    for found in summary["data_sets"].values():
+        categories.update({name: n for name, n in found["profile"].get("categories", {}).items() if name != "(none)"})
     labels = f"; labels: {', '.join(f'{markdown(name)} {n}' for name, n in categories.items())}" if categories else ""
     return f"records for fine-tuning, layouts of the sources: {', '.join(layouts)}{labels}"
 
