@@ -251,6 +251,22 @@ def test_if_a_method_does_not_fit_one_that_fits_is_suggested(
     assert full["advice"][1].startswith("method: lora with gradient_checkpointing: true would take")
 
 
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        ("nothing", "unknown method 'nothing'"),
+        ("xlora", "xlora combines adapters"),
+        ("bitfit", "bitfit trains biases, and this model has none"),
+    ],
+)
+def test_a_method_that_cannot_be_planned_is_blamed_on_the_option_that_named_it(
+    config: Any, capsys: pytest.CaptureFixture[str], method: str, problem: str
+) -> None:
+    assert main(["plan", "--model", str(config()), "--method", method]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: --method {method}: {problem}") and "params.yaml" not in message
+
+
 def test_step_time_is_the_sum_over_operations_times_their_count() -> None:
     operations, ticks = Operations(), iter(range(1000))
     square, wide = (torch.empty(8, n, device="meta") for n in (8, 16))

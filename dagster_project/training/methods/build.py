@@ -282,15 +282,20 @@ def why_not_merged(method: str, options: Mapping[str, Any], quantization: Quanti
     return ""
 
 
+def place_of(where: str, key: str) -> str:
+    """Where a value was given, as the beginning of a message: in an entry of params.yaml, or by an option such as `--method lora`."""
+    return where if where.startswith("--") else f"params.yaml: {where}.{key}"
+
+
 def _resolve(method: str, where: str) -> tuple[str, dict[str, Any]]:
     """Full name of a method and the keys that its name implies."""
     name, keys = ALIASES.get(method.lower(), (method.lower(), {}))
     if name in UNSUPPORTED_METHODS:
-        raise InputError(f"params.yaml: {where}.method: {name} {UNSUPPORTED_METHODS[name]}", f"methods: {', '.join(methods())}")
+        raise InputError(f"{place_of(where, 'method')}: {name} {UNSUPPORTED_METHODS[name]}", f"methods: {', '.join(methods())}")
     if name not in methods():
         near = difflib.get_close_matches(name, methods(), 3, 0.6)
         raise InputError(
-            f"params.yaml: {where}.method: unknown method {method!r}",
+            f"{place_of(where, 'method')}: unknown method {method!r}",
             f"methods: {', '.join(methods())}" + (f"; nearest: {' or '.join(near)}" if near else ""),
         )
     return name, dict(keys)
@@ -382,7 +387,7 @@ def peft_config(
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name.upper())](task_type=TaskType.CAUSAL_LM, **keys)
     except (ValueError, TypeError) as error:
-        raise InputError(f"params.yaml: {where}.peft: {error}", "correct these values") from None
+        raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these values") from None
 
 
 def _attention(base: Any) -> list[str] | None:
@@ -518,13 +523,13 @@ def build(
     except (ValueError, TypeError, NotImplementedError) as error:
         if isinstance(error, NotImplementedError) and not weights:  # raised by the meta device, not by the keys
             raise
-        raise InputError(f"params.yaml: {where}.peft: {error}", "correct these keys") from None
+        raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
     for parameter_name, parameter in model.named_parameters():
         if ".ranknum." in parameter_name:  # a counter; PEFT makes it trainable on quantized layers but never saves it
             parameter.requires_grad_(False)
     trainable, total = model.get_nb_trainable_parameters()
     if not trainable:
-        raise InputError(f"params.yaml: {where}: {method} leaves no parameter to train in this model", "choose other target_modules")
+        raise InputError(f"{place_of(where, 'method')}: {method} leaves no parameter to train in this model", "choose other target_modules")
     # trained weights are float32: a bfloat16 weight cannot change by less than 1/256 of its value
     low = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dtype != torch.float32]
     for parameter in low:
@@ -570,7 +575,7 @@ def _weights(
         if not any(re.search(pattern, name) for aliases in names.values() for name in aliases):
             raise InputError(
                 *(
-                    (f"params.yaml: {where}.method: bitfit trains biases, and this model has none", "use method: layernorm")
+                    (f"{place_of(where, 'method')}: bitfit trains biases, and this model has none", "use method: layernorm")
                     if record.method == "bitfit"
                     else (
                         f"params.yaml: {where}.peft.trainable: {pattern!r} matches no weight",

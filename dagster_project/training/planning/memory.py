@@ -31,6 +31,7 @@ from dagster_project.training.methods.build import (
     build,
     causal,
     decoder_layers,
+    place_of,
 )
 from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
@@ -352,7 +353,7 @@ def _needs_no_weights(spec: TrainingSpec) -> Iterator[None]:
         yield
     except RuntimeError as error:  # a value was read from a meta tensor
         raise Unpredictable(
-            f"params.yaml: {spec.where}.method: the memory of {spec.method} cannot be predicted without weights ({str(error).splitlines()[0][:80]})",
+            f"{place_of(spec.where, 'method')}: the memory of {spec.method} cannot be predicted without weights ({str(error).splitlines()[0][:80]})",
             "list the variants to plan, without this one",
         ) from None
 
