@@ -401,6 +401,37 @@ def test_truncation_never_cuts_a_character_in_two(stage: Stage, tiny_tokenizer: 
     assert check(report, "labels").passed
 
 
+REWRITING = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'user' %}{{ m.content }}{% elif not loop.last %}({{ m.content }})"
+    "{% else %}{{ m.reasoning_content or '' }}|{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""A template that writes earlier answers in another way, and their traces not at all, so that each answer is an example."""
+
+
+@pytest.mark.parametrize(
+    ("turns", "trace", "kept"),
+    [
+        (("Hi", "Yes?", "w" * 60, "No."), "", ["|Yes?"]),
+        (("Hi", "Yes?", "Hm", "No."), "t" * 80, ["t" * 38, "|No."]),
+        (("Hi", "Yes?", "Hm", "n" * 60), "", ["|Yes?", "|" + "n" * 8]),
+    ],
+    ids=["a prompt leaves no room", "an earlier answer is cut", "the last answer is cut"],
+)
+def test_truncation_of_a_record_with_an_example_for_each_answer_passes_the_label_audit(
+    stage: Stage, tiny_tokenizer: Any, turns: tuple[str, ...], trace: str, kept: list[str]
+) -> None:
+    report = stage(_traced(talk(*turns), trace), max_length=60, on_too_long="truncate", chat_template=stage.template(REWRITING))
+    labels = [[label for label in example["labels"] if label != IGNORE] for example in stage.examples()]
+    assert sorted(label_audit.decode(tiny_tokenizer, labels)) == sorted(f"{answer}<|im_end|>" for answer in kept)
+    assert (stage.outcomes(), report.failures) == (["truncated"], [])
+
+
+def _traced(messages: list[dict[str, str]], trace: str) -> dict[str, Any]:
+    """A record whose first answer has a trace."""
+    return record(*({**message, "reasoning_content": trace} if trace and i == 1 else message for i, message in enumerate(messages)))
+
+
 @pytest.mark.parametrize("policy", ["truncate", "split"])
 def test_a_record_whose_prompt_alone_is_too_long_is_dropped(stage: Stage, policy: str) -> None:
     report = stage(ask("H" * 60), max_length=40, on_too_long=policy)
@@ -526,6 +557,17 @@ def test_misplaced_labels_are_found(tiny_tokenizer: Any, found: dict[str, Any], 
     fate = fate_of(tiny_tokenizer, found)
     damage(fate.examples[0].labels, fate.examples[0].input_ids)
     assert list(label_audit.find_wrong_labels(tiny_tokenizer, [found], [fate])) == [0]
+
+
+@pytest.mark.parametrize("damage", [damage_header, damage_shift, damage_all])
+def test_misplaced_labels_are_found_in_a_truncated_record_with_an_example_for_each_answer(tiny_tokenizer: Any, damage: Any) -> None:
+    rewriting = copy.deepcopy(tiny_tokenizer)
+    rewriting.chat_template = REWRITING
+    found = _traced(talk("Hi", "Yes?", "Hm", "No."), "t" * 80)
+    [fate] = make(rewriting, [found], Rules(60, "truncate"))
+    assert (fate.outcome, len(fate.examples)) == ("truncated", 2)
+    damage(fate.examples[0].labels, fate.examples[0].input_ids)
+    assert list(label_audit.find_wrong_labels(rewriting, [found], [fate])) == [0]
 
 
 def test_misplaced_labels_block_the_stage(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

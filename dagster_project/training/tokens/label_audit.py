@@ -12,7 +12,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_example
 from dagster_project.core.messages import Message, argument_texts, calls, is_trained
 from dagster_project.core.rendering import end_tokens, render
-from dagster_project.training.tokens.examples import Example, RecordOutcome, spans
+from dagster_project.training.tokens.examples import ONE_PER_ANSWER, Example, RecordOutcome, spans
 from dagster_project.training.tokens.mixture import draw_number
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], results
     """Find records with wrong labels, independently of the code that created the labels.
 
     Each contiguous run of labels is decoded and compared with the record's assistant turns, each followed by the end-of-turn token. All
-    turns must be present, in order, with nothing else; the last turn of a truncated record may be cut, and a split record may lack turns.
+    turns must be present, in order, with nothing else; the last turn of a truncated record may be cut, and a split record may lack turns. A
+    truncated record with an example for each answer may have both in any turn.
     Text that a template adds to assistant turns (e.g. an empty <think></think>) is determined from probes and expected in every turn.
 
     Returns:
@@ -76,7 +77,7 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], results
                 tokenizer, text, answers[0]["content"], TurnMarkup([("", "")], [tokenizer.eos_token]), result.outcome == "truncated"
             ):
                 wrong[i] = "labels contain another text than the record"
-        elif problem := _compare(tokenizer, said[i], answers, expected, result.outcome):
+        elif problem := _compare(tokenizer, said[i], answers, expected, result):
             wrong[i] = problem
         elif any(message.get("tool_calls") or message.get("reasoning_content") for message in answers):
             openings = _openings(tokenizer) if openings is None else openings
@@ -90,18 +91,20 @@ def decode(tokenizer: Any, many: Sequence[list[int]]) -> list[str]:
     return tokenizer.backend_tokenizer.decode_batch(list(many), skip_special_tokens=False)
 
 
-def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], expected: TurnMarkup, outcome: str) -> str:
-    left = list(answers)
+def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], expected: TurnMarkup, result: RecordOutcome) -> str:
+    left, truncated = list(answers), result.outcome == "truncated"
+    per_answer = truncated and ONE_PER_ANSWER in result.why
+    may_lack = per_answer or result.outcome.startswith("split")
     for n, text in enumerate(said):
-        cut = outcome == "truncated" and n == len(said) - 1
+        cut = per_answer or (truncated and n == len(said) - 1)
         while left and not _is_answer(tokenizer, text, left[0], expected, cut):
-            if not outcome.startswith("split"):
+            if not may_lack:
                 return "labels contain another text than the assistant turn"
             left.pop(0)
         if not left:
             return "labels contain a text that no assistant turn has"
         left.pop(0)
-    return "" if not left or outcome.startswith("split") else "an answer is not in the labels"
+    return "" if not left or may_lack else "an answer is not in the labels"
 
 
 def _is_answer(tokenizer: Any, text: str, message: Message, expected: TurnMarkup, cut: bool) -> bool:
