@@ -59,6 +59,15 @@ def test_a_folder_becomes_a_model_whose_every_file_is_in_the_report(root: Path) 
     assert (report.metrics["origin"], report.metrics["license"]) == ("models/tiny", "Apache-2.0")
 
 
+def test_license_files_are_copied_also_from_a_folder_of_them(root: Path) -> None:
+    (root / "models" / "tiny" / "LICENSE").write_text("the license")
+    (root / "models" / "tiny" / "LICENSES").mkdir()
+    (root / "models" / "tiny" / "LICENSES" / "MIT.txt").write_text("MIT")
+    fetch(root)
+    out = root / "data" / "base_model"
+    assert {path.name: path.read_text() for path in out.glob("LICENSE*")} == {"LICENSE": "the license", "LICENSE-MIT.txt": "MIT"}
+
+
 def test_an_offline_run_writes_the_same_tokenizer_configuration(root: Path) -> None:
     fetch(root)
     assert (
