@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from dagster_project.core.params import Compute
 from dagster_project.stages import merged
-from dagster_project.training.methods.build import peft_config, save_adapter
+from dagster_project.training.methods.build import build, peft_config, save_adapter
 
 
 def make_adapter(tiny_model: Path, folder: Path, size: float) -> Path:
@@ -40,7 +42,7 @@ def test_a_merge_passes_only_with_an_adapter_that_changes_something(tiny_model: 
 
 def test_the_merged_model_loads_by_itself_and_answers_like_base_plus_adapter(tiny_model: Path, tmp_path: Path) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     adapter = make_adapter(tiny_model, tmp_path / "adapter", 0.3)
     merged.produce(Compute(threads=1), tiny_model, adapter, out=tmp_path / "merged")
@@ -49,3 +51,24 @@ def test_the_merged_model_loads_by_itself_and_answers_like_base_plus_adapter(tin
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter).eval()
     with torch.inference_mode():
         torch.testing.assert_close(alone(ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_tuned_model_of_a_base_model_with_several_chat_templates_has_the_one_of_its_training(
+    tiny_model: Path, tmp_path: Path, method: str
+) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_model, base)
+    (base / "additional_chat_templates").mkdir()  # as transformers saves a tokenizer with several templates
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    if method == "lora":
+        make_adapter(base, adapter, 0.3)
+    else:
+        prepared = build("full", {}, base, torch.device("cpu"), torch.float32, "adapter.x")
+        for weight in prepared.model.parameters():
+            torch.nn.init.normal_(weight.data, std=0.1)
+        prepared.save(adapter)
+    (adapter / "chat_template.jinja").write_text("trained with")
+    report = merged.produce(Compute(threads=1), base, adapter, out=tmp_path / "merged")
+    assert report.failures == []
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "trained with"

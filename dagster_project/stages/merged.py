@@ -82,7 +82,7 @@ def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Re
     model.to(stored).save_pretrained(out)
     model.float()
     for file in base_model.iterdir():
-        if file.suffix != ".safetensors" and not (out / file.name).exists():
+        if file.is_file() and file.suffix != ".safetensors" and not (out / file.name).exists():
             shutil.copy(file, out)
     for template in adapter.glob("chat_template.jinja"):  # the template it was tuned with
         shutil.copy(template, out)

@@ -590,7 +590,7 @@ def _weights(
         state = {name: value.to(stored) if value.is_floating_point() else value for name, value in model.state_dict().items()}
         model.save_pretrained(folder, state_dict=state)
         for file in sorted(base_model.iterdir()):  # training does not change the configuration
-            if not file.name.endswith((".safetensors", ".safetensors.index.json")):
+            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
                 shutil.copyfile(file, folder / file.name)
         record.write(folder)
 
