@@ -587,8 +587,9 @@ def test_a_head_needs_categories(tiny_model: Path, tiny_tokenizer: Any) -> None:
         make("feature_extraction", tiny_model, merge=False, categories=["login"])
     tunable = make("feature_extraction", tiny_model, merge=False, categories=["login", "billing"])
     assert tunable.fit is not None
-    with pytest.raises(InputError, match="categories without a class: delivery"):
+    with pytest.raises(InputError, match="categories without a class: delivery") as caught:
         tunable.fit(rows_of(tiny_tokenizer, 3), [])
+    assert caught.value.hint.startswith("a class is a category of the training split")
 
 
 # ---- the border -----------------------------------------------------------------------------------------------------------------------

@@ -157,7 +157,10 @@ class Classifier:
             raise InputError("feature_extraction needs categories, and no example has one", "use sources with a `category`")
         unknown = sorted({*categories, *validation_categories} - set(self.labels))
         if unknown:
-            raise InputError(f"feature_extraction: categories without a class: {', '.join(unknown)}", "list all categories")
+            raise InputError(
+                f"feature_extraction: categories without a class: {', '.join(unknown)}",
+                "a class is a category of the training split: add examples of these to raw_examples.sources",
+            )
         number = {name: i for i, name in enumerate(self.labels)}
         targets, validation_targets = (torch.tensor([number[name] for name in names]) for names in (categories, validation_categories))
         validation_inputs = (
