@@ -277,7 +277,7 @@ def test_what_is_unknown_is_drawn_as_unknown(root: Path, tiny_model: Path) -> No
         ({"command": "a", "sharding": {}}, {}, "adapter.x.sharding: a training command starts its own processes"),
         ({"command": "a"}, {"processes": 2}, "compute.processes: adapter.x has a command"),
         ({"command": "a", "learning_rate": "auto"}, {}, "adapter.x.learning_rate: auto is resolved by Pedigree's own trainer only"),
-        ({"command": "a", "peft": {"r": "auto"}}, {}, "adapter.x.r: auto"),
+        ({"command": "a", "peft": {"r": "auto"}}, {}, "adapter.x.peft.r: auto is resolved by"),
         ({"command": "a", "method": "adalora"}, {}, "adalora is not supported with a command"),
         ({"command": "a", "method": "lorra"}, {}, "unknown method 'lorra'"),
     ],
@@ -292,6 +292,17 @@ def test_an_entry_is_checked_before_anything_runs(
     with pytest.raises(InputError) as caught:
         adapter.validate(adapter.Params(**values), ValidationContext(root, {"compute": compute, "adapter": {"x": values}}, "adapter.x"))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["base_model/more.py", "inputs.json", "train.parquet"])
+def test_a_file_of_a_command_that_would_take_the_place_of_an_input_is_refused(name: str, root: Path, tiny_model: Path) -> None:
+    path = root / "data/trainers" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("")
+    before = sorted(tiny_model.rglob("*"))
+    with pytest.raises(InputError, match="the working folder already has a file of this name"):
+        train(root, tiny_model, LORA + SAVE, files=["data/trainers/train.py", f"data/trainers/{name}"])
+    assert sorted(tiny_model.rglob("*")) == before
 
 
 def test_a_missing_program_is_named(root: Path, tiny_model: Path) -> None:

@@ -43,7 +43,8 @@ def check_command(params: AdapterParams, compute: Compute, where: str, root: Pat
         raise InputError(f"params.yaml: {where}.sharding: a training command starts its own processes", "leave it out")
     if compute.processes > 1:
         raise InputError(f"params.yaml: compute.processes: {where} has a command, which starts its own processes", "set it to 1")
-    if autos := [key for key, value in [*given(params).items(), *params.peft.items()] if value == AUTO]:
+    values = given(params) | {f"peft.{key}": value for key, value in params.peft.items()}
+    if autos := [key for key, value in values.items() if value == AUTO]:
         raise InputError(
             f"params.yaml: {where}.{autos[0]}: auto is resolved by Pedigree's own trainer only", "set a value, or leave it out"
         )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 VERSION = 1
 """Of the contract: raised if a file, a column or a key changes its meaning."""
 SPLITS = ("train", "validation")
+INPUTS = "inputs.json"
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,11 @@ def make_workspace(
     parameters = given(params)
     document = {"version": VERSION, "parameters": parameters, "seed": compute.seed, "threads": compute.threads, **target}
     sources = {path: source_of(root, path, f"{where}.files") for path in params.files}
+    taken = {INPUTS, *(path.name for path in folder.iterdir() if path != output)}
     for path, source in sources.items():
-        copy = folder / source.relative_to((root / FOLDER).resolve())
-        if copy.exists():
+        relative = source.relative_to((root / FOLDER).resolve())
+        copy = folder / relative
+        if copy.exists() or relative.parts[0] in taken:  # base_model is a link: a file in it would be written into the base model
             raise InputError(f"params.yaml: {where}.files: {path}: the working folder already has a file of this name", "rename it")
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, copy)
@@ -119,5 +122,5 @@ def make_workspace(
     if (folder / "chat_template.jinja").is_file():
         places["chat_template"] = "chat_template.jinja"
     paths = {name: str((folder / place).absolute()) for name, place in places.items()} | {"checkpoints": str(kept.absolute())}
-    write_json(folder / "inputs.json", document | paths)
-    return Workspace(folder, folder / "inputs.json", output, examples)
+    write_json(folder / INPUTS, document | paths)
+    return Workspace(folder, folder / INPUTS, output, examples)
