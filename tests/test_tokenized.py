@@ -183,6 +183,13 @@ def test_a_template_of_the_project_is_used_and_saved(stage: Stage, tiny_tokenize
     assert "~Hi" in marked(tiny_tokenizer, stage.examples()[0])
 
 
+def test_a_byte_order_mark_is_no_part_of_a_template(stage: Stage, tiny_tokenizer: Any) -> None:
+    name = stage.template(f"\ufeff{CHAT_TEMPLATE}")
+    stage(ask("Hi"), chat_template=name)
+    assert (stage.out / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    assert marked(tiny_tokenizer, stage.examples()[0]).startswith("<|im_start|>user")
+
+
 def test_a_tokenizer_that_loads_the_written_template_makes_the_same_ids(stage: Stage, tiny_model: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -62,7 +62,7 @@ def use(tokenizer: Any, root: Path, name: str | None) -> str | None:
     where = f"{WHERE}: {name}" if name else "data/base_model: its chat template"
     if path is not None:
         try:
-            tokenizer.chat_template = path.read_text(encoding="utf-8")
+            tokenizer.chat_template = path.read_text(encoding="utf-8-sig")  # a byte order mark would begin every conversation
         except UnicodeDecodeError:
             raise InputError(f"{where}: is not UTF-8 text", "save it as UTF-8") from None
     elif name is not None:
