@@ -467,6 +467,16 @@ def test_splitting_leaves_out_the_exchange_that_does_not_fit_by_itself(stage: St
     assert check(report, "labels").passed
 
 
+def test_splitting_keeps_the_trace_of_the_last_answer_of_the_record_only(stage: Stage, tiny_tokenizer: Any) -> None:
+    messages = talk("q1", "a1", "q2", "a2", "q3", "a3")
+    traced = record(*({**m, "reasoning_content": f"trace of {m['content']}"} if m["role"] == "assistant" else m for m in messages))
+    report = stage(traced, chat_template="hermes", reasoning="last", max_length=90, on_too_long="split")
+    said = [marked(tiny_tokenizer, example) for example in stage.examples()]
+    assert stage.outcomes() == ["split:2"] and sum("trace of" in text for text in said) == 1
+    assert any("⟦<think>\ntrace of a3\n</think>\n\na3<|im_end|>⟧" in text for text in said)
+    assert report.failures == [] and "lost" not in report.metrics
+
+
 def test_splitting_keeps_calls_results_and_answers_together(tiny_tokenizer: Any) -> None:
     call = [say("user", "Sum?"), say("assistant", "add"), say("tool", "3"), say("assistant", "It is 3.")]
     whole = record(*talk("q1", "a1"), *call)

@@ -9,7 +9,7 @@ from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-from dagster_project.core.chat import IGNORE, Pieces, Reasoning, encode_pieces, examples_of, is_text, loss_weights
+from dagster_project.core.chat import IGNORE, Pieces, Reasoning, encode_pieces, examples_of, is_text, loss_weights, with_reasoning
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, is_trained
 from dagster_project.core.records import response_text
@@ -229,7 +229,8 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
     Returns:
         For each part its pieces, and the text of its last answer.
     """
-    messages = record["messages"]
+    messages = with_reasoning(record["messages"], rules.reasoning)  # before the cut: `last` is the last answer of the record, not of a part
+    reasoning: Reasoning = "keep" if rules.reasoning == "keep" else "template"
     system = [message for message in messages[:1] if message["role"] == "system"]
     exchanges: list[list[Message]] = []
     for message in messages[len(system) :]:
@@ -240,7 +241,7 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
     def encode(first: int, new: int, stop: int) -> Encoded | None:
         """Exchanges first to stop with labels from `new` on; None if too long, without labels, or if the template refuses them."""
         turns = [*system, *(m for exchange in exchanges[first:stop] for m in exchange)]
-        cut = _pieces_or_outcome(tokenizer, {"messages": turns, "tools": record.get("tools"), "meta": None}, rules.reasoning)
+        cut = _pieces_or_outcome(tokenizer, {"messages": turns, "tools": record.get("tools"), "meta": None}, reasoning)
         if isinstance(cut, RecordOutcome) or len(cut) > 1:
             return None
         ids = encode_pieces(tokenizer, cut)[0]
