@@ -18,8 +18,12 @@ from ruamel.yaml import YAML
 
 from dagster_project.core.errors import PedigreeError
 from dagster_project.core.layout import is_code
+from dagster_project.core.params import Compute
+from dagster_project.stages import reward_model
+from dagster_project.training.trainers.alignment.trl_trainers.training import preference_identity
 from dagster_project.training.trainers.harness import checkpoint
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, code_of, pack, refuse_full_disk, unpack
+from dagster_project.training.trainers.harness.params import PreferenceParams
 
 IDENTITY = {"parameters": "p", "code": "c", "threads": "1"}
 
@@ -224,3 +228,20 @@ def test_the_code_in_the_checkpoint_identity_is_what_dvc_tracks() -> None:
     code = [path.relative_to(ROOT) for path in code_of(ROOT / "dagster_project" / "stages" / "adapter.py", ROOT / "dagster_project")]
     assert [str(path) for path in code if not any(path.is_relative_to(entry) for entry in tracked)] == []
     assert [entry for entry in tracked if not any(path.is_relative_to(entry) for path in code)] == []
+
+
+def test_the_identity_of_a_training_on_preferences_covers_files_in_folders_of_its_model(tmp_path: Path) -> None:
+    nested = tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja"  # as transformers saves a tokenizer with several templates
+    nested.parent.mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+
+    def identity() -> dict[str, str]:
+        params, folders = PreferenceParams(), {"model": tmp_path / "model"}
+        return preference_identity(
+            params, Compute(threads=1), torch.device("cpu"), torch.float32, tmp_path, folders, Path(reward_model.__file__)
+        )
+
+    nested.write_text("{{ messages }}")
+    before = identity()
+    nested.write_text("{{ tools }}")
+    assert {name for name, value in identity().items() if value != before[name]} == {"model"}

@@ -369,7 +369,7 @@ def preference_identity(
     return {
         "preferences": sha256_of_files(sorted(data.rglob("*.parquet"))),
         **{
-            name: sha256_of_files(sorted(file for file in folder.iterdir() if file.is_file() and file.suffix != ".md"))
+            name: sha256_of_files(sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".md"))
             for name, folder in folders.items()
         },
         **params_identity(params, compute),
