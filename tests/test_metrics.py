@@ -144,6 +144,15 @@ def test_an_answer_follows_the_task_with_exactly_its_fields_and_allowed_values(v
     assert follows(TASK, value) is wanted
 
 
+@pytest.mark.parametrize("labels", [["bug", "bug report", ""], ["", "bug report", "bug"]])
+def test_of_labels_at_the_same_place_the_longest_is_named_and_the_empty_one_never(labels: list[str]) -> None:
+    task = Task(fields={"category": labels}, score="category")
+    assert label(task, "It is a bug report.") == "bug report"
+    assert label(task, "It is a bug.") == "bug"
+    assert label(task, '{"kind": 1}') == NO_LABEL
+    assert label(task, '{"category": ""}') == ""
+
+
 @pytest.mark.parametrize("answer", ["", "no", "{", '"x"', "[{}]", "null", "[" * 100_000, "1" * 5000], ids=lambda answer: answer[:9])
 def test_text_without_a_json_object_parses_to_none(answer: str) -> None:
     assert parse(answer) is None
@@ -207,6 +216,11 @@ def test_a_perplexity_ratio_is_that_of_the_two_perplexities() -> None:
 def test_perplexity_weighs_every_token_the_same_and_has_an_interval() -> None:
     found = perplexity_interval([(float(np.log(2)), 1), (float(3 * np.log(4)), 3)])
     assert found == {"perplexity": pytest.approx(2**0.25 * 4**0.75, abs=1e-4), "perplexity_interval": [2.0, 4.0]}
+
+
+def test_a_label_that_is_listed_twice_is_refused() -> None:
+    with pytest.raises(ValidationError, match="category lists 'bug' more than once"):
+        Task(fields={"category": ["bug", "idea", "bug"]}, score="category")
 
 
 @pytest.mark.parametrize("scored", ["summary", "colour"])

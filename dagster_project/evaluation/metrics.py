@@ -33,6 +33,8 @@ class Task(Section):
     def _labels_exist(self) -> Task:
         if not self.fields.get(self.score):
             raise ValueError(f"score: {self.score!r} must be one of `fields` and list its labels")
+        if repeated := [name for name, count in Counter(self.labels).items() if count > 1]:
+            raise ValueError(f"fields: {self.score} lists {', '.join(map(repr, repeated))} more than once")  # macro-F1 would count it as often
         return self
 
     @property
@@ -70,7 +72,8 @@ def is_answer(task: AnyTask, response: str) -> bool:
 
 
 def label(task: AnyTask, answer: str) -> str:
-    """Label or final answer of an answer; NO_LABEL if there is none. For JSON tasks: the label field, or else the first label mentioned anywhere.
+    """Label or final answer of an answer; NO_LABEL if there is none. For JSON tasks: the label field, or else the first label mentioned anywhere,
+    the longest one of several at the same place.
 
     The second rule serves models that were not tuned to the format: they are scored by content, not by format.
     """
@@ -83,9 +86,11 @@ def label(task: AnyTask, answer: str) -> str:
     if value is not None and value.get(task.score) in task.labels:
         return str(value[task.score])
     positions = {
-        name: match.start() for name in task.labels if (match := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", answer, re.IGNORECASE))
+        name: match.start()
+        for name in task.labels
+        if name and (match := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", answer, re.IGNORECASE))
     }
-    return min(positions, key=positions.__getitem__) if positions else NO_LABEL
+    return min(positions, key=lambda name: (positions[name], -len(name)), default=NO_LABEL)  # "bug report", not "bug"
 
 
 def rate(sums: np.ndarray) -> np.ndarray:
