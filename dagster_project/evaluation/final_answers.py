@@ -11,9 +11,12 @@ from pydantic import Field, field_validator
 from dagster_project.core.params import Section
 
 NUMBER = "number"
+_MINUS = "[-\u2212]"  # a hyphen, and the minus sign of typeset text
 _NUMBER = re.compile(
-    r"(?:(?<![\w)])-\s?)?\$?\s?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-)  # a hyphen after a word or number is not a sign
+    rf"(?:(?<![\w)\-\u2212])(?<![\d)]\s){_MINUS}\s?)?"  # no sign: after a word, number or hyphen ("10-12", "10 - 12", "---")
+    r"\$?\s?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+    rf"(?:[eE](?:\+|{_MINUS})?\d{{1,3}}(?!\w))?"
+)
 _MARKED = re.compile(r"####\s*([^\n]+)")
 
 
@@ -61,6 +64,6 @@ def last_number(text: str) -> str | None:
     found = found[:1] or _NUMBER.findall(text)[-1:]
     if not found:
         return None
-    number = Decimal(re.sub(r"[,$\s]", "", found[0]))
+    number = Decimal(re.sub(r"[,$\s]", "", found[0]).replace("\u2212", "-"))
     text = f"{number if number else abs(number):f}"  # without an exponent, and -0 as 0
     return text.rstrip("0").rstrip(".") if "." in text else text
