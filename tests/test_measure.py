@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
 from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation.custom_metrics import custom_measures
-from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, select_questions, slices, thirds
+from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, select_questions, slices, thirds, turn_key
 from dagster_project.evaluation.metrics import Task
 from dagster_project.lineage.tolerance import Deviation
-from dagster_project.stages import baselines, evaluation
+from dagster_project.stages import baselines, comparison, evaluation
 
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
 COMPUTE = Compute(dtype="float32", threads=1)
@@ -59,6 +60,25 @@ def test_slices_add_up_to_the_whole() -> None:
     assert found["by_category"]["b"]["rouge_l"] == 1.0
     for grouping in found.values():
         assert (sum(s["n"] for s in grouping.values()), sum(s["answered"] for s in grouping.values())) == (12, 9)
+
+
+def test_a_slice_without_tokens_has_no_perplexity() -> None:
+    likelihoods = [(3.0 * (i % 2), i % 2) for i in range(12)]  # category a has no tokens
+    found = slices(FREE, likelihoods, "rouge_l", {})["by_category"]
+    assert found == {"a": {"n": 6}, "b": {"n": 6, "perplexity": pytest.approx(20.0855, abs=1e-4)}}
+
+
+def results(*likelihoods: tuple[float | None, int | None]) -> dict[tuple[str, int], dict[str, Any]]:
+    return {turn_key(row): row for row in result_rows("one", FREE[: len(likelihoods)], None, likelihoods=likelihoods)}
+
+
+def test_the_perplexity_of_a_variant_is_compared_where_both_read_the_same_tokens() -> None:
+    ours, theirs = [(1.0, 2), (4.0, 6)], [(3.0, 2), (6.0, 6)]
+    found = comparison._to_base(results(*ours), results(*theirs))
+    assert found["perplexity_to_base"]["ratio"] == pytest.approx(math.exp(-4 / 8), abs=1e-4)
+    assert comparison._to_base(results(*ours, *[(0.0, 0)] * 9), results(*theirs, *[(0.0, 0)] * 9)) == found
+    assert comparison._to_base(results((0.0, 0)), results((0.0, 0))) == {}
+    assert comparison._to_base(results((1.0, 2)), results((1.0, 3))) == comparison._to_base(results((None, None)), results((1.0, 3))) == {}
 
 
 def test_rare_categories_share_one_slice() -> None:

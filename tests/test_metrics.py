@@ -218,6 +218,12 @@ def test_perplexity_weighs_every_token_the_same_and_has_an_interval() -> None:
     assert found == {"perplexity": pytest.approx(2**0.25 * 4**0.75, abs=1e-4), "perplexity_interval": [2.0, 4.0]}
 
 
+def test_answers_without_tokens_do_not_count_in_a_perplexity() -> None:
+    scores = [(2.0, 1), (0.5, 1)]
+    assert perplexity_interval([*scores, *[(0.0, 0)] * 20]) == perplexity_interval(scores)
+    assert perplexity_interval([(0.0, 0)]) == perplexity_interval([]) == {}
+
+
 def test_a_label_that_is_listed_twice_is_refused() -> None:
     with pytest.raises(ValidationError, match="category lists 'bug' more than once"):
         Task(fields={"category": ["bug", "idea", "bug"]}, score="category")

@@ -327,9 +327,10 @@ def _slice(
     import numpy as np
 
     scores = [values[records[i]["example_id"]] for i in members if records[i]["example_id"] in values]
+    counted = [likelihoods[i] for i in members if likelihoods[i][1]] if likelihoods else []
     return {
         "n": len(members),
-        **({"perplexity": rounded(perplexity(np.array([likelihoods[i] for i in members]).sum(0)))} if likelihoods else {}),
+        **({"perplexity": rounded(perplexity(np.array(counted).sum(0)))} if counted else {}),
         **({"answered": len(scores), scored: rounded(sum(scores) / len(scores))} if scores else {}),
     }
 

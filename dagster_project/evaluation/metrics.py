@@ -34,7 +34,9 @@ class Task(Section):
         if not self.fields.get(self.score):
             raise ValueError(f"score: {self.score!r} must be one of `fields` and list its labels")
         if repeated := [name for name, count in Counter(self.labels).items() if count > 1]:
-            raise ValueError(f"fields: {self.score} lists {', '.join(map(repr, repeated))} more than once")  # macro-F1 would count it as often
+            raise ValueError(
+                f"fields: {self.score} lists {', '.join(map(repr, repeated))} more than once"
+            )  # macro-F1 would count it as often
         return self
 
     @property
@@ -184,10 +186,16 @@ def perplexity(sums: np.ndarray) -> np.ndarray:
 
 
 def perplexity_interval(scores: Sequence[tuple[float, int]]) -> dict[str, Any]:
-    """Perplexity with its 95 % interval, from the (nats, tokens) of each answer."""
+    """Perplexity with its 95 % interval, from the (nats, tokens) of each answer; empty if none has a token.
+
+    Answers without tokens, whose prompts alone fill the context, do not count: a sample of them would have perplexity exp(0) = 1.
+    """
     import numpy as np
 
-    value, interval = estimate(perplexity, np.array(scores, dtype=float))
+    counted = [score for score in scores if score[1]]
+    if not counted:
+        return {}
+    value, interval = estimate(perplexity, np.array(counted, dtype=float))
     return {"perplexity": value, "perplexity_interval": interval}
 
 

@@ -68,7 +68,7 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
     likelihoods = model.likelihood(test, "base")
     rows = result_rows("base", test, task, likelihoods=likelihoods)
     retention = ask(model.model, model.tokenizer, benchmarks, settings.batch_size, "base")
-    metrics: dict[str, Any] = {"base": {**(perplexity_interval(likelihoods) if test else {}), **accuracies(retention)}}
+    metrics: dict[str, Any] = {"base": {**perplexity_interval(likelihoods), **accuracies(retention)}}
     prompted_answers: dict[str, list[Answer]] = {}
     if questions:
         labels = [label(task, response_text(r["messages"])) if task and labelled else r["category"] or "" for r in examples]

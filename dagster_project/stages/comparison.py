@@ -125,8 +125,6 @@ def produce(
     Args:
         variants: the variants to compare, by name.
     """
-    import numpy as np
-
     train, validation, test = (read_records(splits / name) for name in ("train", "validation", "test"))
     task, questions = select_questions(test, settings, train)
     scoring = Scoring(questions, task, custom_measures(root, settings.metrics))
@@ -148,14 +146,7 @@ def produce(
 
     compared: dict[str, Any] = {}
     for name in variants:
-        nats, base = (
-            np.array([(system[i]["nll"], system[i]["tokens"]) for i in results_of["base"]], dtype=float)
-            for system in (results_of[name], results_of["base"])
-        )
-        # a classifier has no perplexity; those of two chat templates are not comparable if one of them omits traces or
-        # calls
-        comparable = not np.isnan(nats).any() and bool((nats[:, 1] == base[:, 1]).all())
-        compared[name] = {"perplexity_to_base": ratio(perplexity, nats, base)} if comparable else {}
+        compared[name] = _to_base(results_of[name], results_of["base"])
         if name in scores:
             compared[name]["to"] = {other: _differences(scoring, answers, writes, name, other) for other in scores if other != name}
         if kept := retained(*(read_table(folder / "retention.parquet") for folder in (baselines, variants[name].evaluation))):
@@ -205,6 +196,25 @@ def produce(
     shown = {name: {key: found[key] for key in (first, second)} for name, found in scores.items()}
     facts = {key: document[key] for key in ("compared", "costs", "recommended", "advice")}
     return Report(metrics={"scores": shown, **facts}, checks=[scores_differ(_values(scoring, answers, writes))])
+
+
+def _to_base(rows: Mapping[tuple[str, int], Mapping[str, Any]], base: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Any]:
+    """The perplexity of a variant as a share of the base model's; empty if they cannot be compared.
+
+    A classifier has no perplexity; those of two chat templates are not comparable if one of them omits traces or calls. Examples without
+    tokens, whose prompts alone fill the context, do not count.
+
+    Args:
+        rows: the variant's rows of the results table, by `turn_key`.
+        base: those of the base model, one for each test example.
+    """
+    import numpy as np
+
+    ours, theirs = (np.array([(system[key]["nll"], system[key]["tokens"]) for key in base], dtype=float) for system in (rows, base))
+    counted = theirs[:, 1] > 0
+    if np.isnan(ours).any() or (ours[:, 1] != theirs[:, 1]).any() or not counted.any():
+        return {}
+    return {"perplexity_to_base": ratio(perplexity, ours[counted], theirs[counted])}
 
 
 def _values(scoring: Scoring, answers: Mapping[str, Sequence[Answer]], writes: Mapping[str, bool]) -> dict[str, list[np.ndarray]]:
