@@ -126,7 +126,15 @@ def test_a_pair_counts_once_by_majority_and_agreement_is_reported(project: Path,
     # on the odd ones Anna and Ben agree; Cleo decides the even ones of the first nine, and those after them are ties
     assert "45 votes of Anna, Ben, Cleo" in out and "lora against few_shot: 9 wins, 4 ties, 5 losses in 18 pairs" in out
     # pairs of raters that agree: 5 x 1 + 4 x 1 of the 27 on the first nine, 5 of the 9 on the others
-    assert "raters agree in 38.9 % of 18 pairs with several votes; Krippendorff's alpha -0." in out
+    assert "18 pairs with several votes: two raters agree in 38.9 % of cases; Krippendorff's alpha -0." in out
+
+
+def test_one_of_something_is_not_written_in_the_plural(ballot: Match) -> None:
+    pairs = ballot.pairs[:1]
+    text = ballots.votes_text(ballots.result(ballot, {name: {pairs[0].id: choice(pairs[0], "loss")} for name in ("Anna", "Ben")}))
+    assert "lora against few_shot: 0 wins, 0 ties, 1 loss in 1 pair\n" in text
+    assert "1 pair with several votes: two raters agree in 100.0 % of cases" in text
+    assert text.count("undefined, because all of these votes have the same outcome") == 1
 
 
 def test_the_majority_is_the_most_frequent_outcome_and_a_draw_is_a_tie() -> None:
@@ -259,10 +267,16 @@ def test_identical_systems_have_no_ballot_and_do_not_block_the_others(project: P
 
 
 def test_without_answers_the_error_names_the_next_step(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="dvc repro comparison"):
+    with pytest.raises(InputError, match="dvc repro comparison`; it asks for answers to test examples with a prompt and a response"):
         match(tmp_path, ("lora", "few_shot"), seed=7)
     with pytest.raises(InputError, match="no system has answered"):
         contenders(tmp_path)
+
+
+def test_a_damaged_comparison_is_one_message(project: Path) -> None:
+    (project / "data/comparison/comparison.json").write_text('{"compared": ')
+    with pytest.raises(InputError, match=r"comparison\.json cannot be read: .*\n.*dvc repro comparison"):
+        contenders(project)
 
 
 @pytest.mark.browser

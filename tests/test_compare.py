@@ -85,6 +85,15 @@ def test_advice_follows_from_the_interval_to_the_best_alternative(found: dict[st
     assert advice("macro_f1", SCORES, {"lora": found}, TEST) == [wanted]
 
 
+def test_one_of_something_is_not_written_in_the_plural() -> None:
+    scores = {"lora": {"macro_f1": 0.8, "prompt_tokens": 40.0}, "few_shot": {"macro_f1": 0.8, "prompt_tokens": 41.4}}
+    [said] = advice("macro_f1", scores, {"lora": to_rivals(few_shot=(0.0, -0.1, 0.1))}, TEST)
+    assert said.endswith("at no training cost, for 1 more token in each prompt.")
+    one = score(TABLE, TRUE[:1], TRUE[:1])
+    assert board(SHOWN, {"lora": one}, {})[0].startswith("| 1 test example |")
+    assert board(SHOWN, {"lora": {**one, "n_calls": 1}}, {})[0].startswith("| 1 answer |")
+
+
 def test_advice_on_free_text_includes_likelihood() -> None:
     found = {**to_base(0.5, 0.4, 0.6), "to": {"few_shot": {"rouge_l": {"difference": 0.2, "interval": [0.1, 0.3]}}}}
     scores = {name: {"n": 4, "rouge_l": 0.5, "rouge_l_interval": [0.4, 0.6], "exact_match": 0.0} for name in ("lora", "few_shot")}

@@ -249,7 +249,7 @@ def test_the_key_is_sent_to_the_endpoint_only_and_never_written(
     assert main(["judge", "lora", "few_shot", *options.split()]) == code
     out, err = capsys.readouterr()
     assert said in err and KEY not in out + err and set(stub.keys) == {f"Bearer {KEY}"}
-    assert ("judged by m, each pair in both orders\nlora against few_shot: 0 wins, 1 ties, 0 losses in 1 pairs" in out) == (code == 0)
+    assert ("judged by m, each pair in both orders\nlora against few_shot: 0 wins, 1 tie, 0 losses in 1 pair" in out) == (code == 0)
     assert {request["path"] for request in stub.requests} == {"/v1/chat/completions"}
 
 

@@ -122,6 +122,10 @@ def test_models_with_different_questions_are_not_compared() -> None:
     assert retained([], []) == retained(rows("y", 0), []) == {} and forgot("head", {}, 0.05) == []
 
 
+def test_one_question_is_not_written_in_the_plural() -> None:
+    assert forgot("lora", retained(rows("y", -2), rows("n", -9)), 0.05)[0].startswith("lora forgot: on 1 benchmark question accuracy")
+
+
 @pytest.mark.parametrize(
     ("base", "tuned", "signs"),
     [

@@ -139,9 +139,9 @@ def votes_text(found: Mapping[str, Any]) -> str:
     raters, agreed, places = found["raters"], found["agreement"], found["places"]
     lines = [f"ballot {found['ballot']}: {many(sum(raters.values()), 'vote')} of {', '.join(raters)}", *as_text(found)]
     if agreed["pairs"]:
-        alpha = "undefined, all votes are the same" if agreed["alpha"] is None else f"{agreed['alpha']:.2f}"
+        alpha = "undefined, because all of these votes have the same outcome" if agreed["alpha"] is None else f"{agreed['alpha']:.2f}"
         shared = many(agreed["pairs"], "pair")
-        lines.append(f"raters agree in {agreed['percent']} % of {shared} with several votes; Krippendorff's alpha {alpha}")
+        lines.append(f"{shared} with several votes: two raters agree in {agreed['percent']} % of cases; Krippendorff's alpha {alpha}")
     lines.append(f"places chosen: A {places['a']}, B {places['b']}, tie {places['tie']}")
     return visible("\n".join(lines))
 

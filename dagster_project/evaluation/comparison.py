@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dagster_project.core.text import NAMES, TITLES
+from dagster_project.core.text import NAMES, TITLES, many
 
 FEWEST = 30
 """Smallest number of test examples for a conclusion. Measured on simulated pairs of right and wrong answers: the 95 % bootstrap interval of a
@@ -26,7 +26,7 @@ def board(shown: Sequence[str], scores: Scores, compared: Mapping[str, Any]) -> 
     if scores:
         first, second = shown
         some = next(iter(scores.values()))
-        counted = f"{some['n']} {'answers' if 'n_calls' in some else 'test examples'}"
+        counted = many(some["n"], "answer" if "n_calls" in some else "test example")
         return [
             f"| {counted} | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
             "| --- | ---: | :---: | ---: | ---: |",
@@ -75,7 +75,7 @@ MORE = "Add examples, or raise splits.test or evaluation.max_examples in params.
 
 
 def _too_few_examples(answers: int) -> str:
-    return f"Nothing can be concluded from {answers} test example{'' if answers == 1 else 's'}: at least {FEWEST} are needed."
+    return f"Nothing can be concluded from {many(answers, 'test example')}: at least {FEWEST} are needed."
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _instead(rival: str, decides: str, ours: Mapping[str, Any], theirs: Mapping[
         cost = "without tuning a model"
     else:
         longer = round(theirs["prompt_tokens"] - ours.get("prompt_tokens", 0))
-        cost = "at no training cost" + (f", for {longer} more tokens in each prompt" if longer > 0 else "")
+        cost = "at no training cost" + (f", for {many(longer, 'more token')} in each prompt" if longer > 0 else "")
     return f"{NAMES[rival][0].upper()}{NAMES[rival][1:]} reaches {share} the tuned score {cost}."
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import inside
 from dagster_project.core.progress import Progress
+from dagster_project.core.text import many
 from dagster_project.curation.sources.benchmarks import Item, read_multiple_choice
 from dagster_project.evaluation.paired.bootstrap import difference, rounded
 
@@ -182,6 +183,6 @@ def forgot(name: str, changes: Mapping[str, Any], forgetting: float) -> list[str
     if not signs:
         return []
     return [
-        f"{name} forgot: on {changes['overall']['questions']} benchmark questions {' and '.join(signs)}. "
+        f"{name} forgot: on {many(changes['overall']['questions'], 'benchmark question')} {' and '.join(signs)}. "
         "What helps: a lower learning_rate, fewer num_train_epochs, general data mixed in by tokenized.replay (a larger share), a smaller peft.r."
     ]

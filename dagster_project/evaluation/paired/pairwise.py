@@ -13,9 +13,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+from dagster_project.core.documents import read_document
 from dagster_project.core.errors import InputError
 from dagster_project.core.frames import read_records, read_rows
 from dagster_project.core.messages import Message, Tools
+from dagster_project.core.text import many, number
 from dagster_project.evaluation.paired.bootstrap import wilson
 from dagster_project.training.inference.answers import Answer, of_row
 
@@ -96,7 +98,7 @@ def answers_of(project: Path) -> dict[str, dict[Key, Answer]]:
     if not answers:
         raise InputError(
             "data/baselines, data/evaluation: no system has answered the test examples",
-            "run `dvc repro comparison`; systems are asked to answer if evaluation.task in params.yaml defines right answers",
+            "run `dvc repro comparison`; it asks for answers to test examples with a prompt and a response",
         )
     return answers
 
@@ -105,10 +107,11 @@ def contenders(project: Path) -> tuple[str, str]:
     """The best variant and the best prompted baseline, by the deciding measure (`metrics.measures`).
 
     Raises:
-        InputError: there is no such comparison.
+        InputError: there is no such comparison, or its file is damaged.
     """
     document = project / "data" / "comparison" / "comparison.json"
-    compared = json.loads(document.read_text(encoding="utf-8"))["compared"] if document.is_file() else {}
+    hint = "restore it with `dvc checkout --force data/comparison`, or make it again with `dvc repro comparison`"
+    compared = read_document(document, "data/comparison/comparison.json", hint)["compared"] if document.is_file() else {}
     gains = {
         name: {other: next(iter(against[other].values()))["difference"] for other in PROMPTED if other in against}
         for name, comparison in compared.items()
@@ -235,9 +238,10 @@ def as_text(result: Mapping[str, Any]) -> list[str]:
     """Lines for the terminal with the result of `tally` and its `systems`."""
     first, second = result["systems"]
     width = max(map(len, result["categories"]), default=0)
+    losses = f"{number(result['losses'])} {'loss' if result['losses'] == 1 else 'losses'}"
     return [
-        f"{first} against {second}: {result['wins']} wins, {result['ties']} ties, {result['losses']} losses in {result['pairs']} pairs",
-        f"win rate of {first} {_percent(result)} (ties half; {result['interval_method']})",
+        f"{first} against {second}: {many(result['wins'], 'win')}, {many(result['ties'], 'tie')}, {losses} in {many(result['pairs'], 'pair')}",
+        f"win rate of {first} {_percent(result)} (a tie counts half; interval: {result['interval_method']})",
         *(f"  {name:<{width}}  {_percent(part)}  of {part['pairs']}" for name, part in result["categories"].items()),
     ]
 
