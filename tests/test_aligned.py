@@ -19,7 +19,7 @@ from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Compute
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import Report, read_table, write_records
-from dagster_project.evaluation.paired.alignment import gamed, paired
+from dagster_project.evaluation.paired.alignment import Policies, gamed, paired, samples
 from dagster_project.pipeline import validate
 from dagster_project.stages import aligned, reward_model
 from dagster_project.training.tokens.preference_pairs import answered, both
@@ -126,6 +126,34 @@ def read_answers(out: Path) -> list[dict[str, Any]]:
 def test_answer_tokens_begin_after_the_prompt_and_include_the_end_of_turn(tiny_tokenizer: Any) -> None:
     ((prompt, answer),) = answered(tiny_tokenizer, [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]])
     assert tiny_tokenizer.decode(prompt).endswith("<|im_start|>assistant\n") and tiny_tokenizer.decode(answer) == "Yes<|im_end|>"
+
+
+class Canned(Policies):
+    """Policies that give the same token ids as the answers to every prompt."""
+
+    def __init__(self, tokenizer: Any, answers: list[list[int]]) -> None:
+        self.tokenizer, self.answers = tokenizer, answers
+
+    def answer(self, who: str, pairs: Any, *_: Any) -> Any:
+        return [self._read(pair, [1], ids) for pair, ids in zip(pairs, self.answers, strict=True)]
+
+    def divergence(self, examples: Any) -> float:
+        return 0.0
+
+
+def test_an_answer_is_unfinished_without_an_end_of_turn_whatever_its_text(tiny_tokenizer: Any) -> None:
+    def ids(text: str) -> list[int]:
+        return list(tiny_tokenizer.encode(text, add_special_tokens=False))
+
+    answers = {
+        "cut off in spaces": ids("Yes" + 20 * "\n"),
+        "cut off": ids("Yes, so"),
+        "whole": ids("Yes<|im_end|>"),
+        "empty": ids("<|im_end|>"),
+    }
+    pairs = [{"example_id": name, "prompt": [{"role": "user", "content": "Hi"}]} for name in answers]
+    rows, found = samples(Canned(tiny_tokenizer, [*answers.values()]), pairs, None, max(map(len, answers.values())))
+    assert [row["sft_unfinished"] for row in rows] == [True, True, False, True] and found["unfinished"]["sft"] == 0.75
 
 
 def test_the_reward_model_prefers_the_chosen_answers_of_unseen_pairs(judged: tuple[Path, Report]) -> None:

@@ -74,6 +74,8 @@ class PolicyAnswer(NamedTuple):
     """Token ids of its prompt."""
     ids: list[int]
     """Its token ids without the end-of-turn token."""
+    ended: bool = True
+    """Whether it was generated with an end-of-turn token, and not cut off."""
 
 
 class Policies:
@@ -110,11 +112,13 @@ class Policies:
         return [self._read(pair, prompt, ids) for pair, prompt, ids in zip(pairs, prompts, generated, strict=True)]
 
     def _read(self, pair: Mapping[str, Any], prompt: list[int], ids: list[int]) -> PolicyAnswer:
+        ends = end_ids(self.tokenizer)
+        ended = bool(ids) and ids[-1] in ends
         if parts := read_parts(self.tokenizer, prompt, ids, pair.get("tools")):
-            ends = end_ids(self.tokenizer)
-            return PolicyAnswer(parts.message, conversation_text([parts.message]), prompt, [token for token in ids if token not in ends])
+            plain = [token for token in ids if token not in ends]
+            return PolicyAnswer(parts.message, conversation_text([parts.message]), prompt, plain, ended)
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return PolicyAnswer(reply(text)[0], text, prompt, self.tokenizer.encode(text, add_special_tokens=False))
+        return PolicyAnswer(reply(text)[0], text, prompt, self.tokenizer.encode(text, add_special_tokens=False), ended)
 
     def divergence(self, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
         """KL(policy || SFT) in nats per token, over all next tokens at each position of the answers."""
@@ -179,7 +183,7 @@ def samples(
                 f"{who}_reward": None if value is None else rounded(value),
                 f"{who}_tokens": len(ids),
                 f"{who}_distinct": rounded(distinct(judged_text(answer.message))),
-                f"{who}_unfinished": not ids or len(ids) >= max_new_tokens,
+                f"{who}_unfinished": not ids or not answer.ended,
             }
             if who == "aligned" and ids:
                 after.append((answer.prompt, ids))
