@@ -129,8 +129,10 @@ def test_the_refusal_names_the_most_frequent_responses_and_no_long_text() -> Non
 
 
 def test_a_response_without_a_label_is_refused() -> None:
-    with pytest.raises(InputError, match=r"is reserved for answers without a label"):
+    with pytest.raises(InputError, match=r"of the training split is reserved for answers without a label"):
         label_set(AUTO, ["(none)", "some"] * 4, [])
+    with pytest.raises(InputError, match=r"of the test split is reserved for answers without a label"):
+        label_set(AUTO, ["spam", "ham"] * 4, ["ham", " (None). "])  # else any answer without a label would be right
 
 
 def test_a_label_list_that_matches_no_test_response_is_refused() -> None:

@@ -112,12 +112,13 @@ def label_set(task: LabelTask, train: Sequence[str], test: Sequence[str]) -> Lab
             + (f"; the most frequent are {_frequent(train)}" if train else ""),
             "list the labels that count (`labels: [a, b]`), or leave evaluation.task out: answers are then scored as free text",
         )
-    if normalized(NO_LABEL) in spellings:
-        raise InputError(
-            f"params.yaml: evaluation.task.labels: auto: the response {NO_LABEL!r} of the training split is reserved for answers without a label",
-            "rename it in the source",
-        )
     others = {key: found for key, found in _spellings(test).items() if key not in spellings}
+    for split, names in (("training", spellings), ("test", others)):
+        if normalized(NO_LABEL) in names:
+            raise InputError(
+                f"params.yaml: evaluation.task.labels: auto: the response {NO_LABEL!r} of the {split} split is reserved for answers without a label",
+                "rename it in the source",
+            )
     return LabelSet(*(tuple(sorted(_most_frequent_spelling(found) for found in names.values())) for names in (spellings, others)))
 
 
