@@ -113,6 +113,12 @@ def test_what_counts_after_thinking_is_the_last_line(answer: str, wanted: str) -
     assert conclusion(answer) == wanted
 
 
+def test_the_classifier_of_prompts_without_words_predicts_the_most_frequent_label() -> None:
+    train = [record(name, name) for name in ("1", "2", "3", "?", "a b")]
+    assert classify(train, ["odd", "even", "odd", "even", "odd"], [record("x", "4"), record("y", "some words")], seed=7) == ["odd"] * 2
+    assert classify(train[:2], ["odd", "even"], [record("x", "4")], seed=7) == ["even"], "of equally frequent ones the first by code point"
+
+
 def test_the_classifier_separates_two_obvious_classes() -> None:
     train = [record(f"l{i}", f"cannot sign in with password {i}") for i in range(5)]
     train += [record(f"b{i}", f"charged twice on invoice {i}") for i in range(5)]

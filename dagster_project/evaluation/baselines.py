@@ -142,15 +142,16 @@ def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: f
 
 
 def classify(train: Sequence[Record], labels: Sequence[str], records: Sequence[Record], seed: int) -> list[str]:
-    """Predict labels by TF-IDF (unigrams and bigrams) and logistic regression."""
+    """Predict labels by TF-IDF (unigrams and bigrams) and logistic regression; the most frequent one if no prompt has a word of two letters."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    if len(set(labels)) == 1:
-        return [labels[0]] * len(records)
-    model = make_pipeline(
-        TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)), LogisticRegression(C=10, max_iter=2000, random_state=seed)
-    )
-    model.fit([prompt_text(r["messages"]) for r in train], labels)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    prompts = [prompt_text(r["messages"]) for r in train]
+    if len(set(labels)) == 1 or not any(map(vectorizer.build_analyzer(), prompts)):
+        counts = Counter(labels)
+        return [min(counts, key=lambda name: (-counts[name], name))] * len(records)
+    model = make_pipeline(vectorizer, LogisticRegression(C=10, max_iter=2000, random_state=seed))
+    model.fit(prompts, labels)
     return [str(predicted) for predicted in model.predict([prompt_text(r["messages"]) for r in records])]
