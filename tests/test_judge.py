@@ -266,7 +266,7 @@ def test_a_missing_or_invalid_key_is_refused_and_not_shown(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    "url", ["", "ftp://host/v1", "file:///etc/passwd", "https://", f"https://x:{KEY}@host/v1", f"https://host/v1?key={KEY}", "https://host:x/v1", "https://[::1/v1", "http://host/a b"]
+    "url", ["", "ftp://host/v1", "file:///etc/passwd", "https://", f"https://x:{KEY}@host/v1", f"https://host/v1?key={KEY}", "https://host:x/v1", "https://[::1/v1", "http://host/a b", "https://a..b/v1", f"https://{'a' * 64}.org/v1"]
 )  # fmt: skip
 def test_an_invalid_endpoint_is_refused_before_any_request(url: str) -> None:
     with pytest.raises(InputError, match="not a valid endpoint URL") as refused:

@@ -58,6 +58,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         try:
             parts = urlsplit(self.url)
+            (parts.hostname or "").encode("idna")  # as the connection does: a label of a host has 1 to 63 characters
             plain = (
                 parts.scheme in {"http", "https"} and parts.hostname and (parts.port or 1) and self.url.isascii() and self.url.isprintable()
             )
