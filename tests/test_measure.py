@@ -16,9 +16,11 @@ from dagster_project.commands.elsewhere import BOUNDS, judge
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
 from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.evaluation.baselines import prompted
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, select_questions, slices, thirds, turn_key
 from dagster_project.evaluation.metrics import Task
+from dagster_project.evaluation.scoring import Offer
 from dagster_project.lineage.tolerance import Deviation
 from dagster_project.stages import baselines, comparison, evaluation
 
@@ -200,6 +202,16 @@ def test_models_are_scored_in_the_format_of_the_evaluation_or_else_of_the_comput
     told = {"compute": {"dtype": "auto"}, "evaluation": {"dtype": "float32"}}
     [on_another_machine], _ = judge("evaluation", told, [Deviation("results.parquet", "answers", 0.1, "answer")])
     assert on_another_machine["bound"] == BOUNDS["evaluation", "float32"]["answers"]
+
+
+def test_a_baseline_whose_prompts_the_template_refuses_is_left_out(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = EvaluatedModel(tiny_model, COMPUTE, Settings())
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    model.tokenizer.chat_template = refusal + model.tokenizer.chat_template  # as Gemma 2
+    prompts = prompted(None, TASK, JSON[:2], JSON[2:3], [JSON[3:4]] * 2)
+    left_out = [name for name, messages in prompts.items() if model.refuses(messages, [Offer()] * 2, name)]
+    assert left_out == ["system_prompt", "chain_of_thought", "few_shot", "retrieved"]
+    assert "few_shot is left out: the chat template refuses it: System role not supported" in caplog.text
 
 
 def test_a_benchmark_without_its_answers_is_refused_before_a_model_is_read(tmp_path: Path) -> None:

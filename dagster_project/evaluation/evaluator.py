@@ -169,10 +169,9 @@ class EvaluatedModel:
         return [len(encoded) for encoded in self._encode(prompts, offers)] if self.writes else None
 
     def refuses(self, prompts: Sequence[Messages], offers: Sequence[Offer], what: str) -> bool:
-        """Whether the chat template refuses a prompt that offers tools, e.g. worked examples in which a call has no result."""
-        with_tools = [i for i, offer in enumerate(offers) if offer.tools]
+        """Whether the chat template refuses a prompt, e.g. a system prompt, or worked examples in which a call has no result."""
         try:
-            self._encode([prompts[i] for i in with_tools], [offers[i] for i in with_tools])
+            self._encode(prompts, offers)
         except InputError as error:
             log.warning(f"{what} is left out: {error.what}")
             return True
