@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, evaluate
 
 from dagster_project.commands.elsewhere import BOUNDS, judge
+from dagster_project.core.context import ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
 from dagster_project.core.records import example_id, read_table, write_records
@@ -212,6 +213,14 @@ def test_a_baseline_whose_prompts_the_template_refuses_is_left_out(tiny_model: P
     left_out = [name for name, messages in prompts.items() if model.refuses(messages, [Offer()] * 2, name)]
     assert left_out == ["system_prompt", "chain_of_thought", "few_shot", "retrieved"]
     assert "few_shot is left out: the chat template refuses it: System role not supported" in caplog.text
+
+
+@pytest.mark.parametrize("entries", [{"adapter": {"base": {}}}, {"adapter": {"lora": {}}, "aligned": {"few_shot": {}}}])
+def test_a_variant_has_no_name_of_the_base_model_s_scores(entries: dict[str, Any], tmp_path: Path) -> None:
+    ctx = ValidationContext(tmp_path, entries, "evaluation")
+    with pytest.raises(InputError, match=r"(adapter\.base|aligned\.few_shot): the base model's scores have this name"):
+        evaluation.validate(Settings(), ctx)
+    evaluation.validate(Settings(), ValidationContext(tmp_path, {"adapter": {"based": {}}}, "evaluation"))
 
 
 def test_a_benchmark_without_its_answers_is_refused_before_a_model_is_read(tmp_path: Path) -> None:

@@ -63,6 +63,10 @@ def result_schema(rich: bool = False) -> pa.Schema:
     )
 
 
+BASE = "base"
+"""Name of the base model in the results table, where it has likelihoods. Its answers have the names of its prompts."""
+
+
 def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write the results table. It has the columns for traces, calls and earlier turns if a row needs them."""
     rich = any(row["turn"] is not None or row["reasoning"] or row["tool_calls"] for row in rows)

@@ -15,6 +15,7 @@ from dagster_project.evaluation.alarms import answers_are_not_empty
 from dagster_project.evaluation.baselines import classify, conclusion, nearest, prompted, spread
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import (
+    BASE,
     EvaluatedModel,
     Settings,
     result_rows,
@@ -65,10 +66,10 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
     examples = with_task_answers(train, task) if task else with_prompt_and_response(train)
     scoring = Scoring(questions, task, custom_measures(root, settings.metrics))
     labelled = task is not None and not isinstance(task, FinalAnswer)
-    likelihoods = model.likelihood(test, "base")
-    rows = result_rows("base", test, task, likelihoods=likelihoods)
-    retention = ask(model.model, model.tokenizer, benchmarks, settings.batch_size, "base")
-    metrics: dict[str, Any] = {"base": {**perplexity_interval(likelihoods), **accuracies(retention)}}
+    likelihoods = model.likelihood(test, BASE)
+    rows = result_rows(BASE, test, task, likelihoods=likelihoods)
+    retention = ask(model.model, model.tokenizer, benchmarks, settings.batch_size, BASE)
+    metrics: dict[str, Any] = {BASE: {**perplexity_interval(likelihoods), **accuracies(retention)}}
     prompted_answers: dict[str, list[Answer]] = {}
     if questions:
         labels = [label(task, response_text(r["messages"])) if task and labelled else r["category"] or "" for r in examples]

@@ -16,7 +16,7 @@ from dagster_project.core.text import NAMES
 from dagster_project.evaluation.alarms import scores_differ
 from dagster_project.evaluation.comparison import advice, board, headline, recommended
 from dagster_project.evaluation.custom_metrics import custom_measures
-from dagster_project.evaluation.evaluator import Settings, select_questions, turn_key
+from dagster_project.evaluation.evaluator import BASE, Settings, select_questions, turn_key
 from dagster_project.evaluation.metrics import perplexity
 from dagster_project.evaluation.paired.bootstrap import difference, ratio
 from dagster_project.evaluation.retention import forgot, retained
@@ -146,7 +146,7 @@ def produce(
 
     compared: dict[str, Any] = {}
     for name in variants:
-        compared[name] = _to_base(results_of[name], results_of["base"])
+        compared[name] = _to_base(results_of[name], results_of[BASE])
         if name in scores:
             compared[name]["to"] = {other: _differences(scoring, answers, writes, name, other) for other in scores if other != name}
         if kept := retained(*(read_table(folder / "retention.parquet") for folder in (baselines, variants[name].evaluation))):
@@ -182,8 +182,7 @@ def produce(
         else headline(document)
     )
     paragraphs = [*document["advice"], f"{last} {recommendation['why']}"]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "board.md").write_text("\n".join([*board([first, second], scores, compared), "", *paragraphs]) + "\n")
+    write_text(out / "board.md", "\n".join([*board([first, second], scores, compared), "", *paragraphs]) + "\n")
     write_json(out / "comparison.json", document)
     write_text(scores_file, _plot(first, scores, compared))
     marks = {name: scoring.marks(answers[name], writes[name]) for name in scores}

@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, read_records, write_table
-from dagster_project.core.text import cell
+from dagster_project.core.text import NAMES, cell
 from dagster_project.curation.sources.reading import locate
 from dagster_project.evaluation.alarms import answers_are_not_empty, answers_differ, scored_something
 from dagster_project.evaluation.custom_metrics import custom_measures
-from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, select_questions, slices, turn_key, write_results
+from dagster_project.evaluation.evaluator import (
+    BASE,
+    EvaluatedModel,
+    Settings,
+    result_rows,
+    select_questions,
+    slices,
+    turn_key,
+    write_results,
+)
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.metrics import label, perplexity_interval
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
@@ -32,6 +42,10 @@ Params = Settings
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
+    for section in ("adapter", "aligned"):
+        for name in ctx.values.get(section) or {}:
+            if name in {BASE, *NAMES}:  # results are read by the name of their system
+                raise InputError(f"params.yaml: {section}.{name}: the base model's scores have this name", "rename the variant")
     for path in params.benchmarks:
         locate(ctx.root, path, "evaluation.benchmarks", "data/sources/benchmarks")
 
