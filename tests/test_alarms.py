@@ -111,13 +111,6 @@ def test_a_measure_with_one_value_for_all_answers_of_all_systems_is_a_warning(sy
     assert ("mine is the same" in found.note, "other" in found.note.split(";")[0]) == (not passes, False)
 
 
-def test_questions_that_a_measure_does_not_cover_hide_no_constant_score() -> None:
-    covered, not_covered = (1, 1), (0, 0)
-    found = scores_differ({"tool_name_accuracy": [np.array([covered, not_covered, covered])] * 2})
-    assert not found.passed and found.note.startswith("tool_name_accuracy is the same for all 4 answers; ")
-    assert scores_differ({"tool_name_accuracy": [np.array([covered, not_covered])]}).passed, "one answer has nothing to differ from"
-
-
 def test_a_source_file_without_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data/sources").mkdir(parents=True)
     params = raw_examples.Params(sources=[{"path": "data/sources/a.jsonl", "license": "CC0-1.0"}])  # type: ignore[list-item]

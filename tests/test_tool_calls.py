@@ -11,6 +11,7 @@ import pytest
 from dagster_project.core.messages import Call
 from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation import ballots, judge
+from dagster_project.evaluation.alarms import scores_differ
 from dagster_project.evaluation.baselines import with_shots
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, result_schema, select_questions, write_results
 from dagster_project.evaluation.paired.pairwise import match
@@ -158,6 +159,18 @@ def test_scores_of_calls_and_of_text_by_hand() -> None:
     assert scoring.statistics("rouge_l", answers).tolist() == [[1, 1], [0, 1], [1, 1], [0, 1]], "by example"
     assert scoring.marks(answers) == [1, 1, 0, 0, 0, 1, 0]
     assert list(scoring.names()) == ["rouge_l", "exact_match", "bleu", "chrf", *NAMES, "false_call"]
+
+
+def test_examples_that_a_measure_does_not_cover_change_neither_its_interval_nor_its_alarm() -> None:
+    records = [dialogue(0, asks=False), *(dialogue(i) | {"messages": dialogue(i)["messages"][:2]} for i in range(1, 30))]
+    scoring = Scoring(select_questions(records, Settings())[1], None, {})
+    right = scoring.references
+    found = scoring.score(right)
+    assert (found["n_text"], found["n_calls"]) == (1, 29)
+    assert found["rouge_l_interval"] == found["tool_name_accuracy_interval"] == [1, 1]
+    assert scoring.statistics("rouge_l", right).tolist() == [[1, 1]] and scoring.statistics("false_call", right).tolist() == [[0, 1]]
+    differ = scores_differ({"tool_name_accuracy": [scoring.statistics("tool_name_accuracy", right)] * 2})
+    assert differ.note.startswith("tool_name_accuracy is the same for all 58 answers; ")
 
 
 NAMES = ("tool_arguments_exact", "tool_name_accuracy", "tool_call_valid")

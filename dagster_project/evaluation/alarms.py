@@ -77,7 +77,6 @@ def scores_differ(values: Mapping[str, Sequence[np.ndarray]]) -> CheckResult:
     constant = []
     for name, systems in values.items():
         rows = np.concatenate(list(systems))
-        rows = rows[rows.any(axis=1)]  # without the questions that the measure does not cover
         if len(rows) >= FEW and (rows == rows[0]).all():
             constant.append(f"{name} is the same for all {many(len(rows), 'answer')}")
     return CheckResult(

@@ -67,23 +67,30 @@ class Scoring:
         return bool(self.references) and 2 * sum(self.with_calls) >= len(self.references)
 
     def statistics(self, name: str, answers: Sequence[Answer], writes: bool = True) -> np.ndarray:
-        """Contribution of each example to the sums of a measure, (examples, k). The turns of one example are added up, because they are not independent."""
+        """Contribution of each example that a measure covers to its sums, (examples, k). The turns of one example are added up, because they are not
+        independent. A bootstrap sample of other examples alone would have the score 0."""
         import numpy as np
 
-        values = self._by_question(name, answers, writes)
-        order = {example: i for i, example in enumerate(dict.fromkeys(self.examples))}
+        covered = np.flatnonzero(self._covered(name))
+        values = self._by_question(name, answers, writes)[covered]
+        examples = [self.examples[i] for i in covered]
+        order = {example: i for i, example in enumerate(dict.fromkeys(examples))}
         if len(order) == len(values):
             return values
         sums = np.zeros((len(order), values.shape[1]))
-        np.add.at(sums, [order[example] for example in self.examples], values)
+        np.add.at(sums, [order[example] for example in examples], values)
         return sums
+
+    def _covered(self, name: str) -> list[bool]:
+        """Whether a measure covers each question."""
+        return self.with_calls if name in CALLS else self.could_call if name == FALSE_CALL else self.with_text
 
     def _by_question(self, name: str, answers: Sequence[Answer], writes: bool) -> np.ndarray:
         import numpy as np
 
         if name in CALLS or name == FALSE_CALL:
             same: Same = CALLS.get(name, lambda _, answer, __: bool(answer.calls))
-            counted = self.with_calls if name in CALLS else self.could_call
+            counted = self._covered(name)
             triples = zip(self.references, answers, (offer.tools for offer in self.offers), strict=True)
             return np.array([(n and same(*one), n) for n, one in zip(counted, triples, strict=True)], dtype=float).reshape(-1, 2)
         kept = np.flatnonzero(self.with_text)
