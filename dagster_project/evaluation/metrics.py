@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from dagster_project.core.params import Section
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, per_label
-from dagster_project.evaluation.paired.bootstrap import Combine, estimate
+from dagster_project.evaluation.paired.bootstrap import Combine, estimate, rate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,13 +93,6 @@ def label(task: AnyTask, answer: str) -> str:
         if name and (match := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", answer, re.IGNORECASE))
     }
     return min(positions, key=lambda name: (positions[name], -len(name)), default=NO_LABEL)  # "bug report", not "bug"
-
-
-def rate(sums: np.ndarray) -> np.ndarray:
-    """Ratio of the first sum to the second, (..., 2) -> (...); 0 where the second is 0."""
-    import numpy as np
-
-    return np.divide(sums[..., 0], sums[..., 1], out=np.zeros(sums.shape[:-1]), where=sums[..., 1] > 0)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dagster_project.core.params import inside
 from dagster_project.core.progress import Progress
 from dagster_project.core.text import many
 from dagster_project.curation.sources.benchmarks import Item, read_multiple_choice
-from dagster_project.evaluation.paired.bootstrap import difference, rounded
+from dagster_project.evaluation.paired.bootstrap import difference, rate, rounded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,17 +144,13 @@ def retained(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any
         correct, nats = ([statistics(members, side, column) for side in (0, 1)] for column in ("correct", "gold_logprob"))
         changes[name] = {
             "accuracy": {
-                **{system: rounded(_mean(sums.sum(0))) for system, sums in zip(("base", "tuned"), correct, strict=True)},
-                **difference(_mean, correct[1], correct[0]),
+                **{system: rounded(rate(sums.sum(0))) for system, sums in zip(("base", "tuned"), correct, strict=True)},
+                **difference(rate, correct[1], correct[0]),
             },
-            "gold_log_likelihood": difference(_mean, nats[1], nats[0]),
+            "gold_log_likelihood": difference(rate, nats[1], nats[0]),
             "questions": len(members),
         }
     return changes
-
-
-def _mean(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / sums[..., 1]
 
 
 def forgot(name: str, changes: Mapping[str, Any], forgetting: float) -> list[str]:

@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import Tools
-from dagster_project.evaluation.metrics import AnyTask, Measure, by_label, measures, rate
-from dagster_project.evaluation.paired.bootstrap import estimate
+from dagster_project.evaluation.metrics import AnyTask, Measure, by_label, measures
+from dagster_project.evaluation.paired.bootstrap import estimate, rate
 from dagster_project.evaluation.tool_calls import is_valid, same_calls, same_names
 from dagster_project.training.inference.answers import Answer, of_message
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.rendering import end_ids
-from dagster_project.evaluation.paired.bootstrap import difference, rounded, wilson
+from dagster_project.evaluation.paired.bootstrap import difference, rate, rounded, wilson
 from dagster_project.training.inference.answers import read_parts
 from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.inference.likelihood import negative_log_likelihood
@@ -20,7 +20,6 @@ from dagster_project.training.tokens.preference_pairs import both, labelled, pro
 from dagster_project.training.trainers.alignment.reward_model import RewardModel, distinct, judged_text
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
 
 LONGER = 1.5
@@ -46,22 +45,18 @@ def sample_schema() -> pa.Schema:
     return pa.schema(columns)
 
 
-def _mean(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / sums[..., 1]
-
-
 def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Means of two systems over the same examples, and their difference with a paired 95 % interval."""
     import numpy as np
 
     ours, theirs = (np.stack([np.asarray(values, dtype=float), np.ones(len(values))], 1) for values in (after, before))
-    return {"sft": rounded(_mean(theirs.sum(0))), "aligned": rounded(_mean(ours.sum(0))), **difference(_mean, ours, theirs)}
+    return {"sft": rounded(rate(theirs.sum(0))), "aligned": rounded(rate(ours.sum(0))), **difference(rate, ours, theirs)}
 
 
 def _share(right: Sequence[float]) -> dict[str, Any]:
     """A share of trials with ties as one half, and its 95 % score interval."""
-    rate = float(sum(right)) / len(right)
-    return {"value": rounded(rate), "interval": [rounded(bound) for bound in wilson(rate, len(right))]}
+    share = float(sum(right)) / len(right)
+    return {"value": rounded(share), "interval": [rounded(bound) for bound in wilson(share, len(right))]}
 
 
 class PolicyAnswer(NamedTuple):

@@ -20,6 +20,13 @@ Combine = Callable[["np.ndarray"], "np.ndarray"]
 """Sums over examples, (..., k) -> scores, (...)."""
 
 
+def rate(sums: np.ndarray) -> np.ndarray:
+    """Ratio of the first sum to the second, (..., 2) -> (...); 0 where the second is 0."""
+    import numpy as np
+
+    return np.divide(sums[..., 0], sums[..., 1], out=np.zeros(sums.shape[:-1]), where=sums[..., 1] > 0)
+
+
 def estimate(combine: Combine, statistics: np.ndarray) -> tuple[float, list[float]]:
     """A score and its interval.
 
