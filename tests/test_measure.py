@@ -131,6 +131,7 @@ def test_a_custom_metric_is_the_mean_of_its_function(tmp_path: Path) -> None:
             "tone.polite returns 'very', which is not a finite number; for the answer 'said'",
         ),
         ("tone.polite", "def polite(r, a): return float('nan')", "tone.polite returns nan, which is not a finite number"),
+        ("tone.polite", "def polite(r, a): return 10**400", "tone.polite fails: OverflowError: int too large to convert to float"),
         ("tone.polite", "def polite(r, a): return 1 / 0", "tone.polite fails: ZeroDivisionError: division by zero; for the answer 'said'"),
     ],
 )

@@ -58,10 +58,11 @@ def _checked(name: str, function: Callable[[str, str], Any]) -> Callable[[Sequen
         for reference, answer in zip(references, answers, strict=True):
             try:
                 value = function(reference, answer)
+                is_number = isinstance(value, Real) and math.isfinite(value)  # OverflowError: an integer above the largest float
             except (Exception, SystemExit) as error:  # noqa: BLE001  as above
                 problem = f"fails: {type(error).__name__}: {error}"
             else:
-                if isinstance(value, Real) and math.isfinite(value):
+                if is_number:
                     values.append((float(value), 1))
                     continue
                 problem = f"returns {value!r}, which is not a finite number"
