@@ -273,6 +273,12 @@ def test_without_answers_the_error_names_the_next_step(tmp_path: Path) -> None:
         contenders(tmp_path)
 
 
+def test_without_the_test_split_the_error_names_the_next_step(project: Path) -> None:
+    shutil.rmtree(project / "data/splits/test")
+    with pytest.raises(InputError, match=r"no test examples\n.*dvc checkout data/splits"):
+        match(project, ("lora", "few_shot"), seed=7)
+
+
 def test_a_damaged_comparison_is_one_message(project: Path) -> None:
     (project / "data/comparison/comparison.json").write_text('{"compared": ')
     with pytest.raises(InputError, match=r"comparison\.json cannot be read: .*\n.*dvc repro comparison"):

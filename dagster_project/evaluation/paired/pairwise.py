@@ -130,7 +130,7 @@ def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
     """The pairs of two systems, possibly none. The same seed and answers give the same ids, order and positions.
 
     Raises:
-        InputError: a system is unknown, or both are the same.
+        InputError: a system is unknown, both are the same, or there is no test split.
     """
     known = answers_of(project)
     if unknown := [name for name in systems if name not in known]:
@@ -138,6 +138,10 @@ def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
     if systems[0] == systems[1]:
         raise InputError(f"both systems are {systems[0]!r}", f"name two of {', '.join(known)}")
     records = {record["example_id"]: record for record in read_records(project / "data" / "splits" / "test")}
+    if not records:
+        raise InputError(
+            "data/splits/test: there are no test examples", "restore them with `dvc checkout data/splits`, or run `dvc repro splits`"
+        )
     first, second = (known[name] for name in systems)
     both = sorted(key for key in first.keys() & second.keys() if key[0] in records)
     # example ids are hashes of prompt and reference, so this digest cannot be guessed from the page alone
