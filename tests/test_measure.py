@@ -20,6 +20,7 @@ from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation.baselines import prompted
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, select_questions, slices, thirds, turn_key
+from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.metrics import Task
 from dagster_project.evaluation.scoring import Offer
 from dagster_project.lineage.tolerance import Deviation
@@ -54,6 +55,14 @@ def test_the_examples_asked_are_chosen_by_content_and_answers_to_the_task_go_fir
 def test_plain_text_gives_no_questions() -> None:
     text = record("", "Once upon a time", meta='{"kind": "text"}')
     assert select_questions([text, *FREE], Settings()) == (None, FREE)
+
+
+def test_texts_without_a_prompt_are_no_questions_of_a_task() -> None:
+    task = FinalAnswer(final_answer="number")
+    text = record("", "It was 1999.", meta='{"kind": "text"}')
+    unprompted = record("", "It was 1999.") | {"messages": [{"role": "system", "content": "Count."}, {"role": "assistant", "content": "3"}]}
+    assert select_questions([text, unprompted, *FREE], Settings(task=task)) == (task, FREE)
+    assert select_questions([text], Settings(task=task)) == (None, [])
 
 
 def test_slices_add_up_to_the_whole() -> None:

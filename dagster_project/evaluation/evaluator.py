@@ -247,8 +247,8 @@ def turn_key(row: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def with_task_answers(records: Sequence[dict[str, Any]], task: AnyTask | None) -> list[dict[str, Any]]:
-    """The records whose reference response is an answer to the task."""
-    return [r for r in records if task and is_answer(task, response_text(r["messages"])) and is_trained(r["messages"][-1])]
+    """The conversations with a prompt whose reference response is an answer to the task."""
+    return [r for r in with_prompt_and_response(records) if task and is_answer(task, response_text(r["messages"]))]
 
 
 def with_prompt_and_response(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
