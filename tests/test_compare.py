@@ -103,7 +103,9 @@ def test_advice_on_free_text_includes_likelihood() -> None:
 
 
 def test_a_higher_perplexity_is_reported_as_worse() -> None:
-    assert advice("macro_f1", {}, {"lora": to_base(1.5, 1.4, 1.6)}, TEST)[0].startswith("Tuning lora made it worse: ")
+    assert advice("macro_f1", {}, {"lora": to_base(1.5, 1.4, 1.6)}, TEST) == [
+        "Tuning lora made it worse: perplexity 50.0 % above the base model's (95 % interval 40.0 to 60.0 %)."
+    ]
 
 
 def test_every_variant_gets_its_sentence_in_order() -> None:

@@ -210,7 +210,9 @@ def _may_be_chance(best: Mapping[str, Any], other: str, decides: str) -> bool:
 def _perplexity_gain(ratio: Mapping[str, Any]) -> tuple[float, float, float, str]:
     """A perplexity ratio as a gain, the ends of its interval, and a description."""
     gap, low, high = 1 - ratio["ratio"], 1 - ratio["interval"][1], 1 - ratio["interval"][0]
-    return gap, low, high, f"perplexity {100 * gap:.1f} % below the base model's (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+    where, shown = ("above", (-gap, -high, -low)) if gap < 0 else ("below", (gap, low, high))
+    value, first, last = (f"{100 * part:.1f}" for part in shown)
+    return gap, low, high, f"perplexity {value} % {where} the base model's (95 % interval {first} to {last} %)"
 
 
 def _points(gap: float, low: float, high: float, decides: str, rival: str) -> str:
