@@ -146,6 +146,15 @@ def test_threads_spin_briefly_only_if_nothing_else_runs(tmp_path: Path, running:
     assert environment == {**expected, "PEDIGREE_WAITING": next(iter(expected))}
 
 
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "why", "bisect", "plan", "audit"])
+def test_threads_of_commands_that_compute_spin_briefly_on_a_quiet_machine(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(own_process.os, "environ", environment)
+    monkeypatch.setattr(own_process, "is_quiet", lambda looks, stat: True)
+    own_process.prepare([command])
+    assert ("GOMP_SPINCOUNT" in environment) == (command != "audit")
+
+
 def test_threads_sleep_where_the_kernel_does_not_say_what_runs(tmp_path: Path) -> None:
     for stat in (tmp_path / "none", tmp_path / "empty"):
         (tmp_path / "empty").write_text("")

@@ -17,8 +17,8 @@ OURS = "PEDIGREE_WAITING"
 """Names the variable that a process of Pedigree set, and the user did not: processes that it starts decide for themselves."""
 SHORT_SPIN = "3000"
 """About 40 microseconds: as fast as endless spinning if nothing else runs, and less harmful once something else does (docs/time.md)."""
-COMPUTING = frozenset({"run", "chat", "serve", "why"})
-"""Commands for which it is worth 20 ms to look at what else runs."""
+COMPUTING = frozenset({"run", "chat", "serve", "why", "bisect", "plan"})
+"""Commands for which it is worth 20 ms to look at what else runs. `plan` measures operations, whose threads must wait as those of the training will."""
 ONLY_TOKENIZERS = frozenset({"tokenized"})
 """Stages that use tokenizers of transformers, which imports torch wherever it is installed."""
 
