@@ -159,13 +159,15 @@ def test_a_part_of_a_message_is_found(made: Project, text: str, options: list[st
 
 
 def test_characters_that_are_not_seen_hide_no_part_of_a_message(made: Project) -> None:
-    """A soft hyphen of a web page, a zero-width space, a variation selector; where they are in the question, too."""
+    """A soft hyphen of a web page, a zero-width space, a variation selector; where they are in the question, too. A zero-width space may also separate."""
     hidden = "Zephy\u00adrine Okon\u200bkwo\ufe0f"
     made.commit(made.trained(made.curated([(hidden, "train", FAQ), *ROWS[1:]]), [hidden, "dogs"]))
     for asked in ("zephyrine okonkwo", "Zephyrine", "Oko\u2060nkwo"):
         [one, *others] = impact(made.root, containing=asked)["matches"]
         assert {match["example_id"] for match in (one, *others)} == {identity(hidden)} and "zephyrine okonkwo" in one["excerpt"]
-    assert not impact(made.root, containing="rine")["matches"], "these characters separate no words"
+    assert not impact(made.root, containing="rine")["matches"], "a soft hyphen separates no words"
+    assert impact(made.root, containing="Okon")["matches"] and not impact(made.root, containing="adrine")["matches"]
+    assert {one["example_id"] for one in impact(made.root, containing="\u200b", regex=True)["matches"]} == {identity(hidden)}
     with pytest.raises(InputError, match="the text is empty"):
         impact(made.root, containing="\u200b\u00ad")
 

@@ -65,7 +65,7 @@ def test_license_files_are_copied_also_from_a_folder_of_them(root: Path) -> None
     (root / "models" / "tiny" / "LICENSES" / "MIT.txt").write_text("MIT")
     fetch(root)
     out = root / "data" / "base_model"
-    assert {path.name: path.read_text() for path in out.glob("LICENSE*")} == {"LICENSE": "the license", "LICENSE-MIT.txt": "MIT"}
+    assert {path.name: path.read_text() for path in out.glob("LICENSE*")} == {"LICENSE": "the license", "LICENSES-MIT.txt": "MIT"}
 
 
 def test_an_offline_run_writes_the_same_tokenizer_configuration(root: Path) -> None:

@@ -18,7 +18,7 @@ OURS = "PEDIGREE_WAITING"
 SHORT_SPIN = "3000"
 """About 40 microseconds: as fast as endless spinning if nothing else runs, and less harmful once something else does (docs/time.md)."""
 COMPUTING = frozenset({"run", "chat", "serve", "why", "bisect", "plan"})
-"""Commands for which it is worth 20 ms to look at what else runs. `plan` measures operations, whose threads must wait as those of the training will."""
+"""Commands for which it is worth 20 ms to look at what else runs. `plan` times operations, so its threads must wait in the same way as those of a training."""
 ONLY_TOKENIZERS = frozenset({"tokenized"})
 """Stages that use tokenizers of transformers, which imports torch wherever it is installed."""
 

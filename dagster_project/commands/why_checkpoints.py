@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from dagster_project.commands import why_calibration
-from dagster_project.commands.why_model import Target, TargetElsewhere
+from dagster_project.commands.why_model import DerivedTarget, Target
 from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.attribution.gradients import TrainedModel
@@ -18,14 +18,14 @@ from dagster_project.lineage.attribution.store import GradientStore
 
 
 @dataclass(frozen=True)
-class EarlierTarget(TargetElsewhere):
+class EarlierTarget(DerivedTarget):
     """A trained adapter at a point of its training."""
 
     point: Point
 
     @cached_property
     def store(self) -> GradientStore:
-        return GradientStore(self.point.store, {**self.saved.store.identity, **self.point.identity()}, len(self.records))
+        return GradientStore(self.point.store, {**self.original.store.identity, **self.point.identity()}, len(self.records))
 
     @cached_property
     def model(self) -> TrainedModel:

@@ -180,27 +180,27 @@ class Target:
 
 
 @dataclass(frozen=True)
-class TargetElsewhere(Target):
-    """The same adapter with other weights in memory, whose gradients are stored within the store of `saved`."""
+class DerivedTarget(Target):
+    """The same adapter at another point or strength. Its gradients are stored within the store of `original`."""
 
-    saved: Target
+    original: Target
 
     @cached_property
     def records(self) -> list[TrainedRecord]:
-        return self.saved.records
+        return self.original.records
 
     def claim_store(self) -> None:
-        self.saved.claim_store()
+        self.original.claim_store()
 
 
 @dataclass(frozen=True)
-class EndTarget(TargetElsewhere):
+class EndTarget(DerivedTarget):
     """A trained adapter whose gradients are taken at all that it adds."""
 
     @cached_property
     def store(self) -> GradientStore:
-        saved = self.saved.store
-        return GradientStore(saved.folder / END, {**saved.identity, "strength": 1.0}, len(self.records))
+        store = self.original.store
+        return GradientStore(store.folder / END, {**store.identity, "strength": 1.0}, len(self.records))
 
     @cached_property
     def model(self) -> TrainedModel:

@@ -13,7 +13,8 @@ from dagster_project.core.params import Section
 NUMBER = "number"
 _MINUS = "[-\u2212]"  # a hyphen, and the minus sign of typeset text
 _NUMBER = re.compile(
-    rf"(?:(?<![\w)\-\u2212])(?<![\d)]\s){_MINUS}\s?)?"  # no sign: after a word, number or hyphen ("10-12", "10 - 12", "---")
+    # no sign: after a word, number or hyphen ("10-12", "---"), and with spaces on both sides after a number ("10 - 12")
+    rf"(?:(?<![\w)\-\u2212]){_MINUS}(?:(?!\s)|(?<![\d)]\s{_MINUS})\s))?"
     r"\$?\s?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
     rf"(?:[eE](?:\+|{_MINUS})?\d{{1,3}}(?!\w))?"
 )

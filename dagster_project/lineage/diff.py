@@ -60,11 +60,12 @@ def _hashes(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _values(audited: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters by dotted name. Those of which stages ran with other values, too, have these in one list."""
+    """The parameters by dotted name; where stages ran with several values, the others as a list under another name."""
     return _flat(audited["parameters"]) | _others(audited.get("other_values", {}))
 
 
 def _others(values: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Other values by name, as rows of a difference: {"torch, other values": ["1"]}."""
     return {f"{name}, other values": [one["value"] for one in others] for name, others in values.items()}
 
 

@@ -317,10 +317,10 @@ def _parameters(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str,
 
 
 def _with_others(values: Iterable[tuple[str, str, Any]], model: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """One value of each name, and the other values of those that stages have different values of, with these stages.
+    """The value of each name, and where stages differ, the other values with the stages that have them.
 
     Args:
-        values: stage, name and value of each. The one value of a name is that of the model's own stage, or else the first.
+        values: (stage, name, value). The value is that of the model's own stage, or else the first in this order.
     """
     found: dict[str, dict[str, tuple[Any, list[str]]]] = {}  # name -> value as JSON -> value, and the stages that have it
     for stage, name, value in values:

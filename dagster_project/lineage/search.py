@@ -27,15 +27,20 @@ FIELDS = ("content", "reasoning_content", "tool_calls", "name")
 PARTS = ("messages", "prompt", "chosen", "rejected", "tools")
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f]|\\[xuUpP]")
 """In a regular expression: a character beyond ASCII, or an escape of one."""
-UNSEEN = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]")
-"""Characters that a reader does not see, such as a soft hyphen or a zero-width space: the default-ignorable ones of Unicode, without fillers of Hangul."""
+INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]")
+"""Invisible characters such as soft hyphens and zero-width spaces: most of Unicode's Default_Ignorable_Code_Point, without fillers of Hangul."""
 CONTEXT = 40
 """Characters of an excerpt on either side of a match."""
 
 
 def normalized(text: str) -> str:
-    """A text without differences of case, compatible characters (NFKC) and whitespace, and without characters that are not seen."""
-    return " ".join(unicodedata.normalize("NFKC", UNSEEN.sub("", text)).casefold().split())
+    """A text without invisible characters and without differences of case, compatibility forms (NFKC) and whitespace."""
+    return " ".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).casefold().split())
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    """The texts to search: a zero-width space is invisible within a word, and separates words in Thai, Khmer or Chinese."""
+    return (normalized(text), normalized(text.replace("\u200b", " "))) if "\u200b" in text else (normalized(text),)
 
 
 class Pattern:
@@ -51,7 +56,7 @@ class Pattern:
         """
         import polars as pl
 
-        words = normalized(text).split()
+        words = (text if regex else normalized(text)).split()
         if not words:
             raise InputError("--containing: the text is empty", "give a word, a name or part of a sentence")
         self.regex = regex
@@ -79,13 +84,15 @@ class Pattern:
         found = (plain & texts.str.contains(f"(?i){self.ascii}").fill_null(False)).arg_true().to_list()
         others = (~plain).arg_true()
         matching = [
-            i for i, text in zip(others.to_list(), texts.gather(others).to_list(), strict=True) if self.python.search(normalized(text))
+            i
+            for i, text in zip(others.to_list(), texts.gather(others).to_list(), strict=True)
+            if any(map(self.python.search, _forms(text)))
         ]
         return sorted([*found, *matching])
 
     def excerpt(self, text: str) -> str:
         """The match in the normalized text, with what is around it."""
-        flats = [" ".join(unicodedata.normalize(form, text).split()) for form in self.forms] if self.regex else [normalized(text)]
+        flats = [" ".join(unicodedata.normalize(form, text).split()) for form in self.forms] if self.regex else _forms(text)
         matches = [match for match in map(self.python.search, flats) if match]
         flat, (start, end) = (matches[0].string, matches[0].span()) if matches else (flats[0], (0, 0))
         cut = flat[max(0, start - CONTEXT) : end + CONTEXT]
@@ -93,11 +100,11 @@ class Pattern:
 
 
 def search(index: Index, text: str, regex: bool = False) -> list[dict[str, Any]]:
-    """Every record with a message that contains a text: ignoring case, compatible characters (NFKC), whitespace and
-    characters that are not seen, between word boundaries.
+    """Every record with a message that contains a text: ignoring case, compatibility forms (NFKC), whitespace and
+    invisible characters; between word boundaries.
 
     Args:
-        regex: the text is a regular expression instead.
+        regex: the text is a regular expression instead, which also matches invisible characters.
     Returns:
         {"example_id", "part", "role", "field", "excerpt"} per record, role and field, in the order of the data sets.
     Raises:

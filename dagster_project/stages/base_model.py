@@ -140,7 +140,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         tokenizer.save_pretrained(out)
         for license_file in sorted([*folder.glob("LICENSE*"), *folder.glob("LICENSES/*")]):  # REUSE has a folder of them
             if license_file.is_file():
-                shutil.copy(license_file, out / f"{'LICENSE-' if license_file.parent != folder else ''}{license_file.name}")
+                shutil.copy(license_file, out / f"{'LICENSES-' if license_file.parent != folder else ''}{license_file.name}")
     weights = sum(p.numel() for p in model.parameters())
     origin = params.package or (f"{params.hub}@{params.revision}" if params.hub else params.folder)
     files = {f.relative_to(out).as_posix(): sha256_of_file(f) for f in sorted(out.rglob("*")) if f.is_file()}

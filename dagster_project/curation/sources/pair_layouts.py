@@ -88,7 +88,7 @@ def _number(value: Any) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError("expected a number, found text")
+        raise ValueError(f"expected a finite number, found {'text' if isinstance(value, str) else value}")
     return number
 
 

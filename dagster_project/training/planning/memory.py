@@ -354,7 +354,7 @@ def _needs_no_weights(spec: TrainingSpec) -> Iterator[None]:
     except RuntimeError as error:  # a value was read from a meta tensor
         raise Unpredictable(
             f"{place_of(spec.where, 'method')}: the memory of {spec.method} cannot be predicted without weights ({str(error).splitlines()[0][:80]})",
-            "list the variants to plan, without this one",
+            "leave this --method out" if spec.where.startswith("--") else "list the variants to plan, without this one",
         ) from None
 
 
