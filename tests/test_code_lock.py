@@ -15,7 +15,7 @@ import grimp
 import pytest
 from builders.installed import edit, install, installed, pedigree_in, pretend_to_run, set_version
 from builders.servers import Quiet, answering
-from builders.small_pipeline import commit
+from builders.small_pipeline import commit, git
 from conftest import ROOT, run
 from ruamel.yaml import YAML
 
@@ -304,15 +304,15 @@ def test_a_version_is_known_from_other_branches_and_from_one_whose_merge_kept_an
         (tmp_path / code_lock.FILE).write_text(code_lock.CodeLock(f"{value}.0", {"splits": value}).text())
         commit(tmp_path)
 
-    run(["git", "init", "-q", "-b", "main"], tmp_path)
+    git(tmp_path, "init", "-q", "-b", "main")
     record("1")
     for branch, value in (("merged", "2"), ("other", "3")):
-        run(["git", "checkout", "-q", "-b", branch, "main"], tmp_path)
+        git(tmp_path, "checkout", "-q", "-b", branch, "main")
         record(value)
-    run(["git", "checkout", "-q", "main"], tmp_path)
-    run(["git", "commit", "-q", "--allow-empty", "-m", "x"], tmp_path)
-    run(["git", "merge", "-q", "-s", "ours", "-m", "merge", "merged"], tmp_path)
-    run(["git", "branch", "-D", "merged"], tmp_path)
+    git(tmp_path, "checkout", "-q", "main")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "x")
+    git(tmp_path, "merge", "-q", "-s", "ours", "-m", "merge", "merged")
+    git(tmp_path, "branch", "-D", "merged")
     assert [code_lock.version_with(tmp_path, {"splits": value}) for value in "123"] == ["1.0", "2.0", "3.0"]
     assert code_lock.version_with(tmp_path, {"splits": "4"}) is None
 
