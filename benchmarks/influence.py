@@ -247,6 +247,7 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
     import numpy as np
     from transformers import AutoTokenizer
 
+    from dagster_project.core.hashing import md5_of_folder
     from dagster_project.core.params import Compute
     from dagster_project.core.records import read_records, write_json
     from dagster_project.lineage.attribution.gradients import STRENGTH, TrainedModel
@@ -254,12 +255,14 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
     from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.records import trained_records
     from dagster_project.lineage.attribution.store import GradientStore, identity_of
+    from dagster_project.lineage.history import listing_of
 
     adapter, base = work / "adapter", project / "data/base_model"
     training = json.loads((adapter / "training.json").read_text())
     compute = Compute(threads=1, dtype=training["dtype"])
     records, projection = trained_records(adapter, work / "tokenized"), Projection()
-    identity = identity_of(adapter, base, records, projection, {"dtype": compute.dtype, "device": "cpu", "threads": 1}, 0.0, STRENGTH)
+    hashes = [md5_of_folder(listing_of(folder)) for folder in (adapter, base)]
+    identity = identity_of(*hashes, records, projection, {"dtype": compute.dtype, "device": "cpu", "threads": 1}, 0.0, STRENGTH)
     if point:
         store = GradientStore(point.store, identity | point.identity(), len(records))
     else:

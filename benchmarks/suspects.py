@@ -81,15 +81,18 @@ def prepare(project: Path, work: Path, seed: int, steps: int, most: int) -> None
 
 def store_of(project: Path, work: Path, strength: float) -> Any:
     """The store of the gradients of the training at a share of what the adapter adds."""
+    from dagster_project.core.hashing import md5_of_folder
     from dagster_project.lineage.attribution.projection import Projection
     from dagster_project.lineage.attribution.records import trained_records
     from dagster_project.lineage.attribution.store import GradientStore, identity_of
+    from dagster_project.lineage.history import listing_of
 
     adapter, base = work / "adapter", project / "data/base_model"
     training = json.loads((adapter / "training.json").read_text())
     compute = {"dtype": training["dtype"], "device": training["device"], "threads": training["threads"]}
     records = trained_records(adapter, work / "tokenized")
-    return GradientStore.at(work, identity_of(adapter, base, records, Projection(), compute, 0.0, strength), len(records))
+    hashes = [md5_of_folder(listing_of(folder)) for folder in (adapter, base)]
+    return GradientStore.at(work, identity_of(*hashes, records, Projection(), compute, 0.0, strength), len(records))
 
 
 def loaded(project: Path, work: Path, strength: float) -> Any:

@@ -242,7 +242,7 @@ def test_export_reports_what_it_wrote_and_refuses_impossible_requests(project: P
     assert Path(found["file"]).name == f"{found['ballot']}.html"  # a name that tells no rater which systems they are
     assert "Which answer is better?" in Path(found["file"]).read_text(encoding="utf-8")
     for arguments, said in (
-        (["lora"], "1 system(s) given"),
+        (["lora"], "1 system given"),
         (["lora", "dora"], "systems with answers: few_shot, tfidf_logistic, lora"),
         (["lora", "lora"], "both systems are 'lora'"),
         (["--out", str(project / "page.txt")], "must end in .html"),

@@ -383,7 +383,8 @@ def test_a_store_of_another_model_is_never_used(work: Path, tiny_model: Path, re
     def at(
         adapter: Path, of: list[TrainedRecord] = records, projection: Projection = WHOLE, dtype: str = "float32", strength: float = 0.5
     ) -> GradientStore:
-        return GradientStore.at(tmp_path, identity_of(adapter, tiny_model, of, projection, {"dtype": dtype}, 0.0, strength), len(of))
+        hashes = [md5_of_folder(listing_of(folder)) for folder in (adapter, tiny_model)]
+        return GradientStore.at(tmp_path, identity_of(*hashes, of, projection, {"dtype": dtype}, 0.0, strength), len(of))
 
     first = at(work / "adapter")
     assert at(work / "adapter").folder == first.folder
@@ -441,7 +442,8 @@ def dense_scores(rows: np.ndarray, questions: np.ndarray, damping: float) -> np.
 
 
 @pytest.mark.parametrize(("count", "damping"), [(60, 1.0), (400, 0.01 * 400)])
-def test_scores_are_those_of_the_damped_inverse_of_the_second_moment(count: int, damping: float) -> None:
+def test_scores_are_those_of_the_damped_inverse_of_the_second_moment(count: int, damping: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "BLOCK", 7 * 40 * 4)  # seven records at a time
     dice = np.random.default_rng(3)
     rows = of_length_one(dice.normal(size=(count, 40)) + 0.7).astype(np.float16)
     questions = (dice.normal(size=(4, 40)) + 0.7).astype(np.float32)

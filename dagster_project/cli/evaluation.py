@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.cli.arguments import add_command, count, named, project
 from dagster_project.cli.output import HTML, print_result, require_suffix, write
 from dagster_project.core.errors import InputError
+from dagster_project.core.text import many
 
 if TYPE_CHECKING:
     from dagster_project.evaluation.paired.pairwise import Match
@@ -61,7 +62,7 @@ def import_votes(options: argparse.Namespace) -> int:
     if options.preferences:
         rows = preferences(ballot, votes)
         write("--preferences", Path(options.preferences), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        log.info(f"preferences: {options.preferences}, {len(rows)} pairs")
+        log.info(f"preferences: {options.preferences}, {many(len(rows), 'pair')}")
     print_result(options, result(ballot, votes), votes_text)
     return 0
 
@@ -104,7 +105,9 @@ def _match(options: argparse.Namespace) -> Match:
 
     root = project(options)
     if len(options.systems) not in {0, 2}:
-        raise InputError(f"{len(options.systems)} system(s) given", "give two, or none for the best variant and the best prompted baseline")
+        raise InputError(
+            f"{many(len(options.systems), 'system')} given", "give two, or none for the best variant and the best prompted baseline"
+        )
     matched = match(root, tuple(options.systems) or contenders(root), _seed(options))
     if not matched.pairs:
         raise InputError(

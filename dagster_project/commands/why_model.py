@@ -68,6 +68,11 @@ class Target:
     def base_model(self) -> Path:
         return self.place / BASE_MODEL
 
+    @property
+    def base_model_md5(self) -> str:
+        """Recorded hash of the base model, with which its files were compared (`refuse_other_files`)."""
+        return needed(self.run)[self.base_model.relative_to(self.place).as_posix()]
+
     @cached_property
     def training(self) -> dict[str, Any]:
         """training.json of the adapter."""
@@ -112,7 +117,7 @@ class Target:
     def store(self) -> GradientStore:
         compute = {name: self.training.get(name) for name in ("dtype", "device", "threads")}
         smoothing = self.entry.label_smoothing_factor
-        identity = identity_of(self.folder, self.base_model, self.records, self.projection, compute, smoothing, STRENGTH)
+        identity = identity_of(self.run.md5, self.base_model_md5, self.records, self.projection, compute, smoothing, STRENGTH)
         return GradientStore.at(self.root, identity, len(self.records))
 
     @cached_property

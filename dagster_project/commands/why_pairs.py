@@ -67,7 +67,7 @@ class PairTarget(Target):
     @cached_property
     def store(self) -> GradientStore:
         compute = {name: self.training.get(name) for name in ("dtype", "device", "threads")}
-        identity = identity_of(self.folder, self.base_model, self.records, self.projection, compute, 0.0, 1.0)
+        identity = identity_of(self.run.md5, self.base_model_md5, self.records, self.projection, compute, 0.0, 1.0)
         margins = self._margins if self.scores else {}
         identity |= {"settings": dict(self.settings), "margins": margins, "pairs": sha256_of_file(Path(pairs.__file__))}
         return GradientStore.at(self.root, identity, len(self.records))

@@ -260,10 +260,4 @@ def play(case: Case, folder: Path) -> str:
     return ", ".join(sorted(set(outcomes)))
 
 
-def _environment() -> None:
-    """Git reads no settings of whoever runs the cases."""
-    os.environ |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CEILING_DIRECTORIES": "/"}
-
-
-_environment()
 SURFACE = Surface("histories", 1_000, draw, play)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,22 @@ TO_SIGMA = 1.4826
 """Median absolute deviation times this is the standard deviation of a normal distribution."""
 
 
-BLOCK = 4096
-"""Records whose gradients are converted to float32 at the same time."""
+BLOCK = 16 * 2**20
+"""Bytes of gradients in float32 at the same time: blocks of this size are freed and used again, where larger ones come from the kernel, which clears them."""
+
+
+def float32_blocks(gradients: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the gradients of some records at a time as float32, and the numbers of these records.
+
+    Args:
+        gradients: (records, width) float16.
+    """
+    import numpy as np
+
+    count = max(1, BLOCK // (4 * gradients.shape[1]))
+    for start in range(0, len(gradients), count):
+        rows = slice(start, start + count)
+        yield rows, gradients[rows].astype(np.float32)
 
 
 def products(gradients: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -37,8 +52,8 @@ def products(gradients: np.ndarray, rows: np.ndarray) -> np.ndarray:
     import numpy as np
 
     found = np.empty((len(rows), len(gradients)), np.float32)
-    for start in range(0, len(gradients), BLOCK):
-        found[:, start : start + BLOCK] = rows @ gradients[start : start + BLOCK].astype(np.float32).T
+    for records, block in float32_blocks(gradients):
+        found[:, records] = rows @ block.T
     return found
 
 

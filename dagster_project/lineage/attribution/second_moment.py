@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dagster_project.lineage.attribution.projection import units
-from dagster_project.lineage.attribution.ranking import products
+from dagster_project.lineage.attribution.ranking import float32_blocks, products
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,12 +52,15 @@ class SecondMoment:
         """
         import numpy as np
 
-        chosen = gradients[sample(self.records)].astype(np.float32)
+        chosen = gradients if self.records <= SAMPLE else gradients[sample(self.records)]
         asked = units(questions)
         damping = max(LEAST, DAMPING * self.records) * len(chosen) / max(1, self.records)  # the sample's M is that share of the whole
         damped = self.inner.astype(np.float64) + damping * np.eye(len(chosen))
-        known = np.linalg.solve(damped, (chosen @ asked.T).astype(np.float64)).astype(np.float32)
-        return products(gradients, asked - known.T @ chosen)
+        known = np.linalg.solve(damped, products(chosen, asked).T.astype(np.float64)).astype(np.float32)
+        shared = np.zeros_like(asked)
+        for records, block in float32_blocks(chosen):
+            shared += known[records].T @ block
+        return products(gradients, asked - shared)
 
 
 def sample(records: int) -> np.ndarray:

@@ -34,8 +34,8 @@ CODE = ("gradients.py", "per_record.py", "projection.py", "records.py", "second_
 
 
 def identity_of(
-    adapter: Path,
-    base_model: Path,
+    adapter: str,
+    base_model: str,
     records: Sequence[TrainedRecord],
     projection: Projection,
     compute: Mapping[str, Any],
@@ -45,14 +45,14 @@ def identity_of(
     """All that a store is computed from.
 
     Args:
+        adapter, base_model: hashes of their folders.
         compute: dtype, device and threads of the computation.
         strength: share of what the adapter adds, at which gradients are taken.
     """
-    files = sorted(path for path in adapter.rglob("*") if path.is_file())
     here = Path(__file__).parent
     return {
-        "adapter": sha256_of_files(files),
-        "base_model": sha256_of_files(sorted([*base_model.glob("*.safetensors"), base_model / "config.json"])),
+        "adapter": adapter,
+        "base_model": base_model,
         "records": sha256_of_records(list(records)),
         "projection": {"numbers": projection.numbers, "seed": projection.seed},
         "label_smoothing": label_smoothing,
