@@ -198,6 +198,31 @@ def conversation(prompt: str, answer: str, system: str | None = None) -> dict[st
     return {"messages": [*first, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
+CALL = [{"type": "function", "function": {"name": "find", "arguments": {"phone": 4915112345678, "by": {"Zephyrine Okonkwo": 7301}}}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"messages": [{"role": "user", "name": "Zephyrine Okonkwo", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}, ["Zephyrine Okonkwo"]),
+        (conversation("Hi", "Yes?") | {"phone": 4915112345678, "order": 7301, "by": {"Zephyrine Okonkwo": 1}}, ["4915112345678", "7301", "Zephyrine Okonkwo"]),
+        (conversation("Hi", "Yes?") | {"category": "Zephyrine Okonkwo"}, ["Zephyrine Okonkwo"]),
+        (conversation("Hi", "Yes?") | {"tools": [{"type": "function", "function": {"name": "find", "description": "asks Zoë Okonkwo", "parameters": {}}}]}, ["Zoë Okonkwo"]),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": CALL}, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "Yes?"}]}, ["4915112345678", "7301", "Zephyrine Okonkwo"]),
+    ],
+    ids=["name", "other fields", "category", "tools", "call"],
+)  # fmt: skip
+def test_a_request_finds_a_text_in_every_field_of_a_row(tmp_path: Path, row: dict[str, Any], texts: list[str]) -> None:
+    read(tmp_path, row, conversation("Hello", "Order 17301 of Okonkwo, Zephyrine"))
+    toy = Project(tmp_path / "project")
+    raw = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
+    toy.commit({"raw_examples": entry("raw_examples", {"data/sources/a.jsonl": "1" * 32}, toy.put(raw))})
+    for text in texts:
+        found = Finder(Index(toy.root), bytes.fromhex(KEY)).find(Request(containing=(text,)), ())
+        assert found.rows == {"data/sources/a.jsonl": {0}}, text
+        assert {*found.needles.texts} == {*texts[:1]} - {"Zoë Okonkwo"}
+
+
 def test_what_only_shares_a_prompt_is_no_copy() -> None:
     """Also if the assistant said something in the prompt, and the answer has no words: a call, or the side that an unpaired row lacks."""
     key, prompt = (

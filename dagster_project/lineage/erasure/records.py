@@ -21,7 +21,7 @@ from dagster_project.curation.left_out import LEFT_OUT, is_remote
 from dagster_project.curation.sources.erased import key_id, record_mark, text_marks
 from dagster_project.curation.sources.files import READERS, Row, read_rows, suffix_of
 from dagster_project.lineage import tables
-from dagster_project.lineage.erasure.needles import Needles, needles_of
+from dagster_project.lineage.erasure.needles import SHORTEST, Needles, needles_of
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.impact.question import RECORD_ID
 from dagster_project.lineage.index import Index
@@ -101,26 +101,48 @@ class Raw:
 
 
 def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
-    """All texts of a record or pair: of its messages and calls, and of the other fields of its source row."""
-    for part in ("messages", "prompt", "chosen", "rejected"):
-        for message in _messages(record.get(part)):
-            yield from (text for name in ("content", "reasoning_content") if isinstance(text := message.get(name), str))
-            given = message.get("tool_calls")
-            for call in calls({"tool_calls": json.loads(given) if isinstance(given, str) else given or []}):
-                yield from (
-                    [call.arguments] if isinstance(call.arguments, str) else _strings([text for _, text in argument_texts(call.arguments)])
-                )
+    """All texts of a record or pair: of its messages and calls, and of the other fields of its source row; also names, and numbers with as many digits as
+    a text that is searched for."""
+    for message in _messages(record):
+        yield from (text for name in ("content", "reasoning_content", "name") if isinstance(text := message.get(name), str))
+        for arguments in _arguments(message):
+            yield from [arguments] if isinstance(arguments, str) else _strings([text for _, text in argument_texts(arguments)])
     meta = record.get("meta")
     yield from _strings(json.loads(meta)) if isinstance(meta, str) else ()
 
 
-def _messages(part: Any) -> list[Mapping[str, Any]]:
-    return [{"content": part}] if isinstance(part, str) else list(part or [])
+def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that a request may be about: `texts_of`, the category, and as JSON, with keys and numbers, arguments of calls, tools and other fields."""
+    yield from texts_of(record)
+    documents = [one for message in _messages(record) for one in _arguments(message)]
+    for one in (record.get("category"), record.get("tools"), record.get("meta"), *documents):
+        if one:
+            yield one if isinstance(one, str) and not one.startswith(("{", "[")) else _as_json(one)
+
+
+def _as_json(value: Any) -> str:
+    """JSON with characters as they are, whichever way it was written."""
+    try:
+        return json.dumps(json.loads(value) if isinstance(value, str) else value, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return str(value)
+
+
+def _messages(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for part in map(record.get, ("messages", "prompt", "chosen", "rejected")):
+        yield from [{"content": part}] if isinstance(part, str) else part or ()
+
+
+def _arguments(message: Mapping[str, Any]) -> list[Any]:
+    given = message.get("tool_calls")
+    return [call.arguments for call in calls({"tool_calls": json.loads(given) if isinstance(given, str) else given or []})]
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
+    elif isinstance(value, int | float) and len(str(value)) >= SHORTEST:
+        yield str(value)
     elif isinstance(value, Mapping | list):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(one)
@@ -240,7 +262,7 @@ class Finder:
 
         owners, texts = [], []
         for raw in self.raws:
-            for one in raw.texts:
+            for one in _all_texts(raw.record):
                 owners.append(raw)
                 texts.append(one.encode("utf-8", "replace").decode())
         matching = Pattern(text, False).matches_of(pl.Series(texts, dtype=pl.String))
@@ -384,7 +406,9 @@ class Finder:
         found.own_ids = ids = [one for one in (*found.ids, *found.made) if one not in kept_ids]
         keys = [key for key in map(parse_key, key_files(self.root)) if key]
         published = [published_id(key, one) for key in keys for one in ids]
-        texts = [text for raw in found.meant for text in raw.texts] + [*self._texts_made({*found.made})]
+        kept_labels = {raw.record.get("category") for raw in stays}
+        labels = [label for raw in found.meant if (label := raw.record.get("category")) and label not in kept_labels]
+        texts = [text for raw in found.meant for text in raw.texts] + [*labels, *self._texts_made({*found.made})]
         others = chain((text for raw in stays for text in raw.texts), self._texts_made(kept_made & {*made}))
         found.needles = needles_of(texts, [one for one in (*ids, *published) if RECORD_ID.fullmatch(one)], others)
 
