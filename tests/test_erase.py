@@ -694,6 +694,34 @@ def test_lines_of_a_review_file_name_a_record_in_all_ways_of_reviewers(tmp_path:
     assert found == {"data/sources/review/instructions.csv": {0, 1, 2}}
 
 
+def test_paraphrases_name_the_prompt_of_a_record_by_all_of_its_turns_and_as_it_was_repaired(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    turns = [
+        {"role": "user", "content": "Where is my kite?"},
+        {"role": "assistant", "content": "Which?"},
+        {"role": "user", "content": "The red."},
+    ]
+    record = {"messages": [*turns, {"role": "assistant", "content": "In hall 3."}]}
+    raw = Raw("raw_examples", "data/sources/a.jsonl", (7,), {"example_id": identity("c@ts"), **record}, True)
+    lock = toy.splits([("cats", "train", "data/sources/a.jsonl")])
+    line = {
+        "source": "data/sources/a.jsonl",
+        "source_row": 7,
+        "example_id": identity("cats"),
+        "outcome": "kept",
+        "why": "",
+        "source_id": identity("c@ts"),
+    }
+    made = toy.put({"ledger.parquet": table([line], ledger_schema(repaired=True))})
+    toy.commit({"instructions": entry("instructions", {"data/raw_examples": "1" * 32}, made), **lock})
+    prompts = ["Where is my kite?\nThe red.", "The red.", "What of cats?", "What of dogs?", ""]
+    jsonl(tmp_path / "data/sources/paraphrases/p.jsonl", *({"prompt": prompt, "paraphrase": "x"} for prompt in prompts))
+    index = Index(tmp_path)
+    index.read_records()
+    found = Finder(index, bytes.fromhex(KEY))._notes(Found(meant=[raw]), "data/sources/paraphrases")
+    assert found == {"data/sources/paraphrases/p.jsonl": {0, 1, 2}}
+
+
 def test_with_another_key_than_that_of_the_tombstones_nothing_is_begun(root: Path) -> None:
     (root / "data/keys/record_ids.key").write_text("60" * 32)
     with pytest.raises(InputError, match=r"line 1: made with another key"):

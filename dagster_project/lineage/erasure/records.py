@@ -15,7 +15,7 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import argument_texts, calls
 from dagster_project.core.published_ids import parse_key, published_id
-from dagster_project.core.records import LEDGER, iter_table, with_source_rows
+from dagster_project.core.records import LEDGER, iter_table, prompt_text, with_source_rows
 from dagster_project.core.text import visible
 from dagster_project.curation.left_out import LEFT_OUT, is_remote
 from dagster_project.curation.sources.erased import key_id, record_mark, text_marks
@@ -372,12 +372,16 @@ class Finder:
         return others
 
     def _notes(self, found: Found, folder: str) -> dict[str, set[int]]:
-        """Rows of files in a folder that name one of the records, by its id, the beginning of it or its place, or have its prompt."""
-        ids = {*found.ids, *self._children(found.ids)}
+        """Rows of files in a folder that name one of the records, by its id, the beginning of it or its place, or have its prompt: all of its user turns, as
+        files of paraphrases name it, or one of them; also as it was after repairs and edits."""
+        made = self._children(found.ids)
+        ids = {*found.ids, *made}
         places = {f"{raw.source}:{row}" for raw in found.meant if raw.current for row in raw.rows}
+        turns = [_prompt_messages(record) for record in (*(raw.record for raw in found.meant), *self._records_made({*made}))]
         prompts = {
-            message["content"].strip() for raw in found.meant for message in _prompt_messages(raw.record) if message["role"] == "user"
+            text.strip() for one in turns for text in (prompt_text(one), *(turn["content"] for turn in one if turn["role"] == "user"))
         }
+        prompts.discard("")
         notes: dict[str, set[int]] = {}
         for path, rows in rows_of_notes(self.root, folder):
             numbers = {
@@ -414,13 +418,17 @@ class Finder:
 
     def _texts_made(self, ids: set[str]) -> Iterator[str]:
         """Texts of records that the pipeline made, from every shard that is available."""
+        for record in self._records_made(ids):
+            yield from texts_of(record)
+
+    def _records_made(self, ids: set[str]) -> Iterator[dict[str, Any]]:
+        """Records that the pipeline made, with their messages, from every shard that is available."""
         import polars as pl
 
         for path in self.index.shard_paths().values() if ids else ():
             names = tables.column_names(path)
             columns = [name for name in ("example_id", "messages", "prompt", "chosen", "rejected") if name in names]
-            for row in tables.read(path, columns).filter(pl.col("example_id").is_in(sorted(ids))).iter_rows(named=True):
-                yield from texts_of(row)
+            yield from tables.read(path, columns).filter(pl.col("example_id").is_in(sorted(ids))).iter_rows(named=True)
 
 
 def rows_of_notes(root: Path, folder: str) -> Iterator[tuple[str, Sequence[Row]]]:
