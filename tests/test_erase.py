@@ -722,6 +722,31 @@ def test_paraphrases_name_the_prompt_of_a_record_by_all_of_its_turns_and_as_it_w
     assert found == {"data/sources/paraphrases/p.jsonl": {0, 1, 2}}
 
 
+def test_a_text_that_a_paraphrase_brought_into_records_is_found_and_the_row_of_the_source_stays(tmp_path: Path) -> None:
+    toy, source = Project(tmp_path), "data/sources/a.jsonl"
+    line = {"source": source, "source_row": 0, "example_id": identity("cats"), "outcome": READ, "why": ""}
+    record = {"example_id": identity("cats"), "source": source, "messages": messages("cats"), "meta": "{}"}
+    raw = toy.put({"records-00000.parquet": table([record], record_schema()), "ledger.parquet": table([line], ledger_schema())})
+    curated = toy.curated([("cats", "train", source)], paraphrases={"cats": "Zephyrine Okonkwo"})
+    lock = {"raw_examples": entry("raw_examples", {"data/sources": "1" * 32 + ".dir"}, raw), **curated}
+    lock = toy.trained(lock, ["cats", "Zephyrine Okonkwo"])
+    toy.commit(lock)
+    jsonl(tmp_path / "data/sources/paraphrases/p.jsonl", {"prompt": "What of dogs?", "paraphrase": "And of dogs?"},
+          {"prompt": "What of cats?", "paraphrase": "What of Zephyrine Okonkwo?"})  # fmt: skip
+    index = Index(tmp_path)
+    index.read_records()
+    finder = Finder(index, bytes.fromhex(KEY))
+    found = finder.find(Request(containing=("okonkwo",)), ("paraphrases", "review"))
+    assert (found.rows, found.notes, found.made) == ({}, {"data/sources/paraphrases/p.jsonl": {1}}, [identity("Zephyrine Okonkwo")])
+    assert found.asked[0]["records"] == 1 and "Okonkwo" in "".join(found.needles.texts)
+    models, unknown, _ = models_of(index, found)
+    assert ([model["stage"] for model in models], unknown) == (["adapter@lora", "merged@lora"], [])
+    both = finder.find(Request(sources=(f"{source}:0",)), ("paraphrases", "review"))
+    assert both.rows == {source: {0}} and both.notes == {"data/sources/paraphrases/p.jsonl": {1}}
+    with pytest.raises(InputError, match="no record found"):
+        finder.find(Request(containing=("Larkspur",)), ())
+
+
 def test_with_another_key_than_that_of_the_tombstones_nothing_is_begun(root: Path) -> None:
     (root / "data/keys/record_ids.key").write_text("60" * 32)
     with pytest.raises(InputError, match=r"line 1: made with another key"):

@@ -28,11 +28,13 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.published import key_files, record_of
 from dagster_project.lineage.rows import AUGMENTED, COPY_OF, OVERLAPS, record_key
 from dagster_project.lineage.runs import StageRun
-from dagster_project.lineage.search import Pattern
+from dagster_project.lineage.search import Pattern, search
 
 EXAMPLES, PAIRS = "raw_examples", "raw_preferences"
 NOTES = {"paraphrases": "data/sources/paraphrases", "review": "data/sources/review"}
 """Kind of relatives -> folder of their files."""
+WRITTEN = ("paraphrase", "new_prompt", "new_response")
+"""Columns of such files with texts that become part of records."""
 COLUMNS = ("record", "containing", "source")
 """Columns of a file of requests, of which each row fills one."""
 
@@ -162,6 +164,10 @@ class Found:
     """File of paraphrases or of review -> rows to take out."""
     made: list[str] = field(default_factory=list)
     """Ids of records that the pipeline made from them alone: they end with them."""
+    written: list[str] = field(default_factory=list)
+    """Ids of records with the text of a request that none of the rows has that they were made from: people wrote it into a paraphrase or an edit."""
+    containing: tuple[str, ...] = ()
+    """Texts of the request."""
     own_ids: list[str] = field(default_factory=list)
     """Ids of the records and of what was made from them, without those that a row that stays has too."""
     tombstones: list[dict[str, Any]] = field(default_factory=list)
@@ -228,17 +234,23 @@ class Finder:
         Raises:
             InputError: a part of the request means no record.
         """
-        found = Found()
+        found = Found(containing=request.containing)
         meant: dict[int, Raw] = {}
         for kind, value in request.asked:
             matched = self._matched(kind, value)
-            if not matched:
+            written = self._written(value, matched) if kind == "containing" else []
+            found.written += written
+            if not matched and not written:
                 raise InputError(
                     f"--{kind} {visible(value) if kind != 'containing' else 'TEXT'}: no record found in the available versions of raw_examples and raw_preferences",
                     "check the request with `pedigree impact`; if the source is new, run `dvc repro raw_examples raw_preferences` first",
                 )
             found.asked.append(
-                {"kind": kind, "mark": record_mark(self.key, f"{kind} {value}"), "records": len({raw.example_id for raw in matched})}
+                {
+                    "kind": kind,
+                    "mark": record_mark(self.key, f"{kind} {value}"),
+                    "records": len({raw.example_id for raw in matched}) + len(written),
+                }
             )
             meant |= {id(raw): raw for raw in matched}
         found.meant = [*meant.values()]
@@ -267,6 +279,12 @@ class Finder:
                 texts.append(one.encode("utf-8", "replace").decode())
         matching = Pattern(text, False).matches_of(pl.Series(texts, dtype=pl.String))
         return list({id(owners[i]): owners[i] for i in matching}.values())
+
+    def _written(self, text: str, matched: Sequence[Raw]) -> list[str]:
+        """Ids of the records of data sets with splits that contain a text, apart from those that were made from rows that contain it."""
+        ids = dict.fromkeys(match["example_id"] for match in search(self.index, text))
+        read = {raw.example_id for raw in matched}
+        return [one for one in ids if one not in read.union(self._children(read))] if ids else []
 
     def _raw_ids(self, asked: str) -> set[str]:
         """Ids of the rows from which a record was made, or its own."""
@@ -382,13 +400,14 @@ class Finder:
             text.strip() for one in turns for text in (prompt_text(one), *(turn["content"] for turn in one if turn["role"] == "user"))
         }
         prompts.discard("")
+        patterns = [Pattern(text, False) for text in found.containing]
         notes: dict[str, set[int]] = {}
         for path, rows in rows_of_notes(self.root, folder):
             numbers = {
                 row.source_row
                 for row in rows
                 if row.value and (_names(row.value.get("example_id"), ids, places) or str(row.value.get("prompt")).strip() in prompts)
-            }
+            } | _writing(rows, patterns)
             if numbers:
                 notes[path] = numbers
         return notes
@@ -406,7 +425,7 @@ class Finder:
         kept_ids = {raw.example_id for raw in stays}
         made = self._children(found.ids)
         kept_made = self._kept_children(kept_ids, {*found.ids} - kept_ids) if made else set()
-        found.made = [one for one in made if one not in kept_ids | kept_made]
+        found.made = list(dict.fromkeys([one for one in made if one not in kept_ids | kept_made] + found.written))
         found.own_ids = ids = [one for one in (*found.ids, *found.made) if one not in kept_ids]
         keys = [key for key in map(parse_key, key_files(self.root)) if key]
         published = [published_id(key, one) for key in keys for one in ids]
@@ -441,6 +460,20 @@ def rows_of_notes(root: Path, folder: str) -> Iterator[tuple[str, Sequence[Row]]
         except InputError:  # a file without rows has nothing to take out; the scan at the end reads every byte
             continue
         yield path.relative_to(root).as_posix(), rows
+
+
+def _writing(rows: Sequence[Row], patterns: Sequence[Pattern]) -> set[int]:
+    """Numbers of the rows of a file of notes that write one of some texts into a record."""
+    import polars as pl
+
+    written = [
+        (row.source_row, text)
+        for row in rows
+        for name in WRITTEN
+        if row.value and isinstance(text := row.value.get(name), str) and text
+    ] if patterns else []  # fmt: skip
+    texts = pl.Series([text.encode("utf-8", "replace").decode() for _, text in written], dtype=pl.String)
+    return {written[i][0] for pattern in patterns for i in pattern.matches_of(texts)}
 
 
 def _names(name: object, ids: Collection[str], places: Collection[str]) -> bool:
