@@ -115,7 +115,9 @@ def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
             of == variant or (of in own and stage in {"adapter", "merged"}) if of else has_pairs or learns or stage not in PREFERENCE_STAGES
         )
 
-    return [name for name in reports if contributes(name.partition("@")[0], name.partition("@")[2])]
+    # "splits 5d41402a", "adapter@lora 5d41402a": audits name the second version of a stage with its hash
+    addresses = {name: name.partition(" ")[0].partition("@") for name in reports}
+    return [name for name, (stage, _, of) in addresses.items() if contributes(stage, of)]
 
 
 def _merged_of(variants: set[str], reports: Mapping[str, Mapping[str, Any]]) -> set[str]:
