@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from builders import small_pipeline
 from builders.files import contents, flip
+from builders.history import Project, entry, out
 from builders.keys import write_keys
 from conftest import edit_params, tool
 
@@ -29,16 +30,20 @@ from dagster_project.curation.sources.declarations import NAMES, Declared, decla
 from dagster_project.lineage.export import eu_summary as eu_summary_module
 from dagster_project.lineage.export.answers import training_records, uses_category
 from dagster_project.lineage.export.croissant import croissant
+from dagster_project.lineage.export.cyclonedx import cyclonedx
 from dagster_project.lineage.export.data_sets import data_sets
 from dagster_project.lineage.export.datasheet import SECTIONS, datasheet
 from dagster_project.lineage.export.eu_summary import eu_summary
 from dagster_project.lineage.export.export import export, summarize
+from dagster_project.lineage.export.openlineage import openlineage
 from dagster_project.lineage.export.registry import formats
 from dagster_project.lineage.export.spdx import spdx
 from dagster_project.lineage.export.summary import from_reports
+from dagster_project.lineage.history import Objects
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find
 from dagster_project.lineage.provider import Provider, provider
+from dagster_project.lineage.runs import part_of
 from dagster_project.orchestration import dvc
 
 ISSUED = date(2026, 1, 31)
@@ -275,6 +280,33 @@ def test_the_formulation_has_a_task_for_each_stage_and_citations_point_to_compon
             place = place[int(step)] if isinstance(place, list) else place[step]
         parts[citation["process"]] = place
     assert parts["task:splits"]["name"] == "splits" and parts["task:base_model"]["bom-ref"] == "base_model"
+
+
+def test_parts_of_outputs_and_folders_of_outputs_lead_to_the_stages_that_made_them(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    lock = project.trained(project.curated([("cats", "train", "data/sources/faq.jsonl")]), ["cats"])
+    lock |= project.splits([("mice", "train", "data/sources/pairs.jsonl")], "preferences")
+    lock["preferences"]["deps"].append({"path": "data/splits", "hash": "md5", "md5": out(lock, "splits")})  # compared with alone
+    train = part_of(Objects(tmp_path).listing(out(lock, "splits")) or {}, "train") or ""
+    reads = {"data/splits/train": train, "data/merged/lora": out(lock, "merged@lora"), "data/preferences": out(lock, "preferences")}
+    for name, settings in (("grpo", {"method": "grpo", "reward_target": "response"}), ("dpo", {"method": "dpo"})):
+        lock[f"aligned@{name}"] = entry(f"aligned@{name}", reads, project.put({"adapter_model.safetensors": name.encode()}))
+        lock[f"aligned@{name}"]["params"] = {"params.yaml": {f"aligned.{name}": {"adapter": "lora", **settings}}}
+    released = {"data/merged": project.folder({"lora": out(lock, "merged@lora")})}
+    lock["release"] = entry(
+        "release", released, project.put({"README.md": b"card", "model.safetensors": out(lock, "adapter@lora").encode()})
+    )
+    project.commit(lock)
+    expected = {"aligned@grpo": {"merged@lora", "splits"}, "aligned@dpo": {"merged@lora", "preferences"}, "release": {"merged@lora"}}
+    for name, parents in expected.items():
+        summary = summarize(find(Index(tmp_path), name)) | {"provider": {}, "data_sets": {}}
+        [workflow] = json.loads(cyclonedx(summary, ISSUED))["formulation"][0]["workflows"]
+        [depends] = [one["dependsOn"] for one in workflow["taskDependencies"] if one["ref"] == f"task:{name}"]
+        assert set(depends) == {f"task:{one}" for one in parents}
+        outputs = {f"data/{one.replace('@', '/')}" for one in parents}
+        events = [json.loads(line) for line in openlineage(summary, ISSUED).splitlines()]
+        assert all(outputs <= {one["name"] for one in event["inputs"]} for event in events if event["job"]["name"] == name)
+        assert summary["stages"].get("preferences", {}).get("made_from", []) == []
 
 
 # --- public summary and datasheet

@@ -198,6 +198,31 @@ def conversation(prompt: str, answer: str, system: str | None = None) -> dict[st
     return {"messages": [*first, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
+CALL = [{"type": "function", "function": {"name": "find", "arguments": {"phone": 4915112345678, "by": {"Zephyrine Okonkwo": 7301}}}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"messages": [{"role": "user", "name": "Zephyrine Okonkwo", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}, ["Zephyrine Okonkwo"]),
+        (conversation("Hi", "Yes?") | {"phone": 4915112345678, "order": 7301, "by": {"Zephyrine Okonkwo": 1}}, ["4915112345678", "7301", "Zephyrine Okonkwo"]),
+        (conversation("Hi", "Yes?") | {"category": "Zephyrine Okonkwo"}, ["Zephyrine Okonkwo"]),
+        (conversation("Hi", "Yes?") | {"tools": [{"type": "function", "function": {"name": "find", "description": "asks Zoë Okonkwo", "parameters": {}}}]}, ["Zoë Okonkwo"]),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": CALL}, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "Yes?"}]}, ["4915112345678", "7301", "Zephyrine Okonkwo"]),
+    ],
+    ids=["name", "other fields", "category", "tools", "call"],
+)  # fmt: skip
+def test_a_request_finds_a_text_in_every_field_of_a_row(tmp_path: Path, row: dict[str, Any], texts: list[str]) -> None:
+    read(tmp_path, row, conversation("Hello", "Order 17301 of Okonkwo, Zephyrine"))
+    toy = Project(tmp_path / "project")
+    raw = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
+    toy.commit({"raw_examples": entry("raw_examples", {"data/sources/a.jsonl": "1" * 32}, toy.put(raw))})
+    for text in texts:
+        found = Finder(Index(toy.root), bytes.fromhex(KEY)).find(Request(containing=(text,)), ())
+        assert found.rows == {"data/sources/a.jsonl": {0}}, text
+        assert {*found.needles.texts} == {*texts[:1]} - {"Zoë Okonkwo"}
+
+
 def test_what_only_shares_a_prompt_is_no_copy() -> None:
     """Also if the assistant said something in the prompt, and the answer has no words: a call, or the side that an unpaired row lacks."""
     key, prompt = (
@@ -667,6 +692,59 @@ def test_lines_of_a_review_file_name_a_record_in_all_ways_of_reviewers(tmp_path:
     review_file(tmp_path, *names)
     found = Finder(Index(toy.root), bytes.fromhex(KEY))._notes(Found(meant=[raw]), "data/sources/review")
     assert found == {"data/sources/review/instructions.csv": {0, 1, 2}}
+
+
+def test_paraphrases_name_the_prompt_of_a_record_by_all_of_its_turns_and_as_it_was_repaired(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    turns = [
+        {"role": "user", "content": "Where is my kite?"},
+        {"role": "assistant", "content": "Which?"},
+        {"role": "user", "content": "The red."},
+    ]
+    record = {"messages": [*turns, {"role": "assistant", "content": "In hall 3."}]}
+    raw = Raw("raw_examples", "data/sources/a.jsonl", (7,), {"example_id": identity("c@ts"), **record}, True)
+    lock = toy.splits([("cats", "train", "data/sources/a.jsonl")])
+    line = {
+        "source": "data/sources/a.jsonl",
+        "source_row": 7,
+        "example_id": identity("cats"),
+        "outcome": "kept",
+        "why": "",
+        "source_id": identity("c@ts"),
+    }
+    made = toy.put({"ledger.parquet": table([line], ledger_schema(repaired=True))})
+    toy.commit({"instructions": entry("instructions", {"data/raw_examples": "1" * 32}, made), **lock})
+    prompts = ["Where is my kite?\nThe red.", "The red.", "What of cats?", "What of dogs?", ""]
+    jsonl(tmp_path / "data/sources/paraphrases/p.jsonl", *({"prompt": prompt, "paraphrase": "x"} for prompt in prompts))
+    index = Index(tmp_path)
+    index.read_records()
+    found = Finder(index, bytes.fromhex(KEY))._notes(Found(meant=[raw]), "data/sources/paraphrases")
+    assert found == {"data/sources/paraphrases/p.jsonl": {0, 1, 2}}
+
+
+def test_a_text_that_a_paraphrase_brought_into_records_is_found_and_the_row_of_the_source_stays(tmp_path: Path) -> None:
+    toy, source = Project(tmp_path), "data/sources/a.jsonl"
+    line = {"source": source, "source_row": 0, "example_id": identity("cats"), "outcome": READ, "why": ""}
+    record = {"example_id": identity("cats"), "source": source, "messages": messages("cats"), "meta": "{}"}
+    raw = toy.put({"records-00000.parquet": table([record], record_schema()), "ledger.parquet": table([line], ledger_schema())})
+    curated = toy.curated([("cats", "train", source)], paraphrases={"cats": "Zephyrine Okonkwo"})
+    lock = {"raw_examples": entry("raw_examples", {"data/sources": "1" * 32 + ".dir"}, raw), **curated}
+    lock = toy.trained(lock, ["cats", "Zephyrine Okonkwo"])
+    toy.commit(lock)
+    jsonl(tmp_path / "data/sources/paraphrases/p.jsonl", {"prompt": "What of dogs?", "paraphrase": "And of dogs?"},
+          {"prompt": "What of cats?", "paraphrase": "What of Zephyrine Okonkwo?"})  # fmt: skip
+    index = Index(tmp_path)
+    index.read_records()
+    finder = Finder(index, bytes.fromhex(KEY))
+    found = finder.find(Request(containing=("okonkwo",)), ("paraphrases", "review"))
+    assert (found.rows, found.notes, found.made) == ({}, {"data/sources/paraphrases/p.jsonl": {1}}, [identity("Zephyrine Okonkwo")])
+    assert found.asked[0]["records"] == 1 and "Okonkwo" in "".join(found.needles.texts)
+    models, unknown, _ = models_of(index, found)
+    assert ([model["stage"] for model in models], unknown) == (["adapter@lora", "merged@lora"], [])
+    both = finder.find(Request(sources=(f"{source}:0",)), ("paraphrases", "review"))
+    assert both.rows == {source: {0}} and both.notes == {"data/sources/paraphrases/p.jsonl": {1}}
+    with pytest.raises(InputError, match="no record found"):
+        finder.find(Request(containing=("Larkspur",)), ())
 
 
 def test_with_another_key_than_that_of_the_tombstones_nothing_is_begun(root: Path) -> None:

@@ -171,6 +171,23 @@ def test_limits_say_on_how_much_each_measure_rests(figures: dict[str, Any], word
     assert limits(summary)[0] == f"Measured on 152 test examples from the same sources as the training data{words}. On other data: unknown."
 
 
+def test_checks_of_its_evaluation_that_did_not_pass_are_limits_of_a_model() -> None:
+    passed = {"passed": True, "severity": "error", "count": 0}
+    seen = {"passed": False, "severity": "error", "count": 2, "note": "2 test examples were trained on"}
+    reports = {
+        "base_model": {"origin": "models/tiny", "sha256": {}},
+        "merged@lora": {"checks": {"equal_logits": passed}},
+        "evaluation@lora": {"test_examples": 9, "checks": {"test_is_unseen": seen, "answers_differ": passed}},
+    }
+    summary = from_reports("merged@lora", reports)
+    assert [line for line in limits(summary) if line.startswith("Check ")] == [
+        "Check that did not pass: test_is_unseen (evaluation@lora): 2 test examples were trained on"
+    ]
+    assert "1 of 1 checks passed, and 1 of 2 of its evaluation." in model_card(summary)
+    reports["evaluation@lora"]["checks"] = {"test_is_unseen": passed}
+    assert "\n1 of 1 checks passed.\n" in model_card(from_reports("merged@lora", reports))
+
+
 @pytest.mark.usefixtures("warm_small")
 def test_a_stage_that_is_not_a_model_has_no_card(finished: Path) -> None:
     done = pedigree(finished, "export", "splits", "--format", "model-card", "--issued", "2026-01-31")

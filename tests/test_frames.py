@@ -133,6 +133,24 @@ def test_texts_match_as_python_matches_them(query: str, regex: bool) -> None:
     assert pattern.matches_of(pl.Series(texts)) == expected
 
 
+@pytest.mark.parametrize(
+    ("query", "found", "other"),
+    [
+        ("张三", ["客户张三说他的包裹丢了", "张三", "张 三".replace(" ", "\u200b")], "张小三"),
+        ("さくら", ["昨日さくらさんに会った"], "さく ら"),
+        ("สมชาย", ["คุณสมชายครับ"], "สมช"),
+        ("김철수", ["김철수가 왔다"], "김 철수"),
+        ("Ann", ["请联系Ann谢谢", "Ann。", "é Ann é"], "请联系Anna谢谢"),
+        ("8817", ["订单8817号丢了"], "订单98817号丢了"),
+        ("Zoë", ["Zoë Li"], "Zoës é"),
+    ],
+)
+def test_a_name_is_found_in_scripts_without_spaces(query: str, found: list[str], other: str) -> None:
+    pattern = Pattern(query, False)
+    assert pattern.matches_of(pl.Series([other, *found])) == [*range(1, len(found) + 1)]
+    assert all(query in pattern.excerpt(text) or query.casefold() in pattern.excerpt(text) for text in found)
+
+
 def test_an_expression_that_cannot_be_searched_for_is_one_line() -> None:
     for text in ("(?<=a)b", "(", "a{1000}{1000}{1000}"):
         with pytest.raises(InputError, match="not a regular expression: ") as raised:

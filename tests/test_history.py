@@ -23,12 +23,13 @@ from conftest import pedigree
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import read_table, write_records
-from dagster_project.lineage import index
+from dagster_project.lineage import index, runs
 from dagster_project.lineage import rows as row_index
 from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.diff import as_text as diff_text
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.export.export import export
+from dagster_project.lineage.history import stages_of
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
@@ -622,6 +623,41 @@ def test_a_damaged_index_is_rebuilt(made: Project) -> None:
     before = impact(made.root, record=identity("cats"))
     (made.root / INDEX_FILE).write_bytes(b"no database at all, but a file of some length" * 100)
     assert impact(made.root, record=identity("cats")) == before
+
+
+LOCKED = "schema: '2.0'\nstages:\n  a:\n    cmd: a\n    outs:\n    - path: data/a\n      md5: '1'\n  b@x:\n    cmd: b\n"
+
+
+def test_an_entry_of_dvc_lock_is_parsed_once_however_many_commits_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    monkeypatch.setattr(runs, "_SECTIONS", {})
+    monkeypatch.setattr(runs, "stages_of", lambda text, *where: parsed.append(text) or stages_of(text, *where))
+    changed = LOCKED.replace("cmd: b", "cmd: c")
+    for text in (LOCKED, changed, LOCKED):
+        assert runs.lock_parts(text).text == {name: runs.as_section(name, one) for name, one in stages_of(text).items()}
+    assert ["  a:" in text for text in parsed] == [True, False] and "cmd: c" in parsed[1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("  b@x:", "<<<<<<< ours\n  b@x:"), ("  b@x:", "lost\n  b@x:"), ("  b@x:", " b@x:"), ("b@x", "a"), ("md5: '1'", "md5: &one '1'"), ("cmd: b\n", "cmd: *one\n"),
+        ("  b@x:", "  # of a person\n  b@x:"), ("    cmd: b\n", ""), ("\n", "\r\n"), ("schema", "# of a person\nschema"), ("  b@x:\n    cmd: b\n", "meta: {}\n"),
+    ],
+)  # fmt: skip
+def test_a_dvc_lock_that_dvc_did_not_write_reads_as_a_whole(old: str, new: str) -> None:
+    """Not as the entries before the first line that does not belong to one."""
+
+    def read(text: str, parse: Any) -> Any:
+        try:
+            return dict(parse(text))
+        except InputError as error:
+            return str(error)
+
+    runs.lock_parts(LOCKED)
+    whole = read(LOCKED.replace(old, new), stages_of)
+    expected = whole if isinstance(whole, str) else {name: runs.as_section(name, one) for name, one in whole.items()}
+    assert read(LOCKED.replace(old, new), lambda text: runs.lock_parts(text).text) == expected
 
 
 def test_each_file_is_read_once_however_many_models_saw_it(made: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,22 @@ def test_history_is_verified_and_missing_data_is_listed_separately(root: Path) -
 
 
 @forked
+def test_commits_of_a_branch_whose_merge_kept_nothing_of_it_are_verified(root: Path) -> None:
+    small_pipeline.git(root, "checkout", "-qb", "side")
+    (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
+    assert dvc(root, "repro").returncode == 0
+    small_pipeline.git(root, "commit", "-qam", "side")
+    small_pipeline.git(root, "checkout", "-q", "-")
+    small_pipeline.git(root, "merge", "-q", "-s", "ours", "-m", "kept ours", "side")
+    small_pipeline.git(root, "branch", "-qD", "side")
+    assert dvc(root, "checkout", "--force").returncode == 0
+    [old] = [path for path in files([root / ".dvc/cache/files/md5"]) if path.read_bytes() == b"test 8"]
+    flip(old)
+    [finding] = examine(root, all_revs=True)["findings"]
+    assert finding["path"] == str(old)
+
+
+@forked
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"x"), lambda path: path.unlink()], ids=["altered", "missing"])
 def test_the_next_step_for_an_object_whose_file_is_in_the_workspace_repairs_it(root: Path, damage: Callable[[Path], None]) -> None:
     content = (root / "data/inst/rows.txt").read_bytes()

@@ -170,6 +170,15 @@ def test_an_aligned_variant_is_traced_through_the_variant_it_started_from() -> N
     assert chain("dpo", reports) == [name for name in reports if name not in {"adapter@dora", "evaluation@lora", "reward_model"}]
 
 
+def test_both_versions_of_a_stage_are_traced_where_a_reward_model_is_of_an_earlier_run() -> None:
+    """Of the second version of a stage, audits and exports append the hash to the name."""
+    names = ["adapter@lora", "merged@lora", "reward_model", "adapter@lora 5d41402a", "merged@lora 5d41402a", "adapter@dora 5d41402a"]
+    reports: dict[str, dict[str, Any]] = {name: {} for name in names}
+    reports["reward_model"] = {"model": "merged/lora"}
+    reports["aligned@ppo"] = {"adapter": "lora", "method": "ppo"}
+    assert chain("ppo", reports) == [name for name in reports if name != "adapter@dora 5d41402a"]
+
+
 def test_forgetting_beyond_the_parameter_blocks_the_release(tiny_model: Path, tmp_path: Path) -> None:
     assert [c.name for c in promote(tmp_path, tiny_model, params=Params(max_forgetting=0.005)).failures] == ["kept_its_knowledge"]
     shutil.rmtree(tmp_path / "release")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import unicodedata
@@ -366,6 +367,42 @@ def test_repairs_are_carried_into_the_ledger_of_the_splits(tmp_path: Path, tiny_
     assert (line["source_row"], line["source_id"], line["repaired"]) == (3, rows[3]["example_id"], ["special_tokens_in_text"])
 
 
+def edits(folder: Path, *lines: tuple[str, str, str]) -> str:
+    """A review file that edits the answers of rows, from (id, check, new answer) of each."""
+    path = folder / "data/sources/review/r.csv"
+    path.parent.mkdir(parents=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("example_id", "check", "decision", "reason", "new_response"), *((*one[:2], "edit", "wrong", one[2]) for one in lines)]
+        )
+    return "data/sources/review/r.csv"
+
+
+def test_rows_that_a_reviewer_edited_are_made_from_the_rows_as_they_were_read(tmp_path: Path, tiny_model: Path) -> None:
+    rows = records(*(asked(f"Where is kite {i}?", f"In hall {i}.") for i in range(8)))
+    raw = [row["example_id"] for row in rows]
+    review = edits(
+        tmp_path, (raw[3], "reviewed", "In the attic."), (raw[5], "reviewed", "On the roof.</s>"), (raw[6], "reviewed", "In hall 6.")
+    )
+    staged(tmp_path, tiny_model, rows, review=review)
+    splits.produce(tmp_path, splits.Params(), 7, tmp_path / "out", tmp_path / "splits")
+    for folder in ("out", "splits"):
+        lines = sorted(read_ledger(tmp_path / folder), key=lambda line: line["source_row"])
+        assert [line["source_id"] for line in lines] == [raw[i] if i in (3, 5) else None for i in range(8)]
+        assert [line["repaired"] for line in lines] == [["special_tokens_in_text"] if i == 5 else None for i in range(8)]
+        made = {(parent, child) for parent, child, _ in contributions(tmp_path / folder / LEDGER, LEDGER)[1]}
+        assert made == {(record_key(raw[i]), record_key(lines[i]["example_id"])) for i in (3, 5)}
+
+
+def test_edited_rows_are_named_in_the_ledger_without_any_repair(tmp_path: Path, tiny_model: Path) -> None:
+    rows = records(*(asked(f"Where is kite {i}?", f"In hall {i}.") for i in range(8)))
+    staged(tmp_path, tiny_model, rows, review=edits(tmp_path, (rows[3]["example_id"], "reviewed", "In the attic.")))
+    splits.produce(tmp_path, splits.Params(), 7, tmp_path / "out", tmp_path / "splits")
+    for folder in ("out", "splits"):
+        (line,) = [line for line in read_ledger(tmp_path / folder) if line["source_id"]]
+        assert (line["source_row"], line["source_id"], line["repaired"]) == (3, rows[3]["example_id"], None)
+
+
 def test_pairs_are_repaired_in_their_stage_and_accounted_for(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"prompt": f"Where is kite {i}?", "chosen": f"In hall {i}.<|im_end|>", "rejected": f"Nobody knows {i}."} for i in range(6)]
     rows[5]["rejected"] = "in hall 5"
@@ -381,6 +418,20 @@ def test_pairs_are_repaired_in_their_stage_and_accounted_for(tmp_path: Path, tin
     kept = [pair for name in ("train", "validation", "test") for pair in read_records(tmp_path / "out" / name)]
     assert sorted(pair["chosen"][0]["content"] for pair in kept) == [f"In hall {i}." for i in range(5)]
     assert all(line["repaired"] == ["special_tokens_in_text"] and line["source_id"] for line in read_ledger(tmp_path / "out"))
+
+
+def test_an_edited_pair_is_made_from_the_pair_as_it_was_read(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"prompt": f"Where is kite {i}?", "chosen": f"In hall {i}.", "rejected": f"Nobody knows {i}."} for i in range(6)]
+    (tmp_path / "data/sources").mkdir(parents=True)
+    (tmp_path / "data/sources/p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = raw_preferences.Params(sources=[{"path": "data/sources/p.jsonl"}])  # type: ignore[list-item]
+    raw_preferences.produce(tmp_path, source, tmp_path / "raw")
+    raw = read_records(tmp_path / "raw")[2]["example_id"]
+    write_records(tmp_path / "splits/test", [])
+    folders = (tmp_path / "raw", tmp_path / "splits", tiny_model, tmp_path / "out", tmp_path / "pages")
+    preferences.produce(tmp_path, preferences.Params(review=edits(tmp_path, (raw, "reviewed", "In the attic."))), 7, *folders, {})
+    (line,) = [line for line in read_ledger(tmp_path / "out") if line["source_id"]]
+    assert (line["source_row"], line["source_id"], line["repaired"]) == (2, raw, None)
 
 
 # The command

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ SET = {
 """Variables of MLflow that are set unless they are already."""
 SHORT_DIGEST = 36
 """Characters of a digest that MLflow stores; the whole one is in the source of the data set."""
+NOT_IN_NAMES = re.compile(r"[^\w./:\- ]")
+"""Characters that MLflow refuses in names of metrics. Fields of a task and files of benchmarks may have them."""
 LONGEST_PARAMETER, PER_BATCH = 6000, 100
 
 
@@ -208,7 +211,7 @@ def _log(client: Any, run: str, document: Mapping[str, Any], inputs: list[Any]) 
 
     now = int(time.time() * 1000)
     figures = {
-        f"{stage.replace('@', '/')}/{name}": float(value)
+        NOT_IN_NAMES.sub("_", f"{stage.replace('@', '/')}/{name}"): float(value)
         for stage, metrics in document["metrics"].items()
         for name, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool)

@@ -89,7 +89,7 @@ def ledger_schema(repaired: bool = False) -> pa.Schema:
     """Outcome of each source row.
 
     Args:
-        repaired: include the columns for repaired rows.
+        repaired: include the columns for repaired and edited rows.
     """
     import pyarrow as pa
 
@@ -451,11 +451,11 @@ def with_source_rows(pairs: Iterable[dict[str, Any]], ledger: Iterable[dict[str,
 @uncollected
 def write_ledger(folder: Path, rows: Iterable[dict[str, Any]], repaired: bool | None = None) -> None:
     """Args:
-    repaired: whether any of the rows was repaired; None: look at all rows before they are written.
+    repaired: whether any of the rows was repaired or edited; None: look at all rows before they are written.
     """
     if repaired is None:
         rows = rows if isinstance(rows, Sequence) else StoredRows(rows, folder.parent)
-        repaired = any(line.get("repaired") for line in rows)
+        repaired = any(line.get("source_id") for line in rows)
     write_table(folder / LEDGER, rows, ledger_schema(repaired))
 
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Any, Literal
@@ -314,7 +315,7 @@ class LockParts(dict[str, str]):
 
 
 def lock_parts(text: str) -> LockParts:
-    """Split a dvc.lock into stages without parsing it: parsing YAML is slow, and most stages are unchanged between commits.
+    """Split a dvc.lock into stages, and parse each of them once: parsing YAML is slow, and most stages are unchanged between commits.
 
     Raises:
         InputError: the text is not a dvc.lock.
@@ -324,14 +325,38 @@ def lock_parts(text: str) -> LockParts:
     body = re.split(r"^stages:.*\n", text, maxsplit=1, flags=re.MULTILINE)[1:]
     if text.strip() and not body and not stages_of(text):
         raise InputError(f"{LOCK} has no key `stages`", f"restore it with `git checkout HEAD {LOCK}`")
-    pieces = re.split(r"^(?=  \S)", re.split(r"^(?=\S)", body[0], maxsplit=1, flags=re.MULTILINE)[0], flags=re.MULTILINE) if body else []
-    heads = [re.match(r"  ([\w@.-]+):\n", piece) for piece in pieces]
-    if pieces and all(heads):
-        parts.text = {head.group(1): piece for head, piece in zip(heads, pieces, strict=True) if head}
-    else:  # not formatted by DVC
+    written = None if _ALIAS.search(text) else _BY_DVC.fullmatch(text)
+    before, *pieces = re.split(r"^(?=  \S)", written.group(1), flags=re.MULTILINE) if written else [""]
+    heads = [head for piece in pieces if (head := re.match(r"  ([\w@.-]+):\n", piece))]
+    if not before.strip() and pieces and len({head.group(1) for head in heads}) == len(pieces):
+        with suppress(InputError):  # an entry can be invalid without what is before it; the whole text says what is wrong
+            parts.text = _sections({head.group(1): piece for head, piece in zip(heads, pieces, strict=True)})
+    if not parts.text:  # not formatted by DVC
         parts.text = {name: as_section(name, stage) for name, stage in stages_of(text).items()}
     parts.update({name: hashlib.sha1(piece.encode(), usedforsecurity=False).hexdigest() for name, piece in parts.text.items()})
     return parts
+
+
+_BY_DVC = re.compile(r"schema: '2\.0'\nstages:\n((?:(?: .*)?\n)*)")
+"""A dvc.lock as DVC writes it, with nothing after the stages."""
+_ALIAS = re.compile(r"[:-] [&*]\w")
+"""In YAML: an anchor, or a reference to one. The entry that has it cannot be parsed alone."""
+_SECTIONS: dict[tuple[str, str], str] = {}
+"""Address and text of an entry as DVC writes it -> the entry as `as_section` writes it. Entries of dvc.lock that were parsed."""
+
+
+def _sections(pieces: Mapping[str, str]) -> dict[str, str]:
+    """Address -> its entry as `as_section` writes it, of entries as DVC writes them. Those that are new are parsed, at once.
+
+    Raises:
+        InputError: they are not entries of a dvc.lock.
+    """
+    if new := {name: text for name, text in pieces.items() if (name, text) not in _SECTIONS}:
+        found = stages_of("stages:\n" + "".join(new.values()))
+        if found.keys() != new.keys():
+            raise InputError(f"{LOCK} cannot be read", f"restore it with `git checkout HEAD {LOCK}`")
+        _SECTIONS.update({(name, text): as_section(name, found[name]) for name, text in new.items()})
+    return {name: _SECTIONS[name, text] for name, text in pieces.items()}
 
 
 def as_section(address: str, stage: Mapping[str, Any]) -> str:

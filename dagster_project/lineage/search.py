@@ -29,6 +29,9 @@ BEYOND_ASCII = re.compile(r"[^\x00-\x7f]|\\[xuUpP]")
 """In a regular expression: a character beyond ASCII, or an escape of one."""
 INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]")
 """Invisible characters such as soft hyphens and zero-width spaces: most of Unicode's Default_Ignorable_Code_Point, without fillers of Hangul."""
+UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+"""Characters of scripts without spaces between words (Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese), and Hangul, where particles follow a name
+without one: no word boundary is required next to them."""
 CONTEXT = 40
 """Characters of an excerpt on either side of a match."""
 
@@ -43,8 +46,14 @@ def _forms(text: str) -> tuple[str, ...]:
     return (normalized(text), normalized(text.replace("\u200b", " "))) if "\u200b" in text else (normalized(text),)
 
 
+def _has_boundary(char: str) -> bool:
+    """Whether a text that begins or ends with a character is a word there."""
+    return char.isalnum() and re.match(f"[{UNSPACED}]", char) is None
+
+
 class Pattern:
-    """What is searched for: a text between word boundaries, or a regular expression (without look-around and back-references, case-insensitive).
+    """What is searched for: a text between word boundaries, which scripts without spaces do not have, or a regular expression (without look-around and
+    back-references, case-insensitive).
 
     An expression that names characters beyond ASCII is matched with the NFKC and the NFC form of each text, because NFKC replaces characters such as an
     ellipsis. It has to match one of them as a whole.
@@ -64,7 +73,8 @@ class Pattern:
         self.forms: tuple[Literal["NFKC", "NFC"], ...] = ("NFKC", "NFC") if regex and BEYOND_ASCII.search(text) else ("NFKC",)
         begin, end = (r"(^|\W)" if words[0][0].isalnum() else ""), (r"($|\W)" if words[-1][-1].isalnum() else "")
         self.ascii = text if regex else begin + r"\s+".join(map(re.escape, words)) + end
-        before, after = (r"(?<!\w)" if words[0][0].isalnum() else ""), (r"(?!\w)" if words[-1][-1].isalnum() else "")
+        before = rf"(?<![^\W{UNSPACED}])" if _has_boundary(words[0][0]) else ""
+        after = rf"(?![^\W{UNSPACED}])" if _has_boundary(words[-1][-1]) else ""
         try:
             self.python = re.compile(text if regex else before + re.escape(" ".join(words)) + after, re.IGNORECASE)
             self.matches_of(pl.Series(["probe"]))

@@ -104,7 +104,7 @@ def produce(
         checks.append(expectations.check(outcome, places))
         write_json(pages / "expectations.json", expectations.document(outcome, places))
 
-    ids, repaired = Strings(), any(judged.repaired.values())
+    ids, repaired = Strings(), any(judged.repaired.values()) or bool(judged.edited)
     write_tables(out / LEDGER, _ledger(judged, ids, repaired), ledger_schema(repaired))
     groups = {"group_id": Strings(ids[judged.cluster[i]] for i in left)}
     is_rich = any(judged.reason[i] is None for i in judged.rich)
@@ -139,7 +139,7 @@ def _groups(judged: Judgement, rows: Sequence[int]) -> np.ndarray:
 def _ledger(judged: Judgement, ids: Strings, repaired: bool) -> Iterator[pa.Table]:
     """Args:
     ids: gets the `example_id` of every row.
-    repaired: whether any of the rows was repaired.
+    repaired: whether any of the rows was repaired or edited.
     """
     import pyarrow as pa
 

@@ -310,14 +310,15 @@ def _label(meta: str) -> str | None:
 
 
 def _kept_lines(instructions: Path) -> pa.Table:
-    """The lines of the ledger of `instructions` whose rows are in its output, in the same order. It has `repaired` if any of them was repaired."""
+    """The lines of the ledger of `instructions` whose rows are in its output, in the same order. It has `source_id` and `repaired`
+    if any of them was repaired or edited."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     names = [name for name in pq.read_schema(instructions / LEDGER).names if name in {"source_row", "outcome", "source_id", "repaired"}]
     ledger = pq.read_table(instructions / LEDGER, columns=names)
     kept = ledger.filter(pc.invert(pc.starts_with(ledger["outcome"], "dropped")))
-    if "repaired" in kept.column_names and not pc.any(pc.greater(pc.list_value_length(kept["repaired"]), 0)).as_py():
+    if "source_id" in kept.column_names and kept["source_id"].null_count == len(kept):
         return kept.drop_columns(["repaired", "source_id"])
     return kept
 

@@ -166,7 +166,7 @@ class Judgement:
 
     records: StoredRows
     """With the edits of the review file and the repairs applied. Repaired records have `repaired` and `source_id`
-    (curation/checks/repair.py)."""
+    (curation/checks/repair.py), edited ones `source_id`."""
     reason: list[str | None]
     """For each record the check that drops it, or None if it is kept."""
     facts: Mapping[str, Mapping[int, Any]]
@@ -182,6 +182,8 @@ class Judgement:
     """(index, check) of rows that are kept until a person reviews them."""
     repaired: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """Check -> index of each row repaired for it -> description of the fault."""
+    edited: Collection[int] = ()
+    """Indices of the rows that the review file edits."""
     rich: Sequence[int] = ()
     """Indices of the records with tools, or with a message that has more than role and content."""
     identities: pl.DataFrame | None = None
@@ -264,7 +266,7 @@ def judge(
             passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""), fixed=fixed.get(name, 0),
         )  # fmt: skip
     return Judgement(
-        records, reason, facts.found, overlaps, verdicts, profile, comments, waiting, repaired.found, facts.features.rich.tolist(),
+        records, reason, facts.found, overlaps, verdicts, profile, comments, waiting, repaired.found, edits.keys(), facts.features.rich.tolist(),
         facts.features.table.select("identity_0", "identity_1"), stored, tokens.special,
     )  # fmt: skip
 

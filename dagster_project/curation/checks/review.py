@@ -119,7 +119,7 @@ class Decision:
 
 
 def ids_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """A record's `example_id` and, if it was repaired, its original one. Reviewers may use either."""
+    """A record's `example_id` and, if it was repaired or edited, its original one. Reviewers may use either."""
     return tuple(dict.fromkeys((record["example_id"], record.get("source_id") or record["example_id"])))
 
 
@@ -250,7 +250,8 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
 
 
 def edited(records: StoredRows, decisions: Sequence[Decision]) -> tuple[StoredRows, dict[int, str]]:
-    """The records with the edits applied, and index -> reason of each edit. An edited row gets a new `example_id`."""
+    """The records with the edits applied, and index -> reason of each edit. An edited row gets a new `example_id`, and as `source_id` that of the
+    row as it was read."""
     edits: dict[str, Decision] = {}
     for d in decisions:
         if d.decision == "edit":  # a row may be edited in the lines of several checks
@@ -273,7 +274,10 @@ def _edit(record: dict[str, Any], edit: Decision) -> dict[str, Any]:
         if text.strip() and at is not None:
             messages[at]["content"] = text
     new = {**record, "messages": messages}
-    return {**new, "example_id": content_id(new)}
+    identity = content_id(new)
+    if identity == record["example_id"]:
+        return new
+    return {**new, "example_id": identity, "source_id": record.get("source_id") or record["example_id"]}
 
 
 def queue(records: Sequence[dict[str, Any]], waiting: Iterable[tuple[int, str]]) -> str:

@@ -15,24 +15,26 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import argument_texts, calls
 from dagster_project.core.published_ids import parse_key, published_id
-from dagster_project.core.records import LEDGER, iter_table, with_source_rows
+from dagster_project.core.records import LEDGER, iter_table, prompt_text, with_source_rows
 from dagster_project.core.text import visible
 from dagster_project.curation.left_out import LEFT_OUT, is_remote
 from dagster_project.curation.sources.erased import key_id, record_mark, text_marks
 from dagster_project.curation.sources.files import READERS, Row, read_rows, suffix_of
 from dagster_project.lineage import tables
-from dagster_project.lineage.erasure.needles import Needles, needles_of
+from dagster_project.lineage.erasure.needles import SHORTEST, Needles, needles_of
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.impact.question import RECORD_ID
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.published import key_files, record_of
 from dagster_project.lineage.rows import AUGMENTED, COPY_OF, OVERLAPS, record_key
 from dagster_project.lineage.runs import StageRun
-from dagster_project.lineage.search import Pattern
+from dagster_project.lineage.search import Pattern, search
 
 EXAMPLES, PAIRS = "raw_examples", "raw_preferences"
 NOTES = {"paraphrases": "data/sources/paraphrases", "review": "data/sources/review"}
 """Kind of relatives -> folder of their files."""
+WRITTEN = ("paraphrase", "new_prompt", "new_response")
+"""Columns of such files with texts that become part of records."""
 COLUMNS = ("record", "containing", "source")
 """Columns of a file of requests, of which each row fills one."""
 
@@ -101,26 +103,48 @@ class Raw:
 
 
 def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
-    """All texts of a record or pair: of its messages and calls, and of the other fields of its source row."""
-    for part in ("messages", "prompt", "chosen", "rejected"):
-        for message in _messages(record.get(part)):
-            yield from (text for name in ("content", "reasoning_content") if isinstance(text := message.get(name), str))
-            given = message.get("tool_calls")
-            for call in calls({"tool_calls": json.loads(given) if isinstance(given, str) else given or []}):
-                yield from (
-                    [call.arguments] if isinstance(call.arguments, str) else _strings([text for _, text in argument_texts(call.arguments)])
-                )
+    """All texts of a record or pair: of its messages and calls, and of the other fields of its source row; also names, and numbers with as many digits as
+    a text that is searched for."""
+    for message in _messages(record):
+        yield from (text for name in ("content", "reasoning_content", "name") if isinstance(text := message.get(name), str))
+        for arguments in _arguments(message):
+            yield from [arguments] if isinstance(arguments, str) else _strings([text for _, text in argument_texts(arguments)])
     meta = record.get("meta")
     yield from _strings(json.loads(meta)) if isinstance(meta, str) else ()
 
 
-def _messages(part: Any) -> list[Mapping[str, Any]]:
-    return [{"content": part}] if isinstance(part, str) else list(part or [])
+def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that a request may be about: `texts_of`, the category, and as JSON, with keys and numbers, arguments of calls, tools and other fields."""
+    yield from texts_of(record)
+    documents = [one for message in _messages(record) for one in _arguments(message)]
+    for one in (record.get("category"), record.get("tools"), record.get("meta"), *documents):
+        if one:
+            yield one if isinstance(one, str) and not one.startswith(("{", "[")) else _as_json(one)
+
+
+def _as_json(value: Any) -> str:
+    """JSON with characters as they are, whichever way it was written."""
+    try:
+        return json.dumps(json.loads(value) if isinstance(value, str) else value, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return str(value)
+
+
+def _messages(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for part in map(record.get, ("messages", "prompt", "chosen", "rejected")):
+        yield from [{"content": part}] if isinstance(part, str) else part or ()
+
+
+def _arguments(message: Mapping[str, Any]) -> list[Any]:
+    given = message.get("tool_calls")
+    return [call.arguments for call in calls({"tool_calls": json.loads(given) if isinstance(given, str) else given or []})]
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
+    elif isinstance(value, int | float) and len(str(value)) >= SHORTEST:
+        yield str(value)
     elif isinstance(value, Mapping | list):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(one)
@@ -140,6 +164,10 @@ class Found:
     """File of paraphrases or of review -> rows to take out."""
     made: list[str] = field(default_factory=list)
     """Ids of records that the pipeline made from them alone: they end with them."""
+    written: list[str] = field(default_factory=list)
+    """Ids of records with the text of a request that none of the rows has that they were made from: people wrote it into a paraphrase or an edit."""
+    containing: tuple[str, ...] = ()
+    """Texts of the request."""
     own_ids: list[str] = field(default_factory=list)
     """Ids of the records and of what was made from them, without those that a row that stays has too."""
     tombstones: list[dict[str, Any]] = field(default_factory=list)
@@ -206,17 +234,23 @@ class Finder:
         Raises:
             InputError: a part of the request means no record.
         """
-        found = Found()
+        found = Found(containing=request.containing)
         meant: dict[int, Raw] = {}
         for kind, value in request.asked:
             matched = self._matched(kind, value)
-            if not matched:
+            written = self._written(value, matched) if kind == "containing" else []
+            found.written += written
+            if not matched and not written:
                 raise InputError(
                     f"--{kind} {visible(value) if kind != 'containing' else 'TEXT'}: no record found in the available versions of raw_examples and raw_preferences",
                     "check the request with `pedigree impact`; if the source is new, run `dvc repro raw_examples raw_preferences` first",
                 )
             found.asked.append(
-                {"kind": kind, "mark": record_mark(self.key, f"{kind} {value}"), "records": len({raw.example_id for raw in matched})}
+                {
+                    "kind": kind,
+                    "mark": record_mark(self.key, f"{kind} {value}"),
+                    "records": len({raw.example_id for raw in matched}) + len(written),
+                }
             )
             meant |= {id(raw): raw for raw in matched}
         found.meant = [*meant.values()]
@@ -240,11 +274,17 @@ class Finder:
 
         owners, texts = [], []
         for raw in self.raws:
-            for one in raw.texts:
+            for one in _all_texts(raw.record):
                 owners.append(raw)
                 texts.append(one.encode("utf-8", "replace").decode())
         matching = Pattern(text, False).matches_of(pl.Series(texts, dtype=pl.String))
         return list({id(owners[i]): owners[i] for i in matching}.values())
+
+    def _written(self, text: str, matched: Sequence[Raw]) -> list[str]:
+        """Ids of the records of data sets with splits that contain a text, apart from those that were made from rows that contain it."""
+        ids = dict.fromkeys(match["example_id"] for match in search(self.index, text))
+        read = {raw.example_id for raw in matched}
+        return [one for one in ids if one not in read.union(self._children(read))] if ids else []
 
     def _raw_ids(self, asked: str) -> set[str]:
         """Ids of the rows from which a record was made, or its own."""
@@ -350,19 +390,24 @@ class Finder:
         return others
 
     def _notes(self, found: Found, folder: str) -> dict[str, set[int]]:
-        """Rows of files in a folder that name one of the records, by its id, the beginning of it or its place, or have its prompt."""
-        ids = {*found.ids, *self._children(found.ids)}
+        """Rows of files in a folder that name one of the records, by its id, the beginning of it or its place, or have its prompt: all of its user turns, as
+        files of paraphrases name it, or one of them; also as it was after repairs and edits."""
+        made = self._children(found.ids)
+        ids = {*found.ids, *made}
         places = {f"{raw.source}:{row}" for raw in found.meant if raw.current for row in raw.rows}
+        turns = [_prompt_messages(record) for record in (*(raw.record for raw in found.meant), *self._records_made({*made}))]
         prompts = {
-            message["content"].strip() for raw in found.meant for message in _prompt_messages(raw.record) if message["role"] == "user"
+            text.strip() for one in turns for text in (prompt_text(one), *(turn["content"] for turn in one if turn["role"] == "user"))
         }
+        prompts.discard("")
+        patterns = [Pattern(text, False) for text in found.containing]
         notes: dict[str, set[int]] = {}
         for path, rows in rows_of_notes(self.root, folder):
             numbers = {
                 row.source_row
                 for row in rows
                 if row.value and (_names(row.value.get("example_id"), ids, places) or str(row.value.get("prompt")).strip() in prompts)
-            }
+            } | _writing(rows, patterns)
             if numbers:
                 notes[path] = numbers
         return notes
@@ -380,23 +425,29 @@ class Finder:
         kept_ids = {raw.example_id for raw in stays}
         made = self._children(found.ids)
         kept_made = self._kept_children(kept_ids, {*found.ids} - kept_ids) if made else set()
-        found.made = [one for one in made if one not in kept_ids | kept_made]
+        found.made = list(dict.fromkeys([one for one in made if one not in kept_ids | kept_made] + found.written))
         found.own_ids = ids = [one for one in (*found.ids, *found.made) if one not in kept_ids]
         keys = [key for key in map(parse_key, key_files(self.root)) if key]
         published = [published_id(key, one) for key in keys for one in ids]
-        texts = [text for raw in found.meant for text in raw.texts] + [*self._texts_made({*found.made})]
+        kept_labels = {raw.record.get("category") for raw in stays}
+        labels = [label for raw in found.meant if (label := raw.record.get("category")) and label not in kept_labels]
+        texts = [text for raw in found.meant for text in raw.texts] + [*labels, *self._texts_made({*found.made})]
         others = chain((text for raw in stays for text in raw.texts), self._texts_made(kept_made & {*made}))
         found.needles = needles_of(texts, [one for one in (*ids, *published) if RECORD_ID.fullmatch(one)], others)
 
     def _texts_made(self, ids: set[str]) -> Iterator[str]:
         """Texts of records that the pipeline made, from every shard that is available."""
+        for record in self._records_made(ids):
+            yield from texts_of(record)
+
+    def _records_made(self, ids: set[str]) -> Iterator[dict[str, Any]]:
+        """Records that the pipeline made, with their messages, from every shard that is available."""
         import polars as pl
 
         for path in self.index.shard_paths().values() if ids else ():
             names = tables.column_names(path)
             columns = [name for name in ("example_id", "messages", "prompt", "chosen", "rejected") if name in names]
-            for row in tables.read(path, columns).filter(pl.col("example_id").is_in(sorted(ids))).iter_rows(named=True):
-                yield from texts_of(row)
+            yield from tables.read(path, columns).filter(pl.col("example_id").is_in(sorted(ids))).iter_rows(named=True)
 
 
 def rows_of_notes(root: Path, folder: str) -> Iterator[tuple[str, Sequence[Row]]]:
@@ -409,6 +460,20 @@ def rows_of_notes(root: Path, folder: str) -> Iterator[tuple[str, Sequence[Row]]
         except InputError:  # a file without rows has nothing to take out; the scan at the end reads every byte
             continue
         yield path.relative_to(root).as_posix(), rows
+
+
+def _writing(rows: Sequence[Row], patterns: Sequence[Pattern]) -> set[int]:
+    """Numbers of the rows of a file of notes that write one of some texts into a record."""
+    import polars as pl
+
+    written = [
+        (row.source_row, text)
+        for row in rows
+        for name in WRITTEN
+        if row.value and isinstance(text := row.value.get(name), str) and text
+    ] if patterns else []  # fmt: skip
+    texts = pl.Series([text.encode("utf-8", "replace").decode() for _, text in written], dtype=pl.String)
+    return {written[i][0] for pattern in patterns for i in pattern.matches_of(texts)}
 
 
 def _names(name: object, ids: Collection[str], places: Collection[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -43,7 +43,8 @@ def summarize(subject: Subject) -> dict[str, Any]:
     stages = {
         name: {
             **stage,
-            **{key: audit["stages"][name][key] for key in ("output", "md5", "inputs")},
+            **{key: audit["stages"][name][key] for key in ("output", "md5", "inputs", "parents")},
+            "made_from": _names_of(contributing[name].made_from().values(), contributing),
             **_recorded(index, commits.get(name)),
             **_ran(index, contributing[name]),
         }
@@ -63,6 +64,12 @@ def summarize(subject: Subject) -> dict[str, Any]:
         "records": audit["records"],
         "other_files": audit["other_files"],
     }
+
+
+def _names_of(runs: Iterable[StageRun], known: Mapping[str, StageRun]) -> list[str]:
+    """Names of some runs, of those that are known."""
+    outputs = {(run.path, run.md5) for run in runs}
+    return [name for name, run in known.items() if (run.path, run.md5) in outputs]
 
 
 def measuring(subject: Subject) -> list[StageRun]:

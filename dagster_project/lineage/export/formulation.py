@@ -32,9 +32,8 @@ def formulation(summary: Mapping[str, Any], refs: set[str]) -> list[Json]:
 
 
 def parents_of(name: str, stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The stages whose outputs, by path and hash, a stage read."""
-    read = stages[name].get("inputs", {})
-    return [one for one, stage in stages.items() if "md5" in stage and read.get(stage["output"]) == stage["md5"]]
+    """The stages whose outputs a stage read: as a whole, parts of them, or in folders of outputs."""
+    return [one for one in stages[name].get("parents", ()) if one in stages]
 
 
 def _task_ref(name: str) -> str:

@@ -131,7 +131,9 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
     if summary["environment"]:
         parts.append(f"With {', '.join(f'{name} {version}' for name, version in summary['environment'].items())}.")
     checks = [check["passed"] for stage in summary["stages"].values() for check in stage.get("checks", {}).values()]
-    parts.append(f"{sum(checks)} of {len(checks)} checks passed.")
+    measured = [check["passed"] for checks_of in summary["checks_of_metrics"].values() for check in checks_of.values()]
+    more = "" if all(measured) else f", and {sum(measured)} of {len(measured)} of its evaluation"
+    parts.append(f"{sum(checks)} of {len(checks)} checks passed{more}.")
     commit = code.get("commit")
     if commit and not code["clean"]:
         differs = ", ".join(markdown(path) for path in code.get("differs", []))

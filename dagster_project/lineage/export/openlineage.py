@@ -12,6 +12,7 @@ from openlineage.client.facet_v2 import DatasetFacet, dataset_version_dataset, o
 from openlineage.client.serde import Serde
 
 from dagster_project import __version__
+from dagster_project.lineage.export.formulation import parents_of
 from dagster_project.lineage.export.summary import identity
 
 NAMESPACE = "pedigree"
@@ -43,7 +44,8 @@ def openlineage(summary: Mapping[str, Any], issued: date) -> str:
     }
     lines = []
     for name, stage in summary["stages"].items():
-        read = {**stage["inputs"], **dict.fromkeys(stage.get("sources", ()))}
+        outputs_read = {summary["stages"][one]["output"]: summary["stages"][one]["md5"] for one in parents_of(name, summary["stages"])}
+        read = {**stage["inputs"], **outputs_read, **dict.fromkeys(stage.get("sources", ()))}
         inputs = [InputDataset(NAMESPACE, path, facets=_facets(md5, sums.get(path), producer)) for path, md5 in read.items()]
         rows = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=stage.get("rows_out"), producer=producer)
         outputs = [

@@ -12,7 +12,6 @@ from typing import Any
 from dagster_project import __version__
 from dagster_project.curation.sources.declarations import UNKNOWN, declared_of
 from dagster_project.lineage.export.cyclonedx import SUM
-from dagster_project.lineage.export.formulation import parents_of
 from dagster_project.lineage.export.responsible import collection, processing
 from dagster_project.lineage.export.summary import identity, limits, results
 
@@ -42,7 +41,7 @@ def spdx(summary: Mapping[str, Any], issued: date) -> str:
     graph.relate(model, "dependsOn", libraries)
     for name, stage in summary["stages"].items():
         if "rows_in" in stage:
-            parents = [packages[f"stage:{one}"] for one in parents_of(name, summary["stages"]) if f"stage:{one}" in packages]
+            parents = [packages[f"stage:{one}"] for one in stage.get("made_from", ()) if f"stage:{one}" in packages]
             graph.relate(
                 packages[f"stage:{name}"], "descendantOf", [*parents, *(packages[f"source:{path}"] for path in stage.get("sources", ()))]
             )

@@ -33,7 +33,7 @@ def from_reports(
         waivers: of checks of the release.
         teachers: as recorded in dvc.lock; None: those of the reports.
     Returns:
-        {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics", "untuned", "advice"}, as in `export.summarize`;
+        {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics", "checks_of_metrics", "untuned", "advice"}, as in `export.summarize`;
         and "use_policy", the verdict, if the project has a use policy; "teachers", the larger models that alignments learned from, and "own_answers", the alignments that learned from
         answers of the model that they trained, if any.
     """
@@ -59,6 +59,7 @@ def from_reports(
         "training": {key: tuned[-1][key] for key in TRAINING if key in tuned[-1]} if tuned else {},
         "environment": tuned[-1]["environment"] if tuned else {},
         "metrics": {name: {key: value for key, value in report.items() if key not in NOT_METRICS} for name, report in measured.items()},
+        "checks_of_metrics": {name: _checks(report) for name, report in measured.items()},
         "untuned": reports.get("baselines", {}).get("base", {}),
         "advice": reports.get("comparison", {}).get("advice", []),
         **({"teachers": taught} if taught else {}),
@@ -114,7 +115,9 @@ def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
             of == variant or (of in own and stage in {"adapter", "merged"}) if of else has_pairs or learns or stage not in PREFERENCE_STAGES
         )
 
-    return [name for name in reports if contributes(name.partition("@")[0], name.partition("@")[2])]
+    # "splits 5d41402a", "adapter@lora 5d41402a": audits name the second version of a stage with its hash
+    addresses = {name: name.partition(" ")[0].partition("@") for name in reports}
+    return [name for name, (stage, _, of) in addresses.items() if contributes(stage, of)]
 
 
 def _merged_of(variants: set[str], reports: Mapping[str, Mapping[str, Any]]) -> set[str]:
@@ -144,11 +147,15 @@ NOT_METRICS = {"checks", "machine", "passed", "output_sha256"}
 
 def _stage(report: Mapping[str, Any], sources: Iterable[str]) -> dict[str, Any]:
     kept = {key: report[key] for key in ("rows_in", "rows_out", "dropped", "train", "validation", "test") if key in report}
-    checks = {
-        name: {key: check[key] for key in ("passed", "count", "note") if key in check} for name, check in report.get("checks", {}).items()
-    }
+    checks = _checks(report)
     read = {"sources": sorted(sources)} if "sources" in report else {}
     return {"sha256": report.get("output_sha256"), **read, **kept, **({"checks": checks} if checks else {})}
+
+
+def _checks(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {key: check[key] for key in ("passed", "count", "note") if key in check} for name, check in report.get("checks", {}).items()
+    }
 
 
 ROW = re.compile(r".+:\d+")
@@ -208,10 +215,11 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"General knowledge: {figures['general_knowledge']:.3f}" + ("." if before is None else f", {before:.3f} before tuning.")
             )
+    measured = summary.get("checks_of_metrics", {})
     failed = [
         f"{name} ({stage}): {check.get('note') or check['count']}"
-        for stage, facts in summary["stages"].items()
-        for name, check in facts.get("checks", {}).items()
+        for stage, checks in [*((stage, facts.get("checks", {})) for stage, facts in summary["stages"].items()), *measured.items()]
+        for name, check in checks.items()
         if not check["passed"]
     ]
     lines += [f"Check that did not pass: {one}" for one in failed]
