@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from dagster_project.training.trainers.alignment import preference
 from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
 from dagster_project.training.trainers.alignment.trl_trainers import answer_groups, shared_prompts, training
 from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_by_pair
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.sharding import ShardedModel
+from dagster_project.training.trainers.harness.weight_audit import trainable
 
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0}
@@ -192,6 +195,31 @@ def test_training_is_that_of_a_plain_loop(name: str, iterations: int, policy: An
     assert found == [pytest.approx(point, rel=5e-4, abs=1e-5) for point in expected]
     own, plainly = ({name: w.detach() for name, w in m.named_parameters() if w.requires_grad} for m in (policy, other))
     assert_close(own, plainly, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "iterations", "accumulated", "step"),
+    [pytest.param("rloo", 1, 1, 3, id="in the second epoch"), pytest.param("grpo", 3, 2, 1, id="between passes on the same answers")],
+)
+def test_a_resumed_training_learns_the_same_from_the_same_answers(
+    name: str, iterations: int, accumulated: int, step: int, tiny_model: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    options = {"num_generations": 2, "max_completion_length": LONGEST, "num_iterations": iterations}
+    params = PreferenceParams(
+        learning_rate=3e-3, per_device_train_batch_size=4, gradient_accumulation_steps=accumulated, max_steps=5, save_steps=1
+    )
+
+    def learned() -> Any:
+        run, model = Rewarded(), random_policy(tiny_model, LORA)
+        spec, shared = preference.METHODS[name](**options).trainer_spec(run), ShardedModel(model, None, torch.device("cpu"))  # type: ignore[attr-defined]
+        history = training.train(spec, shared, tiny_tokenizer, ROWS, [], params, COMPUTE, Checkpoints(tmp_path, {}, keep=5))
+        return history.curve, history.seen, {key: weight.tolist() for key, weight in trainable(model).items()}, run.batches
+
+    *whole, batches = learned()
+    for later in range(step + 1, 6):
+        shutil.rmtree(tmp_path / f"step-{later:08d}")
+    *resumed, more = learned()
+    assert resumed == whole and more == batches[-len(more) :]
 
 
 def test_a_policy_reads_its_answers_once_before_it_learns_from_them(

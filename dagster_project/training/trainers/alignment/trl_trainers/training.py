@@ -81,8 +81,11 @@ class TrlSession(SharedSession):
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
         super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
         self.metrics, self.tokenizer, self.sampled, self.keep = spec.metrics, tokenizer, spec.sampled, spec.keep
+        self.answers_in_use: tuple[int, Any] = (0, None)
+        """Of methods that compare answers: passes so far, and the batch of answers that further ones learn from, as TRL buffers it."""
         if self.sampled and self.saved:
             self.sampled.restore(self.state["answers"])
+            self.answers_in_use = self.state["answers_in_use"]
         reads_once = shared_prompts.reads_prompts_once(model, self.device.type)
         self.outputs = spec.outputs if reads_once else None
         """As in the specification; None if the model cannot read pairs so, or there are none."""
@@ -94,7 +97,7 @@ class TrlSession(SharedSession):
         """Log-probabilities of the chosen and the rejected answer of each row under the reference; validation rows have negative numbers."""
 
     def method_state(self) -> dict[str, Any]:
-        return {"answers": self.sampled.state()} if self.sampled else {}
+        return {"answers": self.sampled.state(), "answers_in_use": self.answers_in_use} if self.sampled else {}
 
     def is_complete(self) -> bool:
         return super().is_complete() or (self.saved is not None and self.stalls())
