@@ -259,10 +259,9 @@ def test_dpo_is_the_training_of_a_plain_loop(loss_type: Any, policy: Any, tiny_t
 
     expected = train_plainly(plain, history, loss_of)
     assert_same_training(history, expected, policy, plain)
-    validation = [point["validation_loss"] for point in history.curve if "validation_loss" in point]
-    last = [float(loss_of(rows)[0].detach()) for rows in ([0, 1], [2])]
-    # Trainer weights the loss of a pass by its rows
-    assert validation[-1] == pytest.approx((2 * last[0] + last[1]) / 3, rel=1e-4, abs=1e-5)
+    *_, last = (point for point in history.curve if "validation_loss" in point)
+    for name, values in zip(("loss", "margin"), zip(*map(loss_of, ([0, 1], [2])), strict=True), strict=True):  # a pass counts by its rows
+        assert last[f"validation_{name}"] == pytest.approx((2 * float(values[0]) + float(values[1])) / 3, rel=1e-4, abs=1e-5), name
 
 
 def test_a_reward_model_is_the_training_of_a_plain_loop(judge: Any, tiny_tokenizer: Any) -> None:
