@@ -552,6 +552,16 @@ def test_a_teacher_that_was_changed_is_refused_before_a_model_is_loaded(
     assert not any(path.exists() for path in paths)
 
 
+def test_a_pass_over_more_prompts_than_there_are_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preference, "policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    params = aligned.Params(method="rloo", adapter="lora", per_device_train_batch_size=4096)
+    paths = [tmp_path / name for name in ("out", "curve.csv", "checkpoints")]
+    with pytest.raises(InputError, match=r"aligned\.mine\.per_device_train_batch_size: a forward pass takes answers to 1024 prompts"):
+        aligned.produce("mine", params, COMPUTE, preferences, judged[0], tiny_model, *paths)
+
+
 @pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "gkd", "rloo", "online_dpo", "ppo"])
 def test_a_resumed_training_ends_in_the_same_bytes(
     method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from builders.adapters import random_policy
 from builders.gradients import assert_close, trained_gradients
 from builders.live_bytes import LiveBytes
 
+from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.training.inference import decoding
 from dagster_project.training.inference.sampling import draw, sampled, uniform_numbers
@@ -309,6 +310,26 @@ def test_the_policys_first_pass_is_kept_where_training_keeps_it() -> None:
         True, False, False, True, False,
     ]  # fmt: skip
     assert AnswerPass(((3, 2, 2),), True, True).tokens == 16
+
+
+def test_the_planned_steps_and_texts_are_those_of_a_training(policy: Any, tiny_tokenizer: Any) -> None:
+    """Of 11 prompts in passes of two one is left out, and the third step of an epoch has fewer passes than the others."""
+    run, method = Rewarded(), preference.Grpo(num_generations=2, max_completion_length=2, num_iterations=2)
+    params = PreferenceParams(per_device_train_batch_size=4, gradient_accumulation_steps=4, num_train_epochs=2)
+    rows = [{"prompt": [5 + number, 6], "pair": number} for number in range(11)]
+    shared = ShardedModel(policy, None, torch.device("cpu"))
+    history = training.train(method.trainer_spec(run), shared, tiny_tokenizer, rows, [], params, COMPUTE)  # type: ignore[arg-type]
+    assert history.step == method.steps(11, params) == 6
+    assert 2 * sum(map(len, run.batches)) == 2 * method.texts_per_epoch(11, params) == 80
+    method.refuse_few_prompts(2, params, "aligned.x")
+    with pytest.raises(InputError, match=r"aligned\.x\.per_device_train_batch_size: .* 2 prompts, .* 1\nhint: set it to 2 or less"):
+        method.refuse_few_prompts(1, params, "aligned.x")
+
+
+def test_planned_steps_of_ppo_count_a_smaller_last_iteration() -> None:
+    ppo = preference.Ppo(total_episodes=20, batch_size=16, mini_batch_size=2, gradient_accumulation_steps=2, num_ppo_epochs=3)
+    assert ppo.steps(9, PreferenceParams()) == 3 * (4 + 1) and ppo.texts_per_epoch(9, PreferenceParams()) == 60
+    assert ppo.model_copy(update={"total_episodes": 4}).steps(9, PreferenceParams()) == 3
 
 
 def test_a_further_model_counts_as_weights(tiny_model: Path) -> None:

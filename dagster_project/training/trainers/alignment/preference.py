@@ -180,6 +180,11 @@ class AlignmentMethod(Section):
         InputError: options that contradict each other, or the entry.
         """
 
+    def refuse_few_prompts(self, prompts: int, params: PreferenceParams, where: str) -> None:
+        """Raises:
+        InputError: the training split has fewer prompts than a forward pass takes.
+        """
+
     def train(self, run: AlignmentRun) -> TrainingHistory:
         """Train the model in place, from its newest checkpoint if it has one."""
         raise NotImplementedError
@@ -198,6 +203,14 @@ class AlignmentMethod(Section):
 
     def steps_per_epoch(self, pairs: int, params: PreferenceParams) -> int:
         return -(-pairs // math.prod(self.passes(params)))
+
+    def texts_per_epoch(self, texts: int, params: PreferenceParams) -> int:
+        """Texts that an epoch trains on.
+
+        Args:
+            texts: of the training split.
+        """
+        return texts
 
     def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
         """(tokens, tokens of the answer) of each sequence that a pair adds to a forward pass, for planning.
@@ -541,8 +554,22 @@ class AnswerGroups(TrlMethod):
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [{"prompt": prompt_ids(tokenizer, pair), "pair": i} for i, pair in enumerate(pairs)]
 
+    def refuse_few_prompts(self, prompts: int, params: PreferenceParams, where: str) -> None:
+        if prompts < (needed := params.per_device_train_batch_size // self.num_generations):
+            raise InputError(
+                f"params.yaml: {where}.per_device_train_batch_size: a forward pass takes answers to {needed} prompts, and the training split has "
+                f"{prompts}",
+                f"set it to {prompts * self.num_generations} or less, or add prompts",
+            )
+
     def steps_per_epoch(self, pairs: int, params: PreferenceParams) -> int:
-        return pairs * self.num_generations // math.prod(self.passes(params))
+        batch, accumulated = self.passes(params)
+        return -(-self.texts_per_epoch(pairs, params) // batch // accumulated)
+
+    def texts_per_epoch(self, texts: int, params: PreferenceParams) -> int:
+        """TRL leaves out the prompts of a pass that would not be full."""
+        prompts = params.per_device_train_batch_size // self.num_generations
+        return texts // prompts * prompts * self.num_generations
 
     def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
         return [(prompt + self.max_completion_length, self.max_completion_length)]
@@ -556,8 +583,8 @@ class GroupMethod(AnswerGroups):
     num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps on each batch of answers."""
 
-    def steps_per_epoch(self, pairs: int, params: PreferenceParams) -> int:
-        return pairs * self.num_generations * self.num_iterations // math.prod(self.passes(params))
+    def texts_per_epoch(self, texts: int, params: PreferenceParams) -> int:
+        return super().texts_per_epoch(texts, params) * self.num_iterations
 
 
 class Rloo(GroupMethod):
@@ -677,7 +704,11 @@ class Ppo(AlignmentMethod, ppo.Settings):
         return self.mini_batch_size, self.gradient_accumulation_steps
 
     def steps(self, pairs: int, params: PreferenceParams) -> int:
-        return ppo.iterations(self) * self.num_ppo_epochs * -(-self.batch_size // math.prod(self.passes(params)))
+        answers = [min(self.batch_size, self.total_episodes - start) for start in range(0, self.total_episodes, self.batch_size)]
+        return self.num_ppo_epochs * sum(-(-count // math.prod(self.passes(params))) for count in answers)
+
+    def texts_per_epoch(self, texts: int, params: PreferenceParams) -> int:
+        return self.total_episodes * self.num_ppo_epochs
 
     def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
         return [(prompt + self.response_length, self.response_length)]
