@@ -603,8 +603,8 @@ class Grpo(GroupMethod):
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
     """How the losses of tokens become one loss, as named by TRL: grpo is the mean of each answer's mean (the paper's), dapo
-    the mean over all tokens of a step, bnpo over those of a forward pass, dr_grpo the sum divided by answers times
-    max_completion_length; cispo, sapo, luspo and vespo change the clipping, too."""
+    and bnpo the mean over all tokens of a forward pass, which is a step without gradient accumulation, dr_grpo the sum divided by answers
+    times max_completion_length; cispo, sapo, luspo and vespo change the clipping, too. A step is the mean over its passes."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Standard deviation that advantages are divided by: of the group (the paper's), of the batch, or none (Dr. GRPO)."""
     epsilon_high: float | None = Field(default=None, gt=0)
