@@ -744,6 +744,10 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         ({"aligned": {"lora": {"method": "dpo", "adapter": "lora"}}}, "aligned.lora: adapter.lora has the same name"),
         ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"bata": 1}}}}, "aligned.x.options.bata: unknown key"),
         ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "exo_pair"}}}}, "exo_pair needs it above 0"),
+        (
+            {"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "hinge", "label_smoothing": 0.1}}}},
+            "aligned.x.options.label_smoothing: has no effect on the loss hinge",
+        ),
         ({"aligned": {"x": {"method": "rloo", "adapter": "lora", "per_device_train_batch_size": 6}}}, "cannot be divided into groups of 4"),
         ({"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"pretty": 1.0}}}}, "aligned.x.rewards: unknown: pretty"),
         (

@@ -278,7 +278,8 @@ class Dpo(TrlMethod):
     ] = "sigmoid"  # fmt: skip
     """The loss, as named by TRL; `sigmoid` is the loss of the DPO paper."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed probability that chosen and rejected are swapped (cDPO, robust DPO). exo_pair requires more than 0."""
+    """Assumed probability that chosen and rejected are swapped: sigmoid becomes cDPO; read by robust, exo_pair, which requires more than 0, aot and
+    aot_unpaired, too."""
     rpo_alpha: float = Field(default=0.0, ge=0)
     """Weight of the negative log-likelihood of the chosen answer in the loss, so that its likelihood does not fall
     (arXiv 2404.19733)."""
@@ -286,15 +287,23 @@ class Dpo(TrlMethod):
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise InputError(f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper uses 0.001")
+        if self.label_smoothing and self.loss_type not in (smoothed := ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")):
+            raise InputError(
+                f"params.yaml: {where}.options.label_smoothing: has no effect on the loss {self.loss_type}",
+                f"leave it out, or use {', '.join(smoothed)}",
+            )
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         import trl
 
-        options = self.model_dump(exclude={"rpo_alpha"})
-        losses: dict[str, Any] = {"loss_type": [self.loss_type]}
+        losses, swapped = {str(self.loss_type): 1.0}, self.label_smoothing
+        if self.loss_type == "sigmoid" and swapped:
+            # TRL's sigmoid, L of x = beta times the margin, has no smoothing. cDPO is L + swapped x, and robust L - swapped x / (1 - 2 swapped)
+            losses = {"sigmoid": 2 - 2 * swapped, "robust": 2 * swapped - 1}
         if self.rpo_alpha:
-            losses = {"loss_type": [self.loss_type, "sft"], "loss_weights": [1.0, self.rpo_alpha]}
-        arguments = {**options, **losses, "max_length": None}
+            losses["sft"] = self.rpo_alpha
+        weights = {"loss_weights": [*losses.values()]} if len(losses) > 1 else {}
+        arguments = {**self.model_dump(exclude={"rpo_alpha"}), "loss_type": [*losses], **weights, "max_length": None}
         return TrainerSpec(
             self.name, trl.DPOTrainer, trl.DPOConfig, arguments, self.metrics, outputs=shared_prompts.log_probabilities, has_reference=True
         )
