@@ -246,6 +246,18 @@ def test_a_policy_reads_its_answers_once_before_it_learns_from_them(
     assert passes == [(False, False), (False, True), (True, False)]
 
 
+@pytest.mark.parametrize(("ended", "learns"), [(0, False), (1, True)])
+def test_unfinished_answers_can_be_left_out_of_the_loss(
+    ended: int, learns: bool, policy: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four answers, `ended` ones have an end of turn."""
+    monkeypatch.setattr(answer_groups, "decode", lambda *_: [[30, 31 + i, 2 if i < ended else 9] for i in range(4)])
+    spec = preference.Grpo(num_generations=2, max_completion_length=3, mask_truncated_completions=True).trainer_spec(Rewarded())  # type: ignore[arg-type]
+    params = PreferenceParams(per_device_train_batch_size=4, max_steps=1)
+    history = training.train(spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE)
+    assert (history.curve[0]["grad_norm"] > 0) == learns and history.curve[0]["unfinished"] == 1 - ended / 4
+
+
 def test_models_that_cannot_read_groups_read_padded_batches(tiny_tokenizer: Any) -> None:
     spec = preference.Grpo().trainer_spec(Rewarded())  # type: ignore[arg-type]
     from transformers import AutoConfig, AutoModelForCausalLM
