@@ -759,6 +759,14 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             "with ratios of whole answers, dapo would weight each answer by its length",
         ),
         (
+            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"loss_type": "cispo"}}}},
+            "aligned.x.options.epsilon_high: with cispo it is the largest ratio of probabilities itself, and must be above 1",
+        ),
+        (
+            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"loss_type": "sapo", "epsilon": 0.1}}}},
+            "aligned.x.options.epsilon: has no effect on the loss sapo",
+        ),
+        (
             {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"loss_type": "luspo"}}}},
             "importance_sampling_level: luspo is defined for ratios of a sequence",
         ),
@@ -771,6 +779,7 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             "aligned.x.options.label_smoothing: has no effect on the loss ipo",
         ),
         ({"aligned": {"x": {"method": "orpo", "adapter": "lora", "rewards": {"brief": 1.0}}}}, "orpo learns from pairs alone"),
+        ({"reward_model": {"model": "base_model", "method": "full", "peft": {"r": 8}}}, "reward_model.peft: full trains every weight"),
         ({"aligned": {"x": {"method": "gkd", "adapter": "lora"}}}, "aligned.x.options.teacher: missing"),
         (
             {"aligned": {"x": {"method": "gkd", "adapter": "lora", "options": {"teacher": {"folder": "models/x", "sha256": {}}}}}},

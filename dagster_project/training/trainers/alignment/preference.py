@@ -617,7 +617,7 @@ class Grpo(GroupMethod):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Standard deviation that advantages are divided by: of the group (the paper's), of the batch, or none (Dr. GRPO)."""
     epsilon_high: float | None = Field(default=None, gt=0)
-    """Upper end of the clipping range; by default epsilon. DAPO uses 0.28; with cispo, its paper 5."""
+    """Upper end of the clipping range; by default epsilon. DAPO uses 0.28. With cispo, which requires it, the largest ratio itself; its paper uses 5."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Whether a ratio of probabilities is of a token, or of a whole answer: sequence requires the loss_type grpo, which makes
     it GSPO, sapo or luspo; luspo requires it."""
@@ -626,6 +626,14 @@ class Grpo(GroupMethod):
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         super().refuse_contradictions(params, where)
+        if self.loss_type == "cispo" and (self.epsilon_high or 0) <= 1:
+            raise InputError(
+                f"params.yaml: {where}.options.epsilon_high: with cispo it is the largest ratio of probabilities itself, and must be above 1",
+                "set it, e.g. to 5, as its paper does",
+            )
+        unread = {"cispo": ["epsilon"], "sapo": ["epsilon", "epsilon_high"], "vespo": ["epsilon", "epsilon_high"]}.get(self.loss_type, [])
+        if useless := next((name for name in unread if name in self.model_fields_set), None):
+            raise InputError(f"params.yaml: {where}.options.{useless}: has no effect on the loss {self.loss_type}", "leave it out")
         level, needed = self.importance_sampling_level, {"luspo": "sequence", "vespo": "token"}.get(self.loss_type)
         if needed and level != needed:
             raise InputError(
