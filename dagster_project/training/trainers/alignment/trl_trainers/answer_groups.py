@@ -55,6 +55,8 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
     class GroupTrainer(base):
         session: Any
         """A TrlSession."""
+        _step: int
+        _buffered_inputs: Any
         batches = (0, 0)
         """The current step, and how many batches of answers were generated in it."""
         kept: tuple[list[Any], torch.Tensor, torch.Tensor] | None = None
