@@ -552,6 +552,16 @@ def test_a_teacher_that_was_changed_is_refused_before_a_model_is_loaded(
     assert not any(path.exists() for path in paths)
 
 
+def test_a_pass_over_more_prompts_than_there_are_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preference, "policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    params = aligned.Params(method="rloo", adapter="lora", per_device_train_batch_size=4096)
+    paths = [tmp_path / name for name in ("out", "curve.csv", "checkpoints")]
+    with pytest.raises(InputError, match=r"aligned\.mine\.per_device_train_batch_size: a forward pass takes answers to 1024 prompts"):
+        aligned.produce("mine", params, COMPUTE, preferences, judged[0], tiny_model, *paths)
+
+
 @pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "gkd", "rloo", "online_dpo", "ppo"])
 def test_a_resumed_training_ends_in_the_same_bytes(
     method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
@@ -734,6 +744,10 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         ({"aligned": {"lora": {"method": "dpo", "adapter": "lora"}}}, "aligned.lora: adapter.lora has the same name"),
         ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"bata": 1}}}}, "aligned.x.options.bata: unknown key"),
         ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "exo_pair"}}}}, "exo_pair needs it above 0"),
+        (
+            {"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "hinge", "label_smoothing": 0.1}}}},
+            "aligned.x.options.label_smoothing: has no effect on the loss hinge",
+        ),
         ({"aligned": {"x": {"method": "rloo", "adapter": "lora", "per_device_train_batch_size": 6}}}, "cannot be divided into groups of 4"),
         ({"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"pretty": 1.0}}}}, "aligned.x.rewards: unknown: pretty"),
         (
@@ -743,6 +757,14 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         (
             {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"importance_sampling_level": "sequence"}}}},
             "with ratios of whole answers, dapo would weight each answer by its length",
+        ),
+        (
+            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"loss_type": "cispo"}}}},
+            "aligned.x.options.epsilon_high: with cispo it is the largest ratio of probabilities itself, and must be above 1",
+        ),
+        (
+            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"loss_type": "sapo", "epsilon": 0.1}}}},
+            "aligned.x.options.epsilon: has no effect on the loss sapo",
         ),
         (
             {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"loss_type": "luspo"}}}},
@@ -757,6 +779,7 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             "aligned.x.options.label_smoothing: has no effect on the loss ipo",
         ),
         ({"aligned": {"x": {"method": "orpo", "adapter": "lora", "rewards": {"brief": 1.0}}}}, "orpo learns from pairs alone"),
+        ({"reward_model": {"model": "base_model", "method": "full", "peft": {"r": 8}}}, "reward_model.peft: full trains every weight"),
         ({"aligned": {"x": {"method": "gkd", "adapter": "lora"}}}, "aligned.x.options.teacher: missing"),
         (
             {"aligned": {"x": {"method": "gkd", "adapter": "lora", "options": {"teacher": {"folder": "models/x", "sha256": {}}}}}},

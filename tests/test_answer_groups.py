@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from builders.adapters import random_policy
 from builders.gradients import assert_close, trained_gradients
 from builders.live_bytes import LiveBytes
 
+from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.training.inference import decoding
 from dagster_project.training.inference.sampling import draw, sampled, uniform_numbers
@@ -23,8 +25,10 @@ from dagster_project.training.trainers.alignment import preference
 from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
 from dagster_project.training.trainers.alignment.trl_trainers import answer_groups, shared_prompts, training
 from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_by_pair
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.sharding import ShardedModel
+from dagster_project.training.trainers.harness.weight_audit import trainable
 
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0}
@@ -194,6 +198,31 @@ def test_training_is_that_of_a_plain_loop(name: str, iterations: int, policy: An
     assert_close(own, plainly, 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "iterations", "accumulated", "step"),
+    [pytest.param("rloo", 1, 1, 3, id="in the second epoch"), pytest.param("grpo", 3, 2, 1, id="between passes on the same answers")],
+)
+def test_a_resumed_training_learns_the_same_from_the_same_answers(
+    name: str, iterations: int, accumulated: int, step: int, tiny_model: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    options = {"num_generations": 2, "max_completion_length": LONGEST, "num_iterations": iterations}
+    params = PreferenceParams(
+        learning_rate=3e-3, per_device_train_batch_size=4, gradient_accumulation_steps=accumulated, max_steps=5, save_steps=1
+    )
+
+    def learned() -> Any:
+        run, model = Rewarded(), random_policy(tiny_model, LORA)
+        spec, shared = preference.METHODS[name](**options).trainer_spec(run), ShardedModel(model, None, torch.device("cpu"))  # type: ignore[attr-defined]
+        history = training.train(spec, shared, tiny_tokenizer, ROWS, [], params, COMPUTE, Checkpoints(tmp_path, {}, keep=5))
+        return history.curve, history.seen, {key: weight.tolist() for key, weight in trainable(model).items()}, run.batches
+
+    *whole, batches = learned()
+    for later in range(step + 1, 6):
+        shutil.rmtree(tmp_path / f"step-{later:08d}")
+    *resumed, more = learned()
+    assert resumed == whole and more == batches[-len(more) :]
+
+
 def test_a_policy_reads_its_answers_once_before_it_learns_from_them(
     policy: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +244,18 @@ def test_a_policy_reads_its_answers_once_before_it_learns_from_them(
     checkpointed = params.model_copy(update={"gradient_checkpointing": True, "max_steps": 1})
     training.train(spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], checkpointed, COMPUTE)
     assert passes == [(False, False), (False, True), (True, False)]
+
+
+@pytest.mark.parametrize(("ended", "learns"), [(0, False), (1, True)])
+def test_unfinished_answers_can_be_left_out_of_the_loss(
+    ended: int, learns: bool, policy: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four answers, `ended` ones have an end of turn."""
+    monkeypatch.setattr(answer_groups, "decode", lambda *_: [[30, 31 + i, 2 if i < ended else 9] for i in range(4)])
+    spec = preference.Grpo(num_generations=2, max_completion_length=3, mask_truncated_completions=True).trainer_spec(Rewarded())  # type: ignore[arg-type]
+    params = PreferenceParams(per_device_train_batch_size=4, max_steps=1)
+    history = training.train(spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE)
+    assert (history.curve[0]["grad_norm"] > 0) == learns and history.curve[0]["unfinished"] == 1 - ended / 4
 
 
 def test_models_that_cannot_read_groups_read_padded_batches(tiny_tokenizer: Any) -> None:
@@ -281,6 +322,26 @@ def test_the_policys_first_pass_is_kept_where_training_keeps_it() -> None:
         True, False, False, True, False,
     ]  # fmt: skip
     assert AnswerPass(((3, 2, 2),), True, True).tokens == 16
+
+
+def test_the_planned_steps_and_texts_are_those_of_a_training(policy: Any, tiny_tokenizer: Any) -> None:
+    """Of 11 prompts in passes of two one is left out, and the third step of an epoch has fewer passes than the others."""
+    run, method = Rewarded(), preference.Grpo(num_generations=2, max_completion_length=2, num_iterations=2)
+    params = PreferenceParams(per_device_train_batch_size=4, gradient_accumulation_steps=4, num_train_epochs=2)
+    rows = [{"prompt": [5 + number, 6], "pair": number} for number in range(11)]
+    shared = ShardedModel(policy, None, torch.device("cpu"))
+    history = training.train(method.trainer_spec(run), shared, tiny_tokenizer, rows, [], params, COMPUTE)  # type: ignore[arg-type]
+    assert history.step == method.steps(11, params) == 6
+    assert 2 * sum(map(len, run.batches)) == 2 * method.texts_per_epoch(11, params) == 80
+    method.refuse_few_prompts(2, params, "aligned.x")
+    with pytest.raises(InputError, match=r"aligned\.x\.per_device_train_batch_size: .* 2 prompts, .* 1\nhint: set it to 2 or less"):
+        method.refuse_few_prompts(1, params, "aligned.x")
+
+
+def test_planned_steps_of_ppo_count_a_smaller_last_iteration() -> None:
+    ppo = preference.Ppo(total_episodes=20, batch_size=16, mini_batch_size=2, gradient_accumulation_steps=2, num_ppo_epochs=3)
+    assert ppo.steps(9, PreferenceParams()) == 3 * (4 + 1) and ppo.texts_per_epoch(9, PreferenceParams()) == 60
+    assert ppo.model_copy(update={"total_episodes": 4}).steps(9, PreferenceParams()) == 3
 
 
 def test_a_further_model_counts_as_weights(tiny_model: Path) -> None:

@@ -459,7 +459,7 @@ def test_a_plan_of_an_online_method_reads_prompts_once_and_counts_the_reward_mod
     messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
     task = {"example_id": "a" * 32, "source": "a.jsonl", "messages": messages, "category": None, "group_id": None, "meta": "{}"}
     for split in ("train", "validation"):
-        write_records(tokenized / "data" / "splits" / split, [task])
+        write_records(tokenized / "data" / "splits" / split, [task, {**task, "example_id": "b" * 32}])
     online = {"adapter": "lora", "options": {"max_completion_length": 10, "num_generations": 4}}
     rules = {**online, "rewards": {"exact_match": 1.0}}
     entries = {

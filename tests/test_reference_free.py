@@ -158,9 +158,11 @@ def test_the_training_is_that_of_the_papers_formula_in_float64(
         optimizer.zero_grad()
     own, other = ({name: w.detach().float() for name, w in m.named_parameters() if w.requires_grad} for m in (policy, plain))
     assert_close(own, other, 1e-3)
-    validation = [point["validation_loss"] for point in history.curve if "validation_loss" in point]
-    last = [float(plainly(plain, losses, rows)[0].detach()) for rows in ([0, 1], [2])]
-    assert validation[-1] == pytest.approx((2 * last[0] + last[1]) / 3, rel=1e-4, abs=1e-5)  # a pass counts by its rows
+    *_, last = (point for point in history.curve if "validation_loss" in point)
+    two, one = (plainly(plain, losses, rows) for rows in ([0, 1], [2]))
+    for name, place in {"loss": 0, "margin": 1}.items():  # a pass counts by its rows
+        expected_value = (2 * float(two[place]) + float(one[place])) / 3
+        assert last[f"validation_{name}"] == pytest.approx(expected_value, rel=1e-4, abs=1e-5), name
     assert len(curve) == 4 and history.tokens == 2 * PAIR_TOKENS
     assert not any("kl" in name for point in history.curve for name in point)
 

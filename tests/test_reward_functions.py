@@ -46,6 +46,12 @@ def scores(folder: Path, content: str, name: str = "correct", seconds: float = 6
     return Rewards({function.name: 2.0, "brief": 1.0}, None, [function])(PAIRS, ANSWERS)[0]
 
 
+def test_a_process_without_answers_calls_no_function(folder: Path) -> None:
+    (folder / "best.py").write_text("def best(prompts, answers, records):\n    return [len(answers[0]) / max(map(len, answers))]\n")
+    function = RewardFunction(folder, f"{FOLDER}/best.py:best", 20, "aligned.x.rewards")
+    assert (function([], [], []), function([[]], ["abc"], PAIRS[:1])) == ([], [1.0])
+
+
 def test_a_function_scores_answers_and_its_weight_counts_beside_that_of_a_rule(folder: Path) -> None:
     assert scores(folder, EXACT) == pytest.approx([2.99, 0.99, 2.99])
     assert [path.name for path in folder.iterdir()] == ["own.py"], "DVC watches the folder"

@@ -102,6 +102,9 @@ def test_means_of_components_follow_the_answers_that_a_step_learned_from() -> No
     sampled.rows = [row | {"step": 2 * row["step"] - 1} for row in sampled.rows]  # each batch of answers is used in two steps
     points = sampled.with_components([{"step": step, "loss": 0.0} for step in (1, 2, 3, 4)] + [{"step": 4, "validation_loss": 0.0}], NAMES)
     assert [point.get(NAMES[1]) for point in points] == [1.0, 1.0, 2.5, 2.5, None]
+    assert len({(point["reward"], point["response_length"], point["unfinished"]) for point in points[:2]}) == 1, "of the same answers"
+    [own] = sampled.with_components([{"step": 1, "loss": 0.0, "reward": 9.0}], NAMES)
+    assert own["reward"] == 9.0
 
 
 @pytest.mark.parametrize("names", [NAMES, []], ids=["rewarded", "of a distillation"])

@@ -239,11 +239,12 @@ def assert_same_training(history: TrainingHistory, expected: list[list[float]], 
     assert_close(own, other, 1e-3)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
-def test_dpo_is_the_training_of_a_plain_loop(loss_type: Any, policy: Any, tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize(("loss_type", "swapped"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)])
+def test_dpo_is_the_training_of_a_plain_loop(loss_type: Any, swapped: float, policy: Any, tiny_tokenizer: Any) -> None:
+    """cDPO (Mitchell 2023, ericmitchell.ai/cdpo.pdf, eq. 3), if labels are assumed to be swapped."""
     assert shared_prompts.reads_prompts_once(policy, "cpu")
     plain, device = copy.deepcopy(policy), torch.device("cpu")
-    spec = preference.Dpo(beta=BETA, loss_type=loss_type).trainer_spec(None)  # type: ignore[arg-type]
+    spec = preference.Dpo(beta=BETA, loss_type=loss_type, label_smoothing=swapped).trainer_spec(None)  # type: ignore[arg-type]
     history = training.train(spec, ShardedModel(policy, None, device), tiny_tokenizer, rows_of(PAIRS), rows_of(PAIRS[:3]), PARAMS, COMPUTE)
 
     def loss_of(rows: Sequence[int]) -> tuple[torch.Tensor, float]:
@@ -254,15 +255,15 @@ def test_dpo_is_the_training_of_a_plain_loop(loss_type: Any, policy: Any, tiny_t
             good, bad = (plain_log_probability(plain, prompt, a) - r for a, r in zip((chosen, rejected), reference, strict=True))
             margins.append(BETA * float(good - bad))
             ipo = (good / len(chosen) - bad / len(rejected) - 1 / (2 * BETA)) ** 2
-            losses.append(-logsigmoid(BETA * (good - bad)) if loss_type == "sigmoid" else ipo)
+            smoothed = -(1 - swapped) * logsigmoid(BETA * (good - bad)) - swapped * logsigmoid(BETA * (bad - good))
+            losses.append(smoothed if loss_type == "sigmoid" else ipo)
         return torch.stack(losses).mean(), sum(margins) / len(margins)
 
     expected = train_plainly(plain, history, loss_of)
     assert_same_training(history, expected, policy, plain)
-    validation = [point["validation_loss"] for point in history.curve if "validation_loss" in point]
-    last = [float(loss_of(rows)[0].detach()) for rows in ([0, 1], [2])]
-    # Trainer weights the loss of a pass by its rows
-    assert validation[-1] == pytest.approx((2 * last[0] + last[1]) / 3, rel=1e-4, abs=1e-5)
+    *_, last = (point for point in history.curve if "validation_loss" in point)
+    for name, values in zip(("loss", "margin"), zip(*map(loss_of, ([0, 1], [2])), strict=True), strict=True):  # a pass counts by its rows
+        assert last[f"validation_{name}"] == pytest.approx((2 * float(values[0]) + float(values[1])) / 3, rel=1e-4, abs=1e-5), name
 
 
 def test_a_reward_model_is_the_training_of_a_plain_loop(judge: Any, tiny_tokenizer: Any) -> None:

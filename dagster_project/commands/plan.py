@@ -232,6 +232,7 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         _tasks(root, entry, name, base_model) if _has_tasks(values["aligned"][name]) else _training_pairs(root, base_model)
     )
     sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in pairs]
+    method.refuse_few_prompts(len(pairs), entry, f"aligned.{name}")
     lengths = [length for pair in sequences for length, _ in pair]
     per_pass, passes = method.passes(entry)
     batch = per_pass * len(sequences[0]) // method.rows_per_pair
@@ -240,7 +241,8 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     per_epoch = method.steps(rows, entry.model_copy(update={"num_train_epochs": 1, "max_steps": None}))
     n = entry.max_steps or method.steps(rows, entry)  # TRL trains this many steps, also past `num_train_epochs`
     per_step = batch * passes * (1 if method.shares_processes else shared)  # texts
-    all_texts = n * per_step if method.learns_from_rewards else len(lengths) * _passes_over(n, per_epoch, per_step / len(lengths))
+    texts = method.texts_per_epoch(len(lengths), entry)
+    all_texts = texts * _passes_over(n, per_epoch, per_step / texts)
     spec = memory.TrainingSpec(
         machine.device, machine.dtype, base_model, "lora", entry.peft, [max(lengths)] * batch,
         batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, entry.quantization, entry.gradient_checkpointing, passes,

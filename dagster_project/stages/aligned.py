@@ -635,6 +635,8 @@ def _examples(
         InputError: there is one.
     """
     pairs, counts = _read(params, sources, where)
+    if pairs["train"]:
+        method.refuse_few_prompts(len(pairs["train"]), params, where)
     if not (sources.sft / "config.json").is_file():
         raise InputError(f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model", "name a variant that is merged")
     if counts:

@@ -78,6 +78,10 @@ def validate(params: Params, ctx: ValidationContext) -> None:
         refuse_unmerged(ctx.values["adapter"], params.model.removeprefix("merged/"), "reward_model.model")
     methods.check("lora", params.peft, params.quantization, True, "reward_model")
     if params.method == "full":
+        if params.peft:
+            raise InputError(
+                "params.yaml: reward_model.peft: full trains every weight, without an adapter", "leave it out, or use method: lora"
+            )
         methods.check("full", {}, params.quantization, True, "reward_model")
     sharding.check(params, ctx.compute, "reward_model", params.method)
 

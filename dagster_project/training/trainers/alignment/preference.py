@@ -180,6 +180,11 @@ class AlignmentMethod(Section):
         InputError: options that contradict each other, or the entry.
         """
 
+    def refuse_few_prompts(self, prompts: int, params: PreferenceParams, where: str) -> None:
+        """Raises:
+        InputError: the training split has fewer prompts than a forward pass takes.
+        """
+
     def train(self, run: AlignmentRun) -> TrainingHistory:
         """Train the model in place, from its newest checkpoint if it has one."""
         raise NotImplementedError
@@ -198,6 +203,14 @@ class AlignmentMethod(Section):
 
     def steps_per_epoch(self, pairs: int, params: PreferenceParams) -> int:
         return -(-pairs // math.prod(self.passes(params)))
+
+    def texts_per_epoch(self, texts: int, params: PreferenceParams) -> int:
+        """Texts that an epoch trains on.
+
+        Args:
+            texts: of the training split.
+        """
+        return texts
 
     def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
         """(tokens, tokens of the answer) of each sequence that a pair adds to a forward pass, for planning.
@@ -265,7 +278,8 @@ class Dpo(TrlMethod):
     ] = "sigmoid"  # fmt: skip
     """The loss, as named by TRL; `sigmoid` is the loss of the DPO paper."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed probability that chosen and rejected are swapped (cDPO, robust DPO). exo_pair requires more than 0."""
+    """Assumed probability that chosen and rejected are swapped: sigmoid becomes cDPO; read by robust, exo_pair, which requires more than 0, aot and
+    aot_unpaired, too."""
     rpo_alpha: float = Field(default=0.0, ge=0)
     """Weight of the negative log-likelihood of the chosen answer in the loss, so that its likelihood does not fall
     (arXiv 2404.19733)."""
@@ -273,15 +287,23 @@ class Dpo(TrlMethod):
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise InputError(f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper uses 0.001")
+        if self.label_smoothing and self.loss_type not in (smoothed := ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")):
+            raise InputError(
+                f"params.yaml: {where}.options.label_smoothing: has no effect on the loss {self.loss_type}",
+                f"leave it out, or use {', '.join(smoothed)}",
+            )
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         import trl
 
-        options = self.model_dump(exclude={"rpo_alpha"})
-        losses: dict[str, Any] = {"loss_type": [self.loss_type]}
+        losses, swapped = {str(self.loss_type): 1.0}, self.label_smoothing
+        if self.loss_type == "sigmoid" and swapped:
+            # TRL's sigmoid, L of x = beta times the margin, has no smoothing. cDPO is L + swapped x, and robust L - swapped x / (1 - 2 swapped)
+            losses = {"sigmoid": 2 - 2 * swapped, "robust": 2 * swapped - 1}
         if self.rpo_alpha:
-            losses = {"loss_type": [self.loss_type, "sft"], "loss_weights": [1.0, self.rpo_alpha]}
-        arguments = {**options, **losses, "max_length": None}
+            losses["sft"] = self.rpo_alpha
+        weights = {"loss_weights": [*losses.values()]} if len(losses) > 1 else {}
+        arguments = {**self.model_dump(exclude={"rpo_alpha"}), "loss_type": [*losses], **weights, "max_length": None}
         return TrainerSpec(
             self.name, trl.DPOTrainer, trl.DPOConfig, arguments, self.metrics, outputs=shared_prompts.log_probabilities, has_reference=True
         )
@@ -541,8 +563,22 @@ class AnswerGroups(TrlMethod):
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [{"prompt": prompt_ids(tokenizer, pair), "pair": i} for i, pair in enumerate(pairs)]
 
+    def refuse_few_prompts(self, prompts: int, params: PreferenceParams, where: str) -> None:
+        if prompts < (needed := params.per_device_train_batch_size // self.num_generations):
+            raise InputError(
+                f"params.yaml: {where}.per_device_train_batch_size: a forward pass takes answers to {needed} prompts, and the training split has "
+                f"{prompts}",
+                f"set it to {prompts * self.num_generations} or less, or add prompts",
+            )
+
     def steps_per_epoch(self, pairs: int, params: PreferenceParams) -> int:
-        return pairs * self.num_generations // math.prod(self.passes(params))
+        batch, accumulated = self.passes(params)
+        return -(-self.texts_per_epoch(pairs, params) // batch // accumulated)
+
+    def texts_per_epoch(self, texts: int, params: PreferenceParams) -> int:
+        """TRL leaves out the prompts of a pass that would not be full."""
+        prompts = params.per_device_train_batch_size // self.num_generations
+        return texts // prompts * prompts * self.num_generations
 
     def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
         return [(prompt + self.max_completion_length, self.max_completion_length)]
@@ -556,8 +592,8 @@ class GroupMethod(AnswerGroups):
     num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps on each batch of answers."""
 
-    def steps_per_epoch(self, pairs: int, params: PreferenceParams) -> int:
-        return pairs * self.num_generations * self.num_iterations // math.prod(self.passes(params))
+    def texts_per_epoch(self, texts: int, params: PreferenceParams) -> int:
+        return super().texts_per_epoch(texts, params) * self.num_iterations
 
 
 class Rloo(GroupMethod):
@@ -576,12 +612,12 @@ class Grpo(GroupMethod):
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
     """How the losses of tokens become one loss, as named by TRL: grpo is the mean of each answer's mean (the paper's), dapo
-    the mean over all tokens of a step, bnpo over those of a forward pass, dr_grpo the sum divided by answers times
-    max_completion_length; cispo, sapo, luspo and vespo change the clipping, too."""
+    and bnpo the mean over all tokens of a forward pass, which is a step without gradient accumulation, dr_grpo the sum divided by answers
+    times max_completion_length; cispo, sapo, luspo and vespo change the clipping, too. A step is the mean over its passes."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Standard deviation that advantages are divided by: of the group (the paper's), of the batch, or none (Dr. GRPO)."""
     epsilon_high: float | None = Field(default=None, gt=0)
-    """Upper end of the clipping range; by default epsilon. DAPO uses 0.28; with cispo, its paper 5."""
+    """Upper end of the clipping range; by default epsilon. DAPO uses 0.28. With cispo, which requires it, the largest ratio itself; its paper uses 5."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Whether a ratio of probabilities is of a token, or of a whole answer: sequence requires the loss_type grpo, which makes
     it GSPO, sapo or luspo; luspo requires it."""
@@ -590,6 +626,14 @@ class Grpo(GroupMethod):
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         super().refuse_contradictions(params, where)
+        if self.loss_type == "cispo" and (self.epsilon_high or 0) <= 1:
+            raise InputError(
+                f"params.yaml: {where}.options.epsilon_high: with cispo it is the largest ratio of probabilities itself, and must be above 1",
+                "set it, e.g. to 5, as its paper does",
+            )
+        unread = {"cispo": ["epsilon"], "sapo": ["epsilon", "epsilon_high"], "vespo": ["epsilon", "epsilon_high"]}.get(self.loss_type, [])
+        if useless := next((name for name in unread if name in self.model_fields_set), None):
+            raise InputError(f"params.yaml: {where}.options.{useless}: has no effect on the loss {self.loss_type}", "leave it out")
         level, needed = self.importance_sampling_level, {"luspo": "sequence", "vespo": "token"}.get(self.loss_type)
         if needed and level != needed:
             raise InputError(
@@ -677,7 +721,11 @@ class Ppo(AlignmentMethod, ppo.Settings):
         return self.mini_batch_size, self.gradient_accumulation_steps
 
     def steps(self, pairs: int, params: PreferenceParams) -> int:
-        return ppo.iterations(self) * self.num_ppo_epochs * -(-self.batch_size // math.prod(self.passes(params)))
+        answers = [min(self.batch_size, self.total_episodes - start) for start in range(0, self.total_episodes, self.batch_size)]
+        return self.num_ppo_epochs * sum(-(-count // math.prod(self.passes(params))) for count in answers)
+
+    def texts_per_epoch(self, texts: int, params: PreferenceParams) -> int:
+        return self.total_episodes * self.num_ppo_epochs
 
     def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
         return [(prompt + self.response_length, self.response_length)]

@@ -113,6 +113,8 @@ class RewardFunction:
         Raises:
             InputError: the function fails, takes too long, or does not return a finite number for each answer.
         """
+        if not answers:  # of a process for which a small batch has none
+            return []
         scores = self._scores(prompts, answers, records)
         if self.repeats:
             self.repeats = False

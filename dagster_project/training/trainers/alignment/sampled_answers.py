@@ -120,11 +120,15 @@ class SampledAnswers:
         return {name: next(iter(values)) for name, values in found.items() if len(values) == 1}
 
     def means(self, names: Sequence[str]) -> dict[int, dict[str, float]]:
-        """Step -> mean of each component over its answers."""
-        return {step: {name: sum(row[name] for row in rows) / len(rows) for name in names} for step, rows in self.steps()}
+        """Step -> mean of each component over its answers, and of reward, length and unfinished answers by their names in curves."""
+        columns = {"reward": "reward", "response_length": "tokens", "unfinished": "unfinished"} | {name: name for name in names}
+        return {
+            step: {name: sum(row[column] for row in rows) / len(rows) for name, column in columns.items()} for step, rows in self.steps()
+        }
 
     def with_components(self, curve: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[dict[str, float]]:
-        """The points of a training's curve with the mean of each component. A step that learns from the answers of an earlier one has their means."""
+        """The points of a training's curve with the means of its answers, where the trainer gave none. A step that learns from the answers of an earlier
+        one has their means."""
         means, known, points = self.means(names), dict[str, float](), []
         for point in curve:
             known = means.get(int(point["step"]), known)

@@ -17,7 +17,9 @@ from dagster_project.training.trainers.alignment.trl_trainers.pair_attention imp
 if TYPE_CHECKING:
     import torch
 
-OVERRIDDEN = ("_tokenize_prompts", "_generate_single_turn", "_get_per_token_logps_and_entropies")
+OVERRIDDEN = (
+    "_get_train_sampler", "_prepare_inputs", "_tokenize_prompts", "_generate_single_turn", "_get_per_token_logps_and_entropies",
+)  # fmt: skip
 """Private methods of TRL."""
 
 
@@ -31,17 +33,50 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from trl.trainer.utils import RepeatSampler
 
     if missing := [name for name in OVERRIDDEN if not hasattr(base, name)]:
         raise AssertionError(f"written for trl 1.16: {version('trl')} has no {base.__name__}.{', '.join(missing)}")
 
+    class EpochSampler(RepeatSampler):
+        """The order of an epoch depends only on the seed and the epoch. TRL's generator continues from epoch to epoch, but not in a resumed training."""
+
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Any:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+            return super().__iter__()
+
     class GroupTrainer(base):
         session: Any
         """A TrlSession."""
+        _step: int
+        _buffered_inputs: Any
         batches = (0, 0)
         """The current step, and how many batches of answers were generated in it."""
         kept: tuple[list[Any], torch.Tensor, torch.Tensor] | None = None
         """Answers, and their log-probabilities and entropies as the policy's first pass computed them, with its graph."""
+
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            group, passes = self.num_generations, self.num_iterations * self.args.steps_per_generation
+            rows = self.train_dataset if dataset is None else dataset
+            return EpochSampler(rows, group, self.args.generation_batch_size // group, passes, seed=self.args.seed)
+
+        def _prepare_inputs(self, batch: Any) -> Any:
+            """With several passes on each batch of answers, a resumed training goes on with the answers of the checkpoint."""
+            if not self._step:
+                self._step, self._buffered_inputs = self.session.answers_in_use
+            return super()._prepare_inputs(batch)
+
+        def training_step(self, *arguments: Any, **named: Any) -> Any:
+            loss = super().training_step(*arguments, **named)
+            self.session.answers_in_use = self._step, self._buffered_inputs if self._step % self.num_iterations else None
+            return loss
 
         def _tokenize_prompts(self, prompts: Any) -> tuple[list[list[int]], None, dict[str, Any]]:
             """TRL 1.16 would render all of them with the same tools."""

@@ -134,7 +134,8 @@ def collate_answers(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence
             predicts += [place.place(text, before + i) for i in range(len(answers[row]))]
             targets += answers[row]
             slots += [row * width + i for i in range(len(answers[row]))]
-    return {**packed, **{name: torch.tensor(values) for name, values in {"predicts": predicts, "target": targets, "slot": slots}.items()}}
+    indices = {"predicts": predicts, "target": targets, "slot": slots}  # empty if every answer is left out of the loss
+    return {**packed, **{name: torch.tensor(values, dtype=torch.int64) for name, values in indices.items()}}
 
 
 def hidden_states(model: Any, inputs: Mapping[str, Any], at: str) -> Any:
@@ -170,7 +171,7 @@ def of_answers(
     the end of an answer.
 
     Args:
-        prompts, answers: token ids; no answer is empty.
+        prompts, answers: token ids. An answer that is left out of the loss is empty.
         width: tokens of the longest answer, or more.
     """
     inputs, head = collate_answers(prompts, answers, width), causal(model).get_output_embeddings()

@@ -81,8 +81,11 @@ class TrlSession(SharedSession):
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
         super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
         self.metrics, self.tokenizer, self.sampled, self.keep = spec.metrics, tokenizer, spec.sampled, spec.keep
+        self.answers_in_use: tuple[int, Any] = (0, None)
+        """Of methods that compare answers: passes so far, and the batch of answers that further ones learn from, as TRL buffers it."""
         if self.sampled and self.saved:
             self.sampled.restore(self.state["answers"])
+            self.answers_in_use = self.state["answers_in_use"]
         reads_once = shared_prompts.reads_prompts_once(model, self.device.type)
         self.outputs = spec.outputs if reads_once else None
         """As in the specification; None if the model cannot read pairs so, or there are none."""
@@ -92,9 +95,11 @@ class TrlSession(SharedSession):
         """Whether a pass reads the answers to a prompt as a group."""
         self.reference: dict[int, tuple[float, float]] = {}
         """Log-probabilities of the chosen and the rejected answer of each row under the reference; validation rows have negative numbers."""
+        self.rows_validated: list[int] = []
+        """Rows of each pass of the current validation, those of all processes."""
 
     def method_state(self) -> dict[str, Any]:
-        return {"answers": self.sampled.state()} if self.sampled else {}
+        return {"answers": self.sampled.state(), "answers_in_use": self.answers_in_use} if self.sampled else {}
 
     def is_complete(self) -> bool:
         return super().is_complete() or (self.saved is not None and self.stalls())
@@ -154,7 +159,7 @@ def _trainer_class(base: type) -> type:
             return loss
 
         def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
-            _take_rows(inputs)
+            self.session.rows_validated.append(len(_take_rows(inputs)))
             if self.session.root is None or self.session.validates_here():
                 return super().prediction_step(model, inputs, *arguments, **named)
             self.session.batch = inputs
@@ -163,7 +168,17 @@ def _trainer_class(base: type) -> type:
         def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
             if self.session.root is not None:
                 self._combine_processes(logs)
+            if "eval_loss" in logs:
+                self._average_over_rows()
             super().log(logs, *arguments, **named)
+
+        def _average_over_rows(self) -> None:
+            """Make the metrics of a validation means over rows, as its loss is: TRL's are means over passes, of which the last may be smaller."""
+            rows, self.session.rows_validated = self.session.rows_validated, []
+            for stored in ("_metrics", "_stored_metrics"):
+                for values in getattr(self, stored, {}).get("eval", {}).values():
+                    if len(values) == len(rows) and len(set(rows)) > 1:
+                        values[:] = [sum(n * value for n, value in zip(rows, values, strict=True)) / sum(rows)]
 
         def _combine_processes(self, logs: dict[str, float]) -> None:
             """Make losses and metrics those of the passes of all processes."""
