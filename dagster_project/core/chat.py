@@ -293,8 +293,9 @@ def loss_weights(tokenizer: Any, labels: Sequence[int], answer: str, fields: Map
     """
     weights = [float(label != IGNORE) for label in labels]
     last = len(labels) - next((n for n, label in enumerate(reversed(labels)) if label != IGNORE), len(labels))
-    for text in (answer, answer.strip()) if fields else ():
-        encoded = tokenizer(text + tokenizer.eos_token, add_special_tokens=False, return_offsets_mapping=True)
+    ends = {str(tokenizer.convert_ids_to_tokens(labels[last - 1]))} & {*end_tokens(tokenizer)} if fields and last else ()
+    for text in [spelled + end for end in ends for spelled in (answer, answer.strip())]:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         first = last - len(encoded["input_ids"])
         if first < 0 or list(labels[first:last]) != encoded["input_ids"]:
             continue  # the template trims or reformats the answer
