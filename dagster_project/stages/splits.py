@@ -177,7 +177,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
         },
         checks=[
             _split_leakage(read, dealt, verification, regrouped=sum(group in link for group in read.groups)),
-            _schema(params, counts, read.labels, dealt),
+            _schema(params, counts, read.labels, dealt, strata=len(set(read.strata))),
             _augmented_rows(params, verification, added),
         ],
     )
@@ -387,7 +387,7 @@ def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, re
     )
 
 
-def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None], dealt: Assignment) -> CheckResult:
+def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None], dealt: Assignment, strata: int) -> CheckResult:
     shares = {"train": 1.0, "validation": params.validation, "test": params.test}
     empty = [name for name in SPLITS if shares[name] and not counts[name]]
     total, labelled = sum(counts.values()), sum(label is not None for label in labels)
@@ -401,9 +401,11 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
     missed = [name for name in SPLITS[1:] if not labelled and abs(counts[name] - shares[name] * total) > max(1, NOTABLE_DEVIATION * total)]
     for name in missed:
         notes.append(f"{name} has {counts[name]} of {total} rows ({counts[name] / total:.1%}) instead of {shares[name]:.1%}")
-    if missed or empty:
+    if (missed or empty) and dealt.largest > 1:
         unit = "group of near-copies" if params.by == "group" else f"{params.key or params.by}, with all that belongs to it,"
         notes.append(f"the largest {unit} has {dealt.largest} rows and is not divided")
+    elif missed or empty:
+        notes.append(f"there are {total} rows" + (f" of {strata} kinds by `stratify_by: {params.stratify_by}`" if strata > 1 else ""))
     return CheckResult("schema", passed=not empty, blocking=True, count=len(empty), note="; ".join(notes))
 
 
