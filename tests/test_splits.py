@@ -508,7 +508,8 @@ def test_a_category_is_never_divided_if_splits_are_by_category(tmp_path: Path) -
 
 
 def test_rows_of_one_customer_stay_together_whether_the_number_is_text_or_not(tmp_path: Path) -> None:
-    values = [f'{{"customer_id": {i % 9}}}' if i % 2 else f'{{"customer_id": "{i % 9}"}}' for i in range(45)]
+    spellings = ["{}", '"{}"', "{}.0", '"{}.0"']  # a table writes a column of whole numbers with gaps as floats
+    values = [f'{{"customer_id": {spellings[i % 4].format(i % 9)}}}' for i in range(45)]
     rows = [
         record(prompt, meta=meta)
         for prompt, meta in zip(some(50), [*values, "{}", '{"customer_id": null}', '{"customer_id": ""}', "{}", "{}"], strict=True)
