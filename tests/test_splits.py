@@ -52,10 +52,22 @@ def test_groups_are_never_divided_between_splits(rows: list[tuple[str, str]], sh
 def test_each_stratum_gives_its_exact_share(strata: list[str], shares: dict[str, float], seed: int) -> None:
     dealt = assign([f"group {i}" for i in range(len(strata))], strata, shares, seed)
     counted = Counter(zip(strata, dealt, strict=True))
-    for stratum, rows in Counter(strata).items():
-        expected = {name: round(rows * share) for name, share in shares.items()}
-        assert {name: counted[stratum, name] for name in shares} == expected
-        assert counted[stratum, "train"] == rows - sum(expected.values())
+    rows = Counter(strata)
+    expected = {(stratum, name): round(n * share) for stratum, n in rows.items() for name, share in shares.items()}
+    empty = {name for name, share in shares.items() if round(len(strata) * share) and not any(expected[one, name] for one in rows)}
+    assert {key: counted[key] for key in expected if key[1] not in empty} == {key: n for key, n in expected.items() if key[1] not in empty}
+    assert all(any(counted[one, name] for one in rows) for name in empty)
+
+
+@pytest.mark.parametrize(("strata", "size"), [(100, 2), (50, 3), (20, 1), (30, 5), (40, 4)])
+def test_many_small_strata_give_the_share_of_all_rows(strata: int, size: int) -> None:
+    """Not round(0.4) = 0 or round(0.6) = 1 rows of each. None gives more than one row above its share."""
+    rows = [f"kind {i // size}" for i in range(strata * size)]
+    shares = {"test": 0.2, "validation": 0.1}
+    dealt = assign([f"group {i}" for i in range(len(rows))], rows, shares, 7)
+    assert Counter(dealt) == {"train": len(rows) * 7 // 10, "test": len(rows) // 5, "validation": len(rows) // 10}
+    counted = Counter(zip(rows, dealt, strict=True))
+    assert all(counted[kind, name] <= int(size * share) + 1 for kind in rows for name, share in shares.items())
 
 
 @given(rows=rows_of_groups, seed=seeds)
@@ -385,6 +397,15 @@ def test_a_requested_split_without_rows_stops_the_stage(tmp_path: Path) -> None:
     ]
 
 
+def test_a_set_that_is_too_small_for_a_share_is_named_as_the_reason(tmp_path: Path) -> None:
+    rows = [
+        {**row, "group_id": row["example_id"], "category": kind}
+        for row, kind in zip(read_records(folder_of(tmp_path / "in", 2)), "ab", strict=True)
+    ]
+    report = run(splits.Params(test=0.2, validation=0), written(tmp_path / "set", rows), tmp_path / "out")
+    assert [check.note for check in report.failures] == ["no rows in: test; there are 2 rows of 2 kinds by `stratify_by: category`"]
+
+
 def test_a_split_with_share_0_may_be_empty(tmp_path: Path) -> None:
     report = run(splits.Params(test=0.5, validation=0.0), folder_of(tmp_path / "in", 8), tmp_path / "out")
     assert report.failures == []
@@ -487,7 +508,8 @@ def test_a_category_is_never_divided_if_splits_are_by_category(tmp_path: Path) -
 
 
 def test_rows_of_one_customer_stay_together_whether_the_number_is_text_or_not(tmp_path: Path) -> None:
-    values = [f'{{"customer_id": {i % 9}}}' if i % 2 else f'{{"customer_id": "{i % 9}"}}' for i in range(45)]
+    spellings = ["{}", '"{}"', "{}.0", '"{}.0"']  # a table writes a column of whole numbers with gaps as floats
+    values = [f'{{"customer_id": {spellings[i % 4].format(i % 9)}}}' for i in range(45)]
     rows = [
         record(prompt, meta=meta)
         for prompt, meta in zip(some(50), [*values, "{}", '{"customer_id": null}', '{"customer_id": ""}', "{}", "{}"], strict=True)

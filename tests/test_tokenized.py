@@ -118,6 +118,43 @@ def test_the_weight_of_a_field_is_that_of_its_text_or_number_alone(tiny_model: P
     assert covered.keys() == {1.0, 2.0, 4.0} and "512" in covered[4.0] and "Bob" in covered[2.0]
 
 
+def test_fields_have_their_weight_where_a_turn_ends_with_another_token_than_a_text(
+    stage: Stage, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """As in models of Gemma and Phi, whose end of turn is named by generation_config.json alone."""
+    stage.model = tmp_path / "model"
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(stage.model)
+    (stage.model / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    report = stage(ask("Which?", '{"category": "bug", "n": 5}'), field_weights={"category": 16})
+    [example] = stage.examples()
+    assert [token for token, weight in zip(example["input_ids"], example["weights"], strict=True) if weight == 16] == tokenizer(
+        "bug"
+    ).input_ids
+    assert report.metrics["train"]["end_of_turn_in_loss"] == 1.0
+
+
+@pytest.mark.parametrize("cut", ["lstrip('\\n')", "rstrip('\\n')", "strip('\\n')", "lstrip()", "rstrip()", "strip()"])
+@pytest.mark.parametrize("on_too_long", ["drop", "truncate"])
+def test_a_template_may_trim_an_answer_at_one_end(stage: Stage, tiny_tokenizer: Any, cut: str, on_too_long: str) -> None:
+    """Qwen3 removes line breaks before an answer, and keeps the indentation of its first line."""
+    name = stage.template(CHAT_TEMPLATE.replace("m['content']", f"(m['content'].{cut} if m['role'] == 'assistant' else m['content'])"))
+    answer = '\n  {"category": "bug"}  \n'
+    report = stage(
+        ask("Which?", answer),
+        ask("Why?", f"{answer}{'x' * 90}\n "),
+        max_length=90,
+        on_too_long=on_too_long,
+        chat_template=name,
+        field_weights={"category": 16},
+    )
+    assert check(report, "labels").passed
+    [example] = [one for one in stage.examples() if "Which" in marked(tiny_tokenizer, one)]
+    assert f"⟦{eval(repr(answer) + '.' + cut)}<|im_end|>⟧" in marked(tiny_tokenizer, example)
+    assert example["weights"].count(16) == len("bug")
+
+
 def check(report: Report, name: str) -> CheckResult:
     return next(found for found in report.checks if found.name == name)
 

@@ -293,8 +293,9 @@ def loss_weights(tokenizer: Any, labels: Sequence[int], answer: str, fields: Map
     """
     weights = [float(label != IGNORE) for label in labels]
     last = len(labels) - next((n for n, label in enumerate(reversed(labels)) if label != IGNORE), len(labels))
-    for text in (answer, answer.strip()) if fields else ():
-        encoded = tokenizer(text + tokenizer.eos_token, add_special_tokens=False, return_offsets_mapping=True)
+    ends = {str(tokenizer.convert_ids_to_tokens(labels[last - 1]))} & {*end_tokens(tokenizer)} if fields and last else ()
+    for text in [spelled + end for end in ends for spelled in trimmed(answer)]:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         first = last - len(encoded["input_ids"])
         if first < 0 or list(labels[first:last]) != encoded["input_ids"]:
             continue  # the template trims or reformats the answer
@@ -307,6 +308,14 @@ def loss_weights(tokenizer: Any, labels: Sequence[int], answer: str, fields: Map
         break
     total = sum(weights)
     return [weight / total for weight in weights] if per_example and total else weights
+
+
+def trimmed(answer: str) -> list[str]:
+    """An answer as it is, and as templates trim it: white space (Llama) or line breaks (Qwen3), at both ends or at one."""
+    if not (answer[:1].isspace() or answer[-1:].isspace()):
+        return [answer]
+    from_left = (answer, answer.lstrip("\n"), answer.lstrip())
+    return list(dict.fromkeys(text for left in from_left for text in (left, left.rstrip("\n"), left.rstrip())))
 
 
 def has_field(answer: str, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,8 @@ CHECK_DESCRIPTIONS = {
     "schema": "Every split has rows.",
     "augmented_rows": "Validation and test contain only rows of the instruction set, none created by `augment`, and train contains some if it is set.",
 }
+WHOLE = re.compile(r"-?[0-9]+\.0+")
+"""A whole number as tables write it in a column of floats."""
 NOTABLE_DEVIATION = 0.01
 """Deviation of a split from its share, as a fraction of all rows, above which it is reported."""
 
@@ -77,7 +80,7 @@ class Params(Section):
     """Rows that stay in one split. `group`: near-copies. `source`, `category`: also all rows of one source or category,
     to test on sources or kinds that were never trained on. `key`: also rows with the same value of the field `key`."""
     key: str | None = None
-    """With `by: key`: a field of the source rows, e.g. customer_id. 17 and "17" are the same value. A row without the
+    """With `by: key`: a field of the source rows, e.g. customer_id. 17, 17.0 and "17" are the same value. A row without the
     field is grouped by near-copies only."""
     keep_labels: bool = True
     """Keep the split that a row has in an upstream data set (`split` in its `meta`)."""
@@ -177,7 +180,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
         },
         checks=[
             _split_leakage(read, dealt, verification, regrouped=sum(group in link for group in read.groups)),
-            _schema(params, counts, read.labels, dealt),
+            _schema(params, counts, read.labels, dealt, strata=len(set(read.strata))),
             _augmented_rows(params, verification, added),
         ],
     )
@@ -298,9 +301,13 @@ def _refuse_missing_key(params: Params, read: Rows) -> None:
 
 
 def _text(value: Any) -> str | None:
-    """Normal form of a key: 17 equals "17". None if the key is empty."""
+    """Normal form of a key: 17 equals "17", and 17.0, as tables write a column of whole numbers with gaps. None if the key is empty."""
     if value is None or value == "":
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str) and WHOLE.fullmatch(value):
+        value = value.partition(".")[0]
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
@@ -388,7 +395,7 @@ def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, re
     )
 
 
-def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None], dealt: Assignment) -> CheckResult:
+def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None], dealt: Assignment, strata: int) -> CheckResult:
     shares = {"train": 1.0, "validation": params.validation, "test": params.test}
     empty = [name for name in SPLITS if shares[name] and not counts[name]]
     total, labelled = sum(counts.values()), sum(label is not None for label in labels)
@@ -402,9 +409,11 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
     missed = [name for name in SPLITS[1:] if not labelled and abs(counts[name] - shares[name] * total) > max(1, NOTABLE_DEVIATION * total)]
     for name in missed:
         notes.append(f"{name} has {counts[name]} of {total} rows ({counts[name] / total:.1%}) instead of {shares[name]:.1%}")
-    if missed or empty:
+    if (missed or empty) and dealt.largest > 1:
         unit = "group of near-copies" if params.by == "group" else f"{params.key or params.by}, with all that belongs to it,"
         notes.append(f"the largest {unit} has {dealt.largest} rows and is not divided")
+    elif missed or empty:
+        notes.append(f"there are {total} rows" + (f" of {strata} kinds by `stratify_by: {params.stratify_by}`" if strata > 1 else ""))
     return CheckResult("schema", passed=not empty, blocking=True, count=len(empty), note="; ".join(notes))
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
 OPEN, DROPPED = "", "dropped"
+ROUNDING = 2
+"""Rows by which the shares of strata, each rounded, may differ in sum from the share of all rows; of larger sets 1%."""
 
 
 # --- groups
@@ -232,7 +234,8 @@ def assign(units: Sequence[str], strata: Sequence[str], shares: Mapping[str, flo
     Args:
         units: unit of each row; rows of a unit get the same split.
         strata: stratum of each row. A unit belongs to the most frequent stratum of its rows.
-        shares: split -> share of each stratum's rows; the rest is train.
+        shares: split -> share of each stratum's rows, rounded, unless there are so many small strata that this would miss the share of all
+            rows; the rest is train.
         seed: determines the assignment. The order of rows does not matter, and a new row changes few others.
         top_up: for units that are large compared with strata: a missing share is taken from any stratum, and an empty split gets the unit
             closest in size.
@@ -255,10 +258,18 @@ def assign(units: Sequence[str], strata: Sequence[str], shares: Mapping[str, flo
                 room -= rows
 
     by_stratum = waiting[np.argsort(stratum, kind="stable")]
-    for ids in np.split(by_stratum, np.cumsum(np.bincount(stratum))[:-1]) if len(index) else ():
-        rows = int(size[ids].sum())
-        for code, share in enumerate(shares.values(), 1):
-            fill(code, ids, round(rows * share))
+    of_strata = np.split(by_stratum, np.cumsum(np.bincount(stratum))[:-1]) if len(index) else []
+    for code, share in enumerate(shares.values(), 1):
+        rows = [int(size[ids].sum()) for ids in of_strata]
+        wanted, rooms = round(len(units) * share), [round(n * share) for n in rows]
+        # Of many strata of two rows each gives round(0.4) = 0, of three rows round(0.6) = 1: then the rest of whole rows is left to some of them
+        small = abs(sum(rooms) - wanted) > max(ROUNDING, len(units) // 100) or (wanted > 0 and not any(rooms))
+        for ids, n, room in zip(of_strata, rows, rooms, strict=True):
+            fill(code, ids, int(n * share) if small else room)
+        if small:
+            left = split_of[waiting] == 0
+            first = np.sort(np.unique(stratum[left], return_index=True)[1])
+            fill(code, waiting[left][first], wanted - int(size[split_of == code].sum()))
     for code, share in enumerate(shares.values(), 1) if top_up else ():
         target, assigned = round(len(units) * share), int(size[split_of == code].sum())
         fill(code, waiting, target - assigned)

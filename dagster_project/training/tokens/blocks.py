@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.messages import is_trained
 from dagster_project.core.records import iter_table
+from dagster_project.core.rendering import end_ids
 from dagster_project.training.tokens.examples import Example, RecordOutcome, Rules, make
 from dagster_project.training.tokens.label_audit import count_traces, find_wrong_labels, has_double_bos
 from dagster_project.training.tokens.portable import PortableTokenizer
@@ -43,7 +44,7 @@ class ExampleFacts(NamedTuple):
     trained: int
     """Tokens with a label."""
     ends: bool
-    """Whether an end of text is in the loss."""
+    """Whether a token at which generation stops is in the loss."""
     double_bos: bool
     data: bytes
     """input_ids, labels (both int32) and weights (float32), one after the other."""
@@ -78,6 +79,7 @@ def tokenize_shard(setup: Setup, shard: Shard) -> tuple[str, list[RecordFacts]]:
 
 def facts_of(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequence[RecordOutcome]) -> list[RecordFacts]:
     wrong = find_wrong_labels(tokenizer, records, results)
+    ends = list(end_ids(tokenizer))
     found = []
     for i, (record, result) in enumerate(zip(records, results, strict=True)):
         traces = sum(bool(m.get("reasoning_content")) and is_trained(m) for m in record["messages"]) if result.kept else 0
@@ -91,7 +93,7 @@ def facts_of(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequenc
                 result.tokens,
                 result.trained,
                 result.stable,
-                [_facts(tokenizer, example) for example in result.examples],
+                [_facts(tokenizer, example, ends) for example in result.examples],
                 traces,
                 count_traces(tokenizer, record, result) if traces else 0,
                 wrong.get(i, ""),
@@ -100,11 +102,16 @@ def facts_of(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequenc
     return found
 
 
-def _facts(tokenizer: Any, example: Example) -> ExampleFacts:
+def _facts(tokenizer: Any, example: Example, ends: Sequence[int]) -> ExampleFacts:
+    """Args:
+    ends: ids of the tokens at which generation stops.
+    """
+    import numpy as np
+
     return ExampleFacts(
         len(example.input_ids),
         int((example.labels != IGNORE).sum()),
-        bool((example.labels[1:] == tokenizer.eos_token_id).any()),
+        bool(np.isin(example.labels[1:], ends).any()),
         has_double_bos(tokenizer, example),
         b"".join((example.input_ids.tobytes(), example.labels.tobytes(), example.weights.tobytes())),
     )

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dagster_project.core.chat import IGNORE, is_text
+from dagster_project.core.chat import IGNORE, is_text, trimmed
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_example
 from dagster_project.core.messages import Message, argument_texts, calls, is_trained
@@ -161,12 +161,12 @@ def _matches(tokenizer: Any, text: str, answer: str, expected: TurnMarkup, cut: 
     """
     end = next((token for token in expected.ends if text.endswith(token)), tokenizer.eos_token)
     for before, after in expected.frames:
-        for words in (answer, answer.strip()):
+        for words in trimmed(answer):
             if text == before + words + after + end:
                 return True
             if cut and text.endswith(end) and (before + words + after).startswith(text.removesuffix(end)):
                 return True
-    whole = [before + words + after + end for before, after in expected.frames for words in (answer, answer.strip())]
+    whole = [before + words + after + end for before, after in expected.frames for words in trimmed(answer)]
     returned = decode(tokenizer, [tokenizer.encode(form, add_special_tokens=False) for form in whole])
     return any(text == form or (cut and form.startswith(text.removesuffix(end))) for form in returned)
 
