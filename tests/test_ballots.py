@@ -285,6 +285,14 @@ def test_a_damaged_comparison_is_one_message(project: Path) -> None:
         contenders(project)
 
 
+@pytest.mark.parametrize("content", [b"", b"PAR1 cut short", b"PAR1" + b"\0" * 90 + b"PAR1"])
+@pytest.mark.parametrize("table", ["data/evaluation/lora/results.parquet", "data/splits/test/records-00000.parquet"])
+def test_a_damaged_table_is_one_message(project: Path, table: str, content: bytes, capsys: Any) -> None:
+    (project / table).write_bytes(content)
+    assert main(["ballots", "export", "lora", "few_shot", "--project", str(project)]) == 2
+    assert f"error: {table} is damaged: " in (shown := capsys.readouterr().err) and f"`dvc checkout --force {table}` restores it" in shown
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
 def test_votes_by_keyboard_survive_a_closed_browser_tab(project: Path, ballot: Match, capsys: Any) -> None:

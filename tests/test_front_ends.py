@@ -20,6 +20,7 @@ from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
+from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.pipeline import PEDIGREE
 
 pytestmark = pytest.mark.usefixtures("warm_small")
@@ -199,3 +200,24 @@ def test_every_stage_has_a_result_for_each_check_that_dagster_requires(finished:
 def test_a_training_on_pairs_is_materialized_although_some_checks_are_for_online_methods(finished: Path, synced_finished: Any) -> None:
     done = materialize(finished, synced_finished, "aligned@dpo", tags={"pedigree/force": "true"})
     assert done.success
+
+
+def test_outputs_of_a_removed_variant_are_named_until_they_are_removed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another clone does not have them, so there `cmp`, which reads the folder, would be changed."""
+    edit_params(root, lambda values: values["variants"].pop("dora"))
+    run_stage(root, "cmp", small_pipeline.PIPELINE)
+    [line] = caplog.messages
+    assert line.startswith("cmp reads a folder with outputs of stages that dvc.yaml no longer has") and line.endswith(
+        "rm -r data/adapter/dora"
+    )
+    shutil.rmtree(root / "data/adapter/dora")
+    assert dvc(root, "repro", "-q").returncode == 0
+    caplog.clear()
+    run_stage(root, "cmp", small_pipeline.PIPELINE)
+    assert caplog.messages == []
+    small_pipeline.commit(root, "removed")
+    clone = root.parent / "clone"
+    small_pipeline.git(root.parent, "clone", "-q", str(root), str(clone))
+    shutil.copytree(root / ".dvc" / "cache", clone / ".dvc" / "cache")
+    assert dvc(clone, "checkout", "-q").returncode == 0
+    assert changed_in_dvc(clone) == set()

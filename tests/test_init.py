@@ -224,6 +224,19 @@ def test_a_folder_of_data_that_contains_the_project_is_refused(tmp_path: Path) -
     assert not (tmp_path / "project").exists()
 
 
+@pytest.mark.parametrize("rule", ["data/", "*.lock", "reports", "mine.json"])
+def test_a_repository_that_ignores_files_of_a_project_is_refused(rule: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(chats(["It sings."])))
+    run(["git", "init", "-q"], tmp_path)
+    (tmp_path / ".gitignore").write_text(f"{rule}\n")
+    with pytest.raises(InputError, match=re.escape(f"by the rule `{rule}` (.gitignore, line 1); nothing was written")):
+        init(tmp_path / "project", [str(tmp_path / "mine.json")], None, "auto", "MIT")
+    assert not (tmp_path / "project").exists()
+    (tmp_path / ".gitignore").write_text(f"{rule}\n!{rule}\n*.key\n")
+    init(tmp_path / "project", [str(tmp_path / "mine.json")], None, "auto", "MIT")
+    assert "project/data/sources/mine.json" in run(["git", "diff", "--cached", "--name-only"], tmp_path).stdout
+
+
 def test_without_data_the_next_step_is_to_add_some(tmp_path: Path) -> None:
     document = init(tmp_path / "project", [], None, "auto", "unknown")
     assert "put your data into data/sources/mine.jsonl" in document["next"]

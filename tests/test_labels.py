@@ -331,7 +331,8 @@ def test_dagster_shows_the_table_of_labels_and_a_matrix_of_odd_ones(tmp_path: Pa
     from dagster_project.orchestration.dagster.metadata import describe
 
     report = {"by_label": by_label(LabelSet(("a|b", "$x$", "l\nn")), ["a|b", "$x$"], ["a|b", "l n"])["by_label"], "accuracy": 0.5}
-    for path, text in (("data/reports/e.json", json.dumps(report)), ("data/plots/confusion/x.csv", 'actual,predicted\n"$x^$","a,b"\n')):
+    matrix = 'actual,predicted\n"$x^$","a,b"\nlate\x0bdelivery,"l\nn"\n'
+    for path, text in (("data/reports/e.json", json.dumps(report)), ("data/plots/confusion/x.csv", matrix)):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
     state = SimpleNamespace(

@@ -194,6 +194,20 @@ def test_the_run_is_in_the_named_experiment(project: Project, address: str, caps
         assert len(client.search_registered_models()) == models
 
 
+def test_figures_of_fields_and_benchmarks_may_have_any_name(project: Project, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow import MlflowClient
+
+    (project.root / "data/reports/merged").mkdir()
+    report = project.report("merged/lora", {"passed": True, "type (main).accuracy": 0.5, "mmlu, übung": 0.25})
+    lock = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]
+    lock["merged@lora"]["outs"].append({**report, "hash": "md5"})
+    project.commit(lock)
+    code, made = ask(capsys, "mlflow", "merged@lora", "--tracking-uri", address, "--project", str(project.root))
+    assert code == 0 and made["created"]
+    figures = MlflowClient(tracking_uri=address).get_run(made["run"]).data.metrics
+    assert figures == {"merged/lora/type _main_.accuracy": 0.5, "merged/lora/mmlu_ übung": 0.25}
+
+
 def test_a_model_that_changes_while_it_is_uploaded_is_not_registered(
     project: Project, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

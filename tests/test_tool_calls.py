@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from dagster_project.core.messages import Call
-from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.core.records import example_id, read_table, write_records, write_table
 from dagster_project.evaluation import ballots, judge
 from dagster_project.evaluation.alarms import scores_differ
 from dagster_project.evaluation.baselines import with_shots
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, result_schema, select_questions, write_results
 from dagster_project.evaluation.paired.pairwise import match
+from dagster_project.evaluation.retention import retention_schema
 from dagster_project.evaluation.scoring import Scoring
 from dagster_project.evaluation.tool_calls import is_valid, problem, same_calls, same_names
-from dagster_project.training.inference.answers import Answer
+from dagster_project.stages import comparison
+from dagster_project.training.inference.answers import Answer, of_message
 from dagster_project.views.ballot import ballot_page
 from tests.conftest import evaluate
 
@@ -180,6 +182,30 @@ def test_calls_decide_where_at_least_half_of_the_answers_are_calls() -> None:
     for calls, texts, first in ((1, 0, NAMES[0]), (1, 1, "rouge_l"), (2, 1, "rouge_l")):
         records = [dialogue(i) for i in range(calls)] + [dialogue(9 + i, asks=False) for i in range(texts)]
         assert next(iter(Scoring(select_questions(records, Settings())[1], None, {}).names())) == first
+
+
+def test_nothing_is_concluded_from_a_few_examples_with_calls_among_many_answers(tmp_path: Path) -> None:
+    """Of forty test examples twenty have a call, which decides."""
+    records = [dialogue(i) | {"messages": dialogue(i)["messages"][:2]} for i in range(20)] + [
+        dialogue(i, asks=False) for i in range(20, 40)
+    ]
+    right = [of_message(record["messages"][-1]) for record in records]
+    for split, rows in (("train", []), ("validation", []), ("test", records)):
+        write_records(tmp_path / "splits" / split, rows)
+    for folder, system, answers in (("baselines", "zero_shot", [Answer("x")] * 40), ("one", "one", right)):
+        scored = result_rows(system, records, None, answers, [9] * 40, [(1.0, 3)] * 40)
+        base = result_rows("base", records, None, likelihoods=[(9.0, 3)] * 40) if folder == "baselines" else []
+        write_results(tmp_path / folder / "results.parquet", [*scored, *base])
+        write_table(tmp_path / folder / "retention.parquet", [], retention_schema())
+    (tmp_path / "training.json").write_text('{"tokens": 9, "trained_tokens": 3, "steps": 1}')
+    variants = {"one": comparison.Variant(tmp_path / "one", tmp_path / "one", tmp_path / "training.json")}
+    comparison.produce(
+        tmp_path, Settings(), variants, tmp_path / "splits", tmp_path / "baselines", tmp_path / "one", tmp_path / "out", tmp_path / "scores.csv",
+        tmp_path / "pages",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["test"] == {"examples": 40, "answered": 40, "decided": 20, "seen": 0} and found["shown"][0] == NAMES[0]
+    assert found["advice"][0].startswith("Nothing can be concluded from 20 test examples") and not found["recommended"]["sure"]
 
 
 def test_results_of_plain_answers_have_no_further_columns(tmp_path: Path) -> None:
