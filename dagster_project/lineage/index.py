@@ -277,7 +277,7 @@ class Index(RunIndex):
         query = "SELECT address, md5, text FROM run WHERE address IN ('instructions', 'preferences') AND instr(text, '\"review\"')"
         for address, md5, text in self._db.execute(query):
             entry = json.loads(text.partition(": ")[2])  # as `as_section` of runs.py writes it
-            section = (entry.get("params") or {}).get("params.yaml", {}).get(address)
+            section = ((entry.get("params") or {}).get("params.yaml") or {}).get(address)
             review = section.get("review") if isinstance(section, dict) else None
             if isinstance(review, str) and is_within(posixpath.normpath(review), source.rstrip("/")):
                 found.add(md5)
