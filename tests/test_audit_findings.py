@@ -472,6 +472,27 @@ def test_a_row_before_its_repair_cannot_be_told_without_the_ledger(made: Project
     assert stages(impact(made.root, record=identity("c@ts"))) == ["adapter@lora", "merged@lora"]
 
 
+def test_a_review_file_is_credited_with_the_records_that_it_edited(made: Project) -> None:
+    review = "data/sources/review/r.csv"
+    lock = made.curated(ROWS, paraphrases={"cats": "felines"})
+    lines = [{"source": FAQ, "source_row": i, "example_id": identity(text), "outcome": "kept", "why": "edited: clearer" if text == "cats" else ""}
+             for i, text in enumerate(("cats", "dogs", "birds"))]  # fmt: skip
+    ledger = table(lines, ledger_schema())
+    lock["instructions"]["outs"][0]["md5"] = lock["splits"]["deps"][0]["md5"] = made.put({"ledger.parquet": ledger})
+    lock["instructions"]["deps"].append({"path": "data/sources/review", "hash": "md5", "md5": "1" * 32 + ".dir"})
+    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"review": review}}}
+    made.commit(made.trained(lock, ["cats", "dogs", "felines"]))
+    for source in (review, "data/sources/review"):
+        answer = impact(made.root, source=source)
+        (seen,) = answer["models"][0]["seen"]
+        assert (answer["verdict"], seen["splits"], "read_by" in answer) == ("yes", {"train": 2}, False)  # also the paraphrase of the record
+    made.object(md5(ledger)).unlink()
+    for file in made.root.glob(f"{database.INDEX_FILE}*"):
+        file.unlink()
+    answer = impact(made.root, source=review)
+    assert answer["verdict"] == "cannot tell" and answer["unknown"][0]["missing"][0]["path"] == "data/instructions"
+
+
 def test_a_lock_that_git_has_lost_cannot_be_told(made: Project) -> None:
     first = made.commit(made.trained(made.curated(ROWS), TRAINED))
     made.commit(made.trained(made.curated([("frogs", "train", FAQ), *ROWS[1:]]), ["frogs", "dogs"]))

@@ -27,7 +27,7 @@ from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.sources import fields
 from dagster_project.curation.sources.files import Row
 from dagster_project.curation.sources.formats import as_record, pairs_of, records_of
-from dagster_project.lineage.rows import LEDGER, contributions, record_key
+from dagster_project.lineage.rows import EDITED, LEDGER, contributions, record_key
 from dagster_project.stages import instructions, preferences, raw_preferences, splits
 
 MAIL = "ann.lee@kites.co.uk"
@@ -390,7 +390,7 @@ def test_rows_that_a_reviewer_edited_are_made_from_the_rows_as_they_were_read(tm
         lines = sorted(read_ledger(tmp_path / folder), key=lambda line: line["source_row"])
         assert [line["source_id"] for line in lines] == [raw[i] if i in (3, 5) else None for i in range(8)]
         assert [line["repaired"] for line in lines] == [["special_tokens_in_text"] if i == 5 else None for i in range(8)]
-        made = {(parent, child) for parent, child, _ in contributions(tmp_path / folder / LEDGER, LEDGER)[1]}
+        made = {(parent, child) for parent, child, how in contributions(tmp_path / folder / LEDGER, LEDGER)[1] if how != EDITED}
         assert made == {(record_key(raw[i]), record_key(lines[i]["example_id"])) for i in (3, 5)}
 
 

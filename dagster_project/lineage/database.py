@@ -44,7 +44,7 @@ CREATE INDEX source_rows_content ON source_rows (content);
 CREATE TABLE credit (file TEXT, source TEXT, source_row INTEGER, key BLOB);
 CREATE INDEX credit_source ON credit (source);
 CREATE INDEX credit_file ON credit (file);
-CREATE TABLE derived (file TEXT, parent BLOB, child BLOB, how TEXT);
+CREATE TABLE derived (file TEXT, parent BLOB, child BLOB, how TEXT); -- also edited records
 CREATE INDEX derived_parent ON derived (parent);
 CREATE INDEX derived_file ON derived (file);
 CREATE TABLE training (evidence TEXT, shard TEXT, source TEXT, records INTEGER, first INTEGER, last INTEGER);

@@ -8,6 +8,7 @@ per several million rows. The tables are in database.py, the runs in run_index.p
 from __future__ import annotations
 
 import json
+import posixpath
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from dagster_project.lineage import tables
 from dagster_project.lineage.database import cached_per_instance
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.rows import (
+    EDITED,
     EVIDENCE,
     LEDGER,
     OVERLAPS,
@@ -252,10 +254,13 @@ class Index(RunIndex):
         """Keys of the records to which rows of a source contributed although the record names another row.
 
         Returns:
-            Hash of an output -> records, in it or in what was made from it, in whose place a copy from the source was dropped; and id of an entry ->
-            records of its output that are paraphrases from the source.
+            Hash of an output -> records, in it or in what was made from it, in whose place a copy from the source was dropped, or which were edited by
+            it, if it is a review file; and id of an entry -> records of its output that are paraphrases from the source.
         """
         copies: dict[str, set[bytes]] = defaultdict(set)
+        query = f"SELECT file.out, derived.child FROM derived JOIN file ON file.md5 = derived.file WHERE derived.how = '{EDITED}' AND file.out IN"
+        for out, key in self._rows(query, sorted(self.reviewed_by(source))):
+            copies[out].add(key)
         query = f"SELECT file.out, credit.key FROM credit JOIN file ON file.md5 = credit.file WHERE {WITHIN}"
         for out, key in self._db.execute(query, _within(source)):
             copies[out].add(key)
@@ -265,6 +270,18 @@ class Index(RunIndex):
         for entry, key in self._db.execute(query, _within(source)):
             paraphrases[entry].add(key)
         return dict(copies), dict(paraphrases)
+
+    def reviewed_by(self, source: str) -> set[str]:
+        """Hashes of the outputs that a review file, or one in a folder, was applied to."""
+        found = set()
+        query = "SELECT address, md5, text FROM run WHERE address IN ('instructions', 'preferences') AND instr(text, '\"review\"')"
+        for address, md5, text in self._db.execute(query):
+            entry = json.loads(text.partition(": ")[2])  # as `as_section` of runs.py writes it
+            section = ((entry.get("params") or {}).get("params.yaml") or {}).get(address)
+            review = section.get("review") if isinstance(section, dict) else None
+            if isinstance(review, str) and is_within(posixpath.normpath(review), source.rstrip("/")):
+                found.add(md5)
+        return found
 
     def has_ledger(self, out: str) -> bool:
         """Whether the ledger of an output is available."""

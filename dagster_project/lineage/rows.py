@@ -28,6 +28,8 @@ LEDGER, OVERLAPS = "ledger.parquet", "overlaps.parquet"
 """Tables in a data set's folder: the outcome of every row, and the pairs of rows that repeat each other."""
 AUGMENTED, COPY_OF = "augmented:", "copy of "
 """How the ledger of `splits` describes a copy: its outcome, with the kind of copy, and its reason, with the id of the original."""
+EDITED = "edited"
+"""How an index names a record that a review file edited, and the beginning of its reason in the ledger of `instructions` or `preferences`."""
 CHUNK = 256
 """Rows per chunk: the amount that one lookup reads."""
 
@@ -203,7 +205,7 @@ def contributions(path: Path, name: str) -> tuple[list[tuple[str, int, bytes]], 
 
     Returns:
         (source, source_row, key of the record) of every copy that was dropped; and (key of the row, key of the record, how) of every record that was
-        made from another one: repaired, copied, paraphrased, or kept in place of a copy.
+        made from another one: repaired, copied, paraphrased, or kept in place of a copy; and of every edited record itself.
     """
     import polars as pl
 
@@ -224,4 +226,6 @@ def contributions(path: Path, name: str) -> tuple[list[tuple[str, int, bytes]], 
     if "source_id" in names:
         repaired = table.filter(pl.col("source_id").is_not_null()).rows(named=True)
         derived += [(record_key(row["source_id"]), record_key(row["example_id"]), "repaired") for row in repaired]
+    edited = map(record_key, table.filter(pl.col("why").str.starts_with(f"{EDITED}: "))["example_id"].to_list())
+    derived += [(key, key, EDITED) for key in edited]
     return [], derived

@@ -397,7 +397,9 @@ class Finder:
         places = {f"{raw.source}:{row}" for raw in found.meant if raw.current for row in raw.rows}
         turns = [_prompt_messages(record) for record in (*(raw.record for raw in found.meant), *self._records_made({*made}))]
         prompts = {
-            text.strip() for one in turns for text in (prompt_text(one), *(turn["content"] for turn in one if turn["role"] == "user"))
+            text.strip()
+            for one in turns
+            for text in (prompt_text([dict(turn) for turn in one]), *(turn["content"] for turn in one if turn["role"] == "user"))
         }
         prompts.discard("")
         patterns = [Pattern(text, False) for text in found.containing]

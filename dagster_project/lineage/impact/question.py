@@ -69,7 +69,7 @@ def impact(
     if source is not None:
         name = known_source(index, source)
         query.match_sources({name: None})
-        read_by = [] if index.knows_source(name) else stages_reading(index, name)
+        read_by = [] if index.knows_source(name) or query.exposures else stages_reading(index, name)
     elif content is not None:
         query.match_content(content)
     else:

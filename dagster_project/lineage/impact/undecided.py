@@ -114,8 +114,15 @@ class UndecidedModels:
         """Whether the data of a model are made from the queried source, or reports that name its sources are unavailable."""
         if not self._matches.sources:
             return False
+        if any(not self._reviewed[one].isdisjoint(self._index.ancestors(run)) for one in self._matches.sources):
+            return True
         sources = self._index.sources_of(run)
         return sources is None or any(is_within(one, asked) or is_within(asked, one) for one in sources for asked in self._matches.sources)
+
+    @cached_property
+    def _reviewed(self) -> Mapping[str, set[str]]:
+        """Source -> hashes of the outputs that it was applied to, if it is a review file."""
+        return {one: self._index.reviewed_by(one) for one in self._matches.sources}
 
     @cached_property
     def _shard_paths(self) -> Mapping[str, Path]:
