@@ -338,10 +338,9 @@ def test_the_planned_steps_and_texts_are_those_of_a_training(policy: Any, tiny_t
         method.refuse_few_prompts(1, params, "aligned.x")
 
 
-def test_planned_steps_of_ppo_count_a_smaller_last_iteration() -> None:
+def test_planned_steps_of_ppo_are_its_iterations_as_in_the_report() -> None:
     ppo = preference.Ppo(total_episodes=20, batch_size=16, mini_batch_size=2, gradient_accumulation_steps=2, num_ppo_epochs=3)
-    assert ppo.steps(9, PreferenceParams()) == 3 * (4 + 1) and ppo.texts_per_epoch(9, PreferenceParams()) == 60
-    assert ppo.model_copy(update={"total_episodes": 4}).steps(9, PreferenceParams()) == 3
+    assert ppo.steps(9, PreferenceParams()) == 2 and ppo.texts_per_epoch(9, PreferenceParams()) == 60
 
 
 def test_a_further_model_counts_as_weights(tiny_model: Path) -> None:

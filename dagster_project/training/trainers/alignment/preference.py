@@ -721,8 +721,8 @@ class Ppo(AlignmentMethod, ppo.Settings):
         return self.mini_batch_size, self.gradient_accumulation_steps
 
     def steps(self, pairs: int, params: PreferenceParams) -> int:
-        answers = [min(self.batch_size, self.total_episodes - start) for start in range(0, self.total_episodes, self.batch_size)]
-        return self.num_ppo_epochs * sum(-(-count // math.prod(self.passes(params))) for count in answers)
+        """Iterations, as in the report and in examples.parquet."""
+        return ppo.iterations(self)
 
     def texts_per_epoch(self, texts: int, params: PreferenceParams) -> int:
         return self.total_episodes * self.num_ppo_epochs

@@ -24,19 +24,9 @@ OVERRIDDEN = (
 
 
 @cache
-def group_trainer(base: type, gives_log_probs: bool) -> type:
-    """TRL's trainer on prompts that are tokenized already.
-
-    Args:
-        base: TRL's RLOOTrainer or GRPOTrainer.
-        gives_log_probs: whether its answers come with log-probabilities, which only vLLM computes.
-    """
+def _sampler_class() -> type:
     import torch
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from trl.trainer.utils import RepeatSampler
-
-    if missing := [name for name in OVERRIDDEN if not hasattr(base, name)]:
-        raise AssertionError(f"written for trl 1.16: {version('trl')} has no {base.__name__}.{', '.join(missing)}")
 
     class EpochSampler(RepeatSampler):
         """The order of an epoch depends only on the seed and the epoch. TRL's generator continues from epoch to epoch, but not in a resumed training."""
@@ -52,6 +42,23 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
                 torch.randperm(self.num_samples, generator=self.generator)
             return super().__iter__()
 
+    return EpochSampler
+
+
+@cache
+def group_trainer(base: type, gives_log_probs: bool) -> type:
+    """TRL's trainer on prompts that are tokenized already.
+
+    Args:
+        base: TRL's RLOOTrainer or GRPOTrainer.
+        gives_log_probs: whether its answers come with log-probabilities, which only vLLM computes.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if missing := [name for name in OVERRIDDEN if not hasattr(base, name)]:
+        raise AssertionError(f"written for trl 1.16: {version('trl')} has no {base.__name__}.{', '.join(missing)}")
+
     class GroupTrainer(base):
         session: Any
         """A TrlSession."""
@@ -65,7 +72,7 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             group, passes = self.num_generations, self.num_iterations * self.args.steps_per_generation
             rows = self.train_dataset if dataset is None else dataset
-            return EpochSampler(rows, group, self.args.generation_batch_size // group, passes, seed=self.args.seed)
+            return _sampler_class()(rows, group, self.args.generation_batch_size // group, passes, seed=self.args.seed)
 
         def _prepare_inputs(self, batch: Any) -> Any:
             """With several passes on each batch of answers, a resumed training goes on with the answers of the checkpoint."""
