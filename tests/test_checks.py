@@ -224,13 +224,27 @@ def test_a_leak_through_the_answer_is_found() -> None:
     ]
 
 
+@pytest.mark.parametrize("action", ["drop", "review"])
+def test_a_row_that_repeats_only_a_dropped_row_is_kept(action: Any) -> None:
+    question = "Where does the parcel with the blue kite stand this morning?"
+    again = question + " Please tell me."
+    rules = Rules(policy=dict.fromkeys(["conflicting_responses", "near_duplicates"], action), max_tokens=200)
+    near = judged([ask(question, ""), ask(again, "In the depot.")], rules)
+    assert (near.reason, near.waiting, result("near_duplicates", near).broken) == (["empty_response", None], [], [])
+    conflict = judged([ask(question, ""), ask(question, "In the depot."), ask(question, "On its way.")], rules)
+    last = "conflicting_responses" if action == "drop" else None
+    assert (conflict.reason, result("conflicting_responses", conflict).broken) == (["empty_response", None, last], [2])
+
+
 def test_a_conflict_is_queued_for_review_and_decisions_are_applied() -> None:
     rows = CHECK_EXAMPLES["conflicting_responses"][1]
     first, second = (row["example_id"] for row in rows)
     assert judged(rows).waiting == [(1, "conflicting_responses")]
     assert judged(rows).reason == [None, None]
     assert judged(rows, decisions=[Decision(second, "conflicting_responses", "drop", "wrong")]).reason == [None, "conflicting_responses"]
-    assert judged(rows, decisions=[Decision(first, "conflicting_responses", "drop", "wrong")]).reason == ["conflicting_responses", None]
+    decided = judged(rows, decisions=[Decision(first, "conflicting_responses", "drop", "wrong")])
+    assert (decided.reason, decided.waiting) == (["conflicting_responses", None], [])
+    assert result("conflicting_responses", decided).passed
     accepted = judged(rows, decisions=[Decision(second, "conflicting_responses", "accept", "both are right")])
     assert (accepted.waiting, accepted.reason, result("conflicting_responses", accepted).passed) == ([], [None, None], True)
     changed = judged(rows, decisions=[Decision(second, "conflicting_responses", "edit", "clearer", new_prompt="Leaving?")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -235,6 +235,9 @@ def judge(
     records, edits, waived, repaired = _prepared(stored, held_out, rules, tokens, decisions)
     facts = _row_facts(records, held_out, limits, waived, repaired)
     overlaps, found, broken = facts.overlaps, {name: [*rows] for name, rows in facts.found.items()}, facts.broken
+    for name, rows in _spared(records, broken, overlaps, rules, decisions).items():
+        for table in (found, broken):
+            table[name] = [i for i in table[name] if i not in rows]
     reason, why = _drop(records, broken, rules, decisions)
     comments = {
         **{i: f"waived for {check}: {text}" for (check, i), text in waived.reasons.items()},
@@ -340,6 +343,32 @@ def _drop(
         if (decision := next((by_id[one] for one in ids_of(record) if one in by_id), None)) and reason[i] is None:
             reason[i], comments[i] = decision.check, f"dropped: {decision.reason}"
     return reason, comments
+
+
+REPEATS = ("conflicting_responses", "near_duplicates")
+"""Checks that find a row because of an earlier one that says nearly the same."""
+
+
+def _spared(
+    records: StoredRows, broken: Mapping[str, list[int]], overlaps: Overlaps, rules: Rules, decisions: Sequence[Decision]
+) -> dict[str, set[int]]:
+    """Of those of `REPEATS` that drop rows or leave them to a person, the rows whose earlier rows are all dropped for other reasons: nothing is
+    left that they repeat."""
+    deciding = [name for name in REPEATS if rules.action(name) in {"drop", "review"} and broken.get(name)]
+    if not deciding:
+        return {}
+    others = {name: rows for name, rows in broken.items() if name not in REPEATS}
+    gone = {i for i, check in enumerate(_drop(records, others, rules, decisions)[0]) if check}
+    spared: dict[str, set[int]] = {}
+    for name in deciding:
+        earlier: dict[int, list[int | str]] = defaultdict(list)
+        for link in overlaps.links[name]:
+            earlier[link.row].append(link.other)
+        rows = [i for i in broken[name] if i not in gone and gone.issuperset(earlier[i])]
+        if name == "conflicting_responses":  # those with the same earlier row conflict with each other, so one of them is left
+            rows = [*{earlier[i][0]: i for i in reversed(rows)}.values()]
+        spared[name] = set(rows)
+    return spared
 
 
 def _near_copies(overlaps: Overlaps, waived: Waived, reason: Sequence[str | None]) -> int:
