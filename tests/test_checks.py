@@ -216,6 +216,14 @@ def test_a_waiver_for_a_missing_row_is_reported() -> None:
     assert "ffffffff" in result("schema", judged([ask()], waiver("pii", "ffffffff"))).note
 
 
+@pytest.mark.parametrize("decision", ["drop", "edit", "accept"])
+def test_a_decision_on_a_row_that_is_not_in_the_set_is_reported(decision: Any) -> None:
+    rows = [ask("Hi"), ask("The kite came")]
+    known, unknown = (Decision(name, "pii", decision, "wrong", new_response="Hello.") for name in (rows[0]["example_id"], "f" * 32))
+    assert "f" * 32 in result("schema", judged(rows, decisions=[known, unknown])).note
+    assert result("schema", judged(rows, decisions=[known])).note == ""
+
+
 def test_a_leak_through_the_answer_is_found() -> None:
     found = judged([ask("Tell me something", HELD_OUT[0].text)])
     assert found.reason == ["benchmark_leakage"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import eq, gt
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from dagster_project.curation.checks.check import Action, Check, DataSet, Kind, 
 from dagster_project.curation.checks.features import Features, columns, features
 from dagster_project.curation.checks.overlaps import GROUPED, Overlaps, find_overlaps
 from dagster_project.curation.checks.repair import REPAIRS, RepairResult, repair
-from dagster_project.curation.checks.review import REVIEWED, Decision, Waived, Waiver, edited, ids_of, resolve
+from dagster_project.curation.checks.review import REVIEWED, Decision, Waived, Waiver, edited, ids_of, not_found, resolve
 from dagster_project.curation.checks.row_checks import ROW_CHECKS, gather, row_schema, set_violations, violations
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
@@ -406,11 +406,13 @@ def _prepared(
     items = {item.place for item in held_out}
     changed, edits = edited(records, decisions)
     exempt = resolve(rules.waivers, decisions, changed, items).rows
-    repaired = repair(changed, rules.fixed(), exempt, tokens.special)
+    repaired = first = repair(changed, rules.fixed(), exempt, tokens.special)
     again, more = edited(repaired.records, decisions)
     if more:
         repaired = repair(again, rules.fixed(), exempt, tokens.special, repaired)
-    return repaired.records, edits | more, resolve(rules.waivers, decisions, repaired.records, items), repaired
+    waived = resolve(rules.waivers, decisions, repaired.records, items)
+    missing = not_found(decisions, records, first.records)
+    return repaired.records, edits | more, replace(waived, unknown=[*waived.unknown, *missing]), repaired
 
 
 def _severity(name: str, rules: Rules, rows: Sequence[int], facts: _RowFacts) -> Severity:
