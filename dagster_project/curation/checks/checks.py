@@ -235,9 +235,9 @@ def judge(
     records, edits, waived, repaired = _prepared(stored, held_out, rules, tokens, decisions)
     facts = _row_facts(records, held_out, limits, waived, repaired)
     overlaps, found, broken = facts.overlaps, {name: [*rows] for name, rows in facts.found.items()}, facts.broken
-    for name, rows in _spared(records, broken, overlaps, rules, decisions).items():
+    for name, spared in _spared(records, broken, overlaps, rules, decisions).items():
         for table in (found, broken):
-            table[name] = [i for i in table[name] if i not in rows]
+            table[name] = [i for i in table[name] if i not in spared]
     reason, why = _drop(records, broken, rules, decisions)
     comments = {
         **{i: f"waived for {check}: {text}" for (check, i), text in waived.reasons.items()},
