@@ -187,6 +187,18 @@ def test_paraphrases_find_their_row_by_id_or_by_prompt_and_others_are_counted() 
     assert found.unused == 2
 
 
+def test_a_paraphrase_that_adds_no_copy_is_counted() -> None:
+    """It has the words of its row, or its row is a text, which has no prompt."""
+    asked, answer = questions(1)[0], {"role": "assistant", "content": "A text on kites."}
+    text = {**record(), "messages": [answer], "example_id": example_id([answer])}
+    supplied = [
+        Paraphrase(asked["example_id"], None, prompt_text(asked["messages"])),
+        Paraphrase(text["example_id"], None, "In other words"),
+    ]
+    found = added([asked, text], supplied=supplied)
+    assert (found.rows, found.dropped, found.unused) == ([], {"repeats_a_prompt": 1}, 1)
+
+
 def test_every_wrong_row_of_a_paraphrases_file_is_named(tmp_path: Path) -> None:
     lines: list[Any] = [
         {"prompt": "a", "paraphrase": "b"}, {"paraphrase": "b"}, {"prompt": "a", "paraphrase": " "}, {"prompt": "a", "example_id": "c", "paraphrase": "b"},
@@ -255,7 +267,7 @@ def test_supplied_paraphrases_are_added_only_to_train(tmp_path: Path) -> None:
     digest = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
     assert report.metrics.pop("sources") == {file: {"format": "paraphrases", "rows": 40, "sha256": digest, "license": "unknown"}}
     assert report.metrics == {"train": 28, "validation": 4, "test": 8, "augmented": {"paraphrase": 28}}
-    assert report.checks[2].note == "12 paraphrases are of no row in train"
+    assert report.checks[2].note == "12 paraphrases are of no row in train that has a prompt"
 
 
 def test_a_missing_file_of_paraphrases_is_refused(tmp_path: Path) -> None:

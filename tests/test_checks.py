@@ -216,6 +216,14 @@ def test_a_waiver_for_a_missing_row_is_reported() -> None:
     assert "ffffffff" in result("schema", judged([ask()], waiver("pii", "ffffffff"))).note
 
 
+@pytest.mark.parametrize("decision", ["drop", "edit", "accept"])
+def test_a_decision_on_a_row_that_is_not_in_the_set_is_reported(decision: Any) -> None:
+    rows = [ask("Hi"), ask("The kite came")]
+    known, unknown = (Decision(name, "pii", decision, "wrong", new_response="Hello.") for name in (rows[0]["example_id"], "f" * 32))
+    assert "f" * 32 in result("schema", judged(rows, decisions=[known, unknown])).note
+    assert result("schema", judged(rows, decisions=[known])).note == ""
+
+
 def test_a_leak_through_the_answer_is_found() -> None:
     found = judged([ask("Tell me something", HELD_OUT[0].text)])
     assert found.reason == ["benchmark_leakage"]
@@ -224,13 +232,27 @@ def test_a_leak_through_the_answer_is_found() -> None:
     ]
 
 
+@pytest.mark.parametrize("action", ["drop", "review"])
+def test_a_row_that_repeats_only_a_dropped_row_is_kept(action: Any) -> None:
+    question = "Where does the parcel with the blue kite stand this morning?"
+    again = question + " Please tell me."
+    rules = Rules(policy=dict.fromkeys(["conflicting_responses", "near_duplicates"], action), max_tokens=200)
+    near = judged([ask(question, ""), ask(again, "In the depot.")], rules)
+    assert (near.reason, near.waiting, result("near_duplicates", near).broken) == (["empty_response", None], [], [])
+    conflict = judged([ask(question, ""), ask(question, "In the depot."), ask(question, "On its way.")], rules)
+    last = "conflicting_responses" if action == "drop" else None
+    assert (conflict.reason, result("conflicting_responses", conflict).broken) == (["empty_response", None, last], [2])
+
+
 def test_a_conflict_is_queued_for_review_and_decisions_are_applied() -> None:
     rows = CHECK_EXAMPLES["conflicting_responses"][1]
     first, second = (row["example_id"] for row in rows)
     assert judged(rows).waiting == [(1, "conflicting_responses")]
     assert judged(rows).reason == [None, None]
     assert judged(rows, decisions=[Decision(second, "conflicting_responses", "drop", "wrong")]).reason == [None, "conflicting_responses"]
-    assert judged(rows, decisions=[Decision(first, "conflicting_responses", "drop", "wrong")]).reason == ["conflicting_responses", None]
+    decided = judged(rows, decisions=[Decision(first, "conflicting_responses", "drop", "wrong")])
+    assert (decided.reason, decided.waiting) == (["conflicting_responses", None], [])
+    assert result("conflicting_responses", decided).passed
     accepted = judged(rows, decisions=[Decision(second, "conflicting_responses", "accept", "both are right")])
     assert (accepted.waiting, accepted.reason, result("conflicting_responses", accepted).passed) == ([], [None, None], True)
     changed = judged(rows, decisions=[Decision(second, "conflicting_responses", "edit", "clearer", new_prompt="Leaving?")])

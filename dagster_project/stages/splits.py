@@ -420,7 +420,7 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
 def _augmented_rows(params: Params, verification: Verification, added: AddedRows) -> CheckResult:
     notes = [f"{n} copies left out: {reason.replace('_', ' ')}" for reason, n in added.dropped.items()]
     if added.unused:
-        notes.append(f"{added.unused} paraphrases are of no row in train")
+        notes.append(f"{added.unused} paraphrases are of no row in train that has a prompt")
     unaugmented = params.augment is not None and not added.rows and not verification.unexpected
     if unaugmented:
         notes.insert(0, "no row was added; see splits.augment, or leave it out")

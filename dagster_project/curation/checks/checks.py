@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import eq, gt
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from dagster_project.curation.checks.check import Action, Check, DataSet, Kind, 
 from dagster_project.curation.checks.features import Features, columns, features
 from dagster_project.curation.checks.overlaps import GROUPED, Overlaps, find_overlaps
 from dagster_project.curation.checks.repair import REPAIRS, RepairResult, repair
-from dagster_project.curation.checks.review import REVIEWED, Decision, Waived, Waiver, edited, ids_of, resolve
+from dagster_project.curation.checks.review import REVIEWED, Decision, Waived, Waiver, edited, ids_of, not_found, resolve
 from dagster_project.curation.checks.row_checks import ROW_CHECKS, gather, row_schema, set_violations, violations
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
@@ -237,6 +237,9 @@ def judge(
     records, edits, waived, repaired = _prepared(stored, held_out, rules, tokens, decisions)
     facts = _row_facts(records, held_out, limits, waived, repaired)
     overlaps, found, broken = facts.overlaps, {name: [*rows] for name, rows in facts.found.items()}, facts.broken
+    for name, spared in _spared(records, broken, overlaps, rules, decisions).items():
+        for table in (found, broken):
+            table[name] = [i for i in table[name] if i not in spared]
     reason, why = _drop(records, broken, rules, decisions)
     comments = {
         **{i: f"waived for {check}: {text}" for (check, i), text in waived.reasons.items()},
@@ -344,6 +347,32 @@ def _drop(
     return reason, comments
 
 
+REPEATS = ("conflicting_responses", "near_duplicates")
+"""Checks that find a row because of an earlier one that says nearly the same."""
+
+
+def _spared(
+    records: StoredRows, broken: Mapping[str, list[int]], overlaps: Overlaps, rules: Rules, decisions: Sequence[Decision]
+) -> dict[str, set[int]]:
+    """Of those of `REPEATS` that drop rows or leave them to a person, the rows whose earlier rows are all dropped for other reasons: nothing is
+    left that they repeat."""
+    deciding = [name for name in REPEATS if rules.action(name) in {"drop", "review"} and broken.get(name)]
+    if not deciding:
+        return {}
+    others = {name: rows for name, rows in broken.items() if name not in REPEATS}
+    gone = {i for i, check in enumerate(_drop(records, others, rules, decisions)[0]) if check}
+    spared: dict[str, set[int]] = {}
+    for name in deciding:
+        earlier: dict[int, list[int | str]] = defaultdict(list)
+        for link in overlaps.links[name]:
+            earlier[link.row].append(link.other)
+        rows = [i for i in broken[name] if i not in gone and gone.issuperset(earlier[i])]
+        if name == "conflicting_responses":  # those with the same earlier row conflict with each other, so one of them is left
+            rows = [*{earlier[i][0]: i for i in reversed(rows)}.values()]
+        spared[name] = set(rows)
+    return spared
+
+
 def _near_copies(overlaps: Overlaps, waived: Waived, reason: Sequence[str | None]) -> int:
     """Kept rows that nearly repeat an earlier one."""
     similar = {link.row for name in ("near_duplicates", GROUPED) for link in overlaps.links[name]}
@@ -379,11 +408,13 @@ def _prepared(
     items = {item.place for item in held_out}
     changed, edits = edited(records, decisions)
     exempt = resolve(rules.waivers, decisions, changed, items).rows
-    repaired = repair(changed, rules.fixed(), exempt, tokens.special)
+    repaired = first = repair(changed, rules.fixed(), exempt, tokens.special)
     again, more = edited(repaired.records, decisions)
     if more:
         repaired = repair(again, rules.fixed(), exempt, tokens.special, repaired)
-    return repaired.records, edits | more, resolve(rules.waivers, decisions, repaired.records, items), repaired
+    waived = resolve(rules.waivers, decisions, repaired.records, items)
+    missing = not_found(decisions, records, first.records)
+    return repaired.records, edits | more, replace(waived, unknown=[*waived.unknown, *missing]), repaired
 
 
 def _severity(name: str, rules: Rules, rows: Sequence[int], facts: _RowFacts) -> Severity:

@@ -188,6 +188,16 @@ def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: I
     return Waived(rows, pairs, reasons, unknown)
 
 
+def not_found(decisions: Iterable[Decision], *sets: Iterable[dict[str, Any]]) -> list[str]:
+    """The rows to drop or edit that are in none of some sets: those of decisions on an earlier version of a row, or with a typing error."""
+    missing = {d.example_id: True for d in decisions if d.decision != "accept"}
+    for records in sets if missing else ():
+        for record in records:
+            for name in ids_of(record):
+                missing.pop(name, None)
+    return [*missing]
+
+
 def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
     """The filled-in lines of a review file; lines without a decision are skipped.
 

@@ -90,7 +90,7 @@ class AddedRows:
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> number of excluded copies: `repeats_a_prompt`, `near_held_out`."""
     unused: int = 0
-    """Number of paraphrases of rows that are not in train."""
+    """Number of paraphrases of rows that are not in train, or have no prompt."""
 
 
 def augment(
@@ -116,6 +116,7 @@ def augment(
         name, messages = record["example_id"], record["messages"]
         turn = max((k for k, message in enumerate(messages) if message["role"] == "user"), default=None)
         if turn is None:
+            unused += len(own.get(i, ()))
             continue
         said = messages[turn]["content"]
         # Reasoning and arguments repeat words of the prompt too.
@@ -127,6 +128,7 @@ def augment(
                 copies.append((kind, edit(said, answer, _draws(seed, kind, name))))
         for kind, text in copies:
             if text == said:
+                repeats += kind == "paraphrase"  # other copies are unchanged where nothing in the prompt can change
                 continue
             asked = [*messages[:turn], {**messages[turn], "content": text}, *messages[turn + 1 :]]
             identity = example_id(asked, record.get("tools"))
