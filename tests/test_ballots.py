@@ -285,6 +285,13 @@ def test_a_damaged_comparison_is_one_message(project: Path) -> None:
         contenders(project)
 
 
+def test_votes_are_not_replaced_by_preferences(project: Path, ballot: Match, capsys: Any) -> None:
+    [votes] = saved(project, sheet(ballot, "Anna", lambda i, pair: "win"))
+    before = Path(votes).read_bytes()
+    assert main(["ballots", "import", votes, "--preferences", votes, "--project", str(project)]) == 2
+    assert "a file of votes, which it would replace" in capsys.readouterr().err and Path(votes).read_bytes() == before
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1 cut short", b"PAR1" + b"\0" * 90 + b"PAR1"])
 @pytest.mark.parametrize("table", ["data/evaluation/lora/results.parquet", "data/splits/test/records-00000.parquet"])
 def test_a_damaged_table_is_one_message(project: Path, table: str, content: bytes, capsys: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from ruamel.yaml import YAML
 from scmrepo.exceptions import SCMError
 
 from dagster_project.__main__ import main
+from dagster_project.core.errors import InputError
 from dagster_project.orchestration import experiments
 from dagster_project.orchestration.experiments import Trial, choices, is_temporary, trials
 
@@ -198,3 +200,6 @@ def test_values_are_read_as_dvc_reads_them() -> None:
     assert choices("peft.target_modules=[a,b],all-linear") == ("peft.target_modules", [["a", "b"], "all-linear"])
     assert choices("method='x,y'") == ("method", ["x,y"])
     assert choices("bias=null") == ("bias", [None])
+    for other in ("++r=4,8", "+r=4", "~r=4", "r@x=4,8"):  # DVC refuses them within a section
+        with pytest.raises(InputError, match=f"-S {re.escape(other)}: not KEY=VALUE"):
+            choices(other)

@@ -58,6 +58,8 @@ def import_votes(options: argparse.Namespace) -> int:
     """Count the votes that raters saved."""
     from dagster_project.evaluation.ballots import preferences, read_votes, result, votes_text
 
+    if options.preferences and Path(options.preferences).resolve() in (Path(file).resolve() for file in options.votes):
+        raise InputError(f"--preferences {options.preferences}: a file of votes, which it would replace", "name a new file")
     ballot, votes = read_votes(project(options), [Path(file) for file in options.votes], _seed(options), options.partial)
     if options.preferences:
         rows = preferences(ballot, votes)

@@ -58,7 +58,8 @@ def choices(override: str) -> tuple[str, list[Any]]:
         values = list(parsed.sweep_iterator()) if parsed.is_sweep_override() else [parsed.value()]
     except (hydra_error, ValueError) as error:
         raise InputError(f"-S {override}: {str(error).splitlines()[0]}", hint) from None
-    if parsed.is_add() or parsed.is_delete() or not parsed.key_or_group or not override.partition("=")[2]:
+    plain = not (parsed.is_add() or parsed.is_force_add() or parsed.is_delete() or parsed.package)
+    if not plain or not parsed.key_or_group or not override.partition("=")[2]:
         raise InputError(f"-S {override}: not KEY=VALUE", hint)
     return parsed.key_or_group, [value.text if isinstance(value, quoted) else value for value in values]
 

@@ -97,7 +97,7 @@ def _is_source(path: str) -> bool:
 def _tracked_sources(root: Path) -> set[str]:
     """Hashes that .dvc files of sources name, in the workspace and in every commit."""
     where = [f":(glob){SOURCES}/**/*.dvc", f":(exclude){BENCHMARKS}"]
-    options = ("--all", "--reflog", "--full-history", "--raw", "--no-abbrev", "--no-renames", "-m", "--format=")
+    options = ("--all", "--reflog", "--raw", "--no-abbrev", "--no-renames", "-m", "--format=")
     log = git(root, *EACH_PARENT, "log", *options, "--", *where) or ""
     committed = blobs(root, re.findall(r" [0-9a-f]{40,64} ([0-9a-f]{40,64}) [AM]", log)).values()
     files = [path for path in (root / SOURCES).rglob("*.dvc") if path.is_file() and not path.is_relative_to(root / BENCHMARKS)]
