@@ -146,11 +146,15 @@ def test_a_model_that_is_not_there_is_named_with_the_command_that_makes_it(proje
         chat.find_model(project, name)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "[1]", "no"])
-def test_tools_that_are_no_list_are_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "[1]", "no", '[{"type": "function", "function": "x"}]', '[{"a": 1}]', '[{"name": "f", "parameters": 3}]']
+)
+def test_tools_that_are_no_list_of_functions_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "tools.json").write_text(content)
     with pytest.raises(InputError, match="--tools"):
         chat.read_tools(tmp_path / "tools.json")
+    (tmp_path / "tools.json").write_text('[{"name": "f"}, {"type": "function", "function": {"name": "g", "parameters": {}}}]')
+    assert chat.read_tools(tmp_path / "tools.json")
 
 
 @pytest.mark.long

@@ -224,11 +224,17 @@ def read_tools(path: Path | None) -> Tools:
         tools = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--tools {path}: {error}", "give a JSON file with a list of tools") from None
-    if not (isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools)):
+    if not (isinstance(tools, list) and tools and all(map(_is_tool, tools))):
         raise InputError(
             f"--tools {path}: not a list of tools", 'give [{"type": "function", "function": {"name": ..., "parameters": ...}}]'
         )
     return tools
+
+
+def _is_tool(tool: Any) -> bool:
+    """Whether a value is a function with a name, alone or in OpenAI's form."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and isinstance(function.get("parameters", {}), dict | None)
 
 
 @dataclass(frozen=True)
