@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -28,6 +29,8 @@ EXIT_CODE = 130
 _NO_MEMORY = re.compile("can't allocate memory|memory allocation of|ThreadPoolBuildError")
 """What PyTorch and libraries in Rust say; a thread needs memory for its stack."""
 _STARTS_OF_COMPILED_MODULES = (ExtensionFileLoader.create_module.__code__, ExtensionFileLoader.exec_module.__code__)
+TABLES = ("dagster_project.core.frames", "dagster_project.core.records")
+"""Modules that read tables."""
 DAMAGED = {11, 26}
 """SQLITE_CORRUPT, SQLITE_NOTADB"""
 
@@ -130,7 +133,13 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
         return error
     if isinstance(error, ModuleNotFoundError):
         return missing_extra(error, command)
-    return faults.explained(error, project) or _memory_ended(error) or _mlflow_failed(error) or _home_damaged(error, project)
+    return (
+        faults.explained(error, project)
+        or _memory_ended(error)
+        or _mlflow_failed(error)
+        or _home_damaged(error, project)
+        or _table_damaged(error, project)
+    )
 
 
 def _memory_ended(error: BaseException) -> PedigreeError | None:
@@ -163,6 +172,17 @@ def _home_damaged(error: BaseException, project: Path) -> InputError | None:
     return InputError(
         f"Dagster's home {home}: a database is damaged", "delete that folder: `pedigree sync` makes it again, without the logs of runs"
     )
+
+
+def _table_damaged(error: BaseException, project: Path) -> InputError | None:
+    """A table of an output cannot be read. Stages compare the hashes of what they read; other commands, such as `ballots` and `chat`, do not."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_globals.get("__name__") in TABLES]
+    paths = [path for frame in frames if isinstance(path := frame.f_locals.get("path"), Path) and path.suffix == ".parquet"]
+    if not paths or not isinstance(error, ValueError | OSError):  # pyarrow raises both
+        return None
+    shown = paths[-1].relative_to(project) if paths[-1].is_relative_to(project) else paths[-1]
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"{shown} is damaged: {reason}", f"`dvc checkout --force {shlex.quote(str(shown))}` restores it")
 
 
 def _is_of_a_damaged_database(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import shlex
 import shutil
@@ -19,11 +20,12 @@ from dagster_project.commands.init_params import CONTEXT, PLACEHOLDER, SAMPLE_MO
 from dagster_project.commands.init_template import examine_for
 from dagster_project.commands.pipeline_file import KEEP, current_lock, folders, pipeline_text
 from dagster_project.core.errors import InputError
-from dagster_project.core.git import git
-from dagster_project.core.layout import RECORD_KEY
+from dagster_project.core.git import git, git_bytes
+from dagster_project.core.layout import RECORD_KEY, report_of
 from dagster_project.core.records import remove
 from dagster_project.curation.sources.hub import HubSplit
 from dagster_project.lineage import code_lock
+from dagster_project.lineage.history import LOCK
 from dagster_project.lineage.papers_in_place import COMMENT, IGNORE_LINES
 from dagster_project.pipeline import VARIANTS_OF
 
@@ -61,7 +63,7 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
         {"project", "files", "sources": [{"path", "kind", "layout", "rows"}], "kept", "task", "git": whether git has the files, "dvc": large files
         that DVC tracks instead, "missing": programs that are not installed, "next": commands}.
     Raises:
-        InputError: the folder has files of a project, or a file of data or the base model cannot be used. Nothing was written.
+        InputError: the folder has files of a project, git would ignore some, or a file of data or the base model cannot be used. Nothing was written.
     """
     model, weights = _base_model(base_model)
     given = read(data)
@@ -71,10 +73,12 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
     context = min(CONTEXT, _context_of(weights)) if weights else CONTEXT
     files = _files(found, params_text(found, model, license, context), folder.resolve().name)
     copies = {one.place: Path(one.path) for one in found.given if one.is_copied} | ({str(model["folder"]): weights} if weights else {})
-    _refuse_existing(folder, [*files, *copies, "dvc.lock"])
+    _refuse_existing(folder, [*files, *copies, LOCK])
     for name, source in copies.items():
         if source.is_dir() and (folder / name).resolve().is_relative_to(source.resolve()):
             raise InputError(f"{source} contains the project {folder}; nothing was written", "name a folder outside of it")
+    copied = [path for name, source in copies.items() for path in _paths_in_git(name, source)]
+    _refuse_ignored(folder, [*(name for name in files if name != RECORD_KEY), *copied, LOCK, report_of("splits")])
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch(mode=0o600 if name == RECORD_KEY else 0o666)
@@ -222,6 +226,29 @@ def _refuse_existing(folder: Path, names: Sequence[str]) -> None:
             f"{folder} has {', '.join(present[:5])}{' and more' if len(present) > 5 else ''} already; nothing was written",
             "name an empty folder, or move these files away",
         )
+
+
+def _paths_in_git(name: str, source: Path) -> list[str]:
+    """What git is to have of a file or folder that is copied: it, or its .dvc file."""
+    if _size(source) > LARGE:
+        return [f"{name}.dvc"]
+    return [f"{name}/{path.relative_to(source).as_posix()}" for path in source.rglob("*") if path.is_file()] if source.is_dir() else [name]
+
+
+def _refuse_ignored(folder: Path, names: Sequence[str]) -> None:
+    """Raises:
+    InputError: the folder is in a repository of which a rule, such as `data/`, makes git ignore files of the project. No commit would have them.
+    """
+    whole = folder.resolve()
+    there = next(place for place in (whole, *whole.parents) if place.is_dir())
+    given = "\0".join(str(whole / name) for name in names)
+    found = os.fsdecode(git_bytes(there, "check-ignore", "--verbose", "-z", "--stdin", given=os.fsencode(given)) or b"").split("\0")
+    for file, line, rule, path in zip(*(found[start::4] for start in range(4)), strict=False):
+        if not rule.startswith("!"):
+            raise InputError(
+                f"git ignores {Path(path).relative_to(whole).as_posix()} in {folder}, by the rule `{rule}` ({file}, line {line}); nothing was written",
+                "change the rule, or name a folder in which git does not ignore files of a project",
+            )
 
 
 def _copy(source: Path, target: Path) -> None:

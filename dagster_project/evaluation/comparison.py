@@ -54,15 +54,24 @@ def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapp
 
     Args:
         compared: variant -> differences to other systems, `perplexity_to_base` and `failed_checks`, each if available.
-        test: numbers of test `examples` and of `answered` ones.
+        test: numbers of test `examples` and of `answered` ones; and of those `decided` by the deciding measure, if it does not cover all of them.
     """
     found = [_verdict(name, decides, scores, compared[name], test) for name in compared]
     ranked = sorted((name for name in compared if name in scores), key=lambda name: -scores[name][decides])
-    few = test["answered" if scores else "examples"]
+    few = measured(scores, test)
     if few < FEWEST and compared:
         return [f"{_too_few_examples(few)} {MORE}", *found]
     found += [_between(ranked[0], other, decides, compared[ranked[0]]) for other in ranked[1:]]
     return found + ([OPEN_TEXT] if ranked and decides == OPEN else [])
+
+
+def measured(scores: Mapping[str, Any], test: Mapping[str, int]) -> int:
+    """Test examples that a conclusion rests on. Where some references are text and others tool calls, the deciding measure covers not all.
+
+    Args:
+        scores: empty if the conclusion rests on perplexity.
+    """
+    return test.get("decided", test["answered"]) if scores else test["examples"]
 
 
 OPEN = "rouge_l"
@@ -113,8 +122,8 @@ def gain(decides: str, found: Mapping[str, Any], test: Mapping[str, int]) -> Gai
         rival = min(against, key=lambda other: against[other]["difference"])
         gap, (low, high) = against[rival]["difference"], against[rival]["interval"]
         words = _points(gap, low, high, decides, f"the best alternative, {NAMES[rival]}")
-        return Gain(rival, gap, low, high, words, test["answered"])
-    return Gain("", *_perplexity_gain(found["perplexity_to_base"]), test["examples"]) if "perplexity_to_base" in found else None
+        return Gain(rival, gap, low, high, words, measured(against, test))
+    return Gain("", *_perplexity_gain(found["perplexity_to_base"]), measured({}, test)) if "perplexity_to_base" in found else None
 
 
 def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], test: Mapping[str, int]) -> str:
@@ -193,7 +202,7 @@ def headline(document: Mapping[str, Any]) -> str:
     if document["recommended"]["sure"]:
         return f"Use {name}."
     if name is None:
-        few = document["test"]["answered" if document["scores"] else "examples"] < FEWEST
+        few = measured(document["scores"], document["test"]) < FEWEST
         return "No conclusion." if few else "Use no variant."
     return f"Failed checks: look into {name} first." if compared[name].get("failed_checks") else f"No sure gain: {name}."
 

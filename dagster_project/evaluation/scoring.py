@@ -85,6 +85,10 @@ class Scoring:
         """Whether a measure covers each question."""
         return self.with_calls if name in CALLS else self.could_call if name == FALSE_CALL else self.with_text
 
+    def examples_of(self, name: str) -> int:
+        """Number of test examples that a measure covers."""
+        return len({example for example, counted in zip(self.examples, self._covered(name), strict=True) if counted})
+
     def _by_question(self, name: str, answers: Sequence[Answer], writes: bool) -> np.ndarray:
         import numpy as np
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +20,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.lineage import code_lock
-from dagster_project.lineage.history import LOST_HINT, lost_entries, lost_text
+from dagster_project.lineage.history import LOCK, LOST_HINT, is_within, lost_entries, lost_text, workspace_lock
 from dagster_project.orchestration import dvc_errors, rwlock
 from dagster_project.orchestration.dvc_memory import released_afterwards
 from dagster_project.orchestration.dvc_parameters import ParameterFiles
@@ -445,6 +445,8 @@ class Fingerprint:
     now: Mapping[str, str]
     conflicts: Sequence[tuple[str, str]]
     """For each input that differs from its record: what is wrong, and the next step."""
+    leftovers: Sequence[str] = ()
+    """Outputs of stages that dvc.yaml no longer has, in folders that the stage reads."""
 
 
 def fingerprint(root: Path, address: str) -> Fingerprint:
@@ -471,7 +473,22 @@ def verified_fingerprint(root: Path, address: str, refuse: Callable[[Sequence[St
         if address not in names:
             raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(names)}")
         refuse([state_of(i.producer) for i in state_of(address).inputs if i.producer])
-        return _fingerprint(root, address, all_stages)
+        found = _fingerprint(root, address, all_stages)
+        with repo.lock:
+            return replace(found, leftovers=_leftovers(root, names, found.now))
+
+
+def _leftovers(root: Path, addresses: Collection[str], inputs: Iterable[str]) -> list[str]:
+    """Outputs of removed or renamed variants, which stay where they were. Git and DVC do not bring them to another clone, so there the hash of the
+    folder is another one.
+
+    Args:
+        addresses: of the stages that dvc.yaml has.
+    """
+    recorded = workspace_lock(root) if (root / LOCK).is_file() else {}
+    outs = [out["path"] for address, entry in recorded.items() if address not in addresses for out in entry.get("outs", [])]
+    folders = [path for path in inputs if not is_report(path)]
+    return [out for out in outs if any(out != folder and is_within(out, folder) for folder in folders) and (root / out).exists()]
 
 
 def _fingerprint(root: Path, address: str, all_stages: Sequence[Any]) -> Fingerprint:

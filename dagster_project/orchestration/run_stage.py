@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,6 +154,11 @@ def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
     if before.conflicts:
         refuse_lost_entries(root)
         raise CheckFailed("\n".join(f"{address}: {what}" for what, _ in before.conflicts), before.conflicts[0][1])
+    if before.leftovers:
+        log.warning(
+            f"{address} reads a folder with outputs of stages that dvc.yaml no longer has; another clone does not have them, and there DVC would "
+            f"call {address} changed. To remove them: rm -r {shlex.join(before.leftovers)}"
+        )
     return before.now
 
 

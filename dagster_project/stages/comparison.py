@@ -156,9 +156,11 @@ def produce(
     first, second, *_ = scoring.names()
     costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
     trained = {record["group_id"] for record in train + validation}
+    answered, decided = len(set(scoring.examples)), scoring.examples_of(first)
     test_counts = {
         "examples": len(test),
-        "answered": len(set(scoring.examples)),
+        "answered": answered,
+        **({"decided": decided} if decided < answered else {}),  # those that the deciding measure covers
         "seen": sum(record["group_id"] in trained for record in test),
     }
     dearest = {

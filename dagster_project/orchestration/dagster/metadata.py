@@ -65,10 +65,18 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     stage, _, variant = state.address.partition("@")
     for plot, draw in PLOTS.get(stage, ()):
         path = root / "data" / "plots" / (f"{plot}/{variant}.csv" if variant else f"{plot}.csv")
-        if points := list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []:
+        if points := _rows_of(path):
             metadata[plot] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(points, root / state.out)})")
     commit = commit_of_lock(root)
     return {**metadata, **({"git_commit": commit} if commit else {})}
+
+
+def _rows_of(path: Path) -> list[dict[str, str]]:
+    """Rows of a table; empty if there is none. Labels may have line breaks, also those that the csv module does not quote."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _measured(root: Path, address: str) -> dict[str, Any]:
