@@ -141,7 +141,7 @@ def examine(root: Path, rev: str | None = None, all_revs: bool = False) -> dict[
     Raises:
         InputError: nothing was hashed.
     """
-    commits = (git_bytes(root, "rev-list", "--all", "--", "dvc.lock") or b"").decode().split() if all_revs else []
+    commits = (git_bytes(root, "rev-list", "--all", "--full-history", "--", "dvc.lock") or b"").decode().split() if all_revs else []
     examination = _Examination(root)
     for revision in [rev, *commits]:
         examination.examine(Revision(root, revision))
