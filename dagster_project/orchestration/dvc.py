@@ -478,7 +478,7 @@ def verified_fingerprint(root: Path, address: str, refuse: Callable[[Sequence[St
             return replace(found, leftovers=_leftovers(root, names, found.now))
 
 
-def _leftovers(root: Path, addresses: Collection[str], inputs: Iterable[str]) -> list[str]:
+def _leftovers(root: Path, addresses: Collection[str], inputs: Iterable[str]) -> tuple[str, ...]:
     """Outputs of removed or renamed variants, which stay where they were. Git and DVC do not bring them to another clone, so there the hash of the
     folder is another one.
 
@@ -488,7 +488,7 @@ def _leftovers(root: Path, addresses: Collection[str], inputs: Iterable[str]) ->
     recorded = workspace_lock(root) if (root / LOCK).is_file() else {}
     outs = [out["path"] for address, entry in recorded.items() if address not in addresses for out in entry.get("outs", [])]
     folders = [path for path in inputs if not is_report(path)]
-    return [out for out in outs if any(out != folder and is_within(out, folder) for folder in folders) and (root / out).exists()]
+    return tuple(out for out in outs if any(out != folder and is_within(out, folder) for folder in folders) and (root / out).exists())
 
 
 def _fingerprint(root: Path, address: str, all_stages: Sequence[Any]) -> Fingerprint:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core.hashing import md5_of_folder, sha256_of_files
+from dagster_project.core.hashing import md5_of_folder
 from dagster_project.lineage.attribution.store import GRADIENTS, MANIFEST, SHARD
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.lineage import Subject
@@ -34,12 +34,11 @@ def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
         owned = [file.parent for file in sorted((root / GRADIENTS).glob(f"*/{OWNER}")) if owner_of(file) == run.address]
         if not owned or md5_of_folder(listing_of(folder)) != run.md5:
             continue
-        adapter = sha256_of_files(sorted(path for path in folder.rglob("*") if path.is_file()))
         for store in (
             place for home in owned for place in (home, home / END, *sorted(home.glob("step-*")))
         ):  # also at all of the adapter, and at points of the training
             manifest = _manifest(store)
-            if manifest and manifest["identity"].get("adapter") == adapter:
+            if manifest and manifest["identity"].get("adapter") == run.md5:
                 total = manifest["records"]
                 sizes = {f"gradients-{n:05d}.safetensors": min(SHARD, total - n * SHARD) for n in range(-(-total // SHARD))}
                 files = [path for path in store.glob("*.safetensors") if path.name in manifest["shards"]]
