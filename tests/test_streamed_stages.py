@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import random
 from collections import Counter, defaultdict
@@ -219,10 +220,17 @@ def plain_assign(units: Sequence[str], strata: Sequence[str], shares: Mapping[st
                 split_of[unit] = name
                 room -= size[unit]
 
-    for stratum in set(strata):
-        ids = [unit for unit in waiting if most[unit][1] == stratum]
-        for name, share in shares.items():
-            fill(name, ids, round(sum(size[unit] for unit in ids) * share))
+    members = {stratum: [unit for unit in waiting if most[unit][1] == stratum] for stratum in sorted(set(strata))}
+    exact = {stratum: sum(size[unit] for unit in ids) for stratum, ids in members.items()}
+    for name, share in shares.items():
+        wanted, rounded = round(len(units) * share), {stratum: round(rows * share) for stratum, rows in exact.items()}
+        misses = abs(sum(rounded.values()) - wanted) > max(2, len(units) // 100) or (wanted > 0 and not any(rounded.values()))
+        for stratum, ids in members.items():
+            fill(name, ids, math.floor(exact[stratum] * share) if misses else rounded[stratum])
+        if misses:  # the rest of whole rows: one unit of some strata
+            first = {most[unit][1]: unit for unit in reversed(waiting) if split_of[unit] == "train"}
+            rest = wanted - sum(size[unit] for unit in waiting if split_of[unit] == name)
+            fill(name, sorted(first.values(), key=waiting.index), rest)
     for name, share in shares.items() if top_up else ():
         target = round(len(units) * share)
         fill(name, waiting, target - sum(size[unit] for unit in waiting if split_of[unit] == name))

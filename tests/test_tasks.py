@@ -221,7 +221,7 @@ def test_held_out_rewards_are_those_before_and_after(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "rewards", "message"),
     [
-        ({"train": [row("a", "b")]}, {"exact_match": 1.0}, r"aligned\.mine\.reward_target: of 0 records of the validation split none is a task"),
+        ({"train": [row("a", "b"), row("c", "d")]}, {"exact_match": 1.0}, r"aligned\.mine\.reward_target: of 0 records of the validation split none is a task"),
         ({"train": [row("a", "b")], "validation": [row("c", "4")]}, {"number_match": 1.0},
          r"of 1 records of the train split none is a task; left out: no target of number_match 1"),
     ],
