@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import LOADED, ROOT, run
 
 from dagster_project.commands import own_process
@@ -187,3 +188,14 @@ def test_the_guard_of_a_stage_parses_the_pipeline_as_often_as_one_stage_needs(ro
     assert parsed.count("dvc.yaml") == 2  # the index of all stages, and the files with variables
     assert producers == [states[i.producer] for i in states["tok"].inputs if i.producer] and producers
     assert found == dvc.fingerprint(root, "tok")
+
+
+def test_the_guard_of_a_stage_needs_no_record_of_other_stages(root: Path) -> None:
+    """As in a clone without dvc.lock, where DVC restores stages from the run cache and runs the others."""
+    lock = root / "dvc.lock"
+    stages = yaml.safe_load(lock.read_text())["stages"]
+    for kept in ({}, {"raw": stages["raw"]}):
+        lock.write_text(yaml.safe_dump({"schema": "2.0", "stages": kept}))
+        assert not dvc.verified_fingerprint(root, "tok", lambda _: None).leftovers
+    lock.unlink()
+    assert not dvc.verified_fingerprint(root, "tok", lambda _: None).leftovers

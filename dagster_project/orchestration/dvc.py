@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -20,7 +20,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.lineage import code_lock
-from dagster_project.lineage.history import LOCK, LOST_HINT, is_within, lost_entries, lost_text, workspace_lock
+from dagster_project.lineage.history import LOST_HINT, Revision, is_within, lost_entries, lost_text
 from dagster_project.orchestration import dvc_errors, rwlock
 from dagster_project.orchestration.dvc_memory import released_afterwards
 from dagster_project.orchestration.dvc_parameters import ParameterFiles
@@ -485,7 +485,9 @@ def _leftovers(root: Path, addresses: Collection[str], inputs: Iterable[str]) ->
     Args:
         addresses: of the stages that dvc.yaml has.
     """
-    recorded = workspace_lock(root) if (root / LOCK).is_file() else {}
+    recorded: dict[str, Any] = {}
+    with suppress(InputError):  # no dvc.lock, or an empty or damaged one, of which DVC says what is wrong
+        recorded = Revision(root, None).lock(partial=True)
     outs = [out["path"] for address, entry in recorded.items() if address not in addresses for out in entry.get("outs", [])]
     folders = [path for path in inputs if not is_report(path)]
     return tuple(out for out in outs if any(out != folder and is_within(out, folder) for folder in folders) and (root / out).exists())
