@@ -98,6 +98,14 @@ def test_images_of_others_have_a_fixed_version_and_mounted_files_exist() -> None
             assert source in COMPOSE["volumes"] or (DEPLOY / source).exists(), source
 
 
+def test_a_container_that_runs_code_of_the_project_mounts_it_and_only_the_code_location_writes_it() -> None:
+    for name, service in SERVICES.items():
+        mounts = {with_defaults(volume).partition(":")[2] for volume in service.get("volumes", [])}
+        of_project = {mount for mount in mounts if mount.startswith("/project")}
+        runs_code = any("dagster_project" in argument for argument in service.get("command", []))
+        assert of_project == ({"/project" if name == "code" else "/project:ro"} if runs_code else set()), name
+
+
 def test_dagsters_home_is_the_documented_one_in_every_process_of_dagster() -> None:
     for name in ("code", "webserver", "daemon"):
         assert "./dagster.yaml:/dagster/dagster.yaml:ro" in SERVICES[name]["volumes"]
