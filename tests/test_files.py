@@ -261,7 +261,10 @@ def test_error_positions_refer_to_the_whole_file(content: str, piece: int, tmp_p
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
     with pytest.raises(json.JSONDecodeError) as caught:
         json.loads(content)
-    assert refused(tmp_path / "a.json") == f"a.json: not JSON: {caught.value}"
+    error = caught.value
+    if "trailing comma" in error.msg:  # Python 3.13 and newer name the comma, this reader the missing value
+        error = json.JSONDecodeError("Expecting value", content, content.rindex("]"))
+    assert refused(tmp_path / "a.json") == f"a.json: not JSON: {error}"
 
 
 def test_the_byte_that_is_not_utf_8_is_counted_from_the_start_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
