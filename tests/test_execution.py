@@ -279,6 +279,18 @@ def test_a_damaged_object_of_the_own_cache_is_replaced(stored: Path, tmp_path: P
     assert cached.read_bytes() == content
 
 
+@pytest.mark.parametrize("suffix", ["", ".dir"])
+def test_a_damaged_object_of_the_own_cache_is_not_sent(stored: Path, tmp_path: Path, suffix: str) -> None:
+    oid, path = next((oid, path) for oid, path in objects(tmp_path / "remote/files/md5").items() if oid.endswith(".dir") == bool(suffix))
+    path.unlink()
+    cached = objects(stored / ".dvc/cache/files/md5")[oid]
+    cached.chmod(0o644)
+    cached.write_text("[]")
+    with open_store(stored) as store, pytest.raises(InputError, match=oid):
+        store.push(inputs_by_hash(stored, "tok").values())
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_name_from_the_remote_that_leaves_the_cache_is_refused_and_touches_nothing(stored: Path, tmp_path: Path, listed: bool) -> None:
     with open_store(stored) as store:
