@@ -56,6 +56,7 @@ def test_the_most_restrictive_license_is_first_and_names_its_owners() -> None:
         ("MIT", ["unknown"], ["The license of 0.jsonl (unknown) is unknown: whether the model may be used or passed on cannot be told."]),
         (None, ["MIT"], ["The license of base model (unknown) is unknown: whether the model may be used or passed on cannot be told."]),
         ("MIT", ["CC-BY-ND-4.0"], ["The license of 0.jsonl (CC-BY-ND-4.0) does not allow adapted versions to be passed on, and the model may be one."]),
+        ("CC-BY-NC-4.0", ["CC-BY-NC-ND-4.0"], ["The license of 0.jsonl (CC-BY-NC-ND-4.0) does not allow adapted versions to be passed on, and the model may be one."]),
         ("llama3", ["MIT"], ["The license of base model (llama3) has terms of its own: read them before the model is used or passed on."]),
         ("GPL-3.0-only", ["CC-BY-SA-4.0"], ["Not compatible: the license of 0.jsonl (CC-BY-SA-4.0) and the license of base model (GPL-3.0-only) each require adapted versions to keep that license."]),
         ("CC-BY-SA-4.0", ["cc-by-sa-4.0"], []),
