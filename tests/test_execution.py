@@ -181,6 +181,27 @@ def test_a_worker_gets_the_commit_and_every_uncommitted_change_and_no_configurat
     assert not [name for name in names if name.startswith((".dvc/", ".git/"))]
 
 
+def test_a_worker_gets_what_a_link_points_to_only_if_that_is_a_file_of_the_project(root: Path) -> None:
+    """Ray follows links."""
+    (root.parent / "elsewhere").mkdir()
+    (root.parent / "elsewhere/credentials").write_text("secret")
+    (root / ".env").write_text("secret")
+    with (root / ".gitignore").open("a") as file:
+        file.write("\n/.env\n")
+    links = {
+        "file": "code/tok.py", "folder": "code", "absolute": root / "code/tok.py", "absolute folder": root / "code", "here": ".", "out": root.parent / "elsewhere",
+        "out file": "../elsewhere/credentials", "ignored": ".env", "output": "data/tok", "configuration": ".dvc/config", "nowhere": "missing", "circle": "circle",
+    }  # fmt: skip
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    git(root, "add", "-A")
+    with project_package(root, root / ".dvc/tmp/package") as folder:
+        assert {name for name in links if os.path.lexists(folder / name)} == {"file", "folder", "absolute", "absolute folder"}
+        for name in ("file", "folder/tok.py", "absolute", "absolute folder/tok.py"):
+            assert (folder / name).read_bytes() == (root / "code/tok.py").read_bytes()
+            assert (folder / name).resolve().is_relative_to(folder.resolve())
+
+
 def test_sources_in_git_that_are_too_large_are_refused_with_the_command(root: Path) -> None:
     (root / "data/sources/big.txt").write_text("x" * 200_000)
     git(root, "add", "-A")
