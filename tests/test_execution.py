@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import posixpath
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -438,6 +440,23 @@ def test_differing_versions_are_named_and_builds_of_one_version_are_not() -> Non
         f"Python 3.99 instead of {here['Python']}", f"numpy 9.9 instead of {here['numpy']}"
     ]  # fmt: skip
     assert "+" not in here["torch"]
+
+
+def test_versions_are_compared_of_all_packages_that_stages_import() -> None:
+    """But of those that only read files and parameters, measure the machine, reach the sources, or need a GPU, which the driver's image may not have."""
+    no_effect = {"orjson", "packaging", "psutil", "pydantic", "ruamel.yaml", "ruamel.yaml.clib", "referencing", "jsonschema-specifications", "ray", "s3fs", "botocore", "liger-kernel"}  # fmt: skip
+    package = Path(messages.__file__).parents[2]
+    trees = [
+        ast.parse(file.read_text(encoding="utf-8"))
+        for folder in ("stages", "core", "curation", "training", "evaluation")
+        for file in (package / folder).rglob("*.py")
+    ]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    known = metadata.packages_distributions()
+    imported = {one.lower().replace("_", "-") for name in names for one in known.get(name.partition(".")[0], ())} - {"pedigree-llm"}
+    assert imported - no_effect <= {name.replace("_", "-") for name in messages.PACKAGES}
 
 
 def test_the_worker_knows_where_checkpoints_are_and_when_they_are_whole(tmp_path: Path) -> None:
