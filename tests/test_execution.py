@@ -29,7 +29,7 @@ from dagster_project.core.records import remove
 from dagster_project.execution import Execution, Placement, placement
 from dagster_project.orchestration.dvc import records_locked
 from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_hash, push
-from dagster_project.orchestration.executors import messages, worker
+from dagster_project.orchestration.executors import messages, ray_tasks, worker
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.executors.ray import RayExecutor, _Run, connect
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
@@ -440,6 +440,14 @@ def test_differing_versions_are_named_and_builds_of_one_version_are_not() -> Non
         f"Python 3.99 instead of {here['Python']}", f"numpy 9.9 instead of {here['numpy']}"
     ]  # fmt: skip
     assert "+" not in here["torch"]
+
+
+def test_a_task_on_a_node_with_other_versions_is_refused() -> None:
+    """A job's node is not the only one: its tasks run on any."""
+    here = messages.versions()
+    assert ray_tasks._call(lambda shared, item: shared + item, (here, 1), 2) == 3
+    with pytest.raises(InputError, match=rf"polars {here['polars']} instead of 0\.1"):
+        ray_tasks._call(lambda shared, item: shared + item, ({**here, "polars": "0.1"}, 1), 2)
 
 
 def test_versions_are_compared_of_all_packages_that_stages_import() -> None:

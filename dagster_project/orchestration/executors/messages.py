@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
+
+from dagster_project.core.errors import InputError
 
 MARK = "@pedigree "
 PACKAGES = (
@@ -67,3 +70,14 @@ def different(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
         for name, version in here.items()
         if there.get(name, "") != version
     ]
+
+
+def refuse_other_versions(expected: Mapping[str, str]) -> None:
+    """Raises:
+    InputError: this process has other versions.
+    """
+    if differences := different(expected, versions()):
+        raise InputError(
+            f"node {platform.node()} would not compute the same result: it has {'; '.join(differences)} (the driver's version)",
+            "install the driver's versions on the nodes, or start the driver in their environment",
+        )

@@ -32,7 +32,7 @@ from dagster_project.core.layout import measured_path, pages_of, report_of
 from dagster_project.core.records import remove
 from dagster_project.execution import VARIABLE, WORKER, WORKERS
 from dagster_project.orchestration import dvc, dvc_cache, dvc_remote, dvc_run
-from dagster_project.orchestration.executors.messages import THREADS, different, send, versions
+from dagster_project.orchestration.executors.messages import THREADS, refuse_other_versions, send
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 
 NODE_CACHE = "PEDIGREE_NODE_CACHE"
@@ -253,11 +253,7 @@ def main(job: Mapping[str, Any]) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     send("hello", {"node": platform.node()})
     try:
-        if differences := different(job["versions"], versions()):
-            raise InputError(
-                f"node {platform.node()} would not compute the same result: it has {'; '.join(differences)} (the driver's version)",
-                "install the driver's versions on the nodes, or start the driver in their environment",
-            )
+        refuse_other_versions(job["versions"])
         with scratch_folder() as (folder, cache):
             root = folder / "project"
             shutil.copytree(Path.cwd(), root, symlinks=True)  # Ray gives all jobs with the same files one folder
