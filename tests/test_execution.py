@@ -31,7 +31,7 @@ from dagster_project.orchestration.dvc import records_locked
 from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_hash, push
 from dagster_project.orchestration.executors import messages, ray_tasks, worker
 from dagster_project.orchestration.executors.package import project_package
-from dagster_project.orchestration.executors.ray import RayExecutor, _Run, connect
+from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, _Run, connect
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.training.trainers.harness import checkpoint
@@ -108,6 +108,19 @@ def test_without_a_token_only_a_loopback_address_is_accepted(address: str, monke
         connect(address)
     with pytest.raises(PedigreeError, match=r"no Ray cluster answers at http://127\.0\.0\.1:9: "):
         connect("http://127.0.0.1:9")
+
+
+def test_a_cluster_that_was_killed_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an address HOST:PORT, and of a local cluster whose file is still there, Ray asks the head, and gives up after 45 seconds."""
+    exceptions = pytest.importorskip("ray.exceptions")
+
+    def ask(address: str) -> str:
+        raise exceptions.RpcError("Timed out while waiting for GCS to become available.")
+
+    monkeypatch.setattr("ray.dashboard.utils.get_address_for_submission_client", ask)
+    for address in ("local", "127.0.0.1:6379"):
+        with pytest.raises(ClusterGone, match=f"no Ray cluster answers at {address}: Timed out"):
+            connect(address)
 
 
 def test_an_address_with_credentials_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

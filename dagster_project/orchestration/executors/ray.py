@@ -90,7 +90,7 @@ def connect(address: str) -> tuple[Any, str]:
         try:
             with lean_imports("rfc3987_syntax"):  # jsonschema, which Ray imports, builds its grammar for a second; Ray does not use it
                 from ray.dashboard.utils import get_address_for_submission_client
-                from ray.exceptions import AuthenticationError
+                from ray.exceptions import AuthenticationError, RayError
                 from ray.job_submission import JobSubmissionClient
         except ImportError:
             raise InputError(
@@ -109,7 +109,7 @@ def connect(address: str) -> tuple[Any, str]:
             raise TokenRefused(
                 f"the Ray cluster at {url} requires another token", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token"
             ) from None
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:  # RayError: HOST:PORT, or a local cluster that was killed
             reason = " ".join(str(error).split())[:200]
             raise ClusterGone(f"no Ray cluster answers at {url}: {reason}", f"{hint}; nothing was recorded") from None
 
