@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -508,6 +509,19 @@ def test_a_worker_removes_scratch_folders_of_dead_workers_and_keeps_those_of_liv
     finally:
         live.kill()
         live.wait()
+
+
+def test_a_worker_removes_what_killed_ones_had_fetched_in_part_when_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(worker.NODE_CACHE, str(tmp_path))
+    monkeypatch.setattr(worker, "ABANDONED_SECONDS", 1.0)
+    folder = tmp_path / "cache/files/md5/ee"
+    folder.mkdir(parents=True)
+    for name in ("b34e34d1c9301a13f6103b48eccba0", ".b34e34d1c9301a13f6103b48eccba0.1a2b3c4d.7"):
+        (folder / name).touch()
+    time.sleep(1.1)
+    (folder / ".c5.1a2b3c4d.7").touch()
+    with worker.scratch_folder():
+        assert sorted(path.name for path in folder.iterdir()) == [".c5.1a2b3c4d.7", "b34e34d1c9301a13f6103b48eccba0"]
 
 
 def test_a_local_run_leaves_no_record_of_another_place(root: Path) -> None:

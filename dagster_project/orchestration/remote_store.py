@@ -134,7 +134,9 @@ class RemoteStore:
             if md5_of_file(target) == oid:
                 return 0
             target.unlink()
-        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        scratch = target.with_name(
+            f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}"
+        )  # removed by leftovers.py if this process is killed
         scratch.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._explained("read"):

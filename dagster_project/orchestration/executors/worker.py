@@ -45,6 +45,9 @@ REFUSED, LOST = 3, 4
 """Exit codes of a worker without a result: an error that was sent, and a stage whose process was killed."""
 MAX_EXIT_CODE = 2
 """Exit codes above are not a stage's own: its process was killed."""
+ABANDONED_SECONDS = 86400.0
+"""Age of a temporary file in the node's cache, of a killed worker, at which it is removed. Workers in other containers share the cache, so its process
+cannot be asked."""
 
 
 @dataclass
@@ -221,7 +224,7 @@ class Work:
 
 @contextmanager
 def scratch_folder() -> Iterator[tuple[Path, Path]]:
-    """A scratch folder of this worker, and the cache of its node. Scratch folders of workers that were killed are removed.
+    """A scratch folder of this worker, and the cache of its node. Scratch folders of workers that were killed, and what they had fetched in part, are removed.
 
     Raises:
         InputError: the folder of the node belongs to another user.
@@ -235,6 +238,10 @@ def scratch_folder() -> Iterator[tuple[Path, Path]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system released it when its worker was killed
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink(missing_ok=True)
+    for part in (base / "cache" / "files" / "md5").rglob(".*"):
+        with suppress(OSError):
+            if time.time() - part.lstat().st_ctime > ABANDONED_SECONDS:  # a link to an older output has that one's time of modification
+                part.unlink()
     name = f"work-{os.getpid()}-{time.time_ns()}"
     with (base / f".{name}").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
