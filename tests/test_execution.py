@@ -68,9 +68,15 @@ def test_the_environment_overrides_the_section() -> None:
         ({"tik": {}}, "", "execution.stages.tik: no such stage"),
         ({"adapter@x": {}}, "", "execution.stages.adapter@x: no such variant"),
         ({"tok@x": {}}, "", "execution.stages.tok@x: no such variant\nhint: write tok"),
+        ({"adapter@": {}}, "", "execution.stages.adapter@: no such variant"),
         ({}, "mars", "PEDIGREE_EXECUTION=mars: must be local, ray, or a section"),
         ({}, "{", "PEDIGREE_EXECUTION is not valid JSON"),
         ({}, '{"stages": {"tok": {"on": 1}}}', "PEDIGREE_EXECUTION: execution.stages.tok.on"),
+        (
+            {},
+            '{"price_per_hour": {"gpu": 2}}',
+            "PEDIGREE_EXECUTION: execution.price_per_hour.gpu: no stage has this resource\nhint: prices are of cpus, gpus, memory",
+        ),
     ],
 )
 def test_a_bad_value_is_refused_in_one_message(stages: Any, variable: str, message: str) -> None:
