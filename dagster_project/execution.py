@@ -52,7 +52,7 @@ class Execution(Section):
     The environment variable RAY_ADDRESS takes precedence. Default: `local`."""
     price_per_hour: dict[str, Amount] = {}
     """Price of one unit for one hour, by resource: `cpus`, `gpus`, `memory` (GB), or a name in `resources`. Only for the cost shown
-    after a run."""
+    after a run, which does not include the tasks of `workers`."""
     stages: dict[str, Placement] = {}
     """Placement by stage (`adapter`) or variant (`adapter@lora`), which takes precedence. All others run on this machine."""
 
