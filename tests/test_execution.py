@@ -30,7 +30,7 @@ from dagster_project.core.records import remove
 from dagster_project.execution import Execution, Placement, placement
 from dagster_project.orchestration.dvc import records_locked
 from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_hash, push
-from dagster_project.orchestration.executors import messages, ray_tasks, worker
+from dagster_project.orchestration.executors import messages, ray, ray_tasks, worker
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, _Run, connect
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
@@ -382,6 +382,27 @@ def test_a_job_with_another_command_or_number_of_threads_is_another_job(
         (stored / "dvc.yaml").write_text(text.replace(command, f"{command} --verbose"))
         assert definition_of(stored, "tok")[0] != command
         assert run_of(stored, store, tmp_path).key != key
+
+
+def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_late(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(ray.dvc_run, "is_forced", lambda: True)
+    status = SimpleNamespace(is_terminal=lambda: False)
+    with open_store(stored) as store, caplog.at_level("INFO", logger="pedigree"):
+        run = run_of(stored, store, tmp_path)
+        late = SimpleNamespace(submission_id=f"{run.key}-0", status=status, metadata=run._metadata())
+        submitted: list[Any] = []
+        run.client = SimpleNamespace(
+            list_jobs=lambda: [late], stop_job=lambda _: None, get_job_status=lambda _: status, submit_job=lambda **job: submitted.append(job),
+            get_job_info=lambda _: None,
+        )  # fmt: skip
+        run._discard_others()
+        run._follow(tmp_path)
+    assert [job["submission_id"] for job in submitted] == [run.name] and run.name != late.submission_id
+    assert "after the request to stop it" in caplog.text and "was stopped" not in caplog.text
 
 
 @pytest.mark.parametrize("pages", [None, b"cut off"])
