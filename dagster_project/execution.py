@@ -52,7 +52,7 @@ class Execution(Section):
     The environment variable RAY_ADDRESS takes precedence. Default: `local`."""
     price_per_hour: dict[str, Amount] = {}
     """Price of one unit for one hour, by resource: `cpus`, `gpus`, `memory` (GB), or a name in `resources`. Only for the cost shown
-    after a run."""
+    after a run, which does not include the tasks of `workers`."""
     stages: dict[str, Placement] = {}
     """Placement by stage (`adapter`) or variant (`adapter@lora`), which takes precedence. All others run on this machine."""
 
@@ -73,15 +73,20 @@ def parse(values: Mapping[str, Any], stages: Mapping[str, Any], variants_of: Map
 def _parse(section: Any, file: str, values: Mapping[str, Any], stages: Mapping[str, Any], variants_of: Mapping[str, str]) -> Execution:
     found = params.parse(Execution, section, "execution", file)
     for address in found.stages:
-        stage, _, variant = address.partition("@")
+        stage, at, variant = address.partition("@")
         if stage not in stages:
             raise InputError(f"{file}: execution.stages.{address}: no such stage", f"stages: {', '.join(stages)}")
         variants = values.get(variants_of.get(stage, ""))
-        if variant and variant not in (variants if isinstance(variants, Mapping) else {}):
+        if at and variant not in (variants if isinstance(variants, Mapping) else {}):
             raise InputError(
                 f"{file}: execution.stages.{address}: no such variant",
                 f"name an entry of `{variants_of[stage]}`" if stage in variants_of else f"write {stage}: it has no variants",
             )
+    resources = {"cpus", "gpus", "memory"}.union(*(place.resources for place in found.stages.values()))
+    if unknown := next((name for name in found.price_per_hour if name not in resources), None):
+        raise InputError(
+            f"{file}: execution.price_per_hour.{unknown}: no stage has this resource", f"prices are of {', '.join(sorted(resources))}"
+        )
     return found
 
 

@@ -648,6 +648,12 @@ def test_ids_that_a_row_that_stays_has_too_are_not_those_of_the_erased_record(tm
         found = Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"data/sources/a.jsonl:{row}",)), [])
         assert found.own_ids == [*map(identity, ids)] == [*found.needles.ids], row
         assert found.made == [*map(identity, children)], row
+    for path in (
+        "./data/sources/a.jsonl",
+        "data//sources/../sources/a.jsonl",
+        f"{tmp_path}/data/sources/a.jsonl",
+    ):  # as `impact --source` reads it
+        assert Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"{path}:4",)), []).own_ids == [*map(identity, ("alone", "better"))]
     with pytest.raises(InputError, match="no record found"):
         Finder(index, bytes.fromhex(KEY)).find(Request(sources=("data/sources/a.jsonl:²",)), [])
 

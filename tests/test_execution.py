@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import posixpath
@@ -9,7 +10,9 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +30,9 @@ from dagster_project.core.records import remove
 from dagster_project.execution import Execution, Placement, placement
 from dagster_project.orchestration.dvc import records_locked
 from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_hash, push
-from dagster_project.orchestration.executors import messages, worker
+from dagster_project.orchestration.executors import messages, ray, ray_tasks, worker
 from dagster_project.orchestration.executors.package import project_package
-from dagster_project.orchestration.executors.ray import RayExecutor, _Run, connect
+from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, _Run, connect
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.training.trainers.harness import checkpoint
@@ -65,9 +68,15 @@ def test_the_environment_overrides_the_section() -> None:
         ({"tik": {}}, "", "execution.stages.tik: no such stage"),
         ({"adapter@x": {}}, "", "execution.stages.adapter@x: no such variant"),
         ({"tok@x": {}}, "", "execution.stages.tok@x: no such variant\nhint: write tok"),
+        ({"adapter@": {}}, "", "execution.stages.adapter@: no such variant"),
         ({}, "mars", "PEDIGREE_EXECUTION=mars: must be local, ray, or a section"),
         ({}, "{", "PEDIGREE_EXECUTION is not valid JSON"),
         ({}, '{"stages": {"tok": {"on": 1}}}', "PEDIGREE_EXECUTION: execution.stages.tok.on"),
+        (
+            {},
+            '{"price_per_hour": {"gpu": 2}}',
+            "PEDIGREE_EXECUTION: execution.price_per_hour.gpu: no stage has this resource\nhint: prices are of cpus, gpus, memory",
+        ),
     ],
 )
 def test_a_bad_value_is_refused_in_one_message(stages: Any, variable: str, message: str) -> None:
@@ -106,6 +115,19 @@ def test_without_a_token_only_a_loopback_address_is_accepted(address: str, monke
         connect(address)
     with pytest.raises(PedigreeError, match=r"no Ray cluster answers at http://127\.0\.0\.1:9: "):
         connect("http://127.0.0.1:9")
+
+
+def test_a_cluster_that_was_killed_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an address HOST:PORT, and of a local cluster whose file is still there, Ray asks the head, and gives up after 45 seconds."""
+    exceptions = pytest.importorskip("ray.exceptions")
+
+    def ask(address: str) -> str:
+        raise exceptions.RpcError("Timed out while waiting for GCS to become available.")
+
+    monkeypatch.setattr("ray.dashboard.utils.get_address_for_submission_client", ask)
+    for address in ("local", "127.0.0.1:6379"):
+        with pytest.raises(ClusterGone, match=f"no Ray cluster answers at {address}: Timed out"):
+            connect(address)
 
 
 def test_an_address_with_credentials_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +201,27 @@ def test_a_worker_gets_the_commit_and_every_uncommitted_change_and_no_configurat
     assert {"code/new.py", "dvc.yaml", "dvc.lock", "params.yaml", "data/sources/d.txt.dvc", "data/reports/tok.json"} <= names
     assert not {"code/cmp.py", "data/sources/d.txt", "data/tok/train.txt"} & names
     assert not [name for name in names if name.startswith((".dvc/", ".git/"))]
+
+
+def test_a_worker_gets_what_a_link_points_to_only_if_that_is_a_file_of_the_project(root: Path) -> None:
+    """Ray follows links."""
+    (root.parent / "elsewhere").mkdir()
+    (root.parent / "elsewhere/credentials").write_text("secret")
+    (root / ".env").write_text("secret")
+    with (root / ".gitignore").open("a") as file:
+        file.write("\n/.env\n")
+    links = {
+        "file": "code/tok.py", "folder": "code", "absolute": root / "code/tok.py", "absolute folder": root / "code", "here": ".", "out": root.parent / "elsewhere",
+        "out file": "../elsewhere/credentials", "ignored": ".env", "output": "data/tok", "configuration": ".dvc/config", "nowhere": "missing", "circle": "circle",
+    }  # fmt: skip
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    git(root, "add", "-A")
+    with project_package(root, root / ".dvc/tmp/package") as folder:
+        assert {name for name in links if os.path.lexists(folder / name)} == {"file", "folder", "absolute", "absolute folder"}
+        for name in ("file", "folder/tok.py", "absolute", "absolute folder/tok.py"):
+            assert (folder / name).read_bytes() == (root / "code/tok.py").read_bytes()
+            assert (folder / name).resolve().is_relative_to(folder.resolve())
 
 
 def test_sources_in_git_that_are_too_large_are_refused_with_the_command(root: Path) -> None:
@@ -279,6 +322,18 @@ def test_a_damaged_object_of_the_own_cache_is_replaced(stored: Path, tmp_path: P
     assert cached.read_bytes() == content
 
 
+@pytest.mark.parametrize("suffix", ["", ".dir"])
+def test_a_damaged_object_of_the_own_cache_is_not_sent(stored: Path, tmp_path: Path, suffix: str) -> None:
+    oid, path = next((oid, path) for oid, path in objects(tmp_path / "remote/files/md5").items() if oid.endswith(".dir") == bool(suffix))
+    path.unlink()
+    cached = objects(stored / ".dvc/cache/files/md5")[oid]
+    cached.chmod(0o644)
+    cached.write_text("[]")
+    with open_store(stored) as store, pytest.raises(InputError, match=oid):
+        store.push(inputs_by_hash(stored, "tok").values())
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_name_from_the_remote_that_leaves_the_cache_is_refused_and_touches_nothing(stored: Path, tmp_path: Path, listed: bool) -> None:
     with open_store(stored) as store:
@@ -327,6 +382,27 @@ def test_a_job_with_another_command_or_number_of_threads_is_another_job(
         (stored / "dvc.yaml").write_text(text.replace(command, f"{command} --verbose"))
         assert definition_of(stored, "tok")[0] != command
         assert run_of(stored, store, tmp_path).key != key
+
+
+def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_late(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(ray.dvc_run, "is_forced", lambda: True)
+    status = SimpleNamespace(is_terminal=lambda: False)
+    with open_store(stored) as store, caplog.at_level("INFO", logger="pedigree"):
+        run = run_of(stored, store, tmp_path)
+        late = SimpleNamespace(submission_id=f"{run.key}-0", status=status, metadata=run._metadata())
+        submitted: list[Any] = []
+        run.client = SimpleNamespace(
+            list_jobs=lambda: [late], stop_job=lambda _: None, get_job_status=lambda _: status, submit_job=lambda **job: submitted.append(job),
+            get_job_info=lambda _: None,
+        )  # fmt: skip
+        run._discard_others()
+        run._follow(tmp_path)
+    assert [job["submission_id"] for job in submitted] == [run.name] and run.name != late.submission_id
+    assert "after the request to stop it" in caplog.text and "was stopped" not in caplog.text
 
 
 @pytest.mark.parametrize("pages", [None, b"cut off"])
@@ -407,6 +483,31 @@ def test_differing_versions_are_named_and_builds_of_one_version_are_not() -> Non
     assert "+" not in here["torch"]
 
 
+def test_a_task_on_a_node_with_other_versions_is_refused() -> None:
+    """A job's node is not the only one: its tasks run on any."""
+    here = messages.versions()
+    assert ray_tasks._call(lambda shared, item: shared + item, (here, 1), 2) == 3
+    with pytest.raises(InputError, match=rf"polars {here['polars']} instead of 0\.1"):
+        ray_tasks._call(lambda shared, item: shared + item, ({**here, "polars": "0.1"}, 1), 2)
+
+
+def test_versions_are_compared_of_all_packages_that_stages_import() -> None:
+    """But of those that only read files and parameters, measure the machine, reach the sources, or need a GPU, which the driver's image may not have."""
+    no_effect = {"orjson", "packaging", "psutil", "pydantic", "ruamel.yaml", "ruamel.yaml.clib", "referencing", "jsonschema-specifications", "ray", "s3fs", "botocore", "liger-kernel"}  # fmt: skip
+    package = Path(messages.__file__).parents[2]
+    trees = [
+        ast.parse(file.read_text(encoding="utf-8"))
+        for folder in ("stages", "core", "curation", "training", "evaluation")
+        for file in (package / folder).rglob("*.py")
+    ]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    known = metadata.packages_distributions()
+    imported = {one.lower().replace("_", "-") for name in names for one in known.get(name.partition(".")[0], ())} - {"pedigree-llm"}
+    assert imported - no_effect <= {name.replace("_", "-") for name in messages.PACKAGES}
+
+
 def test_the_worker_knows_where_checkpoints_are_and_when_they_are_whole(tmp_path: Path) -> None:
     from dagster_project.core.context import StageContext
 
@@ -435,6 +536,19 @@ def test_a_worker_removes_scratch_folders_of_dead_workers_and_keeps_those_of_liv
     finally:
         live.kill()
         live.wait()
+
+
+def test_a_worker_removes_what_killed_ones_had_fetched_in_part_when_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(worker.NODE_CACHE, str(tmp_path))
+    monkeypatch.setattr(worker, "ABANDONED_SECONDS", 1.0)
+    folder = tmp_path / "cache/files/md5/ee"
+    folder.mkdir(parents=True)
+    for name in ("b34e34d1c9301a13f6103b48eccba0", ".b34e34d1c9301a13f6103b48eccba0.1a2b3c4d.7"):
+        (folder / name).touch()
+    time.sleep(1.1)
+    (folder / ".c5.1a2b3c4d.7").touch()
+    with worker.scratch_folder():
+        assert sorted(path.name for path in folder.iterdir()) == [".c5.1a2b3c4d.7", "b34e34d1c9301a13f6103b48eccba0"]
 
 
 def test_a_local_run_leaves_no_record_of_another_place(root: Path) -> None:

@@ -19,11 +19,14 @@ import pytest
 from builders import small_pipeline
 from conftest import dvc, edit_params, run
 
-from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.errors import INNER, CheckFailed, InputError
 from dagster_project.core.layout import RECORD_KEY, measured_path, report_of
+from dagster_project.core.workers import LocalProcesses
 from dagster_project.curation.sources.erased import TOMBSTONES
+from dagster_project.execution import VARIABLE
 from dagster_project.orchestration.dvc_run import is_forced
 from dagster_project.orchestration.executors import StageJob, StageResult
+from dagster_project.orchestration.executors.local import LocalExecutor
 from dagster_project.orchestration.executors.ray import _project_id
 from dagster_project.orchestration.run_stage import _executor, run_stage
 from dagster_project.pipeline import PEDIGREE
@@ -113,6 +116,16 @@ def test_a_stage_that_reads_a_key_which_git_ignores_runs_on_this_machine(tmp_pat
     assert place("raw_examples", "data/sources") == "LocalExecutor", "it compares records with those that were erased"
     subprocess.run(["git", "add", "--force", RECORD_KEY], cwd=tmp_path, check=True)
     assert place("release", "data/keys") == place("raw_examples", "data/sources") == "RayExecutor"
+
+
+def test_verify_makes_stages_again_on_this_machine_wherever_they_are_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scratch copy is no git repository, from which a job could get its files."""
+    values = {"execution": {"stages": {"splits": {"on": "ray", "workers": 3}}}}
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert type(_executor(tmp_path, values, "splits", PEDIGREE, [])).__name__ == "RayExecutor"
+    monkeypatch.setenv(INNER, "1")
+    here = _executor(tmp_path, values, "splits", PEDIGREE, [])
+    assert isinstance(here, LocalExecutor) and isinstance(here.workers, LocalProcesses) and here.workers.count == 3
 
 
 @pytest.mark.usefixtures("warm_small")

@@ -50,6 +50,16 @@ def test_temporary_files_of_dvc_are_kept_where_it_locks_by_hard_links(tmp_path: 
     assert present(tmp_path, OF_DVC) == OF_DVC
 
 
+def test_objects_that_a_killed_process_had_fetched_in_part_are_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    folder = ".dvc/cache/files/md5/ee"
+    parts = [f"{folder}/.b34e34d1c9301a13f6103b48eccba0.1a2b3c4d.{pid}" for pid in (ended.pid, os.getpid())]
+    make(tmp_path, *parts, *KEPT)
+    remove_leftovers(tmp_path)
+    assert present(tmp_path, [*parts, *KEPT]) == [parts[1], *KEPT]
+
+
 def test_scratch_files_of_reports_and_pages_are_removed_when_their_process_is_dead(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
     ended.wait()

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from dagster_project.lineage.export.cyclonedx import cyclonedx
 from dagster_project.lineage.export.licenses import family, summarize_licenses
 from dagster_project.lineage.export.model_card import model_card
+from dagster_project.lineage.export.spdx import spdx
 from dagster_project.lineage.export.summary import from_reports
 
 # by the texts of the licenses, not by the code
@@ -56,6 +57,7 @@ def test_the_most_restrictive_license_is_first_and_names_its_owners() -> None:
         ("MIT", ["unknown"], ["The license of 0.jsonl (unknown) is unknown: whether the model may be used or passed on cannot be told."]),
         (None, ["MIT"], ["The license of base model (unknown) is unknown: whether the model may be used or passed on cannot be told."]),
         ("MIT", ["CC-BY-ND-4.0"], ["The license of 0.jsonl (CC-BY-ND-4.0) does not allow adapted versions to be passed on, and the model may be one."]),
+        ("CC-BY-NC-4.0", ["CC-BY-NC-ND-4.0"], ["The license of 0.jsonl (CC-BY-NC-ND-4.0) does not allow adapted versions to be passed on, and the model may be one."]),
         ("llama3", ["MIT"], ["The license of base model (llama3) has terms of its own: read them before the model is used or passed on."]),
         ("GPL-3.0-only", ["CC-BY-SA-4.0"], ["Not compatible: the license of 0.jsonl (CC-BY-SA-4.0) and the license of base model (GPL-3.0-only) each require adapted versions to keep that license."]),
         ("CC-BY-SA-4.0", ["cc-by-sa-4.0"], []),
@@ -107,3 +109,17 @@ def test_a_bill_of_materials_claims_no_license_for_the_whole(tmp_path: Path) -> 
     assert parts["base_model"] == [{"license": {"id": "Apache-2.0"}}]
     assert parts["source:data/sources/a.jsonl"] == [{"license": {"id": "CC-BY-NC-4.0"}}]
     assert any("forbids commercial use" in line for line in whole["modelCard"]["considerations"]["technicalLimitations"])
+
+
+def test_names_that_give_one_reference_in_spdx_are_two_licenses() -> None:
+    names = ["内部数据", "供应商授权", "House rules (1)", "House rules, 1", "内部数据"]
+    found = summary("Apache-2.0", names[0])
+    sources = {f"{i}.jsonl": {**found["sources"]["data/sources/a.jsonl"], "license": name} for i, name in enumerate(names)}
+    facts = {"code": {"commit": "c" * 40, "clean": True}, "provider": {}, "parameters": {}, "checks": {}, "data_sets": {}, "stages": {}}
+    model = {**found["model"], "md5": "1" * 32}
+    graph = json.loads(spdx({**found, **facts, "model": model, "sources": sources}, date(2026, 1, 31)))["@graph"]
+    named = {one["spdxId"]: one.get("name") for one in graph if "spdxId" in one}
+    declared = {named[one["from"]]: one["to"] for one in graph if one.get("relationshipType") == "hasDeclaredLicense"}
+    assert [named[declared[f"{i}.jsonl"][0]] for i in range(len(names))] == names
+    expressions = [one["simplelicensing_licenseExpression"] for one in graph if one["type"] == "simplelicensing_LicenseExpression"]
+    assert len({*expressions}) == len(expressions) == 5  # of four names and the base model

@@ -15,6 +15,8 @@ from builders.small_pipeline import git
 from conftest import pedigree
 
 from dagster_project.core.hashing import md5_of_folder
+from dagster_project.curation.sources.erased import key_id, record_mark
+from dagster_project.lineage.erasure import tombstones
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
@@ -162,3 +164,15 @@ def test_the_command_says_which_record_it_is(made: Project) -> None:
     assert done.returncode == 0 and json.loads(done.stdout)["published"]["record"] == identity("dogs")
     done = pedigree(made.root, "impact", "--record", published(KEYS[0], "dogs"))
     assert f"published id of record {identity('dogs')}" in done.stdout and KEYS[0].hex() not in done.stdout + done.stderr
+
+
+def test_of_an_erased_record_no_model_is_known_any_more(made: Project) -> None:
+    """The models that had seen it are deleted, or forgotten by the index."""
+    made.commit(made.lock(ROWS))
+    assert "no model saw it" in as_text(impact(made.root, record=identity("cows")))
+    set_key(made, KEYS[0])
+    stone = {"record": record_mark(KEYS[0], identity("cows")), "texts": []}
+    tombstones.add(made.root, [stone], {"key": key_id(KEYS[0]), "date": "2026-01-01"})
+    found = impact(made.root, record=identity("cows"))
+    assert (found["verdict"], found["erased"]) == ("no", "2026-01-01")
+    assert "no model is known any more to have seen it" in as_text(found) and "no model saw it" not in as_text(found)

@@ -107,6 +107,23 @@ def test_an_object_that_was_changed_in_the_remote_is_not_taken(root: Path, serve
     assert outputs(second) == outputs(root)
 
 
+def test_a_damaged_object_of_the_own_cache_is_named_and_nothing_is_pushed(root: Path, server: S3Server, tmp_path: Path) -> None:
+    """DVC takes the content of a read-only object for the one that its name says."""
+    for cached in (
+        sorted((root / ".dvc/cache/files/md5").rglob("*.dir"))[:1] + sorted((root / ".dvc/cache/files/md5").glob("*/" + "?" * 30))[:1]
+    ):
+        content = cached.read_bytes()
+        cached.unlink()
+        cached.write_bytes(b"[]")
+        cached.chmod(0o444)
+        with pytest.raises(InputError, match=f"{cached}, an object of DVC's cache, does not match its name"):
+            push(root)
+        cached.unlink()
+        cached.write_bytes(content)
+    assert not server.names(f"{tmp_path.name}/")
+    assert push(root).objects > 0
+
+
 def test_an_audit_gives_the_same_document_in_both_clones(tmp_path: Path, server: S3Server) -> None:
     toy = Toy(tmp_path / "first", seed=3)
     for step in ("repro", "commit_all"):

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from conftest import pedigree, run, tool
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
-from dagster_project.commands.sign import Lineage, attest, sign
+from dagster_project.commands.sign import Lineage, attest, sign, sign_text
 from dagster_project.commands.verify_signatures import as_text, verify_signatures
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.lineage.signing import model_signature
@@ -659,3 +660,8 @@ def test_a_model_that_changes_while_it_is_hashed_is_not_signed(root: Path, tmp_p
     with pytest.raises(InputError, match=r"not what dvc\.lock recorded"):
         sign(root, "adapter@lora", private)
     assert not (root / "data/signatures").exists()
+
+
+def test_the_command_that_checks_a_folder_has_its_name_as_one_word() -> None:
+    document = {"model": "my models/#1", "files": 2, "folder": "my models/#1", "signature": "s", "public_key": "k", "key": "0" * 64}
+    assert shlex.split(sign_text(document).partition("check them: ")[2]) == ["pedigree", "verify", "my models/#1", "--signatures"]

@@ -28,7 +28,7 @@ PREDICATE_TYPE = "urn:pedigree:erasure:1"
 NEVER_REACHED = (
     "other clones of the repository, and what was pushed from this one",
     "copies of models that were deployed, released or downloaded",
-    "caches outside the project: of the Hugging Face Hub, of other projects, of backups and file systems",
+    "caches outside the project: of the Hugging Face Hub, of nodes of a cluster, of other projects, of backups and file systems",
     "logs and exports that were copied elsewhere",
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -333,5 +334,5 @@ def as_text(document: Mapping[str, Any]) -> str:
         lines.append(f"{folder}/{attested['file']}: {len(attested['stages'])} stages; {remade}")
     if signed := document.get("signature"):
         lines.append(f"{folder}/{signed['file']}: {signed['files']} files, key sha256 {signed['key'][:16]}")
-        lines.append(f"check it: pedigree verify {folder} --signatures --key PUB")
+        lines.append(f"check it: pedigree verify {shlex.quote(str(folder))} --signatures --key PUB")
     return "\n".join([*lines, *(f"missing: {one['paper']}: {one['why']}; {one['next']}" for one in document["missing"])])

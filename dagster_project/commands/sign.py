@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ def sign_text(document: Mapping[str, Any]) -> str:
 
 def _files_text(document: Mapping[str, Any], kind: str) -> str:
     key = f"{document['public_key']}  (sha256 {document['key'][:16]})"
-    return f"  {kind.replace('_', ' '):<12} {document[kind]}\n  public key   {key}\ncheck them: pedigree verify {document['model']} --signatures"
+    return f"  {kind.replace('_', ' '):<12} {document[kind]}\n  public key   {key}\ncheck them: pedigree verify {shlex.quote(document['model'])} --signatures"
 
 
 def attest(root: Path, model: str, key_file: str | None, remade: bool = False) -> dict[str, Any]:

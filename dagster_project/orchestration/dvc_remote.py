@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import md5_of_file
 from dagster_project.lineage.history import finished_runs
 from dagster_project.orchestration.dvc import declared_stages, open_repo, overlap, stage_named
 from dagster_project.orchestration.private_api import private_module
@@ -49,7 +50,7 @@ def push(root: Path, remote: str | None = None) -> PushResult:
     Args:
         remote: its name in .dvc/config (default: the default remote).
     Raises:
-        InputError: no such remote, a credential is in .dvc/config, or the remote refuses or does not answer.
+        InputError: no such remote, a credential is in .dvc/config, an object of the cache is damaged, or the remote refuses or does not answer.
     """
     with chdir(root), open_repo(root) as repo:  # DVC resolves the paths of past runs relative to the current directory
         name = remote or repo.config["core"].get("remote")
@@ -70,6 +71,7 @@ def push(root: Path, remote: str | None = None) -> PushResult:
         try:
             runs = _complete_runs(repo)
             used = {info for stage in runs.values() for infos in stage.get_used_objs().values() for info in infos}
+            _refuse_damaged(repo, name, used)
             result = repo.cloud.push(used, remote=name)  # before the run cache: no entry refers to missing objects
             if result.failed:
                 raise InputError(f"{len(result.failed)} objects were not pushed to {name}", "see the messages above; push again")
@@ -84,6 +86,22 @@ def push(root: Path, remote: str | None = None) -> PushResult:
                 f"cannot push to the DVC remote {name}: {' '.join(str(error).split())}",
                 "check its address and the credentials in the environment (docs/cluster.md)",
             ) from None
+
+
+def _refuse_damaged(repo: Any, remote: str, used: Iterable[Any]) -> None:
+    """DVC does not hash read-only objects before it copies them, and other clones would find a damaged one in the place of the real one.
+
+    Raises:
+        InputError: an object that the remote lacks does not match its name.
+    """
+    absent = repo.cloud.status({*used, *repo.used_objs().get(None, ())}, remote=remote).new
+    for oid in sorted(info.value for info in absent if info.name == "md5"):
+        path = Path(repo.cache.local.oid_to_path(oid))
+        if path.is_file() and md5_of_file(path) != oid.removesuffix(".dir"):
+            raise InputError(
+                f"{path}, an object of DVC's cache, does not match its name: nothing was pushed",
+                "`pedigree verify --integrity` names what it contains, and how to restore it",
+            )
 
 
 def _complete_runs(repo: Any) -> dict[Path, Any]:

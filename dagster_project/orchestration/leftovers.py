@@ -1,4 +1,4 @@
-"""Removes temporary files of killed processes: DVC's in the cache and in data/reports, and our own in reports, pages and .dvc/tmp/pedigree."""
+"""Removes temporary files of killed processes: DVC's in the cache and in data/reports, and our own in the cache, reports, pages and .dvc/tmp/pedigree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ TEMPORARY = re.compile(r".*\.[A-Za-z0-9_-]{22}\.tmp")
 CACHE = Path(".dvc") / "cache" / "files" / "md5"
 RUNS = Path(".dvc") / "cache" / "runs"
 OWN = re.compile(r"\..+\.(\d+)")
-"""Names by core.records.write_text: a dot, the name of the file, and the id of the process that writes it."""
+"""Names by core.records.write_text, and of objects that are being fetched (remote_store.py): a dot, the name of the file, and the id of the process that
+writes it."""
 WRITTEN = (REPORTS, "data/pages", ".dvc/tmp/pedigree")
 SWEPT = Path(".dvc") / "tmp" / "pedigree" / "swept"
 """Its modification time is that of the latest search: a folder of the cache that has not changed since is not searched again."""
@@ -30,7 +31,7 @@ SWEPT = Path(".dvc") / "tmp" / "pedigree" / "swept"
 def remove_leftovers(root: Path) -> None:
     """Remove temporary files whose process has ended. DVC's are removed only if no process holds DVC's lock of the project."""
     for path in (Path(folder, name) for start in WRITTEN for folder, _, names in os.walk(root / start) for name in names):
-        if (own := OWN.fullmatch(path.name)) and not is_running(int(own[1])):
+        if _is_abandoned(path.name):
             with suppress(OSError):  # the command itself says what it cannot write
                 path.unlink()
     lock = root / ".dvc" / "tmp" / "lock"
@@ -44,7 +45,7 @@ def remove_leftovers(root: Path) -> None:
                 return
             for path in found:
                 path.unlink(missing_ok=True)
-                log.info(f"removed {path.relative_to(root)}, which a killed process of DVC left behind")
+                log.info(f"removed {path.relative_to(root)}, which a killed process left behind")
             (root / SWEPT).parent.mkdir(parents=True, exist_ok=True)
             (root / SWEPT).touch()
     except OSError as error:  # busy, or not writable
@@ -57,9 +58,15 @@ def _leftovers(root: Path) -> Iterator[Path]:
     folders = [folder for folder in cache if folder.is_dir() and folder.stat().st_mtime >= swept - 2]
     folders += [Path(folder) for start in (RUNS, REPORTS) for folder, _, _ in os.walk(root / start)]
     for folder in folders:
-        yield from (
-            Path(entry.path) for entry in _entries(folder) if TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
-        )
+        for entry in _entries(folder):
+            if (TEMPORARY.fullmatch(entry.name) or _is_abandoned(entry.name)) and entry.is_file(follow_symlinks=False):
+                yield Path(entry.path)
+
+
+def _is_abandoned(name: str) -> bool:
+    """Whether it is the name of a temporary file of our own whose process has ended."""
+    own = OWN.fullmatch(name)
+    return own is not None and not is_running(int(own[1]))
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -55,7 +55,7 @@ class RemoteStore:
         Returns:
             Bytes sent.
         Raises:
-            InputError: an object is neither in the remote nor in the cache.
+            InputError: an object is neither in the remote nor in the cache, or does not match its hash there.
             PedigreeError: the remote cannot be written.
         """
         sent = 0
@@ -67,8 +67,16 @@ class RemoteStore:
                     f"{len(missing)} object(s) of the inputs are neither in DVC's cache nor in its remote (first: {missing[0]})",
                     "`dvc pull` them, or `dvc commit` what is in the workspace",
                 )
-            sent += self._each(lambda oid: self.put(Path(self.remote.cached_at(oid)), self.remote.object_at(oid)), absent)
+            sent += self._each(self._send, absent)
         return sent
+
+    def _send(self, oid: str) -> int:
+        """Raises:
+        InputError: the object of the cache is damaged. In the remote, it would be in the place of the real one for all clones.
+        """
+        cached = Path(self.remote.cached_at(oid))
+        _refuse_damaged(oid, md5_of_file(cached))
+        return self.put(cached, self.remote.object_at(oid))
 
     def _files(self, objects: Sequence[str]) -> tuple[list[str], list[str]]:
         """Listings of folders, and all files; a folder whose listing is missing has no files."""
@@ -76,7 +84,9 @@ class RemoteStore:
         files = [oid for oid in objects if not oid.endswith(".dir")]
         for oid in listings:
             with suppress(FileNotFoundError):
-                files += [entry["md5"] for entry in json.loads(Path(self.remote.cached_at(oid)).read_bytes())]
+                content = Path(self.remote.cached_at(oid)).read_bytes()
+                _refuse_damaged(oid, md5_of_bytes(content))
+                files += [entry["md5"] for entry in json.loads(content)]
         return list(dict.fromkeys(listings)), list(dict.fromkeys(files))
 
     def _absent(self, objects: list[str]) -> list[str]:
@@ -124,7 +134,9 @@ class RemoteStore:
             if md5_of_file(target) == oid:
                 return 0
             target.unlink()
-        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        scratch = target.with_name(
+            f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}"
+        )  # removed by leftovers.py if this process is killed
         scratch.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._explained("read"):
@@ -233,6 +245,17 @@ def _objects(names: Iterable[str]) -> list[str]:
             f"DVC's remote: {wrong!r} is not the name of an object", "someone else wrote into DVC's remote; nothing was recorded"
         )
     return found
+
+
+def _refuse_damaged(oid: str, md5: str) -> None:
+    """Raises:
+    InputError: an object of this machine's cache is damaged.
+    """
+    if md5 != oid.removesuffix(".dir"):
+        raise InputError(
+            f"DVC's cache: the object {oid} does not match its hash; it was not sent to the remote",
+            "`pedigree verify --integrity` names its file, and how to restore it",
+        )
 
 
 def _write_object(path: Path, content: bytes) -> None:

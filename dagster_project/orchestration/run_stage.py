@@ -111,7 +111,7 @@ def _restore(root: Path, address: str) -> None:
 
 def _executor(root: Path, values: Mapping[str, Any], address: str, pipeline: Pipeline, inputs: Iterable[str]) -> Executor:
     settings, place = placement(values, address, pipeline.stages, pipeline.variants_of)
-    if place.on == "local":
+    if place.on == "local" or INNER in os.environ:  # the scratch copy of `verify` has neither git nor past runs
         return LocalExecutor(_workers(place.workers))
     if _reads_private_key(root, inputs):
         log.info(f"{address}: runs on this machine, because it reads {RECORD_KEY}, which git ignores and a job therefore does not get")

@@ -24,6 +24,7 @@ from dagster_project.lineage import tables
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles, needles_of
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.impact.question import RECORD_ID
+from dagster_project.lineage.impact.sources import names_of
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.published import key_files, record_of
 from dagster_project.lineage.rows import AUGMENTED, COPY_OF, OVERLAPS, record_key
@@ -264,10 +265,13 @@ class Finder:
             return [raw for raw in self.raws if raw.example_id in ids]
         if kind == "containing":
             return self._containing(value)
-        path, _, row = value.removeprefix("./").rpartition(":")
+        path, _, row = value.rpartition(":")
         if not (path and row.isdecimal()):
-            path, row = value.removeprefix("./").rstrip("/"), ""
-        return [raw for raw in self.raws if is_within(raw.source, path) and (not row or (raw.current and int(row) in raw.rows))]
+            path, row = value, ""
+        for name in filter(None, names_of(path, self.root.absolute())):
+            if found := [raw for raw in self.raws if is_within(raw.source, name) and (not row or (raw.current and int(row) in raw.rows))]:
+                return found
+        return []
 
     def _containing(self, text: str) -> list[Raw]:
         import polars as pl

@@ -78,8 +78,17 @@ ALONE = {
 }
 
 
+NO_DERIVATIVES_EITHER = re.compile(r"\bnd\b", re.IGNORECASE)
+"""In a name of the family `NON_COMMERCIAL`: it does not allow adapted versions to be passed on, either."""
+
+
 def _single_problems(listed: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [f"The {_named(entry)} {ALONE[entry['family']]}" for entry in listed if entry["family"] in ALONE]
+    lines = []
+    for entry in listed:
+        both = entry["family"] == NON_COMMERCIAL and NO_DERIVATIVES_EITHER.search(entry["license"])
+        why = NO_DERIVATIVES if both else entry["family"]
+        lines += [f"The {_named(entry)} {ALONE[why]}"] if why in ALONE else []
+    return lines
 
 
 def _paired_problems(listed: Sequence[Mapping[str, Any]]) -> list[str]:

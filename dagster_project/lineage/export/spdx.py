@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime, time
 from typing import Any
 
 from dagster_project import __version__
+from dagster_project.core.hashing import sha256_of_text
 from dagster_project.curation.sources.declarations import UNKNOWN, declared_of
 from dagster_project.lineage.export.cyclonedx import SUM
 from dagster_project.lineage.export.responsible import collection, processing
@@ -187,7 +188,10 @@ class _Graph:
             expression = fixup_id(name) or (
                 name if is_expression(name) else f"LicenseRef-{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-') or 'unnamed'}"
             )
-            declared = self._license_elements().get(expression) or self.add(
+            known = self._license_elements()
+            if expression in known and expression.startswith("LicenseRef-") and known[expression].name != name:  # of another license
+                expression = f"{expression}-{sha256_of_text(name)[:8]}"
+            declared = known.get(expression) or self.add(
                 self.types.simplelicensing_LicenseExpression, "license", expression, name, simplelicensing_licenseExpression=expression
             )
         self.relate(package, "hasDeclaredLicense", [declared])

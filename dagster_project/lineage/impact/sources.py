@@ -26,7 +26,7 @@ def known_source(index: Index, source: str) -> str:
     name, root = source.removeprefix("./"), index.root.absolute()
     path = Path(source).absolute()
     relative = path.relative_to(root).as_posix() if path.is_relative_to(root) else name
-    for candidate in _names_of(source, path, root):
+    for candidate in names_of(source, root):
         if candidate and (index.knows_source(candidate) or stages_reading(index, candidate)):
             return candidate
     if outs := [run for run in index.runs.values() if run.path and (is_within(relative, run.path) or is_within(run.path, relative))]:
@@ -46,10 +46,14 @@ def known_source(index: Index, source: str) -> str:
     raise InputError(f"--source {visible(source)}: {what}", f"{hint}; look texts up with --text or --containing")
 
 
-def _names_of(source: str, path: Path, root: Path) -> list[str]:
+def names_of(source: str, root: Path) -> list[str]:
     """What a source may be called in records, as given first: relative to the project, without "a/../", through symbolic links, and in either form in
-    which a file name may hold its accents."""
-    given = source.removeprefix("./")
+    which a file name may hold its accents.
+
+    Args:
+        root: absolute path of the project.
+    """
+    given, path = source.removeprefix("./"), Path(source).absolute()
     paths = [path, Path(os.path.normpath(path)), Path(os.path.realpath(path))]
     relative = [
         one.relative_to(base).as_posix() for one in paths for base in (root, Path(os.path.realpath(root))) if one.is_relative_to(base)

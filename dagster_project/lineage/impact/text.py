@@ -54,7 +54,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         "no": "no model saw it",
         "cannot tell": "no model is known to have seen it, but not everything could be looked at",
     }
-    lines.append(answers[result["verdict"]])
+    forgotten = "erased" in result and result["verdict"] == "no"
+    lines.append("no model is known any more to have seen it" if forgotten else answers[result["verdict"]])
     if "erased" in result:
         lines.append(
             f"it was erased on {result['erased']}: data/erasures lists the models that had seen it, and which of them were deleted"

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
+from dagster_project.core.errors import InputError
+
 MARK = "@pedigree "
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "numpy", "pyarrow", "polars", "tokenizers", "safetensors", "bitsandbytes",
+    "numba", "pandas", "pandera", "great-expectations", "datasets", "ftfy", "py3langid", "detect-secrets", "phonenumberslite", "python-stdnum",
+    "license-expression", "jsonschema", "jinja2", "scikit-learn", "sacrebleu", "lm-eval", "huggingface_hub",
 )  # fmt: skip
-"""Packages whose version can change a result."""
+"""Packages whose version can change a result: of training and evaluation, of checks and repairs of rows, of rendered prompts, of cards. Not Liger's kernels: the
+image for GPUs has them, and the driver's may be the one without."""
 
 THREADS = "OMP_NUM_THREADS"
 """Ray sets it to the number of CPUs reserved. The worker gets the driver's, because it can change the last bits of a result and is in reports."""
@@ -64,3 +70,14 @@ def different(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
         for name, version in here.items()
         if there.get(name, "") != version
     ]
+
+
+def refuse_other_versions(expected: Mapping[str, str]) -> None:
+    """Raises:
+    InputError: this process has other versions.
+    """
+    if differences := different(expected, versions()):
+        raise InputError(
+            f"node {platform.node()} would not compute the same result: it has {'; '.join(differences)} (the driver's version)",
+            "install the driver's versions on the nodes, or start the driver in their environment",
+        )

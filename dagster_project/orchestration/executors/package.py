@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git_bytes
@@ -20,7 +20,8 @@ LIMIT = 100_000_000
 
 @contextmanager
 def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Path]:
-    """A folder with the project's files. `.dvc` is left out: its configuration may contain credentials.
+    """A folder with the project's files. `.dvc` is left out: its configuration may contain credentials. So are links to anything that is not one of
+    these files or a folder with some: Ray sends what a link points to.
 
     Args:
         folder: where to create it; removed afterwards. A folder left by a killed driver is replaced.
@@ -32,7 +33,8 @@ def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Pa
         raise InputError(f"{root} is not in a git repository", "run `git init`: git lists the files that a worker gets")
     names = sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
     files = [name for name in names if not name.startswith(".dvc/")]
-    sizes = {name: size for name in files if (size := _size(root / name)) is not None}
+    known = {*files, *(str(parent) for name in files for parent in PurePosixPath(name).parents)}
+    sizes = {name: size for name in files if (size := _size(root, name, known)) is not None}
     if sum(sizes.values()) > limit:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         raise InputError(
@@ -43,19 +45,33 @@ def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Pa
     remove(folder)
     try:
         for name in sizes:
-            target = folder / name
+            source, target = root / name, folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with dvc.records_locked(root) if name == "dvc.lock" else nullcontext(), suppress(FileNotFoundError):
-                shutil.copy2(root / name, target, follow_symlinks=False)  # a report may vanish: another stage is replacing it
+                if source.is_dir():
+                    target.symlink_to(os.path.relpath(source.resolve(), source.parent.resolve()))
+                else:
+                    shutil.copy2(source, target)  # a report may vanish: another stage is replacing it
         yield folder
     finally:
         remove(folder)
 
 
-def _size(path: Path) -> int | None:
-    """Size of a file or symbolic link; None if it is neither, or vanished."""
+def _size(root: Path, name: str, known: Set[str]) -> int | None:
+    """Size of a file, or of the file that a link points to; None if it vanished, or is something else than a file or a link to one of the known paths.
+
+    Args:
+        known: files and folders, relative to the project.
+    """
+    path = root / name
     try:
         status = path.lstat()
-    except FileNotFoundError:
+        if not stat.S_ISLNK(status.st_mode):
+            return status.st_size if stat.S_ISREG(status.st_mode) else None
+        target = path.resolve(strict=True)
+        is_known = target.relative_to(root.resolve()).as_posix() in known
+    except (OSError, ValueError, RuntimeError):  # to nowhere, out of the project, or in a circle
         return None
-    return status.st_size if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode) else None
+    if not is_known or path.parent.resolve().is_relative_to(target):
+        return None
+    return target.stat().st_size if target.is_file() else 0

@@ -90,7 +90,7 @@ def connect(address: str) -> tuple[Any, str]:
         try:
             with lean_imports("rfc3987_syntax"):  # jsonschema, which Ray imports, builds its grammar for a second; Ray does not use it
                 from ray.dashboard.utils import get_address_for_submission_client
-                from ray.exceptions import AuthenticationError
+                from ray.exceptions import AuthenticationError, RayError
                 from ray.job_submission import JobSubmissionClient
         except ImportError:
             raise InputError(
@@ -109,7 +109,7 @@ def connect(address: str) -> tuple[Any, str]:
             raise TokenRefused(
                 f"the Ray cluster at {url} requires another token", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token"
             ) from None
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:  # RayError: HOST:PORT, or a local cluster that was killed
             reason = " ".join(str(error).split())[:200]
             raise ClusterGone(f"no Ray cluster answers at {url}: {reason}", f"{hint}; nothing was recorded") from None
 
@@ -184,6 +184,8 @@ class _Run:
     """Seconds until the worker of the latest job began; None if another driver submitted it."""
     error: Mapping[str, Any] | None = None
     damaged: list[str] = field(default_factory=list)
+    stopped: set[str] = field(default_factory=set)
+    """Ids of jobs that this run stopped, of which none is gone on with, also if it has not ended yet."""
     raw: list[str] = field(default_factory=list)
     """Lines of the latest job's log that are not messages."""
     bytes_sent: int = 0
@@ -303,7 +305,7 @@ class _Run:
         Returns:
             Ray's details of the job; None if the cluster lost it.
         """
-        running = [name for name in self._running() if name.startswith(self.key)]
+        running = [name for name in self._running() if name.startswith(self.key) and name not in self.stopped]
         self.attempts += 1
         self.name = running[0] if running else f"{self.key}-{secrets.token_hex(4)}"
         self.submitted, self.queued = time.monotonic(), None
@@ -400,17 +402,19 @@ class _Run:
 
     def _stop(self, name: str) -> None:
         """End a job; its processes are gone when this returns, or when Ray has killed them."""
+        self.stopped.add(name)
         try:
             with self._authenticated():
                 self.client.stop_job(name)
                 until = time.monotonic() + STOP_SECONDS
-                while time.monotonic() < until and not self.client.get_job_status(name).is_terminal():
+                while not (ended := self.client.get_job_status(name).is_terminal()) and time.monotonic() < until:
                     time.sleep(0.2)
         except (RuntimeError, OSError, TokenRefused) as error:
             reason = " ".join(str(error).split())[:300]
             log.warning(f"{self.address}: job {name} may not have been stopped: {reason}; see {self.url}/#/jobs/{name}")
         else:
-            log.info(f"{self.address}: job {name} was stopped")
+            how = "was stopped" if ended else f"has not ended {STOP_SECONDS:.0f} s after the request to stop it"
+            log.info(f"{self.address}: job {name} {how}")
 
     @contextmanager
     def _authenticated(self) -> Iterator[None]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from dagster_project.core.errors import PedigreeError
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.workers import AHEAD
+from dagster_project.orchestration.executors.messages import refuse_other_versions, versions
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -38,7 +40,7 @@ class RayTasks:
                 reason = " ".join(str(error).split())[:300]
                 raise PedigreeError(f"the stage's workers: no Ray cluster answers on this node: {reason}", "run the stage again") from None
         task: Any = ray.remote(num_cpus=1)(_call)
-        kept, waiting = ray.put(shared), deque[Any]()
+        kept, waiting = ray.put((versions(), shared)), deque[Any]()
         try:
             for item in items:
                 waiting.append(task.remote(work, kept, item))
@@ -57,8 +59,20 @@ class RayTasks:
                 ray.cancel(reference)
 
 
-def _call(work: Callable[[Any, A], B], shared: Any, item: A) -> B:
+def _call(work: Callable[[Any, A], B], kept: tuple[Mapping[str, str], Any], item: A) -> B:
+    """One task, with the versions and the shared value of the job.
+
+    Raises:
+        InputError: the node has other versions than that of the job, which are the driver's.
+    """
+    expected, shared = kept
+    _refuse_once(tuple(expected.items()))
     return work(shared, item)
+
+
+@cache
+def _refuse_once(expected: tuple[tuple[str, str], ...]) -> None:
+    refuse_other_versions(dict(expected))
 
 
 def _result(reference: Any) -> Any:

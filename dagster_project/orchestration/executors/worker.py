@@ -32,7 +32,7 @@ from dagster_project.core.layout import measured_path, pages_of, report_of
 from dagster_project.core.records import remove
 from dagster_project.execution import VARIABLE, WORKER, WORKERS
 from dagster_project.orchestration import dvc, dvc_cache, dvc_remote, dvc_run
-from dagster_project.orchestration.executors.messages import THREADS, different, send, versions
+from dagster_project.orchestration.executors.messages import THREADS, refuse_other_versions, send
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 
 NODE_CACHE = "PEDIGREE_NODE_CACHE"
@@ -45,6 +45,9 @@ REFUSED, LOST = 3, 4
 """Exit codes of a worker without a result: an error that was sent, and a stage whose process was killed."""
 MAX_EXIT_CODE = 2
 """Exit codes above are not a stage's own: its process was killed."""
+ABANDONED_SECONDS = 86400.0
+"""Age of a temporary file in the node's cache, of a killed worker, at which it is removed. Workers in other containers share the cache, so its process
+cannot be asked."""
 
 
 @dataclass
@@ -221,7 +224,7 @@ class Work:
 
 @contextmanager
 def scratch_folder() -> Iterator[tuple[Path, Path]]:
-    """A scratch folder of this worker, and the cache of its node. Scratch folders of workers that were killed are removed.
+    """A scratch folder of this worker, and the cache of its node. Scratch folders of workers that were killed, and what they had fetched in part, are removed.
 
     Raises:
         InputError: the folder of the node belongs to another user.
@@ -235,6 +238,10 @@ def scratch_folder() -> Iterator[tuple[Path, Path]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system released it when its worker was killed
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink(missing_ok=True)
+    for part in (base / "cache" / "files" / "md5").rglob(".*"):
+        with suppress(OSError):
+            if time.time() - part.lstat().st_ctime > ABANDONED_SECONDS:  # a link to an older output has that one's time of modification
+                part.unlink()
     name = f"work-{os.getpid()}-{time.time_ns()}"
     with (base / f".{name}").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -253,11 +260,7 @@ def main(job: Mapping[str, Any]) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     send("hello", {"node": platform.node()})
     try:
-        if differences := different(job["versions"], versions()):
-            raise InputError(
-                f"node {platform.node()} would not compute the same result: it has {'; '.join(differences)} (the driver's version)",
-                "install the driver's versions on the nodes, or start the driver in their environment",
-            )
+        refuse_other_versions(job["versions"])
         with scratch_folder() as (folder, cache):
             root = folder / "project"
             shutil.copytree(Path.cwd(), root, symlinks=True)  # Ray gives all jobs with the same files one folder
