@@ -253,3 +253,12 @@ def test_a_frozen_stage_is_never_recorded_with_inputs_that_it_did_not_read(root:
     (root / "data/reports/tok.json").unlink()
     assert dvc(root, "checkout", "data/tok").returncode == 0
     assert "`git checkout HEAD data/reports/tok.json` restores it" in read_stages(root)["tok"].frozen_problem
+
+
+def test_what_is_above_a_frozen_stage_need_not_be_there_for_what_is_below(root: Path, instance: dg.DagsterInstance) -> None:
+    assert dvc(root, "freeze", "raw").returncode == 0
+    (root / "data/sources/d.txt").unlink()
+    (root / "code/inst.py").write_text("V = 9\n")
+    assert small_pipeline.materialize(root, instance, ["raw", "inst"]).success, "`dvc repro inst` runs, too"
+    assert run_all(root, 1, False, lambda _: None, only=["raw", "inst", "tok"])["passed"]
+    assert not {"inst", "tok"} & changed_in_dvc(root)

@@ -324,14 +324,18 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
 
 
 def changed_sources(root: Path) -> dict[str, str]:
-    """.dvc file of each source that differs from it -> how, with the next step."""
+    """.dvc file of each source that differs from it -> how, with the next step. Only of those that a stage reads, as `dvc repro` does: what else is
+    under DVC need not be there. DVC does not look at what a frozen stage reads."""
     with open_repo(root) as repo:
+        stages = declared_stages(repo)
+        running = [one for one in stages if not one.is_data_source and not one.frozen and Path(one.path) == Path(repo.root_dir, "dvc.yaml")]
+        read = {path_of(root, dep) for stage in running for dep in stage.deps}
         return {
             os.path.relpath(stage.path, root): problem
-            for stage in declared_stages(repo)
+            for stage in stages
             if stage.is_data_source
             for out in stage.outs
-            if (problem := _source_problem(root, stage, out))
+            if any(overlap(path_of(root, out), path) for path in read) and (problem := _source_problem(root, stage, out))
         }
 
 

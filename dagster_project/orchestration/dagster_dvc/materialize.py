@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -140,9 +140,10 @@ def _read_when_idle(context: dg.AssetExecutionContext, project: DvcProject, addr
 
 def _not_ready(states: Mapping[str, StageState], address: str) -> str:
     """Why a stage cannot run yet, and the next step; empty if all of its inputs are up to date."""
-    upstream = dvc.ancestors(states, address)
+    running = {name: replace(state, inputs=()) if state.frozen else state for name, state in states.items()}  # as DVC's graph
+    upstream = dvc.ancestors(running, address)
     for name in [*upstream, address]:
-        for source in states[name].inputs:
+        for source in running[name].inputs:
             if source.problem:
                 return source.problem
     changed = [name for name in upstream if not states[name].as_recorded]
