@@ -25,6 +25,7 @@ from scmrepo.exceptions import SCMError
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
+from dagster_project.core.layout import RECORD_KEY
 from dagster_project.orchestration import experiments
 from dagster_project.orchestration.experiments import Trial, choices, is_temporary, trials
 
@@ -89,6 +90,26 @@ def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(ro
     assert dvc(root, "exp", "apply", best["name"]).returncode == 0
     assert YAML(typ="safe").load((root / "params.yaml").read_text())["variants"]["lora"]["r"] == 4
     assert "adapter@lora" not in small_pipeline.changed_in_dvc(root)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("has_folder", [True, False], ids=["folder in git", "folder not in git"])
+def test_trials_have_the_key_of_record_ids_that_git_ignores(has_folder: bool, root: Path) -> None:
+    text = json.loads((root / "dvc.yaml").read_text())
+    text["stages"]["adapter"]["do"]["deps"].append("data/keys")
+    (root / "dvc.yaml").write_text(json.dumps(text))
+    (root / "data/keys").mkdir()
+    if has_folder:
+        (root / "data/keys/.gitkeep").touch()
+    (root / RECORD_KEY).write_text("ab" * 32 + "\n")
+    with (root / ".gitignore").open("a") as file:
+        file.write(f"/{RECORD_KEY}\n")
+    small_pipeline.commit(root)
+    output, errors = sweep(root, "variants.lora", "1", "r=2").communicate(timeout=300)
+    [trial] = json.loads(output)["trials"]
+    assert trial["status"] == "success", errors
+    assert dvc(root, "exp", "apply", trial["name"]).returncode == 0
+    assert "adapter@lora" not in small_pipeline.changed_in_dvc(root), "it was made with the same key"
 
 
 @pytest.mark.long
