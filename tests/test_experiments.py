@@ -24,9 +24,11 @@ from ruamel.yaml import YAML
 from scmrepo.exceptions import SCMError
 
 from dagster_project.__main__ import main
+from dagster_project.commands.sweep import _refuse_untracked
 from dagster_project.core.errors import InputError
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.orchestration import experiments
+from dagster_project.orchestration.dvc import read_stages
 from dagster_project.orchestration.experiments import Trial, choices, is_temporary, trials
 
 
@@ -170,6 +172,24 @@ def test_an_occupied_queue_is_refused(root: Path) -> None:
     process = sweep(root, "variants.lora", "1", "r=2")
     output, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and not output and "not empty: mine" in errors
+
+
+@pytest.mark.usefixtures("warm_small")
+def test_a_sweep_is_refused_where_git_does_not_track_what_its_trials_would_read(root: Path) -> None:
+    text = json.loads((root / "dvc.yaml").read_text())
+    text["stages"]["raw"]["deps"] += ["data/sources/new.txt", "data/sources/large.txt"]
+    text["stages"]["cmp"]["deps"].append("data/sources/later.txt")
+    (root / "dvc.yaml").write_text(json.dumps(text))
+    for name in ("new", "large", "later"):
+        (root / f"data/sources/{name}.txt").write_text(name)
+    assert dvc(root, "add", "-q", "data/sources/large.txt").returncode == 0
+    states = read_stages(root)
+    with pytest.raises(InputError, match=r"git does not track data/sources/large.txt.dvc, data/sources/new.txt: trials"):
+        _refuse_untracked(root, [states[name] for name in ("raw", "inst", "tok")])
+    small_pipeline.git(root, "add", "data/sources/new.txt", "data/sources/large.txt.dvc")
+    _refuse_untracked(root, [states[name] for name in ("raw", "inst", "tok")])
+    with pytest.raises(InputError, match=r"git does not track data/sources/later.txt: trials"):
+        _refuse_untracked(root, [states["cmp"]])
 
 
 def test_an_interrupt_while_dvc_fills_its_queue_empties_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
