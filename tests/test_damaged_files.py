@@ -109,6 +109,22 @@ def test_a_damaged_dvc_lock_is_one_message_in_whatever_reads_it(root: Path, case
     assert impact(root, **asked, text="nothing says this")["verdict"] == "cannot tell"
 
 
+@pytest.mark.parametrize(
+    ("text", "what", "hint"),
+    [
+        ("outs:\n<<<<<<< ours\n- md5: a\n=======\n- md5: b\n>>>>>>> theirs\n  path: d.txt\n", "an unresolved merge", "checkout --ours"),
+        ("outs: [", "not a file as DVC writes it", "git checkout HEAD"),
+        ("outs:\n- md5: 1\n", "not a file as DVC writes it", "git checkout HEAD"),
+    ],
+)
+def test_a_damaged_dvc_file_of_a_source_is_named(root: Path, text: str, what: str, hint: str) -> None:
+    (root / "data/sources/d.txt.dvc").write_text(text)
+    with pytest.raises(InputError) as raised:
+        read_stages(root)
+    assert raised.value.what.startswith("data/sources/d.txt.dvc ") and what in raised.value.what
+    assert hint in raised.value.hint and "data/sources/d.txt.dvc`" in raised.value.hint
+
+
 def test_a_dvc_lock_that_was_cut_between_two_stages_is_said_by_sync(root: Path, synced: dg.DagsterInstance) -> None:
     lock = root / "dvc.lock"
     lock.write_bytes(LOCKS["between two stages"][0](lock.read_bytes()))

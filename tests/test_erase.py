@@ -560,6 +560,12 @@ def test_preferences_that_were_never_read_are_refused(tmp_path: Path) -> None:
         plans._refuse_outdated(tmp_path, {"raw_preferences": never})
 
 
+def test_an_erasure_is_refused_where_a_stage_is_frozen(tmp_path: Path) -> None:
+    frozen = StageState(**{**dict.fromkeys(StageState.__dataclass_fields__), "address": "splits", "recorded": True, "frozen": True})
+    with pytest.raises(InputError, match=r"splits: frozen in dvc.yaml, so DVC would not make it again"):
+        plans._refuse_outdated(tmp_path, {"splits": frozen})
+
+
 @pytest.mark.parametrize(
     "reason", ["zephyrine  OKONKWO asked", "she said: Where is my lantern?", "0123456789ABCDEF0123456789abcdef", "of a5" + "a" * 30]
 )

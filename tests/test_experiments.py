@@ -24,8 +24,11 @@ from ruamel.yaml import YAML
 from scmrepo.exceptions import SCMError
 
 from dagster_project.__main__ import main
+from dagster_project.commands.sweep import _refuse_untracked
 from dagster_project.core.errors import InputError
+from dagster_project.core.layout import RECORD_KEY
 from dagster_project.orchestration import experiments
+from dagster_project.orchestration.dvc import read_stages
 from dagster_project.orchestration.experiments import Trial, choices, is_temporary, trials
 
 
@@ -92,6 +95,26 @@ def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(ro
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("has_folder", [True, False], ids=["folder in git", "folder not in git"])
+def test_trials_have_the_key_of_record_ids_that_git_ignores(has_folder: bool, root: Path) -> None:
+    text = json.loads((root / "dvc.yaml").read_text())
+    text["stages"]["adapter"]["do"]["deps"].append("data/keys")
+    (root / "dvc.yaml").write_text(json.dumps(text))
+    (root / "data/keys").mkdir()
+    if has_folder:
+        (root / "data/keys/.gitkeep").touch()
+    (root / RECORD_KEY).write_text("ab" * 32 + "\n")
+    with (root / ".gitignore").open("a") as file:
+        file.write(f"/{RECORD_KEY}\n")
+    small_pipeline.commit(root)
+    output, errors = sweep(root, "variants.lora", "1", "r=2").communicate(timeout=300)
+    [trial] = json.loads(output)["trials"]
+    assert trial["status"] == "success", errors
+    assert dvc(root, "exp", "apply", trial["name"]).returncode == 0
+    assert "adapter@lora" not in small_pipeline.changed_in_dvc(root), "it was made with the same key"
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: signal.Signals, root: Path) -> None:
     os.environ["SLOW"] = "adapter"
@@ -149,6 +172,24 @@ def test_an_occupied_queue_is_refused(root: Path) -> None:
     process = sweep(root, "variants.lora", "1", "r=2")
     output, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and not output and "not empty: mine" in errors
+
+
+@pytest.mark.usefixtures("warm_small")
+def test_a_sweep_is_refused_where_git_does_not_track_what_its_trials_would_read(root: Path) -> None:
+    text = json.loads((root / "dvc.yaml").read_text())
+    text["stages"]["raw"]["deps"] += ["data/sources/new.txt", "data/sources/large.txt"]
+    text["stages"]["cmp"]["deps"].append("data/sources/later.txt")
+    (root / "dvc.yaml").write_text(json.dumps(text))
+    for name in ("new", "large", "later"):
+        (root / f"data/sources/{name}.txt").write_text(name)
+    assert dvc(root, "add", "-q", "data/sources/large.txt").returncode == 0
+    states = read_stages(root)
+    with pytest.raises(InputError, match=r"git does not track data/sources/large.txt.dvc, data/sources/new.txt: trials"):
+        _refuse_untracked(root, [states[name] for name in ("raw", "inst", "tok")])
+    small_pipeline.git(root, "add", "data/sources/new.txt", "data/sources/large.txt.dvc")
+    _refuse_untracked(root, [states[name] for name in ("raw", "inst", "tok")])
+    with pytest.raises(InputError, match=r"git does not track data/sources/later.txt: trials"):
+        _refuse_untracked(root, [states["cmp"]])
 
 
 def test_an_interrupt_while_dvc_fills_its_queue_empties_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ from dagster_project.orchestration.dagster.metadata import describe
 from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
+from dagster_project.orchestration.dagster_dvc.metadata import FROZEN
 from dagster_project.orchestration.dvc import read_stages
+from dagster_project.orchestration.run_all import run_all
 from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.pipeline import PEDIGREE
 
@@ -221,3 +223,42 @@ def test_outputs_of_a_removed_variant_are_named_until_they_are_removed(root: Pat
     shutil.copytree(root / ".dvc" / "cache", clone / ".dvc" / "cache")
     assert dvc(clone, "checkout", "-q").returncode == 0
     assert changed_in_dvc(clone) == set()
+
+
+def test_a_frozen_stage_is_never_recorded_with_inputs_that_it_did_not_read(root: Path, instance: dg.DagsterInstance) -> None:
+    before = (root / "dvc.lock").read_text()
+    assert dvc(root, "freeze", "tok").returncode == 0
+    (root / "code/tok.py").write_text("V = 9\n")
+    job = build_definitions(root, small_pipeline.PIPELINE).resolve_implicit_global_asset_job_def()
+
+    def materialize_tok() -> dg.ExecuteInProcessResult:
+        tags = {"pedigree/force": "true"}
+        return job.execute_in_process(instance=instance, asset_selection=[asset_key("tok")], raise_on_error=False, tags=tags)
+
+    [event] = materialize_tok().get_asset_materialization_events()
+    assert event.materialization.metadata["done"].value == "nothing"
+    document = run_all(root, 1, True, lambda _: None, only=["tok"])
+    assert document["passed"] and document["stages"]["tok"]["outcome"] == "up to date"
+    assert (root / "dvc.lock").read_text() == before, "it has not read the new code"
+    key = dg.AssetCheckKey(asset_key("tok"), "dvc_in_sync")
+    record = instance.event_log_storage.get_latest_asset_check_execution_by_key([key])[key]
+    assert record.event.dagster_event.event_specific_data.metadata["note"].value == FROZEN
+
+    shutil.rmtree(root / "data/tok")
+    what = "tok is frozen, so it is not run, but data/tok differs from dvc.lock (deleted); `dvc checkout data/tok` restores it, or remove"
+    assert what in str(materialize_tok().failure_data_for_node("tok").user_failure_data.description)
+    document = run_all(root, 1, False, lambda _: None)
+    assert document["stages"]["tok"]["error"].startswith(what) and document["stages"]["cmp"]["outcome"] == "not started"
+    assert (root / "dvc.lock").read_text() == before
+    (root / "data/reports/tok.json").unlink()
+    assert dvc(root, "checkout", "data/tok").returncode == 0
+    assert "`git checkout HEAD data/reports/tok.json` restores it" in read_stages(root)["tok"].frozen_problem
+
+
+def test_what_is_above_a_frozen_stage_need_not_be_there_for_what_is_below(root: Path, instance: dg.DagsterInstance) -> None:
+    assert dvc(root, "freeze", "raw").returncode == 0
+    (root / "data/sources/d.txt").unlink()
+    (root / "code/inst.py").write_text("V = 9\n")
+    assert small_pipeline.materialize(root, instance, ["raw", "inst"]).success, "`dvc repro inst` runs, too"
+    assert run_all(root, 1, False, lambda _: None, only=["raw", "inst", "tok"])["passed"]
+    assert not {"inst", "tok"} & changed_in_dvc(root)

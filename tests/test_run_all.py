@@ -215,6 +215,7 @@ def test_a_missing_source_is_refused_before_an_edited_one_is_recorded(root: Path
     for name in ("a.txt", "z.txt"):
         (root / "data/sources" / name).write_text(name)
         assert dvc(root, "add", "-q", f"data/sources/{name}").returncode == 0
+    let_raw_read(root, "data/sources/a.txt", "data/sources/z.txt")
     names = sorted(path.name for path in (root / "data/sources").glob("*.dvc"))
     for name in names[:-1]:
         path = root / "data/sources" / name.removesuffix(".dvc")
@@ -225,6 +226,25 @@ def test_a_missing_source_is_refused_before_an_edited_one_is_recorded(root: Path
     with pytest.raises(InputError, match="is missing"):
         RunAll(root, 1, False).run()
     assert len(names) == 3 and {name: (root / "data/sources" / name).read_bytes() for name in names} == before
+
+
+@pytest.mark.usefixtures("warm_small")
+def test_a_file_under_dvc_that_no_stage_reads_may_be_missing_and_its_edits_are_not_recorded(root: Path) -> None:
+    for name in ("edited.bin", "missing.bin"):
+        (root / name).write_text("old")
+        assert dvc(root, "add", "-q", name).returncode == 0
+    (root / "missing.bin").unlink()
+    (root / "edited.bin").unlink()
+    (root / "edited.bin").write_text("new")
+    before = (root / "edited.bin.dvc").read_bytes()
+    assert {*(one.outcome for one in RunAll(root, 1, False).run().values())} == {"up to date"}, "as for `dvc repro`"
+    assert (root / "edited.bin.dvc").read_bytes() == before
+
+
+def let_raw_read(root: Path, *paths: str) -> None:
+    text = json.loads((root / "dvc.yaml").read_text())
+    text["stages"]["raw"]["deps"] += paths
+    (root / "dvc.yaml").write_text(json.dumps(text))
 
 
 def test_a_stage_has_the_environment_of_who_asks_and_not_that_of_the_first_who_asked(

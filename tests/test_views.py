@@ -12,12 +12,16 @@ from typing import Any
 import grimp
 import pyarrow as pa
 import pytest
-from builders.small_pipeline import changed_in_dvc
+from builders.small_pipeline import PIPELINE, changed_in_dvc
 from conftest import ROOT, pedigree
 
 from dagster_project import pipeline
+from dagster_project.commands.render import _render
 from dagster_project.core.context import Documents
-from dagster_project.core.records import write_table
+from dagster_project.core.layout import measured_path, report_of
+from dagster_project.core.records import write_json, write_table, write_text
+from dagster_project.orchestration.integrity import sha256_of
+from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.training.trainers.harness.checkpoint import code_of
 from dagster_project.views.alignment import draw_alignment
 from dagster_project.views.ballot import ballot_page
@@ -96,6 +100,26 @@ def test_rendering_names_pages_it_cannot_draw(finished: Path) -> None:
     for stage, message in (("splits", "splits has no pages"), ("nothing", "nothing is not a stage of dvc.yaml")):
         refused = pedigree(finished, "render", stage)
         assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_pages_are_not_drawn_from_documents_of_two_versions(tmp_path: Path) -> None:
+    out, page = tmp_path / "data/comparison", tmp_path / "data/pages/comparison/comparison.html"
+    write_json(out / "comparison.json", {})
+    report = {"passed": True, "output_sha256": sha256_of(out)}
+    write_json(tmp_path / "data/reports/comparison.json", report)
+    write_json(page.with_name("measured.json"), {"output_sha256": "0" * 64})
+    reason, drawn = _render(tmp_path, "comparison", out)
+    assert "its latest run on this machine made another output" in reason and not drawn, "samples.json there is of that run"
+    write_json(tmp_path / "data/reports/comparison.json", {**report, "output_sha256": "1" * 64})
+    reason, drawn = _render(tmp_path, "comparison", out)
+    assert "its report is of another output than data/comparison" in reason and not drawn, "after `git checkout` without `dvc checkout`"
+
+
+def test_pages_of_a_run_have_the_hash_of_its_output(root: Path) -> None:
+    write_text(root / "data/pages/tok/report.html", "drawn by the stage")
+    run_stage(root, "tok", PIPELINE)
+    report = json.loads((root / report_of("tok")).read_bytes())
+    assert json.loads(measured_path(root, "tok").read_bytes()) == {"output_sha256": report["output_sha256"]}
 
 
 HOSTILE = "</script></style></svg><script>alert(1)</script><img src=x onerror=alert(1)>\" onload='alert(1)' {{ 7*7 }}{% raw %}\x1b[31m\u202e\ud800\x00"

@@ -86,6 +86,15 @@ def test_an_upgrade_names_the_files_that_it_changed_and_no_others(new: Path) -> 
         assert as_text(document).endswith(f"\ncommit with the results of the next run: {', '.join(expected)}")
 
 
+def test_an_upgrade_does_not_call_a_frozen_stage_stale_which_dvc_does_not_run(new: Path) -> None:
+    document = YAML(typ="safe").load((new / "dvc.yaml").read_text())
+    document["stages"]["raw_examples"]["frozen"] = True
+    (new / "dvc.yaml").write_text(json.dumps(document))
+    (new / "code.lock.yaml").unlink()
+    found = upgrade(new)
+    assert "raw_examples" in found["current"] and "instructions" in found["stale"]
+
+
 def test_a_reward_model_that_was_left_behind_judges_nothing(new: Path) -> None:
     edit_params(new, without_section)
     without_stage(new)

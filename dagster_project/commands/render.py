@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import Documents
-from dagster_project.core.documents import damaged_report, read_report
+from dagster_project.core.documents import damage, damaged_report, read_report
 from dagster_project.core.errors import InputError
-from dagster_project.core.layout import pages_of, report_of
+from dagster_project.core.layout import measured_path, pages_of, report_of
 from dagster_project.orchestration import dvc
+from dagster_project.orchestration.integrity import sha256_of
 from dagster_project.pipeline import PEDIGREE
 from dagster_project.views.render import PAGES
 
@@ -52,6 +54,11 @@ def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
     report = read_report(root, address)
     if not report.get("passed", True):
         return "its latest run failed a blocking check, and its page shows that run", []
+    published, run = report.get("output_sha256"), measured_path(root, address)
+    if published and published != sha256_of(out):
+        return f"its report is of another output than {out.relative_to(root)}, which `dvc checkout` restores", []
+    if published and run.is_file() and not damage(run.read_bytes()) and json.loads(run.read_bytes()).get("output_sha256") != published:
+        return "its latest run on this machine made another output, and the documents of that run are not of this one: run it again", []
     before = _times(pages)
     PEDIGREE.draw(Documents(root, address, out, pages, report))
     drawn = [str(page.relative_to(root)) for page, time in _times(pages).items() if before.get(page) != time]

@@ -6,7 +6,7 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
-from dagster_project.core.layout import report_of
+from dagster_project.core.layout import is_report, report_of
 from dagster_project.core.progress import clock
 from dagster_project.lineage.code import value_at
 from dagster_project.orchestration import dvc, experiments, processes
@@ -63,9 +63,11 @@ def sweep(
     points = [dict(zip(choices, point, strict=True)) for point in product(*choices.values())]
     for point in points:
         validate(root, _with(values, section, point))
-    target = _target(root, section, to, variants_of)
+    states = dvc.read_stages(root)
+    target = _target(states, section, to, variants_of)
     if not git(root, "rev-parse", "--verify", "HEAD"):
         raise InputError("the project has no commit: DVC's experiments start from one", "run `git add -A && git commit`")
+    _refuse_untracked(root, [states[name] for name in (*dvc.ancestors(states, target), target)])
     if unfinished := [name for name, trial in experiments.trials(root).items() if trial.status in {QUEUED, RUNNING}]:
         raise InputError(
             f"DVC's queue of experiments is not empty: {', '.join(unfinished)}",
@@ -123,15 +125,31 @@ def _with(values: Mapping[str, Any], section: str, point: Mapping[str, Any]) -> 
     return changed
 
 
-def _target(root: Path, section: str, to: str | None, variants_of: Mapping[str, str]) -> str:
+def _target(states: Collection[str], section: str, to: str | None, variants_of: Mapping[str, str]) -> str:
     """Address of the stage at which a trial ends."""
-    states = dvc.read_stages(root)
     first, _, variant = section.partition(".")
     stage = next((stage for stage, of in variants_of.items() if of == first), first)
     target = to or (f"{stage}@{variant}" if stage in variants_of else stage)
     if target not in states:
         raise InputError(f"{target} is not a stage of dvc.yaml", f"give one with --to: {', '.join(states)}")
     return target
+
+
+def _refuse_untracked(root: Path, states: Iterable[dvc.StageState]) -> None:
+    """Raises:
+    InputError: these stages read files that DVC's copies of the workspace do not have, because git does not track them.
+    """
+    read = {
+        path for state in states for path in (*state.code, *(i.path for i in state.inputs if i.producer is None)) if not is_report(path)
+    }
+    paths = [name for path in sorted(read) if "://" not in path for name in (path, f"{path}.dvc")]
+    listed = git(root, "--literal-pathspecs", "ls-files", "--others", "--exclude-standard", "-z", "--", *paths)
+    if found := [name for name in (listed or "").split("\0") if name and "/__pycache__/" not in name]:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise InputError(
+            f"git does not track {', '.join(found[:5])}{more}: trials would run without what they read there",
+            "run `git add` for them; a commit is not needed",
+        )
 
 
 class Trials:

@@ -84,6 +84,8 @@ class StageState:
     """Files of code, and reports of other stages, that it depends on."""
     files: tuple[str, ...]
     """Every file and folder that it reads or writes, also those with parameters, and those that `vars:` of dvc.yaml names."""
+    frozen: bool = False
+    """Whether dvc.yaml freezes it: DVC does not run its command, and does not compare its inputs."""
 
     @property
     def changed(self) -> list[str]:
@@ -100,6 +102,21 @@ class StageState:
     def as_recorded(self) -> bool:
         """Whether output, inputs and definition are those in dvc.lock, also if DVC runs the stage each time."""
         return not self.changed or self.changed == [ALWAYS]
+
+    @property
+    def frozen_problem(self) -> str:
+        """What is wrong with a frozen stage that is not as recorded, with the next step; empty otherwise.
+
+        DVC would record its output as made from its present inputs, which it may never have read.
+        """
+        if not self.frozen or self.as_recorded:
+            return ""
+        text = f"{self.address} is frozen, so it is not run, but {self.changed[0]}; "
+        if self.recorded and self.output_problem:
+            path = self.output_problem.partition(" differs from ")[0]
+            restore = "git checkout HEAD" if path in self.metrics else "dvc checkout" if self.in_cache else "dvc pull"
+            text += f"`{restore} {path}` restores it, or "
+        return f"{text}remove `frozen: true` from dvc.yaml to let it run"
 
 
 @contextmanager
@@ -307,14 +324,18 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
 
 
 def changed_sources(root: Path) -> dict[str, str]:
-    """.dvc file of each source that differs from it -> how, with the next step."""
+    """.dvc file of each source that differs from it -> how, with the next step. Only of those that a stage reads, as `dvc repro` does: what else is
+    under DVC need not be there. DVC does not look at what a frozen stage reads."""
     with open_repo(root) as repo:
+        stages = declared_stages(repo)
+        running = [one for one in stages if not one.is_data_source and not one.frozen and Path(one.path) == Path(repo.root_dir, "dvc.yaml")]
+        read = {path_of(root, dep) for stage in running for dep in stage.deps}
         return {
             os.path.relpath(stage.path, root): problem
-            for stage in declared_stages(repo)
+            for stage in stages
             if stage.is_data_source
             for out in stage.outs
-            if (problem := _source_problem(root, stage, out))
+            if any(overlap(path_of(root, out), path) for path in read) and (problem := _source_problem(root, stage, out))
         }
 
 
@@ -354,6 +375,7 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
         in_cache=known and not any(out.use_cache and out.changed_cache() for out in stage.outs),
         code=tuple(code),
         files=(*(path_of(root, item) for item in [*stage.deps, *stage.outs] if item.protocol == "local"), *_variables(root, stage, others)),
+        frozen=bool(stage.frozen),
     )
 
 

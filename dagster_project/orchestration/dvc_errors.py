@@ -67,6 +67,8 @@ def _of_settings(error: Exception, root: Path) -> InputError:
 
 
 def _of_a_file(error: Exception, root: Path) -> InputError:
+    if (file := Path(str(getattr(error, "path", "")))).suffix == ".dvc":
+        return _of_a_source(file, os.path.relpath(file, root))
     for name in (LOCK, "dvc.yaml", "params.yaml"):
         if (root / name).is_file() and "<<<<<<< " in (root / name).read_text(errors="replace"):
             return InputError(
@@ -79,6 +81,18 @@ def _of_a_file(error: Exception, root: Path) -> InputError:
     except InputError as wrong:
         return wrong
     return InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again")
+
+
+def _of_a_source(file: Path, name: str) -> InputError:
+    """Args:
+    name: of its .dvc file in the project.
+    """
+    if file.is_file() and "<<<<<<< " in file.read_text(errors="replace"):
+        return InputError(
+            f"{name} has an unresolved merge conflict",
+            f"take one side with `git checkout --ours {name}` (or --theirs), then `dvc checkout {name}`",
+        )
+    return InputError(f"{name} is not a file as DVC writes it", f"restore it with `git checkout HEAD {name}`")
 
 
 def _broken_link(error: FileNotFoundError, root: Path) -> Path | None:

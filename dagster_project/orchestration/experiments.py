@@ -11,10 +11,12 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.git import git
+from dagster_project.core.layout import RECORD_KEY
 from dagster_project.orchestration import dvc, dvc_run
 from dagster_project.orchestration.processes import is_running
 
@@ -88,6 +90,14 @@ def _dvc(root: Path, *arguments: str) -> str:
 def queue(root: Path, name: str, overrides: Collection[str], target: str) -> None:
     """Queue one experiment for each combination of the values: NAME-1, NAME-2, ..., or NAME if there is only one."""
     settings = [argument for override in overrides for argument in ("-S", override)]
+    if (root / RECORD_KEY).is_file() and git(
+        root, "check-ignore", "--quiet", RECORD_KEY
+    ) is not None:  # a trial has no file that git ignores
+        folder = str(PurePosixPath(RECORD_KEY).parent)
+        settings += [
+            "--copy-paths",
+            RECORD_KEY if git(root, "ls-files", "--", folder) else folder,
+        ]  # a file only into a folder that is there
     _dvc(root, "exp", "run", "--queue", "--name", name, *settings, target)
 
 

@@ -175,8 +175,11 @@ class RunAll:
             if not all(above in self.outcomes for above in self.above[address]):
                 continue
             state = self.states[address]
-            if not self.force and not state.changed:
+            if not state.changed and (state.frozen or not self.force):
                 self.outcomes[address] = Outcome(UP_TO_DATE)
+            elif state.frozen_problem:
+                log.error(state.frozen_problem)
+                self.outcomes[address] = Outcome(FAILED, state.changed, error=state.frozen_problem)
             elif writer := rwlock.writer_of(self.root, [self.states[above].out for above in dvc.ancestors(self.states, address)]):
                 if address not in self.waiting:
                     log.info(f"{address} is waiting: {writer} is writing its inputs")

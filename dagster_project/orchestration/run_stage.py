@@ -225,10 +225,11 @@ def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: s
         _move_to_place(root, ctx, path)
     write_json(root / report_of(ctx.address), {"passed": True, "output_sha256": sha256, **report})
     facts = {**result.measured, **({"execution": result.execution} if result.execution else {})}
-    if facts:
-        write_json(measured_path(root, ctx.address), {"output_sha256": sha256, **facts})
+    path = measured_path(root, ctx.address)
+    if facts or any(file != path for file in path.parent.glob("*")):  # with pages: `render` reads of which output they are
+        write_json(path, {"output_sha256": sha256, **facts})
     else:
-        remove(measured_path(root, ctx.address))  # of an earlier run, perhaps on another machine
+        remove(path)  # of an earlier run, perhaps on another machine
 
 
 def _move_to_place(root: Path, ctx: StageContext, path: Path) -> None:

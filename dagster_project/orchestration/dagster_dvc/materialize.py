@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -61,7 +61,7 @@ def bring_up_to_date(
             raise dg.Failure(f"{address} was not run: {reason}.", allow_retries=False)
         done = "nothing"
         after: Snapshot | None = None
-        if force or states[address].changed:
+        if states[address].changed or (force and not states[address].frozen):
             for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
                 done = _reproduce(context, project, address, force, variables)
                 after = _read(context, project)
@@ -69,7 +69,7 @@ def bring_up_to_date(
                 if states[address].output_problem in {"", dvc.ALWAYS}:
                     break
         else:
-            context.log.info(f"{address} is up to date; it was not run")
+            context.log.info(f"{address} is {'frozen' if states[address].frozen else 'up to date'}; it was not run")
     except Exception as error:
         known = faults.explained(error, project.root)
         if known is None:
@@ -140,14 +140,15 @@ def _read_when_idle(context: dg.AssetExecutionContext, project: DvcProject, addr
 
 def _not_ready(states: Mapping[str, StageState], address: str) -> str:
     """Why a stage cannot run yet, and the next step; empty if all of its inputs are up to date."""
-    upstream = dvc.ancestors(states, address)
+    running = {name: replace(state, inputs=()) if state.frozen else state for name, state in states.items()}  # as DVC's graph
+    upstream = dvc.ancestors(running, address)
     for name in [*upstream, address]:
-        for source in states[name].inputs:
+        for source in running[name].inputs:
             if source.problem:
                 return source.problem
     changed = [name for name in upstream if not states[name].as_recorded]
     if not changed:
-        return ""
+        return states[address].frozen_problem
     first = states[changed[0]]
     fetch = ""
     if first.version == dvc.MISSING and first.recorded:

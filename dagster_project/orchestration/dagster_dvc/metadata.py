@@ -23,6 +23,7 @@ REPORT_TAG = "report"
 """Metadata of a check result: hash of the check's entry in the report. By it, sync detects results that Dagster already has."""
 IN_SYNC = "dvc_in_sync"
 IN_SYNC_DESCRIPTION = "DVC reports the stage as up to date: its output, inputs, parameters and code are as recorded in dvc.lock."
+FROZEN = "frozen in dvc.yaml: DVC does not compare its inputs, parameters and code with dvc.lock"
 IMAGES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml"}
 MAX_IMAGE = 300_000
 """Bytes. The event log keeps metadata of every materialization."""
@@ -121,13 +122,14 @@ def check_result(
 def in_sync(key: dg.AssetKey, state: StageState) -> dg.AssetCheckResult:
     """Result of the check that the stage is up to date. Agrees with `dvc status`."""
     reasons = "; ".join(state.changed)
-    metadata = {"truth": dg.MetadataValue.text(IN_SYNC_DESCRIPTION), REPORT_TAG: dg.MetadataValue.text(digest(reasons))}
+    note = "; ".join(filter(None, [reasons, FROZEN if state.frozen else ""]))
+    metadata = {"truth": dg.MetadataValue.text(IN_SYNC_DESCRIPTION), REPORT_TAG: dg.MetadataValue.text(digest(note))}
     return dg.AssetCheckResult(
         check_name=IN_SYNC,
         asset_key=key,
         passed=not reasons,
         severity=dg.AssetCheckSeverity.WARN,
-        metadata=metadata | ({"note": dg.MetadataValue.text(reasons)} if reasons else {}),
+        metadata=metadata | ({"note": dg.MetadataValue.text(note)} if note else {}),
     )
 
 

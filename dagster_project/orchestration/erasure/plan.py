@@ -164,8 +164,12 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
 
 def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
     """Raises:
-    InputError: the rows of a raw data set may not be those of its sources, or its sources were never read.
+    InputError: the rows of a raw data set may not be those of its sources, its sources were never read, or a stage cannot be made again.
     """
+    if frozen := [address for address, state in states.items() if state.frozen and state.recorded]:
+        raise InputError(
+            f"{', '.join(frozen)}: frozen in dvc.yaml, so DVC would not make it again without the records", "remove `frozen: true` first"
+        )
     for address in (EXAMPLES, PAIRS):
         is_used = address == EXAMPLES or (params.read(root).get(address) or {}).get("sources")
         if address in states and (states[address].recorded or is_used) and states[address].changed:
