@@ -372,6 +372,9 @@ def test_a_plan_refuses_what_training_refuses(tokenized: Path) -> None:
     edit_params(tokenized, lambda values: values["adapter"]["lora"].update(use_liger_kernel=True))
     with pytest.raises(InputError, match=r"adapter.lora.use_liger_kernel: Liger"):
         plan.plan_variants(tokenized, [])
+    edit_params(tokenized, lambda values: values["adapter"].update(lora={"group_by_length": True}))
+    with pytest.raises(InputError, match=r"adapter.lora.group_by_length: rows hold several examples"):
+        plan.plan_variants(tokenized, [])
 
 
 def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:

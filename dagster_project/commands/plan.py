@@ -189,7 +189,8 @@ def _adapter(
         }  # fmt: skip
     settled = auto.settle(entry, train["examples"], train["rows"], validates, machine.processes)
     resolved = settled.params
-    refuse_mistakes(resolved, f"adapter.{name}", [[1]] * train["rows"], validates)
+    row_of = [1, 1] if train["examples"] > train["rows"] else [1]  # packed, or not: no length matters
+    refuse_mistakes(resolved, f"adapter.{name}", [row_of] * train["rows"], validates)
     n = steps(train["rows"], resolved, machine.processes)
     per_epoch = steps(train["rows"], resolved.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
     row = _largest_row(root, values, train, resolved.method)
