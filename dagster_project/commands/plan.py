@@ -267,11 +267,12 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     work = tokens + (FORWARD_PASSES.get(entry.method, 1) * reference if method.has_reference else 0)
     processes = machine.processes if method.shares_processes else shared
     requirements = _requirements(spec, machine, round(work), processes, method.can_shard)
+    updates = getattr(method, "num_iterations", getattr(method, "num_ppo_epochs", 1))  # from each answer; reports count its tokens once
     return {
         "pairs": len(pairs),
         "epochs": round(n / per_epoch, 3),
         "steps": n,
-        "tokens": round(predicted),
+        "tokens": round(predicted / updates),
         **requirements,
         **({"time": None} if method.samples_answers else {}),
     }
