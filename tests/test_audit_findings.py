@@ -570,6 +570,21 @@ def test_each_version_of_a_library_that_stages_ran_with_is_listed(made: Project)
     }  # fmt: skip
 
 
+def test_each_version_of_the_base_model_is_named(made: Project) -> None:
+    """The reward model or the policy may rest on an earlier one."""
+    lock = made.lock([("cats", "train", FAQ)])
+    lock |= tasks_on(made, lock, lock)
+    first, second = ({"origin": f"org/{name}", "license": "MIT", "sha256": {"model.safetensors": name * 16}} for name in ("a", "b"))
+    for name, origin in (("splits", first), ("adapter@lora", first), ("aligned@dpo", second)):
+        lock[name]["outs"].append(made.report(name.replace("@", "/"), origin))
+    made.commit(lock)
+    found = audit(made.root, "aligned@dpo")
+    assert (found["base_model"], found["other_base_models"]) == (first, [second])
+    assert {"base model org/a, MIT, sha256 aaaaaaaaaaaaaaaa", "base model org/b, MIT, sha256 bbbbbbbbbbbbbbbb"} <= {*audit_text(found).splitlines()}
+    assert "org/a" in lineage_page(found, []) and "org/b" in lineage_page(found, [])
+    assert "other_base_models" not in audit(made.root, "merged@lora")
+
+
 def test_each_value_of_a_parameter_that_stages_ran_with_is_listed_and_each_source_goes_to_the_stages_that_read_it(made: Project) -> None:
     waivers = [{"check": "pii", "reason": "public"}, {"check": "secrets", "reason": "test keys"}]
     first = made.lock([("cats", "train", FAQ), ("birds", "train", MAIL)])
