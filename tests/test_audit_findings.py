@@ -580,7 +580,9 @@ def test_each_version_of_the_base_model_is_named(made: Project) -> None:
     made.commit(lock)
     found = audit(made.root, "aligned@dpo")
     assert (found["base_model"], found["other_base_models"]) == (first, [second])
-    assert {"base model org/a, MIT, sha256 aaaaaaaaaaaaaaaa", "base model org/b, MIT, sha256 bbbbbbbbbbbbbbbb"} <= {*audit_text(found).splitlines()}
+    assert {"base model org/a, MIT, sha256 aaaaaaaaaaaaaaaa", "base model org/b, MIT, sha256 bbbbbbbbbbbbbbbb"} <= {
+        *audit_text(found).splitlines()
+    }
     assert "org/a" in lineage_page(found, []) and "org/b" in lineage_page(found, [])
     assert "other_base_models" not in audit(made.root, "merged@lora")
 
