@@ -70,7 +70,8 @@ def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
     except (LookupError, TypeError, AttributeError, UndefinedError) as error:  # a field is missing, or has another form
         said = shortened(visible(f"{type(error).__name__}: {error}"))
         raise OtherVersion(
-            f"the documents of {address} are not as this version of pedigree-llm writes them ({said})", f"run it again: `dvc repro {address}`"
+            f"the documents of {address} are not as this version of pedigree-llm writes them ({said})",
+            f"run it again: `dvc repro {address}`",
         ) from error
     drawn = [str(page.relative_to(root)) for page, time in _times(pages).items() if before.get(page) != time]
     return ("" if drawn else "the documents of its latest run are not on this machine: run it again", drawn)
