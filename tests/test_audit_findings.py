@@ -361,6 +361,20 @@ def test_the_issue_date_is_that_of_the_first_commit_that_holds_the_model(made: P
     assert issue_date(find(Index(made.root), "merged@lora")).isoformat() == "2020-02-02"
 
 
+def test_a_commit_without_a_valid_date_is_one_message(made: Project) -> None:
+    """Git writes years of five digits, and fails at dates before 1970, which other tools write."""
+    made.write(made.trained(made.curated(ROWS), TRAINED))
+    git(made.root, "add", "-A")
+    subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "run"],
+        cwd=made.root, check=True, env={"PATH": "/usr/bin:/bin", "GIT_COMMITTER_DATE": "@253402300800 +0000"},
+    )  # fmt: skip
+    subject = find(Index(made.root), "merged@lora")
+    with pytest.raises(InputError, match="has no valid date"):
+        issue_date(subject)
+    assert {stage["date"] for stage in summarize(subject)["stages"].values()} == {None}
+
+
 def test_what_only_watched_or_was_compared_is_not_what_the_model_was_made_from(made: Project) -> None:
     lock = made.trained(made.curated(ROWS), TRAINED)
     lock |= made.splits([("mice", "train", COPY)], "preferences")
