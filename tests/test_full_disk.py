@@ -141,7 +141,7 @@ def test_commands_on_a_full_or_read_only_disk_answer_or_say_so(root: Path, mount
 
 def test_an_output_is_moved_to_another_file_system(tmp_path: Path) -> None:
     """`data/adapter` may be a link to a larger disk."""
-    if not os.access("/dev/shm", os.W_OK) or os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
+    if not os.access("/dev/shm", os.W_OK) or Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is no other file system")
     scratch = tmp_path / ".work"
     context = StageContext(tmp_path, "adapter", "lora", scratch, {})
