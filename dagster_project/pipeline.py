@@ -6,6 +6,8 @@ dvc.yaml says when a stage runs and what it reads; params.yaml says how. Stages 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -90,9 +92,22 @@ def validate(root: Path, values: dict[str, Any] | None = None) -> dict[str, Any]
         )
     ]
     parsed = [(s, p, params.parse(module_of(s).Params, ValidationContext(root, values, p).value, p)) for s, p in places]
+    if wrong := [*_not_finite(values, "")]:  # in free mappings such as `peft`; Section refuses them elsewhere
+        raise InputError(
+            "\n".join(f"params.yaml: {place}: Input should be a finite number (got {value})" for place, value in wrong),
+            "fix params.yaml and run again",
+        )
     for section, place, found in parsed:
         module_of(section).validate(found, ValidationContext(root, values, place))
     return values
+
+
+def _not_finite(value: Any, where: str) -> Iterator[tuple[str, float]]:
+    """(dotted path, value) of each number that is infinite or no number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where, value
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _not_finite(one, f"{where}.{key}".lstrip("."))
 
 
 def _forecast(ctx: StageContext) -> Any:

@@ -719,6 +719,20 @@ def test_paired_means_have_a_paired_interval() -> None:
     assert paired([0, 1, 0, 1], [1, 2, 1, 2]) == {"sft": 0.5, "aligned": 1.5, "difference": 1.0, "interval": [1.0, 1.0]}
 
 
+def test_validation_figures_are_means_over_the_answers_that_they_are_about() -> None:
+    from dagster_project.training.trainers.alignment.trl_trainers.training import average_over_rows
+
+    good, bad = [1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 8.0, 0.0, 8.0, 1.0]  # alternating, in passes of three, the last of one
+    means = {"rewards/chosen": [1.5, 3.0, 4.5], "rewards/rejected": [0.0, 4.0, 8.0, 1.0], "rewards/margins": [1.5, -1.0, -3.5]}
+    metrics = {name: [*values] for name, values in means.items()} | {"kl": [1.0, 2.0, 3.0, 5.0]}
+    average_over_rows(metrics, [(3, 2, 1), (3, 1, 2), (3, 2, 1), (1, 0, 1)])
+    expected = [sum(good) / 5, sum(bad) / 5, (sum(good) - sum(bad)) / 5, (3 * (1 + 2 + 3) + 5) / 10]
+    assert [value for [value] in metrics.values()] == pytest.approx(expected)
+    pairs = {"rewards/chosen": [1.0, 4.0], "rewards/margins": [2.0, 5.0]}
+    average_over_rows(pairs, [(2, 2, 2), (1, 1, 1)])
+    assert pairs == {"rewards/chosen": [2.0], "rewards/margins": [3.0]}
+
+
 def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> None:
     pairs = [preference_row(i, f"good{i}", f"bad{i}") for i in range(3)]
     rows = preference.Kto().rows(tiny_tokenizer, pairs)

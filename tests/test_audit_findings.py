@@ -361,6 +361,20 @@ def test_the_issue_date_is_that_of_the_first_commit_that_holds_the_model(made: P
     assert issue_date(find(Index(made.root), "merged@lora")).isoformat() == "2020-02-02"
 
 
+def test_a_commit_without_a_valid_date_is_one_message(made: Project) -> None:
+    """Git writes years of five digits, and fails at dates before 1970, which other tools write."""
+    made.write(made.trained(made.curated(ROWS), TRAINED))
+    git(made.root, "add", "-A")
+    subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "run"],
+        cwd=made.root, check=True, env={"PATH": "/usr/bin:/bin", "GIT_COMMITTER_DATE": "@253402300800 +0000"},
+    )  # fmt: skip
+    subject = find(Index(made.root), "merged@lora")
+    with pytest.raises(InputError, match="has no valid date"):
+        issue_date(subject)
+    assert {stage["date"] for stage in summarize(subject)["stages"].values()} == {None}
+
+
 def test_what_only_watched_or_was_compared_is_not_what_the_model_was_made_from(made: Project) -> None:
     lock = made.trained(made.curated(ROWS), TRAINED)
     lock |= made.splits([("mice", "train", COPY)], "preferences")
@@ -568,6 +582,23 @@ def test_each_version_of_a_library_that_stages_ran_with_is_listed(made: Project)
     assert diff(made.root, "merged@lora", "aligned@dpo")["environment"] == {
         "torch": ["1", "2"], "torch, other values": [None, ["1"]], "trl": [None, "9"],
     }  # fmt: skip
+
+
+def test_each_version_of_the_base_model_is_named(made: Project) -> None:
+    """The reward model or the policy may rest on an earlier one."""
+    lock = made.lock([("cats", "train", FAQ)])
+    lock |= tasks_on(made, lock, lock)
+    first, second = ({"origin": f"org/{name}", "license": "MIT", "sha256": {"model.safetensors": name * 16}} for name in ("a", "b"))
+    for name, origin in (("splits", first), ("adapter@lora", first), ("aligned@dpo", second)):
+        lock[name]["outs"].append(made.report(name.replace("@", "/"), origin))
+    made.commit(lock)
+    found = audit(made.root, "aligned@dpo")
+    assert (found["base_model"], found["other_base_models"]) == (first, [second])
+    assert {"base model org/a, MIT, sha256 aaaaaaaaaaaaaaaa", "base model org/b, MIT, sha256 bbbbbbbbbbbbbbbb"} <= {
+        *audit_text(found).splitlines()
+    }
+    assert "org/a" in lineage_page(found, []) and "org/b" in lineage_page(found, [])
+    assert "other_base_models" not in audit(made.root, "merged@lora")
 
 
 def test_each_value_of_a_parameter_that_stages_ran_with_is_listed_and_each_source_goes_to_the_stages_that_read_it(made: Project) -> None:

@@ -266,6 +266,14 @@ def test_identical_systems_have_no_ballot_and_do_not_block_the_others(project: P
     assert ballots.read_votes(project, [Path(*saved(project, sheet(ballot, "Anna", lambda i, pair: "win")))], 7, False)[0] == ballot
 
 
+def test_the_answers_of_a_variant_that_was_removed_do_not_count(project: Path, capsys: Any) -> None:
+    assert main(["ballots", "export", "few_shot", "lora", "--project", str(project), "--out", str(project / "a.html")]) == 0
+    (project / "params.yaml").write_text("compute: {seed: 7}\nadapter: {other: {}}\naligned:\n")
+    capsys.readouterr()
+    assert main(["ballots", "export", "few_shot", "lora", "--project", str(project)]) == 2
+    assert "lora" in (said := capsys.readouterr().err).splitlines()[0] and "Traceback" not in said
+
+
 def test_without_answers_the_error_names_the_next_step(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="dvc repro comparison`; it asks for answers to test examples with a prompt and a response"):
         match(tmp_path, ("lora", "few_shot"), seed=7)

@@ -73,6 +73,11 @@ def test_bm25_is_the_sum_over_words_of_rarity_times_saturated_count() -> None:
     assert scores.tolist() == pytest.approx([late * 2 * 2.5 / (2 + long) + parcel * 2.5 / (1 + long), parcel * 2.5 / (1 + short)])
 
 
+def test_retrieval_matches_parts_of_a_sentence_without_spaces() -> None:
+    [scores] = bm25(["发票金额有误", "无法登录账户"], ["我的发票不见了"])
+    assert scores[0] > scores[1] == 0
+
+
 def test_texts_without_words_match_nothing() -> None:
     assert [scores.tolist() for scores in bm25(["?", "!"], ["...", "a"])] == [[0, 0], [0, 0]]
 

@@ -32,6 +32,7 @@ from dagster_project.core.params import parse
 from dagster_project.core.records import READ, Report, example_id, ledger_schema, record_schema
 from dagster_project.curation.sources import erased
 from dagster_project.curation.sources.files import read_rows
+from dagster_project.lineage.erasure import tombstones
 from dagster_project.lineage.erasure.needles import Needles, fragments, needles_of
 from dagster_project.lineage.erasure.records import Finder, Found, Raw, Request, read_request
 from dagster_project.lineage.erasure.removal import WRITERS, without
@@ -651,9 +652,14 @@ def test_ids_that_a_row_that_stays_has_too_are_not_those_of_the_erased_record(tm
     index = Index(tmp_path)
     index.read_records()
     for row, ids, children in ((0, [], []), (2, ["raw  one"], []), (4, ["alone", "better"], ["better"])):
-        found = Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"data/sources/a.jsonl:{row}",)), [])
+        found_by = Finder(index, bytes.fromhex(KEY))
+        found = found_by.find(Request(sources=(f"data/sources/a.jsonl:{row}",)), [])
         assert found.own_ids == [*map(identity, ids)] == [*found.needles.ids], row
         assert found.made == [*map(identity, children)], row
+        (tmp_path / erased.TOMBSTONES).unlink(missing_ok=True)
+        tombstones.add(tmp_path, found.tombstones, {"key": found_by.key_id, "date": "2026-01-01"})
+        days = [erased.erased_on(tmp_path, [bytes.fromhex(KEY)], identity(text)) for text in ("same", "fixed", "alone", "better")]
+        assert days == [None, None, *(["2026-01-01"] * 2 if children else [None] * 2)], "its repaired form has the day, too"
     for path in (
         "./data/sources/a.jsonl",
         "data//sources/../sources/a.jsonl",

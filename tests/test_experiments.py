@@ -151,6 +151,7 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: sign
         (["adapter.lora", "-S", "learning_rate=[1,2"], "-S learning_rate=[1,2"),
         (["adapter.lora"], "no parameter to vary"),
         (["adapter.nobody", "-S", "learning_rate=1e-3"], "params.yaml has no adapter.nobody"),
+        (["adapter.nobody", "-S", "learning_rate=1e-3"], "hint: variants: adapter.lora, aligned.dpo; other sections: "),
         (["adapter.lora", "-S", "learning_rate=1e-3", "--to", "nowhere"], "nowhere is not a stage"),
         (["compute", "-S", "seed=1,2"], "compute is not a stage"),
         (["adapter.lora", "-S", "learning_rate=1e-3,1e-3"], "a value is given twice"),

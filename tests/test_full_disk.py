@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from builders import small_pipeline
 from builders.full_disk import WRITERS, failure, write_safetensors, write_text, write_zip
 
 from dagster_project.core import faults
+from dagster_project.core.context import StageContext
 from dagster_project.core.errors import InputError, PedigreeError
-from dagster_project.orchestration.run_stage import run_stage
+from dagster_project.orchestration.run_stage import _move_to_place, run_stage
 
 
 @pytest.fixture
@@ -135,3 +137,21 @@ def test_commands_on_a_full_or_read_only_disk_answer_or_say_so(root: Path, mount
         assert "Traceback" not in done.stderr
         assert done.returncode == 0 or ("hint: " in done.stderr and str(project) in done.stderr and done.returncode in {1, 2}), done.stderr
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+
+def test_an_output_is_moved_to_another_file_system(tmp_path: Path) -> None:
+    """`data/adapter` may be a link to a larger disk."""
+    if not os.access("/dev/shm", os.W_OK) or Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system")
+    scratch = tmp_path / ".work"
+    context = StageContext(tmp_path, "adapter", "lora", scratch, {})
+    (context.out / "deep").mkdir(parents=True)
+    (context.out / "deep" / "weights.txt").write_text("1 2 3")
+    (tmp_path / "data").mkdir()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        (tmp_path / "data/adapter").symlink_to(elsewhere)
+        (tmp_path / "data/adapter/lora").mkdir()
+        (tmp_path / "data/adapter/lora/old").touch()
+        _move_to_place(tmp_path, context, context.out)
+        assert [path.name for path in (tmp_path / "data/adapter/lora").rglob("*")] == ["deep", "weights.txt"]
+        assert (tmp_path / "data/adapter/lora/deep/weights.txt").read_text() == "1 2 3" and not context.out.exists()

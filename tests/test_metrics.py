@@ -80,6 +80,11 @@ def test_bleu_and_chrf_are_those_of_sacrebleu() -> None:
         ("fährt über", "er fährt", 0.5, 0.5),
         ("something", "", 0.0, 0.0),
         ("...", "", 1.0, 1.0),
+        ("请重启路由器。", "重启路由器", 10 / 11, 10 / 11),
+        ("ルーター", "ルータ、", 6 / 7, 6 / 7),
+        ("กัน", "กิน", 2 / 3, 2 / 3),
+        ("설정을 바꾸세요", "설정 바꾸세요", 12 / 13, 12 / 13),
+        ("重启 router_2", "router_2", 0.5, 0.5),
     ],
 )
 def test_rouge_l_keeps_the_order_of_words_and_token_f1_does_not(reference: str, answer: str, rouge: float, tokens: float) -> None:
@@ -151,6 +156,22 @@ def test_of_labels_at_the_same_place_the_longest_is_named_and_the_empty_one_neve
     assert label(task, "It is a bug.") == "bug"
     assert label(task, '{"kind": 1}') == NO_LABEL
     assert label(task, '{"category": ""}') == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        ("我要退款。", "退款"),
+        ("这是bug问题", "bug"),
+        ("debug", NO_LABEL),
+        ("非退款不可", "非退款"),
+        ('{"category": "Bug", "summary": "退款"}', "bug"),
+    ],
+    ids=["in a sentence", "between Chinese characters", "part of a word", "longer", "other case"],
+)
+def test_labels_are_found_without_spaces_around_them_and_in_another_case(answer: str, wanted: str) -> None:
+    task = Task(fields={"category": ["bug", "退款", "非退款"], "summary": []}, score="category")
+    assert label(task, answer) == wanted
 
 
 @pytest.mark.parametrize("answer", ["", "no", "{", '"x"', "[{}]", "null", "[" * 100_000, "1" * 5000], ids=lambda answer: answer[:9])

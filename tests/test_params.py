@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, inside, parse
 from dagster_project.curation.sources.reading import locate
+from dagster_project.pipeline import validate
 from dagster_project.stages import raw_examples, splits, tokenized
 from dagster_project.training.trainers.harness.params import AdapterParams
 
@@ -220,3 +222,7 @@ def test_numbers_are_finite(value: float) -> None:
         params.parse(AdapterParams, {"method": "lora", "learning_rate": value, "weight_decay": value}, "adapter.x")
     with pytest.raises(InputError, match=r"tokenized\.field_weights\.category: Input should be a finite number"):
         params.parse(tokenized.Params, {"field_weights": {"category": value}}, "tokenized")
+    values = params.read(ROOT)
+    values["adapter"] = {**values["adapter"], "x": {"method": "lora", "peft": {"lora_dropout": value}}}
+    with pytest.raises(InputError, match=r"adapter\.x\.peft\.lora_dropout: Input should be a finite number"):
+        validate(ROOT, values)

@@ -372,6 +372,9 @@ def test_a_plan_refuses_what_training_refuses(tokenized: Path) -> None:
     edit_params(tokenized, lambda values: values["adapter"]["lora"].update(use_liger_kernel=True))
     with pytest.raises(InputError, match=r"adapter.lora.use_liger_kernel: Liger"):
         plan.plan_variants(tokenized, [])
+    edit_params(tokenized, lambda values: values["adapter"].update(lora={"group_by_length": True}))
+    with pytest.raises(InputError, match=r"adapter.lora.group_by_length: rows hold several examples"):
+        plan.plan_variants(tokenized, [])
 
 
 def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,6 +410,21 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
     assert simpo["time"] == orpo["time"] == {"from_seconds": 6 * 3, "to_seconds": 6 * 6}, "there is no reference"
     assert orpo["memory"]["logits"] > simpo["memory"]["logits"], "the likelihood of prompts is trained, too"
     assert "dpo: 12 pairs, " in plan.as_text(found)
+
+
+def test_a_plan_counts_the_tokens_of_sampled_answers_once(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Machine, "runtime", 0)
+    monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: None)
+    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(8)], PREFERENCE_SCHEMA)
+    entries = {
+        f"{method}_{n}": {"method": method, "adapter": "lora", "options": {key: n, **more}}
+        for method, key, more in (("grpo", "num_iterations", {}), ("ppo", "num_ppo_epochs", {"total_episodes": 32, "batch_size": 16}))
+        for n in (1, 3)
+    }
+    edit_params(tokenized, lambda values: values.update(aligned=entries))
+    found = plan.plan_variants(tokenized, [*entries])["variants"]
+    assert found["grpo_3"]["steps"] == 3 * found["grpo_1"]["steps"] and found["grpo_3"]["tokens"] == found["grpo_1"]["tokens"]
+    assert found["ppo_3"]["steps"] == found["ppo_1"]["steps"] and found["ppo_3"]["tokens"] == found["ppo_1"]["tokens"]
 
 
 def test_a_plan_of_training_on_pairs_has_exactly_max_steps(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -467,6 +467,7 @@ def test_exploding_kl_ends_the_run_with_the_previous_weights(tiny_model: Path, t
     assert found, course.stopped
     step, kl, kept = int(found[1]), float(found[2]), int(found[3])
     assert kl > 1.5 and (len(course.curve), kept) == (step - 1, step - 1)
+    assert {at for at, _, _ in course.seen} == {*range(1, kept)}, "the update of the iteration before is undone"
     last = policy(tiny_model)
     if kept > 1:
         calm = wild.model_copy(update={"total_episodes": 32 * (kept - 1), "explode_kl": 1e9})

@@ -12,7 +12,9 @@ from builders.tool_calls import WEATHER, call
 from conftest import ROOT
 
 from dagster_project.core.errors import InputError
-from dagster_project.training.trainers.alignment.ready_rewards import READY, number_in, parse_ready, refuse_missing_targets
+from dagster_project.evaluation.final_answers import FinalAnswer
+from dagster_project.training.inference.numbers import number_in
+from dagster_project.training.trainers.alignment.ready_rewards import READY, parse_ready, refuse_missing_targets
 from dagster_project.training.trainers.alignment.rewards import Rewards, check, reads_files
 
 WHERE = "aligned.x.rewards"
@@ -58,13 +60,20 @@ def test_exact_match_ignores_white_space_alone(answer: str, target: str, reward:
         ("1,2345", "2345"),
         ("first 1, then 2, so 3.", "3"),
         ("#### none, though 5", "5"),
-        ("8 #### none", None),
+        ("8 #### none", "8"),
+        ("#### 7 #### 8", "8"),
+        ("#### Result\n3 + 4 = 7", "7"),
+        ("1e3", "1000"),
+        ("= - 5", "-5"),
+        ("-\u20ac5", "-5"),
         ("none", None),
         ("", None),
     ],
 )
 def test_a_number_is_extracted_as_in_gsm8k(text: str, number: str | None) -> None:
     assert number_in(text) == (None if number is None else Decimal(number))
+    read = FinalAnswer(final_answer="number").extract(text)  # scores read as rewards do
+    assert (None if read is None else Decimal(read)) == number_in(text)
 
 
 def test_numbers_are_compared_as_numbers() -> None:

@@ -158,6 +158,13 @@ def test_the_policy_masks_secrets_and_personal_data_separately() -> None:
     assert said(found.records[0])[0] == f"Use [AWS_KEY] and write to {MAIL}"
 
 
+def test_personal_data_in_the_name_of_a_speaker_is_found_and_masked() -> None:
+    turns = [{"role": "user", "content": "Hello?", "name": MAIL}, {"role": "assistant", "content": "Good day."}]
+    assert judged(records({"messages": turns})).reason == ["pii"]
+    found = judged(records({"messages": turns}), policy={"pii": "fix"})
+    assert (found.reason, found.records[0]["messages"][0]["name"]) == ([None], "[EMAIL]")
+
+
 @pytest.mark.parametrize("secret", [True, False])
 def test_masking_terminates_and_is_complete_in_any_context(secret: bool) -> None:
     values = [MAIL, KEY, "call 020 7946 0958", "https://bob:hunter2x@h.org", "104.244.42.193", "a", "[", "]:"]

@@ -37,7 +37,7 @@ def files_of(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("folder", ["", "a folder/ml"])
-def test_files_of_a_commit_that_are_left_out_of_archives_are_unpacked_too(tmp_path: Path, folder: str) -> None:
+def test_files_of_a_commit_that_archives_leave_out_or_change_are_unpacked_as_they_are(tmp_path: Path, folder: str) -> None:
     root = tmp_path / "repository" / folder
     (root / "data/sources").mkdir(parents=True)
     git(tmp_path / "repository", "init", "-q")
@@ -45,7 +45,8 @@ def test_files_of_a_commit_that_are_left_out_of_archives_are_unpacked_too(tmp_pa
         (root / name).write_text(name)
     (root / "data/sources/\u00e9 b.sh").chmod(0o755)
     (root / "data/sources/link").symlink_to("a.jsonl")
-    (root / ".gitattributes").write_text("data/sources/** export-ignore\n")
+    (root / ".gitattributes").write_text("data/sources/** export-ignore\nversion.txt export-subst\n")
+    (root / "version.txt").write_text("$Format:%H$")
     commit(root, "x")
     expected = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file() and ".git" not in path.parts}
     shutil.rmtree(root / "data")

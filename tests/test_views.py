@@ -122,6 +122,23 @@ def test_pages_of_a_run_have_the_hash_of_its_output(root: Path) -> None:
     assert json.loads(measured_path(root, "tok").read_bytes()) == {"output_sha256": report["output_sha256"]}
 
 
+def test_documents_of_another_version_are_one_message(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text('stages: {comparison: {cmd: "true", outs: [data/comparison]}}')
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = true\n")
+    for name, document in {
+        "reports/comparison.json": {"passed": True},
+        "comparison/comparison.json": {"systems": {}},
+        "pages/comparison/samples.json": {"samples": [], "trained": {}, "headline": ""},
+    }.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text(json.dumps(document))
+    refused = pedigree(tmp_path, "render", "comparison")
+    said = "the documents of comparison are not as this version of pedigree-llm writes them (KeyError: 'scores')"
+    assert refused.returncode == 2 and refused.stderr.splitlines() == [f"error: {said}", "hint: run it again: `dvc repro comparison`"]
+    assert json.loads(pedigree(tmp_path, "render", "--json").stdout)["skipped"] == {"comparison": said}
+
+
 HOSTILE = "</script></style></svg><script>alert(1)</script><img src=x onerror=alert(1)>\" onload='alert(1)' {{ 7*7 }}{% raw %}\x1b[31m\u202e\ud800\x00"
 Text = Callable[[str], str]
 

@@ -19,9 +19,8 @@ from urllib.parse import urlsplit
 from dagster_project.commands.extras import PACKAGES
 from dagster_project.commands.model_files import claim
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import md5_of_folder
 from dagster_project.lineage import lineage
-from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.papers_in_place import without_papers
 
@@ -86,7 +85,7 @@ def _refuse_unrecorded(folder: Path, subject: lineage.Subject) -> None:
     """Raises:
     InputError: the files are not those of the model.
     """
-    if md5_of_folder(listing_of(folder)) != subject.run.md5:
+    if md5_on_disk(folder) != subject.run.md5:
         raise InputError(f"{subject.run.path} is not what dvc.lock records", f"`dvc checkout {subject.run.path}` restores it")
 
 

@@ -18,11 +18,10 @@ from typing import Any
 from dagster_project.commands.extras import missing_extra
 from dagster_project.commands.new_folder import new_folder
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import write_text
 from dagster_project.lineage.export import registry
 from dagster_project.lineage.export.folder import FOLDER, PAGE, all_formats
-from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.papers_in_place import IGNORE_FILE, IGNORE_LINES, NAMES, delete, missing_lines
 from dagster_project.lineage.papers_in_place import RELEASE as RELEASE_FOLDER
 from dagster_project.lineage.signing import papers
@@ -248,7 +247,7 @@ def _copy(target: Target, made: Path) -> Contents:
     for name, file in contents(target.folder, (*IGNORED, *NAMES)).files.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, made / name)
-    if md5_of_folder(listing_of(made)) != target.md5:
+    if md5_on_disk(made) != target.md5:
         raise InputError(f"{target.path} changed while it was copied", "run the command again")
     return contents(made, IGNORED)
 

@@ -189,7 +189,8 @@ def _adapter(
         }  # fmt: skip
     settled = auto.settle(entry, train["examples"], train["rows"], validates, machine.processes)
     resolved = settled.params
-    refuse_mistakes(resolved, f"adapter.{name}", [[1]] * train["rows"], validates)
+    row_of = [1, 1] if train["examples"] > train["rows"] else [1]  # packed, or not: no length matters
+    refuse_mistakes(resolved, f"adapter.{name}", [row_of] * train["rows"], validates)
     n = steps(train["rows"], resolved, machine.processes)
     per_epoch = steps(train["rows"], resolved.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
     row = _largest_row(root, values, train, resolved.method)
@@ -266,11 +267,12 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     work = tokens + (FORWARD_PASSES.get(entry.method, 1) * reference if method.has_reference else 0)
     processes = machine.processes if method.shares_processes else shared
     requirements = _requirements(spec, machine, round(work), processes, method.can_shard)
+    updates = getattr(method, "num_iterations", getattr(method, "num_ppo_epochs", 1))  # from each answer; reports count its tokens once
     return {
         "pairs": len(pairs),
         "epochs": round(n / per_epoch, 3),
         "steps": n,
-        "tokens": round(predicted),
+        "tokens": round(predicted / updates),
         **requirements,
         **({"time": None} if method.samples_answers else {}),
     }

@@ -6,14 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
+
 from dagster_project.core.context import Documents
 from dagster_project.core.documents import damage, damaged_report, read_report
 from dagster_project.core.errors import InputError
 from dagster_project.core.layout import measured_path, pages_of, report_of
+from dagster_project.core.text import shortened, visible
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.integrity import sha256_of
 from dagster_project.pipeline import PEDIGREE
 from dagster_project.views.render import PAGES
+
+
+class OtherVersion(InputError):
+    """The documents of a stage are not those that this version draws pages from."""
 
 
 def render(root: Path, address: str | None = None) -> dict[str, Any]:
@@ -24,7 +31,7 @@ def render(root: Path, address: str | None = None) -> dict[str, Any]:
     Returns:
         {"pages": written paths, "skipped": {address: reason}}.
     Raises:
-        InputError: the stage does not exist, or has no pages.
+        InputError: the stage does not exist, has no pages, or its documents are those of another version.
     """
     stages = dvc.read_stages(root)
     if address is not None and address not in stages:
@@ -37,7 +44,12 @@ def render(root: Path, address: str | None = None) -> dict[str, Any]:
     if address is not None and (root / report_of(address)).is_file():
         read_report(root, address)
     for name in with_pages if address is None else [address]:
-        reason, paths = _render(root, name, root / stages[name].out)
+        try:
+            reason, paths = _render(root, name, root / stages[name].out)
+        except OtherVersion as error:
+            if address is not None:
+                raise
+            reason, paths = error.what, []
         written += paths
         if reason:
             skipped[name] = reason
@@ -60,7 +72,14 @@ def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
     if published and run.is_file() and not damage(run.read_bytes()) and json.loads(run.read_bytes()).get("output_sha256") != published:
         return "its latest run on this machine made another output, and the documents of that run are not of this one: run it again", []
     before = _times(pages)
-    PEDIGREE.draw(Documents(root, address, out, pages, report))
+    try:
+        PEDIGREE.draw(Documents(root, address, out, pages, report))
+    except (LookupError, TypeError, AttributeError, UndefinedError) as error:  # a field is missing, or has another form
+        said = shortened(visible(f"{type(error).__name__}: {error}"))
+        raise OtherVersion(
+            f"the documents of {address} are not as this version of pedigree-llm writes them ({said})",
+            f"run it again: `dvc repro {address}`",
+        ) from error
     drawn = [str(page.relative_to(root)) for page, time in _times(pages).items() if before.get(page) != time]
     return ("" if drawn else "the documents of its latest run are not on this machine: run it again", drawn)
 

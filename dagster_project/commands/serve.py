@@ -27,8 +27,8 @@ from dagster_project.commands.extras import PACKAGES
 from dagster_project.commands.model_ids import model_id
 from dagster_project.commands.nearest_records import TrainingRecords
 from dagster_project.core.errors import InputError, PedigreeError
-from dagster_project.core.hashing import md5_of_folder, sha256_of_file
-from dagster_project.lineage.history import listing_of
+from dagster_project.core.hashing import sha256_of_file
+from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.signing.target import find
 from dagster_project.orchestration import ports
 from dagster_project.training.methods import feature_extraction
@@ -68,7 +68,7 @@ class Served:
         """Raises:
         PedigreeError: it is not, or not any more, what was hashed.
         """
-        now = sha256_of_file(self.folder) if self.folder.is_file() else md5_of_folder(listing_of(self.folder))
+        now = sha256_of_file(self.folder) if self.folder.is_file() else md5_on_disk(self.folder)
         if now != self.digest:
             raise PedigreeError(f"{shown(root, self.folder)} changed while it was loaded", "run the same command again")
 
@@ -91,7 +91,7 @@ def find_served(root: Path, model: str | None) -> Served:
             raise InputError(f"{shown(root, folder)}: dvc.lock does not record {name}", f"make it again: `dvc repro {name}`")
         if not any((folder / file).is_file() for file in WEIGHTS):
             raise InputError(f"{model}: no model.safetensors, and weights in other formats are not served", "save the model as safetensors")
-        return Served(folder.resolve().name, folder.resolve(), md5_of_folder(listing_of(folder)), recorded=False)
+        return Served(folder.resolve().name, folder.resolve(), md5_on_disk(folder), recorded=False)
     target.refuse_unrecorded()
     return Served(target.address, folder.resolve(), target.md5, recorded=True)
 

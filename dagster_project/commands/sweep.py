@@ -54,7 +54,7 @@ def sweep(
     if not overrides:
         raise InputError("no parameter to vary", "add -S KEY=VALUE,VALUE, e.g. -S learning_rate=1e-3,2e-3")
     values = params.read(root)
-    entry = _section(values, section)
+    entry = _section(values, section, {*variants_of.values()})
     choices = dict(map(experiments.choices, overrides))
     if len(choices) < len(overrides):
         raise InputError("a parameter is given twice", "give all values of it in one -S KEY=VALUE,VALUE")
@@ -89,14 +89,18 @@ def sweep(
     return {"section": section, "target": target, "jobs": jobs, **outcome, "trials": trials.table(section, report_of(target))}
 
 
-def _section(values: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+def _section(values: Mapping[str, Any], section: str, with_variants: Collection[str]) -> Mapping[str, Any]:
+    """The value of a section of params.yaml.
+
+    Args:
+        with_variants: sections whose keys name variants.
+    """
     found: Any = values
     for part in section.split("."):
         if not isinstance(found, Mapping) or part not in found:
-            names = [
-                f"{name}.{key}" for name, one in values.items() if isinstance(one, Mapping) for key in one if isinstance(one[key], Mapping)
-            ]
-            raise InputError(f"params.yaml has no {section}", f"sections with variants: {', '.join(names)}; others: {', '.join(values)}")
+            names = [f"{name}.{key}" for name in values if name in with_variants for key in values[name] or ()]
+            others = [name for name in values if name not in with_variants]
+            raise InputError(f"params.yaml has no {section}", f"variants: {', '.join(names)}; other sections: {', '.join(others)}")
         found = found[part]
     if not isinstance(found, Mapping):
         raise InputError(f"params.yaml: {section} is one value", f"sweep its section: {section.rpartition('.')[0] or section}")

@@ -312,12 +312,15 @@ class _Clone:
 
 
 def _unpack_unexported(at: Revision, target: Path, path: str) -> None:
-    """Copy the files at a revision that .gitattributes leaves out of archives (`export-ignore`)."""
+    """Copy the files at a revision that .gitattributes leaves out of archives (`export-ignore`), or that archives change (`export-subst`)."""
+    changes = git_bytes(at.root, "grep", "-l", "export-subst", f"{at.rev}", "--", ":(top,glob)**/.gitattributes")
+    found = git_bytes(at.root, "grep", "-alzF", "$Format:", f"{at.rev}", "--", path) if changes else None
+    changed = {name.partition(b":")[2] for name in (found or b"").split(b"\0")}
     for line in (git_bytes(at.root, "ls-tree", "-r", "-z", f"{at.rev}", "--", path) or b"").split(b"\0"):
         facts, _, name = line.partition(b"\t")
         mode, kind = facts.split()[:2] if name else (b"", b"")
         file = target / os.fsdecode(name)
-        if kind != b"blob" or os.path.lexists(file):
+        if kind != b"blob" or (os.path.lexists(file) and (name not in changed or mode == b"120000")):
             continue
         content = git_bytes(at.root, "cat-file", "--filters", f"{at.rev}:./{os.fsdecode(name)}")
         if content is None:

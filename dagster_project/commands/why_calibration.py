@@ -13,7 +13,7 @@ from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.commands.why_question import tokenize, tokenizer_of
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file, sha256_of_files, sha256_of_text
+from dagster_project.core.hashing import md5_of_file, sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import read_records, write_json
 from dagster_project.lineage.attribution import calibration, ranking
@@ -21,7 +21,7 @@ from dagster_project.lineage.attribution.calibration import ANSWERS, LEAST, Cali
 from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.ranking import cosines
 from dagster_project.lineage.attribution.records import Example
-from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.history import md5_on_disk
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +106,7 @@ def _is_of_another_training(found: Target) -> bool:
         return shards != {md5_of_file(shard) for shard in _shards(found)}
     # the files of that data set were never in this clone's cache: what the stage that read it recorded
     recorded = {md5 for run in index.ancestors(found.run).values() for dep, _, md5 in run.inputs if dep == SPLITS}
-    return bool(recorded) and md5_of_folder(listing_of(found.place / SPLITS)) not in recorded
+    return bool(recorded) and md5_on_disk(found.place / SPLITS) not in recorded
 
 
 def _asked(found: Target) -> list[tuple[int, Example]]:

@@ -13,12 +13,11 @@ from dagster_project.commands.why_model import Target
 from dagster_project.core import params
 from dagster_project.core.chat import IGNORE, encode_pieces, examples_of
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.attribution.points import END_ONLY, PointSelection
 from dagster_project.lineage.attribution.records import Example
-from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.history import md5_on_disk
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def answering(found: Target) -> Path:
     folder = found.root / run.path
     if not (run.in_workspace and (folder / "config.json").is_file()):
         return found.folder
-    if md5_of_folder(listing_of(folder)) != run.md5:
+    if md5_on_disk(folder) != run.md5:
         raise InputError(
             f"{run.path} in the workspace is not {run.address}, md5 {run.md5[:12]}: its answer would be that of another model",
             f"restore it with `dvc checkout {run.path}`, or give the answer with --answer",

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from dagster_project.commands.why_model import EndTarget, Target, adapter_of, at_end, needed, refuse_method
 from dagster_project.core.errors import CheckFailed, InputError
-from dagster_project.core.hashing import md5_of_file, md5_of_folder
+from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.records import read_table
 from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.projection import units
 from dagster_project.lineage.attribution.ranking import cosines
-from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject
 from dagster_project.lineage.runs import StageRun, fetch_hint
@@ -35,7 +35,7 @@ def version(root: Path, subject: Subject, model: str, scratch: Path) -> EndTarge
         CheckFailed: an object of the cache was tampered with.
     """
     run = adapter_of(subject, model)
-    here = all(md5 and md5_of_folder(listing_of(root / path)) == md5 for path, md5 in needed(run).items())
+    here = all(md5 and md5_on_disk(root / path) == md5 for path, md5 in needed(run).items())
     place = root if here else place_of(scratch, run)
     for path, md5 in ({} if here else needed(run)).items():
         if not (place / path).exists():

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 from functools import cached_property
 
 from pydantic import Field, field_validator
 
 from dagster_project.core.params import Section
+from dagster_project.training.inference.numbers import number_in
 
 NUMBER = "number"
-_MINUS = "[-\u2212]"  # a hyphen, and the minus sign of typeset text
-_NUMBER = re.compile(
-    # no sign: after a word, number or hyphen ("10-12", "---"), and with spaces on both sides after a number ("10 - 12")
-    rf"(?:(?<![\w)\-\u2212]){_MINUS}(?:(?!\s)|(?<![\d)]\s{_MINUS})\s))?"
-    r"\$?\s?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
-    rf"(?:[eE](?:\+|{_MINUS})?\d{{1,3}}(?!\w))?"
-)
-_MARKED = re.compile(r"####\s*([^\n]+)")
 
 
 class FinalAnswer(Section):
@@ -60,11 +52,8 @@ def last_number(text: str) -> str | None:
     >>> last_number("It costs $1,250.50 or 3 coins. #### 1,250.50")
     '1250.5'
     """
-    marked = _MARKED.findall(text)
-    found = _NUMBER.findall(marked[-1]) if marked else []
-    found = found[:1] or _NUMBER.findall(text)[-1:]
-    if not found:
+    number = number_in(text)
+    if number is None:
         return None
-    number = Decimal(re.sub(r"[,$\s]", "", found[0]).replace("\u2212", "-"))
     text = f"{number if number else abs(number):f}"  # without an exponent, and -0 as 0
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
 from dagster_project.core.params import Section
 from dagster_project.evaluation.final_answers import FinalAnswer
-from dagster_project.evaluation.labels import NO_LABEL, LabelSet, per_label
+from dagster_project.evaluation.labels import NO_LABEL, LabelSet, normalized, per_label
 from dagster_project.evaluation.paired.bootstrap import Combine, estimate, rate
 
 if TYPE_CHECKING:
     import numpy as np
+
+_UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+"""Scripts without spaces between words (Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese), and Hangul, where particles follow a word without one."""
+_MARKS = "".join(c for c in map(chr, chain(range(0xE00, 0x10A0), range(0x1780, 0x1800))) if unicodedata.category(c) in {"Mn", "Mc"})
+r"""Vowel signs and tone marks of these scripts, which Python's \w lacks."""
+_WORD = re.compile(rf"(?=[\w{_MARKS}])[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 class Task(Section):
@@ -74,8 +82,8 @@ def is_answer(task: AnyTask, response: str) -> bool:
 
 
 def label(task: AnyTask, answer: str) -> str:
-    """Label or final answer of an answer; NO_LABEL if there is none. For JSON tasks: the label field, or else the first label mentioned anywhere,
-    the longest one of several at the same place.
+    """Label or final answer of an answer; NO_LABEL if there is none. For JSON tasks: the label field, whose case does not count if only one label
+    fits, or else the first label mentioned anywhere, the longest one of several at the same place.
 
     The second rule serves models that were not tuned to the format: they are scored by content, not by format.
     """
@@ -84,15 +92,20 @@ def label(task: AnyTask, answer: str) -> str:
         return NO_LABEL if found is None else found
     if isinstance(task, LabelSet):
         return task.of_answer(answer) or NO_LABEL
-    value = parse(answer)
-    if value is not None and value.get(task.score) in task.labels:
-        return str(value[task.score])
-    positions = {
-        name: match.start()
-        for name in task.labels
-        if name and (match := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", answer, re.IGNORECASE))
-    }
+    given = (parse(answer) or {}).get(task.score)
+    if given in task.labels:
+        return str(given)
+    if isinstance(given, str) and len(same := [name for name in task.labels if name and normalized(name) == normalized(given)]) == 1:
+        return same[0]
+    positions = {name: match.start() for name in task.labels if name and (match := _mention(name).search(answer))}
     return min(positions, key=lambda name: (positions[name], -len(name)), default=NO_LABEL)  # "bug report", not "bug"
+
+
+def _mention(name: str) -> re.Pattern[str]:
+    """A label between word boundaries, which scripts without spaces do not have."""
+    before = "" if re.match(f"[{_UNSPACED}]", name) else rf"(?<![^\W{_UNSPACED}])"
+    after = "" if re.match(f"[{_UNSPACED}]", name[-1]) else rf"(?![^\W{_UNSPACED}])"
+    return re.compile(before + re.escape(name) + after, re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -221,7 +234,7 @@ def _label_counts(task: Task | LabelSet, references: Sequence[str], answers: Seq
 
 
 def rouge_l(reference: str, answer: str) -> float:
-    """F1 of the longest common subsequence of words (ROUGE-L; Lin 2004, section 3), lower case, without punctuation."""
+    """F1 of the longest common subsequence of words (ROUGE-L; Lin 2004, section 3), lower case, without punctuation; of characters in scripts without spaces."""
     reference_words, answer_words = words(reference), words(answer)
     bits: dict[str, int] = {}
     for i, word in enumerate(reference_words):
@@ -243,7 +256,8 @@ def _precision_counts(allowed: Sequence[str], expected: Any, actual: Any) -> tup
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    """Words in lower case; in scripts without spaces between words, each character."""
+    return _WORD.findall(text.lower())
 
 
 def _f1(shared: int, reference_words: list[str], answer_words: list[str]) -> float:

@@ -467,6 +467,11 @@ def listing_of(path: Path) -> dict[str, str]:
     return {file.relative_to(path).as_posix(): md5_of_file(file) for file in without_papers(path, path.rglob("*")) if file.is_file()}
 
 
+def md5_on_disk(folder: Path) -> str:
+    """Hash of a folder on disk without the papers of a release, as DVC identifies it."""
+    return md5_of_folder(listing_of(folder))
+
+
 def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
     """Another version of `paths`: the path `version`, or the files at the git revision `version`, written into `folder`.
 

@@ -226,7 +226,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     Args:
         as_of: the day for which the use policy is judged, instead of its own.
     Returns:
-        "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "read_by", the stages that read each source; "other_files" that contributed; "base_model"; "teachers" that were distilled, if any, each with the "training", "folder", "license" and "sha256" of files; "stages" in flow order,
+        "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "read_by", the stages that read each source; "other_files" that contributed; "base_model"; "other_base_models", further versions that it was made from, if any; "teachers" that were distilled, if any, each with the "training", "folder", "license" and "sha256" of files; "stages" in flow order,
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "watched_by", the models
         among them that measured a training, if any, each with the "training"; "records" it was
         trained on; "answers", per model those of its own that it learned from, if any; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "other_values" of these, if stages ran with several; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,
@@ -247,6 +247,8 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     unordered = [model.address for model in subject.models if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)]
     watched = [stage for stage in upstream if stage not in contributing]
     made_from = {stage: reports[stage] for stage in contributing}
+    bases = {json.dumps(_origin(one), sort_keys=True): _origin(one) for one in made_from.values() if {"origin", "sha256"} <= one.keys()}
+    base, *other_bases = bases.values() or ({},)
     latest_first = [(names[stage.path, stage.md5], made_from[stage].get("environment", {})) for stage in reversed(made_from)]
     versions, other_versions = _with_others(((name, *one) for name, installed in latest_first for one in installed.items()), own_name)
     sources, read_by = _sources(index, made_from, names)
@@ -262,7 +264,8 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "sources": sources,
         "read_by": read_by,
         "other_files": other_files(index, {stage: entries[stage] for stage in contributing}, names, sources),
-        "base_model": next((_origin(r) for r in made_from.values() if {"origin", "sha256"} <= r.keys()), {}),
+        "base_model": base,
+        **({"other_base_models": other_bases} if other_bases else {}),
         **({"teachers": teachers} if (teachers := _teachers({stage.address: entries[stage] for stage in contributing})) else {}),
         "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], own_names) for stage in contributing},
         "watched": {
@@ -695,8 +698,7 @@ def as_text(audited: dict[str, Any]) -> str:
     lines = [f"{model['stage']}  {model['path']}  md5 {model['md5']}", "", f"code       {code_text(code)}; {len(code['files'])} files"]
     if "package" in code:
         lines += [f"package    {code_lock.as_text(code['package'])}"]
-    if audited["base_model"]:
-        base = audited["base_model"]
+    for base in filter(None, (audited["base_model"], *audited.get("other_base_models", ()))):
         lines += [
             f"base model {base['origin']}, {base.get('license', 'unknown')}, sha256 {base['sha256'].get('model.safetensors', '')[:16]}"
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,10 +234,11 @@ def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: s
 
 
 def _move_to_place(root: Path, ctx: StageContext, path: Path) -> None:
+    """By a rename, or by a copy where a folder of `data` is a link to another file system."""
     target = root / path.relative_to(ctx.scratch)
     remove(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    path.replace(target)
+    shutil.move(path, target)
 
 
 def _summary(address: str, report: Mapping[str, Any]) -> list[str]:

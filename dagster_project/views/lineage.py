@@ -87,7 +87,7 @@ def _key_figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     model = document["model"]
     facts = [("output", f"{model['path']}, md5 {model['md5']}"), ("code", code_text(document["code"]))]
-    if base := document["base_model"]:
+    for base in filter(None, (document["base_model"], *document.get("other_base_models", ()))):
         digest = base["sha256"].get("model.safetensors", "")
         facts.append(("base model", f"{base['origin']}, {base.get('license', 'unknown')}{f', sha256 {digest}' if digest else ''}"))
     facts += [("teacher", teacher_text(one)) for one in document.get("teachers", ())]

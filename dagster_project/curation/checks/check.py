@@ -41,11 +41,11 @@ def _texts(message: Message) -> list[str]:
 
 
 def named_text_of(record: Mapping[str, Any]) -> str:
-    """As `text_of`, with the name of each argument before its value, because it identifies the kind of value: "phone:
-    0151 123456"."""
+    """As `text_of`, with the names of speakers, and with the name of each argument before its value, because it
+    identifies the kind of value: "phone: 0151 123456"."""
     parts = []
     for message in (*record["messages"], *(record.get("rejected") or ())):
-        parts += [message["content"], *([message["reasoning_content"]] if message.get("reasoning_content") else [])]
+        parts += [message["content"], *(message[key] for key in ("reasoning_content", "name") if message.get(key))]
         parts += [f"{key}: {text}" if key else str(text) for call in calls(message) for key, text in argument_texts(call.arguments)]
     return "\n".join(parts)
 

@@ -138,15 +138,15 @@ def _rewritten(
     record: Record, change: Callable[[str], str], whole: bool = False, argument: Callable[[str, str], str] | None = None
 ) -> Record:
     """The record with `change` applied to every message, and to their copies in `meta`; with `whole` to every text in
-    `meta`, and to the category.
+    `meta`, to the category, and to the names of speakers.
 
     Args:
         argument: changes a text in the arguments of a call, given its name and the text; `change` unless given.
     """
     given = argument or (lambda _, text: change(text))
-    new = {**record, "messages": [_changed_message(m, change, given) for m in record["messages"]]}
+    new = {**record, "messages": [_changed_message(m, change, given, whole) for m in record["messages"]]}
     if record.get("rejected"):
-        new["rejected"] = [_changed_message(m, change, given) for m in record["rejected"]]
+        new["rejected"] = [_changed_message(m, change, given, whole) for m in record["rejected"]]
     if whole and record.get("category"):
         new["category"] = change(record["category"])
     meta = json.loads(record["meta"])
@@ -154,11 +154,13 @@ def _rewritten(
     return new if changed == meta else {**new, "meta": _dumped(changed)}
 
 
-def _changed_message(message: Message, change: Callable[[str], str], argument: Callable[[str, str], str]) -> Message:
-    """Content, reasoning and arguments changed; all other fields unchanged."""
+def _changed_message(message: Message, change: Callable[[str], str], argument: Callable[[str, str], str], whole: bool) -> Message:
+    """Content, reasoning and arguments changed, and with `whole` the name; all other fields unchanged."""
     new = {**message, "content": change(message["content"])}
     if message.get("reasoning_content"):
         new["reasoning_content"] = change(message["reasoning_content"])
+    if whole and message.get("name"):
+        new["name"] = change(message["name"])
     if message.get("tool_calls"):
         functions = [(call, call["function"]) for call in message["tool_calls"]]
         new["tool_calls"] = [

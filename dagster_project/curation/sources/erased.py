@@ -117,7 +117,7 @@ def read_erased(root: Path) -> Erased:
 
 
 def erased_on(root: Path, keys: Iterable[bytes], example_id: str) -> str | None:
-    """The day on which a record was erased; None if it was not, or no key is the one of its tombstone.
+    """The day on which a record, or all that it was made from, was erased; None if it was not, or no key is the one of its tombstone.
 
     Args:
         keys: of the project, now and before.
@@ -127,7 +127,7 @@ def erased_on(root: Path, keys: Iterable[bytes], example_id: str) -> str | None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if marks else ():
         try:
             entry = json.loads(line)
-            if entry["record"] in marks:
+            if not marks.isdisjoint([entry["record"], *entry["texts"]]):
                 return str(entry["date"])
         except (ValueError, TypeError, KeyError):  # `raw_examples` refuses the file, and says where it is damaged
             continue

@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+from dagster_project.core import params
 from dagster_project.core.documents import read_document
 from dagster_project.core.errors import InputError
 from dagster_project.core.frames import read_records, read_rows
@@ -84,12 +85,12 @@ Key = tuple[str, int]
 
 
 def answers_of(project: Path) -> dict[str, dict[Key, Answer]]:
-    """System -> question -> answer. Baselines first, then variants.
+    """System -> question -> answer. Baselines first, then variants, without those that were removed from params.yaml.
 
     Raises:
         InputError: there are no answers yet.
     """
-    files = [project / "data" / "baselines" / "results.parquet", *sorted((project / "data").glob("evaluation*/*/results.parquet"))]
+    files = [project / "data" / "baselines" / "results.parquet", *_results_of_variants(project)]
     answers: dict[str, dict[Key, Answer]] = {}
     for row in (row for file in files if file.is_file() for row in read_rows(file)):
         if row["answer"] is not None:
@@ -101,6 +102,19 @@ def answers_of(project: Path) -> dict[str, dict[Key, Answer]]:
             "run `dvc repro comparison`; it asks for answers to test examples with a prompt and a response",
         )
     return answers
+
+
+def _results_of_variants(project: Path) -> list[Path]:
+    """Results of the variants that params.yaml has. Those of a removed one may be left behind in its folder."""
+    files = sorted((project / "data").glob("evaluation*/*/results.parquet"))
+    values = params.read(project) if files else {}
+    removed = {
+        (stage, file.parent.name)
+        for stage, section in {"evaluation": "adapter", "evaluation_aligned": "aligned"}.items()
+        for file in files
+        if section in values and file.parent.name not in (values[section] or {})
+    }
+    return [file for file in files if (file.parent.parent.name, file.parent.name) not in removed]
 
 
 def contenders(project: Path) -> tuple[str, str]:

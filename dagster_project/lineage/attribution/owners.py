@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core.hashing import md5_of_folder
 from dagster_project.lineage.attribution.store import GRADIENTS, MANIFEST, SHARD
-from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.lineage import Subject
 
 OWNER = "model.json"
@@ -32,7 +31,7 @@ def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
     for run in subject.models:
         folder = root / run.path
         owned = [file.parent for file in sorted((root / GRADIENTS).glob(f"*/{OWNER}")) if owner_of(file) == run.address]
-        if not owned or md5_of_folder(listing_of(folder)) != run.md5:
+        if not owned or md5_on_disk(folder) != run.md5:
             continue
         for store in (
             place for home in owned for place in (home, home / END, *sorted(home.glob("step-*")))

@@ -423,14 +423,16 @@ class Finder:
         meant = {id(raw) for raw in found.meant}
         stays = [raw for raw in self.raws if raw.current and id(raw) not in meant]
         kept_marks = {mark for raw in stays for mark in self._marks(raw)}
-        stones: dict[str, dict[str, Any]] = {}
-        for raw in found.meant:
-            if raw.example_id and kept_marks.isdisjoint(own := self._marks(raw)):
-                stones.setdefault(own[0], {"record": own[0], "texts": own[1:]})
-        found.tombstones = [stones[name] for name in sorted(stones)]
         kept_ids = {raw.example_id for raw in stays}
         made = self._children(found.ids)
         kept_made = self._kept_children(kept_ids, {*found.ids} - kept_ids) if made else set()
+        stones: dict[str, dict[str, Any]] = {}
+        for raw in found.meant:
+            if raw.example_id and kept_marks.isdisjoint(own := self._marks(raw)):
+                derived = [one for one in self._children([raw.example_id]) if one not in kept_ids | kept_made] if made else []
+                marks = [*own[1:], *(record_mark(self.key, one) for one in derived)]  # a repaired record is that record, too
+                stones.setdefault(own[0], {"record": own[0], "texts": marks})
+        found.tombstones = [stones[name] for name in sorted(stones)]
         found.made = list(dict.fromkeys([one for one in made if one not in kept_ids | kept_made] + found.written))
         found.own_ids = ids = [one for one in (*found.ids, *found.made) if one not in kept_ids]
         keys = [key for key in map(parse_key, key_files(self.root)) if key]

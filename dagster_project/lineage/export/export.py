@@ -90,7 +90,8 @@ def measuring(subject: Subject) -> list[StageRun]:
 def _recorded(index: Index, code: Mapping[str, Any] | None) -> dict[str, Any]:
     """The first commit that contains a stage's run, and its date."""
     commit = code["commit"] if code else None
-    return {"commit": commit, "date": _date_of(index.root, commit) if commit else None, "clean": code["clean"] if code else None}
+    dated = _date_of(index.root, commit) if commit else None
+    return {"commit": commit, "date": dated and dated.isoformat(), "clean": code["clean"] if code else None}
 
 
 def _ran(index: Index, run: StageRun) -> dict[str, Any]:
@@ -103,8 +104,12 @@ def _ran(index: Index, run: StageRun) -> dict[str, Any]:
 
 
 @cache
-def _date_of(root: Path, commit: str) -> str:
-    return (git(root, "show", "--no-patch", "--no-show-signature", "--format=%cs", commit) or "").strip()
+def _date_of(root: Path, commit: str) -> date | None:
+    """None for a date before 1970 or after 9999, which git or calendars do not have."""
+    try:
+        return date.fromisoformat((git(root, "show", "--no-patch", "--no-show-signature", "--format=%cs", commit) or "").strip())
+    except ValueError:
+        return None
 
 
 def issue_date(subject: Subject) -> date:
@@ -116,7 +121,9 @@ def issue_date(subject: Subject) -> date:
     commit = subject.index.first_commit_with(subject.run)
     if commit is None:
         raise InputError("dvc.lock is not committed, so the model has no issue date", "commit it, or give --issued YYYY-MM-DD")
-    return date.fromisoformat(_date_of(subject.index.root, commit))
+    if (dated := _date_of(subject.index.root, commit)) is None:
+        raise InputError(f"commit {commit[:12]}, which recorded the model, has no valid date", "give --issued YYYY-MM-DD")
+    return dated
 
 
 def export(root: Path, model: str, form: str, rev: str | None = None, issued: date | None = None) -> str:

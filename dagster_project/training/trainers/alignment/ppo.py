@@ -324,6 +324,7 @@ class Training:
             figures = self._update(step, experience, advantages, returns)
         except Collapsed as collapsed:
             _set_weights(self.weights, self.good)
+            self.history.seen = [seen for seen in self.history.seen if seen[0] < self.good_step]  # what the kept weights learned from
             self.history.stopped = (
                 f"ppo: iteration {step}: {collapsed}. The weights at the start of iteration {self.good_step} are kept;"
                 " lower learning_rate, num_ppo_epochs or max_kl, or raise kl_coef"

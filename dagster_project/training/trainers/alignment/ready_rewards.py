@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,6 +19,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import JSON, Call, Message, Tools, calls
 from dagster_project.core.params import Section, inside, parse
 from dagster_project.core.tool_schemas import BROKEN, ArgumentsSchema, arguments_schema
+from dagster_project.training.inference.numbers import number_in
 from dagster_project.training.trainers.alignment.code_runner import code_in, passes
 from dagster_project.training.trainers.alignment.reward_functions import FOLDER
 from dagster_project.training.trainers.alignment.reward_model import judged_text
@@ -286,27 +285,6 @@ def refuse_missing_targets(rewards: Mapping[str, ReadyReward], records: Sequence
                 f"example {missing[0]}",
                 f"remove these pairs from raw_preferences.sources, or {name} from {where}",
             )
-
-
-# ---- numbers ----------------------------------------------------------------------------------------------------------------------------
-
-NUMBER = re.compile(r"(?:(?<![\w.)\]])([-+\u2212]))?[$\u20ac\u00a3]?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
-"""A number with its sign, which does not follow a word or a number, so that 5-3 ends with 3; with or without thousands separators."""
-
-
-def number_in(text: str) -> Decimal | None:
-    """The number after the last `####` (GSM8K's form of an answer), or else the last one.
-
-    >>> number_in("5 + 3 = 8\\n#### -1,200.50 dollars in 2 days"), number_in("So 7, or $12."), number_in("none")
-    (Decimal('-1200.50'), Decimal('12'), None)
-    """
-    _, marked, after = text.rpartition("####")
-    found = NUMBER.findall(after if marked else text)
-    if not found:
-        return None
-    sign, digits = found[0 if marked else -1]
-    number = Decimal(digits.replace(",", ""))
-    return -number if sign in {"-", "\u2212"} and sign else number
 
 
 # ---- tests ------------------------------------------------------------------------------------------------------------------------------

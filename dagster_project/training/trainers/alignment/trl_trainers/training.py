@@ -95,8 +95,8 @@ class TrlSession(SharedSession):
         """Whether a pass reads the answers to a prompt as a group."""
         self.reference: dict[int, tuple[float, float]] = {}
         """Log-probabilities of the chosen and the rejected answer of each row under the reference; validation rows have negative numbers."""
-        self.rows_validated: list[int] = []
-        """Rows of each pass of the current validation, those of all processes."""
+        self.rows_validated: list[tuple[int, int, int]] = []
+        """Rows, chosen and rejected answers of each pass of the current validation, those of all processes."""
 
     def method_state(self) -> dict[str, Any]:
         return {"answers": self.sampled.state(), "answers_in_use": self.answers_in_use} if self.sampled else {}
@@ -159,7 +159,9 @@ def _trainer_class(base: type) -> type:
             return loss
 
         def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
-            self.session.rows_validated.append(len(_take_rows(inputs)))
+            rows = len(_take_rows(inputs))
+            good = int(inputs["label"].sum()) if "label" in inputs else rows
+            self.session.rows_validated.append((rows, good, rows - good if "label" in inputs else rows))
             if self.session.root is None or self.session.validates_here():
                 return super().prediction_step(model, inputs, *arguments, **named)
             self.session.batch = inputs
@@ -176,9 +178,7 @@ def _trainer_class(base: type) -> type:
             """Make the metrics of a validation means over rows, as its loss is: TRL's are means over passes, of which the last may be smaller."""
             rows, self.session.rows_validated = self.session.rows_validated, []
             for stored in ("_metrics", "_stored_metrics"):
-                for values in getattr(self, stored, {}).get("eval", {}).values():
-                    if len(values) == len(rows) and len(set(rows)) > 1:
-                        values[:] = [sum(n * value for n, value in zip(rows, values, strict=True)) / sum(rows)]
+                average_over_rows(getattr(self, stored, {}).get("eval", {}), rows)
 
         def _combine_processes(self, logs: dict[str, float]) -> None:
             """Make losses and metrics those of the passes of all processes."""
@@ -358,6 +358,22 @@ def _reference(session: TrlSession, trainer: Any, rows: int, validation_rows: in
     found = distributed.summed(found)
     numbers = [*range(rows), *range(-validation_rows, 0)]
     return {number: (float(found[number, 0]), float(found[number, 1])) for number in numbers}
+
+
+def average_over_rows(metrics: dict[str, list[float]], passes: Sequence[tuple[int, int, int]]) -> None:
+    """Replace the values of passes by their mean over rows; those of chosen or rejected answers by the mean over these.
+
+    Args:
+        passes: rows, chosen and rejected answers of each pass. A pass without one of the kinds has no value of it.
+    """
+    rows, chosen, rejected = map(list, zip(*passes, strict=True))
+    for name, values in metrics.items():
+        counts = [n for n in {"chosen": chosen, "rejected": rejected}.get(name.rpartition("/")[2], rows) if n]
+        if len(values) == len(counts) and len(set(counts)) > 1:
+            values[:] = [sum(n * value for n, value in zip(counts, values, strict=True)) / sum(counts)]
+    if chosen != rejected and "rewards/margins" in metrics:
+        good, bad = metrics["rewards/chosen"], metrics["rewards/rejected"]
+        metrics["rewards/margins"][:] = [sum(good) / len(good) - sum(bad) / len(bad)]
 
 
 def _take_rows(inputs: Any) -> list[int]:

@@ -1,0 +1,28 @@
+"""The number that an answer ends in: one reader for scores and rewards."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+_MINUS = "[-\u2212]"  # a hyphen, and the minus sign of typeset text
+_CURRENCY = "[$\u20ac\u00a3]"
+_NUMBER = re.compile(
+    # no sign: after a word, number or hyphen ("10-12", "---"), and with spaces on both sides after a number ("10 - 12")
+    rf"(?:(?<![\w)\]\-\u2212]){_MINUS}(?:(?!\s)|(?<![\d)]\s{_MINUS})\s))?"
+    rf"{_CURRENCY}?\s?(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+    rf"(?:[eE](?:\+|{_MINUS})?\d{{1,3}}(?!\w))?"
+)
+_MARKED = re.compile(r"####\s*((?:(?!####)[^\n])+)")
+
+
+def number_in(text: str) -> Decimal | None:
+    """The number after the last `####` (GSM8K's form of an answer), or else the last one.
+
+    >>> number_in("5 + 3 = 8\\n#### -1,200.50 dollars in 2 days"), number_in("So 7, or $12."), number_in("none")
+    (Decimal('-1200.50'), Decimal('12'), None)
+    """
+    marked = _MARKED.findall(text)
+    found = _NUMBER.findall(marked[-1]) if marked else []
+    found = found[:1] or _NUMBER.findall(text)[-1:]
+    return Decimal(re.sub(rf"{_CURRENCY}|[,\s]", "", found[0]).replace("\u2212", "-")) if found else None
