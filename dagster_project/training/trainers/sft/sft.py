@@ -20,6 +20,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.training.methods.build import PreparedModel, causal, decoder_layers
 from dagster_project.training.methods.hardware import memory_trimmer
+from dagster_project.training.methods.logits import logits_of
 from dagster_project.training.tokens.collators import SIZES, collate_packed, collate_padded
 from dagster_project.training.trainers.harness import distributed, sharding
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
@@ -128,7 +129,7 @@ class SftSession(SharedSession):
         counted = labels != IGNORE
         hidden = self.prepared.hidden_states(inputs)
         losses = cross_entropy(
-            causal(model).get_output_embeddings()(hidden[:, :-1][counted]).float(),
+            logits_of(causal(model), hidden[:, :-1][counted]).float(),
             labels[counted],
             reduction="none",
             label_smoothing=self.sft.label_smoothing_factor if model.training else 0.0,
