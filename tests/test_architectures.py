@@ -1,7 +1,9 @@
-"""Models of other architectures than Llama: losses, scores and samples are those of their own forward pass."""
+"""Models of other architectures than Llama: losses, scores and samples are those of their own forward pass, and those that mix texts are refused."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +12,16 @@ from builders.training import example, packed
 from datasets import Dataset
 
 from dagster_project.core.chat import IGNORE
+from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
+from dagster_project.core.records import write_table
+from dagster_project.stages import adapter
+from dagster_project.stages.tokenized import row_schema
 from dagster_project.training.inference.decoding import decode
 from dagster_project.training.inference.likelihood import negative_log_likelihood
 from dagster_project.training.methods.attention import attention_for
 from dagster_project.training.methods.build import PreparedModel
+from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.harness.params import SftParams
 from dagster_project.training.trainers.sft.sft import train
 
@@ -27,6 +34,11 @@ SCALED = {
     "gemma4_unified_text": {"final_logit_softcapping": 2.0, "head_dim": 8},
 }
 """Architecture -> a key that changes its logits after the output layer."""
+MIXING = {
+    "mamba": "other texts of its row\nhint: set tokenized.packing: false and per_device_train_batch_size: 1",
+    "bloom": "the tokens that follow\nhint: use another model",
+}
+"""Architecture in which texts of a row meet -> end of the message."""
 SHORT, LONG, OTHER = example([5, 6, 7, 8, 9], 2, 0.5), example([9, 8, 7, 20, 30, 40, 50], 3, 2.0), example([50, 60, 70, 80], 1)
 
 
@@ -79,3 +91,46 @@ def test_scores_and_samples_of_a_model_that_scales_its_logits_are_those_of_its_o
 
     decode(model, [ids], choose, 1, (), 0)
     torch.testing.assert_close(seen[0][0], logits[-1], atol=1e-4, rtol=1e-4)
+
+
+def tune(folder: Path, kind: str, tokenizer: Any, rows: list[dict[str, Any]], **params: Any) -> Any:
+    of_kind(kind).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for split, chosen in (("train", rows), ("validation", rows[:1])):
+        write_table(folder / "tokenized" / f"{split}.parquet", chosen, row_schema())
+    out = folder / "adapter"
+    out.mkdir()
+    entry = adapter.Params(method="full", num_train_epochs=1, **params)
+    return adapter.produce("x", entry, COMPUTE, folder / "tokenized", folder / "model", out, out / "loss.csv", folder / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch"), [([packed(SHORT, LONG)], 1), ([SHORT, LONG], 2)], ids=["two examples in a row", "two rows in a pass"]
+)
+@pytest.mark.parametrize("kind", MIXING)
+def test_a_model_in_which_the_examples_of_a_pass_meet_is_refused(
+    kind: str, rows: list[dict[str, Any]], batch: int, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=re.escape(f"data/base_model: in training, a token of {kind} would also depend on {MIXING[kind]}")):
+        tune(tmp_path, kind, tiny_tokenizer, rows, per_device_train_batch_size=batch)
+
+
+def test_with_one_example_in_a_pass_a_recurrent_model_is_trained_on_its_own_loss(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    wanted = losses_alone(of_kind("mamba"), LONG)
+    report = tune(tmp_path, "mamba", tiny_tokenizer, [LONG])
+    assert report.metrics["loss"] == pytest.approx(sum(loss for loss, _ in wanted) / len(wanted), abs=1e-3)
+
+
+def test_attention_that_does_not_get_the_bounds_of_examples_is_refused() -> None:
+    model = of_kind("nemotron")
+    model.set_attn_implementation(attention_for(torch.device("cpu")))
+    with pytest.raises(InputError, match="its attention does not get the bounds of the examples in a packed row"):
+        model(torch.tensor([[5, 6, 7]]))
+
+
+def test_ppo_refuses_a_model_in_which_the_answers_of_a_pass_meet(tiny_tokenizer: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(of_kind("mamba"), LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(InputError, match="would also depend on other texts of its row\nhint: set mini_batch_size: 1"):
+        ppo.train(model, tiny_tokenizer, [[5, 6]], lambda rows, *_: [0.0] * len(rows), ppo.Settings(), COMPUTE)

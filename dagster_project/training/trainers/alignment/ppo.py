@@ -40,6 +40,7 @@ from dagster_project.training.inference.decoding import decode
 from dagster_project.training.inference.sampling import sampled, uniform_numbers
 from dagster_project.training.methods.attention import attention_for, attention_of
 from dagster_project.training.methods.build import causal
+from dagster_project.training.methods.isolation import refuse_mixing
 from dagster_project.training.methods.logits import logits_of
 from dagster_project.training.tokens.collators import SIZES, collate_packed
 from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
@@ -222,6 +223,10 @@ def train(
     model.eval()
     attention = attention_of(causal(model))
     shared = shared or ShardedModel(model, None, model.device)
+    if shared.settings is None:
+        causal(model).set_attn_implementation(attention_for(shared.device, model.dtype))
+        states = partial(last_hidden_states, causal(model).base_model)
+        refuse_mixing(model, states, settings.mini_batch_size > 1, "set mini_batch_size: 1")
     training = Training(
         shared, tokenizer, prompts, reward, settings, compute, checkpoints, live, begin, sampled_answers or SampledAnswers()
     )
