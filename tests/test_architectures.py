@@ -21,6 +21,7 @@ from dagster_project.training.inference.decoding import decode
 from dagster_project.training.inference.likelihood import negative_log_likelihood
 from dagster_project.training.methods.attention import attention_for
 from dagster_project.training.methods.build import PreparedModel
+from dagster_project.training.methods.load import load
 from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.harness.params import SftParams
 from dagster_project.training.trainers.sft.sft import train
@@ -119,6 +120,12 @@ def test_with_one_example_in_a_pass_a_recurrent_model_is_trained_on_its_own_loss
     wanted = losses_alone(of_kind("mamba"), LONG)
     report = tune(tmp_path, "mamba", tiny_tokenizer, [LONG])
     assert report.metrics["loss"] == pytest.approx(sum(loss for loss, _ in wanted) / len(wanted), abs=1e-3)
+
+
+def test_a_model_without_the_attention_of_evaluation_is_refused(tmp_path: Path) -> None:
+    of_kind("mamba").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="MambaForCausalLM has no attention by torch's scaled_dot_product_attention in transformers"):
+        load(tmp_path, None, torch.device("cpu"), torch.float32)
 
 
 def test_attention_that_does_not_get_the_bounds_of_examples_is_refused() -> None:
