@@ -810,7 +810,11 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
                     }
                 }
             },
-            "aligned.x.peft.target_modules: TRL's GKD does not train lm_head",
+            "aligned.x.peft.target_modules: TRL's trainer of gkd does not train lm_head",
+        ),
+        (
+            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "peft": {"target_modules": ["q_proj", "lm_head"]}}}},
+            "aligned.x.peft.target_modules: TRL's trainer of grpo does not train lm_head",
         ),
         (
             {"compute": {"processes": 2}, "aligned": {"x": {"method": "simpo", "adapter": "lora", "sharding": {"fsdp": "full_shard"}}}},

@@ -786,6 +786,28 @@ def test_a_target_that_the_model_lacks_is_refused(tokenized: Path, tiny_model: P
         tune(tokenized, tiny_model, tmp_path / "adapter", peft={"target_modules": ["no_such_layer"]})
 
 
+@pytest.mark.parametrize(
+    ("method", "peft", "group"),
+    [("lora", LORA | {"target_modules": ["lm_head", "q_proj"]}, "lora_B"), ("trainable_tokens", {"token_indices": [5, 6]}, "trainable_tokens_delta")],
+)  # fmt: skip
+def test_an_adapter_of_the_output_layer_is_trained(
+    method: str, peft: dict[str, Any], group: str, tokenized: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    report = tune(tokenized, tiny_model, tmp_path / "adapter", method=method, peft=peft, merge=False)
+    moved = json.loads((tmp_path / "adapter" / "training.json").read_text())["trained"][group]
+    assert moved["moved"] == moved["tensors"] and not report.failures
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_a_shared_weight_that_cannot_be_merged_is_refused_before_training(
+    name: str, tokenized: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        InputError, match=r"adapter.x.peft: this adapter cannot be merged: word embeddings and output layer .* share one weight"
+    ):
+        tune(tokenized, tiny_model, tmp_path / "adapter", peft={"target_modules": ["q_proj", name]})
+
+
 def test_a_saved_adapter_has_a_sorted_configuration_without_absolute_paths(tiny_model: Path, tmp_path: Path, model: Any) -> None:
     from peft import get_peft_model
 

@@ -14,7 +14,7 @@ from builders.live_bytes import LiveBytes
 from torch.nn.functional import logsigmoid
 
 from dagster_project.core.params import Compute
-from dagster_project.training.methods.build import causal
+from dagster_project.training.methods.build import build, causal
 from dagster_project.training.planning.memory import TrainingSpec
 from dagster_project.training.planning.pairs import largest_pass, lengths_of
 from dagster_project.training.tokens.collators import SIZES
@@ -159,7 +159,8 @@ def test_models_that_cap_or_scale_scores_or_keep_a_state_read_padded_batches(kin
 
 
 def test_a_model_whose_output_layer_is_trained_reads_padded_batches(tiny_model: Path) -> None:
-    model = preference.policy(tiny_model, {"r": 4, "target_modules": ["q_proj", "lm_head"]}, torch.device("cpu"), torch.float32, "a", "b")
+    keys = {"r": 4, "target_modules": ["q_proj", "lm_head"]}
+    model = build("lora", keys, tiny_model, torch.device("cpu"), torch.float32, "a", merge=False, packs=False)
     assert not shared_prompts.reads_prompts_once(model.model, "cpu")
 
 

@@ -17,6 +17,7 @@ from dagster_project.training.methods.attention import attention_for
 from dagster_project.training.methods.build import STARTS_FROM_WEIGHTS, PreparedModel, build, causal
 from dagster_project.training.methods.hardware import adding_adapters, prepare
 from dagster_project.training.methods.load import AdapterInfo, load_base
+from dagster_project.training.methods.logits import logits_of
 from dagster_project.training.tokens.collators import SIZES, collate_packed
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class TrainedModel:
         labels = batch["labels"][:, 1:]
         counted = labels != IGNORE
         hidden = self.prepared.hidden_states(batch)[:, :-1][counted]
-        logits = causal(self.prepared.model).get_output_embeddings()(hidden).float()
+        logits = logits_of(causal(self.prepared.model), hidden).float()
         losses = cross_entropy(logits, labels[counted], reduction="none", label_smoothing=label_smoothing)
         numbers = torch.tensor([i for i, example in enumerate(examples) for _ in example.input_ids], device=device)
         owners = numbers[counted[0].nonzero()[:, 0] + 1]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.training.inference.packed_weights import packed_weights
+from dagster_project.training.methods.logits import logits_of
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def decode(
         hidden, mask, cache = _read_all(model, prompts, longest, pad or 0, prefix)
         for position in range(longest):
             head = model.get_output_embeddings()
-            chosen = choose(head(hidden.to(head.weight.dtype)), rows, position)
+            chosen = choose(logits_of(model, hidden.to(head.weight.dtype)), rows, position)
             for i, token in zip(rows, chosen, strict=True):
                 if i not in ended:
                     answers[i].append(token)

@@ -8,6 +8,7 @@ from typing import Any
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.progress import Progress
 from dagster_project.training.inference.decoding import groups
+from dagster_project.training.methods.logits import logits_of
 
 
 def negative_log_likelihood(
@@ -37,7 +38,7 @@ def negative_log_likelihood(
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
             counted = labels != IGNORE
             losses = torch.zeros(labels.shape, dtype=torch.float32, device=model.device)
-            losses[counted] = cross_entropy(model.get_output_embeddings()(hidden[counted]).float(), labels[counted], reduction="none")
+            losses[counted] = cross_entropy(logits_of(model, hidden[counted]).float(), labels[counted], reduction="none")
             for i, loss, n in zip(batch, losses.double().sum(1).tolist(), counted.sum(1).tolist(), strict=True):
                 scores[i] = (loss, n)
             progress.advance(len(batch))

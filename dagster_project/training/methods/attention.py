@@ -53,17 +53,20 @@ def _has_varlen(device: torch.device) -> bool:
     return {"scale", "window_size", "enable_gqa"} <= set(parameters) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _refuse(arguments: Mapping[str, Any]) -> None:
-    """Refuse a model whose attention needs more than the implementations below compute.
+def _bounds(cu_seq_lens_q: torch.Tensor | None, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Bounds of the examples, for a model whose attention needs no more than the implementations below compute.
 
     Raises:
-        InputError: the model uses logit soft-capping or attention sinks.
+        InputError: the model uses logit soft-capping or attention sinks, or does not pass the bounds on (Nemotron, StableLM).
     """
     for name in ("softcap", "s_aux"):
         if arguments.get(name) is not None:
             raise InputError(
                 f"data/base_model: its attention needs `{name}`, which training on packed rows does not support", "use another model"
             )
+    if cu_seq_lens_q is None:
+        raise InputError("data/base_model: its attention does not get the bounds of the examples in a packed row", "use another model")
+    return cu_seq_lens_q
 
 
 def _attend_by_example(
@@ -73,7 +76,7 @@ def _attend_by_example(
     value: torch.Tensor,
     attention_mask: None,
     scaling: float,
-    cu_seq_lens_q: torch.Tensor,
+    cu_seq_lens_q: torch.Tensor | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **others: Any,
@@ -90,8 +93,8 @@ def _attend_by_example(
     from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import repeat_kv
 
-    _refuse(others)
-    lengths = cu_seq_lens_q.diff().tolist()
+    bounds = _bounds(cu_seq_lens_q, others)
+    lengths = bounds.diff().tolist()
     key, value = (repeat_kv(states, getattr(module, "num_key_value_groups", 1)) for states in (key, value))
     parts = zip(*(states.float().split(lengths, 2) for states in (query, key, value)), strict=True)
 
@@ -113,8 +116,8 @@ def _attend_at_once(
     value: torch.Tensor,
     attention_mask: None,
     scaling: float,
-    cu_seq_lens_q: torch.Tensor,
-    max_length_q: int,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -122,15 +125,15 @@ def _attend_at_once(
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
-    _refuse(others)
+    bounds = _bounds(cu_seq_lens_q, others)
     dtype = value.dtype  # with 4-bit weights float32, as rotated queries and keys may be
     query, key, value = (states[0].transpose(0, 1).to(torch.bfloat16) for states in (query, key, value))
     output = varlen_attn(
         query,
         key,
         value,
-        cu_seq_lens_q,
-        cu_seq_lens_q,
+        bounds,
+        bounds,
         max_length_q,
         max_length_q,
         scale=scaling,

@@ -524,6 +524,11 @@ def build(
         if isinstance(error, NotImplementedError) and not weights:  # raised by the meta device, not by the keys
             raise
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
+    if merge and _adapts_shared_weight(base):
+        raise InputError(
+            f"{place_of(where, 'peft')}: this adapter cannot be merged: word embeddings and output layer of this model share one weight",
+            "leave embed_tokens and lm_head out of target_modules (modules_to_save can be merged), or set merge: false",
+        )
     for parameter_name, parameter in model.named_parameters():
         if ".ranknum." in parameter_name:  # a counter; PEFT makes it trainable on quantized layers but never saves it
             parameter.requires_grad_(False)
@@ -557,6 +562,17 @@ def build(
         state=ranks.state if ranks else dict,
         restore=ranks.restore if ranks else _no_effect,
     )
+
+
+def _adapts_shared_weight(base: Any) -> bool:
+    """Whether an update is added to word embeddings or output layer alone, although both use one weight. Trained rows of it (trainable_tokens) are put
+    into both."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    adapted = any(isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer) for layer in ends)
+    return adapted and bool(base.config.get_text_config().tie_word_embeddings)
 
 
 def _weights(

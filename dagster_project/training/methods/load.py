@@ -49,7 +49,21 @@ def load_base(
     Args:
         folder: folder of the model; with `weights` False its config.json is sufficient.
         weights: False: only shapes and dtypes, on torch's meta device.
+    Raises:
+        InputError: transformers does not have this attention for the model.
     """
+    try:
+        return _load_base(folder, device, dtype, quantization, attention, weights)
+    except ValueError as error:
+        if "does not support an attention implementation" not in str(error):
+            raise
+        what = (
+            f"{folder}: {str(error).split()[0]} has no attention by torch's scaled_dot_product_attention in transformers, which is needed"
+        )
+        raise InputError(what, "use another model") from None
+
+
+def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str, attention: str, weights: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 

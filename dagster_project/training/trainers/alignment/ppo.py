@@ -40,6 +40,8 @@ from dagster_project.training.inference.decoding import decode
 from dagster_project.training.inference.sampling import sampled, uniform_numbers
 from dagster_project.training.methods.attention import attention_for, attention_of
 from dagster_project.training.methods.build import causal
+from dagster_project.training.methods.isolation import refuse_mixing
+from dagster_project.training.methods.logits import logits_of
 from dagster_project.training.tokens.collators import SIZES, collate_packed
 from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
 from dagster_project.training.trainers.harness import checkpoint, distributed, sharding
@@ -221,6 +223,10 @@ def train(
     model.eval()
     attention = attention_of(causal(model))
     shared = shared or ShardedModel(model, None, model.device)
+    if shared.settings is None:
+        causal(model).set_attn_implementation(attention_for(shared.device, model.dtype))
+        states = partial(last_hidden_states, causal(model).base_model)
+        refuse_mixing(model, states, settings.mini_batch_size > 1, "set mini_batch_size: 1")
     training = Training(
         shared, tokenizer, prompts, reward, settings, compute, checkpoints, live, begin, sampled_answers or SampledAnswers()
     )
@@ -560,16 +566,22 @@ def forward(
     device, base = model.device, causal(model)
     labels = batch["labels"].to(device)[:, 1:]
     counted = labels != IGNORE
-    hidden = base.base_model(
-        input_ids=batch["input_ids"].to(device),
-        position_ids=batch["position_ids"].to(device),
-        cu_seq_lens_q=batch["cu_seq_lens_q"].to(device),
+    hidden = last_hidden_states(base.base_model, batch)[:, :-1][counted]
+    output = base.get_output_embeddings()
+    logits = wide(logits_of(base, hidden.to(output.weight.dtype))) / temperature
+    return -cross_entropy(logits, labels[counted], reduction="none"), head(wide(hidden))[:, 0], logits
+
+
+def last_hidden_states(decoder: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Last hidden states (1, seq, hidden) of a batch of `collate_packed`."""
+    found: torch.Tensor = decoder(
+        input_ids=batch["input_ids"].to(decoder.device),
+        position_ids=batch["position_ids"].to(decoder.device),
+        cu_seq_lens_q=batch["cu_seq_lens_q"].to(decoder.device),
         max_length_q=batch["max_length_q"],
         use_cache=False,
-    ).last_hidden_state[:, :-1][counted]
-    output = base.get_output_embeddings()
-    logits = wide(output(hidden.to(output.weight.dtype))) / temperature
-    return -cross_entropy(logits, labels[counted], reduction="none"), head(wide(hidden))[:, 0], logits
+    ).last_hidden_state
+    return found
 
 
 def evaluate(

@@ -146,6 +146,8 @@ class AlignmentMethod(Section):
     """Size of a checkpoint, in multiples of the trainable weights."""
     ignored_params: ClassVar[frozenset[str]] = frozenset()
     """Keys of an entry that this method does not use."""
+    can_train_output_layer: ClassVar[bool] = True
+    """Whether the loss applies an adapter of `lm_head`."""
     reads_pairs: ClassVar[bool] = False
     """Whether a pass reads both answers of its pairs together, see shared_prompts.py, and the reference, if there is one, once."""
     rows_per_pair: ClassVar[int] = 1
@@ -225,6 +227,7 @@ class AlignmentMethod(Section):
 class TrlMethod(AlignmentMethod):
     """A method implemented by one of TRL's trainers."""
 
+    can_train_output_layer = False
     metrics: ClassVar[Mapping[str, str]]
     """Metric as TRL logs it -> its name in the curve."""
 
@@ -360,6 +363,7 @@ class ReferenceFree(TrlMethod):
     """Options of methods on pairs without a reference model, by TRL's experimental trainers."""
 
     has_reference = False
+    can_train_output_layer = True
     reads_pairs = True
     metrics = {theirs: ours for theirs, ours in PAIR_METRICS.items() if ours != "kl"} | {"nll_loss": "nll"}
     figures = tuple(metrics.values())
@@ -474,10 +478,6 @@ class Gkd(TrlMethod):
     """Temperature at which the policy's answers are sampled."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest of these answers, in tokens."""
-
-    def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
-        if "lm_head" in str(getattr(params, "peft", {}).get("target_modules")):
-            raise InputError(f"params.yaml: {where}.peft.target_modules: TRL's GKD does not train lm_head", "leave it out")
 
     @property
     def given_teacher(self) -> Teacher:
@@ -763,6 +763,8 @@ def parse_method(
     if ignored := sorted((method.ignored_params - NON_SEMANTIC_PARAMS) & set(given)):
         known = f"its options: {', '.join(METHODS[name].model_fields)}"
         raise InputError(f"params.yaml: {where}: {', '.join(ignored)}: {name} sets its steps in its options", known)
+    if not method.can_train_output_layer and "lm_head" in str(getattr(params, "peft", {}).get("target_modules")):
+        raise InputError(f"params.yaml: {where}.peft.target_modules: TRL's trainer of {name} does not train lm_head", "leave it out")
     method.refuse_contradictions(params, where)
     return method
 

@@ -24,6 +24,7 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, read_table, remove, write_json, write_table, write_text
 from dagster_project.training.methods.build import PreparedModel, causal
 from dagster_project.training.methods.hardware import prepare
+from dagster_project.training.methods.logits import logits_of
 from dagster_project.training.tokens.collators import collate_packed, collate_padded
 from dagster_project.training.trainers.command import claims
 from dagster_project.training.trainers.command.entry import given, source_of, words_of
@@ -145,7 +146,7 @@ def validation_loss(prepared: PreparedModel, rows: Sequence[Mapping[str, Any]]) 
             labels = inputs["labels"][:, 1:]
             counted = labels != IGNORE
             hidden = prepared.hidden_states(inputs)[:, :-1][counted]
-            logits = causal(prepared.model).get_output_embeddings()(hidden).float()
+            logits = logits_of(causal(prepared.model), hidden).float()
             nats += float(cross_entropy(logits, labels[counted], reduction="none").double().sum())
             tokens += int(counted.sum())
     return nats / tokens if tokens else math.nan

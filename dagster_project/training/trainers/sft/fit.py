@@ -18,6 +18,7 @@ from dagster_project.training.methods.attention import attention_for
 from dagster_project.training.methods.build import PreparedModel, build, causal, quantization_of
 from dagster_project.training.methods.feature_extraction import split_prompts
 from dagster_project.training.methods.hardware import prepare
+from dagster_project.training.methods.isolation import refuse_mixing
 from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, code_of, params_identity, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import live_writer
@@ -109,6 +110,11 @@ class TrainingData:
             )
         if device != computing:
             causal(prepared.model).set_attn_implementation(attention_for(computing, dtype))
+        if prepared.packs and not params.sharding:
+            lengths = [row for rows in self.rows.values() if len(rows) for row in rows["lengths"]]
+            several = int(params.per_device_train_batch_size) > 1 or any(len(row) > 1 for row in lengths)
+            hint = "set tokenized.packing: false and per_device_train_batch_size: 1"
+            refuse_mixing(prepared.model, prepared.hidden_states, several, hint)
         return replace(prepared, optim=None) if params.sharding else prepared  # the paged optimizer has no sharded state
 
     def train(

@@ -20,6 +20,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.training.methods.build import PreparedModel, causal, decoder_layers
 from dagster_project.training.methods.hardware import memory_trimmer
+from dagster_project.training.methods.logits import logits_of
 from dagster_project.training.tokens.collators import SIZES, collate_packed, collate_padded
 from dagster_project.training.trainers.harness import distributed, sharding
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
@@ -128,7 +129,7 @@ class SftSession(SharedSession):
         counted = labels != IGNORE
         hidden = self.prepared.hidden_states(inputs)
         losses = cross_entropy(
-            causal(model).get_output_embeddings()(hidden[:, :-1][counted]).float(),
+            logits_of(causal(model), hidden[:, :-1][counted]).float(),
             labels[counted],
             reduction="none",
             label_smoothing=self.sft.label_smoothing_factor if model.training else 0.0,
@@ -334,20 +335,35 @@ def _build_trainer(session: SftSession, tokenizer: Any, train_rows: Any, validat
         }
     )
     whole = {weight: weight.data for weight in trainable(model).values()}
-    trainer = _trainer_class()(
-        model=model,
-        args=config,
-        train_dataset=train_rows.add_column("row", list(range(len(train_rows)))),
-        eval_dataset=validation_rows or None,
-        processing_class=tokenizer,
-        data_collator=partial(collate_packed, multiple=SIZES) if prepared.packs else collate_padded,
-        callbacks=[*prepared.callbacks, monitor(session)],
-    )
+    with _plain_output_layer(model):
+        trainer = _trainer_class()(
+            model=model,
+            args=config,
+            train_dataset=train_rows.add_column("row", list(range(len(train_rows)))),
+            eval_dataset=validation_rows or None,
+            processing_class=tokenizer,
+            data_collator=partial(collate_packed, multiple=SIZES) if prepared.packs else collate_padded,
+            callbacks=[*prepared.callbacks, monitor(session)],
+        )
     # TRL has rounded adapters of 4-bit weights to bfloat16, which represents no step below 1/256 of a weight
     for weight, data in whole.items():
         weight.data = data
     trainer.model_accepts_loss_kwargs = False  # the loss is already a mean: the Trainer averages over accumulation steps
     return trainer
+
+
+@contextmanager
+def _plain_output_layer(model: Any) -> Iterator[None]:
+    """While open, a model shows its output layer without an adapter: TRL 1.16 refuses one there, because TRL's loss does not apply it."""
+    layer = model.get_output_embeddings()
+    if not hasattr(layer, "base_layer"):
+        yield
+        return
+    model.get_output_embeddings = lambda: layer.base_layer
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
 
 
 @contextmanager

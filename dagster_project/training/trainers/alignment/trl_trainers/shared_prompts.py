@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.training.methods.build import causal
+from dagster_project.training.methods.logits import is_scaled
 from dagster_project.training.tokens.collators import SIZES
 from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import can_attend_by_pair
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
 CHUNK = 256
 """Positions whose logits exist at the same time."""
-
-SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-"""Keys of configurations that change the logits after the output layer."""
 
 
 def reads_prompts_once(model: Any, device: str) -> bool:
@@ -41,7 +39,7 @@ def reads_prompts_once(model: Any, device: str) -> bool:
     head = inner.get_output_embeddings()
     plain = head is None or (isinstance(head, torch.nn.Linear) and head.bias is None and not head.weight.requires_grad)
     config = inner.config.get_text_config()
-    unscaled = all(getattr(config, key, None) in (None, 1) for key in SCALES) and not getattr(config, "output_router_logits", False)
+    unscaled = not is_scaled(inner) and not getattr(config, "output_router_logits", False)
     return device == "cpu" and plain and unscaled and can_attend_by_pair(inner)
 
 
