@@ -90,10 +90,13 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "gitlab token": joined("glpat-", some(ALNUM, 20)),
     "jwt": st.builds(jwt, some(LETTERS, 1, 12)),
     "mailchimp key": joined(some("0123456789abcdef", 32), "-us", st.sampled_from(["1", "21"])),
-    "openai key": joined("sk-", st.sampled_from(["", "proj-"]), some(ALNUM, 20), "T3BlbkFJ", some(ALNUM, 20)),
+    "npm token": joined("npm_", some(ALNUM, 36)),
+    "openai key": joined("sk-", some(ALNUM, 20), "T3BlbkFJ", some(ALNUM, 20))
+    | joined(st.sampled_from(["sk-proj-", "sk-svcacct-", "sk-admin-"]), some(TOKEN, 58, 74), "T3BlbkFJ", some(TOKEN, 58, 74)),
     "pypi token": joined("pypi-AgEIcHlwaS5vcmc", some(TOKEN, 70, 90)),
     "sendgrid key": joined("SG.", some(ALNUM, 22), ".", some(ALNUM, 43)),
-    "slack token": joined("xoxb-", some(string.digits, 11), "-", some(string.digits, 11), "-", some(ALNUM, 24)),
+    "slack token": joined("xoxb-", some(string.digits, 11), "-", some(string.digits, 11), "-", some(ALNUM, 24))
+    | joined("xapp-1-A", some(string.ascii_uppercase + string.digits, 10), "-", some(string.digits, 13), "-", some("0123456789abcdef", 64)),
     "square key": joined("sq0csp-", some(ALNUM, 43)),
     "stripe key": joined("sk_live_", some(ALNUM, 24)),
     "telegram token": joined(some("123456789", 9), ":AA", some(ALNUM, 33)),

@@ -346,6 +346,9 @@ def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
 
 
 _OPENAI_CORE = re.compile("[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}")
+_OPENAI_KINDS = ("sk-proj-", "sk-svcacct-", "sk-admin-")
+_OPENAI_KIND_CORE = re.compile(r"[A-Za-z0-9_\-]{20}T3BlbkFJ[A-Za-z0-9_\-]{20}")
+"""Keys of projects, service accounts and administrators have _ and - at any place, which the plugin does not expect around the core."""
 _TOKEN = re.compile(r"[A-Za-z0-9_\-]+")
 
 
@@ -353,7 +356,8 @@ def _openai_keys(text: str) -> Iterator[Span]:
     """As the plugin's pattern, `sk-`, any characters of a token and the core, but in linear time; up to the end of the token."""
     for token in _TOKEN.finditer(text):
         start = text.find("sk-", token.start(), token.end())
-        if start >= 0 and _OPENAI_CORE.search(text, start + 3, token.end()):
+        core = _OPENAI_KIND_CORE if text.startswith(_OPENAI_KINDS, max(start, 0)) else _OPENAI_CORE
+        if start >= 0 and core.search(text, start + 3, token.end()):
             yield start, token.end()
 
 
@@ -465,7 +469,9 @@ def _rules() -> tuple[Rule, ...]:
         Rule("openai key", "T3BlbkFJ", _openai_keys, secret=True),
         token("pypi token", "pypi-A", pypi_token.PypiTokenDetector),
         token("sendgrid key", r"SG\.", sendgrid.SendGridDetector),
-        token("slack token", "(?i:xox[abposr]-|hooks.slack.com/services)", slack.SlackDetector),
+        token(
+            "slack token", "(?i:xox[abposr]-|xapp-|hooks.slack.com/services)", slack.SlackDetector, "xapp-[0-9]-[A-Z0-9]{8,16}-[0-9]{8,16}-[a-z0-9]{32,}"
+        ),
         token("square key", "sq0csp-", square_oauth.SquareOAuthDetector),
         token("stripe key", "[rs]k_live_", stripe.StripeDetector),
         token("telegram token", "[0-9]{8}:[0-9A-Za-z_-]{35}", telegram_token.TelegramBotTokenDetector),
@@ -475,6 +481,7 @@ def _rules() -> tuple[Rule, ...]:
         own("google key", "AIza", r"[A-Za-z0-9_\-]{35}"),
         own("hugging face token", "hf_", r"[A-Za-z0-9]{34}"),
         Rule(
+        own("npm token", "npm_", r"[A-Za-z0-9]{36}"),
             "password in a url",
             r"://[^\s/]+:[^\s]+@",
             _values([*basic_auth.BasicAuthDetector.denylist, _URL_PASSWORD], password),
