@@ -450,6 +450,8 @@ def _rules() -> tuple[Rule, ...]:
 
     header = re.compile("BEGIN ENCRYPTED PRIVATE KEY")
     access_key, secret_key = aws.AWSKeyDetector.denylist
+    # a sequence of DNA or a protein, or a part of one, is not a key
+    alone = re.compile(rf"(?<![A-Z0-9])(?![ACGTUN]+(?![A-Z0-9])){access_key.pattern}(?![A-Z0-9])")
     return (
         Rule(
             "private key",
@@ -457,7 +459,7 @@ def _rules() -> tuple[Rule, ...]:
             _private_keys([*private_key.PrivateKeyDetector.denylist, header]),
             secret=True,
         ),
-        Rule("aws key", "A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA", _tokens([access_key]), secret=True),
+        Rule("aws key", "A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA", _tokens([alone]), secret=True),
         Rule("aws key", "(?i:aws.{0,20}(?:key|pwd|pw|pass|token|secret))", _aws_secrets([secret_key, _AWS_SECRET]), secret=True),
         token("azure key", "AccountKey=", azure_storage_key.AzureStorageKeyDetector),
         token("discord token", r"[MNO][a-zA-Z0-9_-]{23,25}\.[a-zA-Z0-9_-]{6}\.", discord.DiscordBotTokenDetector),
@@ -470,7 +472,10 @@ def _rules() -> tuple[Rule, ...]:
         token("pypi token", "pypi-A", pypi_token.PypiTokenDetector),
         token("sendgrid key", r"SG\.", sendgrid.SendGridDetector),
         token(
-            "slack token", "(?i:xox[abposr]-|xapp-|hooks.slack.com/services)", slack.SlackDetector, "xapp-[0-9]-[A-Z0-9]{8,16}-[0-9]{8,16}-[a-z0-9]{32,}"
+            "slack token",
+            "(?i:xox[abposr]-|xapp-|hooks.slack.com/services)",
+            slack.SlackDetector,
+            "xapp-[0-9]-[A-Z0-9]{8,16}-[0-9]{8,16}-[a-z0-9]{32,}",
         ),
         token("square key", "sq0csp-", square_oauth.SquareOAuthDetector),
         token("stripe key", "[rs]k_live_", stripe.StripeDetector),
@@ -480,8 +485,8 @@ def _rules() -> tuple[Rule, ...]:
         own("anthropic key", "sk-ant-", r"[A-Za-z0-9_\-]{32,}"),
         own("google key", "AIza", r"[A-Za-z0-9_\-]{35}"),
         own("hugging face token", "hf_", r"[A-Za-z0-9]{34}"),
-        Rule(
         own("npm token", "npm_", r"[A-Za-z0-9]{36}"),
+        Rule(
             "password in a url",
             r"://[^\s/]+:[^\s]+@",
             _values([*basic_auth.BasicAuthDetector.denylist, _URL_PASSWORD], password),
