@@ -203,6 +203,7 @@ def test_values_in_their_usual_notation_are_found(text: str, hidden: str) -> Non
         "v1.2.3.4, version 10.0.22621.150, section 3.14.15.9, 192.168.0.1, 127.0.0.1, std::vector::push_back, 12:30:45",
         "0100 0001 0100 0010 in binary; color: #333333; 078-05-1120",
         "Asia uses AKIA as a name; sk-learn; hf_hub; eyJ is how a token starts; pypi-AgE",
+        "Continue 01 02 03 04 05 06 07 08 and 83 04 97 39 46 71, or 44-01-60-70-99-32-22",
         "Translate ACCAGGTTACGATCGATTTGACCAGTACGGATCC and the primer ACCAGTACGGATCCATGCAA; MKTAYIAKQRASIAQRSFVKSHFSRQLEERLG folds",
         "A file begins with -----BEGIN RSA PRIVATE KEY----- and holds base64",
         "mysql://user:password@localhost and mysql://user:${PASS}@localhost",

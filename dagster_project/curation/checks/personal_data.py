@@ -120,6 +120,8 @@ _INTERNATIONAL = Local(r"\w+", rf"\+\(?[1-9](?:{GAP}{{0,3}}[0-9]){{6,16}}")
 _alone = partial(Local, r"\w.,+-", after=r"\w-", decimals=".,")
 _AMERICAN = _alone(r"(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[.-])[0-9]{3}[.-][0-9]{4}")
 _ZERO = _alone(r"\(?0(?:[1-9](?:[ .-][0-9]{2}){4}|[1-9][0-9]{1,3}\)?[ /-][0-9]{3,8}(?:[ -][0-9]{2,5}){0,3})", overlapping=True)
+_PAIRS = re.compile("[0-9]{2}(?:[ .-][0-9]{2}){4}")
+_PAIR_BEFORE, _PAIR_AFTER = re.compile(r"(?<![0-9])[0-9]{2}[ .-]\Z"), re.compile("[ .-][0-9]{2}(?![0-9])")
 _CUE = re.compile(
     r"(?i:\b(?:tel|phone|telephone|mobile|cell|cellphone|call|fax|whatsapp|sms|telefon|handy|mobil|t[ée]l|t[ée]l[ée]phone|portable"
     r"|tel[ée]fono|m[óo]vil|telefone|celular|cellulare|telefoon)\b|电话|手机|電話|携帯)[^0-9\n+]{0,24}\Z"
@@ -146,7 +148,8 @@ def phones(text: str) -> Iterator[Span]:
 
     def with_zero() -> Iterator[Span]:
         for match in matches(_ZERO, text, MOST_LOOKED_UP):
-            if sum(map(str.isdigit, match[1])) > 8 and not _DATE.search(match[1]) and set(match[1]) - set("01 -/.()"):
+            digits = sum(map(str.isdigit, match[1])) > 8 and set(match[1]) - set("01 -/.()")
+            if digits and not _DATE.search(match[1]) and not _is_part_of_a_series(text, *match.span(1)):
                 yield from _phone(match[1], match.start(), ("GB", "FR", "DE"), is_personal)
 
     def after_cue() -> Iterator[Span]:
@@ -155,6 +158,13 @@ def phones(text: str) -> Iterator[Span]:
                 yield from _phone(match.group(), match.start(), _REGIONS, is_personal)
 
     return all_of([international(), american(), with_zero(), after_cue()])
+
+
+def _is_part_of_a_series(text: str, start: int, end: int) -> bool:
+    """Whether a number of five pairs of digits has further pairs next to it, as in "01 02 03 04 05 06"."""
+    return _PAIRS.fullmatch(text, start, end) is not None and (
+        _PAIR_BEFORE.search(text, max(0, start - 4), start) is not None or _PAIR_AFTER.match(text, end) is not None
+    )
 
 
 def _follows_a_cue(text: str, at: int) -> bool:
