@@ -129,6 +129,8 @@ _CUE = re.compile(
 _BEFORE_CUE = re.compile(r"[0-9\n+]")
 _AFTER_CUE = _alone(rf"\(?[0-9](?:{GAP}{{0,2}}[0-9]){{8,13}}")
 _DATE = re.compile(r"(?<![0-9])(?:[0-9]{1,2}[./-][0-9]{1,2}[./-](?:[0-9]{4}|[0-9]{2})|[0-9]{4}[./-][0-9]{1,2}[./-][0-9]{1,2})(?![0-9])")
+_FRENCH = re.compile(r"\(?(?!...(?:0[1-9]|1[0-2]).[0-9]{2}.(?:[01][0-9]|2[0-3]).[0-5])0[1-9]([.-])[0-9]{2}(?:\1[0-9]{2}){3}")
+"""Five pairs of digits with points or hyphens between all of them, unless they may be a date and a time. The first three alone could be a date."""
 _REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "CN", "JP", "AU")
 """Countries whose national numbers are recognized after a word such as "phone"."""
 
@@ -149,15 +151,19 @@ def phones(text: str) -> Iterator[Span]:
     def with_zero() -> Iterator[Span]:
         for match in matches(_ZERO, text, MOST_LOOKED_UP):
             digits = sum(map(str.isdigit, match[1])) > 8 and set(match[1]) - set("01 -/.()")
-            if digits and not _DATE.search(match[1]) and not _is_part_of_a_series(text, *match.span(1)):
+            if digits and not _has_date(match[1]) and not _is_part_of_a_series(text, *match.span(1)):
                 yield from _phone(match[1], match.start(), ("GB", "FR", "DE"), is_personal)
 
     def after_cue() -> Iterator[Span]:
         for match in matches(_AFTER_CUE, text):
-            if _follows_a_cue(text, match.start()) and not _DATE.search(match.group()):
+            if _follows_a_cue(text, match.start()) and not _has_date(match.group()):
                 yield from _phone(match.group(), match.start(), _REGIONS, is_personal)
 
     return all_of([international(), american(), with_zero(), after_cue()])
+
+
+def _has_date(written: str) -> bool:
+    return _DATE.search(written) is not None and not _FRENCH.fullmatch(written)
 
 
 def _is_part_of_a_series(text: str, start: int, end: int) -> bool:
