@@ -83,8 +83,8 @@ class Scoring:
         return self.with_calls if name in CALLS else self.could_call if name == FALSE_CALL else self.with_text
 
     def examples_of(self, name: str) -> int:
-        """Number of test examples that a measure covers."""
-        return len({example for example, counted in zip(self.examples, self._covered(name), strict=True) if counted})
+        """Number of test examples that a measure covers; near-copies count once."""
+        return len({one for one, counted in zip(self.units, self._covered(name), strict=True) if counted})
 
     def _by_question(self, name: str, answers: Sequence[Answer], writes: bool) -> np.ndarray:
         import numpy as np

@@ -156,11 +156,12 @@ def produce(
     first, second, *_ = scoring.names()
     costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
     trained = {record["group_id"] for record in train + validation}
-    answered, decided = len(set(scoring.examples)), scoring.examples_of(first)
+    answered, decided, independent = len(set(scoring.examples)), scoring.examples_of(first), len({unit(record) for record in test})
     test_counts = {
         "examples": len(test),
         "answered": answered,
-        **({"decided": decided} if decided < answered else {}),  # those that the deciding measure covers
+        **({"decided": decided} if decided < answered else {}),  # those that the deciding measure covers, near-copies counted once
+        **({"independent": independent} if independent < len(test) else {}),  # near-copies counted once
         "seen": sum(record["group_id"] in trained for record in test),
     }
     dearest = {
