@@ -172,6 +172,7 @@ def test_each_kind_is_masked_by_its_name(kind: str) -> None:
         ("Mail ann.lee@example.org.", "Mail [e-mail]."),
         ('{"url":"http://a.de","to":"ann@a.de"}', '{"url":"http://a.de","to":"[e-mail]"}'),
         ("jörg@müller.de", "[e-mail]"),
+        ("https://a.org/leave?id=4&email=ann.lee@b.de&x=1", "https://a.org/leave?id=4&email=[e-mail]&x=1"),
         ("Ring (212) 555-0123 or 555-123-4567.", "Ring [phone] or [phone]."),
         ("+1 (555) 123-4567", "[phone]"),
         ("020 7946 0958, 06 12 34 56 78 or 030 90182012", "[phone], [phone] or [phone]"),
@@ -194,7 +195,7 @@ def test_values_in_their_usual_notation_are_found(text: str, hidden: str) -> Non
     "text",
     [
         "Follow me @kites, 3 @ 5.00, or W@x.reshape(2) and icon@2x.png",
-        "git clone git@github.com:ann/kites.git from ftp://ann@host.org/",
+        "git clone git@github.com:ann/kites.git from ftp://ann@host.org/, or see medium.com/@ann.lee and https://x.org/@ann.lee",
         "She earns 336*5=<<336*5=1680>>1680 a week, $1,234,567.89 in all",
         "355909190063-746 = 256626720691 + 1646615806005, or 3600000000000 + 62426244000 + 198472480000",
         "0.13691995878400012 and 4111.1111111111111111",

@@ -17,6 +17,8 @@ MOST_LOOK_UPS = 25_000
 
 _LOCAL = re.compile(r"[A-Za-z0-9À-ɏ.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
 _AT = re.compile("@")
+_PARAMETER = re.compile(r"[?&][A-Za-z0-9_.-]{1,40}=([A-Za-z0-9À-ɏ][A-Za-z0-9À-ɏ._+-]*)\Z")
+"""A parameter of a URL whose value may be the name of a mailbox."""
 _DOMAIN = re.compile(
     r"[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62})(?:\.[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62}))*?\.(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-zÀ-ɏ]{2,24})(?![A-Za-z0-9À-ɏ-]|\.[A-Za-z0-9])"
 )
@@ -34,9 +36,13 @@ def emails(text: str) -> Iterator[Span]:
         start = at.start() - len(name)
         before = text[max(0, start - 64) : start]
         in_url = re.search(r"://[^\s\"'<>(),;]*\Z", before)  # ftp://ann@host: a host, not a mailbox
+        if in_url and (parameter := _PARAMETER.search(before + name)):  # https://host/leave?email=ann@host
+            name, in_url = parameter[1], None
+            start = at.start() - len(name)
         image = domain.group().rpartition(".")[2].lower() in _FILE_ENDINGS  # icon@2x.png
         call = text[domain.end() : domain.end() + 1] in {"(", "["}  # W@x.reshape(2)
-        if name and name != "git" and not in_url and not image and not call:
+        handle = name.endswith("/")  # host/@ann.lee
+        if name and name != "git" and not in_url and not image and not call and not handle:
             yield start, domain.end()
 
 
