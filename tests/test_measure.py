@@ -17,14 +17,17 @@ from dagster_project.core.context import ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
 from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.evaluation.alarms import scores_differ
 from dagster_project.evaluation.baselines import prompted
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, select_questions, slices, thirds, turn_key
 from dagster_project.evaluation.final_answers import FinalAnswer
-from dagster_project.evaluation.metrics import Task
-from dagster_project.evaluation.scoring import Offer
+from dagster_project.evaluation.metrics import Task, perplexity_interval
+from dagster_project.evaluation.paired.bootstrap import difference, rate
+from dagster_project.evaluation.scoring import Offer, Scoring
 from dagster_project.lineage.tolerance import Deviation
 from dagster_project.stages import baselines, comparison, evaluation
+from dagster_project.training.inference.answers import Answer
 
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
 COMPUTE = Compute(dtype="float32", threads=1)
@@ -85,12 +88,41 @@ def results(*likelihoods: tuple[float | None, int | None]) -> dict[tuple[str, in
 
 
 def test_the_perplexity_of_a_variant_is_compared_where_both_read_the_same_tokens() -> None:
+    def compare(
+        ours: dict[tuple[str, int], dict[str, Any]], theirs: dict[tuple[str, int], dict[str, Any]], units: int = 99
+    ) -> dict[str, Any]:
+        return comparison._to_base(ours, theirs, {example: str(i % units) for i, (example, _) in enumerate(theirs)})
+
     ours, theirs = [(1.0, 2), (4.0, 6)], [(3.0, 2), (6.0, 6)]
-    found = comparison._to_base(results(*ours), results(*theirs))
+    found = compare(results(*ours), results(*theirs))
     assert found["perplexity_to_base"]["ratio"] == pytest.approx(math.exp(-4 / 8), abs=1e-4)
-    assert comparison._to_base(results(*ours, *[(0.0, 0)] * 9), results(*theirs, *[(0.0, 0)] * 9)) == found
-    assert comparison._to_base(results((0.0, 0)), results((0.0, 0))) == {}
-    assert comparison._to_base(results((1.0, 2)), results((1.0, 3))) == comparison._to_base(results((None, None)), results((1.0, 3))) == {}
+    assert compare(results(*ours, *[(0.0, 0)] * 9), results(*theirs, *[(0.0, 0)] * 9)) == found
+    assert compare(results((0.0, 0)), results((0.0, 0))) == {}
+    assert compare(results((1.0, 2)), results((1.0, 3))) == compare(results((None, None)), results((1.0, 3))) == {}
+    assert compare(results(*ours * 3), results(*theirs * 3), units=2) == found, "near-copies add nothing"
+
+
+def test_near_copies_narrow_no_interval() -> None:
+    """Four near-copies of each question, answered alike, say as much as one."""
+    answers = [Answer(record["messages"][-1]["content"] if i % 3 else "x") for i, record in enumerate(FREE)]
+    one = Scoring(FREE, None, {})
+    grouped = [record | {"example_id": f"{record['example_id']}{k}", "group_id": record["example_id"]} for record in FREE for k in range(4)]
+    four = Scoring(grouped, None, {})
+    repeated = [answer for answer in answers for _ in range(4)]
+    assert four.score(repeated) == one.score(answers) | {"n": 4 * len(FREE)}
+    ours, theirs = (four.statistics("rouge_l", found) for found in (repeated, four.references))
+    same = difference(rate, one.statistics("rouge_l", answers), one.statistics("rouge_l", one.references))
+    assert difference(rate, ours, theirs) == same
+    likelihoods = [(float(i), 2) for i in range(12)]
+    apart = perplexity_interval(likelihoods, [str(i) for i in range(12)])
+    assert perplexity_interval([one for one in likelihoods for _ in range(4)], [str(i) for i in range(12) for _ in range(4)]) == apart
+
+
+def test_a_constant_measure_is_found_where_examples_have_several_near_copies() -> None:
+    grouped = [record | {"group_id": str(i // 5)} for i, record in enumerate(FREE)]
+    scoring = Scoring(grouped, None, {})
+    values = comparison._values(scoring, {"one": scoring.references}, {"one": True})
+    assert "rouge_l is the same for all 12 answers" in scores_differ(values).note
 
 
 def test_rare_categories_share_one_slice() -> None:

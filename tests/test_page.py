@@ -252,7 +252,7 @@ def test_the_figures_of_the_page_are_those_of_the_document() -> None:
         "dropped by this check 0 kept 12 waived 2",
         "entropy 0.931 bits",
         "median 58.4",
-        "18.7 % of rows are hard",
+        "18.7 % of 951 scored prompts are hard",
         "+ 1,201",
         "7 → 8",
         "was 3",

@@ -79,6 +79,14 @@ def test_an_address_as_category_is_masked() -> None:
     assert "ann.lee" not in json.dumps(found)
 
 
+def test_categories_that_are_masked_alike_are_counted_apart() -> None:
+    names = [*["ann@shop.com"] * 95, *["bob@shop.com"] * 5, *["login"] * 20]
+    found = profile([ask(f"Hi {i}", category=name) for i, name in enumerate(names)])
+    assert found["categories"] == {"[e-mail]": 95, "login": 20, "[e-mail] 2": 5}
+    assert found["rarest"] == {"[e-mail] 2": 5, "login": 20, "[e-mail]": 95}
+    assert shares(found, Limits())["category_ratio"].to_list() == [19.0]
+
+
 @pytest.mark.parametrize(
     ("text", "script"),
     [

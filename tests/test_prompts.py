@@ -341,6 +341,15 @@ def test_low_diversity_still_counts_all_near_copies() -> None:
     assert not found.verdicts["low_diversity"].passed
 
 
+def test_rows_that_a_later_row_links_share_its_group() -> None:
+    """Of three rows in a group, two have an earlier one in it, although only the last one is nearly the same as others."""
+    halves = [" ".join(f"{name}{chr(97 + i)}{chr(97 + k)}" for k in range(12)) for name in ("sun", "sea") for i in range(20)]
+    found = judged([row(text) for text in (*halves, *map(" ".join, zip(halves[:20], halves[20:], strict=True)))])
+    assert len(set(found.cluster)) == 20
+    assert "40 prompts (67%) are nearly those of earlier rows" in found.verdicts["low_diversity"].note
+    assert not found.verdicts["low_diversity"].passed
+
+
 @pytest.mark.parametrize("name", ["glaive_toolcall_en_demo.json", "gsm8k_train.jsonl"])
 def test_reported_near_duplicates_of_real_sets_are_similar_in_all_they_ask(name: str) -> None:
     found = judge(load([real(name)]).records, [], Rules())

@@ -199,13 +199,22 @@ def test_nothing_is_concluded_from_a_few_examples_with_calls_among_many_answers(
         write_table(tmp_path / folder / "retention.parquet", [], retention_schema())
     (tmp_path / "training.json").write_text('{"tokens": 9, "trained_tokens": 3, "steps": 1}')
     variants = {"one": comparison.Variant(tmp_path / "one", tmp_path / "one", tmp_path / "training.json")}
-    comparison.produce(
-        tmp_path, Settings(), variants, tmp_path / "splits", tmp_path / "baselines", tmp_path / "one", tmp_path / "out", tmp_path / "scores.csv",
-        tmp_path / "pages",
-    )  # fmt: skip
-    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+
+    def compare() -> dict[str, Any]:
+        comparison.produce(
+            tmp_path, Settings(), variants, tmp_path / "splits", tmp_path / "baselines", tmp_path / "one", tmp_path / "out",
+            tmp_path / "scores.csv", tmp_path / "pages",
+        )  # fmt: skip
+        found: dict[str, Any] = json.loads((tmp_path / "out" / "comparison.json").read_text())
+        return found
+
+    found = compare()
     assert found["test"] == {"examples": 40, "answered": 40, "decided": 20, "seen": 0} and found["shown"][0] == NAMES[0]
-    assert found["advice"][0].startswith("Nothing can be concluded from 20 test examples") and not found["recommended"]["sure"]
+    assert found["advice"][0].startswith("Nothing can be concluded from 20 test examples: ") and not found["recommended"]["sure"]
+    write_records(tmp_path / "splits" / "test", [record | {"group_id": str(i // 2)} for i, record in enumerate(records)])
+    found = compare()
+    assert found["test"] == {"examples": 40, "answered": 40, "decided": 10, "independent": 20, "seen": 0}
+    assert found["advice"][0].startswith("Nothing can be concluded from 10 test examples, near-copies counted once: at least 30")
 
 
 def test_results_of_plain_answers_have_no_further_columns(tmp_path: Path) -> None:

@@ -54,24 +54,26 @@ def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapp
 
     Args:
         compared: variant -> differences to other systems, `perplexity_to_base` and `failed_checks`, each if available.
-        test: numbers of test `examples` and of `answered` ones; and of those `decided` by the deciding measure, if it does not cover all of them.
+        test: numbers of test `examples` and of `answered` ones; of those `decided` by the deciding measure, near-copies counted once, if there
+            are fewer; and of `independent` examples, near-copies counted once, if any are near-copies.
     """
     found = [_verdict(name, decides, scores, compared[name], test) for name in compared]
     ranked = sorted((name for name in compared if name in scores), key=lambda name: -scores[name][decides])
     few = measured(scores, test)
     if few < FEWEST and compared:
-        return [f"{_too_few_examples(few)} {MORE}", *found]
+        return [f"{_too_few_examples(few, test)} {MORE}", *found]
     found += [_between(ranked[0], other, decides, compared[ranked[0]]) for other in ranked[1:]]
     return found + ([OPEN_TEXT] if ranked and decides == OPEN else [])
 
 
 def measured(scores: Mapping[str, Any], test: Mapping[str, int]) -> int:
-    """Test examples that a conclusion rests on. Where some references are text and others tool calls, the deciding measure covers not all.
+    """Test examples that a conclusion rests on. Where some references are text and others tool calls, the deciding measure covers not all;
+    and near-copies count once.
 
     Args:
         scores: empty if the conclusion rests on perplexity.
     """
-    return test.get("decided", test["answered"]) if scores else test["examples"]
+    return test.get("decided", test["answered"]) if scores else test.get("independent", test["examples"])
 
 
 OPEN = "rouge_l"
@@ -83,8 +85,13 @@ OPEN_TEXT = (
 MORE = "Add examples, or raise splits.test or evaluation.max_examples in params.yaml."
 
 
-def _too_few_examples(answers: int) -> str:
-    return f"Nothing can be concluded from {many(answers, 'test example')}: at least {FEWEST} are needed."
+def _too_few_examples(answers: int, test: Mapping[str, int]) -> str:
+    return f"Nothing can be concluded from {many(answers, 'test example')}{counted_once(test)}: at least {FEWEST} are needed."
+
+
+def counted_once(test: Mapping[str, int]) -> str:
+    """How test examples are counted, in a sentence, if any are near-copies."""
+    return ", near-copies counted once" if "independent" in test else ""
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ def recommended(
     rival = NAMES.get(gains[best].rival, "the base model")
     common: dict[str, Any] = {"variant": best, "sure": bool(sure), "instead": gains[best].rival or None}
     if not gains[best].enough:
-        return {**common, "variant": None, "why": f"{_too_few_examples(gains[best].examples)} {MORE}"}
+        return {**common, "variant": None, "why": f"{_too_few_examples(gains[best].examples, test)} {MORE}"}
     if not better:
         if gains[best].gap <= 0:
             return {**common, "variant": None, "why": f"Use {rival}: no variant is better, and it costs no training."}

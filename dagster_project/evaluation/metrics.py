@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from dagster_project.core.params import Section
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, normalized, per_label
-from dagster_project.evaluation.paired.bootstrap import Combine, estimate, rate
+from dagster_project.evaluation.paired.bootstrap import Combine, estimate, rate, summed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -191,17 +191,20 @@ def perplexity(sums: np.ndarray) -> np.ndarray:
     return np.exp(rate(sums))
 
 
-def perplexity_interval(scores: Sequence[tuple[float, int]]) -> dict[str, Any]:
+def perplexity_interval(scores: Sequence[tuple[float, int]], units: Sequence[str]) -> dict[str, Any]:
     """Perplexity with its 95 % interval, from the (nats, tokens) of each answer; empty if none has a token.
 
     Answers without tokens, whose prompts alone fill the context, do not count: a sample of them would have perplexity exp(0) = 1.
+
+    Args:
+        units: unit of each answer, as `summed` takes them.
     """
     import numpy as np
 
-    counted = [score for score in scores if score[1]]
+    counted = [(score, of) for score, of in zip(scores, units, strict=True) if score[1]]
     if not counted:
         return {}
-    value, interval = estimate(perplexity, np.array(counted, dtype=float))
+    value, interval = estimate(perplexity, summed(np.array([score for score, _ in counted], dtype=float), [of for _, of in counted]))
     return {"perplexity": value, "perplexity_interval": interval}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import Tools
 from dagster_project.evaluation.metrics import AnyTask, Measure, by_label, measures
-from dagster_project.evaluation.paired.bootstrap import estimate, rate
+from dagster_project.evaluation.paired.bootstrap import estimate, rate, summed, unit
 from dagster_project.evaluation.tool_calls import is_valid, same_calls, same_names
 from dagster_project.training.inference.answers import Answer, of_message
 
@@ -47,6 +47,7 @@ class Scoring:
             Offer(question.get("tools"), bool(reference.reasoning)) for question, reference in zip(questions, self.references, strict=True)
         ]
         self.examples = [question["example_id"] for question in questions]
+        self.units = [unit(question) for question in questions]
         self.with_calls = [bool(reference.calls) for reference in self.references]
         self.with_text = [bool(reference.content) or not reference.calls for reference in self.references]
         self.could_call = [bool(offer.tools) and not calls for offer, calls in zip(self.offers, self.with_calls, strict=True)]
@@ -67,27 +68,23 @@ class Scoring:
         return bool(self.references) and 2 * sum(self.with_calls) >= len(self.references)
 
     def statistics(self, name: str, answers: Sequence[Answer], writes: bool = True) -> np.ndarray:
-        """Contribution of each example that a measure covers to its sums, (examples, k). The turns of one example are added up, because they are not
-        independent. A bootstrap sample of other examples alone would have the score 0."""
-        import numpy as np
+        """Contribution of each example that a measure covers to its sums, (examples, k). The turns of one example, and near-copies, are added up,
+        because they are not independent. A bootstrap sample of other examples alone would have the score 0."""
+        return summed(
+            self.values(name, answers, writes), [one for one, counted in zip(self.units, self._covered(name), strict=True) if counted]
+        )
 
-        covered = np.flatnonzero(self._covered(name))
-        values = self._by_question(name, answers, writes)[covered]
-        examples = [self.examples[i] for i in covered]
-        order = {example: i for i, example in enumerate(dict.fromkeys(examples))}
-        if len(order) == len(values):
-            return values
-        sums = np.zeros((len(order), values.shape[1]))
-        np.add.at(sums, [order[example] for example in examples], values)
-        return sums
+    def values(self, name: str, answers: Sequence[Answer], writes: bool = True) -> np.ndarray:
+        """Contribution of each question that a measure covers, (questions, k)."""
+        return self._by_question(name, answers, writes)[self._covered(name)]
 
     def _covered(self, name: str) -> list[bool]:
         """Whether a measure covers each question."""
         return self.with_calls if name in CALLS else self.could_call if name == FALSE_CALL else self.with_text
 
     def examples_of(self, name: str) -> int:
-        """Number of test examples that a measure covers."""
-        return len({example for example, counted in zip(self.examples, self._covered(name), strict=True) if counted})
+        """Number of test examples that a measure covers; near-copies count once."""
+        return len({one for one, counted in zip(self.units, self._covered(name), strict=True) if counted})
 
     def _by_question(self, name: str, answers: Sequence[Answer], writes: bool) -> np.ndarray:
         import numpy as np

@@ -26,6 +26,7 @@ from dagster_project.evaluation.evaluator import (
 )
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.metrics import label, perplexity_interval
+from dagster_project.evaluation.paired.bootstrap import unit
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
 from dagster_project.evaluation.scoring import Scoring
 from dagster_project.training.inference.answers import Answer
@@ -69,7 +70,7 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
     likelihoods = model.likelihood(test, BASE)
     rows = result_rows(BASE, test, task, likelihoods=likelihoods)
     retention = ask(model.model, model.tokenizer, benchmarks, settings.batch_size, BASE)
-    metrics: dict[str, Any] = {BASE: {**perplexity_interval(likelihoods), **accuracies(retention)}}
+    metrics: dict[str, Any] = {BASE: {**perplexity_interval(likelihoods, [unit(record) for record in test]), **accuracies(retention)}}
     prompted_answers: dict[str, list[Answer]] = {}
     if questions:
         labels = [label(task, response_text(r["messages"])) if task and labelled else r["category"] or "" for r in examples]

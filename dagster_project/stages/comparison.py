@@ -18,7 +18,7 @@ from dagster_project.evaluation.comparison import advice, board, headline, recom
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import BASE, Settings, select_questions, turn_key
 from dagster_project.evaluation.metrics import perplexity
-from dagster_project.evaluation.paired.bootstrap import difference, ratio
+from dagster_project.evaluation.paired.bootstrap import difference, ratio, summed, unit
 from dagster_project.evaluation.retention import forgot, retained
 from dagster_project.evaluation.samples import sample
 from dagster_project.evaluation.scoring import Scoring
@@ -146,7 +146,7 @@ def produce(
 
     compared: dict[str, Any] = {}
     for name in variants:
-        compared[name] = _to_base(results_of[name], results_of[BASE])
+        compared[name] = _to_base(results_of[name], results_of[BASE], {record["example_id"]: unit(record) for record in test})
         if name in scores:
             compared[name]["to"] = {other: _differences(scoring, answers, writes, name, other) for other in scores if other != name}
         if kept := retained(*(read_table(folder / "retention.parquet") for folder in (baselines, variants[name].evaluation))):
@@ -156,11 +156,12 @@ def produce(
     first, second, *_ = scoring.names()
     costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
     trained = {record["group_id"] for record in train + validation}
-    answered, decided = len(set(scoring.examples)), scoring.examples_of(first)
+    answered, decided, independent = len(set(scoring.examples)), scoring.examples_of(first), len({unit(record) for record in test})
     test_counts = {
         "examples": len(test),
         "answered": answered,
-        **({"decided": decided} if decided < answered else {}),  # those that the deciding measure covers
+        **({"decided": decided} if decided < answered else {}),  # those that the deciding measure covers, near-copies counted once
+        **({"independent": independent} if independent < len(test) else {}),  # near-copies counted once
         "seen": sum(record["group_id"] in trained for record in test),
     }
     dearest = {
@@ -199,7 +200,9 @@ def produce(
     return Report(metrics={"scores": shown, **facts}, checks=[scores_differ(_values(scoring, answers, writes))])
 
 
-def _to_base(rows: Mapping[tuple[str, int], Mapping[str, Any]], base: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Any]:
+def _to_base(
+    rows: Mapping[tuple[str, int], Mapping[str, Any]], base: Mapping[tuple[str, int], Mapping[str, Any]], units: Mapping[str, str]
+) -> dict[str, Any]:
     """The perplexity of a variant as a share of the base model's; empty if they cannot be compared.
 
     A classifier has no perplexity; those of two chat templates are not comparable if one of them omits traces or calls. Examples without
@@ -208,6 +211,7 @@ def _to_base(rows: Mapping[tuple[str, int], Mapping[str, Any]], base: Mapping[tu
     Args:
         rows: the variant's rows of the results table, by `turn_key`.
         base: those of the base model, one for each test example.
+        units: example_id -> unit of the intervals.
     """
     import numpy as np
 
@@ -215,16 +219,17 @@ def _to_base(rows: Mapping[tuple[str, int], Mapping[str, Any]], base: Mapping[tu
     counted = theirs[:, 1] > 0
     if np.isnan(ours).any() or (ours[:, 1] != theirs[:, 1]).any() or not counted.any():
         return {}
-    return {"perplexity_to_base": ratio(perplexity, ours[counted], theirs[counted])}
+    drawn = [units[example] for (example, _), has_tokens in zip(base, counted, strict=True) if has_tokens]
+    return {"perplexity_to_base": ratio(perplexity, *(summed(system[counted], drawn) for system in (ours, theirs)))}
 
 
 def _values(scoring: Scoring, answers: Mapping[str, Sequence[Answer]], writes: Mapping[str, bool]) -> dict[str, list[np.ndarray]]:
-    """Measure -> for each system that has it, the contributions of its answers. Only measures whose score is a mean over answers."""
+    """Measure -> for each system that has it, the contribution of each of its answers. Only measures whose score is a mean over answers."""
     values: dict[str, list[np.ndarray]] = {}
     for system, of_system in answers.items():
         for name, paired in scoring.names(writes[system]).items():
             if paired:
-                values.setdefault(name, []).append(scoring.statistics(name, of_system, writes[system]))
+                values.setdefault(name, []).append(scoring.values(name, of_system, writes[system]))
     return values
 
 

@@ -27,6 +27,7 @@ from dagster_project.evaluation.evaluator import (
 )
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.metrics import label, perplexity_interval
+from dagster_project.evaluation.paired.bootstrap import unit
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
 from dagster_project.evaluation.scoring import Scoring, mean_by_example
 from dagster_project.training.inference.answers import Answer
@@ -102,7 +103,7 @@ def produce(
     if model.writes:
         likelihoods = model.likelihood(test, variant)
         retention = ask(model.model, model.tokenizer, benchmarks, settings.batch_size, variant)
-        metrics |= {**perplexity_interval(likelihoods), **accuracies(retention)}
+        metrics |= {**perplexity_interval(likelihoods, [unit(record) for record in test]), **accuracies(retention)}
     rows = {turn_key(row): row for row in result_rows(variant, test, task, likelihoods=likelihoods)}
     confusion, values = [("actual", "predicted")], {}
     if questions and scoring.names(model.writes):

@@ -21,7 +21,7 @@ from dagster_project.core.rendering import render
 from dagster_project.core.text import NAMES
 from dagster_project.curation.checks.review import Exemption, check_waivers
 from dagster_project.curation.sources import use_policy
-from dagster_project.evaluation.comparison import FEWEST, gain
+from dagster_project.evaluation.comparison import FEWEST, counted_once, gain
 from dagster_project.lineage.export.model_card import model_card
 from dagster_project.lineage.export.summary import from_reports
 
@@ -198,7 +198,7 @@ def _better(decides: str, compared: Mapping[str, Any], test: Mapping[str, int]) 
             False, "nothing was compared: it has neither answers nor a perplexity", "name test examples that can be answered"
         )
     if not result.enough:
-        note = f"nothing can be concluded from {result.examples} test examples, {FEWEST} are needed: {result.words}"
+        note = f"nothing can be concluded from {result.examples} test examples{counted_once(test)}, {FEWEST} are needed: {result.words}"
         return _CheckOutcome(False, note, "add examples, or raise splits.test or evaluation.max_examples")
     if failed := compared.get("failed_checks"):
         return _CheckOutcome(False, f"its checks failed: {'; '.join(failed)}; {result.words}", "see what the checks say")

@@ -417,7 +417,11 @@ def _length(part: str, length: Mapping[str, Any]) -> Figure:
 def _readability(reading: Mapping[str, Any]) -> list[Figure]:
     if not reading.get("histogram"):
         return []
-    hard = f"; {100 * reading['share_hard']:.1f} % of rows are hard to read" if "share_hard" in reading else ""
+    hard = (
+        f"; {100 * reading['share_hard']:.1f} % of {many(reading['rows'], 'scored prompt')} are hard to read"
+        if "share_hard" in reading
+        else ""
+    )
     marks = {f"{name} {number(reading[name])}": reading[name] for name in ("p10", "median", "p90") if name in reading}
     return [_histogram("Readability", f"Flesch reading ease: 0 hard, 100 easy{hard}", reading["histogram"], "rows", marks)]
 

@@ -19,7 +19,7 @@ from dagster_project.core.stored_rows import Selected, StoredRows, decode
 from dagster_project.curation.checks import profile as profiles
 from dagster_project.curation.checks.check import Action, Check, DataSet, Kind, Limits, Rows, Severity
 from dagster_project.curation.checks.features import Features, columns, features
-from dagster_project.curation.checks.overlaps import GROUPED, Overlaps, find_overlaps
+from dagster_project.curation.checks.overlaps import Overlaps, find_overlaps
 from dagster_project.curation.checks.repair import REPAIRS, RepairResult, repair
 from dagster_project.curation.checks.review import REVIEWED, Decision, Waived, Waiver, edited, ids_of, not_found, resolve
 from dagster_project.curation.checks.row_checks import ROW_CHECKS, gather, row_schema, set_violations, violations
@@ -374,9 +374,16 @@ def _spared(
 
 
 def _near_copies(overlaps: Overlaps, waived: Waived, reason: Sequence[str | None]) -> int:
-    """Kept rows that nearly repeat an earlier one."""
-    similar = {link.row for name in ("near_duplicates", GROUPED) for link in overlaps.links[name]}
-    return sum(1 for i in similar - set(waived.rows.get("near_duplicates", ())) if reason[i] is None)
+    """Kept rows that share a cluster with an earlier one, exact repeats and waived rows not counted. The earlier one need not be nearly the same:
+    a third row may link both."""
+    repeats = {link.row for link in overlaps.links["exact_duplicates"]}
+    exempt = {*waived.rows.get("near_duplicates", ()), *overlaps.waived.get("near_duplicates", ())}
+    count, seen = 0, set[int]()
+    for i, cluster in enumerate(overlaps.cluster):
+        if i not in repeats:
+            count += cluster in seen and reason[i] is None and i not in exempt
+            seen.add(cluster)
+    return count
 
 
 def _check_set(

@@ -17,6 +17,8 @@ MOST_LOOK_UPS = 25_000
 
 _LOCAL = re.compile(r"[A-Za-z0-9À-ɏ.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
 _AT = re.compile("@")
+_PARAMETER = re.compile(r"[?&][A-Za-z0-9_.-]{1,40}=([A-Za-z0-9À-ɏ][A-Za-z0-9À-ɏ._+-]*)\Z")
+"""A parameter of a URL whose value may be the name of a mailbox."""
 _DOMAIN = re.compile(
     r"[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62})(?:\.[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62}))*?\.(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-zÀ-ɏ]{2,24})(?![A-Za-z0-9À-ɏ-]|\.[A-Za-z0-9])"
 )
@@ -34,9 +36,13 @@ def emails(text: str) -> Iterator[Span]:
         start = at.start() - len(name)
         before = text[max(0, start - 64) : start]
         in_url = re.search(r"://[^\s\"'<>(),;]*\Z", before)  # ftp://ann@host: a host, not a mailbox
+        if in_url and (parameter := _PARAMETER.search(before + name)):  # https://host/leave?email=ann@host
+            name, in_url = parameter[1], None
+            start = at.start() - len(name)
         image = domain.group().rpartition(".")[2].lower() in _FILE_ENDINGS  # icon@2x.png
         call = text[domain.end() : domain.end() + 1] in {"(", "["}  # W@x.reshape(2)
-        if name and name != "git" and not in_url and not image and not call:
+        handle = name.endswith("/")  # host/@ann.lee
+        if name and name != "git" and not in_url and not image and not call and not handle:
             yield start, domain.end()
 
 
@@ -120,6 +126,8 @@ _INTERNATIONAL = Local(r"\w+", rf"\+\(?[1-9](?:{GAP}{{0,3}}[0-9]){{6,16}}")
 _alone = partial(Local, r"\w.,+-", after=r"\w-", decimals=".,")
 _AMERICAN = _alone(r"(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[.-])[0-9]{3}[.-][0-9]{4}")
 _ZERO = _alone(r"\(?0(?:[1-9](?:[ .-][0-9]{2}){4}|[1-9][0-9]{1,3}\)?[ /-][0-9]{3,8}(?:[ -][0-9]{2,5}){0,3})", overlapping=True)
+_PAIRS = re.compile("[0-9]{2}(?:[ .-][0-9]{2}){4}")
+_PAIR_BEFORE, _PAIR_AFTER = re.compile(r"(?<![0-9])[0-9]{2}[ .-]\Z"), re.compile("[ .-][0-9]{2}(?![0-9])")
 _CUE = re.compile(
     r"(?i:\b(?:tel|phone|telephone|mobile|cell|cellphone|call|fax|whatsapp|sms|telefon|handy|mobil|t[ée]l|t[ée]l[ée]phone|portable"
     r"|tel[ée]fono|m[óo]vil|telefone|celular|cellulare|telefoon)\b|电话|手机|電話|携帯)[^0-9\n+]{0,24}\Z"
@@ -127,6 +135,8 @@ _CUE = re.compile(
 _BEFORE_CUE = re.compile(r"[0-9\n+]")
 _AFTER_CUE = _alone(rf"\(?[0-9](?:{GAP}{{0,2}}[0-9]){{8,13}}")
 _DATE = re.compile(r"(?<![0-9])(?:[0-9]{1,2}[./-][0-9]{1,2}[./-](?:[0-9]{4}|[0-9]{2})|[0-9]{4}[./-][0-9]{1,2}[./-][0-9]{1,2})(?![0-9])")
+_FRENCH = re.compile(r"\(?(?!...(?:0[1-9]|1[0-2]).[0-9]{2}.(?:[01][0-9]|2[0-3]).[0-5])0[1-9]([.-])[0-9]{2}(?:\1[0-9]{2}){3}")
+"""Five pairs of digits with points or hyphens between all of them, unless they may be a date and a time. The first three alone could be a date."""
 _REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "CN", "JP", "AU")
 """Countries whose national numbers are recognized after a word such as "phone"."""
 
@@ -146,15 +156,27 @@ def phones(text: str) -> Iterator[Span]:
 
     def with_zero() -> Iterator[Span]:
         for match in matches(_ZERO, text, MOST_LOOKED_UP):
-            if sum(map(str.isdigit, match[1])) > 8 and not _DATE.search(match[1]) and set(match[1]) - set("01 -/.()"):
+            digits = sum(map(str.isdigit, match[1])) > 8 and set(match[1]) - set("01 -/.()")
+            if digits and not _has_date(match[1]) and not _is_part_of_a_series(text, *match.span(1)):
                 yield from _phone(match[1], match.start(), ("GB", "FR", "DE"), is_personal)
 
     def after_cue() -> Iterator[Span]:
         for match in matches(_AFTER_CUE, text):
-            if _follows_a_cue(text, match.start()) and not _DATE.search(match.group()):
+            if _follows_a_cue(text, match.start()) and not _has_date(match.group()):
                 yield from _phone(match.group(), match.start(), _REGIONS, is_personal)
 
     return all_of([international(), american(), with_zero(), after_cue()])
+
+
+def _has_date(written: str) -> bool:
+    return _DATE.search(written) is not None and not _FRENCH.fullmatch(written)
+
+
+def _is_part_of_a_series(text: str, start: int, end: int) -> bool:
+    """Whether a number of five pairs of digits has further pairs next to it, as in "01 02 03 04 05 06"."""
+    return _PAIRS.fullmatch(text, start, end) is not None and (
+        _PAIR_BEFORE.search(text, max(0, start - 4), start) is not None or _PAIR_AFTER.match(text, end) is not None
+    )
 
 
 def _follows_a_cue(text: str, at: int) -> bool:

@@ -346,6 +346,9 @@ def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
 
 
 _OPENAI_CORE = re.compile("[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}")
+_OPENAI_KINDS = ("sk-proj-", "sk-svcacct-", "sk-admin-")
+_OPENAI_KIND_CORE = re.compile(r"[A-Za-z0-9_\-]{20}T3BlbkFJ[A-Za-z0-9_\-]{20}")
+"""Keys of projects, service accounts and administrators have _ and - at any place, which the plugin does not expect around the core."""
 _TOKEN = re.compile(r"[A-Za-z0-9_\-]+")
 
 
@@ -353,7 +356,8 @@ def _openai_keys(text: str) -> Iterator[Span]:
     """As the plugin's pattern, `sk-`, any characters of a token and the core, but in linear time; up to the end of the token."""
     for token in _TOKEN.finditer(text):
         start = text.find("sk-", token.start(), token.end())
-        if start >= 0 and _OPENAI_CORE.search(text, start + 3, token.end()):
+        core = _OPENAI_KIND_CORE if text.startswith(_OPENAI_KINDS, max(start, 0)) else _OPENAI_CORE
+        if start >= 0 and core.search(text, start + 3, token.end()):
             yield start, token.end()
 
 
@@ -446,6 +450,8 @@ def _rules() -> tuple[Rule, ...]:
 
     header = re.compile("BEGIN ENCRYPTED PRIVATE KEY")
     access_key, secret_key = aws.AWSKeyDetector.denylist
+    # a sequence of DNA or a protein, or a part of one, is not a key
+    alone = re.compile(rf"(?<![A-Z0-9])(?![ACGTUN]+(?![A-Z0-9])){access_key.pattern}(?![A-Z0-9])")
     return (
         Rule(
             "private key",
@@ -453,7 +459,7 @@ def _rules() -> tuple[Rule, ...]:
             _private_keys([*private_key.PrivateKeyDetector.denylist, header]),
             secret=True,
         ),
-        Rule("aws key", "A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA", _tokens([access_key]), secret=True),
+        Rule("aws key", "A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA", _tokens([alone]), secret=True),
         Rule("aws key", "(?i:aws.{0,20}(?:key|pwd|pw|pass|token|secret))", _aws_secrets([secret_key, _AWS_SECRET]), secret=True),
         token("azure key", "AccountKey=", azure_storage_key.AzureStorageKeyDetector),
         token("discord token", r"[MNO][a-zA-Z0-9_-]{23,25}\.[a-zA-Z0-9_-]{6}\.", discord.DiscordBotTokenDetector),
@@ -465,7 +471,12 @@ def _rules() -> tuple[Rule, ...]:
         Rule("openai key", "T3BlbkFJ", _openai_keys, secret=True),
         token("pypi token", "pypi-A", pypi_token.PypiTokenDetector),
         token("sendgrid key", r"SG\.", sendgrid.SendGridDetector),
-        token("slack token", "(?i:xox[abposr]-|hooks.slack.com/services)", slack.SlackDetector),
+        token(
+            "slack token",
+            "(?i:xox[abposr]-|xapp-|hooks.slack.com/services)",
+            slack.SlackDetector,
+            "xapp-[0-9]-[A-Z0-9]{8,16}-[0-9]{8,16}-[a-z0-9]{32,}",
+        ),
         token("square key", "sq0csp-", square_oauth.SquareOAuthDetector),
         token("stripe key", "[rs]k_live_", stripe.StripeDetector),
         token("telegram token", "[0-9]{8}:[0-9A-Za-z_-]{35}", telegram_token.TelegramBotTokenDetector),
@@ -474,6 +485,7 @@ def _rules() -> tuple[Rule, ...]:
         own("anthropic key", "sk-ant-", r"[A-Za-z0-9_\-]{32,}"),
         own("google key", "AIza", r"[A-Za-z0-9_\-]{35}"),
         own("hugging face token", "hf_", r"[A-Za-z0-9]{34}"),
+        own("npm token", "npm_", r"[A-Za-z0-9]{36}"),
         Rule(
             "password in a url",
             r"://[^\s/]+:[^\s]+@",

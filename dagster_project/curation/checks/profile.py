@@ -43,6 +43,8 @@ SCRIPT_CHARACTERS = 500
 LONG_RESPONSE = 8
 """Minimum number of words of a repeated response that is reported. Shorter ones are labels, which classification sets
 repeat by design."""
+MOST, RAREST = 50, 10
+"""Categories listed, and of the least frequent ones."""
 REPEATED = 0.01
 """Minimum share of rows of a response that is listed as repeated (and two rows)."""
 SCORED_WORDS = 10
@@ -164,8 +166,8 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | pl.Serie
     return {
         "rows": len(records),
         "category_count": len(named) if named is not categories else 0,
-        "categories": _top(categories, 50),
-        "rarest": {mask(name): n for name, n in sorted(named.items(), key=lambda item: (item[1], item[0]))[:10] if name != NONE},
+        "categories": _top(categories, MOST),
+        "rarest": _rarest(named, MOST),
         "sources": _top(counts.sources, 50),
         "scripts": _top(dict(rows["script"].value_counts().iter_rows()), 50),
         "roles": _top(shapes, 20),
@@ -217,13 +219,33 @@ def _counted(record: Mapping[str, Any], traces: int) -> str:
 
 
 def _top(counts: Mapping[str, int], most: int) -> dict[str, int]:
-    """The most frequent, ties by name, then the sum of the others. Names come from the data, so addresses in them are
-    masked."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    shown: Counter[str] = Counter()
-    for name, n in ordered[:most]:
-        shown[mask(name)] += n
-    return {**shown, **({OTHERS: sum(n for _, n in ordered[most:])} if len(ordered) > most else {})}
+    """The most frequent, ties by name, then the sum of the others."""
+    ordered = _most_frequent(counts)
+    others = {OTHERS: sum(counts[name] for name in ordered[most:])} if len(ordered) > most else {}
+    return {**{shown: counts[name] for name, shown in _masked(ordered[:most]).items()}, **others}
+
+
+def _rarest(counts: Mapping[str, int], most: int) -> dict[str, int]:
+    """The least frequent, ties by name, under the names that `_top` shows where it has them."""
+    rarest = [name for name in sorted(counts, key=lambda name: (counts[name], name))[:RAREST] if name != NONE]
+    shown = _masked([*dict.fromkeys([*_most_frequent(counts)[:most], *rarest])])
+    return {shown[name]: counts[name] for name in rarest}
+
+
+def _most_frequent(counts: Mapping[str, int]) -> list[str]:
+    return sorted(counts, key=lambda name: (-counts[name], name))
+
+
+def _masked(names: Sequence[str]) -> dict[str, str]:
+    """Name -> the name as it is shown. Names come from the data, so addresses in them are masked; those that would look alike are numbered:
+    "[e-mail]", "[e-mail] 2"."""
+    alike: Counter[str] = Counter()
+    shown = {}
+    for name in names:
+        text = mask(name)
+        alike[text] += 1
+        shown[name] = text if alike[text] == 1 else f"{text} {alike[text]}"
+    return shown
 
 
 def _entropy(counts: Iterable[int]) -> float:

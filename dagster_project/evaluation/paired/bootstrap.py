@@ -2,12 +2,13 @@
 
 Every score here is a function of sums over examples: correct answers for accuracy, nats and tokens for perplexity,
 counts for macro-F1 and BLEU. So a bootstrap draw is a vector of example counts, and the sums of all draws are one matrix product.
+Near-copies count as one example here (`summed`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,29 @@ def rate(sums: np.ndarray) -> np.ndarray:
     import numpy as np
 
     return np.divide(sums[..., 0], sums[..., 1], out=np.zeros(sums.shape[:-1]), where=sums[..., 1] > 0)
+
+
+def summed(statistics: np.ndarray, units: Sequence[str]) -> np.ndarray:
+    """The rows of each unit added up, (units, k), in order of their first rows. The turns of one conversation and near-copies are not
+    independent: drawn one by one, they would make an interval too narrow.
+
+    Args:
+        statistics: (n, k).
+        units: unit of each row.
+    """
+    import numpy as np
+
+    order = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
+    if len(order) == len(statistics):
+        return statistics
+    sums = np.zeros((len(order), statistics.shape[1]))
+    np.add.at(sums, [order[unit] for unit in units], statistics)
+    return sums
+
+
+def unit(example: Mapping[str, Any]) -> str:
+    """The unit of a test example: near-copies have the same."""
+    return str(example.get("group_id") or example["example_id"])
 
 
 def estimate(combine: Combine, statistics: np.ndarray) -> tuple[float, list[float]]:
