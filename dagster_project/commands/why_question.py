@@ -136,7 +136,7 @@ def answering(found: Target) -> Path:
     if md5_of_folder(listing_of(folder)) != run.md5:
         raise InputError(
             f"{run.path} in the workspace is not {run.address}, md5 {run.md5[:12]}: its answer would be that of another model",
-            f"restore it with `dvc checkout {run.path}`, or give the answer with --answer",
+            f"restore it with `dvc checkout --force {run.path}`, or give the answer with --answer",
         )
     return folder
 
