@@ -25,6 +25,7 @@ from scmrepo.exceptions import SCMError
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
+from dagster_project.core.layout import RECORD_KEY
 from dagster_project.orchestration import experiments
 from dagster_project.orchestration.experiments import Trial, choices, is_temporary, trials
 
@@ -116,6 +117,27 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: sign
     document = json.loads(output)
     assert document["interrupted"] and {trial["status"] for trial in document["trials"]} == {"canceled"}, errors
     assert not [trial for trial in trials(root).values() if trial.status in {"Queued", "Running"} and trial.alive]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tracked", ["data/keys/.gitkeep", "README.md"], ids=["its folder is in git", "its folder is not"])
+def test_a_trial_has_the_key_that_git_ignores(root: Path, tracked: str) -> None:
+    (root / RECORD_KEY).parent.mkdir(parents=True)
+    (root / RECORD_KEY).write_text("secret")
+    (root / tracked).touch()
+    with (root / ".gitignore").open("a") as file:
+        file.write(f"\n/{RECORD_KEY}\n")
+    pipeline = json.loads((root / "dvc.yaml").read_text())
+    pipeline["stages"]["needs_key"] = {"cmd": f"grep secret {RECORD_KEY} > found.txt", "params": ["testseed"], "outs": ["found.txt"]}
+    (root / "dvc.yaml").write_text(json.dumps(pipeline))
+    small_pipeline.commit(root, "a key")
+    experiments.queue(root, "one", ["testseed=77"], "needs_key")
+    experiments.start_workers(root, 1)
+    until = time.monotonic() + 120
+    while trials(root)["one"].status not in {"Success", "Failed"} and time.monotonic() < until:
+        time.sleep(1)
+    assert trials(root)["one"].status == "Success"
+    assert RECORD_KEY not in small_pipeline.git(root, "ls-tree", "-r", "--name-only", experiments.trials(root)["one"].rev)
 
 
 @pytest.mark.parametrize(

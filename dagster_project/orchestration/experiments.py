@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.git import git
+from dagster_project.core.layout import RECORD_KEY
 from dagster_project.orchestration import dvc, dvc_run
 from dagster_project.orchestration.processes import is_running
 
@@ -88,7 +90,15 @@ def _dvc(root: Path, *arguments: str) -> str:
 def queue(root: Path, name: str, overrides: Collection[str], target: str) -> None:
     """Queue one experiment for each combination of the values: NAME-1, NAME-2, ..., or NAME if there is only one."""
     settings = [argument for override in overrides for argument in ("-S", override)]
-    _dvc(root, "exp", "run", "--queue", "--name", name, *settings, target)
+    _dvc(root, "exp", "run", "--queue", "--name", name, *_copied(root), *settings, target)
+
+
+def _copied(root: Path) -> list[str]:
+    """The option by which DVC copies the key of record ids to a trial, if git ignores it: stages refuse to run without it."""
+    if not (root / RECORD_KEY).is_file() or git(root, "check-ignore", "--quiet", RECORD_KEY) is None:
+        return []
+    folder = Path(RECORD_KEY).parent.as_posix()
+    return ["--copy-paths", RECORD_KEY if git(root, "ls-files", "--", folder) else folder]  # DVC does not make the folder of a file
 
 
 def start_workers(root: Path, jobs: int) -> None:
