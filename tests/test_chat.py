@@ -146,6 +146,20 @@ def test_a_model_that_is_not_there_is_named_with_the_command_that_makes_it(proje
         chat.find_model(project, name)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"", None], ids=["not downloaded", "empty", "missing"])
+def test_a_model_with_a_damaged_file_is_refused(project: Path, file: str, content: bytes | None) -> None:
+    (path := project / "models/tiny" / file).unlink()
+    if content is not None:
+        path.write_bytes(content)
+    if file == "config.json" and content is None:
+        with pytest.raises(InputError, match="there is no such folder with a model"):
+            chat.find_model(project, "models/tiny")
+        return
+    with pytest.raises(InputError, match=r"models/tiny cannot be loaded: .+\nhint: .*dvc checkout --force models/tiny"):
+        chat.load(project, "models/tiny", project / "models/tiny")
+
+
 @pytest.mark.parametrize(
     "content", ["[]", "{}", "[1]", "no", '[{"type": "function", "function": "x"}]', '[{"a": 1}]', '[{"name": "f", "parameters": 3}]']
 )

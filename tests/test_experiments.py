@@ -95,26 +95,6 @@ def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(ro
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("has_folder", [True, False], ids=["folder in git", "folder not in git"])
-def test_trials_have_the_key_of_record_ids_that_git_ignores(has_folder: bool, root: Path) -> None:
-    text = json.loads((root / "dvc.yaml").read_text())
-    text["stages"]["adapter"]["do"]["deps"].append("data/keys")
-    (root / "dvc.yaml").write_text(json.dumps(text))
-    (root / "data/keys").mkdir()
-    if has_folder:
-        (root / "data/keys/.gitkeep").touch()
-    (root / RECORD_KEY).write_text("ab" * 32 + "\n")
-    with (root / ".gitignore").open("a") as file:
-        file.write(f"/{RECORD_KEY}\n")
-    small_pipeline.commit(root)
-    output, errors = sweep(root, "variants.lora", "1", "r=2").communicate(timeout=300)
-    [trial] = json.loads(output)["trials"]
-    assert trial["status"] == "success", errors
-    assert dvc(root, "exp", "apply", trial["name"]).returncode == 0
-    assert "adapter@lora" not in small_pipeline.changed_in_dvc(root), "it was made with the same key"
-
-
-@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: signal.Signals, root: Path) -> None:
     os.environ["SLOW"] = "adapter"
@@ -139,6 +119,27 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: sign
     document = json.loads(output)
     assert document["interrupted"] and {trial["status"] for trial in document["trials"]} == {"canceled"}, errors
     assert not [trial for trial in trials(root).values() if trial.status in {"Queued", "Running"} and trial.alive]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tracked", ["data/keys/.gitkeep", "README.md"], ids=["its folder is in git", "its folder is not"])
+def test_a_trial_has_the_key_that_git_ignores(root: Path, tracked: str) -> None:
+    (root / RECORD_KEY).parent.mkdir(parents=True)
+    (root / RECORD_KEY).write_text("secret")
+    (root / tracked).touch()
+    with (root / ".gitignore").open("a") as file:
+        file.write(f"\n/{RECORD_KEY}\n")
+    pipeline = json.loads((root / "dvc.yaml").read_text())
+    pipeline["stages"]["needs_key"] = {"cmd": f"grep secret {RECORD_KEY} > found.txt", "params": ["testseed"], "outs": ["found.txt"]}
+    (root / "dvc.yaml").write_text(json.dumps(pipeline))
+    small_pipeline.commit(root, "a key")
+    experiments.queue(root, "one", ["testseed=77"], "needs_key")
+    experiments.start_workers(root, 1)
+    until = time.monotonic() + 120
+    while trials(root)["one"].status not in {"Success", "Failed"} and time.monotonic() < until:
+        time.sleep(1)
+    assert trials(root)["one"].status == "Success"
+    assert RECORD_KEY not in small_pipeline.git(root, "ls-tree", "-r", "--name-only", experiments.trials(root)["one"].rev)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,19 @@ def test_the_next_step_for_an_object_whose_file_is_in_the_workspace_repairs_it(r
     assert path.read_bytes() == content and examine(root)["verdict"] == "intact"
 
 
+@forked
+@pytest.mark.parametrize(
+    "name, content", [("rows.txt", "other"), ("more.txt", "other"), ("rows.txt", None)], ids=["changed", "added", "missing"]
+)
+def test_the_next_step_for_a_file_of_an_output_repairs_it(root: Path, name: str, content: str | None) -> None:
+    (path := root / "data/inst" / name).unlink(missing_ok=True)
+    if content:
+        path.write_text(content)
+    [command] = re.findall(r"next: dvc (.*)", as_text(examine(root)))
+    assert dvc(root, *command.split()).returncode == 0
+    assert examine(root)["verdict"] == "intact"
+
+
 def test_a_record_of_the_run_cache_that_was_altered_is_named(root: Path) -> None:
     record = files([root / ".dvc/cache/runs"])[0]
     content = record.read_bytes()

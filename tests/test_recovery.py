@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -23,7 +24,7 @@ from dagster_project.orchestration.dagster.home import home
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, reap
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
-from dagster_project.orchestration.dvc import read_stages
+from dagster_project.orchestration.dvc import fingerprint, read_stages
 from dagster_project.orchestration.locks import hold
 
 pytestmark = pytest.mark.usefixtures("warm_small")
@@ -233,6 +234,17 @@ def test_a_tracked_source_that_was_edited_but_not_added_stops_an_asset_before_an
     assert (root / "data/raw/rows.txt").read_bytes() == before
     assert dvc(root, "add", "data/sources/d.txt").returncode == 0
     assert small_pipeline.materialize(root, synced).success
+
+
+@pytest.mark.parametrize("path, stage", [("data/sources/d.txt", "raw"), ("data/raw/rows.txt", "inst")], ids=["a source", "an output"])
+def test_the_next_step_for_an_input_that_was_changed_restores_it(root: Path, path: str, stage: str) -> None:
+    content = (root / path).read_bytes()
+    (root / path).unlink()
+    (root / path).write_text("new")
+    [(_, hint)] = fingerprint(root, stage).conflicts
+    [command] = re.findall(r"`dvc (checkout [^`]*)`", hint)
+    assert dvc(root, *command.split()).returncode == 0
+    assert (root / path).read_bytes() == content and not fingerprint(root, stage).conflicts
 
 
 def test_a_missing_output_names_the_command_that_restores_it(root: Path, synced: dg.DagsterInstance) -> None:

@@ -174,3 +174,13 @@ def test_the_pipeline_runs_to_a_release_and_nobody_is_said_to_have_watched(proje
     assert record == {"data/sources/preferences.jsonl"}
     verified = run(["python", "-m", "dagster_project", "verify", "aligned@dpo"], project)
     assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+@pytest.mark.parametrize("section, said", [("reward_model", "params.yaml has no section reward_model, but dvc.yaml has the stage"),
+                                           ("aligned", "params.yaml: aligned: must be a mapping of variants")])  # fmt: skip
+def test_a_stage_that_is_run_by_itself_says_which_section_params_lack(new: Path, section: str, said: str) -> None:
+    edit_params(new, lambda values: values.pop(section))
+    done = run(["python", "-m", "dagster_project", "run", "raw_examples"], new)
+    assert done.returncode == 2 and f"error: {said}" in done.stderr and "not restored" not in done.stderr, done.stderr
+    done = run(["python", "-m", "dagster_project", "sync"], new)
+    assert done.returncode == 2 and f"dvc.yaml reads {section}" in done.stderr, done.stderr

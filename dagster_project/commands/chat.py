@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.params import Compute
 from dagster_project.core.rendering import end_ids
-from dagster_project.core.text import visible
+from dagster_project.core.text import shortened, visible
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.pipeline import VARIANTS_OF
 from dagster_project.training.inference.answers import read_answer
@@ -200,11 +201,24 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
     """Args:
         name, folder: of a model, as `find_model` gives them.
     Raises:
-        InputError: it is a classifier.
+        InputError: it is a classifier, or files of it are missing or damaged.
     """
+    from safetensors import SafetensorError
+
     values = params.read(root)
-    settings = params.parse(Settings, values.get("evaluation"), "evaluation")
-    model = EvaluatedModel(folder, params.parse(Compute, values.get("compute"), "compute"), settings, root / "data/base_model")
+    settings, compute = (
+        params.parse(Settings, values.get("evaluation"), "evaluation"),
+        params.parse(Compute, values.get("compute"), "compute"),
+    )
+    try:
+        model = EvaluatedModel(folder, compute, settings, root / "data/base_model")
+    except (OSError, ValueError, SafetensorError) as error:  # what the libraries raise for such files
+        if isinstance(error, OSError) and error.errno is not None:  # memory, or the disk
+            raise
+        raise InputError(
+            f"{name}: the model in {shown(root, folder)} cannot be loaded: {shortened(' '.join(str(error).split()))}",
+            f"if it is an output of the project, `dvc checkout --force {shlex.quote(shown(root, folder))}` restores it; otherwise copy all of its files again",
+        ) from None
     if not model.writes:
         raise InputError(
             f"{name} is a classifier: it answers with one of its labels and cannot talk", "`pedigree compare` shows its scores"

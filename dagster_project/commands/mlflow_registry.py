@@ -86,7 +86,7 @@ def _refuse_unrecorded(folder: Path, subject: lineage.Subject) -> None:
     InputError: the files are not those of the model.
     """
     if md5_on_disk(folder) != subject.run.md5:
-        raise InputError(f"{subject.run.path} is not what dvc.lock records", f"`dvc checkout {subject.run.path}` restores it")
+        raise InputError(f"{subject.run.path} is not what dvc.lock records", f"`dvc checkout --force {subject.run.path}` restores it")
 
 
 def _address(uri: str) -> str:

@@ -289,5 +289,5 @@ def refuse_other_files(place: Path, run: StageRun) -> None:
         if md5 != md5_of_folder(listing):
             raise InputError(
                 f"{path} in the workspace is not the one of this training ({run.address}, md5 {run.md5[:12]})",
-                f"check out the revision of the model and run `dvc checkout {path}`",
+                f"check out the revision of the model and run `dvc checkout --force {path}`",
             )

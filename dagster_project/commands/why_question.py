@@ -135,7 +135,7 @@ def answering(found: Target) -> Path:
     if md5_on_disk(folder) != run.md5:
         raise InputError(
             f"{run.path} in the workspace is not {run.address}, md5 {run.md5[:12]}: its answer would be that of another model",
-            f"restore it with `dvc checkout {run.path}`, or give the answer with --answer",
+            f"restore it with `dvc checkout --force {run.path}`, or give the answer with --answer",
         )
     return folder
 

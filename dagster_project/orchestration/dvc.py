@@ -320,7 +320,9 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
     if status == "deleted":
         fetch = "dvc checkout" if not out.changed_cache() else "dvc pull"
         return f"{path} is missing; fetch it with `{fetch} {file}`"
-    return f"{path} differs from {file}; keep the change with `dvc add {path}`, or drop it with `dvc checkout {path}`" if status else ""
+    if not status:
+        return ""
+    return f"{path} differs from {file}; keep the change with `dvc add {path}`, or drop it with `dvc checkout --force {path}`"
 
 
 def changed_sources(root: Path) -> dict[str, str]:
@@ -533,7 +535,7 @@ def _fingerprint(root: Path, address: str, all_stages: Sequence[Any]) -> Fingerp
                     conflicts.append((what, how))
             elif other.name != address and status_of(out):
                 what = f"{path} is not what {other.name} recorded in dvc.lock"
-                conflicts.append((what, f"run `dvc repro {other.name}` first, or `dvc checkout {path}`"))
+                conflicts.append((what, f"run `dvc repro {other.name}` first, or `dvc checkout --force {path}`"))
     return Fingerprint({**now, "params.yaml": digest(values)}, conflicts)
 
 

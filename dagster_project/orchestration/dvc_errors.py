@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import traceback
 from pathlib import Path
@@ -80,6 +81,8 @@ def _of_a_file(error: Exception, root: Path) -> InputError:
             Revision(root, None).lock()
     except InputError as wrong:
         return wrong
+    if (missing := re.search(r"Could not find '([^']+)'", str(error))) and (root / "params.yaml").is_file():
+        return InputError(f"dvc.yaml reads {missing[1]}, which params.yaml does not have", "add it to params.yaml, see docs/parameters.md")
     return InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again")
 
 

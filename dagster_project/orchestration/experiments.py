@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import CheckFailed, InputError
@@ -90,15 +90,15 @@ def _dvc(root: Path, *arguments: str) -> str:
 def queue(root: Path, name: str, overrides: Collection[str], target: str) -> None:
     """Queue one experiment for each combination of the values: NAME-1, NAME-2, ..., or NAME if there is only one."""
     settings = [argument for override in overrides for argument in ("-S", override)]
-    if (root / RECORD_KEY).is_file() and git(
-        root, "check-ignore", "--quiet", RECORD_KEY
-    ) is not None:  # a trial has no file that git ignores
-        folder = str(PurePosixPath(RECORD_KEY).parent)
-        settings += [
-            "--copy-paths",
-            RECORD_KEY if git(root, "ls-files", "--", folder) else folder,
-        ]  # a file only into a folder that is there
-    _dvc(root, "exp", "run", "--queue", "--name", name, *settings, target)
+    _dvc(root, "exp", "run", "--queue", "--name", name, *_copied(root), *settings, target)
+
+
+def _copied(root: Path) -> list[str]:
+    """The option by which DVC copies the key of record ids to a trial, if git ignores it: stages refuse to run without it."""
+    if not (root / RECORD_KEY).is_file() or git(root, "check-ignore", "--quiet", RECORD_KEY) is None:
+        return []
+    folder = Path(RECORD_KEY).parent.as_posix()
+    return ["--copy-paths", RECORD_KEY if git(root, "ls-files", "--", folder) else folder]  # DVC does not make the folder of a file
 
 
 def start_workers(root: Path, jobs: int) -> None:

@@ -305,7 +305,7 @@ class _Examination:
             if name not in present:
                 self._add_finding("workspace", file, "is missing", f"dvc checkout {path}")
             elif name not in recorded:
-                self._add_finding("workspace", file, "is not recorded", f"dvc checkout {path}")
+                self._add_finding("workspace", file, "is not recorded", f"dvc checkout --force {path}")
             elif hashes[name][0] != recorded[name]:
                 self._add_finding("workspace", file, "is not what dvc.lock recorded", f"dvc checkout --force {path}")
         actual = _sha256_of_listing({name: digest for name, (_, digest) in hashes.items()})

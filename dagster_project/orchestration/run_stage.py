@@ -65,9 +65,14 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
         try:
             code_lock.refuse_other_code(root, [stage])
             with lean_imports():
-                before = _verified_inputs(root, address)  # before any of these files is read
                 # the driver of a worker has validated them, and the worker has only the sources that this stage reads
-                values = params.read(root) if os.environ.get(VARIABLE) == WORKER else pipeline.validate(root)
+                validated = params.read if os.environ.get(VARIABLE) == WORKER else pipeline.validate
+                try:
+                    before = _verified_inputs(root, address)  # before any of these files is read
+                except InputError:
+                    validated(root)  # if params.yaml lacks what dvc.yaml reads, this says what to do
+                    raise
+                values = validated(root)
             if (key := pipeline.rests_on_all.get(stage)) and _is_given(root, values, key) and not _is_inner():
                 _refuse_outdated(root, address)
             executor = executor or _executor(root, values, address, pipeline, before)
@@ -89,7 +94,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
         except BaseException as error:
             known = faults.explained(error, scratch)
             remove(scratch)  # now, because outputs that are restored may need its space
-            _restore(root, address)
+            _restore(root, address, error)
             if known is not None and known is not error:
                 raise known from error
             raise
@@ -100,13 +105,15 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
     return report
 
 
-def _restore(root: Path, address: str) -> None:
+def _restore(root: Path, address: str, reason: BaseException) -> None:
     """Restore the outputs that DVC removed. If even this fails, the error that ended the stage is still the one to report."""
     try:
         dvc_cache.restore_outputs(root, address)
     except Exception as error:
         if (known := faults.explained(error, root)) is None:
             raise
+        if isinstance(reason, InputError) and "DVC_STAGE" not in os.environ:  # nothing was removed yet
+            return
         log.warning(f"{address}: earlier outputs were not restored: {known.what}; `dvc checkout` restores them")
 
 
