@@ -6,14 +6,12 @@ dvc.yaml says when a stage runs and what it reads; params.yaml says how. Stages 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dagster_project import execution, optional_stages
+from dagster_project import execution, finite_numbers, optional_stages
 from dagster_project.core import params
 from dagster_project.core.context import Documents, StageContext, ValidationContext
 from dagster_project.core.context import Pipeline as Pipeline
@@ -40,8 +38,7 @@ STAGES = {
     "comparison": "comparison",
     "release": "release",
 }
-"""Stage, in flow order -> its module in stages/. DVC loops over one mapping only, so aligned variants have separate
-stages with the same modules (docs/decisions/013)."""
+"""Stage, in flow order -> its module in stages/. DVC loops over one mapping, so aligned variants have stages of their own (decisions/013)."""
 
 VARIANTS_OF = {
     "adapter": "adapter", "merged": "adapter", "evaluation": "adapter",
@@ -92,22 +89,10 @@ def validate(root: Path, values: dict[str, Any] | None = None) -> dict[str, Any]
         )
     ]
     parsed = [(s, p, params.parse(module_of(s).Params, ValidationContext(root, values, p).value, p)) for s, p in places]
-    if wrong := [*_not_finite(values, "")]:  # in free mappings such as `peft`; Section refuses them elsewhere
-        raise InputError(
-            "\n".join(f"params.yaml: {place}: Input should be a finite number (got {value})" for place, value in wrong),
-            "fix params.yaml and run again",
-        )
+    finite_numbers.refuse_not_finite(values)
     for section, place, found in parsed:
         module_of(section).validate(found, ValidationContext(root, values, place))
     return values
-
-
-def _not_finite(value: Any, where: str) -> Iterator[tuple[str, float]]:
-    """(dotted path, value) of each number that is infinite or no number."""
-    if isinstance(value, float) and not math.isfinite(value):
-        yield where, value
-    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from _not_finite(one, f"{where}.{key}".lstrip("."))
 
 
 def _forecast(ctx: StageContext) -> Any:

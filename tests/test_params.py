@@ -205,7 +205,7 @@ def test_a_wrong_value_is_shortened_in_the_message() -> None:
 @pytest.mark.parametrize("path", ["loop", "x" * 300, "x/" * 3000, "a\0b"])
 def test_a_path_that_cannot_be_one_is_refused(path: str, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(InputError, match=r"params.yaml: here: .* is not a path: "):
+    with pytest.raises(InputError, match=r"params.yaml: here: .* is not a path: |here: loop does not exist"):  # a loop, by Python 3.13
         params.inside(tmp_path, path, "here")
 
 

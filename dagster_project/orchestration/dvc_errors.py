@@ -28,6 +28,10 @@ LIBRARIES = {"diskcache", "dvc_data"}
 """Libraries whose cache objects have an attribute `directory`."""
 
 
+class MissingParameter(InputError):
+    """dvc.yaml reads a key that params.yaml does not have."""
+
+
 def explained(error: Exception, root: Path) -> InputError | None:
     """What is wrong with the project; None if bad input does not cause this error."""
     exceptions = private_module("dvc.exceptions")
@@ -82,7 +86,9 @@ def _of_a_file(error: Exception, root: Path) -> InputError:
     except InputError as wrong:
         return wrong
     if (missing := re.search(r"Could not find '([^']+)'", str(error))) and (root / "params.yaml").is_file():
-        return InputError(f"dvc.yaml reads {missing[1]}, which params.yaml does not have", "add it to params.yaml, see docs/parameters.md")
+        return MissingParameter(
+            f"dvc.yaml reads {missing[1]}, which params.yaml does not have", "add it to params.yaml, see docs/parameters.md"
+        )
     return InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again")
 
 

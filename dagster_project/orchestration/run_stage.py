@@ -27,6 +27,7 @@ from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import is_within, refuse_lost_entries
 from dagster_project.orchestration import dvc, dvc_cache, integrity, locks, processes
+from dagster_project.orchestration.dvc_errors import MissingParameter
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
 from dagster_project.orchestration.executors.local import LocalExecutor
 from dagster_project.orchestration.leftovers import remove_leftovers
@@ -69,8 +70,8 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
                 validated = params.read if os.environ.get(VARIABLE) == WORKER else pipeline.validate
                 try:
                     before = _verified_inputs(root, address)  # before any of these files is read
-                except InputError:
-                    validated(root)  # if params.yaml lacks what dvc.yaml reads, this says what to do
+                except MissingParameter:
+                    validated(root)  # says more about what is missing
                     raise
                 values = validated(root)
             if (key := pipeline.rests_on_all.get(stage)) and _is_given(root, values, key) and not _is_inner():
