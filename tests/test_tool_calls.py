@@ -322,6 +322,7 @@ def test_prompts_offer_the_tools_and_earlier_calls_as_in_training(tool_model: Pa
 def answered(folder: Path) -> None:
     """Two systems: `lora` calls the weather and `few_shot` pings; both give the same reply in the last turn."""
     (folder / "data/splits").mkdir(parents=True)
+    (folder / "params.yaml").write_text("adapter: {lora: {}}\n")
     write_records(folder / "data/splits/test", [dialogue(i) for i in range(4)])
     questions = select_questions([dialogue(i) for i in range(4)], Settings())[1]
     systems = {"few_shot": ("baselines", made(PING)), "lora": ("evaluation/lora", Answer(HOSTILE, f"Think {HOSTILE}", (OSLO,)))}
