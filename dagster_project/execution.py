@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -83,10 +84,9 @@ def _parse(section: Any, file: str, values: Mapping[str, Any], stages: Mapping[s
                 f"name an entry of `{variants_of[stage]}`" if stage in variants_of else f"write {stage}: it has no variants",
             )
     resources = {"cpus", "gpus", "memory"}.union(*(place.resources for place in found.stages.values()))
-    if unknown := next((name for name in found.price_per_hour if name not in resources), None):
-        raise InputError(
-            f"{file}: execution.price_per_hour.{unknown}: no stage has this resource", f"prices are of {', '.join(sorted(resources))}"
-        )
+    for name in found.price_per_hour:
+        if name not in resources and (meant := get_close_matches(name, resources, 1)):
+            raise InputError(f"{file}: execution.price_per_hour.{name}: no stage has this resource", f"write {meant[0]}")
     return found
 
 

@@ -11,7 +11,7 @@ from dagster_project.core.errors import InputError
 
 def refuse_not_finite(values: dict[str, Any]) -> None:
     """Raises:
-    InputError: a value of params.yaml is infinite, or no number.
+    InputError: a value of params.yaml is infinite or NaN.
     """
     if wrong := [*_not_finite(values, "")]:
         raise InputError(
@@ -21,7 +21,7 @@ def refuse_not_finite(values: dict[str, Any]) -> None:
 
 
 def _not_finite(value: Any, where: str) -> Iterator[tuple[str, float]]:
-    """(dotted path, value) of each number that is infinite or no number."""
+    """(dotted path, value) of each number that is infinite or NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         yield where, value
     for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():

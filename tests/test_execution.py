@@ -75,7 +75,7 @@ def test_the_environment_overrides_the_section() -> None:
         (
             {},
             '{"price_per_hour": {"gpu": 2}}',
-            "PEDIGREE_EXECUTION: execution.price_per_hour.gpu: no stage has this resource\nhint: prices are of cpus, gpus, memory",
+            "PEDIGREE_EXECUTION: execution.price_per_hour.gpu: no stage has this resource\nhint: write gpus",
         ),
     ],
 )

@@ -58,6 +58,11 @@ def test_objects_that_a_killed_process_had_fetched_in_part_are_removed(tmp_path:
     make(tmp_path, *parts, *KEPT)
     remove_leftovers(tmp_path)
     assert present(tmp_path, [*parts, *KEPT]) == [parts[1], *KEPT]
+    os.utime(tmp_path / folder, (0, 0))  # unchanged for long, when the process that fetches is killed
+    (tmp_path / parts[1]).rename(tmp_path / parts[0])
+    os.utime(tmp_path / folder, (0, 0))
+    remove_leftovers(tmp_path)
+    assert present(tmp_path, [*parts, *KEPT]) == KEPT
 
 
 def test_scratch_files_of_reports_and_pages_are_removed_when_their_process_is_dead(tmp_path: Path) -> None:

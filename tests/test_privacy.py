@@ -205,7 +205,7 @@ def test_values_in_their_usual_notation_are_found(text: str, hidden: str) -> Non
         "v1.2.3.4, version 10.0.22621.150, section 3.14.15.9, 192.168.0.1, 127.0.0.1, std::vector::push_back, 12:30:45",
         "0100 0001 0100 0010 in binary; color: #333333; 078-05-1120",
         "Asia uses AKIA as a name; sk-learn; hf_hub; eyJ is how a token starts; pypi-AgE",
-        "Continue 01 02 03 04 05 06 07 08 and 83 04 97 39 46 71, or 44-01-60-70-99-32-22",
+        "Continue 01 02 03 04 05 06 07 08 and 83 91 04 97 39 46 71, or 44-01-60-70-99-32-22",
         "Translate ACCAGGTTACGATCGATTTGACCAGTACGGATCC and the primer ACCAGTACGGATCCATGCAA; MKTAYIAKQRASIAQRSFVKSHFSRQLEERLG folds",
         "A file begins with -----BEGIN RSA PRIVATE KEY----- and holds base64",
         "mysql://user:password@localhost and mysql://user:${PASS}@localhost",
@@ -215,6 +215,21 @@ def test_values_in_their_usual_notation_are_found(text: str, hidden: str) -> Non
 def test_values_that_only_look_sensitive_are_not_masked(text: str) -> None:
     assert scan([text]) == []
     assert mask(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("06 12 34 56 78 07 98 76 54 32", "[phone] [phone]"),
+        ("Lyon 69 06 12 34 56 78", "Lyon 69 [phone]"),
+        ("06 12 34 56 78 75 ans", "[phone] 75 ans"),
+        ("06 12 34 56 78", "[phone]"),
+        ("01 02 03 04 05", "01 02 03 04 05"),
+        ("01 02 03 04 05 06 07 08 09 10", "01 02 03 04 05 06 07 08 09 10"),
+    ],
+)
+def test_numbers_beside_other_pairs_of_digits_are_found_and_series_are_not(text: str, masked: str) -> None:
+    assert mask(text) == masked
 
 
 def test_rows_and_places_are_those_of_the_texts() -> None:

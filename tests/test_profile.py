@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagster_project.core.records import example_id
-from dagster_project.curation.checks.profile import Limits, failures, notes, opening, profile, response_opening, set_schema, shares
+from dagster_project.curation.checks.profile import Limits, _masked, failures, notes, opening, profile, response_opening, set_schema, shares
 from dagster_project.curation.checks.references import Reference
 
 Record = dict[str, Any]
@@ -84,6 +84,7 @@ def test_categories_that_are_masked_alike_are_counted_apart() -> None:
     found = profile([ask(f"Hi {i}", category=name) for i, name in enumerate(names)])
     assert found["categories"] == {"[e-mail]": 95, "login": 20, "[e-mail] 2": 5}
     assert found["rarest"] == {"[e-mail] 2": 5, "login": 20, "[e-mail]": 95}
+    assert _masked(["[e-mail] 2", "a@b.de", "c@d.de"]) == {"[e-mail] 2": "[e-mail] 2", "a@b.de": "[e-mail]", "c@d.de": "[e-mail] 3"}
     assert shares(found, Limits())["category_ratio"].to_list() == [19.0]
 
 
@@ -328,7 +329,7 @@ def test_one_source_may_dominate_unless_the_policy_limits_it() -> None:
 def test_a_varied_set_is_diverse() -> None:
     found = profile(varied(500))
     assert failures(found, LIMITS, near_copies=3) == {}
-    assert "3 prompts (1%) are nearly those of earlier rows" in notes(found, LIMITS, near_copies=3)["low_diversity"]
+    assert "3 prompts (1%) share a group of near-copies with an earlier row" in notes(found, LIMITS, near_copies=3)["low_diversity"]
     assert "nearly" not in notes(found, LIMITS)["low_diversity"], "nobody looked"
 
 
@@ -385,7 +386,7 @@ def test_one_opening_in_most_prompts_is_not_diverse() -> None:
 
 def test_mostly_near_copies_are_not_diverse() -> None:
     assert failures(profile(varied(200)), LIMITS, near_copies=101) == {
-        "low_diversity": "101 prompts (50%) are nearly those of earlier rows"
+        "low_diversity": "101 prompts (50%) share a group of near-copies with an earlier row"
     }
     assert failures(profile(varied(200)), LIMITS, near_copies=100) == {}
 

@@ -286,7 +286,7 @@ def test_an_error_of_the_operating_system_in_the_process_of_a_stage_is_its_error
 
 def test_nothing_is_started_after_a_stage_was_interrupted_by_someone_else(tmp_path: Path) -> None:
     whole = RunAll(tmp_path, 1, False)
-    unchanged: Any = SimpleNamespace(changed=False, frozen=False)
+    unchanged: Any = SimpleNamespace(changed=[], frozen=False, as_recorded=True)
     whole.states, whole.above = {"a": unchanged, "b": unchanged}, {"a": set(), "b": {"a"}}
     for outcome, after in (("interrupted", {}), ("run", {"b": Outcome("up to date")})):
         whole.outcomes = {"a": Outcome(outcome)}

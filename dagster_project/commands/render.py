@@ -68,7 +68,8 @@ def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
         return "its latest run failed a blocking check, and its page shows that run", []
     published, run = report.get("output_sha256"), measured_path(root, address)
     if published and published != sha256_of(out):
-        return f"its report is of another output than {out.relative_to(root)}, which `dvc checkout` restores", []
+        path = out.relative_to(root)
+        return f"its report is of another output than {path}; `dvc checkout --force {path}` restores that", []
     if published and run.is_file() and not damage(run.read_bytes()) and json.loads(run.read_bytes()).get("output_sha256") != published:
         return "its latest run on this machine made another output, and the documents of that run are not of this one: run it again", []
     before = _times(pages)

@@ -98,7 +98,7 @@ def _section(values: Mapping[str, Any], section: str, with_variants: Collection[
     found: Any = values
     for part in section.split("."):
         if not isinstance(found, Mapping) or part not in found:
-            names = [f"{name}.{key}" for name in values if name in with_variants for key in values[name] or ()]
+            names = [f"{name}.{key}" for name, one in values.items() if name in with_variants and isinstance(one, Mapping) for key in one]
             others = [name for name in values if name not in with_variants]
             raise InputError(f"params.yaml has no {section}", f"variants: {', '.join(names)}; other sections: {', '.join(others)}")
         found = found[part]

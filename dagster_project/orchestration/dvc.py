@@ -114,7 +114,7 @@ class StageState:
         text = f"{self.address} is frozen, so it is not run, but {self.changed[0]}; "
         if self.recorded and self.output_problem:
             path = self.output_problem.partition(" differs from ")[0]
-            restore = "git checkout HEAD" if path in self.metrics else "dvc checkout" if self.in_cache else "dvc pull"
+            restore = "git checkout HEAD" if path in self.metrics else "dvc checkout --force" if self.in_cache else "dvc pull --force"
             text += f"`{restore} {path}` restores it, or "
         return f"{text}remove `frozen: true` from dvc.yaml to let it run"
 

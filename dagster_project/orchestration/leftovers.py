@@ -43,23 +43,26 @@ def remove_leftovers(root: Path) -> None:
             found = [*_leftovers(root)]
             if found and locks_by_hard_links(root):  # then `flock` does not show whether DVC holds its lock
                 return
-            for path in found:
+            abandoned = [path for path in found if TEMPORARY.fullmatch(path.name) or _is_abandoned(path.name)]
+            for path in abandoned:
                 path.unlink(missing_ok=True)
                 log.info(f"removed {path.relative_to(root)}, which a killed process left behind")
-            (root / SWEPT).parent.mkdir(parents=True, exist_ok=True)
-            (root / SWEPT).touch()
+            if len(abandoned) == len(found):  # otherwise files in use are looked for again, even if their folders do not change
+                (root / SWEPT).parent.mkdir(parents=True, exist_ok=True)
+                (root / SWEPT).touch()
     except OSError as error:  # busy, or not writable
         log.debug(f"temporary files of DVC are not searched: {error}")
 
 
 def _leftovers(root: Path) -> Iterator[Path]:
+    """Temporary files, also those of our own that are in use."""
     swept = (root / SWEPT).stat().st_mtime if (root / SWEPT).is_file() else 0.0
     cache = [root / CACHE, *(Path(entry.path) for entry in _entries(root / CACHE) if entry.is_dir(follow_symlinks=False))]
     folders = [folder for folder in cache if folder.is_dir() and folder.stat().st_mtime >= swept - 2]
     folders += [Path(folder) for start in (RUNS, REPORTS) for folder, _, _ in os.walk(root / start)]
     for folder in folders:
         for entry in _entries(folder):
-            if (TEMPORARY.fullmatch(entry.name) or _is_abandoned(entry.name)) and entry.is_file(follow_symlinks=False):
+            if (TEMPORARY.fullmatch(entry.name) or OWN.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
                 yield Path(entry.path)
 
 

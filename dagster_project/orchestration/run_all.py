@@ -175,7 +175,7 @@ class RunAll:
             if not all(above in self.outcomes for above in self.above[address]):
                 continue
             state = self.states[address]
-            if not state.changed and (state.frozen or not self.force):
+            if state.as_recorded and (state.frozen or not (state.changed or self.force)):
                 self.outcomes[address] = Outcome(UP_TO_DATE)
             elif state.frozen_problem:
                 log.error(state.frozen_problem)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address
+from itertools import pairwise
 
 from dagster_project.curation.checks.text_search import Local, Span, TooManyError, all_of, matches
 
@@ -127,7 +128,9 @@ _alone = partial(Local, r"\w.,+-", after=r"\w-", decimals=".,")
 _AMERICAN = _alone(r"(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[.-])[0-9]{3}[.-][0-9]{4}")
 _ZERO = _alone(r"\(?0(?:[1-9](?:[ .-][0-9]{2}){4}|[1-9][0-9]{1,3}\)?[ /-][0-9]{3,8}(?:[ -][0-9]{2,5}){0,3})", overlapping=True)
 _PAIRS = re.compile("[0-9]{2}(?:[ .-][0-9]{2}){4}")
-_PAIR_BEFORE, _PAIR_AFTER = re.compile(r"(?<![0-9])[0-9]{2}[ .-]\Z"), re.compile("[ .-][0-9]{2}(?![0-9])")
+_PAIRS_BEFORE, _PAIRS_AFTER = re.compile(r"(?<![0-9])(?:[0-9]{2}[ .-])+\Z"), re.compile("(?:[ .-][0-9]{2}(?![0-9]))+")
+SERIES = 60
+"""Characters before and after a number in which further pairs of digits are looked for."""
 _CUE = re.compile(
     r"(?i:\b(?:tel|phone|telephone|mobile|cell|cellphone|call|fax|whatsapp|sms|telefon|handy|mobil|t[ée]l|t[ée]l[ée]phone|portable"
     r"|tel[ée]fono|m[óo]vil|telefone|celular|cellulare|telefoon)\b|电话|手机|電話|携帯)[^0-9\n+]{0,24}\Z"
@@ -173,10 +176,15 @@ def _has_date(written: str) -> bool:
 
 
 def _is_part_of_a_series(text: str, start: int, end: int) -> bool:
-    """Whether a number of five pairs of digits has further pairs next to it, as in "01 02 03 04 05 06"."""
-    return _PAIRS.fullmatch(text, start, end) is not None and (
-        _PAIR_BEFORE.search(text, max(0, start - 4), start) is not None or _PAIR_AFTER.match(text, end) is not None
-    )
+    """Whether five pairs of digits count, as in "01 02 03 04 05", or have two or more pairs next to them that are not numbers themselves."""
+    if not _PAIRS.fullmatch(text, start, end):
+        return False
+    before, after = _PAIRS_BEFORE.search(text, max(0, start - SERIES), start), _PAIRS_AFTER.match(text, end, end + SERIES)
+    whole = text[before.start() if before else start : after.end() if after else end]
+    pairs = re.findall("[0-9]{2}", whole)
+    counts = len({int(second) - int(first) for first, second in pairwise(pairs)}) == 1
+    are_numbers = len(pairs) % 5 == 0 and all(first[0] == "0" != first[1] for first in pairs[::5])
+    return counts or (len(pairs) >= 7 and not are_numbers)
 
 
 def _follows_a_cue(text: str, at: int) -> bool:

@@ -239,12 +239,11 @@ def _most_frequent(counts: Mapping[str, int]) -> list[str]:
 def _masked(names: Sequence[str]) -> dict[str, str]:
     """Name -> the name as it is shown. Names come from the data, so addresses in them are masked; those that would look alike are numbered:
     "[e-mail]", "[e-mail] 2"."""
-    alike: Counter[str] = Counter()
-    shown = {}
+    shown = dict[str, str]()
     for name in names:
-        text = mask(name)
-        alike[text] += 1
-        shown[name] = text if alike[text] == 1 else f"{text} {alike[text]}"
+        text, taken = mask(name), {*shown.values()}
+        numbered = (f"{text} {i}" for i in range(2, len(names) + 2))
+        shown[name] = text if text not in taken else next(one for one in numbered if one not in taken)
     return shown
 
 
@@ -544,7 +543,7 @@ def shares(profile: Mapping[str, Any], limits: Limits, near_copies: int | None =
     """The row that `set_schema` validates: a column per measure, null where it does not apply.
 
     Args:
-        near_copies: number of rows with nearly the prompt of an earlier row; None if unknown.
+        near_copies: number of rows that share a group of near-copies with an earlier row; None if unknown.
     """
     import polars as pl
 
@@ -616,7 +615,7 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
         "top_response_share": f"{diversity['top_response_share']:.0%} of the rows have the same long response"
         if diversity["top_response_share"]
         else "no long response repeats",
-        "near_copy_share": f"{copies:,} prompts ({copies / max(1, rows):.0%}) are nearly those of earlier rows",
+        "near_copy_share": f"{copies:,} prompts ({copies / max(1, rows):.0%}) share a group of near-copies with an earlier row",
         "few": f"not checked below {limits.min_rows_for_diversity} rows",
     }
 

@@ -61,7 +61,7 @@ def bring_up_to_date(
             raise dg.Failure(f"{address} was not run: {reason}.", allow_retries=False)
         done = "nothing"
         after: Snapshot | None = None
-        if states[address].changed or (force and not states[address].frozen):
+        if not states[address].frozen and (states[address].changed or force):
             for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
                 done = _reproduce(context, project, address, force, variables)
                 after = _read(context, project)
