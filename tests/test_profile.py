@@ -329,7 +329,7 @@ def test_one_source_may_dominate_unless_the_policy_limits_it() -> None:
 def test_a_varied_set_is_diverse() -> None:
     found = profile(varied(500))
     assert failures(found, LIMITS, near_copies=3) == {}
-    assert "3 prompts (1%) share a group of near-copies with an earlier row" in notes(found, LIMITS, near_copies=3)["low_diversity"]
+    assert "3 prompts (1%) are nearly those of earlier rows" in notes(found, LIMITS, near_copies=3)["low_diversity"]
     assert "nearly" not in notes(found, LIMITS)["low_diversity"], "nobody looked"
 
 
@@ -386,7 +386,7 @@ def test_one_opening_in_most_prompts_is_not_diverse() -> None:
 
 def test_mostly_near_copies_are_not_diverse() -> None:
     assert failures(profile(varied(200)), LIMITS, near_copies=101) == {
-        "low_diversity": "101 prompts (50%) share a group of near-copies with an earlier row"
+        "low_diversity": "101 prompts (50%) are nearly those of earlier rows"
     }
     assert failures(profile(varied(200)), LIMITS, near_copies=100) == {}
 

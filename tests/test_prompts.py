@@ -346,7 +346,7 @@ def test_rows_that_a_later_row_links_share_its_group() -> None:
     halves = [" ".join(f"{name}{chr(97 + i)}{chr(97 + k)}" for k in range(12)) for name in ("sun", "sea") for i in range(20)]
     found = judged([row(text) for text in (*halves, *map(" ".join, zip(halves[:20], halves[20:], strict=True)))])
     assert len(set(found.cluster)) == 20
-    assert "40 prompts (67%) share a group of near-copies with an earlier row" in found.verdicts["low_diversity"].note
+    assert "40 prompts (67%) are nearly those of earlier rows" in found.verdicts["low_diversity"].note
     assert not found.verdicts["low_diversity"].passed
 
 

@@ -615,7 +615,7 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
         "top_response_share": f"{diversity['top_response_share']:.0%} of the rows have the same long response"
         if diversity["top_response_share"]
         else "no long response repeats",
-        "near_copy_share": f"{copies:,} prompts ({copies / max(1, rows):.0%}) share a group of near-copies with an earlier row",
+        "near_copy_share": f"{copies:,} prompts ({copies / max(1, rows):.0%}) are nearly those of earlier rows",
         "few": f"not checked below {limits.min_rows_for_diversity} rows",
     }
 
