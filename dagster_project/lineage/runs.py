@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -105,6 +105,18 @@ class StageRun:
         return f"<{self.address} {self.md5[:8]} #{self.id}>"
 
 
+def _entries_above(run: StageRun, known: dict[int, frozenset[int]]) -> frozenset[int]:
+    """Ids of the entries of a run and of all runs that it was made from.
+
+    Args:
+        known: id of a run -> the same; completed.
+    """
+    if run.id not in known:
+        known[run.id] = frozenset({run.entry.id})  # ends a cycle
+        known[run.id] = known[run.id].union(*(_entries_above(one, known) for one in run.producers.values()))
+    return known[run.id]
+
+
 Listing = Callable[[str], Mapping[str, str] | None]
 """Hash of an output -> path in it -> hash of the file; None if it is unavailable."""
 
@@ -183,21 +195,30 @@ class Resolver:
 
     def add_alternatives(self, order: int) -> None:
         """Add the lineages that runs may have through DVC's run cache, which does not record the run that made an input: if a run that no dvc.lock
-        contains made the same bytes as another one, every reader of these bytes may have read those of either."""
+        contains made the same bytes as another one, every reader of these bytes may have read those of either.
+
+        Not every combination is added, because their number is exponential in the number of stages. For each entry that may be above another one,
+        there is a run in which it is."""
         readers: dict[str, list[StageRun]] = defaultdict(list)
         for run in self.runs:
             for _, _, md5 in run.inputs:
                 readers[md5].append(run)
         made = {md5: {run.entry.id for run in runs} for md5, runs in self.by_output.items()}
-        pending = [run for run in self.runs if run.place == "run cache" and not run.locks and len(made[run.md5]) > 1]
+        pending = deque(run for run in self.runs if run.place == "run cache" and not run.locks and len(made[run.md5]) > 1)
+        above: dict[int, frozenset[int]] = {}
+        added: dict[tuple[Any, ...], set[int]] = defaultdict(set)
+        """Reader without its producers -> entries above the runs that were added for it."""
         while pending:
-            producer = pending.pop(0)
+            producer = pending.popleft()
+            entries = _entries_above(producer, above)
             for reader in readers[producer.md5]:
+                if reader is producer or reader.producers.get(producer.md5) is producer or entries <= added[reader.entry.id, reader.inputs]:
+                    continue
                 known = len(self.runs)
                 alternative = {**reader.producers, producer.md5: producer}
-                if reader.producers.get(producer.md5) is not producer and reader is not producer:
-                    run = self._run(reader.entry, reader.inputs, alternative, reader.unresolved, order, None, "run cache")
-                    pending += [run] if len(self.runs) > known else []
+                run = self._run(reader.entry, reader.inputs, alternative, reader.unresolved, order, None, "run cache")
+                added[reader.entry.id, reader.inputs] |= _entries_above(run, above)
+                pending += [run] if len(self.runs) > known else []
 
     def _run(
         self,
