@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import sqlite3
 import subprocess
@@ -760,3 +761,45 @@ def test_runs_with_the_same_bytes_give_few_lineages_and_every_entry_is_above_its
     for version in range(versions):
         of_entry = [above(run) for run in last if run.entry.id == (stages - 1) * versions + version]
         assert set[int]().union(*of_entry) >= {number for number in entries if number < (stages - 1) * versions}
+
+
+def alternatives_one_by_one(resolver: Resolver) -> None:
+    """Every combination of runs that made the same bytes."""
+    readers = [(run, made) for run in resolver.runs for _, _, made in run.inputs]
+    pending = [run for run in resolver.runs if not run.locks and len({one.entry.id for one in resolver.by_output[run.md5]}) > 1]
+    for producer in pending:
+        for reader, made in readers:
+            if made == producer.md5 and reader is not producer:
+                known = len(resolver.runs)
+                producers = {**reader.producers, made: producer}
+                run = resolver._run(reader.entry, reader.inputs, producers, reader.unresolved, 1, None, "run cache")
+                pending += [run] if len(resolver.runs) > known else []
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_no_entry_that_may_be_above_another_one_is_lost_with_the_combinations(seed: int) -> None:
+    draw = random.Random(seed)
+    reads = [[above for above in range(stage) if draw.random() < 0.6] for stage in range(5)]
+    entries = dict[int, Entry]()
+    for stage, above in enumerate(reads):
+        for version in range(draw.randint(1, 3)):
+            inputs = ((f"file{stage}", f"file {stage} {version}"), *((f"data/s{one}", f"out {one}") for one in above))
+            entries[len(entries)] = Entry(len(entries), f"s{stage}", f"data/s{stage}", f"out {stage}", False, inputs, frozenset())
+    locks = [[draw.choice([i for i, one in entries.items() if one.address == f"s{stage}"]) for stage in range(5)] for _ in range(2)]
+    found = []
+    for add in (lambda resolver: resolver.add_alternatives(2), alternatives_one_by_one):
+        resolver = Resolver(entries, lambda _: None)
+        for order, lock in enumerate(locks):
+            resolver.add_lock(order, lock, order, str(order), "commit")
+        resolver.add_unrecorded([one for i, one in entries.items() if i not in {*locks[0], *locks[1]}], 2, "run cache")
+        resolver.connect()
+        add(resolver)
+        above_of: dict[int, set[int]] = {}
+        for run in resolver.runs:
+            stack = [run]
+            while stack:
+                one = stack.pop()
+                above_of.setdefault(run.entry.id, set()).add(one.entry.id)
+                stack += one.producers.values()
+        found.append(above_of)
+    assert found[0] == found[1]

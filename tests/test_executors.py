@@ -119,7 +119,7 @@ def test_a_stage_that_reads_a_key_which_git_ignores_runs_on_this_machine(tmp_pat
 
 
 def test_verify_makes_stages_again_on_this_machine_wherever_they_are_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its scratch copy is no git repository, from which a job could get its files."""
+    """Its scratch copy is not a git repository, from which a job could get its files."""
     values = {"execution": {"stages": {"splits": {"on": "ray", "workers": 3}}}}
     monkeypatch.delenv(VARIABLE, raising=False)
     assert type(_executor(tmp_path, values, "splits", PEDIGREE, [])).__name__ == "RayExecutor"

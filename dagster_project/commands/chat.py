@@ -206,10 +206,8 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
     from safetensors import SafetensorError
 
     values = params.read(root)
-    settings, compute = (
-        params.parse(Settings, values.get("evaluation"), "evaluation"),
-        params.parse(Compute, values.get("compute"), "compute"),
-    )
+    settings = params.parse(Settings, values.get("evaluation"), "evaluation")
+    compute = params.parse(Compute, values.get("compute"), "compute")
     try:
         model = EvaluatedModel(folder, compute, settings, root / "data/base_model")
     except (OSError, ValueError, SafetensorError) as error:  # what the libraries raise for such files

@@ -207,18 +207,21 @@ class Resolver:
         pending = deque(run for run in self.runs if run.place == "run cache" and not run.locks and len(made[run.md5]) > 1)
         above: dict[int, frozenset[int]] = {}
         added: dict[tuple[Any, ...], set[int]] = defaultdict(set)
-        """Reader without its producers -> entries above the runs that were added for it."""
+        """Entry and inputs of a reader -> entries above the runs that were added for it."""
         while pending:
             producer = pending.popleft()
-            entries = _entries_above(producer, above)
             for reader in readers[producer.md5]:
-                if reader is producer or reader.producers.get(producer.md5) is producer or entries <= added[reader.entry.id, reader.inputs]:
+                if reader is producer or reader.producers.get(producer.md5) is producer:
+                    continue
+                alternative, of_reader = {**reader.producers, producer.md5: producer}, added[reader.entry.id, reader.inputs]
+                entries = frozenset[int]().union(*(_entries_above(run, above) for run in alternative.values()))
+                if entries <= of_reader:
                     continue
                 known = len(self.runs)
-                alternative = {**reader.producers, producer.md5: producer}
                 run = self._run(reader.entry, reader.inputs, alternative, reader.unresolved, order, None, "run cache")
-                added[reader.entry.id, reader.inputs] |= _entries_above(run, above)
-                pending += [run] if len(self.runs) > known else []
+                if len(self.runs) > known:
+                    of_reader |= entries
+                    pending.append(run)
 
     def _run(
         self,

@@ -67,13 +67,13 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
             code_lock.refuse_other_code(root, [stage])
             with lean_imports():
                 # the driver of a worker has validated them, and the worker has only the sources that this stage reads
-                validated = params.read if os.environ.get(VARIABLE) == WORKER else pipeline.validate
+                read_params = params.read if os.environ.get(VARIABLE) == WORKER else pipeline.validate
                 try:
                     before = _verified_inputs(root, address)  # before any of these files is read
                 except MissingParameter:
-                    validated(root)  # says more about what is missing
+                    read_params(root)  # says more about what is missing
                     raise
-                values = validated(root)
+                values = read_params(root)
             if (key := pipeline.rests_on_all.get(stage)) and _is_given(root, values, key) and not _is_inner():
                 _refuse_outdated(root, address)
             executor = executor or _executor(root, values, address, pipeline, before)

@@ -185,7 +185,7 @@ class _Run:
     error: Mapping[str, Any] | None = None
     damaged: list[str] = field(default_factory=list)
     stopped: set[str] = field(default_factory=set)
-    """Ids of jobs that this run stopped, of which none is gone on with, also if it has not ended yet."""
+    """Ids of jobs that this run stopped, none of which is resumed, even if it has not ended yet."""
     raw: list[str] = field(default_factory=list)
     """Lines of the latest job's log that are not messages."""
     bytes_sent: int = 0
