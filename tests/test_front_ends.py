@@ -245,7 +245,7 @@ def test_a_frozen_stage_is_never_recorded_with_inputs_that_it_did_not_read(root:
     assert record.event.dagster_event.event_specific_data.metadata["note"].value == FROZEN
 
     shutil.rmtree(root / "data/tok")
-    what = "tok is frozen, so it is not run, but data/tok differs from dvc.lock (deleted); `dvc checkout data/tok` restores it, or remove"
+    what = "tok is frozen, so it is not run, but data/tok differs from dvc.lock (deleted); `dvc checkout --force data/tok` restores it, or remove"
     assert what in str(materialize_tok().failure_data_for_node("tok").user_failure_data.description)
     document = run_all(root, 1, False, lambda _: None)
     assert document["stages"]["tok"]["error"].startswith(what) and document["stages"]["cmp"]["outcome"] == "not started"
