@@ -4,10 +4,11 @@
 LoRA as in the default run on the first rows of data/tokenized, two threads, one row a step, each run in its own process, beside 0, 1 and 2 processes
 that never wait. The settings are run in turn:
 
-    sleep   OMP_WAIT_POLICY=passive
-    spin    OMP_WAIT_POLICY=active
-    ours    what a process of Pedigree chooses when it starts (`commands/own_process.py`)
-    late    GOMP_SPINCOUNT=3000, which is what it chooses on a quiet machine: the other processes begin afterwards
+    sleep        OMP_WAIT_POLICY=passive
+    spin         OMP_WAIT_POLICY=active
+    spin 3000    GOMP_SPINCOUNT=3000, whatever else runs
+    ours         what a process of Pedigree does (`core/waiting.py`)
+    ours, late   the same, and the other processes begin after the first steps
 
 Tokens per second are the median of the rounds, without the first steps.
 """
@@ -21,9 +22,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,15 +34,18 @@ sys.path.insert(0, str(ROOT))
 from tables import machine, replace  # noqa: E402
 
 from dagster_project.commands import own_process  # noqa: E402
+from dagster_project.core import waiting  # noqa: E402
 
+LATE = "ours, late"
 SETTINGS = {
-    "sleep": {own_process.POLICY: "passive"},
-    "spin": {own_process.POLICY: "active"},
+    "sleep": {waiting.POLICY: "passive"},
+    "spin": {waiting.POLICY: "active"},
+    "spin 3000": {waiting.SPINS: waiting.SHORT_SPIN},
     "ours": {},
-    "late": {own_process.SPINS: own_process.SHORT_SPIN},
+    LATE: {},
 }
-SKIPPED = 4
-"""Steps that are not measured: memory is still being allocated."""
+BEGUN, SKIPPED = 2, 6
+"""Steps after which others begin in `ours, late`, and steps that are not measured: memory is still being allocated, and the others are noticed."""
 LORA = {
     "r": 16,
     "lora_alpha": 32,
@@ -68,11 +74,23 @@ def train(project: Path, rows: int) -> float:
     compute, model, stamps = Compute(seed=7, threads=2), project / "data" / "base_model", list[float]()
     table = list(read_table(project / "data" / "tokenized" / "train.parquet", ["lengths", "input_ids", "labels", "weights"]))[:rows]
     prepared = build("lora", LORA, model, *prepare(compute), "benchmark")
-    prepared = changed(prepared, callbacks=[*prepared.callbacks, stamping(stamps)])
+    prepared = changed(prepared, callbacks=[*prepared.callbacks, stamping(stamps), announcing(BEGUN)])
     params = SftParams(learning_rate=1.5e-3, num_train_epochs=1)
     fine_tune(prepared, AutoTokenizer.from_pretrained(model), Dataset.from_list(table), None, params, compute)
     tokens = sum(len(row["input_ids"]) for row in table) / len(table) * (len(stamps) - SKIPPED)
     return tokens / (stamps[-1] - stamps[SKIPPED - 1])
+
+
+def announcing(step: int) -> Any:
+    """A callback that prints a line at the end of this step."""
+    from transformers import TrainerCallback
+
+    class Announce(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step:
+                print("begun", flush=True)
+
+    return Announce()
 
 
 @contextmanager
@@ -87,12 +105,23 @@ def busy(count: int) -> Iterator[None]:
             other.wait()
 
 
-def measure(setting: str, project: Path, rows: int) -> float:
-    hidden = {own_process.POLICY, own_process.SPINS, own_process.OURS, "OMP_NUM_THREADS"}
+def measure(setting: str, others: int, project: Path, rows: int) -> float:
+    hidden = {waiting.POLICY, waiting.SPINS, waiting.OURS, "OMP_NUM_THREADS"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden} | SETTINGS[setting]
     command = [sys.executable, __file__, "--project", str(project), "--rows", str(rows), "--one"]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    late = setting == LATE
+    with (
+        nullcontext() if late else busy(others),
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process,
+    ):
+        assert process.stdout
+        lines = iter(process.stdout.readline, "")
+        begun = any(line == "begun\n" for line in lines)
+        with busy(others) if late and begun else nullcontext():
+            last = deque(lines, maxlen=1)
+    if process.returncode:
+        raise SystemExit(f"exit code {process.returncode}")
+    return float(json.loads(last[0]))
 
 
 def table(speeds: dict[tuple[str, int], float], rounds: int) -> str:
@@ -109,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=ROOT)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=14)
+    parser.add_argument("--rows", type=int, default=20)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -119,11 +148,10 @@ def main() -> None:
     speeds = dict[tuple[str, int], float]()
     for count in (0, 1, 2):
         found: dict[str, list[float]] = {name: [] for name in SETTINGS}
-        with busy(count):
-            for _ in range(options.rounds):
-                for name, values in found.items():
-                    values.append(measure(name, options.project, options.rows))
-                    print(f"{count} others, {name}: {values[-1]:.0f} tokens/s", file=sys.stderr, flush=True)
+        for _ in range(options.rounds):
+            for name, values in found.items():
+                values.append(measure(name, count, options.project, options.rows))
+                print(f"{count} others, {name}: {values[-1]:.0f} tokens/s", file=sys.stderr, flush=True)
         speeds |= {(name, count): statistics.median(values) for name, values in found.items()}
     print(text := table(speeds, options.rounds))
     if options.out:

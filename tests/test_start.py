@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import LOADED, ROOT, run
 
 from dagster_project.commands import own_process
+from dagster_project.core import waiting
 from dagster_project.orchestration import dvc
 from dagster_project.pipeline import STAGES
 
@@ -94,27 +98,9 @@ FRONT_ENDS = {
 }
 
 
-HOG = """import os
-if hasattr(os, "SCHED_IDLE"):
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # the kernel counts it, and gives it only what nothing else needs
-while True:
-    pass
-"""
-
-
-@pytest.fixture
-def busy() -> Iterator[None]:
-    """A process that never waits."""
-    hog = subprocess.Popen([sys.executable, "-c", HOG])
-    yield
-    hog.kill()
-    hog.wait()
-
-
 @pytest.mark.long
-@pytest.mark.usefixtures("busy")
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_beside_other_work_waiting_threads_sleep_whichever_front_end_starts_a_stage(
+def test_waiting_threads_of_a_stage_spin_briefly_whichever_front_end_starts_it(
     project: Path, monkeypatch: pytest.MonkeyPatch, front_end: str
 ) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY")
@@ -122,36 +108,45 @@ def test_beside_other_work_waiting_threads_sleep_whichever_front_end_starts_a_st
     (project / ".dagster").mkdir()
     done = run([sys.executable, *FRONT_ENDS[front_end]], project)
     assert done.returncode == 0, done.stderr
-    assert "GOMP_SPINCOUNT = '0'" in done.stdout + done.stderr, "it calls the policy passive also where none was chosen"
+    assert "GOMP_SPINCOUNT = '3000'" in done.stdout + done.stderr
 
 
-def kernel(path: Path, running: int) -> Path:
-    """A copy of what the kernel writes, with `running` threads."""
-    path.write_text(f"cpu  1 2 3 4\nctxt 5\nprocesses 6\nprocs_running {running}\nprocs_blocked 0\n")
+def kernel(path: Path, *ticks: int) -> Path:
+    """A copy of what the kernel writes, with so many ticks of each CPU in user mode."""
+    lines = [f"cpu{cpu} {count} 0 0 900 70 0 0 5 0 0" for cpu, count in enumerate(ticks)]
+    path.write_text("\n".join([f"cpu  {sum(ticks)} 0 0 900 70 0 0 5 0 0", *lines, "ctxt 5", "procs_running 3", ""]))
     return path
 
 
+@pytest.fixture
+def two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "_own_cpus", lambda: {0, 1})
+
+
+@pytest.mark.usefixtures("two_cpus")
 @pytest.mark.parametrize(
-    "running, looks, expected",
+    "ticks, computes, expected",
     [
-        (1, 3, {"GOMP_SPINCOUNT": "3000"}),
-        (2, 3, {"OMP_WAIT_POLICY": "passive"}),
-        (1, 0, {"OMP_WAIT_POLICY": "passive"}),
-        (0, 3, {"OMP_WAIT_POLICY": "passive"}),
+        ((1, 2), True, {"GOMP_SPINCOUNT": "3000"}),
+        ((1, 2), False, {"OMP_WAIT_POLICY": "passive"}),
+        ((0, 0, 7), True, {"OMP_WAIT_POLICY": "passive"}),
+        ((), True, {"OMP_WAIT_POLICY": "passive"}),
     ],
-    ids=["quiet", "beside another process", "a command that computes nothing", "a sandbox that does not count"],
+    ids=["a command that computes", "a command that computes nothing", "a sandbox that does not count", "no CPU is named"],
 )
-def test_threads_spin_briefly_only_if_nothing_else_runs(tmp_path: Path, running: int, looks: int, expected: dict[str, str]) -> None:
+def test_threads_spin_briefly_where_the_kernel_says_what_runs(
+    tmp_path: Path, ticks: tuple[int, ...], computes: bool, expected: dict[str, str]
+) -> None:
     environment: dict[str, str] = {}
-    own_process.set_waiting(environment, looks, kernel(tmp_path / "stat", running))
+    waiting.choose(environment, computes, kernel(tmp_path / "stat", *ticks))
     assert environment == {**expected, "PEDIGREE_WAITING": next(iter(expected))}
 
 
 @pytest.mark.parametrize("command", ["run", "chat", "serve", "why", "bisect", "plan", "audit"])
-def test_threads_of_commands_that_compute_spin_briefly_on_a_quiet_machine(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_commands_that_compute_spin_briefly(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     environment: dict[str, str] = {}
     monkeypatch.setattr(own_process.os, "environ", environment)
-    monkeypatch.setattr(own_process, "is_quiet", lambda looks, stat: True)
+    monkeypatch.setattr(waiting, "busy_ticks", lambda cpus, stat: 1)
     own_process.prepare([command])
     assert ("GOMP_SPINCOUNT" in environment) == (command != "audit")
 
@@ -160,21 +155,130 @@ def test_threads_sleep_where_the_kernel_does_not_say_what_runs(tmp_path: Path) -
     for stat in (tmp_path / "none", tmp_path / "empty"):
         (tmp_path / "empty").write_text("")
         environment: dict[str, str] = {}
-        own_process.set_waiting(environment, 3, stat)
+        waiting.choose(environment, True, stat)
         assert environment["OMP_WAIT_POLICY"] == "passive"
 
 
-def test_each_process_decides_for_itself_how_its_threads_wait(tmp_path: Path) -> None:
+def test_each_process_decides_for_itself_how_its_threads_wait(tmp_path: Path, two_cpus: None) -> None:
     environment: dict[str, str] = {}
-    own_process.set_waiting(environment, 3, kernel(tmp_path / "stat", 2))
-    own_process.set_waiting(environment, 3, kernel(tmp_path / "stat", 1))
+    waiting.choose(environment, False, kernel(tmp_path / "stat", 2, 2))
+    waiting.choose(environment, True, kernel(tmp_path / "stat", 1, 1))
     assert environment == {"GOMP_SPINCOUNT": "3000", "PEDIGREE_WAITING": "GOMP_SPINCOUNT"}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Seconds since the start, and CPU seconds of this process."""
+    clock = {"monotonic": 10.0, "process_time": 3.0}
+    for name in clock:
+        monkeypatch.setattr(waiting.time, name, lambda name=name: clock[name])
+    monkeypatch.setattr(waiting.os, "sysconf", lambda name: 100)
+    return clock
+
+
+@pytest.mark.parametrize(
+    "threads, others, contended",
+    [(2, [0.0, 0.2, 1.0, 0.2, 0.05, 0.2], [0, 0, 1, 1, 0, 0]), (1, [1.0, 1.3, 1.2, 1.05], [0, 1, 1, 0])],
+    ids=["a thread for each CPU", "a spare CPU"],
+)
+def test_cpus_are_contended_if_other_processes_use_more_than_the_threads_leave(
+    tmp_path: Path, clock: dict[str, float], two_cpus: None, threads: int, others: list[float], contended: list[int]
+) -> None:
+    """Each look: the CPUs that others used in two seconds, in which this process used all others, and a CPU that is not ours was busy."""
+    ticks, stat = [100, 100, 100], kernel(tmp_path / "stat", 100, 100, 100)
+    watched, seen = waiting.Contention(threads, stat), []
+    for used in others:
+        clock["monotonic"] += 2
+        clock["process_time"] += 2 * (2 - used)
+        ticks = [count + 200 for count in ticks]
+        kernel(stat, *ticks)
+        seen.append(int(watched.look()))
+    assert seen == contended
+
+
+def test_the_kernel_counts_what_other_processes_use() -> None:
+    cpus = os.sched_getaffinity(0)
+    before = waiting.busy_ticks(cpus)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            while psutil.Process(other.pid).cpu_times().user < 0.5:
+                time.sleep(0.05)
+            used = (waiting.busy_ticks(cpus) - before) / os.sysconf("SC_CLK_TCK")
+        finally:
+            other.kill()
+    assert used > 0.4
+
+
+CODE = """import threading
+import time
+from dagster_project.core.params import Compute
+from dagster_project.training.methods.hardware import prepare
+for _ in range(2):
+    prepare(Compute(threads=2))
+print([thread.name for thread in threading.enumerate()].count("waiting"))"""
+
+
+@pytest.mark.parametrize("variables, expected", [({"PEDIGREE_WAITING": "GOMP_SPINCOUNT"}, 1), ({}, 0)], ids=["ours", "the user's"])
+def test_a_process_that_computes_watches_what_else_runs_once(variables: dict[str, str], expected: int) -> None:
+    environment = {**os.environ, "GOMP_SPINCOUNT": "3000", **variables}
+    done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.strip() == str(expected), done.stderr
+
+
+@pytest.mark.parametrize("used, expected", [(0.0, "GOMP_SPINCOUNT"), (1.0, "OMP_WAIT_POLICY")], ids=["quiet", "beside another process"])
+def test_threads_of_a_command_of_the_user_wait_as_suits_what_runs_when_it_starts(
+    monkeypatch: pytest.MonkeyPatch, used: float, expected: str
+) -> None:
+    environment = {"GOMP_SPINCOUNT": "3000", "PEDIGREE_WAITING": "GOMP_SPINCOUNT"}
+    monkeypatch.setattr(waiting.Contention, "look", lambda self: used > waiting.CONTENDED)
+    waiting.settle(environment, 2)
+    assert environment == {expected: "3000" if expected == "GOMP_SPINCOUNT" else "passive", "PEDIGREE_WAITING": expected}
+
+
+def test_a_wait_setting_of_the_user_is_kept_for_a_command() -> None:
+    for environment in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}):
+        kept = dict(environment)
+        waiting.settle(environment, 2)
+        waiting.follow(2)
+        assert environment == kept and waiting.NAME not in {thread.name for thread in threading.enumerate()}
+
+
+IDLE = """import os, time
+os.environ["GOMP_SPINCOUNT"] = "1000000000000"  # without sleepers, a thread spins as long as this process lives
+import torch
+from dagster_project.core.waiting import Sleepers
+torch.set_num_threads(2)
+a = torch.ones(400, 400, dtype=torch.float64).div_(3)
+def idle():
+    result = (a @ a).sum().item()
+    begun = time.process_time()
+    time.sleep(0.5)
+    return time.process_time() - begun, result
+sleepers, rounds = Sleepers(2), []
+for wanted in (False, True, True, False, True):
+    sleepers.hold(wanted)
+    time.sleep(0.5)
+    idle()
+    rounds.append(idle())
+print([seconds > 0.05 for seconds, _ in rounds], len({result for _, result in rounds}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp")
+def test_a_team_that_sleeps_lets_other_threads_sleep_instead_of_spin() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    if len(cpus) < 2:
+        pytest.skip("one CPU")
+    code = f"import os\nos.sched_setaffinity(0, {cpus})\n{IDLE}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.strip() == "[True, False, False, True, False] 1", done.stderr
 
 
 @pytest.mark.parametrize("setting", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
 def test_a_wait_policy_of_the_user_is_kept(tmp_path: Path, setting: dict[str, str]) -> None:
     environment = dict(setting)
-    own_process.set_waiting(environment, 3, kernel(tmp_path / "stat", 1))
+    waiting.choose(environment, True, kernel(tmp_path / "stat", 1))
     assert environment == setting
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.core import waiting
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import hidden, lean_imports
 from dagster_project.core.params import Compute
@@ -37,6 +38,7 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
 
     hf_logging.disable_progress_bar()
     torch.set_num_threads(compute.threads)
+    waiting.follow(compute.threads)
     set_seed(compute.seed)
     torch.use_deterministic_algorithms(True)
     # a debugging aid that fills every new tensor; no kernel here reads uninitialized memory

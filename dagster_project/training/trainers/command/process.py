@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dagster_project.core import waiting
 from dagster_project.core.errors import InputError
 from dagster_project.core.text import visible
 
@@ -32,6 +33,7 @@ def environment(threads: int, seed: int, inputs: Path) -> dict[str, str]:
         inputs: the document that describes the files.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    waiting.settle(kept, threads)
     return kept | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', os.defpath)}",
         "PEDIGREE_INPUTS": str(inputs),
