@@ -279,6 +279,8 @@ def main() -> None:
         judge = judge_of(model, Path(scratch) / "judge") if "ppo" in options.method else Path()
         for method in options.method:
             asked = prompts_of(options.project, options.episodes if method == "ppo" else options.episodes // int(GROUP["num_generations"]))
+            if method == "ppo":
+                asked = asked[: len(asked) // ITERATION * ITERATION]  # TRL would complete the last iteration
             for seed in range(1, options.seeds + 1):  # setups in turns, so that a busy moment of the machine does not affect only one
                 for setup in options.setup:
                     python = options.trl_with_ppo if (method, setup) == ("ppo", "trl") else sys.executable
