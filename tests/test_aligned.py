@@ -716,7 +716,20 @@ def test_reward_hacking_is_reported(watch: dict[str, tuple[float, float] | None]
 
 
 def test_paired_means_have_a_paired_interval() -> None:
-    assert paired([0, 1, 0, 1], [1, 2, 1, 2]) == {"sft": 0.5, "aligned": 1.5, "difference": 1.0, "interval": [1.0, 1.0]}
+    assert paired([0, 1, 0, 1], [1, 2, 1, 2], "abcd") == {"sft": 0.5, "aligned": 1.5, "difference": 1.0, "interval": [1.0, 1.0]}
+
+
+def test_near_copies_among_held_out_pairs_count_as_one_in_intervals(tmp_path: Path) -> None:
+    before, after, names = [1, 1, 0, 0, 0], [0, 1, 1, 1, 1], "abcde"
+    alone, copied = paired(before, after, names), paired(before * 4, after * 4, names * 4)
+    assert copied == alone and copied != paired(before * 4, after * 4, [str(i) for i in range(20)])
+    pairs = [preference_row(i, "yes", "no") for i in range(4)]
+
+    def evaluated(test: list[dict[str, Any]], times: int) -> dict[str, Any]:
+        rewards = [0.0, 1.0, 1.0, 1.0] * times + [0.5, 0.0, 0.0, 0.0] * times
+        return reward_model._evaluate(lambda *_, **__: rewards, {"train": pairs, "test": test}, tmp_path / "c.csv")  # type: ignore[arg-type]
+
+    assert evaluated(pairs * 4, 4) == evaluated(pairs, 1) | {"by_category": {"even": {"accuracy": 1.0, "pairs": 8}}}
 
 
 def test_validation_figures_are_means_over_the_answers_that_they_are_about() -> None:

@@ -14,12 +14,12 @@ from builders.sources import to_pairs
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
-from dagster_project.core.records import write_json, write_table
+from dagster_project.core.records import write_json, write_records, write_table
 from dagster_project.core.text import visible
 from dagster_project.evaluation import ballots
 from dagster_project.evaluation.evaluator import result_rows, result_schema
 from dagster_project.evaluation.paired.bootstrap import wilson
-from dagster_project.evaluation.paired.pairwise import Match, Pair, agreement, contenders, majority, match, tally
+from dagster_project.evaluation.paired.pairwise import Match, Pair, agreement, as_text, contenders, majority, match, tally
 from dagster_project.training.inference.answers import Answer
 from dagster_project.views.ballot import ballot_page
 
@@ -158,6 +158,24 @@ def test_the_interval_is_the_wilson_interval() -> None:
     assert [round(bound, 4) for bound in wilson(0.81, 100)] == [0.7222, 0.8749]  # Newcombe 1998: 81 of 263 is .2553 to .3662
     assert [round(bound, 4) for bound in wilson(81 / 263, 263)] == [0.2553, 0.3662]
     assert wilson(1, 12)[1] == 1 and 0.75 < wilson(1, 12)[0] < 0.77
+
+
+def test_near_copies_and_turns_of_one_example_count_as_one_in_the_interval() -> None:
+    outcomes = ["win", "win", "win", "loss"]
+    pairs = [Pair(f"{i}", [], "login", ("a", "b"), False, unit=f"group {i % 4}") for i in range(12)]
+    found = tally(pairs, {pair.id: outcomes[i % 4] for i, pair in enumerate(pairs)})
+    assert (found["pairs"], found["wins"], found["win_rate"]) == (12, 9, 0.75)
+    assert found["interval"] == found["categories"]["login"]["interval"] == [round(bound, 4) for bound in wilson(0.75, 4)]
+    assert "turns of one conversation as one" in as_text({**found, "systems": ["x", "y"]})[1]
+    first = tally(pairs[:4], {pair.id: "win" for pair in pairs[:4]})
+    assert first["interval"] == [round(bound, 4) for bound in wilson(1, 4)] and first["interval_method"] == "Wilson, 95 %"
+
+
+def test_near_copies_in_the_test_split_share_the_unit_of_their_pairs(project: Path) -> None:
+    records = [record(i) | {"group_id": f"group {i % 5}"} for i in range(ANSWERS)]
+    shutil.rmtree(project / "data/splits/test")
+    write_records(project / "data/splits/test", records)
+    assert {pair.unit for pair in match(project, ("lora", "few_shot"), seed=7).pairs} == {f"group {i}" for i in range(5)}
 
 
 def test_control_characters_in_a_name_are_escaped(project: Path, ballot: Match, capsys: Any) -> None:
