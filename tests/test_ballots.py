@@ -284,9 +284,10 @@ def test_identical_systems_have_no_ballot_and_do_not_block_the_others(project: P
     assert ballots.read_votes(project, [Path(*saved(project, sheet(ballot, "Anna", lambda i, pair: "win")))], 7, False)[0] == ballot
 
 
-def test_the_answers_of_a_variant_that_was_removed_do_not_count(project: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("left", ["adapter: {other: {}}\naligned:\n", "aligned: {lora: {}}\n", "", "adapter: 3\n"])
+def test_the_answers_of_a_variant_that_was_removed_do_not_count(project: Path, left: str, capsys: Any) -> None:
     assert main(["ballots", "export", "few_shot", "lora", "--project", str(project), "--out", str(project / "a.html")]) == 0
-    (project / "params.yaml").write_text("compute: {seed: 7}\nadapter: {other: {}}\naligned:\n")
+    (project / "params.yaml").write_text(f"compute: {{seed: 7}}\n{left}")
     capsys.readouterr()
     assert main(["ballots", "export", "few_shot", "lora", "--project", str(project)]) == 2
     assert "lora" in (said := capsys.readouterr().err).splitlines()[0] and "Traceback" not in said

@@ -110,13 +110,9 @@ def _results_of_variants(project: Path) -> list[Path]:
     """Results of the variants that params.yaml has. Those of a removed one may be left behind in its folder."""
     files = sorted((project / "data").glob("evaluation*/*/results.parquet"))
     values = params.read(project) if files else {}
-    removed = {
-        (stage, file.parent.name)
-        for stage, section in {"evaluation": "adapter", "evaluation_aligned": "aligned"}.items()
-        for file in files
-        if section in values and file.parent.name not in (values[section] or {})
-    }
-    return [file for file in files if (file.parent.parent.name, file.parent.name) not in removed]
+    sections = {stage: values.get(section) for stage, section in {"evaluation": "adapter", "evaluation_aligned": "aligned"}.items()}
+    variants = {stage: section if isinstance(section, dict) else {} for stage, section in sections.items()}
+    return [file for file in files if file.parent.name in variants.get(file.parent.parent.name, {})]
 
 
 def contenders(project: Path) -> tuple[str, str]:
