@@ -269,7 +269,7 @@ def test_a_diverged_reward_model_records_the_reason_and_dpo_runs_without_rewards
     assert not report.failures and not {"reward", "win_rate"} & set(report.metrics["watch"])
     assert {row["sft_reward"] for row in read_table(tmp_path / "out" / "samples.parquet")} == {None}
     page = (tmp_path / "pages" / "alignment.html").read_text()
-    assert "No reward was measured." in page and "better answers" not in page
+    assert "No reward was measured." in page and "win rate" not in page
     [failed] = align_it(tmp_path, preferences, judge, tiny_model, method="rloo").failures
     assert "learned" in failed.note and "aligned.mine.rewards" in failed.note and "min_accuracy" not in failed.note
 
@@ -713,6 +713,14 @@ def test_reward_hacking_is_reported(watch: dict[str, tuple[float, float] | None]
     found = {"reward": (1.0, 2.0), "tokens": (10, 15), "distinct": (0.9, 0.85), "unfinished": (0.1, 0.15)} | watch
     signs = gamed({name: {"sft": ends[0], "aligned": ends[1], "difference": ends[1] - ends[0]} for name, ends in found.items() if ends})
     assert len(signs) == bool(sign) and sign in "".join(signs)
+
+
+def test_the_page_does_not_call_equal_answers_better() -> None:
+    from dagster_project.views.alignment import _key_figures
+
+    same = {"sft": 1.0, "aligned": 1.0}
+    watch = {"reward": same, "win_rate": {"value": 0.5}, "tokens": same, "distinct": same, "kl_per_token": 0.0}
+    assert ("win rate", "50%", "over the SFT model, by the reward model; a tie counts half") in _key_figures({"watch": watch})
 
 
 def test_paired_means_have_a_paired_interval() -> None:
