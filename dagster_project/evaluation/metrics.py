@@ -119,6 +119,10 @@ def _mention(name: str) -> re.Pattern[str]:
     return re.compile(before + re.escape(name) + after, re.IGNORECASE)
 
 
+OF_FINAL_ANSWERS = ("accuracy", "no_final_answer")
+"""Measures of final answers. The text before a tool call has none to compare with."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """A score of answers against references."""
