@@ -225,11 +225,11 @@ def test_nothing_is_concluded_from_a_few_examples_with_calls_among_many_answers(
         return found
 
     found = compare()
-    assert found["test"] == {"examples": 40, "answered": 40, "decided": 20, "seen": 0} and found["shown"][0] == NAMES[0]
+    assert found["test"] == {"examples": 40, "answered": 40, "decided": 20, "questions": 20, "seen": 0} and found["shown"][0] == NAMES[0]
     assert found["advice"][0].startswith("Nothing can be concluded from 20 test examples: ") and not found["recommended"]["sure"]
     write_records(tmp_path / "splits" / "test", [record | {"group_id": str(i // 2)} for i, record in enumerate(records)])
     found = compare()
-    assert found["test"] == {"examples": 40, "answered": 40, "decided": 10, "independent": 20, "seen": 0}
+    assert found["test"] == {"examples": 40, "answered": 40, "decided": 10, "questions": 20, "independent": 20, "seen": 0}
     assert found["advice"][0].startswith("Nothing can be concluded from 10 test examples, near-copies counted once: at least 30")
 
 

@@ -94,6 +94,10 @@ class Scoring:
         """Number of test examples that a measure covers; near-copies count once."""
         return len({one for one, counted in zip(self.units, self._covered(name), strict=True) if counted})
 
+    def questions_of(self, name: str) -> int:
+        """Number of questions that a measure covers."""
+        return sum(self._covered(name))
+
     def _by_question(self, name: str, answers: Sequence[Answer], writes: bool) -> np.ndarray:
         import numpy as np
 
