@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dagster_project.evaluation.baselines import THINK, bm25, classify, conclusion, instruction, nearest, spread, with_shots
+from dagster_project.evaluation.labels import LabelSet
 from dagster_project.evaluation.metrics import Task
 
 TASK = Task(fields={"summary": [], "category": ["login", "billing"]}, score="category")
@@ -112,10 +113,17 @@ def test_the_instruction_names_every_field_and_every_allowed_value(said: str) ->
         ('First\n{"category": "login"}\n\n{"category": "billing"} \nDone.\n', '{"category": "billing"}'),
         ("Not login.\nBilling.", "Billing."),
         (" \n", ""),
+        ('So:\n```json\n{\n  "category": "billing",\n  "summary": "x"\n}\n```\n', '{\n"category": "billing",\n"summary": "x"\n}'),
+        ('{"category": "login"} or\n{"category": "billing"} it is.\nYes.', '{"category": "billing"} it is.'),
+        ('{\n"category": "billing",', '{\n"category": "billing",'),
     ],
 )
 def test_what_counts_after_thinking_is_the_last_line(answer: str, wanted: str) -> None:
-    assert conclusion(answer) == wanted
+    assert conclusion(answer, TASK) == wanted
+
+
+def test_a_label_after_thinking_is_on_the_last_line_also_where_a_line_of_code_is_above_it() -> None:
+    assert conclusion('The message is\n{"a": 1}\nspam', LabelSet(("ham", "spam"))) == "spam"
 
 
 def test_the_classifier_of_prompts_without_words_predicts_the_most_frequent_label() -> None:

@@ -80,8 +80,8 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
             if model.refuses(messages, scoring.offers, name):
                 continue
             answers = model.answer(messages, name, params.thinking_tokens if name == "chain_of_thought" else 0, scoring.offers)
-            if name == "chain_of_thought" and labelled:
-                answers = [replace(answer, content=conclusion(answer.content)) for answer in answers]
+            if name == "chain_of_thought" and task and labelled:
+                answers = [replace(answer, content=conclusion(answer.content, task)) for answer in answers]
             prompted_answers[name] = answers
             metrics[name] = scoring.score(answers)
             rows += result_rows(name, questions, task, answers, model.prompt_tokens(messages, scoring.offers))
