@@ -698,6 +698,12 @@ def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
     assert rewards([{}, {}], [{"role": "assistant", "content": text} for text in ('{"a": 1}', "no no no no")])[0] == [3.0, 0.5]
 
 
+def test_rules_count_characters_in_scripts_without_spaces() -> None:
+    rewards = Rewards({"distinct": 1.0, "brief": 1.0}, None)
+    repeated, short = rewards([{}, {}], [{"role": "assistant", "content": text} for text in ("哈" * 100, "好的。")])[0]
+    assert (repeated, short) == (pytest.approx(1 / 98), pytest.approx(1.97))
+
+
 @pytest.mark.parametrize(
     ("watch", "sign"),
     [

@@ -19,12 +19,13 @@ from dagster_project.core.params import TAG, Compute, Section
 from dagster_project.core.records import prompt_text, response_text, subject_text, write_table
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import LabelSet, LabelTask, label_set
-from dagster_project.evaluation.metrics import AnyTask, Task, count_words, is_answer, label, perplexity
+from dagster_project.evaluation.metrics import AnyTask, Task, is_answer, label, perplexity
 from dagster_project.evaluation.paired.bootstrap import rounded
 from dagster_project.evaluation.scoring import Offer
 from dagster_project.training.inference.answers import Answer, read_answer
 from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.inference.likelihood import negative_log_likelihood
+from dagster_project.training.inference.words import split_words
 from dagster_project.training.methods import feature_extraction
 from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.methods.load import load
@@ -309,7 +310,7 @@ def slices(
     most = {name for name, _ in Counter(sorted(categories)).most_common(MOST_SLICES)}
     groupings = {
         "by_category": [name if name in most else OTHERS for name in categories],
-        "by_prompt_words": thirds([count_words(subject_text(record["messages"])) for record in records]),
+        "by_prompt_words": thirds([len(split_words(subject_text(record["messages"]))) for record in records]),
     }
     return {
         grouping: {

@@ -18,14 +18,13 @@ from dagster_project.core.params import Section
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, normalized, per_label
 from dagster_project.evaluation.paired.bootstrap import Combine, estimate, rate, summed
+from dagster_project.training.inference.words import WITHOUT_SPACES
 
 if TYPE_CHECKING:
     import numpy as np
 
-_WITHOUT_SPACES = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-"""Scripts without spaces between words (Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese)."""
-_UNSPACED = f"{_WITHOUT_SPACES}\uac00-\ud7af"
-"""These, and Hangul, where particles follow a word without a space."""
+_UNSPACED = f"{WITHOUT_SPACES}\uac00-\ud7af"
+"""Scripts without spaces between words, and Hangul, where particles follow a word without one."""
 _MARKS = "".join(c for c in map(chr, chain(range(0xE00, 0x10A0), range(0x1780, 0x1800))) if unicodedata.category(c) in {"Mn", "Mc"})
 r"""Vowel signs and tone marks of these scripts, which Python's \w lacks."""
 _SPACED = (
@@ -40,8 +39,6 @@ _SPACED = (
 _SPACED_MARKS = "".join(c for c in map(chr, chain(*_SPACED)) if unicodedata.category(c) in {"Mn", "Mc"})
 r"""Vowel signs, points and accents of these scripts. They are part of a word, and \w lacks them, too: \u0915\u0940 and \u0915\u093e are two words of Hindi."""
 _WORD = re.compile(rf"(?=[\w{_MARKS}])[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[{_SPACED_MARKS}]+[^\W{_UNSPACED}]*)*")
-
-_BETWEEN_SPACES = re.compile(rf"[{_WITHOUT_SPACES}]|[^\s{_WITHOUT_SPACES}]+")
 
 
 class Task(Section):
@@ -289,11 +286,6 @@ def _token_f1_counts(expected: Any, actual: Any) -> tuple[float, int]:
 def words(text: str) -> list[str]:
     """Words in lower case, each letter with its accents one character where Unicode has it; in scripts without spaces between words, each character."""
     return _WORD.findall(unicodedata.normalize("NFC", text.lower()))
-
-
-def count_words(text: str) -> int:
-    """Number of words between spaces; in scripts without spaces between words, of characters."""
-    return len(_BETWEEN_SPACES.findall(text))
 
 
 def _f1(shared: int, total: int, equal: bool) -> float:
