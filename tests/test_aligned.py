@@ -269,7 +269,7 @@ def test_a_diverged_reward_model_records_the_reason_and_dpo_runs_without_rewards
     assert not report.failures and not {"reward", "win_rate"} & set(report.metrics["watch"])
     assert {row["sft_reward"] for row in read_table(tmp_path / "out" / "samples.parquet")} == {None}
     page = (tmp_path / "pages" / "alignment.html").read_text()
-    assert "No reward was measured." in page and "better answers" not in page
+    assert "No reward was measured." in page and "win rate" not in page
     [failed] = align_it(tmp_path, preferences, judge, tiny_model, method="rloo").failures
     assert "learned" in failed.note and "aligned.mine.rewards" in failed.note and "min_accuracy" not in failed.note
 
@@ -698,6 +698,12 @@ def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
     assert rewards([{}, {}], [{"role": "assistant", "content": text} for text in ('{"a": 1}', "no no no no")])[0] == [3.0, 0.5]
 
 
+def test_rules_count_characters_in_scripts_without_spaces() -> None:
+    rewards = Rewards({"distinct": 1.0, "brief": 1.0}, None)
+    repeated, short = rewards([{}, {}], [{"role": "assistant", "content": text} for text in ("哈" * 100, "好的。")])[0]
+    assert (repeated, short) == (pytest.approx(1 / 98), pytest.approx(1.97))
+
+
 @pytest.mark.parametrize(
     ("watch", "sign"),
     [
@@ -715,8 +721,29 @@ def test_reward_hacking_is_reported(watch: dict[str, tuple[float, float] | None]
     assert len(signs) == bool(sign) and sign in "".join(signs)
 
 
+def test_the_page_does_not_call_equal_answers_better() -> None:
+    from dagster_project.views.alignment import _key_figures
+
+    same = {"sft": 1.0, "aligned": 1.0}
+    watch = {"reward": same, "win_rate": {"value": 0.5}, "tokens": same, "distinct": same, "kl_per_token": 0.0}
+    assert ("win rate", "50%", "over the SFT model, by the reward model; a tie counts half") in _key_figures({"watch": watch})
+
+
 def test_paired_means_have_a_paired_interval() -> None:
-    assert paired([0, 1, 0, 1], [1, 2, 1, 2]) == {"sft": 0.5, "aligned": 1.5, "difference": 1.0, "interval": [1.0, 1.0]}
+    assert paired([0, 1, 0, 1], [1, 2, 1, 2], "abcd") == {"sft": 0.5, "aligned": 1.5, "difference": 1.0, "interval": [1.0, 1.0]}
+
+
+def test_near_copies_among_held_out_pairs_count_as_one_in_intervals(tmp_path: Path) -> None:
+    before, after, names = [1, 1, 0, 0, 0], [0, 1, 1, 1, 1], "abcde"
+    alone, copied = paired(before, after, names), paired(before * 4, after * 4, names * 4)
+    assert copied == alone and copied != paired(before * 4, after * 4, [str(i) for i in range(20)])
+    pairs = [preference_row(i, "yes", "no") for i in range(4)]
+
+    def evaluated(test: list[dict[str, Any]], times: int) -> dict[str, Any]:
+        rewards = [0.0, 1.0, 1.0, 1.0] * times + [0.5, 0.0, 0.0, 0.0] * times
+        return reward_model._evaluate(lambda *_, **__: rewards, {"train": pairs, "test": test}, tmp_path / "c.csv")  # type: ignore[arg-type]
+
+    assert evaluated(pairs * 4, 4) == evaluated(pairs, 1) | {"by_category": {"even": {"accuracy": 1.0, "pairs": 8}}}
 
 
 def test_validation_figures_are_means_over_the_answers_that_they_are_about() -> None:

@@ -14,12 +14,12 @@ from builders.sources import to_pairs
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
-from dagster_project.core.records import write_json, write_table
+from dagster_project.core.records import write_json, write_records, write_table
 from dagster_project.core.text import visible
 from dagster_project.evaluation import ballots
 from dagster_project.evaluation.evaluator import result_rows, result_schema
 from dagster_project.evaluation.paired.bootstrap import wilson
-from dagster_project.evaluation.paired.pairwise import Match, Pair, agreement, contenders, majority, match, tally
+from dagster_project.evaluation.paired.pairwise import Match, Pair, agreement, as_text, contenders, majority, match, tally
 from dagster_project.training.inference.answers import Answer
 from dagster_project.views.ballot import ballot_page
 
@@ -160,6 +160,24 @@ def test_the_interval_is_the_wilson_interval() -> None:
     assert wilson(1, 12)[1] == 1 and 0.75 < wilson(1, 12)[0] < 0.77
 
 
+def test_near_copies_and_turns_of_one_example_count_as_one_in_the_interval() -> None:
+    outcomes = ["win", "win", "win", "loss"]
+    pairs = [Pair(f"{i}", [], "login", ("a", "b"), False, unit=f"group {i % 4}") for i in range(12)]
+    found = tally(pairs, {pair.id: outcomes[i % 4] for i, pair in enumerate(pairs)})
+    assert (found["pairs"], found["wins"], found["win_rate"]) == (12, 9, 0.75)
+    assert found["interval"] == found["categories"]["login"]["interval"] == [round(bound, 4) for bound in wilson(0.75, 4)]
+    assert "turns of one conversation as one" in as_text({**found, "systems": ["x", "y"]})[1]
+    first = tally(pairs[:4], {pair.id: "win" for pair in pairs[:4]})
+    assert first["interval"] == [round(bound, 4) for bound in wilson(1, 4)] and first["interval_method"] == "Wilson, 95 %"
+
+
+def test_near_copies_in_the_test_split_share_the_unit_of_their_pairs(project: Path) -> None:
+    records = [record(i) | {"group_id": f"group {i % 5}"} for i in range(ANSWERS)]
+    shutil.rmtree(project / "data/splits/test")
+    write_records(project / "data/splits/test", records)
+    assert {pair.unit for pair in match(project, ("lora", "few_shot"), seed=7).pairs} == {f"group {i}" for i in range(5)}
+
+
 def test_control_characters_in_a_name_are_escaped(project: Path, ballot: Match, capsys: Any) -> None:
     assert main(["ballots", "import", *saved(project, sheet(ballot, "A\x1b[2J", lambda i, pair: "win")), "--project", str(project)]) == 0
     assert "18 votes of A\\x1b[2J" in capsys.readouterr().out
@@ -266,9 +284,10 @@ def test_identical_systems_have_no_ballot_and_do_not_block_the_others(project: P
     assert ballots.read_votes(project, [Path(*saved(project, sheet(ballot, "Anna", lambda i, pair: "win")))], 7, False)[0] == ballot
 
 
-def test_the_answers_of_a_variant_that_was_removed_do_not_count(project: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("left", ["adapter: {other: {}}\naligned:\n", "aligned: {lora: {}}\n", "", "adapter: 3\n"])
+def test_the_answers_of_a_variant_that_was_removed_do_not_count(project: Path, left: str, capsys: Any) -> None:
     assert main(["ballots", "export", "few_shot", "lora", "--project", str(project), "--out", str(project / "a.html")]) == 0
-    (project / "params.yaml").write_text("compute: {seed: 7}\nadapter: {other: {}}\naligned:\n")
+    (project / "params.yaml").write_text(f"compute: {{seed: 7}}\n{left}")
     capsys.readouterr()
     assert main(["ballots", "export", "few_shot", "lora", "--project", str(project)]) == 2
     assert "lora" in (said := capsys.readouterr().err).splitlines()[0] and "Traceback" not in said

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
+from dagster_project.core.records import read_table, write_records
 from dagster_project.evaluation.baselines import THINK, bm25, classify, conclusion, instruction, nearest, spread, with_shots
+from dagster_project.evaluation.evaluator import Settings, turn_key
+from dagster_project.evaluation.labels import LabelSet
 from dagster_project.evaluation.metrics import Task
+from dagster_project.stages import baselines, comparison
+from dagster_project.training.inference.answers import Answer
 
 TASK = Task(fields={"summary": [], "category": ["login", "billing"]}, score="category")
 
@@ -112,10 +121,17 @@ def test_the_instruction_names_every_field_and_every_allowed_value(said: str) ->
         ('First\n{"category": "login"}\n\n{"category": "billing"} \nDone.\n', '{"category": "billing"}'),
         ("Not login.\nBilling.", "Billing."),
         (" \n", ""),
+        ('So:\n```json\n{\n  "category": "billing",\n  "summary": "x"\n}\n```\n', '{\n"category": "billing",\n"summary": "x"\n}'),
+        ('{"category": "login"} or\n{"category": "billing"} it is.\nYes.', '{"category": "billing"} it is.'),
+        ('{\n"category": "billing",', '{\n"category": "billing",'),
     ],
 )
 def test_what_counts_after_thinking_is_the_last_line(answer: str, wanted: str) -> None:
-    assert conclusion(answer) == wanted
+    assert conclusion(answer, TASK) == wanted
+
+
+def test_a_label_after_thinking_is_on_the_last_line_also_where_a_line_of_code_is_above_it() -> None:
+    assert conclusion('The message is\n{"a": 1}\nspam', LabelSet(("ham", "spam"))) == "spam"
 
 
 def test_the_classifier_of_prompts_without_words_predicts_the_most_frequent_label() -> None:
@@ -129,3 +145,43 @@ def test_the_classifier_separates_two_obvious_classes() -> None:
     train += [record(f"b{i}", f"charged twice on invoice {i}") for i in range(5)]
     asked = [record("x", "invoice charged wrongly"), record("y", "my password will not sign me in")]
     assert classify(train, ["login"] * 5 + ["billing"] * 5, asked, seed=7) == ["billing", "login"]
+
+
+class Refusing:
+    """A base model whose chat template knows no system prompts."""
+
+    model = tokenizer = None
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def likelihood(self, *_: Any) -> list[Any]:
+        raise InputError("the chat template refuses it: no system role", "use another chat template")
+
+    def refuses(self, prompts: list[Any], *_: Any) -> bool:
+        return any(message["role"] == "system" for prompt in prompts for message in prompt)
+
+    def answer(self, prompts: list[Any], *_: Any) -> list[Answer]:
+        return [Answer("!")] * len(prompts)
+
+    def prompt_tokens(self, prompts: list[Any], *_: Any) -> list[int]:
+        return [3] * len(prompts)
+
+
+def test_a_template_that_refuses_the_test_examples_leaves_out_the_perplexity_of_the_base_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [record(f"{i}") | {"source": "s", "category": None, "group_id": None, "meta": "{}"} for i in range(3)]
+    for row in rows:
+        row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    write_records(tmp_path / "splits/test", rows)
+    (tmp_path / "splits/train").mkdir()
+    monkeypatch.setattr(baselines, "EvaluatedModel", Refusing)
+    monkeypatch.setattr(baselines, "ask", lambda *_: [])
+    with caplog.at_level(logging.WARNING, "pedigree"):
+        report = baselines.produce(tmp_path, baselines.Params(), Settings(), Compute(), tmp_path, tmp_path / "splits", tmp_path / "out")
+    assert "the perplexity of the base model is left out: the chat template refuses it: no system role" in caplog.text
+    assert report.metrics["base"] == {} and report.metrics["zero_shot"]["exact_match"] == 1.0
+    base = {turn_key(row): row for row in read_table(tmp_path / "out/results.parquet") if row["system"] == "base"}
+    tuned = {key: {**row, "nll": 1.0, "tokens": 2} for key, row in base.items()}
+    assert len(base) == 3 and comparison._to_base(tuned, base, {name: name for name, _ in base}) == {}

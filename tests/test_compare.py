@@ -283,10 +283,14 @@ def test_the_page_shows_advice_scores_costs_and_the_worst_errors_first() -> None
 
 
 def test_the_title_of_the_scores_counts_questions_not_test_examples() -> None:
-    """Of a conversation with tools several turns are asked."""
-    scores = {name: {**found, "n": 21, "n_text": 8, "n_calls": 13} for name, found in document()["scores"].items()}
+    """Of a conversation with tools several turns are asked, and the deciding measure covers some of them."""
+    scores = {name: {**found, "n": 21} for name, found in document()["scores"].items()}
     shown = comparison_page(document(scores=scores), samples(), {})
     assert "macro-F1 on 21 questions" in shown and "on 8 questions" not in shown
+    test = {**document()["test"], "questions": 13}
+    scores = {name: {**found, "n_text": 13, "n_calls": 8} for name, found in scores.items()}
+    assert "macro-F1 on 13 questions" in comparison_page(document(scores=scores, test=test), samples(), {})
+    assert board(SHOWN, {"lora": {**score(TABLE, TRUE[:1], TRUE[:1]), "n_calls": 8}}, {}, 13)[0].startswith("| 13 answers |")
 
 
 def test_the_page_names_failed_checks_and_does_not_call_the_variant_the_one_to_use() -> None:

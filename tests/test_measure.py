@@ -28,6 +28,7 @@ from dagster_project.evaluation.scoring import Offer, Scoring
 from dagster_project.lineage.tolerance import Deviation
 from dagster_project.stages import baselines, comparison, evaluation
 from dagster_project.training.inference.answers import Answer
+from dagster_project.training.inference.words import split_words
 
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
 COMPUTE = Compute(dtype="float32", threads=1)
@@ -141,6 +142,12 @@ def test_lengths_are_named_with_the_edges_of_their_third() -> None:
         "medium, 3 to 4",
     ]
     assert set(thirds([7, 7, 7])) == {"short, up to 7"}
+
+
+def test_prompts_in_scripts_without_spaces_have_lengths_in_characters() -> None:
+    rows = [record("重启" * n, "a", "c") for n in (1, 2, 30)]
+    assert list(slices(rows, [], "accuracy", {})["by_prompt_words"]) == ["long, 5 and more", "medium, 3 to 4", "short, up to 2"]
+    assert [len(split_words(text)) for text in ("Where is it, now?\n", "설정을 바꾸세요", "รีเซ็ต", "在 Linux 上", "")] == [4, 2, 6, 3, 0]
 
 
 def put(root: Path, content: str) -> Path:

@@ -79,12 +79,18 @@ def test_bleu_and_chrf_are_those_of_sacrebleu() -> None:
         ("a", "a a a", 0.5, 0.5),
         ("fährt über", "er fährt", 0.5, 0.5),
         ("something", "", 0.0, 0.0),
-        ("...", "", 1.0, 1.0),
+        ("...", "", 0.0, 0.0),
+        ("", " ", 1.0, 1.0),
+        ("👍", "👎", 0.0, 0.0),
+        ("👍", "👍\n", 1.0, 1.0),
         ("请重启路由器。", "重启路由器", 10 / 11, 10 / 11),
         ("ルーター", "ルータ、", 6 / 7, 6 / 7),
         ("กัน", "กิน", 2 / 3, 2 / 3),
         ("설정을 바꾸세요", "설정 바꾸세요", 12 / 13, 12 / 13),
         ("重启 router_2", "router_2", 0.5, 0.5),
+        ("उसने की", "उसने का", 0.5, 0.5),
+        ("كِتَاب", "كُتَّاب", 0.0, 0.0),
+        ("r\u00e9sum\u00e9", "re\u0301sume\u0301", 1.0, 1.0),
     ],
 )
 def test_rouge_l_keeps_the_order_of_words_and_token_f1_does_not(reference: str, answer: str, rouge: float, tokens: float) -> None:
@@ -166,11 +172,13 @@ def test_of_labels_at_the_same_place_the_longest_is_named_and_the_empty_one_neve
         ("debug", NO_LABEL),
         ("非退款不可", "非退款"),
         ('{"category": "Bug", "summary": "退款"}', "bug"),
+        ("वह हाँ कहता है", NO_LABEL),
+        ("उत्तर: हा।", "हा"),
     ],
-    ids=["in a sentence", "between Chinese characters", "part of a word", "longer", "other case"],
+    ids=["in a sentence", "between Chinese characters", "part of a word", "longer", "other case", "before a vowel sign", "in Hindi"],
 )
 def test_labels_are_found_without_spaces_around_them_and_in_another_case(answer: str, wanted: str) -> None:
-    task = Task(fields={"category": ["bug", "退款", "非退款"], "summary": []}, score="category")
+    task = Task(fields={"category": ["bug", "退款", "非退款", "हा"], "summary": []}, score="category")
     assert label(task, answer) == wanted
 
 
@@ -193,6 +201,12 @@ def test_rates_count_over_all_answers_and_precision_over_those_that_give_an_allo
     assert (found["category.accuracy"], found["category.precision"]) == (0.5, 1.0)
     assert found["summary.token_f1"] == pytest.approx((2 / 3) / 4, abs=1e-4)
     assert found["macro_f1"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-4)
+
+
+def test_an_answer_without_a_field_is_wrong_where_the_reference_leaves_it_empty() -> None:
+    references = ['{"summary": "", "category": "bug"}', '{"summary": "0", "category": "bug"}']
+    scores = [score(TABLE, references, answers)["summary.token_f1"] for answers in (["bug"] * 2, ['{"summary": ""}', '{"summary": 0}'])]
+    assert scores == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("predicted", [GOOD, POOR, [NO_LABEL] * 60, TRUE], ids=["good", "poor", "none", "perfect"])

@@ -66,6 +66,14 @@ def test_exact_match_ignores_white_space_alone(answer: str, target: str, reward:
         ("1e3", "1000"),
         ("= - 5", "-5"),
         ("-\u20ac5", "-5"),
+        ("#### 3/4", "0.75"),
+        ("#### -1 1/2 cups of 3", "-1.5"),
+        ("It is $1/4, or \u22122/8.", "-0.25"),
+        ("one half (1/2)", "0.5"),
+        ("1/0", "0"),
+        ("on 5/12/2024", "2024"),
+        ("1.5/2", "2"),
+        ("48/2=24", "24"),
         ("none", None),
         ("", None),
     ],
@@ -143,6 +151,7 @@ def test_a_length_window_falls_off_in_proportion() -> None:
     found = [score("length_window", said("word " * count), min_words=4, max_words=10) for count in (0, 1, 4, 10, 20)]
     assert found == [0, 0.25, 1, 1, 0.5]
     assert score("length_window", said(""), max_words=5) == 1 and score("length_window", said("one"), min_words=2) == 0.5
+    assert score("length_window", said("请重启路由器" * 2), max_words=6) == 0.5, "characters in scripts without spaces"
 
 
 def refuse(name: str, *records: dict[str, Any]) -> None:

@@ -163,6 +163,22 @@ def test_scores_of_calls_and_of_text_by_hand() -> None:
     assert list(scoring.names()) == ["rouge_l", "exact_match", "bleu", "chrf", *NAMES, "false_call"]
 
 
+def test_text_before_a_call_is_not_scored_by_final_answers() -> None:
+    """Neither it nor a wrong answer to it has a number, which is not the same number."""
+    records = [dialogue(i) for i in range(3)]
+    for record in records:
+        record["messages"][1] |= {"content": "One moment."}
+    settings = Settings(task={"final_answer": "number"})  # type: ignore[arg-type]
+    task, questions = select_questions(records, settings)
+    scoring = Scoring(questions, task, {})
+    found = scoring.score([Answer("I do not know.")] * len(questions))
+    assert (found["n_text"], found["accuracy"], found["no_final_answer"]) == (6, 0.0, 1.0)
+    assert scoring.score(scoring.references)["no_final_answer"] == 0.0 and scoring.examples_of("accuracy") == 3
+    task, questions = select_questions([records[0], records[1] | {"messages": records[1]["messages"][:2]}], settings)
+    calls_alone = Scoring(questions[:1] + questions[2:], task, {})
+    assert {"accuracy", "no_final_answer"}.isdisjoint(calls_alone.names()) and "rouge_l" in calls_alone.score(calls_alone.references)
+
+
 def test_examples_that_a_measure_does_not_cover_change_neither_its_interval_nor_its_alarm() -> None:
     records = [dialogue(0, asks=False), *(dialogue(i) | {"messages": dialogue(i)["messages"][:2]} for i in range(1, 30))]
     scoring = Scoring(select_questions(records, Settings())[1], None, {})
@@ -209,11 +225,11 @@ def test_nothing_is_concluded_from_a_few_examples_with_calls_among_many_answers(
         return found
 
     found = compare()
-    assert found["test"] == {"examples": 40, "answered": 40, "decided": 20, "seen": 0} and found["shown"][0] == NAMES[0]
+    assert found["test"] == {"examples": 40, "answered": 40, "decided": 20, "questions": 20, "seen": 0} and found["shown"][0] == NAMES[0]
     assert found["advice"][0].startswith("Nothing can be concluded from 20 test examples: ") and not found["recommended"]["sure"]
     write_records(tmp_path / "splits" / "test", [record | {"group_id": str(i // 2)} for i, record in enumerate(records)])
     found = compare()
-    assert found["test"] == {"examples": 40, "answered": 40, "decided": 10, "independent": 20, "seen": 0}
+    assert found["test"] == {"examples": 40, "answered": 40, "decided": 10, "questions": 20, "independent": 20, "seen": 0}
     assert found["advice"][0].startswith("Nothing can be concluded from 10 test examples, near-copies counted once: at least 30")
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from dagster_project.commands import why_calibration
 from dagster_project.commands.why import _verdict_lines
+from dagster_project.core.records import write_records
 from dagster_project.lineage.attribution import calibration
-from dagster_project.lineage.attribution.calibration import ALPHA, Calibration, asked_parts, parts_of
+from dagster_project.lineage.attribution.calibration import ALPHA, LEAST, Calibration, asked_parts, parts_of
+from dagster_project.lineage.attribution.records import Example
 
 
 @pytest.mark.parametrize(
@@ -93,3 +100,17 @@ def test_parts_of_the_same_answer_do_not_hide_each_other() -> None:
     questions[:2, 0] = 0.9
     found = Calibration(questions, np.array([0, 0, 1, 2, 3, 4])).own_excesses()
     assert found.tolist() == pytest.approx([0.9, 0.9, 0, 0, 0, 0])
+
+
+def test_near_copies_in_the_validation_split_do_not_hide_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(i: int, group: str) -> dict[str, object]:
+        messages = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Answer {i}."}]
+        return {"example_id": f"{i}", "source": "a", "messages": messages, "category": None, "group_id": group, "meta": json.dumps({})}
+
+    write_records(tmp_path / why_calibration.VALIDATION, [record(i, f"{i // 2}") for i in range(2 * LEAST)])
+    monkeypatch.setattr(why_calibration, "_is_of_another_training", lambda found: False)
+    monkeypatch.setattr(why_calibration, "tokenizer_of", lambda found: None)
+    example = SimpleNamespace(example=Example((1, 2), (-100, 2), (0.0, 1.0)))
+    monkeypatch.setattr(why_calibration, "tokenize", lambda *_: example)
+    owners = [owner for owner, _ in why_calibration._asked(SimpleNamespace(place=tmp_path))]  # type: ignore[arg-type]
+    assert len(owners) == 2 * LEAST and len(set(owners)) == LEAST

@@ -16,6 +16,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_file, sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import read_records, write_json
+from dagster_project.evaluation.paired.bootstrap import unit
 from dagster_project.lineage.attribution import calibration, ranking
 from dagster_project.lineage.attribution.calibration import ANSWERS, LEAST, Calibration, asked_parts
 from dagster_project.lineage.attribution.per_record import projected_gradients
@@ -110,19 +111,22 @@ def _is_of_another_training(found: Target) -> bool:
 
 
 def _asked(found: Target) -> list[tuple[int, Example]]:
-    """Number of a validation record, and the question; none for models of pairs, where there are too few, and of the split of another training."""
+    """Number of a validation record, or of the first of its near-copies, and the question; none for models of pairs, where there are too few, and of the
+    split of another training."""
     folder = found.place / VALIDATION
     if isinstance(found, PairTarget) or not folder.is_dir() or _is_of_another_training(found):
         return []
     records = [one for one in read_records(folder) if one["messages"][-1]["role"] == "assistant" and one["messages"][-1].get("content")]
     tokenizer = tokenizer_of(found)
+    first: dict[str, int] = {}
+    owners = [first.setdefault(unit(one), number) for number, one in enumerate(records)]  # else near-copies would hide each other's excess
     asked = []
     for number, part in asked_parts([one["messages"][-1]["content"] for one in records]):
         try:
             example = tokenize(tokenizer, records[number]["messages"], part, records[number].get("tools")).example
         except InputError:  # longer than the model's context, or written in another way by the template
             continue
-        asked.append((number, replace(example, weights=tuple(float(label != IGNORE) for label in example.labels))))
+        asked.append((owners[number], replace(example, weights=tuple(float(label != IGNORE) for label in example.labels))))
     return asked if len(asked) >= LEAST and len({number for number, _ in asked}) >= ANSWERS else []
 
 

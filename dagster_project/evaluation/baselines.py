@@ -11,7 +11,7 @@ from dagster_project.core.messages import Message
 from dagster_project.core.records import prompt_text, response_text
 from dagster_project.evaluation.final_answers import NUMBER, FinalAnswer
 from dagster_project.evaluation.labels import LabelSet
-from dagster_project.evaluation.metrics import AnyTask, words
+from dagster_project.evaluation.metrics import AnyTask, Task, parse, words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,10 +92,15 @@ def _worked_example(shot: Record) -> Messages:
     return [{key: value for key, value in m.items() if key not in left_out} for m in shot["messages"] if m["role"] != "system"]
 
 
-def conclusion(answer: str) -> str:
-    """The answer after step-by-step reasoning: the last line that starts with "{", else the last line."""
+def conclusion(answer: str, task: AnyTask) -> str:
+    """The answer after step-by-step reasoning: the last line; for JSON fields the last line that starts with "{", with the further ones of its object."""
     lines = [line.strip() for line in answer.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith("{")), lines[-1] if lines else "")
+    opening = [i for i, line in enumerate(lines) if line.startswith("{")] if isinstance(task, Task) else []
+    if not opening:
+        return lines[-1] if lines else ""
+    texts = ["\n".join(lines[opening[-1] : stop]) for stop in range(opening[-1] + 1, len(lines) + 1)]
+    cut_off = "}" not in texts[0]
+    return next((text for text in texts if parse(text) is not None), texts[-1] if cut_off else texts[0])
 
 
 def spread(records: Sequence[Record], labels: Sequence[str], n: int, seed: int) -> list[Record]:

@@ -17,16 +17,17 @@ Scores = Mapping[str, Mapping[str, Any]]
 """System -> its measures, and the mean tokens of its prompts if it is a language model."""
 
 
-def board(shown: Sequence[str], scores: Scores, compared: Mapping[str, Any]) -> list[str]:
+def board(shown: Sequence[str], scores: Scores, compared: Mapping[str, Any], questions: int | None = None) -> list[str]:
     """The comparison table in Markdown, best first; by perplexity if there are no answers to score.
 
     Args:
         shown: the deciding measure and a second one.
+        questions: those that these measures cover, if not all.
     """
     if scores:
         first, second = shown
         some = next(iter(scores.values()))
-        counted = many(some["n"], "answer" if "n_calls" in some else "test example")
+        counted = many(questions or some["n"], "answer" if "n_calls" in some else "test example")
         return [
             f"| {counted} | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
             "| --- | ---: | :---: | ---: | ---: |",

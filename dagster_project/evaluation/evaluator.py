@@ -25,6 +25,7 @@ from dagster_project.evaluation.scoring import Offer
 from dagster_project.training.inference.answers import Answer, read_answer
 from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.inference.likelihood import negative_log_likelihood
+from dagster_project.training.inference.words import split_words
 from dagster_project.training.methods import feature_extraction
 from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.methods.load import load
@@ -309,7 +310,7 @@ def slices(
     most = {name for name, _ in Counter(sorted(categories)).most_common(MOST_SLICES)}
     groupings = {
         "by_category": [name if name in most else OTHERS for name in categories],
-        "by_prompt_words": thirds([len(subject_text(record["messages"]).split()) for record in records]),
+        "by_prompt_words": thirds([len(split_words(subject_text(record["messages"]))) for record in records]),
     }
     return {
         grouping: {

@@ -18,15 +18,27 @@ from dagster_project.core.params import Section
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, normalized, per_label
 from dagster_project.evaluation.paired.bootstrap import Combine, estimate, rate, summed
+from dagster_project.training.inference.words import WITHOUT_SPACES
 
 if TYPE_CHECKING:
     import numpy as np
 
-_UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
-"""Scripts without spaces between words (Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese), and Hangul, where particles follow a word without one."""
+_UNSPACED = f"{WITHOUT_SPACES}\uac00-\ud7af"
+"""Scripts without spaces between words, and Hangul, where particles follow a word without one."""
 _MARKS = "".join(c for c in map(chr, chain(range(0xE00, 0x10A0), range(0x1780, 0x1800))) if unicodedata.category(c) in {"Mn", "Mc"})
 r"""Vowel signs and tone marks of these scripts, which Python's \w lacks."""
-_WORD = re.compile(rf"(?=[\w{_MARKS}])[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_SPACED = (
+    range(0x300, 0xE00),
+    range(0x10A0, 0x1780),
+    range(0x1800, 0x1950),
+    range(0x1AB0, 0x2000),
+    range(0xA66F, 0xA9E0),
+    range(0xAAE0, 0xAC00),
+)
+"""Ranges of code points with combining marks, in scripts with spaces between words."""
+_SPACED_MARKS = "".join(c for c in map(chr, chain(*_SPACED)) if unicodedata.category(c) in {"Mn", "Mc"})
+r"""Vowel signs, points and accents of these scripts. They are part of a word, and \w lacks them, too: \u0915\u0940 and \u0915\u093e are two words of Hindi."""
+_WORD = re.compile(rf"(?=[\w{_MARKS}])[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[{_SPACED_MARKS}]+[^\W{_UNSPACED}]*)*")
 
 
 class Task(Section):
@@ -103,9 +115,13 @@ def label(task: AnyTask, answer: str) -> str:
 
 def _mention(name: str) -> re.Pattern[str]:
     """A label between word boundaries, which scripts without spaces do not have."""
-    before = "" if re.match(f"[{_UNSPACED}]", name) else rf"(?<![^\W{_UNSPACED}])"
-    after = "" if re.match(f"[{_UNSPACED}]", name[-1]) else rf"(?![^\W{_UNSPACED}])"
+    before = "" if re.match(f"[{_UNSPACED}]", name) else rf"(?<![^\W{_UNSPACED}])(?<![{_SPACED_MARKS}])"
+    after = "" if re.match(f"[{_UNSPACED}]", name[-1]) else rf"(?![^\W{_UNSPACED}]|[{_SPACED_MARKS}])"
     return re.compile(before + re.escape(name) + after, re.IGNORECASE)
+
+
+OF_FINAL_ANSWERS = ("accuracy", "no_final_answer")
+"""Measures of final answers. The text before a tool call has none to compare with."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +173,7 @@ def measures(task: AnyTask | None, custom: Mapping[str, Measure], writes: bool =
             fields[f"{name}.accuracy"] = Measure(_field(name, lambda expected, actual: (expected == actual, 1)))
             fields[f"{name}.precision"] = Measure(_field(name, partial(_precision_counts, allowed)))
         else:
-            fields[f"{name}.token_f1"] = Measure(_field(name, lambda expected, actual: (token_f1(expected, actual or ""), 1)))
+            fields[f"{name}.token_f1"] = Measure(_field(name, _token_f1_counts))
     return {
         **named,
         "valid_json": Measure(_mean_statistics(lambda _, actual: parse(actual) is not None)),
@@ -237,7 +253,8 @@ def _label_counts(task: Task | LabelSet, references: Sequence[str], answers: Seq
 
 
 def rouge_l(reference: str, answer: str) -> float:
-    """F1 of the longest common subsequence of words (ROUGE-L; Lin 2004, section 3), lower case, without punctuation; of characters in scripts without spaces."""
+    """F1 of the longest common subsequence of words (ROUGE-L; Lin 2004, section 3), lower case, without punctuation; of characters in scripts without spaces.
+    Of texts without words, such as emoji: whether they are equal."""
     reference_words, answer_words = words(reference), words(answer)
     bits: dict[str, int] = {}
     for i, word in enumerate(reference_words):
@@ -245,26 +262,34 @@ def rouge_l(reference: str, answer: str) -> float:
     row = full = (1 << len(reference_words)) - 1  # one bit per reference word; bits that end a longer subsequence become 0 (Hyyrö 2004)
     for word in answer_words:
         row = ((row + (row & bits.get(word, 0))) | (row & ~bits.get(word, 0))) & full
-    return _f1(len(reference_words) - row.bit_count(), reference_words, answer_words)
+    shared = len(reference_words) - row.bit_count()
+    return _f1(shared, len(reference_words) + len(answer_words), reference.strip() == answer.strip())
 
 
 def token_f1(reference: Any, answer: Any) -> float:
-    """F1 of the shared words in any order (as in SQuAD)."""
-    reference_words, answer_words = words(str(reference)), words(str(answer))
-    return _f1((Counter(reference_words) & Counter(answer_words)).total(), reference_words, answer_words)
+    """F1 of the shared words in any order (as in SQuAD); of texts without words, whether they are equal."""
+    reference, answer = str(reference).strip(), str(answer).strip()
+    reference_words, answer_words = words(reference), words(answer)
+    shared = (Counter(reference_words) & Counter(answer_words)).total()
+    return _f1(shared, len(reference_words) + len(answer_words), reference == answer)
 
 
 def _precision_counts(allowed: Sequence[str], expected: Any, actual: Any) -> tuple[bool, bool]:
     return expected == actual, actual in allowed
 
 
+def _token_f1_counts(expected: Any, actual: Any) -> tuple[float, int]:
+    """An answer without the field is wrong, also where the reference leaves it empty."""
+    return 0.0 if actual is None else token_f1(expected, actual), 1
+
+
 def words(text: str) -> list[str]:
-    """Words in lower case; in scripts without spaces between words, each character."""
-    return _WORD.findall(text.lower())
+    """Words in lower case, each letter with its accents one character where Unicode has it; in scripts without spaces between words, each character."""
+    return _WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 
-def _f1(shared: int, reference_words: list[str], answer_words: list[str]) -> float:
-    return 2 * shared / (len(reference_words) + len(answer_words)) if reference_words or answer_words else 1.0
+def _f1(shared: int, total: int, equal: bool) -> float:
+    return 2 * shared / total if total else float(equal)
 
 
 def _mean_statistics(value: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:

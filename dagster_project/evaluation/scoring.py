@@ -1,4 +1,5 @@
-"""Scores of a system's answers to the questions: text measures on references with text, call measures on references with tool calls."""
+"""Scores of a system's answers to the questions: text measures on references with text, call measures on references with tool calls,
+and those of final answers on references with one."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import Tools
-from dagster_project.evaluation.metrics import AnyTask, Measure, by_label, measures
+from dagster_project.evaluation.final_answers import FinalAnswer
+from dagster_project.evaluation.metrics import OF_FINAL_ANSWERS, AnyTask, Measure, by_label, is_answer, measures
 from dagster_project.evaluation.paired.bootstrap import estimate, rate, summed, unit
 from dagster_project.evaluation.tool_calls import is_valid, same_calls, same_names
 from dagster_project.training.inference.answers import Answer, of_message
@@ -50,6 +52,10 @@ class Scoring:
         self.units = [unit(question) for question in questions]
         self.with_calls = [bool(reference.calls) for reference in self.references]
         self.with_text = [bool(reference.content) or not reference.calls for reference in self.references]
+        self.with_answer = [
+            text and (not isinstance(task, FinalAnswer) or is_answer(task, reference.content))
+            for text, reference in zip(self.with_text, self.references, strict=True)
+        ]
         self.could_call = [bool(offer.tools) and not calls for offer, calls in zip(self.offers, self.with_calls, strict=True)]
 
     def names(self, writes: bool = True) -> dict[str, bool]:
@@ -58,7 +64,7 @@ class Scoring:
         Args:
             writes: False for a classifier, which generates no text.
         """
-        text = {name: measure.paired for name, measure in self._text(writes).items()} if any(self.with_text) or not self.references else {}
+        text = {name: measure.paired for name, measure in self._text(writes).items() if any(self._covered(name)) or not self.references}
         called = dict.fromkeys(CALLS, True) if any(self.with_calls) and writes else {}
         false = {FALSE_CALL: True} if any(self.could_call) and writes else {}
         return {**called, **text, **false} if self.calls_decide else {**text, **called, **false}
@@ -80,11 +86,17 @@ class Scoring:
 
     def _covered(self, name: str) -> list[bool]:
         """Whether a measure covers each question."""
+        if name in OF_FINAL_ANSWERS:
+            return self.with_answer
         return self.with_calls if name in CALLS else self.could_call if name == FALSE_CALL else self.with_text
 
     def examples_of(self, name: str) -> int:
         """Number of test examples that a measure covers; near-copies count once."""
         return len({one for one, counted in zip(self.units, self._covered(name), strict=True) if counted})
+
+    def questions_of(self, name: str) -> int:
+        """Number of questions that a measure covers."""
+        return sum(self._covered(name))
 
     def _by_question(self, name: str, answers: Sequence[Answer], writes: bool) -> np.ndarray:
         import numpy as np

@@ -19,6 +19,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, refuse_names_of_one_file
 from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
 from dagster_project.evaluation.paired import alignment
+from dagster_project.evaluation.paired.bootstrap import unit
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
@@ -483,7 +484,8 @@ def _evaluate(
     if not isinstance(judge, tasks.HeldOut):
         return {"preference": alignment.preference(policies, pairs, method.has_reference), "watch": watch}
     before, after = judge.components
-    return {"held_out": {name: alignment.paired(before[name], after[name]) for name in before}, "watch": watch}
+    units = [unit(pair) for pair in prompts]
+    return {"held_out": {name: alignment.paired(before[name], after[name], units) for name in before}, "watch": watch}
 
 
 def _initial_difference(policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.records import Report, read_records, response_text, write_table
 from dagster_project.evaluation.alarms import answers_are_not_empty
@@ -30,6 +33,8 @@ from dagster_project.evaluation.paired.bootstrap import unit
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
 from dagster_project.evaluation.scoring import Scoring
 from dagster_project.training.inference.answers import Answer
+
+log = logging.getLogger("pedigree")
 
 CHECK_DESCRIPTIONS = {"answers_are_not_empty": "No prompt to the base model gives only empty answers."}
 
@@ -67,10 +72,10 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
     examples = with_task_answers(train, task) if task else with_prompt_and_response(train)
     scoring = Scoring(questions, task, custom_measures(root, settings.metrics))
     labelled = task is not None and not isinstance(task, FinalAnswer)
-    likelihoods = model.likelihood(test, BASE)
+    likelihoods = _likelihoods(model, test)
     rows = result_rows(BASE, test, task, likelihoods=likelihoods)
     retention = ask(model.model, model.tokenizer, benchmarks, settings.batch_size, BASE)
-    metrics: dict[str, Any] = {BASE: {**perplexity_interval(likelihoods, [unit(record) for record in test]), **accuracies(retention)}}
+    metrics: dict[str, Any] = {BASE: {**_perplexity(likelihoods, test), **accuracies(retention)}}
     prompted_answers: dict[str, list[Answer]] = {}
     if questions:
         labels = [label(task, response_text(r["messages"])) if task and labelled else r["category"] or "" for r in examples]
@@ -80,8 +85,8 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
             if model.refuses(messages, scoring.offers, name):
                 continue
             answers = model.answer(messages, name, params.thinking_tokens if name == "chain_of_thought" else 0, scoring.offers)
-            if name == "chain_of_thought" and labelled:
-                answers = [replace(answer, content=conclusion(answer.content)) for answer in answers]
+            if name == "chain_of_thought" and task and labelled:
+                answers = [replace(answer, content=conclusion(answer.content, task)) for answer in answers]
             prompted_answers[name] = answers
             metrics[name] = scoring.score(answers)
             rows += result_rows(name, questions, task, answers, model.prompt_tokens(messages, scoring.offers))
@@ -92,3 +97,16 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
     write_results(out / "results.parquet", rows)
     write_table(out / "retention.parquet", retention, retention_schema())
     return Report(metrics=metrics, checks=[answers_are_not_empty(prompted_answers, "warn")])
+
+
+def _likelihoods(model: EvaluatedModel, test: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
+    """Those of the base model; empty if its own chat template refuses a test example, where variants are trained with another one."""
+    try:
+        return model.likelihood(test, BASE)
+    except InputError as error:
+        log.warning(f"the perplexity of the base model is left out: {error.what}")
+        return []
+
+
+def _perplexity(likelihoods: Sequence[tuple[float, int]], test: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return perplexity_interval(likelihoods, [unit(record) for record in test]) if likelihoods else {}

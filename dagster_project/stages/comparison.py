@@ -156,11 +156,13 @@ def produce(
     first, second, *_ = scoring.names()
     costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
     trained = {record["group_id"] for record in train + validation}
+    questions_decided = scoring.questions_of(first)
     answered, decided, independent = len(set(scoring.examples)), scoring.examples_of(first), len({unit(record) for record in test})
     test_counts = {
         "examples": len(test),
         "answered": answered,
         **({"decided": decided} if decided < answered else {}),  # those that the deciding measure covers, near-copies counted once
+        **({"questions": questions_decided} if questions_decided < len(questions) else {}),  # those that the deciding measure covers
         **({"independent": independent} if independent < len(test) else {}),  # near-copies counted once
         "seen": sum(record["group_id"] in trained for record in test),
     }
@@ -185,7 +187,9 @@ def produce(
         else headline(document)
     )
     paragraphs = [*document["advice"], f"{last} {recommendation['why']}"]
-    write_text(out / "board.md", "\n".join([*board([first, second], scores, compared), "", *paragraphs]) + "\n")
+    write_text(
+        out / "board.md", "\n".join([*board([first, second], scores, compared, test_counts.get("questions")), "", *paragraphs]) + "\n"
+    )
     write_json(out / "comparison.json", document)
     write_text(scores_file, _plot(first, scores, compared))
     marks = {name: scoring.marks(answers[name], writes[name]) for name in scores}

@@ -18,7 +18,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import full_text
 from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
-from dagster_project.evaluation.paired.bootstrap import difference, rounded, wilson
+from dagster_project.evaluation.paired.bootstrap import difference, independent, rounded, summed, unit, wilson
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
@@ -357,8 +357,10 @@ def _evaluate(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapp
     def mean(sums: np.ndarray) -> np.ndarray:
         return sums[..., 0] / sums[..., 1]
 
+    units = [unit(pair) for pair in test]
+
     def counted(values: np.ndarray) -> np.ndarray:
-        return np.stack([values, np.ones(len(values))], 1)
+        return summed(np.stack([values, np.ones(len(values))], 1), units)
 
     accuracy = rounded(right.mean())
     sure = 1 / (1 + np.exp(-np.abs(chosen - rejected)))
@@ -370,7 +372,7 @@ def _evaluate(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapp
     categories = sorted({pair["category"] for pair in test if pair["category"]})
     return {
         "accuracy": accuracy,
-        "accuracy_interval": [rounded(bound) for bound in wilson(accuracy, len(test))],
+        "accuracy_interval": [rounded(bound) for bound in wilson(accuracy, independent(units))],
         "length_rule": rounded(rule.mean()),
         "length_rule_says": "shorter" if shorter else "longer",
         "over_length_rule": difference(mean, counted(right), counted(rule)),

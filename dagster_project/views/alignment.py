@@ -62,7 +62,7 @@ def _key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         by = "the rewards" if "held_out" in metrics else "the reward model"
         figures += [
             ("reward", f"{watch['reward']['aligned']:.2f}", f"from {watch['reward']['sft']:.2f}"),
-            ("better answers", f"{watch['win_rate']['value']:.0%}", f"by {by}"),
+            ("win rate", f"{watch['win_rate']['value']:.0%}", f"over the SFT model, by {by}; a tie counts half"),
         ]
     return [
         *figures,

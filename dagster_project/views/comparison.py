@@ -157,7 +157,8 @@ def _comparison_table(document: Mapping[str, Any], order: Sequence[str], measure
     points = {name: _point(document, name) for name in order}
     most = max(1.0, *(high for _, _, high in points.values()))
     if document["scores"]:
-        title = f"{TITLES[document['shown'][0]]} on {many(document['scores'][order[0]]['n'], 'question')}"
+        questions = document["test"].get("questions", document["scores"][order[0]]["n"])
+        title = f"{TITLES[document['shown'][0]]} on {many(questions, 'question')}"
         note = "point and 95 % interval; variants in blue; base model with different prompts, and classical classifier, in gray"
     else:
         title, note = "Perplexity relative to the base model", "point and 95 % interval; lower is better"

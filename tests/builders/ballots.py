@@ -22,7 +22,7 @@ def record(i: int) -> dict[str, Any]:
 def make_answered_project(folder: Path) -> None:
     """Test examples that three systems answered: a variant, and two baselines. Every fourth answer of `lora` and `few_shot` is the same."""
     (folder / "dvc.yaml").touch()
-    (folder / "params.yaml").write_text("compute: {seed: 7}\n")
+    (folder / "params.yaml").write_text("compute: {seed: 7}\nadapter: {lora: {}, twin: {}}\n")
     records = [record(i) for i in range(ANSWERS)]
     write_records(folder / "data/splits/test", records)
     answers = {

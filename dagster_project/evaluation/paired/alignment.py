@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.rendering import end_ids
-from dagster_project.evaluation.paired.bootstrap import difference, rate, rounded, wilson
+from dagster_project.evaluation.paired.bootstrap import difference, independent, rate, rounded, summed, unit, wilson
 from dagster_project.training.inference.answers import read_parts
 from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.inference.likelihood import negative_log_likelihood
@@ -45,18 +45,22 @@ def sample_schema() -> pa.Schema:
     return pa.schema(columns)
 
 
-def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Means of two systems over the same examples, and their difference with a paired 95 % interval."""
+def paired(before: Sequence[float], after: Sequence[float], units: Sequence[str]) -> dict[str, Any]:
+    """Means of two systems over the same examples, and their difference with a paired 95 % interval.
+
+    Args:
+        units: unit of each example, as `summed` takes them.
+    """
     import numpy as np
 
-    ours, theirs = (np.stack([np.asarray(values, dtype=float), np.ones(len(values))], 1) for values in (after, before))
+    ours, theirs = (summed(np.stack([np.asarray(values, dtype=float), np.ones(len(values))], 1), units) for values in (after, before))
     return {"sft": rounded(rate(theirs.sum(0))), "aligned": rounded(rate(ours.sum(0))), **difference(rate, ours, theirs)}
 
 
-def _share(right: Sequence[float]) -> dict[str, Any]:
-    """A share of trials with ties as one half, and its 95 % score interval."""
+def _share(right: Sequence[float], units: Sequence[str]) -> dict[str, Any]:
+    """A share of trials with ties as one half, and its 95 % score interval, in which those of a unit count as one."""
     share = float(sum(right)) / len(right)
-    return {"value": rounded(share), "interval": [rounded(bound) for bound in wilson(share, len(right))]}
+    return {"value": rounded(share), "interval": [rounded(bound) for bound in wilson(share, independent(units))]}
 
 
 class PolicyAnswer(NamedTuple):
@@ -150,9 +154,10 @@ def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]], has_refer
     right = {who: (values[:, 0] > values[:, 1]) + 0.5 * (values[:, 0] == values[:, 1]) for who, values in per_token.items()}
     ratio = (found["aligned"][:, 0] - found["sft"][:, 0]).reshape(-1, 2)
     implied = (ratio[:, 0] > ratio[:, 1]) + 0.5 * (ratio[:, 0] == ratio[:, 1])
+    units = [unit(pair) for pair in pairs]
     return {
-        "accuracy": {**paired(right["sft"], right["aligned"]), "aligned_interval": _share(right["aligned"])["interval"]},
-        **({"implicit_reward_accuracy": _share(implied)} if has_reference else {}),
+        "accuracy": {**paired(right["sft"], right["aligned"], units), "aligned_interval": _share(right["aligned"], units)["interval"]},
+        **({"implicit_reward_accuracy": _share(implied, units)} if has_reference else {}),
         "log_ratio": {"chosen": rounded(ratio[:, 0].mean()), "rejected": rounded(ratio[:, 1].mean())},
     }
 
@@ -183,15 +188,18 @@ def samples(
             if who == "aligned" and ids:
                 after.append((answer.prompt, ids))
 
+    units = [unit(pair) for pair in pairs]
+
     def of(name: str) -> dict[str, Any]:
-        return paired(*([float(row[f"{who}_{name}"]) for row in rows] for who in ("sft", "aligned")))
+        before, after = ([float(row[f"{who}_{name}"]) for row in rows] for who in ("sft", "aligned"))
+        return paired(before, after, units)
 
     def won(row: Mapping[str, Any]) -> float:
         return (row["aligned_reward"] > row["sft_reward"]) + 0.5 * (row["aligned_reward"] == row["sft_reward"])
 
     return rows, {
         **{name: of(name) for name in (*(["reward"] if judge else []), "tokens", "distinct", "unfinished")},
-        **({"win_rate": _share([won(row) for row in rows])} if judge else {}),
+        **({"win_rate": _share([won(row) for row in rows], units)} if judge else {}),
         "kl_per_token": rounded(policies.divergence(after)),
         "prompts": len(rows),
     }

@@ -8,6 +8,7 @@ Near-copies count as one example here (`summed`).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,18 @@ def _interval(scores: np.ndarray) -> list[float]:
     return [rounded(low), rounded(high)]
 
 
-def wilson(rate: float, n: int) -> tuple[float, float]:
+def independent(units: Sequence[str]) -> float:
+    """Number of independent trials that tell as much as these, if all of a unit have the same result: their number where no two share a unit, the
+    number of units where all have the same size (Kish 1965, effective sample size).
+
+    Args:
+        units: unit of each trial.
+    """
+    sizes = Counter(units).values()
+    return len(units) ** 2 / sum(size**2 for size in sizes)
+
+
+def wilson(rate: float, n: float) -> tuple[float, float]:
     """95 % score interval of a proportion of n trials (Wilson 1927). With ties as half a win it is conservative.
 
     Unlike a bootstrap it is valid at the extremes: 12 wins of 12 give 0.76 to 1, not 1 to 1.

@@ -19,7 +19,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.frames import read_records, read_rows
 from dagster_project.core.messages import Message, Tools
 from dagster_project.core.text import many, number
-from dagster_project.evaluation.paired.bootstrap import wilson
+from dagster_project.evaluation.paired.bootstrap import independent, unit, wilson
 from dagster_project.training.inference.answers import Answer, of_row
 
 PROMPTED = ("zero_shot", "system_prompt", "chain_of_thought", "few_shot", "retrieved")
@@ -47,6 +47,8 @@ class Pair:
     """The answers with traces and calls; None if neither has any."""
     tools: Tools = None
     """Tools that were offered."""
+    unit: str | None = None
+    """The same for turns of one test example and for near-copies; None if it shares it with no other pair."""
 
     @property
     def shown(self) -> tuple[str, str]:
@@ -108,13 +110,9 @@ def _results_of_variants(project: Path) -> list[Path]:
     """Results of the variants that params.yaml has. Those of a removed one may be left behind in its folder."""
     files = sorted((project / "data").glob("evaluation*/*/results.parquet"))
     values = params.read(project) if files else {}
-    removed = {
-        (stage, file.parent.name)
-        for stage, section in {"evaluation": "adapter", "evaluation_aligned": "aligned"}.items()
-        for file in files
-        if section in values and file.parent.name not in (values[section] or {})
-    }
-    return [file for file in files if (file.parent.parent.name, file.parent.name) not in removed]
+    sections = {stage: values.get(section) for stage, section in {"evaluation": "adapter", "evaluation_aligned": "aligned"}.items()}
+    variants = {stage: section if isinstance(section, dict) else {} for stage, section in sections.items()}
+    return [file for file in files if file.parent.name in variants.get(file.parent.parent.name, {})]
 
 
 def contenders(project: Path) -> tuple[str, str]:
@@ -183,6 +181,7 @@ def _pair(identity: str, record: Mapping[str, Any], turn: int, answers: tuple[An
         swapped,
         None if plain else (first.message, second.message),
         record.get("tools"),
+        unit(record),
     )
 
 
@@ -212,23 +211,29 @@ def majority(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def tally(pairs: Sequence[Pair], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Wins, ties, losses and win rate of the first system, overall and by category.
+    """Wins, ties, losses and win rate of the first system, overall and by category. Intervals count near-copies, and turns of one example, as one.
 
     Args:
         outcomes: pair id -> outcome; other pairs are ignored.
     """
     judged = [pair for pair in pairs if pair.id in outcomes]
-    overall = _rate([outcomes[pair.id] for pair in judged])
+    overall = _rate(judged, outcomes)
     categories = sorted({pair.category for pair in judged if pair.category is not None})
-    by = {name: _rate([outcomes[pair.id] for pair in judged if pair.category == name]) for name in categories}
-    return {**overall, "interval_method": "Wilson, 95 %", "categories": by}
+    by = {name: _rate([pair for pair in judged if pair.category == name], outcomes) for name in categories}
+    once = ", near-copies and turns of one conversation as one" if len(set(_units(judged))) < len(judged) else ""
+    return {**overall, "interval_method": f"Wilson, 95 %{once}", "categories": by}
 
 
-def _rate(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    wins, ties, losses = (outcomes.count(name) for name in ("win", "tie", "loss"))
-    rate = (wins + ties / 2) / len(outcomes)
-    interval = [round(bound, 4) for bound in wilson(rate, len(outcomes))]
-    return {"pairs": len(outcomes), "wins": wins, "ties": ties, "losses": losses, "win_rate": round(rate, 4), "interval": interval}
+def _units(pairs: Sequence[Pair]) -> list[str]:
+    return [pair.unit or pair.id for pair in pairs]
+
+
+def _rate(pairs: Sequence[Pair], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    counts = Counter(outcomes[pair.id] for pair in pairs)
+    wins, ties, losses = (counts[name] for name in ("win", "tie", "loss"))
+    rate = (wins + ties / 2) / len(pairs)
+    interval = [round(bound, 4) for bound in wilson(rate, independent(_units(pairs)))]
+    return {"pairs": len(pairs), "wins": wins, "ties": ties, "losses": losses, "win_rate": round(rate, 4), "interval": interval}
 
 
 def agreement(units: Collection[Sequence[str]]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Calibration:
     scores: np.ndarray
     """(questions, records) float32."""
     owners: np.ndarray
-    """Number of the validation record that each question is about, (questions,)."""
+    """Number of the validation record that each question is about, the same for near-copies; (questions,)."""
 
     def excess(self, scores: np.ndarray) -> float:
         """How far the scores are above the highest of the questions: the root of the sum of the squares over the records for which they are. One record that

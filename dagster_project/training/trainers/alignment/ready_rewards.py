@@ -20,6 +20,7 @@ from dagster_project.core.messages import JSON, Call, Message, Tools, calls
 from dagster_project.core.params import Section, inside, parse
 from dagster_project.core.tool_schemas import BROKEN, ArgumentsSchema, arguments_schema
 from dagster_project.training.inference.numbers import number_in
+from dagster_project.training.inference.words import split_words
 from dagster_project.training.trainers.alignment.code_runner import code_in, passes
 from dagster_project.training.trainers.alignment.reward_functions import FOLDER
 from dagster_project.training.trainers.alignment.reward_model import judged_text
@@ -194,7 +195,7 @@ class ReasoningFormat(ReadyReward):
 
 
 class LengthWindow(ReadyReward):
-    """1 if the content has from `min_words` to `max_words` words; less in proportion for shorter and longer ones."""
+    """1 if the content has from `min_words` to `max_words` words; less in proportion for shorter and longer ones; in scripts without spaces, characters."""
 
     min_words: int = Field(default=0, ge=0)
     """Fewest words."""
@@ -209,7 +210,7 @@ class LengthWindow(ReadyReward):
         return self
 
     def score(self, answer: Message, record: Record) -> float:
-        words = len(answer["content"].split())
+        words = len(split_words(answer["content"]))
         if words < self.min_words:
             return words / self.min_words
         return 1.0 if self.max_words is None or words <= self.max_words else self.max_words / words

@@ -17,6 +17,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, Messages, Tools, conversation_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import CheckResult, write_json
+from dagster_project.training.inference.words import split_words
 from dagster_project.training.methods.build import Quantization, peft_config
 from dagster_project.training.methods.hardware import adding_adapters
 from dagster_project.training.methods.load import frozen_4bit, nf4_config
@@ -233,17 +234,17 @@ def valid_json(answer: str) -> float:
 def distinct(answer: str, n: int = 3) -> float:
     """Share of distinct three-word runs of an answer; 1 if it has none.
 
-    >>> distinct("a b c a b c"), distinct("yes")
-    (0.75, 1.0)
+    >>> distinct("a b c a b c"), distinct("yes"), distinct("好的好的好的")
+    (0.75, 1.0, 0.5)
     """
-    words = answer.split()
+    words = split_words(answer)
     runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(runs)) / len(runs) if runs else 1.0
 
 
 def brief(answer: str) -> float:
     """1 for an answer of no words, falling to 0 at a hundred."""
-    return max(0.0, 1 - len(answer.split()) / 100)
+    return max(0.0, 1 - len(split_words(answer)) / 100)
 
 
 RULES: dict[str, Callable[[str], float]] = {"valid_json": valid_json, "distinct": distinct, "brief": brief}
