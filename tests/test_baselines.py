@@ -13,7 +13,7 @@ import pytest
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table, write_records
-from dagster_project.evaluation.baselines import THINK, bm25, classify, conclusion, instruction, nearest, spread, with_shots
+from dagster_project.evaluation.baselines import THINK, bm25, classify, conclusion, instruction, nearest, prompted, spread, with_shots
 from dagster_project.evaluation.evaluator import Settings, turn_key
 from dagster_project.evaluation.labels import LabelSet
 from dagster_project.evaluation.metrics import Task
@@ -106,6 +106,30 @@ def test_the_zero_shot_prompt_has_no_system_prompt_of_the_record() -> None:
     asked = record("asked", "Is it down?", "the secret")
     asked["messages"].insert(0, {"role": "system", "content": "You are tuned."})
     assert with_shots("", [], asked) == [{"role": "user", "content": "Is it down?"}]
+
+
+@pytest.mark.parametrize(
+    ("system_prompts", "stated", "asked_as_variants"),
+    [
+        (["Opens at 9.", "Opens at 8."], "Be brief.", True),
+        (["Opens at 9.", ""], "Be brief.", True),
+        (["Opens at 9.", "Opens at 9."], None, True),
+        (["Opens at 9.", "Opens at 9."], "Be brief.", False),
+        (["", ""], None, False),
+    ],
+    ids=["different ones", "some have none", "the same, and no other one", "the same, and another one", "none"],
+)
+def test_the_base_model_gets_the_system_prompts_of_the_variants_too(
+    system_prompts: list[str], stated: str | None, asked_as_variants: bool
+) -> None:
+    questions = [record(f"r{i}", "When?", "At 9.") for i in range(2)]
+    for question, said in zip(questions, system_prompts, strict=True):
+        question["messages"][:0] = [{"role": "system", "content": said}] if said else []
+    asked = prompted(stated, None, questions, [], [[], []])
+    assert ("same_prompt" in asked) == asked_as_variants
+    if asked_as_variants:
+        assert asked["same_prompt"] == [question["messages"][:-1] for question in questions]
+    assert asked["zero_shot"] == [[{"role": "user", "content": "When?"}]] * 2
 
 
 @pytest.mark.parametrize("said", [instruction(TASK), instruction(TASK, THINK)], ids=["at once", "after thinking"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import evaluate
 
 from dagster_project.core.messages import Call
 from dagster_project.core.records import example_id, read_table, write_records, write_table
@@ -21,7 +22,6 @@ from dagster_project.evaluation.tool_calls import is_valid, problem, same_calls,
 from dagster_project.stages import comparison
 from dagster_project.training.inference.answers import Answer, of_message
 from dagster_project.views.ballot import ballot_page
-from tests.conftest import evaluate
 
 SCHEMA = {
     "type": "object",

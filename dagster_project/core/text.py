@@ -9,6 +9,7 @@ from typing import Any
 
 NAMES = {
     "zero_shot": "base model, the question alone",
+    "same_prompt": "base model, asked as the variants are",
     "system_prompt": "base model, instruction only",
     "chain_of_thought": "base model, told to think step by step",
     "few_shot": "base model, worked examples in the prompt",

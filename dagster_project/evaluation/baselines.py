@@ -62,6 +62,8 @@ def prompted(
     """
     stated = system_prompt or (instruction(task) if task else "")
     prompts = {"zero_shot": [with_shots("", [], record) for record in questions]}
+    if _have_system_prompts(questions, stated):
+        prompts["same_prompt"] = [record["messages"][:-1] for record in questions]
     if stated:
         prompts["system_prompt"] = [with_shots(stated, [], record) for record in questions]
     if task and (thinking := instruction(task, THINK)):
@@ -70,6 +72,12 @@ def prompted(
         prompts["few_shot"] = [with_shots(stated, shots, record) for record in questions]
         prompts["retrieved"] = [with_shots(stated, some, record) for some, record in zip(similar, questions, strict=True)]
     return prompts
+
+
+def _have_system_prompts(questions: Sequence[Record], stated: str) -> bool:
+    """Whether questions have system prompts in whose place no other one stands: they differ, and so may say what a question needs, or nothing states the task."""
+    own = {"\n".join(turn["content"] for turn in record["messages"] if turn["role"] == "system") for record in questions}
+    return any(own) and (len(own) > 1 or not stated)
 
 
 def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> Messages:

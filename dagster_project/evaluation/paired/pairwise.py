@@ -22,7 +22,7 @@ from dagster_project.core.text import many, number
 from dagster_project.evaluation.paired.bootstrap import independent, unit, wilson
 from dagster_project.training.inference.answers import Answer, of_row
 
-PROMPTED = ("zero_shot", "system_prompt", "chain_of_thought", "few_shot", "retrieved")
+PROMPTED = ("zero_shot", "same_prompt", "system_prompt", "chain_of_thought", "few_shot", "retrieved")
 """Baselines answered by the prompted base model."""
 
 Outcome = Literal["win", "tie", "loss"]
