@@ -699,6 +699,19 @@ def test_an_adapter_that_is_not_merged_by_choice_is_measured_on_its_base(tiny_mo
         load(tmp_path / "merged", None, CPU, torch.float32)
 
 
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_patterns_whose_order_would_matter_are_refused_and_others_reload_unchanged(key: str, tiny_model: Path, tmp_path: Path) -> None:
+    """The saved configuration has its keys in alphabetical order; in another one, PEFT takes another pattern for a module that both match."""
+    with pytest.raises(InputError, match=rf"adapter\.x\.peft\.{key}: 'v_proj' and .* match model\.layers\.0\.self_attn\.v_proj"):
+        make("lora", tiny_model, options={"r": 4, key: {"v_proj": 2, r"layers\.0\..*": 8}})
+    tunable = make("lora", tiny_model, options={"r": 4, key: {"v_proj": 2, "q_proj": 8, "self_attn.v_proj": 2}})
+    steps(tunable)
+    tunable.save(tmp_path)
+    scales = {name: module.scaling for name, module in tunable.model.named_modules() if hasattr(module, "scaling")}
+    loaded = load(tmp_path, tiny_model, CPU, torch.float32)
+    assert {f"base_model.model.{name}": module.scaling for name, module in loaded.named_modules() if hasattr(module, "scaling")} == scales
+
+
 def test_nothing_to_train_is_an_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import peft
 

@@ -524,6 +524,7 @@ def build(
         if isinstance(error, NotImplementedError) and not weights:  # raised by the meta device, not by the keys
             raise
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
+    _refuse_order(model, config, where)
     if merge and _adapts_shared_weight(base):
         raise InputError(
             f"{place_of(where, 'peft')}: this adapter cannot be merged: word embeddings and output layer of this model share one weight",
@@ -562,6 +563,24 @@ def build(
         state=ranks.state if ranks else dict,
         restore=ranks.restore if ranks else _no_effect,
     )
+
+
+def _refuse_order(model: Any, config: Any, where: str) -> None:
+    """Of several patterns that match a module, PEFT takes the first. DVC compares parameters without the order of their keys, and the saved configuration
+    has another one, so that the adapter would be loaded with other values than it was trained with.
+
+    Raises:
+        InputError: several patterns with different values match a module.
+    """
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns: Mapping[str, Any] = getattr(config, key, None) or {}
+        for module in getattr(model.base_model, "targeted_module_names", ()):
+            matching = [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
+            if len({repr(patterns[pattern]) for pattern in matching}) > 1:
+                raise InputError(
+                    f"{place_of(where, 'peft')}.{key}: {' and '.join(map(repr, matching))} match {module}, and which of them counts would depend on their order",
+                    "write regular expressions of which one at most matches, or give them the same value",
+                )
 
 
 def _adapts_shared_weight(base: Any) -> bool:
