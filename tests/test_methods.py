@@ -712,6 +712,12 @@ def test_patterns_whose_order_would_matter_are_refused_and_others_reload_unchang
     assert {f"base_model.model.{name}": module.scaling for name, module in loaded.named_modules() if hasattr(module, "scaling")} == scales
 
 
+def test_trained_biases_that_no_layer_of_the_base_model_can_take_are_refused_before_training(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match=r"lora_bias: this adapter cannot be merged: model\.layers\.0\.self_attn\.q_proj has no bias"):
+        make("lora", tiny_model, options={"r": 4, "lora_bias": True})
+    assert make("lora", tiny_model, options={"r": 4, "lora_bias": True}, merge=False).trainable
+
+
 def test_nothing_to_train_is_an_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import peft
 

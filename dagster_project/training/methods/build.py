@@ -530,6 +530,11 @@ def build(
             f"{place_of(where, 'peft')}: this adapter cannot be merged: word embeddings and output layer of this model share one weight",
             "leave embed_tokens and lm_head out of target_modules (modules_to_save can be merged), or set merge: false",
         )
+    if merge and getattr(config, "lora_bias", False) and (unbiased := _without_bias(model)):
+        raise InputError(
+            f"{place_of(where, 'peft')}.lora_bias: this adapter cannot be merged: {unbiased} has no bias to which the trained one could be added",
+            "leave lora_bias out, or set merge: false",
+        )
     for parameter_name, parameter in model.named_parameters():
         if ".ranknum." in parameter_name:  # a counter; PEFT makes it trainable on quantized layers but never saves it
             parameter.requires_grad_(False)
@@ -592,6 +597,14 @@ def _adapts_shared_weight(base: Any) -> bool:
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     adapted = any(isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer) for layer in ends)
     return adapted and bool(base.config.get_text_config().tie_word_embeddings)
+
+
+def _without_bias(model: Any) -> str:
+    """Name of an adapted layer that has no bias; empty if all have one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = ((name, module) for name, module in causal(model).named_modules() if isinstance(module, BaseTunerLayer))
+    return next((name for name, module in adapted if getattr(module.get_base_layer(), "bias", None) is None), "")
 
 
 def _weights(
