@@ -10,7 +10,7 @@ from typing import Any
 from dagster_project.core.text import markdown
 from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, declared_sources
-from dagster_project.lineage.export.licenses import most_restrictive
+from dagster_project.lineage.export.licenses import most_restrictive, name_on_the_hub
 from dagster_project.lineage.export.summary import REWARD_MODEL, is_head, limits, results, task_of
 
 FILE = "README.md"
@@ -30,7 +30,6 @@ def model_card(summary: Mapping[str, Any], issued: date | None = None) -> str:
 
 
 def _metadata(summary: Mapping[str, Any]) -> str:
-    from cyclonedx.spdx import fixup_id
     from huggingface_hub import EvalResult, ModelCardData
 
     address, base, training = summary["model"]["stage"], summary["base_model"], summary["training"]
@@ -54,12 +53,12 @@ def _metadata(summary: Mapping[str, Any]) -> str:
     ]
     hub = sorted({source["hub"] for source in summary["sources"].values() if "hub" in source})
     license = most_restrictive(summary)
-    known = fixup_id(license) if license else None
+    known = name_on_the_hub(license) if license else None
     data = ModelCardData(
         base_model=origin if HUB_ID.match(origin) and "@" in base.get("origin", "") else None,
         datasets=hub or None,
         library_name="transformers" if summary["model"]["stands_alone"] else None if is_head(summary) else "peft",
-        license=None if license is None else known.lower() if known else "other",
+        license=None if license is None else known or "other",
         license_name=None if known else license,
         pipeline_tag=task_of(summary),
         tags=sorted({"pedigree", *([training["method"]] if "method" in training else [])}),
