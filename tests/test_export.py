@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from builders import small_pipeline
+from builders.commands import exit_code
 from conftest import ROOT, dvc, pedigree, tool
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
@@ -118,6 +119,25 @@ def test_a_reward_model_is_described_as_what_scores_answers_with_what_was_measur
 def test_a_card_names_the_library_that_loads_what_the_method_trained(method: str, library: str | None, task: str) -> None:
     card = ModelCard(model_card(from_reports("adapter@x", {"adapter@x": {"method": method, "environment": {}}})))
     assert (card.data.library_name, card.data.pipeline_tag) == (library, task)
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("data/tok", "it is data/tok, an output of tok"),
+        ("data/tok/lineage.jsonl", "it lies in data/tok, an output of tok"),
+        ("data/sources/g.txt", "it is data/sources/g.txt, which raw reads"),
+        (".dvc/config", "it lies in .dvc, which is not for exports"),
+        ("dvc.lock", "it is dvc.lock, which is not for exports"),
+        ("params.yaml", "it is params.yaml"),
+    ],
+)
+def test_an_export_does_not_replace_what_dvc_records(root: Path, out: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (root / out).read_bytes() if (root / out).is_file() else sorted((root / "data/tok").iterdir())
+    assert exit_code("export", "tok", "--format", "openlineage", "--project", str(root), "--out", str(root / out)) == 2
+    assert said in capsys.readouterr().err
+    assert before == ((root / out).read_bytes() if (root / out).is_file() else sorted((root / "data/tok").iterdir()))
+    assert exit_code("export", "tok", "--format", "openlineage", "--project", str(root), "--out", str(root / "docs/lineage.jsonl")) == 0
 
 
 def test_hub_sources_are_linked_and_a_custom_license_is_named(finished: Path) -> None:
