@@ -66,7 +66,7 @@ def from_reports(
         ),
         "checks_of_metrics": {name: _checks(report) for name, report in measured.items()},
         "untuned": reports.get("baselines", {}).get("base", {}),
-        "advice": reports.get("comparison", {}).get("advice", []),
+        "advice": [] if address == REWARD_MODEL else reports.get("comparison", {}).get("advice", []),
         **({"teachers": taught} if taught else {}),
         **({"own_answers": online} if online else {}),
         **judged([report for name, report in reports.items() if name not in measured], waivers),
