@@ -101,7 +101,12 @@ def test_a_reward_model_is_described_as_what_scores_answers_with_what_was_measur
         report["accuracy"],
         *report["accuracy_interval"],
     ]
-    assert f"{report['pairs']['test']} held-out pairs" in text and "not evaluated" not in text and "Tuning " not in text and f"| {source} |" in text
+    assert (
+        f"{report['pairs']['test']} held-out pairs" in text
+        and "not evaluated" not in text
+        and "Tuning " not in text
+        and f"| {source} |" in text
+    )
     bill = json.loads(export(finished, "reward_model", "cyclonedx", issued=ISSUED))["metadata"]["component"]["modelCard"]
     assert bill["modelParameters"]["task"] == "text-classification"
     assert [one["value"] for one in bill["quantitativeAnalysis"]["performanceMetrics"]] == [str(report["accuracy"])]

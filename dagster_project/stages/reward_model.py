@@ -76,7 +76,13 @@ class Params(PreferenceParams):
 def validate(params: Params, ctx: ValidationContext) -> None:
     if params.model != "base_model":
         refuse_unmerged(ctx.values["adapter"], params.model.removeprefix("merged/"), "reward_model.model")
+    methods.refuse_untrained(params.peft, "reward_model")
     methods.check("lora", params.peft, params.quantization, True, "reward_model")
+    if others := sorted({*(params.peft.get("modules_to_save") or ())} - {"score"}):
+        raise InputError(
+            f"params.yaml: reward_model.peft.modules_to_save: {others[0]}: besides the adapter, only the output layer is trained",
+            "leave it out, or use method: full",
+        )
     if params.method == "full":
         if params.peft:
             raise InputError(
