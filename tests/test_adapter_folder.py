@@ -182,6 +182,9 @@ def test_an_adapter_that_changes_while_it_is_copied_is_refused(
         ({"use_dora": True}, ["DoRA"]),
         ({"bias": "all", "modules_to_save": ["lm_head"]}, ["bias", "modules_to_save"]),
         ({"rank_pattern": {"q_proj": 4}}, ["rank_pattern"]),
+        ({"init_lora_weights": "pissa"}, ["init_lora_weights: pissa"]),
+        ({"init_lora_weights": "gaussian"}, []),
+        ({"init_lora_weights": True, "target_parameters": ["experts.w1"]}, ["target_parameters"]),
         ({"peft_type": "LOHA"}, ["LOHA"]),
     ],
 )

@@ -821,6 +821,10 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         ),
         ({"aligned": {"x": {"method": "orpo", "adapter": "lora", "rewards": {"brief": 1.0}}}}, "orpo learns from pairs alone"),
         ({"reward_model": {"model": "base_model", "method": "full", "peft": {"r": 8}}}, "reward_model.peft: full trains every weight"),
+        (
+            {"reward_model": {"model": "base_model", "peft": {"init_lora_weights": "eva"}}},
+            "reward_model.peft.init_lora_weights: eva is not supported: it needs a pass over the data",
+        ),
         ({"aligned": {"x": {"method": "gkd", "adapter": "lora"}}}, "aligned.x.options.teacher: missing"),
         (
             {"aligned": {"x": {"method": "gkd", "adapter": "lora", "options": {"teacher": {"folder": "models/x", "sha256": {}}}}}},

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from builders import small_pipeline
+from builders.commands import exit_code
 from conftest import ROOT, dvc, pedigree, tool
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
@@ -87,6 +88,61 @@ def test_exports_of_an_aligned_model_name_its_preferences_and_the_inputs_of_ever
     events = [json.loads(line) for line in export(finished, "merged_aligned@dpo", "openlineage", issued=ISSUED).splitlines()]
     read = {event["job"]["name"]: {one["name"] for one in event["inputs"]} for event in events}
     assert source in read["raw_preferences"] and source not in read["raw_examples"]
+
+
+def test_a_reward_model_is_described_as_what_scores_answers_with_what_was_measured(finished: Path) -> None:
+    report, source = reports_of(finished, ["reward_model"])["reward_model"], "data/sources/preferences.jsonl"
+    text = export(finished, "reward_model", "model-card", issued=ISSUED)
+    data = ModelCard(text).data
+    assert (data.pipeline_tag, data.library_name) == ("text-classification", "transformers")
+    [result] = data.eval_results
+    assert (result.task_type, result.dataset_type, result.metric_type) == ("text-classification", "preferences", "accuracy")
+    assert [result.metric_value, result.metric_args["low"], result.metric_args["high"]] == [
+        report["accuracy"],
+        *report["accuracy_interval"],
+    ]
+    assert (
+        f"{report['pairs']['test']} held-out pairs" in text
+        and "not evaluated" not in text
+        and "Tuning " not in text
+        and f"| {source} |" in text
+    )
+    bill = json.loads(export(finished, "reward_model", "cyclonedx", issued=ISSUED))["metadata"]["component"]["modelCard"]
+    assert bill["modelParameters"]["task"] == "text-classification"
+    assert [one["value"] for one in bill["quantitativeAnalysis"]["performanceMetrics"]] == [str(report["accuracy"])]
+
+
+@pytest.mark.parametrize(
+    ("method", "library", "task"),
+    [
+        ("full", "transformers", "text-generation"),
+        ("BitFit", "transformers", "text-generation"),
+        ("dora", "peft", "text-generation"),
+        ("feature_extraction", None, "text-classification"),
+    ],
+)
+def test_a_card_names_the_library_that_loads_what_the_method_trained(method: str, library: str | None, task: str) -> None:
+    card = ModelCard(model_card(from_reports("adapter@x", {"adapter@x": {"method": method, "environment": {}}})))
+    assert (card.data.library_name, card.data.pipeline_tag) == (library, task)
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("data/tok", "it is data/tok, an output of tok"),
+        ("data/tok/lineage.jsonl", "it lies in data/tok, an output of tok"),
+        ("data/sources/g.txt", "it is data/sources/g.txt, which raw reads"),
+        (".dvc/config", "it lies in .dvc, which is not for exports"),
+        ("dvc.lock", "it is dvc.lock, which is not for exports"),
+        ("params.yaml", "it is params.yaml"),
+    ],
+)
+def test_an_export_does_not_replace_what_dvc_records(root: Path, out: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (root / out).read_bytes() if (root / out).is_file() else sorted((root / "data/tok").iterdir())
+    assert exit_code("export", "tok", "--format", "openlineage", "--project", str(root), "--out", str(root / out)) == 2
+    assert said in capsys.readouterr().err
+    assert before == ((root / out).read_bytes() if (root / out).is_file() else sorted((root / "data/tok").iterdir()))
+    assert exit_code("export", "tok", "--format", "openlineage", "--project", str(root), "--out", str(root / "docs/lineage.jsonl")) == 0
 
 
 def test_hub_sources_are_linked_and_a_custom_license_is_named(finished: Path) -> None:

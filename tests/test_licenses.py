@@ -89,6 +89,11 @@ def summary(base: str, data: str) -> dict[str, Any]:
         ("Apache-2.0", "proprietary", "other", "proprietary"),
         ("Apache-2.0", "MIT OR CC-BY-4.0", "apache-2.0", None),
         ("CC0-1.0", "MIT AND CC-BY-4.0", "other", "MIT AND CC-BY-4.0"),
+        ("Apache-2.0", "ODC-By-1.0", "odc-by", None),
+        ("Apache-2.0", "ODbL-1.0", "odbl", None),
+        ("Apache-2.0", "GPL-3.0-or-later", "other", "GPL-3.0-or-later"),
+        ("Apache-2.0", "CC-BY-SA-2.0", "other", "CC-BY-SA-2.0"),
+        ("llama3.1", "MIT", "llama3.1", None),
     ],
 )
 def test_the_card_names_the_most_restrictive_license(base: str, data: str, license: str, name: str | None) -> None:

@@ -53,6 +53,25 @@ def test_the_merged_model_loads_by_itself_and_answers_like_base_plus_adapter(tin
         torch.testing.assert_close(alone(ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_trained_rows_of_tokens_that_are_in_no_probe_are_compared(tiny_model: Path, tmp_path: Path, merge: bool) -> None:
+    """Where the output layer has a weight of its own, rows of the word embeddings act only on texts with these tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_model, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.tie_word_embeddings = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    prepared = build("trainable_tokens", {"token_indices": [1]}, base, torch.device("cpu"), torch.float32, "adapter.x", merge=merge)
+    for weight in prepared.model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight.data)
+    prepared.save(adapter)
+    report = merged.produce(Compute(threads=1), base, adapter, out=tmp_path / "merged")
+    assert not report.failures and report.metrics["largest_adapter_effect"] > 0.1
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_tuned_model_of_a_base_model_with_several_chat_templates_has_the_one_of_its_training(
     tiny_model: Path, tmp_path: Path, method: str

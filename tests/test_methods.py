@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ from dagster_project.training.methods.build import (
     peft_config,
     peft_keys,
     peft_methods,
+    refuse_unmatched,
+    refuse_untrained,
 )
 from dagster_project.training.methods.load import AdapterInfo, load, load_base
 from dagster_project.training.tokens.collators import collate_packed, collate_padded
@@ -697,6 +700,68 @@ def test_an_adapter_that_is_not_merged_by_choice_is_measured_on_its_base(tiny_mo
     torch.testing.assert_close(logits(subject.model), logits(tunable.model), atol=1e-6, rtol=1e-6)
     with pytest.raises(InputError, match="is an adapter that was not merged"):
         load(tmp_path / "merged", None, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_patterns_whose_order_would_matter_are_refused_and_others_reload_unchanged(key: str, tiny_model: Path, tmp_path: Path) -> None:
+    """The saved configuration has its keys in alphabetical order; in another one, PEFT takes another pattern for a module that both match."""
+    with pytest.raises(InputError, match=rf"adapter\.x\.peft\.{key}: 'v_proj' and .* match model\.layers\.0\.self_attn\.v_proj"):
+        make("lora", tiny_model, options={"r": 4, key: {"v_proj": 2, r"layers\.0\..*": 8}})
+    tunable = make("lora", tiny_model, options={"r": 4, key: {"v_proj": 2, "q_proj": 8, "self_attn.v_proj": 2}})
+    steps(tunable)
+    tunable.save(tmp_path)
+    scales = {name: module.scaling for name, module in tunable.model.named_modules() if hasattr(module, "scaling")}
+    loaded = load(tmp_path, tiny_model, CPU, torch.float32)
+    assert {f"base_model.model.{name}": module.scaling for name, module in loaded.named_modules() if hasattr(module, "scaling")} == scales
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"init_lora_weights": "eva"}, "init_lora_weights: eva is not supported: it needs a pass over the data"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights: corda is not supported"),
+        ({"kasa_config": {"gamma": 0.1}}, "kasa_config: is not supported: it adds a term to the loss"),
+        ({"use_asa": True}, "use_asa: is not supported: it removes subspaces in a callback"),
+    ],
+)
+def test_keys_that_would_not_act_in_the_training_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=rf"adapter\.x\.peft\.{said}"):
+        refuse_untrained(options, "adapter.x")
+    refuse_untrained({"init_lora_weights": "pissa", "kasa_config": None, "use_asa": False}, "adapter.x")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_modules": ["q_proj", "gate_prj"]}, "target_modules: this model has no module 'gate_prj'\nhint: nearest: gate_proj"),
+        ({"modules_to_save": ["lm_heads"]}, "modules_to_save: this model has no module 'lm_heads'"),
+        ({"target_modules": "all-linear", "exclude_modules": ["qproj"]}, "exclude_modules: this model has no module 'qproj'"),
+        ({"rank_pattern": {"up_proj": 2}}, "rank_pattern: 'up_proj' matches no module that is adapted"),
+    ],
+)
+def test_a_name_that_no_module_has_is_refused_although_others_are_found(options: dict[str, Any], said: str, tiny_model: Path) -> None:
+    tunable = make("lora", tiny_model, options={"r": 4, **options})
+    with pytest.raises(InputError, match=re.escape(f"params.yaml: adapter.x.peft.{said}")):
+        refuse_unmatched(tunable.model, options, "adapter.x")
+    fine = {"target_modules": ["q_proj", "self_attn.v_proj", "lm_head"], "modules_to_save": ["norm"], "alpha_pattern": {"v_proj": 8}}
+    refuse_unmatched(make("lora", tiny_model, options=fine, merge=False).model, fine, "adapter.x")
+
+
+def test_trained_rows_of_a_shared_output_layer_cannot_be_merged(tiny_model: Path) -> None:
+    """Merged, they would be rows of the word embeddings, too."""
+    for method, options in (
+        ("trainable_tokens", {"token_indices": [5], "target_modules": ["lm_head"]}),
+        ("lora", {"r": 4, "trainable_token_indices": {"lm_head": [5]}}),
+    ):
+        with pytest.raises(InputError, match="this adapter cannot be merged: word embeddings and output layer"):
+            make(method, tiny_model, options=options)
+        assert make(method, tiny_model, options=options, merge=False).trainable
+
+
+def test_trained_biases_that_no_layer_of_the_base_model_can_take_are_refused_before_training(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match=r"lora_bias: this adapter cannot be merged: model\.layers\.0\.self_attn\.q_proj has no bias"):
+        make("lora", tiny_model, options={"r": 4, "lora_bias": True})
+    assert make("lora", tiny_model, options={"r": 4, "lora_bias": True}, merge=False).trainable
 
 
 def test_nothing_to_train_is_an_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

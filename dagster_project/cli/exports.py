@@ -52,6 +52,7 @@ def _add_signing_commands(commands: Any) -> None:
 def export(options: argparse.Namespace) -> int:
     """Write a model's lineage for other tools and readers, or the model itself for servers: GGUF, safetensors, an adapter."""
     from dagster_project.lineage.export.export import export as export_model
+    from dagster_project.lineage.signing.target import refuse_in_output
 
     if options.all is not None:
         return _export_all(options)
@@ -63,6 +64,8 @@ def export(options: argparse.Namespace) -> int:
         raise InputError("--quantization requires --format gguf", "leave it out")
     if options.format == "adapter":
         return _export_adapter(options)
+    if options.out:
+        refuse_in_output(project(options), "--out", Path(options.out), "file")
     text = export_model(project(options), options.model, options.format, options.rev, options.issued)
     if options.out:
         write("--out", Path(options.out), text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,8 +32,16 @@ NOT_IN_VLLM = {
     "alpha_pattern": "alpha_pattern",
     "trainable_token_indices": "trainable_token_indices",
     "layer_replication": "layer_replication",
+    "target_parameters": "target_parameters",
+    "use_qalora": "QALoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
 }
 """Keys of the configuration of a LoRA that vLLM refuses or does not read (vllm/lora/peft_helper.py, v0.11 and main in November 2026)."""
+
+
+CHANGES_THE_BASE = re.compile(r"(pissa|olora|corda|loftq|lora_ga).*", re.IGNORECASE)
+"""Values of init_lora_weights with which PEFT takes the start of the adapter out of the base model's weights, each time it loads it. vLLM does not."""
 
 
 def write_adapter(root: Path, model: str, folder: Path | None) -> dict[str, Any]:
@@ -109,8 +118,10 @@ def not_in_vllm(config: Mapping[str, Any]) -> list[str]:
     """What vLLM's `--lora-modules` does not support of an adapter; empty if it loads it."""
     if config.get("peft_type") != "LORA":
         return [str(config.get("peft_type"))]
-    biases = ["bias"] if config.get("bias", "none") != "none" or config.get("lora_bias") else []
-    return biases + [name for key, name in NOT_IN_VLLM.items() if config.get(key)]
+    found = ["bias"] if config.get("bias", "none") != "none" or config.get("lora_bias") else []
+    start = config.get("init_lora_weights")
+    found += [f"init_lora_weights: {start}"] if isinstance(start, str) and CHANGES_THE_BASE.fullmatch(start) else []
+    return found + [name for key, name in NOT_IN_VLLM.items() if config.get(key)]
 
 
 def _how_to_load(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:

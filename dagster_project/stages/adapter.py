@@ -60,6 +60,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     if params.command is not None:
         return
     entry = auto.settle(params, examples=1, rows=1, validates=False).params
+    methods.refuse_untrained(entry.peft, ctx.section)
     methods.check(entry.method, entry.peft, entry.quantization, entry.merge, ctx.section, entry.gradient_checkpointing is True)
     sharding.check(entry, ctx.compute, ctx.section, entry.method)
     if ctx.compute.processes > 1 and entry.method.lower() == "feature_extraction":

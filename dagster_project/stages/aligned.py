@@ -142,6 +142,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
         raise InputError(f"params.yaml: {where}: adapter.{ctx.name} has the same name", "rename one of them")
     refuse_names_of_one_file([*map(str, ctx.values["adapter"]), ctx.name], "adapter and aligned")
     refuse_unmerged(ctx.values["adapter"], params.adapter, f"{where}.adapter")
+    methods.refuse_untrained(params.peft, where)
     methods.check("lora", params.peft, params.quantization, True, where)
     method = params.parsed_method(where, ctx.value)
     trl_options.refuse(params.method, params.trl, method.model_dump(), params.optim, f"{where}.trl", params.gradient_accumulation_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ TOLERANCE = 1e-3
 """Largest logit difference attributed to rounding (logits span tens)."""
 
 PROBES = ("The capital of France is", '{"summary": "parcel', "Dear customer,\nthank you for", "0 1 1 2 3 5 8 13")
+
+MOST_ROWS = 64
+"""Most trained tokens that are compared."""
 
 
 class Params(Section):
@@ -56,7 +60,7 @@ def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Re
     from transformers import AutoConfig, AutoModelForCausalLM
 
     cpu = torch.device("cpu")
-    probes = _probes(base_model)
+    probes = _probes(base_model, adapter)
     stored = AutoConfig.from_pretrained(base_model, trust_remote_code=False).dtype or torch.float32
     base = load_base(base_model, cpu, torch.float32)
     with adding_adapters():
@@ -117,7 +121,7 @@ def _copy_unmerged(base_model: Path, adapter: Path, out: Path, metrics: dict[str
         effect = float(feature_extraction.load(out, base_model, cpu, torch.float32).classifier.score.weight.detach().abs().max())
         note += f"; the layer's largest weight is {effect:.2g}"
     else:
-        probes = _probes(base_model)
+        probes = _probes(base_model, adapter)
         untuned = _logits(load_base(base_model, cpu, torch.float32, AdapterInfo.read(out).quantization).eval(), probes)
         effect = _max_difference(_logits(load(out, base_model, cpu, torch.float32), probes), untuned)
         metrics["largest_adapter_effect"] = round(effect, 3)
@@ -125,11 +129,23 @@ def _copy_unmerged(base_model: Path, adapter: Path, out: Path, metrics: dict[str
     return Report(metrics=metrics, checks=[CheckResult("merge_is_equal", passed=effect > TOLERANCE, blocking=True, note=note)])
 
 
-def _probes(base_model: Path) -> list[Any]:
+def _probes(base_model: Path, adapter: Path) -> list[Any]:
+    """Token ids of the texts, and of tokens whose rows were trained, which may be in none of the texts."""
+    import torch
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
-    return [tokenizer(text, return_tensors="pt").input_ids for text in PROBES]
+    rows = _trained_rows(adapter)[:MOST_ROWS]
+    return [*(tokenizer(text, return_tensors="pt").input_ids for text in PROBES), *([torch.tensor([rows])] if rows else [])]
+
+
+def _trained_rows(adapter: Path) -> list[int]:
+    """Tokens whose rows of the word embeddings or of the output layer an adapter trained."""
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    given = [config.get("token_indices"), config.get("trainable_token_indices")]
+    lists = [one for found in given for one in (found.values() if isinstance(found, dict) else [found or []])]
+    return sorted({int(token) for one in lists for token in one})
 
 
 def _logits(model: Any, probes: list[Any]) -> list[Any]:

@@ -76,6 +76,7 @@ class Params(PreferenceParams):
 def validate(params: Params, ctx: ValidationContext) -> None:
     if params.model != "base_model":
         refuse_unmerged(ctx.values["adapter"], params.model.removeprefix("merged/"), "reward_model.model")
+    methods.refuse_untrained(params.peft, "reward_model")
     methods.check("lora", params.peft, params.quantization, True, "reward_model")
     if params.method == "full":
         if params.peft:

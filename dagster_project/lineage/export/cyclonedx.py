@@ -8,7 +8,7 @@ from datetime import UTC, date, datetime, time
 from typing import Any
 
 from dagster_project.lineage.export.formulation import citations, formulation
-from dagster_project.lineage.export.summary import identity, limits, results
+from dagster_project.lineage.export.summary import identity, limits, results, task_of
 
 FILE = "bom.cdx.json"
 SHOWS = "all parts with hashes and licenses, the command of each stage, and which run states each part"
@@ -109,7 +109,7 @@ def _card(summary: Mapping[str, Any]) -> dict[str, Any]:
         for one in results(summary)
     ]
     return {
-        "modelParameters": {**approach, "task": "text-generation", "datasets": data},
+        "modelParameters": {**approach, "task": task_of(summary), "datasets": data},
         **({"quantitativeAnalysis": {"performanceMetrics": measured}} if measured else {}),
         "considerations": {"technicalLimitations": limits(summary)},
         "properties": [

@@ -24,6 +24,26 @@ FAMILIES = {
 ORDER = (UNKNOWN, OWN_TERMS, NON_COMMERCIAL, NO_DERIVATIVES, SHARE_ALIKE, ATTRIBUTION, PERMISSIVE, PUBLIC_DOMAIN)
 """The most restrictive family first: what is not known may be forbidden."""
 
+HUB = {
+    "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0", "bigcode-openrail-m", "afl-3.0",
+    "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5",
+    "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0",
+    "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cdla-sharing-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0",
+    "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1", "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl",
+    "lgpl-2.1", "lgpl-3.0", "isc", "h-research", "intel-research", "lppl-1.3c", "ms-pl", "apple-ascl", "apple-amlr", "mpl-2.0", "odc-by", "odbl",
+    "openmdw-1.0", "openrail++", "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl", "lgpl-lr", "deepfloyd-if-license",
+    "fair-noncommercial-research-license", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "grok2-community", "gemma",
+}  # fmt: skip
+"""Names of licenses on the Hugging Face Hub (docs/hub/repositories-licenses), which refuses a card with any other, such as most of SPDX's."""
+ON_THE_HUB = {"odc-by-1.0": "odc-by", "odbl-1.0": "odbl", "pddl-1.0": "pddl"}
+"""SPDX -> the Hub, where it is not the same name in small letters."""
+
+
+def name_on_the_hub(license: str) -> str | None:
+    """None: the Hub has no name for it."""
+    name = ON_THE_HUB.get(license.lower(), license.lower())
+    return name if name in HUB else None
+
 
 def family(license: str) -> str:
     """The family of a license or of an SPDX expression: of `A OR B` the less restrictive one, of `A AND B`, or with parentheses, the more restrictive."""

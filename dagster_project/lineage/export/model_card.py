@@ -10,8 +10,8 @@ from typing import Any
 from dagster_project.core.text import markdown
 from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, declared_sources
-from dagster_project.lineage.export.licenses import most_restrictive
-from dagster_project.lineage.export.summary import limits, results
+from dagster_project.lineage.export.licenses import most_restrictive, name_on_the_hub
+from dagster_project.lineage.export.summary import REWARD_MODEL, is_head, limits, results, task_of
 
 FILE = "README.md"
 SHOWS = "how the model was made, measured and checked, as people read it"
@@ -30,16 +30,20 @@ def model_card(summary: Mapping[str, Any], issued: date | None = None) -> str:
 
 
 def _metadata(summary: Mapping[str, Any]) -> str:
-    from cyclonedx.spdx import fixup_id
     from huggingface_hub import EvalResult, ModelCardData
 
     address, base, training = summary["model"]["stage"], summary["base_model"], summary["training"]
     origin = base.get("origin", "").partition("@")[0]
+    data_set = (
+        ("preferences", "test split of the project's preferences")
+        if address == REWARD_MODEL
+        else ("splits", "test split of the project's data")
+    )
     evaluated = [
         EvalResult(
-            task_type="text-generation",
-            dataset_type="splits",
-            dataset_name="test split of the project's data",
+            task_type=task_of(summary),
+            dataset_type=data_set[0],
+            dataset_name=data_set[1],
             dataset_split="test",
             metric_type=one["name"],
             metric_value=one["value"],
@@ -49,14 +53,14 @@ def _metadata(summary: Mapping[str, Any]) -> str:
     ]
     hub = sorted({source["hub"] for source in summary["sources"].values() if "hub" in source})
     license = most_restrictive(summary)
-    known = fixup_id(license) if license else None
+    known = name_on_the_hub(license) if license else None
     data = ModelCardData(
         base_model=origin if HUB_ID.match(origin) and "@" in base.get("origin", "") else None,
         datasets=hub or None,
-        library_name="transformers" if summary["model"]["stands_alone"] else "peft",
-        license=None if license is None else known.lower() if known else "other",
+        library_name="transformers" if summary["model"]["stands_alone"] else None if is_head(summary) else "peft",
+        license=None if license is None else known or "other",
         license_name=None if known else license,
-        pipeline_tag="text-generation",
+        pipeline_tag=task_of(summary),
         tags=sorted({"pedigree", *([training["method"]] if "method" in training else [])}),
         model_name=address,
         eval_results=evaluated or None,

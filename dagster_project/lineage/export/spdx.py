@@ -14,7 +14,7 @@ from dagster_project.core.hashing import sha256_of_text
 from dagster_project.curation.sources.declarations import UNKNOWN, declared_of
 from dagster_project.lineage.export.cyclonedx import SUM
 from dagster_project.lineage.export.responsible import collection, processing
-from dagster_project.lineage.export.summary import identity, limits, results
+from dagster_project.lineage.export.summary import REWARD_MODEL, identity, limits, results
 
 FILE = "model.spdx.json"
 SHOWS = "the model, its base, sources and data sets as packages, with hashes and how they depend on each other"
@@ -37,7 +37,8 @@ def spdx(summary: Mapping[str, Any], issued: date) -> str:
     libraries = [graph.library(name, version) for name, version in summary["environment"].items()]
     trained = [packages[f"stage:{name}"] for name in INPUTS if f"stage:{name}" in packages]
     graph.relate(model, "trainedOn", trained)
-    graph.relate(model, "testedOn", [packages["stage:splits"]] if summary["metrics"] and "stage:splits" in packages else [])
+    tested = "stage:preferences" if summary["model"]["stage"] == REWARD_MODEL else "stage:splits"
+    graph.relate(model, "testedOn", [packages[tested]] if summary["metrics"] and tested in packages else [])
     graph.relate(model, "descendantOf", [*([base] if base else []), *map(graph.teacher, summary.get("teachers", ()))])
     graph.relate(model, "dependsOn", libraries)
     for name, stage in summary["stages"].items():

@@ -47,7 +47,7 @@ def from_reports(
     taught = _teachers(reports) if teachers is None else teachers
     online = _own_answers(reports)
     return {
-        "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": own.get("merged", address == "release")},
+        "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": own.get("merged", _is_complete(address, own))},
         "sources": sources,
         "base_model": {key: base[key] for key in ("origin", "license", "parameters", "dtype", "sha256") if key in base},
         "licenses": summarize_licenses(base, sources, taught),
@@ -58,14 +58,34 @@ def from_reports(
         },
         "training": {key: tuned[-1][key] for key in TRAINING if key in tuned[-1]} if tuned else {},
         "environment": tuned[-1]["environment"] if tuned else {},
-        "metrics": {name: {key: value for key, value in report.items() if key not in NOT_METRICS} for name, report in measured.items()},
+        "metrics": {name: {key: value for key, value in report.items() if key not in NOT_METRICS} for name, report in measured.items()}
+        | (
+            {address: {key: own[key] for key in OF_REWARDS if key in own}}
+            if address == REWARD_MODEL and own.get("accuracy") is not None
+            else {}
+        ),
         "checks_of_metrics": {name: _checks(report) for name, report in measured.items()},
         "untuned": reports.get("baselines", {}).get("base", {}),
-        "advice": reports.get("comparison", {}).get("advice", []),
+        "advice": [] if address == REWARD_MODEL else reports.get("comparison", {}).get("advice", []),
         **({"teachers": taught} if taught else {}),
         **({"own_answers": online} if online else {}),
         **judged([report for name, report in reports.items() if name not in measured], waivers),
     }
+
+
+def _is_complete(address: str, own: Mapping[str, Any]) -> bool:
+    """Whether the output of a stage that is not one of `merged` is a model that transformers loads, not an adapter."""
+    return address in ("release", REWARD_MODEL) or str(own.get("method", "")).lower() in ("full", "bitfit")
+
+
+def task_of(summary: Mapping[str, Any]) -> str:
+    """What the model does, as the Hugging Face Hub names tasks: a reward model and a classifier's head generate no text."""
+    return "text-classification" if summary["model"]["stage"] == REWARD_MODEL or is_head(summary) else "text-generation"
+
+
+def is_head(summary: Mapping[str, Any]) -> bool:
+    """Whether the model is the head of a classifier."""
+    return str(summary["training"].get("method", "")).lower() == "feature_extraction"
 
 
 def _named_sources(reports: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
@@ -142,6 +162,9 @@ TRAINING = (
     "loss",
     "validation_loss",
 )
+REWARD_MODEL = "reward_model"
+OF_REWARDS = ("accuracy", "accuracy_interval", "pairs", "by_category")
+"""Figures in the report of a reward model that measure it on held-out pairs."""
 NOT_METRICS = {"checks", "machine", "passed", "output_sha256"}
 
 
@@ -206,10 +229,18 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
                 f"Measured on {figures['test_examples']} test examples from the same sources as the training data"
                 f"{': ' * bool(parts)}{', '.join(parts)}. On other data: unknown."
             )
+        if "pairs" in figures:
+            lines.append(
+                f"Accuracy is the share of {figures['pairs']['test']} held-out pairs, from the same sources as the training data, "
+                "whose chosen answer has the higher reward. On other data: unknown."
+            )
         scored = {name: group for name, group in figures.get("by_category", {}).items() if "accuracy" in group}
         if scored:
             worst = min(scored, key=lambda name: (scored[name]["accuracy"], name))
-            lines.append(f"Weakest category: {worst}, accuracy {scored[worst]['accuracy']:.3f} on {scored[worst]['answered']} answers.")
+            what = "pairs" if "pairs" in scored[worst] else "answered"
+            lines.append(
+                f"Weakest category: {worst}, accuracy {scored[worst]['accuracy']:.3f} on {scored[worst][what]} {'answers' if what == 'answered' else what}."
+            )
         if "general_knowledge" in figures:
             before = summary["untuned"].get("general_knowledge")
             lines.append(

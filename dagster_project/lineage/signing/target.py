@@ -112,27 +112,30 @@ def _payload(line: bytes) -> bytes:
         return line
 
 
-def refuse_in_output(root: Path, option: str, folder: Path) -> None:
-    """Raises:
-    InputError: the folder is an output of the project, lies in one, or contains one; or it lies in what a stage reads, or where git, DVC and signatures
-        have their files. Files written there would change what DVC recorded.
+def refuse_in_output(root: Path, option: str, folder: Path, kind: str = "folder") -> None:
+    """Args:
+        folder: or file, if `kind` is "file".
+    Raises:
+        InputError: the folder is an output of the project, lies in one, or contains one; or it lies in what a stage reads, or where git, DVC and signatures
+            have their files; or it is a file of the pipeline. Files written there would change what DVC recorded.
     """
+    hint = f"name another {kind}"
     given, lock = folder.resolve(), _recorded(root)[0]
     for name, stage in lock.items():
         for out in stage.get("outs", []):
             path = (root / out["path"]).resolve()
             if given.is_relative_to(path) or path.is_relative_to(given):
                 where = "contains" if path.is_relative_to(given) and path != given else _where(given, path)
-                raise InputError(f"{option} {folder}: it {where} {out['path']}, an output of {name}", "name another folder")
+                raise InputError(f"{option} {folder}: it {where} {out['path']}, an output of {name}", hint)
     for name, stage in lock.items():
         for dep in stage.get("deps", []):
             path = (root / dep["path"]).resolve()
             if given.is_relative_to(path):
-                raise InputError(f"{option} {folder}: it {_where(given, path)} {dep['path']}, which {name} reads", "name another folder")
-    for kept in (".git", ".dvc", SIGNATURES):
+                raise InputError(f"{option} {folder}: it {_where(given, path)} {dep['path']}, which {name} reads", hint)
+    for kept in (".git", ".dvc", SIGNATURES, "dvc.yaml", LOCK, "params.yaml"):
         path = (root / kept).resolve()
         if given.is_relative_to(path):
-            raise InputError(f"{option} {folder}: it {_where(given, path)} {kept}, which is not for exports", "name another folder")
+            raise InputError(f"{option} {folder}: it {_where(given, path)} {kept}, which is not for exports", hint)
 
 
 def _where(folder: Path, path: Path) -> str:

@@ -105,6 +105,16 @@ REFUSED_KEYS = {
 }
 """Keys of PEFT that are refused -> reason."""
 
+UNTRAINED_KEYS = {
+    "kasa_config": "adds a term to the loss, which is not computed here",
+    "monteclora_config": "adds a term to the loss, which is not computed here",
+    "use_asa": "removes subspaces in a callback, which is not run here",
+}
+"""Keys of PEFT that need more than the loss of the records -> reason. Adapters of another trainer may have them."""
+
+STARTS_FROM_DATA = re.compile(r"eva|corda.*|lora_ga", re.IGNORECASE)
+"""Values of init_lora_weights that are computed from examples. PEFT leaves the start of `eva` random if nobody computes it."""
+
 MINIMUM = {"r": 1, "init_r": 2, "target_r": 1, "num_virtual_tokens": 1, "lora_alpha": 1, "deltaT": 1, "tinit": 0, "tfinal": 0,
          "lora_dropout": 0, "orth_reg_weight": 0}  # fmt: skip
 """Key -> minimum value."""
@@ -263,6 +273,22 @@ def check(
             f"params.yaml: {where}.gradient_checkpointing: {method} uses the KV cache, which checkpointing disables",
             "set gradient_checkpointing: false",
         )
+
+
+def refuse_untrained(options: Mapping[str, Any], where: str) -> None:
+    """Refuse keys that the trainers here accept and do not act on. A training command may.
+
+    Raises:
+        InputError: as described.
+    """
+    for key, value in sorted(options.items()):
+        if key in UNTRAINED_KEYS and value not in (None, False):
+            raise InputError(f"params.yaml: {where}.peft.{key}: is not supported: it {UNTRAINED_KEYS[key]}", "leave it out")
+        if key == "init_lora_weights" and isinstance(value, str) and STARTS_FROM_DATA.fullmatch(value):
+            raise InputError(
+                f"params.yaml: {where}.peft.{key}: {value} is not supported: it needs a pass over the data before training",
+                "leave it out, or use another value, such as pissa",
+            )
 
 
 def quantization_of(method: str, quantization: Quantization | None) -> Quantization:
@@ -520,15 +546,13 @@ def build(
     try:
         with adding_adapters():
             model = get_peft_model(base, config)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, LookupError, AssertionError, re.error) as error:  # also of a wrong index or pattern
         if isinstance(error, NotImplementedError) and not weights:  # raised by the meta device, not by the keys
             raise
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
-    if merge and _adapts_shared_weight(base):
-        raise InputError(
-            f"{place_of(where, 'peft')}: this adapter cannot be merged: word embeddings and output layer of this model share one weight",
-            "leave embed_tokens and lm_head out of target_modules (modules_to_save can be merged), or set merge: false",
-        )
+    _refuse_order(model, config, where)
+    if merge:
+        _refuse_unmergeable(model, config, where)
     for parameter_name, parameter in model.named_parameters():
         if ".ranknum." in parameter_name:  # a counter; PEFT makes it trainable on quantized layers but never saves it
             parameter.requires_grad_(False)
@@ -564,15 +588,82 @@ def build(
     )
 
 
+def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None:
+    """PEFT ignores a name that no module has, if another one is found.
+
+    Raises:
+        InputError: a name in the options is that of no module, or a pattern matches none that is adapted.
+    """
+    names = [name for name, _ in causal(model).named_modules()]
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        given = options.get(key)
+        for entry in given if isinstance(given, list) else ():
+            if not any(name == entry or name.endswith(entry if key == "modules_to_save" else f".{entry}") for name in names):
+                near = difflib.get_close_matches(str(entry), sorted({name.rpartition(".")[2] for name in names}), 3, 0.6)
+                hint = f"nearest: {' or '.join(near)}" if near else "correct the name, or leave it out"
+                raise InputError(f"{place_of(where, 'peft')}.{key}: this model has no module {entry!r}", hint)
+    adapted: list[str] = getattr(getattr(model, "base_model", None), "targeted_module_names", [])
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in (options.get(key) or ()) if adapted else ():
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+                raise InputError(
+                    f"{place_of(where, 'peft')}.{key}: {pattern!r} matches no module that is adapted", "correct it, or leave it out"
+                )
+
+
+def _refuse_order(model: Any, config: Any, where: str) -> None:
+    """Of several patterns that match a module, PEFT takes the first. DVC compares parameters without the order of their keys, and the saved configuration
+    has another one, so that the adapter would be loaded with other values than it was trained with.
+
+    Raises:
+        InputError: several patterns with different values match a module.
+    """
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns: Mapping[str, Any] = getattr(config, key, None) or {}
+        for module in getattr(model.base_model, "targeted_module_names", ()):
+            matching = [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
+            if len({repr(patterns[pattern]) for pattern in matching}) > 1:
+                raise InputError(
+                    f"{place_of(where, 'peft')}.{key}: {' and '.join(map(repr, matching))} match {module}, and which of them counts would depend on their order",
+                    "write regular expressions of which one at most matches, or give them the same value",
+                )
+
+
+def _refuse_unmergeable(model: Any, config: Any, where: str) -> None:
+    """Raises:
+    InputError: the model has no weights of its own for what is trained.
+    """
+    if _adapts_shared_weight(causal(model)):
+        raise InputError(
+            f"{place_of(where, 'peft')}: this adapter cannot be merged: word embeddings and output layer of this model share one weight",
+            "leave embed_tokens and lm_head out of target_modules (modules_to_save can be merged), or set merge: false",
+        )
+    if getattr(config, "lora_bias", False) and (unbiased := _without_bias(model)):
+        raise InputError(
+            f"{place_of(where, 'peft')}.lora_bias: this adapter cannot be merged: {unbiased} has no bias to which the trained one could be added",
+            "leave lora_bias out, or set merge: false",
+        )
+
+
 def _adapts_shared_weight(base: Any) -> bool:
-    """Whether an update is added to word embeddings or output layer alone, although both use one weight. Trained rows of it (trainable_tokens) are put
-    into both."""
+    """Whether an update is added to word embeddings or output layer alone, although both use one weight. Trained rows of the embeddings
+    (trainable_tokens) are put into both, those of the output layer are not."""
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
 
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    adapted = any(isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer) for layer in ends)
-    return adapted and bool(base.config.get_text_config().tie_word_embeddings)
+    rows = [isinstance(layer, TrainableTokensLayer | TrainableTokensWrapper) for layer in ends]
+    adapted = any(isinstance(layer, BaseTunerLayer) and not of_rows for layer, of_rows in zip(ends, rows, strict=True))
+    return (adapted or rows == [False, True]) and bool(base.config.get_text_config().tie_word_embeddings)
+
+
+def _without_bias(model: Any) -> str:
+    """Name of an adapted layer that has no bias; empty if all have one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = ((name, module) for name, module in causal(model).named_modules() if isinstance(module, BaseTunerLayer))
+    return next((name for name, module in adapted if getattr(module.get_base_layer(), "bias", None) is None), "")
 
 
 def _weights(

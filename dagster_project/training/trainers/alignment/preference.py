@@ -786,4 +786,6 @@ def policy(
         adapter: name of the SFT variant; the adapter's configuration names its model by the path in dvc.yaml.
     """
     assert re.fullmatch(r"[\w-]+", adapter)
-    return build.build("lora", peft, sft, device, dtype, where, quantization, packs=False, named=f"data/merged/{adapter}")
+    prepared = build.build("lora", peft, sft, device, dtype, where, quantization, packs=False, named=f"data/merged/{adapter}")
+    build.refuse_unmatched(prepared.model, peft, where)
+    return prepared

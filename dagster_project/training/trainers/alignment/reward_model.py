@@ -18,7 +18,7 @@ from dagster_project.core.messages import Message, Messages, Tools, conversation
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import CheckResult, write_json
 from dagster_project.training.inference.words import split_words
-from dagster_project.training.methods.build import Quantization, peft_config
+from dagster_project.training.methods.build import Quantization, peft_config, refuse_unmatched
 from dagster_project.training.methods.hardware import adding_adapters
 from dagster_project.training.methods.load import frozen_4bit, nf4_config
 from dagster_project.training.tokens.collators import pad
@@ -102,6 +102,7 @@ def build(
     config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
     with adding_adapters():
         model = get_peft_model(model, config)
+    refuse_unmatched(model, peft, where)
     for parameter in model.parameters():  # a step smaller than 1/256 of a bfloat16 weight is lost, so trained weights are float32
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

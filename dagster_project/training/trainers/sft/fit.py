@@ -15,7 +15,7 @@ from dagster_project.core.hashing import sha256_of_files, sha256_of_text
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table
 from dagster_project.training.methods.attention import attention_for
-from dagster_project.training.methods.build import PreparedModel, build, causal, quantization_of
+from dagster_project.training.methods.build import PreparedModel, build, causal, quantization_of, refuse_unmatched
 from dagster_project.training.methods.feature_extraction import split_prompts
 from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.methods.isolation import refuse_mixing
@@ -104,6 +104,7 @@ class TrainingData:
         prepared = build(
             params.method, params.peft, self.base_model, device, dtype, self.where, params.quantization, params.merge, total, sorted(labels)
         )
+        refuse_unmatched(prepared.model, params.peft, self.where)
         if params.neftune_noise_alpha and not prepared.packs:
             raise InputError(
                 f"params.yaml: {self.where}.neftune_noise_alpha: {params.method} does not train word embeddings", "leave it out"
