@@ -539,6 +539,21 @@ def test_dpo_starts_at_a_loss_of_ln_2_and_learns_the_preferences(
     assert told["log_ratio"]["chosen"] > told["log_ratio"]["rejected"]
 
 
+def test_dpo_of_a_model_with_a_router_adds_its_loss_to_ln_2(tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("config.json", "model*"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=259, num_local_experts=4, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    report = align_it(tmp_path / "run", preferences, None, tmp_path / "model", method="dpo", peft={"target_modules": ["q_proj", "v_proj"]})
+    [begins] = [check for check in report.checks if check.name == "starts_as_the_reference"]
+    first = json.loads((tmp_path / "run" / "out" / "training.json").read_text())["validation"][0]
+    assert begins.passed and not report.failures and first["validation_margin"] == 0
+    assert 1e-3 < first["validation_loss"] - math.log(2) < 1e-2, "router_aux_loss_coef of 0.001, times at least 1"
+
+
 def test_a_teacher_that_was_changed_is_refused_before_a_model_is_loaded(
     tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,8 +191,12 @@ class AlignmentMethod(Section):
         """Train the model in place, from its newest checkpoint if it has one."""
         raise NotImplementedError
 
-    def check_first_loss(self, loss: float) -> tuple[bool, str]:
-        """Whether the loss before the first step is that of a policy equal to its reference, and a note for the report."""
+    def check_first_loss(self, loss: float, has_router: bool) -> tuple[bool, str]:
+        """Whether the loss before the first step is that of a policy equal to its reference, and a note for the report.
+
+        Args:
+            has_router: whether the loss of a router is part of it.
+        """
         return True, ""
 
     def passes(self, params: PreferenceParams) -> tuple[int, int]:
@@ -314,9 +318,9 @@ class Dpo(TrlMethod):
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return _pair_rows(tokenizer, pairs)
 
-    def check_first_loss(self, loss: float) -> tuple[bool, str]:
+    def check_first_loss(self, loss: float, has_router: bool) -> tuple[bool, str]:
         """ln 2 with the paper's loss: both answers are equally likely."""
-        known = self.loss_type == "sigmoid" and not self.rpo_alpha
+        known = self.loss_type == "sigmoid" and not self.rpo_alpha and not has_router
         return not known or abs(loss - math.log(2)) < 1e-5, f", loss {loss:.6f}"
 
 
