@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dagster_project.training.tokens.preference_pairs import answered, both
 from dagster_project.training.trainers.alignment import preference, teacher
 from dagster_project.training.trainers.alignment import reward_model as reward
 from dagster_project.training.trainers.alignment.rewards import Rewards
-from dagster_project.training.trainers.harness import launch
+from dagster_project.training.trainers.harness import launch, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted
@@ -295,6 +296,17 @@ def test_without_preferences_the_reward_model_stage_writes_nothing_and_passes(tm
 def test_margins_require_a_margin_in_every_pair(tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
     with pytest.raises(InputError, match="26 pairs have no margin"):
         train_reward(tmp_path, preferences, tiny_model, margins=True)
+
+
+def test_keys_that_peft_refuses_for_a_reward_model_are_named(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match=re.escape("params.yaml: reward_model.peft: No modules were targeted for adaptation")):
+        reward.build(tiny_model, {"target_modules": ["query"]}, torch.device("cpu"), torch.float32, "reward_model")
+
+
+def test_the_output_layer_of_a_reward_model_is_trained_with_the_modules_that_the_entry_names(tiny_model: Path) -> None:
+    peft = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    model = reward.build(tiny_model, peft, torch.device("cpu"), torch.float32, "reward_model")
+    assert {name.split(".")[-4] for name in weight_audit.trainable(model) if "lora" not in name} == {"embed_tokens", "score"}
 
 
 def test_full_fine_tuning_of_a_reward_model_respects_margins(tmp_path: Path, tiny_model: Path) -> None:

@@ -22,7 +22,7 @@ from dagster_project.training.inference.likelihood import negative_log_likelihoo
 from dagster_project.training.methods.attention import attention_for
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.load import load
-from dagster_project.training.trainers.alignment import ppo
+from dagster_project.training.trainers.alignment import ppo, reward_model
 from dagster_project.training.trainers.harness.params import SftParams
 from dagster_project.training.trainers.sft.sft import train
 
@@ -126,6 +126,21 @@ def test_a_model_without_the_attention_of_evaluation_is_refused(tmp_path: Path) 
     of_kind("mamba").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="MambaForCausalLM has no attention by torch's scaled_dot_product_attention in transformers"):
         load(tmp_path, None, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("cohere2", "transformers has no reward model of type cohere2"),
+        ("modernbert-decoder", "transformers has no reward model of type modernbert-decoder"),
+        ("bloom", "BloomForSequenceClassification has no attention by torch's scaled_dot_product_attention in transformers"),
+    ],
+)
+def test_a_reward_model_of_an_architecture_without_one_is_refused(kind: str, what: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    of_kind(kind).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=re.escape(what)):
+        reward_model.build(tmp_path, {}, torch.device("cpu"), torch.float32, "reward_model")
 
 
 def test_attention_that_does_not_get_the_bounds_of_examples_is_refused() -> None:

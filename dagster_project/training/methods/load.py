@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,8 +53,19 @@ def load_base(
     Raises:
         InputError: transformers does not have this attention for the model.
     """
-    try:
+    with refusing_attention(folder):
         return _load_base(folder, device, dtype, quantization, attention, weights)
+
+
+@contextmanager
+def refusing_attention(folder: Path) -> Iterator[None]:
+    """While open, the model of a folder can be loaded.
+
+    Raises:
+        InputError: transformers does not have the attention for the model.
+    """
+    try:
+        yield
     except ValueError as error:
         if "does not support an attention implementation" not in str(error):
             raise
