@@ -12,6 +12,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section
 from dagster_project.core.versions import require_version
 from dagster_project.training.methods.hardware import adding_adapters
+from dagster_project.training.methods.logits import refuse_other_logits
 
 if TYPE_CHECKING:
     import torch
@@ -51,10 +52,19 @@ def load_base(
         folder: folder of the model; with `weights` False its config.json is sufficient.
         weights: False: only shapes and dtypes, on torch's meta device.
     Raises:
-        InputError: transformers does not have this attention for the model.
+        InputError: transformers does not have this attention for the model, or its logits are computed in another way.
     """
-    with refusing_attention(folder):
-        return _load_base(folder, device, dtype, quantization, attention, weights)
+    try:
+        with refusing_attention(folder):
+            base = _load_base(folder, device, dtype, quantization, attention, weights)
+    except KeyError as error:  # of Falcon and GPT-Neo, which list the names of attention that they know
+        if error.args != (attention,):
+            raise
+        what = f"{folder}: the attention of this model cannot be replaced in transformers, which training on packed rows needs"
+        raise InputError(what, "use another model") from None
+    if weights:
+        refuse_other_logits(base, folder)
+    return base
 
 
 @contextmanager
