@@ -22,7 +22,7 @@ from dagster_project.training.inference.likelihood import negative_log_likelihoo
 from dagster_project.training.methods.attention import attention_for
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.load import load, load_base
-from dagster_project.training.trainers.alignment import ppo, reward_model
+from dagster_project.training.trainers.alignment import ppo, preference, reward_model
 from dagster_project.training.trainers.harness.params import SftParams
 from dagster_project.training.trainers.sft.sft import train
 
@@ -157,6 +157,24 @@ def test_a_reward_model_of_an_architecture_without_one_is_refused(kind: str, wha
     tiny_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=re.escape(what)):
         reward_model.build(tmp_path, {}, torch.device("cpu"), torch.float32, "reward_model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "what"),
+    [
+        ("inkling_text", {"logits_mup_width_multiplier": 4.0, "head_dim": 8}, "leaves out logits_mup_width_multiplier of inkling_text"),
+        ("granitemoe", {}, "cannot compute the router's loss of granitemoe, which has no num_experts"),
+        ("mixtral", {}, ""),
+        ("granite", {"logits_scaling": 8.0}, ""),
+    ],
+)
+def test_a_model_whose_loss_trl_computes_otherwise_is_refused(kind: str, keys: dict[str, Any], what: str) -> None:
+    model = of_kind(kind, **keys)
+    if not what:
+        preference.refuse_other_losses(model, "dpo")
+        return
+    with pytest.raises(InputError, match=f"data/base_model: TRL's trainer of dpo {what}"):
+        preference.refuse_other_losses(model, "dpo")
 
 
 def test_attention_that_does_not_get_the_bounds_of_examples_is_refused() -> None:

@@ -40,7 +40,7 @@ from dagster_project.core.params import Compute, Section, parse
 from dagster_project.core.rendering import end_ids
 from dagster_project.training.inference.answers import read_parts
 from dagster_project.training.methods import build
-from dagster_project.training.methods.build import PreparedModel, Quantization
+from dagster_project.training.methods.build import PreparedModel, Quantization, causal
 from dagster_project.training.tokens.preference_pairs import both, prompt_ids, reply
 from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.alignment.rewards import Rewards
@@ -243,6 +243,8 @@ class TrlMethod(AlignmentMethod):
         raise NotImplementedError
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
+        if self.has_reference:
+            refuse_other_losses(run.shared.model, self.name)
         rows, validation = (self.rows(run.tokenizer, run.pairs[split]) for split in ("train", "validation"))
         spec = self.trainer_spec(run)
         spec = replace(spec, arguments={**spec.arguments, **run.trl})
@@ -250,6 +252,22 @@ class TrlMethod(AlignmentMethod):
             spec, run.shared, run.tokenizer, rows, [] if self.learns_from_rewards else validation, run.params,
             run.compute, run.checkpoints, run.live, run.begin,
         )  # fmt: skip
+
+
+def refuse_other_losses(model: Any, method: str) -> None:
+    """Check that TRL's own output layer and loss of a router, which methods with a reference use, fit a model.
+
+    Raises:
+        InputError: TRL 1.16 leaves out a scale of its logits (Inkling), or reads a key that its configuration does not have (Granite MoE).
+    """
+    config, scale = causal(model).config.get_text_config(), "logits_mup_width_multiplier"
+    hint = "use ppo, orpo, simpo or cpo, or another model"
+    if getattr(config, scale, None) not in (None, 1):
+        raise InputError(f"data/base_model: TRL's trainer of {method} leaves out {scale} of {config.model_type}: its loss is wrong", hint)
+    experts = [key for key in ("num_experts", "num_experts_per_tok") if not hasattr(config, key)]
+    if method != OnlineDpo.name and shared_prompts.has_router(model) and experts:
+        what = f"TRL's trainer of {method} cannot compute the router's loss of {config.model_type}, which has no {experts[0]}"
+        raise InputError(f"data/base_model: {what}", hint)
 
 
 def _pair_rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
