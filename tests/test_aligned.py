@@ -371,7 +371,12 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
     assert seen and {row["example_id"] for row in seen} <= known
     assert len(read_table(tmp_path / "out" / "samples.parquet")) == 4
     assert (tmp_path / "out" / "answers").exists() == ("sampled" in report.metrics) == (method not in OFFLINE - {"gkd"})
-    assert "<script" not in (tmp_path / "pages" / "alignment.html").read_text() and any((tmp_path / "live").glob("*.csv"))
+    page = (tmp_path / "pages" / "alignment.html").read_text()
+    assert "<script" not in page and any((tmp_path / "live").glob("*.csv"))
+    kl = {**dict.fromkeys(("rloo", "grpo", "online_dpo"), "token"), **dict.fromkeys(("kto", "ppo"), "answer")}
+    assert [unit for unit in ("token", "answer") if f"divergence from the reference, in nats per {unit}" in page] == [
+        *filter(None, [kl.get(method)])
+    ]
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo", "online_dpo", "ppo"])
