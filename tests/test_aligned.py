@@ -882,6 +882,14 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             "aligned.x.options.horizon: 12 would move beta below zero at 64 answers",
         ),
         ({"aligned": None}, "aligned: must be a mapping"),
+        *(
+            (
+                {"aligned": {"x": {"method": method, "adapter": "lora", "peft": {"lora_dropout": 0.1}}}},
+                f"has no effect, {method} trains without",
+            )
+            for method in ("dpo", "kto", "orpo", "ppo")
+        ),
+        ({"reward_model": {"model": "base_model", "peft": {"lora_dropout": 0.1}}}, "reward_model.peft.lora_dropout: has no effect"),
         ({"reward_model": {"model": "merged/gone"}}, "reward_model.model: there is no adapter.gone"),
         ({"reward_model": {"model": "elsewhere"}}, "reward_model.model"),
         ({"adapter": {"lora": {"method": "prompt_tuning", "merge": False}}}, "adapter.lora does not produce a merged model"),

@@ -148,6 +148,8 @@ class AlignmentMethod(Section):
     """Keys of an entry that this method does not use."""
     can_train_output_layer: ClassVar[bool] = True
     """Whether the loss applies an adapter of `lm_head`."""
+    drops_out: ClassVar[bool] = False
+    """Whether dropout is on in training, as it is by TRL's defaults in methods that sample answers."""
     reads_pairs: ClassVar[bool] = False
     """Whether a pass reads both answers of its pairs together, see shared_prompts.py, and the reference, if there is one, once."""
     rows_per_pair: ClassVar[int] = 1
@@ -532,6 +534,7 @@ class AnswerGroups(TrlMethod):
     """Options of methods that compare several answers to a prompt by their rewards."""
 
     learns_from_rewards = True
+    drops_out = True
     metrics = {
         "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length", "completions/clipped_ratio": "unfinished",
     }  # fmt: skip
@@ -787,6 +790,8 @@ def parse_method(
         raise InputError(f"params.yaml: {where}: {', '.join(ignored)}: {name} sets its steps in its options", known)
     if not method.can_train_output_layer and "lm_head" in str(getattr(params, "peft", {}).get("target_modules")):
         raise InputError(f"params.yaml: {where}.peft.target_modules: TRL's trainer of {name} does not train lm_head", "leave it out")
+    if not method.drops_out and getattr(params, "peft", {}).get("lora_dropout"):
+        raise InputError(f"params.yaml: {where}.peft.lora_dropout: has no effect, {name} trains without dropout", "leave it out")
     method.refuse_contradictions(params, where)
     return method
 
