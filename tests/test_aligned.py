@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dagster_project.training.tokens.preference_pairs import answered, both
 from dagster_project.training.trainers.alignment import preference, teacher
 from dagster_project.training.trainers.alignment import reward_model as reward
 from dagster_project.training.trainers.alignment.rewards import Rewards
-from dagster_project.training.trainers.harness import launch
+from dagster_project.training.trainers.harness import launch, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted
@@ -297,6 +298,17 @@ def test_margins_require_a_margin_in_every_pair(tmp_path: Path, preferences: Pat
         train_reward(tmp_path, preferences, tiny_model, margins=True)
 
 
+def test_keys_that_peft_refuses_for_a_reward_model_are_named(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match=re.escape("params.yaml: reward_model.peft: No modules were targeted for adaptation")):
+        reward.build(tiny_model, {"target_modules": ["query"]}, torch.device("cpu"), torch.float32, "reward_model")
+
+
+def test_the_output_layer_of_a_reward_model_is_trained_with_the_modules_that_the_entry_names(tiny_model: Path) -> None:
+    peft = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    model = reward.build(tiny_model, peft, torch.device("cpu"), torch.float32, "reward_model")
+    assert {name.split(".")[-4] for name in weight_audit.trainable(model) if "lora" not in name} == {"embed_tokens", "score"}
+
+
 def test_full_fine_tuning_of_a_reward_model_respects_margins(tmp_path: Path, tiny_model: Path) -> None:
     for split in ("train", "validation", "test"):
         write_records(tmp_path / "pairs" / split, [preference_row(i, "aaa", "zzz", 1.0) for i in range(4)], PREFERENCE_SCHEMA)
@@ -359,7 +371,12 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
     assert seen and {row["example_id"] for row in seen} <= known
     assert len(read_table(tmp_path / "out" / "samples.parquet")) == 4
     assert (tmp_path / "out" / "answers").exists() == ("sampled" in report.metrics) == (method not in OFFLINE - {"gkd"})
-    assert "<script" not in (tmp_path / "pages" / "alignment.html").read_text() and any((tmp_path / "live").glob("*.csv"))
+    page = (tmp_path / "pages" / "alignment.html").read_text()
+    assert "<script" not in page and any((tmp_path / "live").glob("*.csv"))
+    kl = {**dict.fromkeys(("rloo", "grpo", "online_dpo"), "token"), **dict.fromkeys(("kto", "ppo"), "answer")}
+    assert [unit for unit in ("token", "answer") if f"divergence from the reference, in nats per {unit}" in page] == [
+        *filter(None, [kl.get(method)])
+    ]
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo", "online_dpo", "ppo"])
@@ -537,6 +554,21 @@ def test_dpo_starts_at_a_loss_of_ln_2_and_learns_the_preferences(
     told = report.metrics["preference"]
     assert told["accuracy"]["aligned"] == 1.0 and told["implicit_reward_accuracy"]["value"] == 1.0
     assert told["log_ratio"]["chosen"] > told["log_ratio"]["rejected"]
+
+
+def test_dpo_of_a_model_with_a_router_adds_its_loss_to_ln_2(tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("config.json", "model*"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=259, num_local_experts=4, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    report = align_it(tmp_path / "run", preferences, None, tmp_path / "model", method="dpo", peft={"target_modules": ["q_proj", "v_proj"]})
+    [begins] = [check for check in report.checks if check.name == "starts_as_the_reference"]
+    first = json.loads((tmp_path / "run" / "out" / "training.json").read_text())["validation"][0]
+    assert begins.passed and not report.failures and first["validation_margin"] == 0
+    assert 1e-3 < first["validation_loss"] - math.log(2) < 1e-2, "router_aux_loss_coef of 0.001, times at least 1"
 
 
 def test_a_teacher_that_was_changed_is_refused_before_a_model_is_loaded(
@@ -881,6 +913,14 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             "aligned.x.options.horizon: 12 would move beta below zero at 64 answers",
         ),
         ({"aligned": None}, "aligned: must be a mapping"),
+        *(
+            (
+                {"aligned": {"x": {"method": method, "adapter": "lora", "peft": {"lora_dropout": 0.1}}}},
+                f"has no effect, {method} trains without",
+            )
+            for method in ("dpo", "kto", "orpo", "ppo")
+        ),
+        ({"reward_model": {"model": "base_model", "peft": {"lora_dropout": 0.1}}}, "reward_model.peft.lora_dropout: has no effect"),
         ({"reward_model": {"model": "merged/gone"}}, "reward_model.model: there is no adapter.gone"),
         ({"reward_model": {"model": "elsewhere"}}, "reward_model.model"),
         ({"adapter": {"lora": {"method": "prompt_tuning", "merge": False}}}, "adapter.lora does not produce a merged model"),

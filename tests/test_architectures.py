@@ -21,8 +21,8 @@ from dagster_project.training.inference.decoding import decode
 from dagster_project.training.inference.likelihood import negative_log_likelihood
 from dagster_project.training.methods.attention import attention_for
 from dagster_project.training.methods.build import PreparedModel
-from dagster_project.training.methods.load import load
-from dagster_project.training.trainers.alignment import ppo
+from dagster_project.training.methods.load import load, load_base
+from dagster_project.training.trainers.alignment import ppo, preference, reward_model
 from dagster_project.training.trainers.harness.params import SftParams
 from dagster_project.training.trainers.sft.sft import train
 
@@ -126,6 +126,55 @@ def test_a_model_without_the_attention_of_evaluation_is_refused(tmp_path: Path) 
     of_kind("mamba").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="MambaForCausalLM has no attention by torch's scaled_dot_product_attention in transformers"):
         load(tmp_path, None, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(("kind", "change"), [("modernbert-decoder", "changes its last hidden"), ("llama4_text", "gives no last hidden")])
+def test_a_model_whose_output_layer_does_not_read_its_last_hidden_states_is_refused(kind: str, change: str, tmp_path: Path) -> None:
+    keys = {"num_local_experts": 2, "intermediate_size_mlp": 32, "head_dim": 8} if kind == "llama4_text" else {}
+    of_kind(kind, **keys).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path}: .*ForCausalLM {change} states"):
+        load_base(tmp_path, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("mpt", "mpt cannot read packed rows in transformers"), ("falcon", "the attention of this model cannot be replaced")]
+)
+def test_a_model_that_cannot_read_packed_rows_is_refused(kind: str, what: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=what):
+        tune(tmp_path, kind, tiny_tokenizer, [SHORT, LONG])
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("cohere2", "transformers has no reward model of type cohere2"),
+        ("modernbert-decoder", "transformers has no reward model of type modernbert-decoder"),
+        ("bloom", "BloomForSequenceClassification has no attention by torch's scaled_dot_product_attention in transformers"),
+    ],
+)
+def test_a_reward_model_of_an_architecture_without_one_is_refused(kind: str, what: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    of_kind(kind).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=re.escape(what)):
+        reward_model.build(tmp_path, {}, torch.device("cpu"), torch.float32, "reward_model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "what"),
+    [
+        ("inkling_text", {"logits_mup_width_multiplier": 4.0, "head_dim": 8}, "leaves out logits_mup_width_multiplier of inkling_text"),
+        ("granitemoe", {}, "cannot compute the router's loss of granitemoe, which has no num_experts"),
+        ("mixtral", {}, ""),
+        ("granite", {"logits_scaling": 8.0}, ""),
+    ],
+)
+def test_a_model_whose_loss_trl_computes_otherwise_is_refused(kind: str, keys: dict[str, Any], what: str) -> None:
+    model = of_kind(kind, **keys)
+    if not what:
+        preference.refuse_other_losses(model, "dpo")
+        return
+    with pytest.raises(InputError, match=f"data/base_model: TRL's trainer of dpo {what}"):
+        preference.refuse_other_losses(model, "dpo")
 
 
 def test_attention_that_does_not_get_the_bounds_of_examples_is_refused() -> None:

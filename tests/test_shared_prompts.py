@@ -120,7 +120,8 @@ def test_rewards_and_gradients_are_those_of_one_pass_for_each_answer(judge: Any)
 
 
 ROUNDED = {"llama": {}, "mistral": {"sliding_window": 3}, "qwen3": {"head_dim": 8}}
-PADDED = {"gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 2.0}, "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1}}
+PADDED = {"gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 2.0}, "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+          "nemotron": {"head_dim": 8}}  # fmt: skip
 
 
 def small(kind: str, **settings: Any) -> Any:
@@ -155,7 +156,9 @@ def test_models_with_other_attention_compute_the_same(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", PADDED)
 def test_models_that_cap_or_scale_scores_or_keep_a_state_read_padded_batches(kind: str) -> None:
-    assert not shared_prompts.reads_prompts_once(small(kind, **PADDED[kind]), "cpu")
+    model = small(kind, **PADDED[kind])
+    assert not shared_prompts.reads_prompts_once(model, "cpu")
+    assert model.config._attn_implementation == "eager"
 
 
 def test_a_model_whose_output_layer_is_trained_reads_padded_batches(tiny_model: Path) -> None:

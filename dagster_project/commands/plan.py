@@ -25,7 +25,7 @@ from dagster_project.pipeline import validate
 from dagster_project.stages.adapter import Params
 from dagster_project.training.methods.hardware import available_memory, prepare
 from dagster_project.training.planning import layerwise, memory
-from dagster_project.training.planning.answer_groups import answer_pass, has_router, judge_bytes
+from dagster_project.training.planning.answer_groups import answer_pass, judge_bytes
 from dagster_project.training.planning.hints import training_spec
 from dagster_project.training.planning.memory import size_text
 from dagster_project.training.planning.pairs import Pair, largest_pass, lengths_of, reads_pairs_once
@@ -253,8 +253,8 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         spec = replace(spec, teacher=locate(method.teacher, root, f"aligned.{name}.options.teacher"), divergence=method.beta)
     predicted = all_texts * sum(lengths) / len(lengths)
     tokens, in_groups = predicted, isinstance(method, AnswerGroups)
-    reads_once = (in_groups or method.reads_pairs) and reads_pairs_once(base_model, machine.device, entry.peft)
-    if isinstance(method, AnswerGroups) and reads_once and not has_router(base_model):
+    reads_once = (in_groups or method.reads_pairs) and reads_pairs_once(base_model, machine.device, entry.peft, method.has_reference)
+    if isinstance(method, AnswerGroups) and reads_once:
         largest = answer_pass(method, entry, [len(prompt) for prompt, *_ in pairs], n * passes)
         spec = replace(spec, lengths=[largest.tokens], counted=largest.answer_tokens, answers=largest)
     if method.learns_from_rewards and _has_judge(values, name, entry.rewards):

@@ -36,6 +36,7 @@ from dagster_project.training.trainers.alignment.reward_model import MODEL, Rewa
 from dagster_project.training.trainers.alignment.rewards import Rewards, check, reads_files, ready
 from dagster_project.training.trainers.alignment.sampled_answers import FOLDER as FOLDER_OF_ANSWERS
 from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
+from dagster_project.training.trainers.alignment.trl_trainers.shared_prompts import has_router
 from dagster_project.training.trainers.alignment.trl_trainers.training import document_of, preference_identity
 from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
@@ -282,7 +283,7 @@ def produce(
         | measured
         | {"environment": document["versions"]},
         checks=[
-            *([_starts_as_the_reference(start, history, method)] if method.has_reference else []),
+            *([_starts_as_the_reference(start, history, method, has_router(prepared.model))] if method.has_reference else []),
             _learned(history, prepared),
             _moved(change, history),
             _improved(measured, len(pairs["test"])),
@@ -551,9 +552,11 @@ def _rewards_differ(sampled: SampledAnswers, names: Sequence[str], method: Align
     return CheckResult("rewards_differ", passed=False, severity=severity, blocking=not accepted, count=len(sampled.rows), note=note)
 
 
-def _starts_as_the_reference(start: Mapping[str, float], history: TrainingHistory, method: AlignmentMethod) -> CheckResult:
+def _starts_as_the_reference(
+    start: Mapping[str, float], history: TrainingHistory, method: AlignmentMethod, has_router: bool
+) -> CheckResult:
     first = history.validation[0][1] if history.validation and history.validation[0][0] == 0 else history.losses[0]
-    expected, note = method.check_first_loss(first)
+    expected, note = method.check_first_loss(first, has_router)
     return CheckResult(
         "starts_as_the_reference",
         passed=expected and not any(start.values()),

@@ -78,6 +78,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
         refuse_unmerged(ctx.values["adapter"], params.model.removeprefix("merged/"), "reward_model.model")
     methods.refuse_untrained(params.peft, "reward_model")
     methods.check("lora", params.peft, params.quantization, True, "reward_model")
+    if params.peft.get("lora_dropout"):
+        raise InputError("params.yaml: reward_model.peft.lora_dropout: has no effect, it is trained without dropout", "leave it out")
     if params.method == "full":
         if params.peft:
             raise InputError(

@@ -16,12 +16,17 @@ PLOTS = (
     ("Reward", "mean of the batch; for pairs, the implicit reward of the policy", ("reward", "reward_chosen", "reward_rejected")),
     ("Accuracy", "share of pairs whose chosen answer has the higher reward", ("accuracy", "validation_accuracy")),
     ("Margin", "between the rewards of a pair", ("margin", "validation_margin")),
-    ("KL", "divergence from the reference, in nats", ("kl",)),
+    ("KL", "divergence from the reference", ("kl",)),
     ("Length", "tokens per answer", ("response_length",)),
     ("Own answers", "share of passes that learn from answers of the policy", ("on_policy",)),
     ("Likelihood", "negative log-likelihood per token, in nats", ("nll", "validation_nll")),
     ("Loss", "of each step, and on the validation split", ("loss", "validation_loss")),
 )
+KL_BY_METHOD = {
+    "kto": "in nats per answer, estimated on answers to other prompts, or 0 if the estimate is below 0",
+    "ppo": "in nats per answer",
+}
+"""What the KL curve of a method is; that of the others is in nats per token."""
 WITHOUT_REFERENCE = "mean of the batch: beta times the log-probability of an answer, as the loss compares it, without a reference"
 SHOWN = 8
 """Answers shown from each end of the list."""
@@ -38,7 +43,9 @@ def draw_alignment(documents: Documents) -> None:
     components = history.get("components", [])
     by_component = ("Rewards", "mean of the batch for each reward, before its weight", components)
     rewards = (PLOTS[0][0], WITHOUT_REFERENCE if "reference" in metrics else PLOTS[0][1], PLOTS[0][2])
-    figures = [curve_figure(title, note, points, names) for title, note, names in (rewards, by_component, *PLOTS[1:])]
+    units = {"KL": f"divergence from the reference, {KL_BY_METHOD.get(metrics['method'], 'in nats per token')}"}
+    plots = [(title, units.get(title, note), names) for title, note, names in (rewards, by_component, *PLOTS[1:])]
+    figures = [curve_figure(title, note, points, names) for title, note, names in plots]
     sections = {
         "Watch": _watch(metrics["watch"], history["signs"], "reward_model" in metrics, metrics.get("held_out", {})),
         "Curves": {"overfitting_since": overfitting_since(points), "figures": [figure for figure in figures if figure]},

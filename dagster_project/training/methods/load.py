@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section
 from dagster_project.core.versions import require_version
 from dagster_project.training.methods.hardware import adding_adapters
+from dagster_project.training.methods.logits import refuse_other_logits
 
 if TYPE_CHECKING:
     import torch
@@ -50,10 +52,30 @@ def load_base(
         folder: folder of the model; with `weights` False its config.json is sufficient.
         weights: False: only shapes and dtypes, on torch's meta device.
     Raises:
-        InputError: transformers does not have this attention for the model.
+        InputError: transformers does not have this attention for the model, or its logits are computed in another way.
     """
     try:
-        return _load_base(folder, device, dtype, quantization, attention, weights)
+        with refusing_attention(folder):
+            base = _load_base(folder, device, dtype, quantization, attention, weights)
+    except KeyError as error:  # of Falcon and GPT-Neo, which list the names of attention that they know
+        if error.args != (attention,):
+            raise
+        what = f"{folder}: the attention of this model cannot be replaced in transformers, which training on packed rows needs"
+        raise InputError(what, "use another model") from None
+    if weights:
+        refuse_other_logits(base, folder)
+    return base
+
+
+@contextmanager
+def refusing_attention(folder: Path) -> Iterator[None]:
+    """While open, the model of a folder can be loaded.
+
+    Raises:
+        InputError: transformers does not have the attention for the model.
+    """
+    try:
+        yield
     except ValueError as error:
         if "does not support an attention implementation" not in str(error):
             raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.core.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,6 +46,30 @@ def own_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         else:
             base.forward = own
     return found
+
+
+def refuse_other_logits(model: Any, where: object) -> None:
+    """Check that the logits of a causal language model are those that `logits_of` computes of its last hidden states.
+
+    Args:
+        where: the model's folder, for messages.
+    Raises:
+        InputError: it gives no last hidden states (Llama 4 text), or its logits are others (ModernBERT-decoder).
+    """
+    import torch
+
+    kind, output = type(model).__name__, model.get_output_embeddings()
+    if model.base_model is model:
+        raise InputError(f"{where}: {kind} gives no last hidden states in transformers, which are needed", "use another model")
+    dice = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, output.weight.shape[1], generator=dice).to(output.weight)
+    with torch.no_grad():
+        own, others = (own_logits(model, states) for states in (hidden, hidden.flip(0)))
+        found = logits_of(model, hidden)
+    reads_them = not torch.equal(own, others)  # OPT calls a part of its base model, and so computes the logits of other states here
+    if reads_them and not torch.allclose(own, found, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
+        what = f"{where}: {kind} changes its last hidden states before the output layer, which training and evaluation do not support"
+        raise InputError(what, "use another model")
 
 
 class _Output:

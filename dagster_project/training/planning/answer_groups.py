@@ -86,14 +86,6 @@ def answer_passes(ledger: Any, prepared: PreparedModel, base: Any, groups: Answe
                 del found, reference  # a reference that is kept would count as memory
 
 
-def has_router(base_model: Path) -> bool:
-    """Whether a model's configuration has a router, whose loss TRL reads from padded batches."""
-    import torch
-
-    model = load_base(base_model, torch.device("cpu"), torch.bfloat16, weights=False)
-    return hasattr(model.config.get_text_config(), "output_router_logits")
-
-
 def judge_bytes(base_model: Path, dtype: Any) -> int:
     """Bytes of the weights of a reward model that was trained from a model: the same ones without the output layer."""
     import torch

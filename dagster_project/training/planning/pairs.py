@@ -13,6 +13,7 @@ from dagster_project.training.tokens.collators import SIZES
 from dagster_project.training.trainers.alignment.trl_trainers.pair_attention import attending_by_pair
 from dagster_project.training.trainers.alignment.trl_trainers.shared_prompts import (
     collate_shared,
+    has_router,
     hidden_states,
     log_probabilities,
     reads_prompts_once,
@@ -76,16 +77,18 @@ def largest_pass(sizes: Sequence[int], batch: int, passes: int) -> list[int]:
     return sorted(found, key=lambda group: sum(sizes[row] for row in group))[ORDERS // 2]
 
 
-def reads_pairs_once(base_model: Path, device: str, options: Mapping[str, Any]) -> bool:
-    """Whether a training on pairs reads what two texts have in common once, see shared_prompts.py.
+def reads_pairs_once(base_model: Path, device: str, options: Mapping[str, Any], router_loss: bool = False) -> bool:
+    """Whether a training on pairs or groups of answers reads what texts have in common once, see shared_prompts.py.
 
     Args:
         options: PEFT's keys.
+        router_loss: whether TRL adds the loss of a router, if the model has one.
     """
     import torch
 
     model = load_base(base_model, torch.device("cpu"), torch.bfloat16, weights=False)
-    return reads_prompts_once(model.requires_grad_(False), device) and "lm_head" not in str(options.get("target_modules"))
+    pads = router_loss and has_router(model)
+    return not pads and reads_prompts_once(model.requires_grad_(False), device) and "lm_head" not in str(options.get("target_modules"))
 
 
 def lengths_of(pair: Pair) -> tuple[int, int, int]:

@@ -40,7 +40,7 @@ from dagster_project.core.params import Compute, Section, parse
 from dagster_project.core.rendering import end_ids
 from dagster_project.training.inference.answers import read_parts
 from dagster_project.training.methods import build
-from dagster_project.training.methods.build import PreparedModel, Quantization
+from dagster_project.training.methods.build import PreparedModel, Quantization, causal
 from dagster_project.training.tokens.preference_pairs import both, prompt_ids, reply
 from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.alignment.rewards import Rewards
@@ -148,6 +148,8 @@ class AlignmentMethod(Section):
     """Keys of an entry that this method does not use."""
     can_train_output_layer: ClassVar[bool] = True
     """Whether the loss applies an adapter of `lm_head`."""
+    drops_out: ClassVar[bool] = False
+    """Whether dropout is on in training, as it is by TRL's defaults in methods that sample answers."""
     reads_pairs: ClassVar[bool] = False
     """Whether a pass reads both answers of its pairs together, see shared_prompts.py, and the reference, if there is one, once."""
     rows_per_pair: ClassVar[int] = 1
@@ -191,8 +193,12 @@ class AlignmentMethod(Section):
         """Train the model in place, from its newest checkpoint if it has one."""
         raise NotImplementedError
 
-    def check_first_loss(self, loss: float) -> tuple[bool, str]:
-        """Whether the loss before the first step is that of a policy equal to its reference, and a note for the report."""
+    def check_first_loss(self, loss: float, has_router: bool) -> tuple[bool, str]:
+        """Whether the loss before the first step is that of a policy equal to its reference, and a note for the report.
+
+        Args:
+            has_router: whether the loss of a router is part of it.
+        """
         return True, ""
 
     def passes(self, params: PreferenceParams) -> tuple[int, int]:
@@ -239,6 +245,8 @@ class TrlMethod(AlignmentMethod):
         raise NotImplementedError
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
+        if self.has_reference:
+            refuse_other_losses(run.shared.model, self.name)
         rows, validation = (self.rows(run.tokenizer, run.pairs[split]) for split in ("train", "validation"))
         spec = self.trainer_spec(run)
         spec = replace(spec, arguments={**spec.arguments, **run.trl})
@@ -246,6 +254,22 @@ class TrlMethod(AlignmentMethod):
             spec, run.shared, run.tokenizer, rows, [] if self.learns_from_rewards else validation, run.params,
             run.compute, run.checkpoints, run.live, run.begin,
         )  # fmt: skip
+
+
+def refuse_other_losses(model: Any, method: str) -> None:
+    """Check that TRL's own output layer and loss of a router, which methods with a reference use, fit a model.
+
+    Raises:
+        InputError: TRL 1.16 leaves out a scale of its logits (Inkling), or reads a key that its configuration does not have (Granite MoE).
+    """
+    config, scale = causal(model).config.get_text_config(), "logits_mup_width_multiplier"
+    hint = "use ppo, orpo, simpo or cpo, or another model"
+    if getattr(config, scale, None) not in (None, 1):
+        raise InputError(f"data/base_model: TRL's trainer of {method} leaves out {scale} of {config.model_type}: its loss is wrong", hint)
+    experts = [key for key in ("num_experts", "num_experts_per_tok") if not hasattr(config, key)]
+    if method != OnlineDpo.name and shared_prompts.has_router(model) and experts:
+        what = f"TRL's trainer of {method} cannot compute the router's loss of {config.model_type}, which has no {experts[0]}"
+        raise InputError(f"data/base_model: {what}", hint)
 
 
 def _pair_rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -314,9 +338,9 @@ class Dpo(TrlMethod):
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return _pair_rows(tokenizer, pairs)
 
-    def check_first_loss(self, loss: float) -> tuple[bool, str]:
+    def check_first_loss(self, loss: float, has_router: bool) -> tuple[bool, str]:
         """ln 2 with the paper's loss: both answers are equally likely."""
-        known = self.loss_type == "sigmoid" and not self.rpo_alpha
+        known = self.loss_type == "sigmoid" and not self.rpo_alpha and not has_router
         return not known or abs(loss - math.log(2)) < 1e-5, f", loss {loss:.6f}"
 
 
@@ -510,6 +534,7 @@ class AnswerGroups(TrlMethod):
     """Options of methods that compare several answers to a prompt by their rewards."""
 
     learns_from_rewards = True
+    drops_out = True
     metrics = {
         "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length", "completions/clipped_ratio": "unfinished",
     }  # fmt: skip
@@ -765,6 +790,8 @@ def parse_method(
         raise InputError(f"params.yaml: {where}: {', '.join(ignored)}: {name} sets its steps in its options", known)
     if not method.can_train_output_layer and "lm_head" in str(getattr(params, "peft", {}).get("target_modules")):
         raise InputError(f"params.yaml: {where}.peft.target_modules: TRL's trainer of {name} does not train lm_head", "leave it out")
+    if not method.drops_out and getattr(params, "peft", {}).get("lora_dropout"):
+        raise InputError(f"params.yaml: {where}.peft.lora_dropout: has no effect, {name} trains without dropout", "leave it out")
     method.refuse_contradictions(params, where)
     return method
 

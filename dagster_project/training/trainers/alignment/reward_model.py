@@ -18,9 +18,9 @@ from dagster_project.core.messages import Message, Messages, Tools, conversation
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import CheckResult, write_json
 from dagster_project.training.inference.words import split_words
-from dagster_project.training.methods.build import Quantization, peft_config, refuse_unmatched
+from dagster_project.training.methods.build import Quantization, peft_config, place_of, refuse_unmatched
 from dagster_project.training.methods.hardware import adding_adapters
-from dagster_project.training.methods.load import frozen_4bit, nf4_config
+from dagster_project.training.methods.load import frozen_4bit, nf4_config, refusing_attention
 from dagster_project.training.tokens.collators import pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
@@ -78,10 +78,11 @@ def build(
         folder: a standalone model.
         peft: keys of LoRA; None: every weight is trained.
         quantization: of the frozen weights.
+    Raises:
+        InputError: transformers has no such model, or PEFT refuses the keys for it.
     """
     import torch
     from peft import TaskType, get_peft_model
-    from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
     from dagster_project.training.methods.fused_lora import fuse
@@ -90,24 +91,51 @@ def build(
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # the new output layer is intended
     quantized = {"quantization_config": nf4_config(["score"]), "device_map": {"": device}} if quantization == "nf4" else {}
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, dtype=held, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **quantized
-    )
+    model = _load(folder, held, **quantized)
     model = frozen_4bit(model) if quantized else model.to(device)
     logging.set_verbosity(said)
     model.config.pad_token_id = tokenizer_of(folder).pad_token_id
     if peft is None:
         return model
     config = peft_config("lora", peft, where, model)
-    config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
-    with adding_adapters():
-        model = get_peft_model(model, config)
+    others = [name for name in config.modules_to_save or () if name != "score"]
+    config.task_type, config.modules_to_save = TaskType.SEQ_CLS, [*others, "score"]
+    try:
+        with adding_adapters():
+            model = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
     refuse_unmatched(model, peft, where)
     for parameter in model.parameters():  # a step smaller than 1/256 of a bfloat16 weight is lost, so trained weights are float32
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.get_base_model().score.register_forward_pre_hook(lambda _, given: (given[0].float(),))
     fuse(model)
+    return model
+
+
+def _load(folder: Path, dtype: torch.dtype, **keys: Any) -> Any:
+    """A model with the output layer `score` of one number.
+
+    Raises:
+        InputError: transformers has none of this architecture, or none with the attention that is needed.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+    what = f"{folder}: transformers has no reward model of type {kind}: a {kind} model whose output layer `score` gives one number"
+    hint = "set reward_model.model to a model of another architecture, or reward answers by rules, without a reward model"
+    try:
+        with refusing_attention(folder):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=1, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **keys
+            )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise InputError(what, hint) from None
+    if not hasattr(model, "score"):
+        raise InputError(what, hint)
     return model
 
 
@@ -152,12 +180,8 @@ class RewardModel:
         folder: of the model. With `sharding`, the other processes only need a folder with a model of the same architecture.
         sharding: divides the model among the processes, which all create it at the same time.
         """
-        from transformers import AutoModelForSequenceClassification
-
         self.tokenizer, self.device = tokenizer_of(folder), device
-        self.model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
-        ).eval()
+        self.model = _load(folder, dtype).eval()
         self.shared = ShardedModel(self.model, sharding, device)
         if sharding is None:
             self.model.to(device)

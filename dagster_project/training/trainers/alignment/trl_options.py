@@ -76,6 +76,7 @@ CONTROLLED = {
     **dict.fromkeys(("loss_weights", "rpo_alpha"), "set options.rpo_alpha"),
     **dict.fromkeys(("reward_weights", "reward_funcs"), "set the weights in rewards"),
     **dict.fromkeys(("max_length", "truncation_mode", "max_prompt_length"), "rows are tokenized before training, and none is truncated"),
+    "disable_dropout": "dropout is on only in rloo, grpo and online_dpo: set peft.lora_dropout there",
     **dict.fromkeys(("padding_free", "packing", "pad_to_multiple_of", "remove_unused_columns", "dataset_num_proc", "dataloader_num_workers",
                      "train_sampling_strategy", "shuffle_dataset"), "Pedigree makes the batches, see docs/alignment.md#speed"),
     **dict.fromkeys(("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),

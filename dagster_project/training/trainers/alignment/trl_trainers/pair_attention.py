@@ -50,7 +50,34 @@ def can_attend_by_pair(model: Any) -> bool:
     plain_layers = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
     sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
     softcap = getattr(config, "attn_logit_softcapping", None)
-    return bool(model._supports_attention_backend and not model._is_stateful and plain_layers and not sinks and softcap is None)
+    plain = bool(model._supports_attention_backend and not model._is_stateful and plain_layers and not sinks and softcap is None)
+    return plain and _gets_arguments(model)
+
+
+class _Reached(Exception):
+    """The first attention of a pass was called. Internal."""
+
+
+def _gets_arguments(model: Any) -> bool:
+    """Whether the attention of a model gets further arguments of a forward pass, which the layers of some leave out (Nemotron). The pass ends there."""
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attend(*_: Any, pair_lengths: Any = None, **__: Any) -> None:
+        raise _Reached(pair_lengths is not None)
+
+    AttentionInterface.register("arguments", attend)
+    AttentionMaskInterface.register("arguments", lambda *_, **__: None)
+    before, ids = attention_of(model), torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    model.set_attn_implementation("arguments")
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.base_model(input_ids=ids, position_ids=ids, pair_lengths=((0, 1, 0),), use_cache=False)
+    except _Reached as reached:
+        return bool(reached.args[0])
+    finally:
+        model.set_attn_implementation(before)
+    return False
 
 
 def _attend_by_pair(

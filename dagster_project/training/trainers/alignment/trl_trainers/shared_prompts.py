@@ -43,6 +43,11 @@ def reads_prompts_once(model: Any, device: str) -> bool:
     return device == "cpu" and plain and unscaled and can_attend_by_pair(inner)
 
 
+def has_router(model: Any) -> bool:
+    """Whether a model's configuration has a router, whose loss TRL's DPO, RLOO and GRPO add. Only padded batches give it."""
+    return hasattr(causal(model).config.get_text_config(), "output_router_logits")
+
+
 @dataclass(frozen=True)
 class SharedTexts:
     """Where the tokens of texts with a common beginning are in a packed row: the beginning, and the rest of each text in turn."""

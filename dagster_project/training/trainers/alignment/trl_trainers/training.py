@@ -87,11 +87,11 @@ class TrlSession(SharedSession):
             self.sampled.restore(self.state["answers"])
             self.answers_in_use = self.state["answers_in_use"]
         reads_once = shared_prompts.reads_prompts_once(model, self.device.type)
-        self.outputs = spec.outputs if reads_once else None
+        pads = shared_prompts.has_router(model) and (spec.has_reference or spec.answers_in_groups)
+        self.outputs = spec.outputs if reads_once and not pads else None
         """As in the specification; None if the model cannot read pairs so, or there are none."""
         self.trains_prompts = spec.trains_prompts
-        has_router = hasattr(causal(model).config.get_text_config(), "output_router_logits")  # TRL adds the router's loss
-        self.reads_groups = spec.answers_in_groups and reads_once and not has_router
+        self.reads_groups = spec.answers_in_groups and reads_once and not pads
         """Whether a pass reads the answers to a prompt as a group."""
         self.reference: dict[int, tuple[float, float]] = {}
         """Log-probabilities of the chosen and the rejected answer of each row under the reference; validation rows have negative numbers."""
