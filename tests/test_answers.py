@@ -179,6 +179,33 @@ def test_generated_tokens_give_an_answer_and_its_message(hermes: Any) -> None:
     assert answer.message["tool_calls"] == [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "days": 3}}}]
 
 
+@pytest.mark.parametrize(
+    ("text", "content", "trace"),
+    [
+        ("<|channel|>final<|message|>Because.<|im_end|>", "Because.", ""),
+        (" to=user<|message|>Because.<|im_end|>", "Because.", ""),
+        (" to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>Because.<|im_end|>", "Because.", "Hm."),
+        ("Write to=user<|message|>.<|im_end|>", "Write to=user<|message|>.", ""),
+    ],
+)
+def test_the_header_of_a_channel_is_not_part_of_an_answer(text: str, content: str, trace: str, hermes: Any) -> None:
+    assert read_answer(hermes, encode(hermes, "<|start|>assistant"), encode(hermes, text)) == Answer(content, trace)
+
+
+@pytest.mark.parametrize("trace", ["", "Hm."])
+def test_content_beside_a_call_is_read_with_the_response_template_of_glm(trace: str, tiny_tokenizer: Any) -> None:
+    import copy
+
+    import trl
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates/glm4moe.jinja").read_text(encoding="utf-8")
+    tokenizer.eos_token = "<|observation|>"
+    assert reader(tokenizer).library is not None
+    text = f"\n<think>{trace}</think>\nLet me look.\n{WRITTEN['GLM-4'][0]}<|observation|>"
+    assert parse(tokenizer, "<|assistant|>", text, TOOLS) == Answer("Let me look.", trace, (OSLO,))
+
+
 @pytest.mark.parametrize("text", ["It is cold.<|im_end|>", " 42 ", "", '{"name": "weather", "arguments": {}}<|im_end|>', "<|im_end|>"])
 def test_without_tools_an_answer_is_its_text(hermes: Any, text: str) -> None:
     ids = encode(hermes, text)
