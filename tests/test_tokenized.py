@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import byte_fallback_model
 from builders.tiny_model import CHAT_TEMPLATE
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
@@ -869,6 +870,24 @@ def test_misplaced_labels_of_calls_and_traces_are_found(tiny_tokenizer: Any, dam
     answer = {"role": "assistant", "content": "I add.", "reasoning_content": "Easy.", "tool_calls": [call]}
     found = record({"role": "user", "content": "Add."}, answer)
     [outcome] = make(tokenizer, [found], Rules(room, "truncate"))
+    assert label_audit.find_wrong_labels(tokenizer, [found], [outcome]) == {}
+    damage(outcome.examples[0].labels, outcome.examples[0].input_ids)
+    assert list(label_audit.find_wrong_labels(tokenizer, [found], [outcome])) == [0]
+
+
+@pytest.mark.parametrize("changes", ["space before each text", "case"])
+@pytest.mark.parametrize("damage", [damage_header, damage_end, damage_first, damage_all])
+def test_calls_and_traces_are_audited_against_the_tokenizers_own_decoding(changes: str, damage: Any) -> None:
+    """Tokenizers of Llama 2, Mistral and Phi-3 put a space after each special token, so that the header of an answer decodes to another text."""
+    from tokenizers import normalizers
+
+    tokenizer = byte_fallback_model.tokenizer(NAMED["hermes"])
+    change = normalizers.Prepend("▁") if changes == "space before each text" else normalizers.Lowercase()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([change, normalizers.Replace(" ", "▁")])
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "B": "X y"}}}
+    answer = {"role": "assistant", "content": "I add.", "reasoning_content": "Easy.", "tool_calls": [call]}
+    found = record({"role": "user", "content": "Add."}, answer)
+    [outcome] = make(tokenizer, [found], Rules(512))
     assert label_audit.find_wrong_labels(tokenizer, [found], [outcome]) == {}
     damage(outcome.examples[0].labels, outcome.examples[0].input_ids)
     assert list(label_audit.find_wrong_labels(tokenizer, [found], [outcome])) == [0]

@@ -120,11 +120,20 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: TurnMarkup
         *(call.name for call in calls(message)),
         *(str(value) for call in calls(message) for _, value in argument_texts(call.arguments)),
     ]
-    return all(word in text or json.dumps(word, ensure_ascii=False)[1:-1] in text or json.dumps(word)[1:-1] in text for word in words)
+    return all(_contains(text, word) for word in words) or all(_contains(text, word) for word in _returned(tokenizer, words))
+
+
+def _contains(text: str, word: str) -> bool:
+    return word in text or json.dumps(word, ensure_ascii=False)[1:-1] in text or json.dumps(word)[1:-1] in text
+
+
+def _returned(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """Texts as the tokenizer decodes their encodings: in another spelling if it normalizes them, or adds spaces."""
+    return [text.strip() for text in decode(tokenizer, [tokenizer.encode(text, add_special_tokens=False) for text in texts])]
 
 
 def _openings(tokenizer: Any) -> tuple[str, ...]:
-    """Text of the template between a prompt and an answer, after a user turn and after a tool result."""
+    """Text of the template between a prompt and an answer, after a user turn and after a tool result, as it is and as its tokens decode."""
     user, call = {"role": "user", "content": "Why?"}, {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
     result = {"role": "tool", "content": "x", "tool_call_id": "abcdefghi", "name": "f"}
     found = []
@@ -137,7 +146,7 @@ def _openings(tokenizer: Any) -> tuple[str, ...]:
             except InputError:
                 continue  # a template without tools
             found.append(header.removeprefix(before) if header.startswith(before) else "")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys([*found, *decode(tokenizer, [tokenizer.encode(text, add_special_tokens=False) for text in found])]))
 
 
 def _starts_right(tokenizer: Any, example: Example, openings: tuple[str, ...]) -> bool:
