@@ -112,7 +112,9 @@ def test_the_weight_of_a_field_is_that_of_its_text_or_number_alone(tiny_model: P
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     answer = '{"tags":   ["a"], "n": 512, "who":  "Bob", "more": {"x": 1}}'
     encoded = tokenizer(answer + tokenizer.eos_token, return_offsets_mapping=True)
-    weights = loss_weights(tokenizer, encoded["input_ids"], answer, {"tags": 16, "more": 8, "n": 4, "who": 2}, False)
+    weights = loss_weights(
+        tokenizer, encoded["input_ids"], (answer + tokenizer.eos_token, answer), {"tags": 16, "more": 8, "n": 4, "who": 2}, False
+    )
     covered = dict.fromkeys(weights, "")
     for weight, (start, stop) in zip(weights, encoded["offset_mapping"], strict=True):
         covered[weight] += answer[start:stop]
@@ -134,6 +136,34 @@ def test_fields_have_their_weight_where_a_turn_ends_with_another_token_than_a_te
         "bug"
     ).input_ids
     assert report.metrics["train"]["end_of_turn_in_loss"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] + ' <|im_end|>' }}{% endfor %}",
+        NAMED["hermes"],
+    ],
+    ids=["spaces around an answer", "a trace"],
+)
+@pytest.mark.parametrize("after", [[], [say("user", "Thanks")], [say("user", "Why?"), {**say("assistant", "So."), "weight": 0.0}]])
+def test_fields_have_their_weight_in_the_last_answer_that_is_trained_on(
+    stage: Stage, template: str, after: list[dict[str, str]], tmp_path: Path
+) -> None:
+    """Whatever the template writes around it, and however the tokenizer joins them; not in its trace."""
+    from tokenizers import normalizers
+
+    stage.model = tmp_path / "model"
+    tokenizer = byte_fallback_model.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.save_pretrained(stage.model)
+    answer = {**say("assistant", '{"category": "bug"}'), "reasoning_content": 'Not "category": "cat".'}
+    report = stage(record(say("user", "Which?"), answer, *after), chat_template=stage.template(template), field_weights={"category": 16})
+    assert check(report, "labels").passed
+    [example] = stage.examples()
+    assert (
+        tokenizer.decode([token for token, weight in zip(example["input_ids"], example["weights"], strict=True) if weight == 16]) == "bug"
+    )
 
 
 @pytest.mark.parametrize("cut", ["lstrip('\\n')", "rstrip('\\n')", "strip('\\n')", "lstrip()", "rstrip()", "strip()"])
