@@ -101,7 +101,7 @@ def parse(tokenizer: Any, prompt: str, text: str, tools: Tools = None) -> Answer
     """The answer of a text with its special tokens; None if all of it is content: without trace, calls, and the header of a channel."""
     reasoning, rest = split_trace(prompt, text)
     library, forms = reader(tokenizer) if tools else Reader(None, ())
-    found = _by_library(library, prompt, _unended(tokenizer, text), tools) if library and rest.strip() else None
+    found = _by_library(library, prompt, text, tools) if library and rest.strip() else None
     if found is None and tools:
         own = find_calls(_unended(tokenizer, rest), tools, forms)
         found = (own.calls, own.rest) if own else None
@@ -214,7 +214,7 @@ PROBE_TOOLS = [
     }
 ]
 EASY_PROBE: dict[str, Any] = {"text": "a probe", "count": 7}
-HARD_PROBE: dict[str, Any] = {"text": "it's a \"probe\", isn't it", "count": 7, "flag": False}
+HARD_PROBE: dict[str, Any] = {"text": "it's a \"probe\", isn't it\n", "count": 7, "flag": False}
 PROBE_QUESTION = "What does the probe say?"
 
 

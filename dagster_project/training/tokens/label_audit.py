@@ -124,7 +124,8 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: TurnMarkup
 
 
 def _contains(text: str, word: str) -> bool:
-    return word in text or json.dumps(word, ensure_ascii=False)[1:-1] in text or json.dumps(word)[1:-1] in text
+    """Whether a text has a word as it is, or as JSON or Python writes it."""
+    return any(spelled in text for spelled in (word, json.dumps(word, ensure_ascii=False)[1:-1], json.dumps(word)[1:-1], repr(word)[1:-1]))
 
 
 def _returned(tokenizer: Any, texts: Sequence[str]) -> list[str]:
