@@ -686,6 +686,21 @@ def test_a_tokenizer_that_changes_text_is_audited_against_its_own_decoding(tiny_
     assert list(label_audit.find_wrong_labels(folding, [ask("HI", "YES?")], [fate])) == [0]
 
 
+@pytest.mark.parametrize("room", [512, 12], ids=["whole", "truncated"])
+def test_answers_with_nothing_between_them_pass_the_label_audit(tiny_tokenizer: Any, room: int) -> None:
+    """As in templates of Mistral, which write no header."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' ~ m.content ~ ']' if m.role == 'user' else m.content ~ eos_token }}{% endfor %}"
+    )
+    found = record(say("user", "Hi"), say("assistant", "One"), say("assistant", "Two and more"))
+    [outcome] = make(tokenizer, [found], Rules(room, "truncate"))
+    assert outcome.outcome == ("kept" if room == 512 else "truncated") and len([*spans(outcome.examples[0].labels)]) == 1
+    assert label_audit.find_wrong_labels(tokenizer, [found], [outcome]) == {}
+    outcome.examples[0].labels[-1] = IGNORE
+    assert list(label_audit.find_wrong_labels(tokenizer, [found], [outcome])) == [0]
+
+
 def test_a_doubled_bos_token_is_found(stage: Stage) -> None:
     report = stage(ask("Hi"), ask("Ho"), chat_template=stage.template("{{ bos_token }}" + CHAT_TEMPLATE))
     assert (check(report, "double_bos").passed, check(report, "double_bos").count) == (False, 2)

@@ -95,9 +95,14 @@ def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], ex
     left, truncated = list(answers), result.outcome == "truncated"
     per_answer = truncated and ONE_PER_ANSWER in result.why
     may_lack = per_answer or result.outcome.startswith("split")
-    for n, text in enumerate(said):
-        cut = per_answer or (truncated and n == len(said) - 1)
+    pending = list(said)
+    while pending:
+        text = pending.pop(0)
+        cut = per_answer or (truncated and not pending)
         while left and not _is_answer(tokenizer, text, left[0], expected, cut):
+            if rest := _rest_of_joined(tokenizer, text, left, expected):  # the template writes nothing between two answers
+                pending.insert(0, rest)
+                break
             if not may_lack:
                 return "labels contain another text than the assistant turn"
             left.pop(0)
@@ -105,6 +110,12 @@ def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], ex
             return "labels contain a text that no assistant turn has"
         left.pop(0)
     return "" if not left or may_lack else "an answer is not in the labels"
+
+
+def _rest_of_joined(tokenizer: Any, text: str, left: Sequence[Message], expected: TurnMarkup) -> str:
+    """What follows an answer in a run of labels that begins with it and goes on with the next one; "" for other runs."""
+    ends = [text.find(end) + len(end) for end in expected.ends if end in text] if len(left) > 1 else []
+    return next((text[end:] for end in ends if _is_answer(tokenizer, text[:end], left[0], expected, False)), "")
 
 
 def _is_answer(tokenizer: Any, text: str, message: Message, expected: TurnMarkup, cut: bool) -> bool:
@@ -178,7 +189,7 @@ def _matches(tokenizer: Any, text: str, answer: str, expected: TurnMarkup, cut: 
                 return True
     whole = [before + words + after + end for before, after in expected.frames for words in trimmed(answer)]
     returned = decode(tokenizer, [tokenizer.encode(form, add_special_tokens=False) for form in whole])
-    return any(text == form or (cut and form.startswith(text.removesuffix(end))) for form in returned)
+    return any(text == form or (cut and text.endswith(end) and form.startswith(text.removesuffix(end))) for form in returned)
 
 
 def _frames(tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
