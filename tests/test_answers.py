@@ -123,6 +123,24 @@ def test_python_calls_take_the_literals_of_python_and_json_and_names_with_spaces
     ]
 
 
+def test_null_is_read_as_python_gemma_and_tags_write_it() -> None:
+    found = find_calls("[weather(city='Oslo', days=None)]", TOOLS)
+    assert found is not None and found.calls == [Call("weather", {"city": "Oslo", "days": None}, None)]
+    found = find_calls('<|tool_call>call:weather{city:<|"|>[None]<|"|>,days:None,more:[None,{x:None}]}<tool_call|>', TOOLS)
+    assert found is not None and found.calls == [Call("weather", {"city": "[None]", "days": None, "more": [None, {"x": None}]}, None)]
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": ["string", "null"]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}, {"oneOf": [{"type": "string"}]}]
+)
+def test_an_optional_text_in_tags_is_text_or_null(schema: dict[str, Any]) -> None:
+    tools = [{"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}]
+    nothing = "null" if "oneOf" in schema else None
+    for written, value in (("7", "7"), ("true", "true"), ("null", nothing), ("x", "x")):
+        found = find_calls(f"<tool_call><function=f><parameter=a>\n{written}\n</parameter></function></tool_call>", tools)
+        assert found is not None and found.calls == [Call("f", {"a": value}, None)]
+
+
 @given(st.text(max_size=60), st.sampled_from([text for text, _ in WRITTEN.values()]), st.integers(0, 200))
 def test_no_text_raises_an_exception_in_a_form(noise: str, written: str, cut: int) -> None:
     for text in (noise, written[:cut], written[:cut] + noise, noise + written):
@@ -179,6 +197,32 @@ def test_generated_tokens_give_an_answer_and_its_message(hermes: Any) -> None:
     assert answer.message["tool_calls"] == [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "days": 3}}}]
 
 
+@pytest.mark.parametrize(
+    ("text", "content", "trace"),
+    [
+        ("<|channel|>final<|message|>Because.<|im_end|>", "Because.", ""),
+        (" to=user<|message|>Because.<|im_end|>", "Because.", ""),
+        (" to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>Because.<|im_end|>", "Because.", "Hm."),
+        ("Write to=user<|message|>.<|im_end|>", "Write to=user<|message|>.", ""),
+    ],
+)
+def test_the_header_of_a_channel_is_not_part_of_an_answer(text: str, content: str, trace: str, hermes: Any) -> None:
+    assert read_answer(hermes, encode(hermes, "<|start|>assistant"), encode(hermes, text)) == Answer(content, trace)
+
+
+@pytest.mark.parametrize("trace", ["", "Hm."])
+def test_content_beside_a_call_of_glm_is_read(trace: str, tiny_tokenizer: Any) -> None:
+    import copy
+
+    import trl
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates/glm4moe.jinja").read_text(encoding="utf-8")
+    tokenizer.eos_token = "<|observation|>"
+    text = f"\n<think>{trace}</think>\nLet me look.\n{WRITTEN['GLM-4'][0]}<|observation|>"
+    assert parse(tokenizer, "<|assistant|>", text, TOOLS) == Answer("Let me look.", trace, (OSLO,))
+
+
 @pytest.mark.parametrize("text", ["It is cold.<|im_end|>", " 42 ", "", '{"name": "weather", "arguments": {}}<|im_end|>', "<|im_end|>"])
 def test_without_tools_an_answer_is_its_text(hermes: Any, text: str) -> None:
     ids = encode(hermes, text)
@@ -220,6 +264,7 @@ FIRST_ONLY = {"gptoss"}
 CASES = {
     "one call": [Call("weather", {"city": "Oslo", "days": 3, "warm": False}, None)],
     "hard text": [Call("weather", {"city": 'Oslo, [now] {x} "it\'s", é'}, None)],
+    "line break at the end": [Call("weather", {"city": "  Oslo\n"}, None)],
     "parallel": [Call("weather", {"city": "Oslo"}, None), Call("ping", {}, None), Call("weather", {"city": "3"}, None)],
 }
 ENDS = {

@@ -330,6 +330,23 @@ def test_the_pad_token_named_in_params_takes_its_place(pad_is_end: Path) -> None
     assert AutoConfig.from_pretrained(pad_is_end / "data" / "base_model").pad_token_id == tokenizer.pad_token_id
 
 
+def test_answers_keep_their_spaces_before_punctuation(root: Path) -> None:
+    """transformers 4 saved `clean_up_tokenization_spaces: true` with most tokenizers; it acts on those without merges."""
+    from tokenizers import models
+    from transformers import AutoTokenizer
+
+    folder = root / "models" / "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    names = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    tokenizer.backend_tokenizer.model = models.Unigram([(name, -1.0) for name in names], unk_id=0)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "clean_up_tokenization_spaces": True}))
+    fetch(root)
+    tokenizer = AutoTokenizer.from_pretrained(root / "data" / "base_model")
+    assert tokenizer.decode(tokenizer.encode("ls . | wc")) == "ls . | wc"
+
+
 def test_a_pad_token_that_the_tokenizer_lacks_is_refused(root: Path) -> None:
     assert refusal(root, pad_token="<pad>").what == "params.yaml: base_model.pad_token: '<pad>' is not in the tokenizer"
 

@@ -90,6 +90,14 @@ def test_an_argument_that_quotes_the_end_of_turn_token_is_trained_on_to_the_real
     assert answer == '<tool_call>\n{"name": "add", "arguments": {"a": "<|im_end|>", "b": "x"}}\n</tool_call><|im_end|>'
 
 
+def test_the_label_audit_knows_arguments_as_python_writes_them(tmp_path: Path) -> None:
+    tokenizer = chat_templates.stub_tokenizer("lfm2_v2", tmp_path)
+    messages = [{"role": "user", "content": "What is 1 + 2?"}, adds('it\'s "x"', "x")]
+    record = {"messages": messages, "tools": chat_templates.TOOLS, "example_id": "a", "meta": "{}"}
+    outcomes = make(tokenizer, [record], Rules(10_000))
+    assert outcomes[0].kept and label_audit.find_wrong_labels(tokenizer, [record], outcomes) == {}
+
+
 @pytest.mark.parametrize(("family", "end"), [("llama3", "<|eot_id|>"), ("phi3", "<|endoftext|>"), ("llava_next", "</s>")])
 def test_an_answer_that_begins_like_its_trace_and_quotes_the_end_of_turn_token_is_trained_on_to_the_real_end(
     family: str, end: str, tmp_path: Path

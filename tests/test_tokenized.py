@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import byte_fallback_model
 from builders.tiny_model import CHAT_TEMPLATE
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
@@ -111,7 +112,9 @@ def test_the_weight_of_a_field_is_that_of_its_text_or_number_alone(tiny_model: P
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     answer = '{"tags":   ["a"], "n": 512, "who":  "Bob", "more": {"x": 1}}'
     encoded = tokenizer(answer + tokenizer.eos_token, return_offsets_mapping=True)
-    weights = loss_weights(tokenizer, encoded["input_ids"], answer, {"tags": 16, "more": 8, "n": 4, "who": 2}, False)
+    weights = loss_weights(
+        tokenizer, encoded["input_ids"], (answer + tokenizer.eos_token, answer), {"tags": 16, "more": 8, "n": 4, "who": 2}, False
+    )
     covered = dict.fromkeys(weights, "")
     for weight, (start, stop) in zip(weights, encoded["offset_mapping"], strict=True):
         covered[weight] += answer[start:stop]
@@ -133,6 +136,34 @@ def test_fields_have_their_weight_where_a_turn_ends_with_another_token_than_a_te
         "bug"
     ).input_ids
     assert report.metrics["train"]["end_of_turn_in_loss"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] + ' <|im_end|>' }}{% endfor %}",
+        NAMED["hermes"],
+    ],
+    ids=["spaces around an answer", "a trace"],
+)
+@pytest.mark.parametrize("after", [[], [say("user", "Thanks")], [say("user", "Why?"), {**say("assistant", "So."), "weight": 0.0}]])
+def test_fields_have_their_weight_in_the_last_answer_that_is_trained_on(
+    stage: Stage, template: str, after: list[dict[str, str]], tmp_path: Path
+) -> None:
+    """Whatever the template writes around it, and however the tokenizer joins them; not in its trace."""
+    from tokenizers import normalizers
+
+    stage.model = tmp_path / "model"
+    tokenizer = byte_fallback_model.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.save_pretrained(stage.model)
+    answer = {**say("assistant", '{"category": "bug"}'), "reasoning_content": 'Not "category": "cat".'}
+    report = stage(record(say("user", "Which?"), answer, *after), chat_template=stage.template(template), field_weights={"category": 16})
+    assert check(report, "labels").passed
+    [example] = stage.examples()
+    assert (
+        tokenizer.decode([token for token, weight in zip(example["input_ids"], example["weights"], strict=True) if weight == 16]) == "bug"
+    )
 
 
 @pytest.mark.parametrize("cut", ["lstrip('\\n')", "rstrip('\\n')", "strip('\\n')", "lstrip()", "rstrip()", "strip()"])
@@ -655,6 +686,21 @@ def test_a_tokenizer_that_changes_text_is_audited_against_its_own_decoding(tiny_
     assert list(label_audit.find_wrong_labels(folding, [ask("HI", "YES?")], [fate])) == [0]
 
 
+@pytest.mark.parametrize("room", [512, 12], ids=["whole", "truncated"])
+def test_answers_with_nothing_between_them_pass_the_label_audit(tiny_tokenizer: Any, room: int) -> None:
+    """As in templates of Mistral, which write no header."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' ~ m.content ~ ']' if m.role == 'user' else m.content ~ eos_token }}{% endfor %}"
+    )
+    found = record(say("user", "Hi"), say("assistant", "One"), say("assistant", "Two and more"))
+    [outcome] = make(tokenizer, [found], Rules(room, "truncate"))
+    assert outcome.outcome == ("kept" if room == 512 else "truncated") and len([*spans(outcome.examples[0].labels)]) == 1
+    assert label_audit.find_wrong_labels(tokenizer, [found], [outcome]) == {}
+    outcome.examples[0].labels[-1] = IGNORE
+    assert list(label_audit.find_wrong_labels(tokenizer, [found], [outcome])) == [0]
+
+
 def test_a_doubled_bos_token_is_found(stage: Stage) -> None:
     report = stage(ask("Hi"), ask("Ho"), chat_template=stage.template("{{ bos_token }}" + CHAT_TEMPLATE))
     assert (check(report, "double_bos").passed, check(report, "double_bos").count) == (False, 2)
@@ -869,6 +915,24 @@ def test_misplaced_labels_of_calls_and_traces_are_found(tiny_tokenizer: Any, dam
     answer = {"role": "assistant", "content": "I add.", "reasoning_content": "Easy.", "tool_calls": [call]}
     found = record({"role": "user", "content": "Add."}, answer)
     [outcome] = make(tokenizer, [found], Rules(room, "truncate"))
+    assert label_audit.find_wrong_labels(tokenizer, [found], [outcome]) == {}
+    damage(outcome.examples[0].labels, outcome.examples[0].input_ids)
+    assert list(label_audit.find_wrong_labels(tokenizer, [found], [outcome])) == [0]
+
+
+@pytest.mark.parametrize("changes", ["space before each text", "case"])
+@pytest.mark.parametrize("damage", [damage_header, damage_end, damage_first, damage_all])
+def test_calls_and_traces_are_audited_against_the_tokenizers_own_decoding(changes: str, damage: Any) -> None:
+    """Tokenizers of Llama 2, Mistral and Phi-3 put a space after each special token, so that the header of an answer decodes to another text."""
+    from tokenizers import normalizers
+
+    tokenizer = byte_fallback_model.tokenizer(NAMED["hermes"])
+    change = normalizers.Prepend("▁") if changes == "space before each text" else normalizers.Lowercase()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([change, normalizers.Replace(" ", "▁")])
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "B": "X y"}}}
+    answer = {"role": "assistant", "content": "I add.", "reasoning_content": "Easy.", "tool_calls": [call]}
+    found = record({"role": "user", "content": "Add."}, answer)
+    [outcome] = make(tokenizer, [found], Rules(512))
     assert label_audit.find_wrong_labels(tokenizer, [found], [outcome]) == {}
     damage(outcome.examples[0].labels, outcome.examples[0].input_ids)
     assert list(label_audit.find_wrong_labels(tokenizer, [found], [outcome])) == [0]

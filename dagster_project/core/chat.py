@@ -281,33 +281,41 @@ def _with_labels(tokenizer: Any, parts: Pieces) -> tuple[list[int], list[int]]:
     return input_ids, labels
 
 
-def loss_weights(tokenizer: Any, labels: Sequence[int], answer: str, fields: Mapping[str, float], per_example: bool) -> list[float]:
+def loss_weights(
+    tokenizer: Any, labels: Sequence[int], said: tuple[str, str], fields: Mapping[str, float], per_example: bool
+) -> list[float]:
     """Loss weight of each token, (tokens,); 0 where the label is -100.
 
     Args:
         labels: from `encode`, (tokens,).
-        answer: the last response. If it is a JSON object, the tokens of a named field's value have that field's weight instead of 1.
-            In `{"summary": "...", "category": "login"}` a single token out of about thirty decides whether the answer is correct.
+        said: the last piece that is trained on, and the content of its message. If the content is a JSON object, the tokens of a named field's
+            value have that field's weight instead of 1. In `{"summary": "...", "category": "login"}` a single token out of about thirty decides
+            whether the answer is correct.
         fields: JSON field -> weight.
         per_example: scale to a sum of 1, so that every example has the same weight; otherwise every token has.
     """
     weights = [float(label != IGNORE) for label in labels]
-    last = len(labels) - next((n for n, label in enumerate(reversed(labels)) if label != IGNORE), len(labels))
-    ends = {str(tokenizer.convert_ids_to_tokens(labels[last - 1]))} & {*end_tokens(tokenizer)} if fields and last else ()
-    for text in [spelled + end for end in ends for spelled in trimmed(answer)]:
+    text, content = said[0], said[1].strip()
+    begin = text.rfind(content)
+    if fields and content and begin >= 0:
+        last = len(labels) - next((n for n, label in enumerate(reversed(labels)) if label != IGNORE), len(labels))
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         first = last - len(encoded["input_ids"])
-        if first < 0 or list(labels[first:last]) != encoded["input_ids"]:
-            continue  # the template trims or reformats the answer
-        for name, weight in fields.items():
-            for match in re.finditer(rf'"{re.escape(name)}"\s*:\s*+(?:"((?:[^"\\]|\\.)*)"|([^",{{}}\[\]]+))', text):
-                begin, stop = match.span(1) if match.group(1) is not None else match.span(2)
-                for i, (start, end) in enumerate(encoded["offset_mapping"]):
-                    if start < stop and end > begin:
+        is_whole = first >= 0 and list(labels[first:last]) == encoded["input_ids"]  # else the answer is cut
+        for name, weight in fields.items() if is_whole else ():
+            pattern = re.compile(rf'"{re.escape(name)}"\s*:\s*+(?:"((?:[^"\\]|\\.)*)"|([^",{{}}\[\]]+))')
+            for match in pattern.finditer(text, begin, begin + len(content)):
+                start, stop = match.span(1) if match.group(1) is not None else match.span(2)
+                for i, (a, b) in enumerate(encoded["offset_mapping"]):
+                    if a < stop and b > start:
                         weights[first + i] = weight
-        break
     total = sum(weights)
     return [weight / total for weight in weights] if per_example and total else weights
+
+
+def last_trained(messages: Messages) -> str:
+    """The content of the last message that is trained on; "" if there is none."""
+    return next((message["content"] for message in reversed(messages) if is_trained(message)), "")
 
 
 def trimmed(answer: str) -> list[str]:

@@ -132,6 +132,8 @@ def produce(root: Path, params: Params, out: Path) -> Report:
             tokenizer.chat_template = written_for(tokenizer, params.chat_template, "params.yaml: base_model.chat_template")
         _refuse_template(tokenizer.chat_template)
         tokenizer.init_kwargs["local_files_only"] = False  # it would be saved, and HF_HUB_OFFLINE must not affect the output
+        if tokenizer.clean_up_tokenization_spaces and type(tokenizer.backend_tokenizer.model).__name__ != "BPE":  # which it does not affect
+            tokenizer.clean_up_tokenization_spaces = False  # answers would lose spaces before punctuation
         try:
             model.save_pretrained(out)
         except NotImplementedError:

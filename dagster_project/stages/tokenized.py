@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from dagster_project.core import workers
-from dagster_project.core.chat import Reasoning, has_field, is_text
+from dagster_project.core.chat import Reasoning, has_field, is_text, last_trained
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
@@ -23,7 +23,6 @@ from dagster_project.core.records import (
     Report,
     iter_ledger,
     iter_records,
-    response_text,
     write_json,
     write_ledger,
     write_table,
@@ -300,7 +299,7 @@ def _check_field_weights(params: Params, train: Path) -> None:
     missing, records = dict.fromkeys(params.field_weights), 0
     for record in iter_records(train) if missing else ():
         records += 1
-        answer = response_text(record["messages"])
+        answer = last_trained(record["messages"])
         missing = {name: None for name in missing if not has_field(answer, name)}
         if not missing:
             return

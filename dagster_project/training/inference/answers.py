@@ -30,8 +30,11 @@ TRACES = {
     "<|START_THINKING|>": "<|END_THINKING|>",
     "<|channel|>analysis<|message|>": "<|end|>",
     "<|channel>thought": "<channel|>",
+    "to=self<|message|>": "<|eom|>",
 }
 """Beginning and end of a reasoning trace, by family."""
+CHANNEL = re.compile(r"(?:<\|channel\|>(?:final|commentary|analysis)\s*(?:<\|constrain\|>\w+)?|\A\s*to=user)<\|message\|>")
+"""What gpt-oss and Muse write before the content of an answer."""
 PROMPT_TAIL = 128
 """Tokens at the end of a prompt that can belong to the assistant's header."""
 
@@ -89,20 +92,20 @@ def read_answer(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], tools
 
 
 def read_parts(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], tools: Tools = None) -> Answer | None:
-    """As `read_answer`; None if the answer has neither trace nor calls."""
+    """As `read_answer`; None if the answer has neither trace nor calls nor the header of a channel."""
     head = tokenizer.decode(list(prompt)[-PROMPT_TAIL:])
     return parse(tokenizer, head, tokenizer.decode(list(ids)), tools)
 
 
 def parse(tokenizer: Any, prompt: str, text: str, tools: Tools = None) -> Answer | None:
-    """The answer of a text with its special tokens; None if it has neither trace nor calls, so that all of it is content."""
+    """The answer of a text with its special tokens; None if all of it is content: without trace, calls, and the header of a channel."""
     reasoning, rest = split_trace(prompt, text)
     library, forms = reader(tokenizer) if tools else Reader(None, ())
     found = _by_library(library, prompt, text, tools) if library and rest.strip() else None
     if found is None and tools:
         own = find_calls(_unended(tokenizer, rest), tools, forms)
         found = (own.calls, own.rest) if own else None
-    if found is None and not reasoning and rest == text:
+    if found is None and not reasoning and rest == text and not CHANNEL.search(text):
         return None
     made, content = found or ([], rest)
     return Answer(_plain_text(tokenizer, content), _plain_text(tokenizer, reasoning), tuple(made))
@@ -118,7 +121,9 @@ def split_trace(prompt: str, text: str) -> tuple[str, str]:
     opened = next((name for name in TRACES if prompt.rstrip().endswith(name)), None)
     rest = text
     if opened is None:
-        unopened = next((end for begin, end in TRACES.items() if end != "<|end|>" and end in text and begin not in text), None)
+        unopened = next(
+            (end for begin, end in TRACES.items() if end not in {"<|end|>", "<|eom|>"} and end in text and begin not in text), None
+        )
         if unopened:
             before, _, rest = text.partition(unopened)
             reasoning.append(before)
@@ -130,13 +135,13 @@ def split_trace(prompt: str, text: str) -> tuple[str, str]:
         before, _, rest = inner.partition(TRACES[begin])
         reasoning.append(before)
         opened = None
-        rest = re.sub(r"\A\s*<\|start\|>assistant(?=<\|channel\|>)", "", rest)  # gpt-oss: the next channel
+        rest = re.sub(r"\A\s*<\|start\|>assistant(?=<\|channel\|>| to=user)", "", rest)  # gpt-oss, Muse: the next channel
     return "\n".join(part.strip() for part in reasoning if part.strip()), rest
 
 
 def _plain_text(tokenizer: Any, text: str) -> str:
     """Text without special tokens and the headers of channels."""
-    text = re.sub(r"<\|channel\|>(?:final|commentary|analysis)\s*(?:<\|constrain\|>\w+)?<\|message\|>", "", text)
+    text = CHANNEL.sub("", text)
     special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     for token in [*special, *sorted(added, key=len, reverse=True)]:
@@ -209,7 +214,7 @@ PROBE_TOOLS = [
     }
 ]
 EASY_PROBE: dict[str, Any] = {"text": "a probe", "count": 7}
-HARD_PROBE: dict[str, Any] = {"text": "it's a \"probe\", isn't it", "count": 7, "flag": False}
+HARD_PROBE: dict[str, Any] = {"text": "it's a \"probe\", isn't it\n", "count": 7, "flag": False}
 PROBE_QUESTION = "What does the probe say?"
 
 

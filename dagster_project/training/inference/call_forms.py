@@ -97,10 +97,22 @@ def _schema(tools: Tools, name: str) -> Mapping[str, Any]:
     return properties if isinstance(properties, dict) else {}
 
 
+def _kinds(schema: Any) -> list[Any]:
+    """The types that a schema names, itself or as alternatives, as of an optional argument."""
+    schemas = [schema] if isinstance(schema, dict) else []
+    for key in ("anyOf", "oneOf"):
+        alternatives = schemas[0].get(key) if schemas else None
+        schemas += [one for one in alternatives if isinstance(one, dict)] if isinstance(alternatives, list) else []
+    named = [one.get("type") for one in schemas]
+    return [kind for kinds in named for kind in (kinds if isinstance(kinds, list) else [kinds])]
+
+
 def _typed(text: str, schema: Any) -> Any:
-    """An argument that is written without quotes: text where the tool's schema allows text, else JSON."""
-    kinds = schema.get("type") if isinstance(schema, dict) else None
-    if kinds == "string" or (isinstance(kinds, list) and "string" in kinds):
+    """An argument that is written without quotes: null or text where the tool's schema allows it, else JSON."""
+    kinds = _kinds(schema)
+    if "null" in kinds and text in {"null", "None"}:
+        return None
+    if "string" in kinds:
         return text
     value = _decoded(text)
     return {"True": True, "False": False, "None": None}.get(text, value) if isinstance(value, str) else value
@@ -179,7 +191,7 @@ def _literal(node: ast.expr) -> Any:
         value = ast.literal_eval(node)
     except (TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise ValueError(str(error)) from None
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float | None):
         raise ValueError(f"{value!r} is not JSON")
     return value
 
@@ -199,15 +211,20 @@ def _bare_python(text: str, tools: Tools) -> Found | None:
     return Found(calls, "") if calls else None
 
 
+QUOTE, NONE = '<|"|>', re.compile(r"(?<=[:,\[])None(?=[,}\]])")
+
+
 def _gemma(text: str, tools: Tools) -> Found | None:
-    """Gemma 4: JSON with keys and texts in its own marks, which TRL describes and transformers parses."""
+    """Gemma 4: JSON with keys and texts in its own marks, which TRL describes and transformers parses, and Python's None for null."""
     if "<|tool_call>call:" not in text:
         return None
     from transformers.utils.chat_parsing import parse_response
     from trl.chat_template_utils import gemma4_template
 
     try:
-        message = parse_response(text, gemma4_template, prefix="", tools=list(tools or ()))
+        parts = text.split(QUOTE)
+        parts[::2] = [NONE.sub("null", part) for part in parts[::2]]  # the others are texts
+        message = parse_response(QUOTE.join(parts), gemma4_template, prefix="", tools=list(tools or ()))
     except (ValueError, TypeError, RecursionError):
         return Found([Call("", text, None)], "")
     made = [Call(call["function"]["name"], call["function"].get("arguments") or {}, None) for call in message.get("tool_calls") or ()]

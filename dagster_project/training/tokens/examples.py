@@ -9,10 +9,19 @@ from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-from dagster_project.core.chat import IGNORE, Pieces, Reasoning, encode_pieces, examples_of, is_text, loss_weights, with_reasoning
+from dagster_project.core.chat import (
+    IGNORE,
+    Pieces,
+    Reasoning,
+    encode_pieces,
+    examples_of,
+    is_text,
+    last_trained,
+    loss_weights,
+    with_reasoning,
+)
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, is_trained
-from dagster_project.core.records import response_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +29,8 @@ if TYPE_CHECKING:
 TooLong = Literal["drop", "truncate", "split"]
 Encoded = list[tuple[list[int], bool]]
 """Token ids of each piece of a text, and whether it is trained on."""
+Said = tuple[str, str]
+"""The last piece of a text that is trained on, and the content of its message; both are "" for plain text."""
 
 CHUNK = 1024
 """Records tokenized in one call."""
@@ -95,8 +106,10 @@ def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules, first:
         cuts = [_pieces_or_outcome(tokenizer, record, rules.reasoning) for record in chunk]
         texts = [(i, parts) for i, cut in enumerate(cuts, start) if not isinstance(cut, RecordOutcome) for parts in cut]
         encoded: dict[int, list[Encoded]] = defaultdict(list)
+        answers: dict[int, list[str]] = defaultdict(list)
         for (i, parts), ids in zip(texts, encode_pieces(tokenizer, [parts for _, parts in texts]), strict=True):
             encoded[i].append([(piece, trained) for piece, (_, trained) in zip(ids, parts, strict=True)])
+            answers[i].append(_last_answer(parts))
         checked = [(i, parts) for i, parts in texts if (first + i) % step == 0]
         whole: dict[int, list[list[int]]] = defaultdict(list)
         for (i, _), ids in zip(
@@ -107,7 +120,7 @@ def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules, first:
             if isinstance(cut, RecordOutcome):
                 outcomes.append(cut)
                 continue
-            outcome = _fit(tokenizer, record, encoded[i], rules)
+            outcome = _fit(tokenizer, record, encoded[i], answers[i], rules)
             outcome.tokens = sum(len(ids) for example in encoded[i] for ids, _ in example)
             outcome.trained = sum(len(ids) for example in encoded[i] for ids, trained in example if trained)
             outcome.stable = whole[i] == [[token for ids, _ in example for token in ids] for example in encoded[i]] if i in whole else None
@@ -130,44 +143,54 @@ def _pieces_or_outcome(tokenizer: Any, record: Mapping[str, Any], reasoning: Rea
 ONE_PER_ANSWER = "one per answer, because the template rewrites earlier turns"
 
 
-def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], rules: Rules) -> RecordOutcome:
-    """Examples of a record that fit into `rules.room`."""
+def _last_answer(parts: Pieces) -> str:
+    return next(text for text, trained in reversed(parts) if trained)
+
+
+def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], answers: Sequence[str], rules: Rules) -> RecordOutcome:
+    """Examples of a record that fit into `rules.room`.
+
+    Args:
+        answers: the last piece of each example that is trained on.
+    """
     if len(encoded) > 1:
-        return _fit_turns(tokenizer, record, encoded, rules)
+        return _fit_turns(tokenizer, record, encoded, answers, rules)
     length = _length(encoded[0])
-    answer = "" if is_text(record) else response_text(record["messages"])
+    said = ("", "") if is_text(record) else (answers[0], last_trained(record["messages"]))
     after = next(i for i, message in enumerate(reversed(record["messages"])) if message["role"] == "assistant")
     if length <= rules.room:
         return RecordOutcome(
-            "kept", f"{after} turns after the last answer left out" if after else "", [_example(tokenizer, encoded[0], answer, rules)]
+            "kept", f"{after} turns after the last answer left out" if after else "", [_example(tokenizer, encoded[0], said, rules)]
         )
     why = f"{length} tokens, room for {rules.room}"
     if rules.too_long == "truncate":
         if shorter := truncate(tokenizer, encoded[0], rules.room):
-            return RecordOutcome("truncated", why, [_example(tokenizer, shorter, answer, rules)])
+            return RecordOutcome("truncated", why, [_example(tokenizer, shorter, said, rules)])
         return RecordOutcome("dropped:too_long", f"{why}; the prompt leaves no room")
     if rules.too_long == "split":
-        parts = [(part, "") for part in windows(encoded[0], rules.room)] if is_text(record) else split(tokenizer, record, rules)
+        parts = [(part, said) for part in windows(encoded[0], rules.room)] if is_text(record) else split(tokenizer, record, rules)
         if parts:
-            return RecordOutcome(f"split:{len(parts)}", why, [_example(tokenizer, part, said, rules) for part, said in parts])
+            return RecordOutcome(f"split:{len(parts)}", why, [_example(tokenizer, *part, rules) for part in parts])
         return RecordOutcome("dropped:too_long", f"{why}; no answer fits together with its question")
     return RecordOutcome("dropped:too_long", why)
 
 
-def _fit_turns(tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], rules: Rules) -> RecordOutcome:
+def _fit_turns(
+    tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], answers: Sequence[str], rules: Rules
+) -> RecordOutcome:
     """Examples of a record with one example per trained answer. Together they have the weight of one example."""
-    answers = [message["content"] for message in record["messages"] if is_trained(message)]
-    fitting: list[tuple[Encoded, str]] = []
+    contents = [message["content"] for message in record["messages"] if is_trained(message)]
+    fitting: list[tuple[Encoded, Said]] = []
     longest = max(map(_length, encoded))
-    for example, answer in zip(encoded, answers, strict=True):
+    for example, *said in zip(encoded, answers, contents, strict=True):
         if _length(example) <= rules.room:
-            fitting.append((example, answer))
+            fitting.append((example, (said[0], said[1])))
         elif rules.too_long == "truncate" and (shorter := truncate(tokenizer, example, rules.room)):
-            fitting.append((shorter, answer))
+            fitting.append((shorter, (said[0], said[1])))
     why = f"{longest} tokens, room for {rules.room}"
     if not fitting or (rules.too_long == "drop" and longest > rules.room):
         return RecordOutcome("dropped:too_long", why)
-    examples = [_example(tokenizer, example, answer, replace(rules, per_example=False)) for example, answer in fitting]
+    examples = [_example(tokenizer, *one, replace(rules, per_example=False)) for one in fitting]
     if rules.per_example and (total := sum(float(one.weights.sum()) for one in examples)):
         for one in examples:
             one.weights /= total
@@ -181,11 +204,11 @@ def _length(encoded: Encoded) -> int:
     return sum(len(ids) for ids, _ in encoded)
 
 
-def _example(tokenizer: Any, encoded: Encoded, answer: str, rules: Rules) -> Example:
+def _example(tokenizer: Any, encoded: Encoded, said: Said, rules: Rules) -> Example:
     import numpy as np
 
     labels = [label for ids, trained in encoded for label in (ids if trained else [IGNORE] * len(ids))]
-    weights = loss_weights(tokenizer, labels, answer, rules.field_weights, rules.per_example)
+    weights = loss_weights(tokenizer, labels, said, rules.field_weights, rules.per_example)
     return Example(
         np.array([token for ids, _ in encoded for token in ids], dtype=np.int32),
         np.array(labels, dtype=np.int32),
@@ -218,7 +241,7 @@ def windows(encoded: Encoded, room: int) -> list[Encoded]:
     return [[([token for token, _ in run], trained) for trained, run in groupby(flat[a:b], key=itemgetter(1))] for a, b in pairwise(bounds)]
 
 
-def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple[Encoded, str]]:
+def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple[Encoded, Said]]:
     """Split a conversation into parts that fit. Every answer is trained on once, in the part where it is new.
 
     An exchange is a user turn and everything up to the next one. A part has the system turn, as many new exchanges as fit, and before
@@ -227,7 +250,7 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
         system, exchanges 1 2 3 4, room for the system turn and three  ->  system 1 2 3;  system 2 3 4 with labels on 4 only
 
     Returns:
-        For each part its pieces, and the text of its last answer.
+        For each part its pieces, and its last answer.
     """
     messages = with_reasoning(record["messages"], rules.reasoning)  # before the cut: `last` is the last answer of the record, not of a part
     reasoning: Reasoning = "keep" if rules.reasoning == "keep" else "template"
@@ -238,7 +261,7 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
             exchanges.append([])
         exchanges[-1].append(message)
 
-    def encode(first: int, new: int, stop: int) -> Encoded | None:
+    def encode(first: int, new: int, stop: int) -> tuple[Encoded, Said] | None:
         """Exchanges first to stop with labels from `new` on; None if too long, without labels, or if the template refuses them."""
         turns = [*system, *(m for exchange in exchanges[first:stop] for m in exchange)]
         cut = _pieces_or_outcome(tokenizer, {"messages": turns, "tools": record.get("tools"), "meta": None}, reasoning)
@@ -250,9 +273,11 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
         for piece, (_, trained) in zip(ids, cut[0], strict=True):
             answers += trained
             encoded.append((piece, trained and answers > context))
-        return encoded if sum(map(len, ids)) <= rules.room and answers > context else None
+        if sum(map(len, ids)) > rules.room or answers <= context:
+            return None
+        return encoded, (_last_answer(cut[0]), last_trained(turns))
 
-    parts: list[tuple[Encoded, str]] = []
+    parts: list[tuple[Encoded, Said]] = []
     new = 0
     while new < len(exchanges):
         stop, best = new, None
@@ -264,7 +289,7 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
         first = new
         while first and (longer := encode(first - 1, new, stop)):
             first, best = first - 1, longer
-        parts.append((best, response_text(exchanges[stop - 1])))
+        parts.append(best)
         new = stop
     return parts
 

@@ -95,9 +95,14 @@ def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], ex
     left, truncated = list(answers), result.outcome == "truncated"
     per_answer = truncated and ONE_PER_ANSWER in result.why
     may_lack = per_answer or result.outcome.startswith("split")
-    for n, text in enumerate(said):
-        cut = per_answer or (truncated and n == len(said) - 1)
+    pending = list(said)
+    while pending:
+        text = pending.pop(0)
+        cut = per_answer or (truncated and not pending)
         while left and not _is_answer(tokenizer, text, left[0], expected, cut):
+            if rest := _rest_of_joined(tokenizer, text, left, expected):  # the template writes nothing between two answers
+                pending.insert(0, rest)
+                break
             if not may_lack:
                 return "labels contain another text than the assistant turn"
             left.pop(0)
@@ -105,6 +110,12 @@ def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], ex
             return "labels contain a text that no assistant turn has"
         left.pop(0)
     return "" if not left or may_lack else "an answer is not in the labels"
+
+
+def _rest_of_joined(tokenizer: Any, text: str, left: Sequence[Message], expected: TurnMarkup) -> str:
+    """What follows an answer in a run of labels that begins with it and goes on with the next one; "" for other runs."""
+    ends = [text.find(end) + len(end) for end in expected.ends if end in text] if len(left) > 1 else []
+    return next((text[end:] for end in ends if _is_answer(tokenizer, text[:end], left[0], expected, False)), "")
 
 
 def _is_answer(tokenizer: Any, text: str, message: Message, expected: TurnMarkup, cut: bool) -> bool:
@@ -120,11 +131,21 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: TurnMarkup
         *(call.name for call in calls(message)),
         *(str(value) for call in calls(message) for _, value in argument_texts(call.arguments)),
     ]
-    return all(word in text or json.dumps(word, ensure_ascii=False)[1:-1] in text or json.dumps(word)[1:-1] in text for word in words)
+    return all(_contains(text, word) for word in words) or all(_contains(text, word) for word in _returned(tokenizer, words))
+
+
+def _contains(text: str, word: str) -> bool:
+    """Whether a text has a word as it is, or as JSON or Python writes it."""
+    return any(spelled in text for spelled in (word, json.dumps(word, ensure_ascii=False)[1:-1], json.dumps(word)[1:-1], repr(word)[1:-1]))
+
+
+def _returned(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """Texts as the tokenizer decodes their encodings: in another spelling if it normalizes them, or adds spaces."""
+    return [text.strip() for text in decode(tokenizer, [tokenizer.encode(text, add_special_tokens=False) for text in texts])]
 
 
 def _openings(tokenizer: Any) -> tuple[str, ...]:
-    """Text of the template between a prompt and an answer, after a user turn and after a tool result."""
+    """Text of the template between a prompt and an answer, after a user turn and after a tool result, as it is and as its tokens decode."""
     user, call = {"role": "user", "content": "Why?"}, {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
     result = {"role": "tool", "content": "x", "tool_call_id": "abcdefghi", "name": "f"}
     found = []
@@ -137,7 +158,7 @@ def _openings(tokenizer: Any) -> tuple[str, ...]:
             except InputError:
                 continue  # a template without tools
             found.append(header.removeprefix(before) if header.startswith(before) else "")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys([*found, *decode(tokenizer, [tokenizer.encode(text, add_special_tokens=False) for text in found])]))
 
 
 def _starts_right(tokenizer: Any, example: Example, openings: tuple[str, ...]) -> bool:
@@ -168,7 +189,7 @@ def _matches(tokenizer: Any, text: str, answer: str, expected: TurnMarkup, cut: 
                 return True
     whole = [before + words + after + end for before, after in expected.frames for words in trimmed(answer)]
     returned = decode(tokenizer, [tokenizer.encode(form, add_special_tokens=False) for form in whole])
-    return any(text == form or (cut and form.startswith(text.removesuffix(end))) for form in returned)
+    return any(text == form or (cut and text.endswith(end) and form.startswith(text.removesuffix(end))) for form in returned)
 
 
 def _frames(tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
