@@ -34,7 +34,7 @@ from dagster_project.curation.sources import erased
 from dagster_project.curation.sources.files import read_rows
 from dagster_project.lineage.erasure import tombstones
 from dagster_project.lineage.erasure.needles import Needles, fragments, needles_of
-from dagster_project.lineage.erasure.records import Finder, Found, Raw, Request, read_request
+from dagster_project.lineage.erasure.records import Finder, Found, Raw, Request, read_request, texts_of
 from dagster_project.lineage.erasure.removal import WRITERS, without
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
@@ -222,6 +222,32 @@ def test_a_request_finds_a_text_in_every_field_of_a_row(tmp_path: Path, row: dic
         found = Finder(Index(toy.root), bytes.fromhex(KEY)).find(Request(containing=(text,)), ())
         assert found.rows == {"data/sources/a.jsonl": {0}}, text
         assert {*found.needles.texts} == {*texts[:1]} - {"Zoë Okonkwo"}
+
+
+def test_a_request_finds_a_row_that_cannot_be_read(tmp_path: Path) -> None:
+    broken = '{"messages": [{"role": "user", "content": "Zephyrine Okonkwo asks"},]}'
+    read(tmp_path, conversation("Hi", "Yes?"), conversation("Ho", "No?"), broken, '{"messages": "cut')
+    toy = Project(tmp_path / "project")
+    raw = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
+    toy.commit({"raw_examples": entry("raw_examples", {"data/sources/a.jsonl": "1" * 32}, toy.put(raw))})
+    found = Finder(Index(toy.root), bytes.fromhex(KEY)).find(Request(containing=("Zephyrine Okonkwo",)), ())
+    assert found.rows == {"data/sources/a.jsonl": {2}}
+    assert len(found.tombstones) == 1, "the other row that cannot be read has another id"
+    assert {*found.needles.texts} == {"Zephyrine Okonkwo asks"}, "not the words of the reason"
+    assert without(tmp_path / "data/sources/a.jsonl", {2}, "a.jsonl").endswith(b'{"messages": "cut\n')
+
+
+def test_the_reason_why_a_pair_has_one_side_is_not_searched_for() -> None:
+    meta = json.dumps({"chosen": {"note": "of the lantern"}, "problem": "no rejected completion of the same prompt"})
+    half = {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "chosen": [{"role": "assistant", "content": "Yes?"}],
+        "rejected": [],
+        "meta": meta,
+    }
+    assert [*texts_of(half)] == ["Hi", "Yes?", "of the lantern"]
+    row = conversation("Hi", "Yes?") | {"meta": json.dumps({"problem": "2 + 2"})}
+    assert [*texts_of(row)] == ["Hi", "Yes?", "2 + 2"], "a column of a source with this name"
 
 
 def test_what_only_shares_a_prompt_is_no_copy() -> None:

@@ -113,6 +113,25 @@ def test_a_bad_line_makes_only_its_own_row_malformed(line: bytes, problem: str, 
     rows = read_rows(jsonl(tmp_path / "a.jsonl", GOOD, b"", line, GOOD))
     assert [(row.source_row, row.problem) for row in rows] == [(0, ""), (1, problem), (2, "")]
     assert [row.value for row in rows[::2]] == [{"prompt": "Hi"}] * 2
+    text = line.decode("utf-8", "backslashreplace")
+    assert [row.raw for row in rows] == ["", text if rows[1].value is None else "", ""]
+
+
+def test_a_row_without_a_value_has_its_text(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "a.csv").write_bytes(b'prompt,completion\n"a, ""b""\nc"\ncaf\xe9,d\ne,f\n')
+    (tmp_path / "a.json").write_bytes(b'[{"prompt": NaN}, {"prompt": "Hi"}, ["x", 1]]')
+    (tmp_path / "a.txt").write_bytes(b"One\n\ntwo\ncaf\xe9\nthree\n")
+    pq.write_table(pa.table({"prompt": ["a", "b"], "score": [float("nan"), 1.0], "code": [b"\xff", b"ok"]}), tmp_path / "a.parquet")
+    found = {name: [row.raw for row in read_rows(tmp_path / f"a.{name}")] for name in ("csv", "json", "txt", "parquet")}
+    assert found == {
+        "csv": ['"a, ""b""\nc"', r"caf\xe9,d", ""],
+        "json": ['{"prompt": NaN}', "", '["x", 1]'],
+        "txt": ["", "two\ncaf\\xe9\nthree"],
+        "parquet": ['{"prompt": "a", "score": NaN, "code": "\\\\xff"}', ""],
+    }
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,10 @@ def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
         yield from (text for name in ("content", "reasoning_content", "name") if isinstance(text := message.get(name), str))
         for arguments in _arguments(message):
             yield from [arguments] if isinstance(arguments, str) else _strings([text for _, text in argument_texts(arguments)])
-    meta = record.get("meta")
-    yield from _strings(json.loads(meta)) if isinstance(meta, str) else ()
+    meta = json.loads(found) if isinstance(found := record.get("meta"), str) else {}
+    if isinstance(meta, dict) and not (record.get("messages") or (record.get("chosen") and record.get("rejected"))):
+        meta.pop("problem", None)  # why the row has no messages, or no other side: words of this project
+    yield from _strings(meta)
 
 
 def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:

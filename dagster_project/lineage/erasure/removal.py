@@ -48,7 +48,7 @@ def without(path: Path, rows: Rows, name: str, may_be_empty: bool = False) -> by
         copy = Path(folder, path.name)
         copy.write_bytes(content)
         after = rows_of(read_blocks(copy))
-    if [row.value for row in after] != [row.value for row in kept]:
+    if [(row.value, row.raw) for row in after] != [(row.value, row.raw) for row in kept]:
         raise InputError(
             f"{name}: its rows cannot be taken out without a change of others", "take them out by hand, run the pipeline, then ask again"
         )
