@@ -221,7 +221,7 @@ def test_a_request_finds_a_text_in_every_field_of_a_row(tmp_path: Path, row: dic
     for text in texts:
         found = Finder(Index(toy.root), bytes.fromhex(KEY)).find(Request(containing=(text,)), ())
         assert found.rows == {"data/sources/a.jsonl": {0}}, text
-        assert {*found.needles.texts} == {*texts[:1]} - {"Zoë Okonkwo"}
+        assert {*found.needles.texts} == {texts[0], text} - {"Zoë Okonkwo", "7301"}, "without those that are too short"
 
 
 def test_a_request_finds_a_row_that_cannot_be_read(tmp_path: Path) -> None:
@@ -233,8 +233,21 @@ def test_a_request_finds_a_row_that_cannot_be_read(tmp_path: Path) -> None:
     found = Finder(Index(toy.root), bytes.fromhex(KEY)).find(Request(containing=("Zephyrine Okonkwo",)), ())
     assert found.rows == {"data/sources/a.jsonl": {2}}
     assert len(found.tombstones) == 1, "the other row that cannot be read has another id"
-    assert {*found.needles.texts} == {"Zephyrine Okonkwo asks"}, "not the words of the reason"
+    assert {*found.needles.texts} == {"Zephyrine Okonkwo", "Zephyrine Okonkwo asks"}, "not the words of the reason"
     assert without(tmp_path / "data/sources/a.jsonl", {2}, "a.jsonl").endswith(b'{"messages": "cut\n')
+
+
+def test_the_text_of_a_request_is_searched_for_also_where_no_row_was_read(tmp_path: Path) -> None:
+    read(tmp_path, conversation("Where does Zephyrine Okonkwo live, the lady in blue?", "Yes?"), conversation("Ho", "No?"))
+    toy = Project(tmp_path / "project")
+    raw = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
+    toy.commit({"raw_examples": entry("raw_examples", {"data/sources/a.jsonl": "1" * 32}, toy.put(raw))})
+    finder = Finder(Index(toy.root), bytes.fromhex(KEY))
+    by_text, by_row = (
+        finder.find(one, ()) for one in (Request(containing=("Zephyrine Okonkwo",)), Request(sources=("data/sources/a.jsonl:0",)))
+    )
+    unlisted = b'{"prompt": "Who rang?", "completion": "Zephyrine Okonkwo did."}'
+    assert [Scanner(found.needles).content(unlisted) for found in (by_text, by_row)] == [{"text"}, set()]
 
 
 def test_the_reason_why_a_pair_has_one_side_is_not_searched_for() -> None:

@@ -441,7 +441,7 @@ class Finder:
         published = [published_id(key, one) for key in keys for one in ids]
         kept_labels = {raw.record.get("category") for raw in stays}
         labels = [label for raw in found.meant if (label := raw.record.get("category")) and label not in kept_labels]
-        texts = [text for raw in found.meant for text in raw.texts] + [*labels, *self._texts_made({*found.made})]
+        texts = [*found.containing, *(text for raw in found.meant for text in raw.texts), *labels, *self._texts_made({*found.made})]
         others = chain((text for raw in stays for text in raw.texts), self._texts_made(kept_made & {*made}))
         found.needles = needles_of(texts, [one for one in (*ids, *published) if RECORD_ID.fullmatch(one)], others)
 
