@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import multiprocessing
+import os
 import re
 import shutil
 import sqlite3
@@ -143,6 +146,10 @@ def hidden(path: Path, text: str) -> dict[str, Path]:
     (path / "a.json").write_text(json.dumps([{"inner": json.dumps(text)}]))
     (path / "a.html").write_text(text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&#34;"))
     (path / "a.gz").write_bytes(gzip.compress(gzip.compress(text.encode())))
+    (path / "a.bz2").write_bytes(bz2.compress(b"first") + bz2.compress(text.encode()))
+    (path / "a.xz").write_bytes(lzma.compress(b"first") + lzma.compress(text.encode()))
+    for codec, suffix in (("zstd", "zst"), ("lz4", "lz4")):
+        (path / f"a.jsonl.{suffix}").write_bytes(b"".join(pa.compress(part, codec, asbytes=True) for part in (b"first" * 9, text.encode())))
     with zipfile.ZipFile(path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("inner", text)
     with sqlite3.connect(path / "a.db") as db:
@@ -172,6 +179,10 @@ def test_an_archive_that_cannot_be_opened_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not a table")
     scanner = Scanner(needles_of([SECRET], [], []))
     assert scanner.file(tmp_path / "a.parquet") == set() and scanner.unreadable == [str(tmp_path / "a.parquet")]
+    cut = bytes(pa.compress(os.urandom(9999), "zstd", asbytes=True))[:-99]
+    for name, content in {"a.7z": b"7z\xbc\xaf\x27\x1c...", "a.xz": b"\xfd7zXZ\x00...", "a.zst": cut}.items():
+        (tmp_path / name).write_bytes(content)
+        assert scanner.file(tmp_path / name) == set() and scanner.unreadable[-1] == str(tmp_path / name)
 
 
 def test_an_excerpt_is_found() -> None:
