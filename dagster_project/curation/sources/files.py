@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.text import shortened
+from dagster_project.core.text import shortened, visible
 from dagster_project.curation.sources.table_limits import bounded, decoded_bytes
 
 MEGABYTE = 2**20
@@ -35,12 +36,15 @@ MAX_ROWS_PER_BYTE, FREE_ROWS = 4, 1_000_000
 """Maximum rows per byte of a file, above as many rows. Lines of uncompressed text have at least 2 bytes each."""
 LONGEST_NAME = 100
 """Characters of a name that messages show."""
+SHOWN_FILES = 20
+"""Names of files that messages and reports show."""
 BATCH = 128
 """Rows of a Parquet file that are decoded at a time."""
 BLOCK_ROWS, BLOCK_BYTES = 4096, 4 * MEGABYTE
 """A part of a file that is read, parsed and converted at once ends at either of these."""
 
 T = TypeVar("T")
+log = logging.getLogger("pedigree")
 
 
 class Row(NamedTuple):
@@ -211,6 +215,17 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
     if not files:
         raise InputError(f"{folder.name}: no file of examples in the folder", f"file types: {', '.join(READERS)}")
     return sorted((path.relative_to(folder).as_posix(), path) for path in files)
+
+
+def others_of(folder: Path) -> list[str]:
+    """Relative paths of the files in a folder that `files_of` leaves out, because of their types, sorted and logged. Hidden files and those of DVC are
+    not among them."""
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    found = sorted(visible(path.relative_to(folder).as_posix()) for path in paths if suffix_of(path) not in {*READERS, ".dvc"})
+    if found:
+        shown = ", ".join(found[:SHOWN_FILES]) + (f" and {len(found) - SHOWN_FILES} more" if len(found) > SHOWN_FILES else "")
+        log.warning(f"{visible(folder.name)}: not read, because of their types: {shown}")
+    return found
 
 
 def _pieces(path: File) -> Iterator[bytes]:
