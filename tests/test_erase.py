@@ -237,15 +237,18 @@ def test_a_request_finds_a_text_in_every_field_of_a_row(tmp_path: Path, row: dic
 
 def test_a_request_finds_a_row_that_cannot_be_read(tmp_path: Path) -> None:
     broken = '{"messages": [{"role": "user", "content": "Zephyrine Okonkwo asks"},]}'
-    read(tmp_path, conversation("Hi", "Yes?"), conversation("Ho", "No?"), broken, '{"messages": "cut')
+    escaped = r'{"messages": "Zo\u00eb\nOkonkwo \ud83c\udfee cut'
+    read(tmp_path, conversation("Hi", "Yes?"), conversation("Ho", "No?"), broken, '{"messages": "cut', escaped, conversation("Hm", "So?"))
     toy = Project(tmp_path / "project")
     raw = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
     toy.commit({"raw_examples": entry("raw_examples", {"data/sources/a.jsonl": "1" * 32}, toy.put(raw))})
     found = Finder(Index(toy.root), bytes.fromhex(KEY)).find(Request(containing=("Zephyrine Okonkwo",)), ())
     assert found.rows == {"data/sources/a.jsonl": {2}}
+    finder = Finder(Index(toy.root), bytes.fromhex(KEY))
+    assert finder.find(Request(containing=("Zoë Okonkwo \N{IZAKAYA LANTERN}",)), ()).rows == {"data/sources/a.jsonl": {4}}
     assert len(found.tombstones) == 1, "the other row that cannot be read has another id"
     assert {*found.needles.texts} == {"Zephyrine Okonkwo", "Zephyrine Okonkwo asks"}, "not the words of the reason"
-    assert without(tmp_path / "data/sources/a.jsonl", {2}, "a.jsonl").endswith(b'{"messages": "cut\n')
+    assert without(tmp_path / "data/sources/a.jsonl", {2}, "a.jsonl").splitlines()[2:4] == [b'{"messages": "cut', escaped.encode()]
 
 
 def test_the_text_of_a_request_is_searched_for_also_where_no_row_was_read(tmp_path: Path) -> None:

@@ -117,12 +117,25 @@ def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
-    """Everything that a request may be about: `texts_of`, the category, and as JSON, with keys and numbers, arguments of calls, tools and other fields."""
-    yield from texts_of(record)
+    """Everything that a request may be about: `texts_of`, the category, and as JSON, with keys and numbers, arguments of calls, tools and other fields. Of a
+    line that is not JSON also the text without JSON's escapes."""
+    for text in texts_of(record):
+        yield text
+        if "\\" in text and not record.get("messages"):
+            yield _unescaped(text)
     documents = [one for message in _messages(record) for one in _arguments(message)]
     for one in (record.get("category"), record.get("tools"), record.get("meta"), *documents):
         if one:
             yield one if isinstance(one, str) and not one.startswith(("{", "[")) else _as_json(one)
+
+
+ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|[nrt])")
+
+
+def _unescaped(text: str) -> str:
+    r"""r"Zo\u00eb\nOkonkwo"  ->  "Zoë Okonkwo" """
+    plain = ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else " ", text)
+    return plain.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _as_json(value: Any) -> str:
