@@ -96,7 +96,7 @@ def test_what_cannot_be_done_whole_is_refused(tmp_path: Path) -> None:
         without(tmp_path / "a.xlsx", {0}, "a.xlsx")
 
 
-def shared_columns() -> pa.Table:
+def shared_columns(views: bool) -> pa.Table:
     """Columns whose rows refer to values that are stored once."""
     texts = [SECRET, "of somebody else", None]
     word = pa.dictionary(pa.int32(), pa.string())
@@ -105,6 +105,9 @@ def shared_columns() -> pa.Table:
         "word": pa.array(texts, word),
         "inner": pa.array([{"words": [text]} for text in texts], pa.struct([("words", pa.list_(word))])),
     }
+    if views:
+        columns |= {"view": pa.array(texts, pa.string_view()), "views": pa.array([[text] for text in texts], pa.list_(pa.binary_view()))}
+        columns["word of view"] = columns["word"].cast(pa.dictionary(pa.int32(), pa.string_view()))
     return pa.table(columns)
 
 
@@ -127,7 +130,7 @@ def write_arrow(new: Any) -> Callable[[Path, pa.Table], None]:
 )
 def test_values_that_rows_share_leave_a_table_with_the_row(tmp_path: Path, suffix: str, write: Callable[[Path, pa.Table], None]) -> None:
     path = tmp_path / f"a{suffix}"
-    write(path, shared_columns())
+    write(path, shared_columns(views=suffix == ".arrow"))
     content = without(path, {0}, "a")
     part = SECRET[:24].encode()
     assert part in path.read_bytes() and part not in content

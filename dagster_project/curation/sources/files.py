@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.text import shortened, visible
-from dagster_project.curation.sources.table_limits import bounded, decoded_bytes
+from dagster_project.curation.sources.table_limits import bounded, decoded_bytes, without_views
 
 MEGABYTE = 2**20
 MAX_ROW_BYTES = 16 * MEGABYTE
@@ -591,7 +591,7 @@ def _arrow(path: File) -> Iterator[Block]:
         stream = reader if isinstance(reader, pa.RecordBatchReader) else map(reader.get_batch, range(reader.num_record_batches))
         for batch in stream:
             batch.validate(full=True)
-            yield from (batch.slice(start, BLOCK_ROWS) for start in range(0, batch.num_rows, BLOCK_ROWS))
+            yield from (without_views(batch.slice(start, BLOCK_ROWS)) for start in range(0, batch.num_rows, BLOCK_ROWS))
 
     with _as_type(path.name, "Arrow"), pa.OSFile(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open("rb")) as file:
         magic = file.read(6)
