@@ -218,13 +218,19 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
 
 
 def others_of(folder: Path) -> list[str]:
-    """Relative paths of the files in a folder that `files_of` leaves out, because of their types, sorted and logged. Hidden files and those of DVC are
-    not among them."""
-    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names if not name.startswith("."))
-    found = sorted(visible(path.relative_to(folder).as_posix()) for path in paths if suffix_of(path) not in {*READERS, ".dvc"})
+    """Relative paths of the files in a folder that `files_of` leaves out, as `unread`."""
+    return unread(
+        folder.name, (PurePosixPath(Path(parent, name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names)
+    )
+
+
+def unread(place: str, paths: Iterable[PurePosixPath]) -> list[str]:
+    """The files that are not read, because of their types, sorted and logged. Hidden files and those of DVC are not among them."""
+    others = (path for path in paths if suffix_of(path) not in {*READERS, ".dvc"} and not path.name.startswith("."))
+    found = sorted(visible(str(path)) for path in others)
     if found:
         shown = ", ".join(found[:SHOWN_FILES]) + (f" and {len(found) - SHOWN_FILES} more" if len(found) > SHOWN_FILES else "")
-        log.warning(f"{visible(folder.name)}: not read, because of their types: {shown}")
+        log.warning(f"{visible(place)}: not read, because of their types: {shown}")
     return found
 
 
