@@ -151,8 +151,9 @@ def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> l
     if layout == "auto" and not mapping and _is_canonical(place):
         return [_load_output(place)]
     if place.is_dir():
+        named = files_of(place)
         others_of(place)
-        return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout, mapping=mapping) for name, file in files_of(place)]
+        return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout, mapping=mapping) for name, file in named]
     return [_rows(read_rows(place), path, layout, mapping=mapping)]
 
 
