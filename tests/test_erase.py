@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import multiprocessing
+import os
 import re
 import shutil
 import sqlite3
@@ -34,7 +37,7 @@ from dagster_project.curation.sources import erased
 from dagster_project.curation.sources.files import read_rows
 from dagster_project.lineage.erasure import tombstones
 from dagster_project.lineage.erasure.needles import Needles, fragments, needles_of
-from dagster_project.lineage.erasure.records import Finder, Found, Raw, Request, read_request
+from dagster_project.lineage.erasure.records import Finder, Found, Raw, Request, read_request, texts_of
 from dagster_project.lineage.erasure.removal import WRITERS, without
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
@@ -93,7 +96,7 @@ def test_what_cannot_be_done_whole_is_refused(tmp_path: Path) -> None:
         without(tmp_path / "a.xlsx", {0}, "a.xlsx")
 
 
-def shared_columns() -> pa.Table:
+def shared_columns(views: bool) -> pa.Table:
     """Columns whose rows refer to values that are stored once."""
     texts = [SECRET, "of somebody else", None]
     word = pa.dictionary(pa.int32(), pa.string())
@@ -102,6 +105,9 @@ def shared_columns() -> pa.Table:
         "word": pa.array(texts, word),
         "inner": pa.array([{"words": [text]} for text in texts], pa.struct([("words", pa.list_(word))])),
     }
+    if views:
+        columns |= {"view": pa.array(texts, pa.string_view()), "views": pa.array([[text] for text in texts], pa.list_(pa.binary_view()))}
+        columns["word of view"] = columns["word"].cast(pa.dictionary(pa.int32(), pa.string_view()))
     return pa.table(columns)
 
 
@@ -124,7 +130,7 @@ def write_arrow(new: Any) -> Callable[[Path, pa.Table], None]:
 )
 def test_values_that_rows_share_leave_a_table_with_the_row(tmp_path: Path, suffix: str, write: Callable[[Path, pa.Table], None]) -> None:
     path = tmp_path / f"a{suffix}"
-    write(path, shared_columns())
+    write(path, shared_columns(views=suffix == ".arrow"))
     content = without(path, {0}, "a")
     part = SECRET[:24].encode()
     assert part in path.read_bytes() and part not in content
@@ -143,6 +149,10 @@ def hidden(path: Path, text: str) -> dict[str, Path]:
     (path / "a.json").write_text(json.dumps([{"inner": json.dumps(text)}]))
     (path / "a.html").write_text(text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&#34;"))
     (path / "a.gz").write_bytes(gzip.compress(gzip.compress(text.encode())))
+    (path / "a.bz2").write_bytes(bz2.compress(b"first") + bz2.compress(text.encode()))
+    (path / "a.xz").write_bytes(lzma.compress(b"first") + lzma.compress(text.encode()))
+    for codec, suffix in (("zstd", "zst"), ("lz4", "lz4")):
+        (path / f"a.jsonl.{suffix}").write_bytes(b"".join(pa.compress(part, codec, asbytes=True) for part in (b"first" * 9, text.encode())))
     with zipfile.ZipFile(path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("inner", text)
     with sqlite3.connect(path / "a.db") as db:
@@ -172,6 +182,10 @@ def test_an_archive_that_cannot_be_opened_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not a table")
     scanner = Scanner(needles_of([SECRET], [], []))
     assert scanner.file(tmp_path / "a.parquet") == set() and scanner.unreadable == [str(tmp_path / "a.parquet")]
+    cut = bytes(pa.compress(os.urandom(9999), "zstd", asbytes=True))[:-99]
+    for name, content in {"a.7z": b"7z\xbc\xaf\x27\x1c...", "a.xz": b"\xfd7zXZ\x00...", "a.zst": cut}.items():
+        (tmp_path / name).write_bytes(content)
+        assert scanner.file(tmp_path / name) == set() and scanner.unreadable[-1] == str(tmp_path / name)
 
 
 def test_an_excerpt_is_found() -> None:
@@ -221,7 +235,49 @@ def test_a_request_finds_a_text_in_every_field_of_a_row(tmp_path: Path, row: dic
     for text in texts:
         found = Finder(Index(toy.root), bytes.fromhex(KEY)).find(Request(containing=(text,)), ())
         assert found.rows == {"data/sources/a.jsonl": {0}}, text
-        assert {*found.needles.texts} == {*texts[:1]} - {"Zoë Okonkwo"}
+        assert {*found.needles.texts} == {texts[0], text} - {"Zoë Okonkwo", "7301"}, "without those that are too short"
+
+
+def test_a_request_finds_a_row_that_cannot_be_read(tmp_path: Path) -> None:
+    broken = '{"messages": [{"role": "user", "content": "Zephyrine Okonkwo asks"},]}'
+    escaped = r'{"messages": "Zo\u00eb\nOkonkwo \ud83c\udfee cut'
+    read(tmp_path, conversation("Hi", "Yes?"), conversation("Ho", "No?"), broken, '{"messages": "cut', escaped, conversation("Hm", "So?"))
+    toy = Project(tmp_path / "project")
+    raw = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
+    toy.commit({"raw_examples": entry("raw_examples", {"data/sources/a.jsonl": "1" * 32}, toy.put(raw))})
+    found = Finder(Index(toy.root), bytes.fromhex(KEY)).find(Request(containing=("Zephyrine Okonkwo",)), ())
+    assert found.rows == {"data/sources/a.jsonl": {2}}
+    finder = Finder(Index(toy.root), bytes.fromhex(KEY))
+    assert finder.find(Request(containing=("Zoë Okonkwo \N{IZAKAYA LANTERN}",)), ()).rows == {"data/sources/a.jsonl": {4}}
+    assert len(found.tombstones) == 1, "the other row that cannot be read has another id"
+    assert {*found.needles.texts} == {"Zephyrine Okonkwo", "Zephyrine Okonkwo asks"}, "not the words of the reason"
+    assert without(tmp_path / "data/sources/a.jsonl", {2}, "a.jsonl").splitlines()[2:4] == [b'{"messages": "cut', escaped.encode()]
+
+
+def test_the_text_of_a_request_is_searched_for_also_where_no_row_was_read(tmp_path: Path) -> None:
+    read(tmp_path, conversation("Where does Zephyrine Okonkwo live, the lady in blue?", "Yes?"), conversation("Ho", "No?"))
+    toy = Project(tmp_path / "project")
+    raw = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
+    toy.commit({"raw_examples": entry("raw_examples", {"data/sources/a.jsonl": "1" * 32}, toy.put(raw))})
+    finder = Finder(Index(toy.root), bytes.fromhex(KEY))
+    by_text, by_row = (
+        finder.find(one, ()) for one in (Request(containing=("Zephyrine Okonkwo",)), Request(sources=("data/sources/a.jsonl:0",)))
+    )
+    unlisted = b'{"prompt": "Who rang?", "completion": "Zephyrine Okonkwo did."}'
+    assert [Scanner(found.needles).content(unlisted) for found in (by_text, by_row)] == [{"text"}, set()]
+
+
+def test_the_reason_why_a_pair_has_one_side_is_not_searched_for() -> None:
+    meta = json.dumps({"chosen": {"note": "of the lantern"}, "problem": "no rejected completion of the same prompt"})
+    half = {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "chosen": [{"role": "assistant", "content": "Yes?"}],
+        "rejected": [],
+        "meta": meta,
+    }
+    assert [*texts_of(half)] == ["Hi", "Yes?", "of the lantern"]
+    row = conversation("Hi", "Yes?") | {"meta": json.dumps({"problem": "2 + 2"})}
+    assert [*texts_of(row)] == ["Hi", "Yes?", "2 + 2"], "a column of a source with this name"
 
 
 def test_what_only_shares_a_prompt_is_no_copy() -> None:

@@ -16,6 +16,7 @@ from builders.history import Project, identity
 from builders.small_pipeline import git
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.lineage.erasure.needles import needles_of
 from dagster_project.lineage.erasure.removal import without
 from dagster_project.lineage.erasure.scan import SURE, Scanner
@@ -106,6 +107,24 @@ def test_only_outputs_of_this_project_that_hold_rows_are_removed_from_cache_and_
             assert {one["md5"] for one in files} <= left
     after = search(root, Scanner(needles_of([SECRET], [], [])), remotes_of(root))
     assert len(after.places["DVC cache"]) == 2 and len(after.places["remote store"]) == 2
+
+
+def test_the_source_before_is_removed_from_cache_and_remote_also_if_its_text_is_short(
+    shared: tuple[Project, dict[str, str], Path],
+) -> None:
+    toy, _, remote = shared
+    name = md5_of_bytes(b"short")
+    for folder in (toy.root / "cache", remote):
+        write(folder / "files/md5" / name[:2] / name[2:], "short")
+    unknown = removed(toy.root, sources={"data/sources/a.jsonl": {"md5": name}})
+    assert name not in unknown["objects"], "no .dvc file names it: it may be another project's"
+    write(toy.root / "data/sources/a.jsonl.dvc", f"outs:\n- md5: {name}\n  path: a.jsonl\n")
+    toy.commit({})
+    assert name not in removed(toy.root, sources={"data/sources/a.jsonl": {"md5": name}})["objects"], "needed"
+    git(toy.root, "rm", "-q", "data/sources/a.jsonl.dvc")
+    toy.commit({})
+    lists = removed(toy.root, sources={"data/sources/a.jsonl": {"md5": name}})
+    assert name in lists["objects"] and name in lists["remotes"]["store"]
 
 
 def test_nothing_is_removed_from_a_shared_cache_or_its_run_cache(shared: tuple[Project, dict[str, str], Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagster_project.core.errors import InputError
-from dagster_project.curation.sources import files
+from dagster_project.curation.sources import files, table_limits
 from dagster_project.curation.sources.files import READERS, read_rows
 
 ROWS = [{"prompt": "Hi", "completion": "Hello"}, {"prompt": 'Grüße, "du"\n', "completion": "你好"}]
@@ -113,6 +113,25 @@ def test_a_bad_line_makes_only_its_own_row_malformed(line: bytes, problem: str, 
     rows = read_rows(jsonl(tmp_path / "a.jsonl", GOOD, b"", line, GOOD))
     assert [(row.source_row, row.problem) for row in rows] == [(0, ""), (1, problem), (2, "")]
     assert [row.value for row in rows[::2]] == [{"prompt": "Hi"}] * 2
+    text = line.decode("utf-8", "backslashreplace")
+    assert [row.raw for row in rows] == ["", text if rows[1].value is None else "", ""]
+
+
+def test_a_row_without_a_value_has_its_text(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "a.csv").write_bytes(b'prompt,completion\n"a, ""b""\nc"\ncaf\xe9,d\ne,f\n')
+    (tmp_path / "a.json").write_bytes(b'[{"prompt": NaN}, {"prompt": "Hi"}, ["x", 1]]')
+    (tmp_path / "a.txt").write_bytes(b"One\n\ntwo\ncaf\xe9\nthree\n")
+    pq.write_table(pa.table({"prompt": ["a", "b"], "score": [float("nan"), 1.0], "code": [b"\xff", b"ok"]}), tmp_path / "a.parquet")
+    found = {name: [row.raw for row in read_rows(tmp_path / f"a.{name}")] for name in ("csv", "json", "txt", "parquet")}
+    assert found == {
+        "csv": ['"a, ""b""\nc"', r"caf\xe9,d", ""],
+        "json": ['{"prompt": NaN}', "", '["x", 1]'],
+        "txt": ["", "two\ncaf\\xe9\nthree"],
+        "parquet": ['{"prompt": "a", "score": NaN, "code": "\\\\xff"}', ""],
+    }
 
 
 @pytest.mark.parametrize(
@@ -392,6 +411,33 @@ def test_a_cut_table_is_refused(suffix: str, kind: str, keep: float, tmp_path: P
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep) if keep == 0.5 else int(keep)])
     assert refused(path).startswith(f"a{suffix}: not {kind}: ")
+
+
+def test_arrow_files_of_polars_have_the_rows_of_its_parquet_files(tmp_path: Path) -> None:
+    import polars as pl
+
+    said = [{"role": "user", "content": "Where does the river begin, and where does it end?"}]
+    frame = pl.DataFrame(
+        {"text": ["One", None], "messages": [said, []], "label": pl.Series(["a", "b"], dtype=pl.Categorical), "raw": [b"1", b"2"]}
+    )
+    frame.write_parquet(tmp_path / "a.parquet")
+    frame.write_ipc(tmp_path / "a.arrow")
+    frame.write_ipc(tmp_path / "a.feather", compression="zstd")
+    parquet, *others = (read_rows(tmp_path / f"a{suffix}") for suffix in (".parquet", ".arrow", ".feather"))
+    assert others == [parquet, parquet]
+    assert parquet[0].value == {"text": "One", "messages": said, "label": "a", "raw": "1"}
+
+
+def test_many_views_of_one_text_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+    import pyarrow as pa
+
+    monkeypatch.setattr(table_limits, "MAX_BATCH_BYTES", 2**28)
+    views = np.tile(np.array([10**6, int.from_bytes(b"xxxx", "little"), 0, 0], np.int32), (4000, 1))
+    texts = pa.Array.from_buffers(pa.string_view(), len(views), [None, pa.py_buffer(views.tobytes()), pa.py_buffer(b"x" * 10**6)])
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), pa.schema([("text", pa.string_view())])) as writer:
+        writer.write_batch(pa.record_batch([texts], ["text"]))
+    assert refused(tmp_path / "a.arrow") == "a.arrow: the next rows need more than 0.25 GiB of memory"
 
 
 def test_an_arrow_batch_that_points_outside_itself_is_refused(tmp_path: Path) -> None:

@@ -613,6 +613,14 @@ def test_a_prompt_repeated_in_both_completions_is_removed(tmp_path: Path) -> Non
     assert [(sides(pair), pair["margin"]) for pair in pairs_of(tmp_path, row)] == [((user("Hi"), answer("Hello"), answer("What?")), 2.0)]
 
 
+def test_a_system_prompt_that_only_the_completions_have_is_that_of_the_prompt(tmp_path: Path) -> None:
+    system, other = ({"role": "system", "content": text} for text in ("Be brief.", "Be long."))
+    row = {"prompt": "Hi", "chosen": [system, *user("Hi", "Hello")], "rejected": [system, *user("Hi", "What?")]}
+    assert sides(pairs_of(tmp_path, row)[0]) == ([system, *user("Hi")], answer("Hello"), answer("What?"))
+    refused = [{**row, "rejected": [other, *user("Hi", "What?")]}, {**row, "prompt": "Ho"}, {**row, "prompt": [other, *user("Hi")]}]
+    assert {problem_of(pair) for pair in pairs_of(tmp_path, *refused)} == {"chosen and rejected do not answer the same prompt"}
+
+
 def test_the_prompt_of_a_pair_is_the_common_part_of_both_conversations(tmp_path: Path) -> None:
     row = {"chosen": user("Hi", "Hello", "Bye", "Bye!"), "rejected": user("Hi", "What?", "Well", "Hm")}
     pair = pairs_of(tmp_path, row)[0]

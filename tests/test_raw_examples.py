@@ -80,6 +80,16 @@ def test_the_digest_of_a_folder_is_that_of_the_list_that_sha256sum_prints(root: 
     assert {name: file["rows"] for name, file in found["files"].items()} == {"more/test.jsonl": 2, "train.jsonl": 1}
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "not_read" not in read(root, "data/sources/mine").metrics["sources"]["data/sources/mine"]
+    for name in ("more/train-2.jsonl.zst", "b.csv.gz", ".DS_Store", "more/test.jsonl.dvc"):
+        (root / "data/sources/mine" / name).write_bytes(b"...")
+    found = read(root, "data/sources/mine").metrics["sources"]["data/sources/mine"]
+    assert found["not_read"] == {"files": 2, "names": ["b.csv.gz", "more/train-2.jsonl.zst"]}
+    check_paths([str(root / "data/sources/mine")])
+    assert caplog.messages == ["mine: not read, because of their types: b.csv.gz, more/train-2.jsonl.zst"] * 2
+
+
 def test_renaming_or_editing_a_file_of_a_folder_changes_its_digest(root: Path) -> None:
     digests = [read(root, "data/sources/mine").metrics["sources"]["data/sources/mine"]["sha256"]]
     (root / "data/sources/mine/train.jsonl").rename(root / "data/sources/mine/training.jsonl")

@@ -77,7 +77,9 @@ def contents(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "source"} for record in read_records(out)]
 
 
-def test_objects_give_the_rows_and_the_hash_of_the_same_files(tmp_path: Path, bucket: S3Server, prefix: str) -> None:
+def test_objects_give_the_rows_and_the_hash_of_the_same_files(
+    tmp_path: Path, bucket: S3Server, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "data/sources/mine"
     folder.mkdir(parents=True)
     for suffix, write in FILE_WRITERS.items():
@@ -92,6 +94,10 @@ def test_objects_give_the_rows_and_the_hash_of_the_same_files(tmp_path: Path, bu
     remote = read(tmp_path, "remote", {"path": url, "revision": revision, "split": "from_file_names"})
     assert contents(tmp_path / "remote") == contents(tmp_path / "local")
     expected, facts = local.metrics["sources"]["data/sources/mine"], remote.metrics["sources"][url]
+    assert expected.pop("not_read") == {"files": 1, "names": ["README.md"]}, (
+        "of objects only a message names them: the revision does not pin them"
+    )
+    assert f"{url}: not read, because of their types: README.md" in caplog.messages
     assert {**facts, "files": {}} == {**expected, "files": {}, "revision": revision}
     assert {name: (one["rows"], one["sha256"]) for name, one in facts["files"].items()} == {
         name: (one["rows"], one["sha256"]) for name, one in expected["files"].items()

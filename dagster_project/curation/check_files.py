@@ -21,7 +21,7 @@ from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.similarity.overlap import shared_span, thirteen_gram_pairs
 from dagster_project.curation.sources import fields, formats
 from dagster_project.curation.sources.benchmarks import BENCHMARKS, Item, benchmark_of, has_only_prompts, items_of, read_item
-from dagster_project.curation.sources.files import Found, Row, files_of, read_blocks, read_rows, require_rows, rows_of
+from dagster_project.curation.sources.files import Found, Row, files_of, others_of, read_blocks, read_rows, require_rows, rows_of
 from dagster_project.curation.sources.hub import held_out_label, parse_spec, read_split
 from dagster_project.curation.sources.s3 import SCHEME, digest_of, problem_of
 from dagster_project.curation.sources.s3 import Reader as S3Reader
@@ -151,7 +151,9 @@ def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> l
     if layout == "auto" and not mapping and _is_canonical(place):
         return [_load_output(place)]
     if place.is_dir():
-        return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout, mapping=mapping) for name, file in files_of(place)]
+        named = files_of(place)
+        others_of(place)
+        return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout, mapping=mapping) for name, file in named]
     return [_rows(read_rows(place), path, layout, mapping=mapping)]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import io
 import json
+import logging
 import math
 import os
 import re
@@ -19,8 +21,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.text import shortened
-from dagster_project.curation.sources.table_limits import bounded, decoded_bytes
+from dagster_project.core.text import shortened, visible
+from dagster_project.curation.sources.table_limits import bounded, decoded_bytes, without_views
 
 MEGABYTE = 2**20
 MAX_ROW_BYTES = 16 * MEGABYTE
@@ -34,12 +36,15 @@ MAX_ROWS_PER_BYTE, FREE_ROWS = 4, 1_000_000
 """Maximum rows per byte of a file, above as many rows. Lines of uncompressed text have at least 2 bytes each."""
 LONGEST_NAME = 100
 """Characters of a name that messages show."""
+SHOWN_FILES = 20
+"""Names of files that messages and reports show."""
 BATCH = 128
 """Rows of a Parquet file that are decoded at a time."""
 BLOCK_ROWS, BLOCK_BYTES = 4096, 4 * MEGABYTE
 """A part of a file that is read, parsed and converted at once ends at either of these."""
 
 T = TypeVar("T")
+log = logging.getLogger("pedigree")
 
 
 class Row(NamedTuple):
@@ -51,6 +56,8 @@ class Row(NamedTuple):
     problem: str = ""
     line: int = 0
     """Number of its last line, from 1; 0 for files without lines."""
+    raw: str = ""
+    """Text of a row without a value, with escapes such as `\\xe9` for bytes that are not UTF-8; empty if it is too long or a table cannot be decoded."""
 
 
 class Block(NamedTuple):
@@ -210,6 +217,23 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
     return sorted((path.relative_to(folder).as_posix(), path) for path in files)
 
 
+def others_of(folder: Path) -> list[str]:
+    """Relative paths of the files in a folder that `files_of` leaves out, as `unread`."""
+    return unread(
+        folder.name, (PurePosixPath(Path(parent, name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names)
+    )
+
+
+def unread(place: str, paths: Iterable[PurePosixPath]) -> list[str]:
+    """The files that are not read, because of their types, sorted and logged. Hidden files and those of DVC are not among them."""
+    others = (path for path in paths if suffix_of(path) not in {*READERS, ".dvc"} and not path.name.startswith("."))
+    found = sorted(visible(str(path)) for path in others)
+    if found:
+        shown = ", ".join(found[:SHOWN_FILES]) + (f" and {len(found) - SHOWN_FILES} more" if len(found) > SHOWN_FILES else "")
+        log.warning(f"{visible(place)}: not read, because of their types: {shown}")
+    return found
+
+
 def _pieces(path: File) -> Iterator[bytes]:
     """Yield the decompressed content line by line; lines above `MAX_ROW_BYTES` in several pieces."""
     packed = path.suffix.lower() == ".gz"
@@ -244,7 +268,12 @@ def _text_lines(lines: Iterable[tuple[int, bytes | None]]) -> Iterator[tuple[int
         try:
             yield (number, line.decode(), "") if line is not None else (number, "", _too_long(number))
         except UnicodeDecodeError as error:
-            yield number, "", f"not UTF-8 at byte {error.start} (line {number})"
+            yield number, escaped(line or b""), f"not UTF-8 at byte {error.start} (line {number})"
+
+
+def escaped(content: bytes) -> str:
+    """Decode UTF-8, other bytes with an escape: b"caf\xe9"  ->  "caf\\xe9" """
+    return content.decode("utf-8", "backslashreplace")
 
 
 def _jsonl(path: File) -> Iterator[Block]:
@@ -255,7 +284,7 @@ def _json_lines(lines: list[tuple[int, bytes | None]]) -> list[Row]:
     rows: list[Row] = []
     for number, line, problem in _text_lines(lines):
         if problem:
-            rows.append(Row(len(rows), None, problem, number))
+            rows.append(Row(len(rows), None, problem, number, line.rstrip("\r\n")))
         elif line.strip():
             rows.append(_line(len(rows), line, number))
     return rows
@@ -270,7 +299,8 @@ def _line(source_row: int, line: str, number: int) -> Row:
         row = Row(source_row, None, str(error), number)
     except RecursionError:
         row = Row(source_row, None, TOO_DEEP, number)
-    return row._replace(problem=f"{row.problem} (line {number})") if row.problem else row
+    raw = line.rstrip("\r\n") if row.value is None else ""
+    return row._replace(problem=f"{row.problem} (line {number})", raw=raw) if row.problem else row
 
 
 class _Window:
@@ -384,7 +414,9 @@ def _element(text: _Window) -> Row:
         raise flaw
     text.at = end
     too_long = 4 * (end - start) > MAX_ROW_BYTES and len(text.text[start:end].encode()) > MAX_ROW_BYTES
-    return Row(0, None, _too_long()) if too_long else row
+    if too_long:
+        return Row(0, None, _too_long())
+    return row._replace(raw=text.text[start:end]) if row.value is None else row
 
 
 QUOTED, UNQUOTED = re.compile(r'\\.|"', re.DOTALL), re.compile(r'["\[\]{},]')
@@ -514,13 +546,21 @@ def _csv_rows(path: File) -> Iterator[tuple[int, Row]]:
                 problem = f"{len(fields)} fields where the header has {len(header)} (line {line})"
             else:
                 problem = ""
-            yield size, Row(0, None if problem else dict(zip(header, fields, strict=True)), problem, line)
+            raw = _csv_text(fields) if problem and size <= MAX_ROW_BYTES else ""
+            yield size, Row(0, None if problem else dict(zip(header, fields, strict=True)), problem, line, raw)
     except csv.Error as error:
         raise InputError(
             f"{path.name}: not CSV: {error}, near line {reader.line_num}", "close every quote; double quotes inside one"
         ) from None
     finally:
         csv.field_size_limit(usual)
+
+
+def _csv_text(fields: list[str]) -> str:
+    """A row of a CSV file, as text: ["a", "b, c"]  ->  'a,"b, c"'"""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="").writerow(fields)
+    return escaped(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
@@ -557,7 +597,7 @@ def _arrow(path: File) -> Iterator[Block]:
         stream = reader if isinstance(reader, pa.RecordBatchReader) else map(reader.get_batch, range(reader.num_record_batches))
         for batch in stream:
             batch.validate(full=True)
-            yield from (batch.slice(start, BLOCK_ROWS) for start in range(0, batch.num_rows, BLOCK_ROWS))
+            yield from (without_views(batch.slice(start, BLOCK_ROWS)) for start in range(0, batch.num_rows, BLOCK_ROWS))
 
     with _as_type(path.name, "Arrow"), pa.OSFile(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open("rb")) as file:
         magic = file.read(6)
@@ -631,8 +671,16 @@ def table_rows(batches: Iterable[Any], decode: Callable[[dict[str, Any]], dict[s
         except RecursionError:
             rows.append(Row(len(rows), None, TOO_DEEP))
         except (ValueError, TypeError, OverflowError) as error:
-            rows.append(Row(len(rows), None, f"a value that JSON cannot hold: {shortened(str(error))}"))
+            rows.append(Row(len(rows), None, f"a value that JSON cannot hold: {shortened(str(error))}", raw=_table_text(value)))
     return rows
+
+
+def _table_text(row: Any) -> str:
+    """A row of a table that is not valid JSON, as text; empty if it could not be decoded."""
+    if not isinstance(row, dict):
+        return ""
+    text = json.dumps(row, ensure_ascii=False, default=lambda value: escaped(value) if isinstance(value, bytes) else str(value))
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 CALL_COLUMNS = ("tools", "functions", "answers", "tool_calls", "function_call")
@@ -689,13 +737,14 @@ def _paragraph_rows(path: File) -> Iterator[tuple[int, Row]]:
     size, problem, last = 0, "", 0
     for number, line, flaw in chain(_text_lines(_lines(path)), [(0, "", "")]):
         if flaw or line.strip():
-            size += len(line.encode())
+            size += len(line.encode()) if line else MAX_ROW_BYTES + 1  # of a line that is too long there is no text
             problem = problem or flaw or ("" if size <= MAX_ROW_BYTES else _too_long(number))
             last = number
-            if not problem or not lines:
+            if size <= MAX_ROW_BYTES or not lines:
                 lines.append(line.rstrip("\r\n"))
         elif lines:
-            yield size, Row(0, None if problem else {"text": "\n".join(lines)}, problem, last)
+            text = "\n".join(lines)
+            yield size, Row(0, None if problem else {"text": text}, problem, last, text if problem and size <= MAX_ROW_BYTES else "")
             lines, size, problem = [], 0, ""
 
 

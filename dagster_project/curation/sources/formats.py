@@ -25,7 +25,7 @@ from dagster_project.curation.sources.files import Row
 from dagster_project.curation.sources.layouts import LAYOUTS, RECORD_FIELDS, Layout, is_text, mapped, mapping_problem, merged
 from dagster_project.curation.sources.pair_layouts import PAIR_FIELDS, PAIR_LAYOUTS, PairLayout, mapped_pairs
 from dagster_project.curation.sources.pairing import HALF, Halves, as_record, entries_of, joined
-from dagster_project.curation.sources.row_reading import category_of, kept_of, noted, read, read_example
+from dagster_project.curation.sources.row_reading import category_of, kept_of, noted, raw_text, read, read_example
 from dagster_project.curation.sources.tools import TOOL_KEYS
 
 __all__ = [
@@ -177,7 +177,7 @@ def _record(row: Row, source: str, layout: Layout, split: str | None, think: Thi
     value = row.value or {}
     messages = found.pairs[0].chosen if found else []
     if found is None:
-        meta: dict[str, Any] = {**problem, "row": value}
+        meta: dict[str, Any] = {**problem, "row": value, **raw_text(row)}
     else:
         more, meta = found.meta, kept_of(row, layout, found.tool_keys)
         if label := canonical_split(meta.get("split")):
@@ -186,7 +186,7 @@ def _record(row: Row, source: str, layout: Layout, split: str | None, think: Thi
             more = {**more, "split": split}
         meta = merged(meta, more)
     tools = {"tools": found.tools} if found and found.tools else {}
-    malformed = [{"role": "malformed", "content": json.dumps(value, ensure_ascii=False, sort_keys=True)}] if not messages else []
+    malformed = [{"role": "malformed", "content": row.raw or json.dumps(value, ensure_ascii=False, sort_keys=True)}] if not messages else []
     return {
         "example_id": example_id(messages or malformed, tools.get("tools"), is_text(messages, meta)),
         "source": source,

@@ -16,7 +16,7 @@ from dagster_project.curation.sources.fields import FieldAccount
 from dagster_project.curation.sources.files import Row
 from dagster_project.curation.sources.layouts import merged
 from dagster_project.curation.sources.pair_layouts import MISMATCH, Pair, PairLayout
-from dagster_project.curation.sources.row_reading import category_of, kept_of, noted, read, read_pairs
+from dagster_project.curation.sources.row_reading import category_of, kept_of, noted, raw_text, read, read_pairs
 
 HALF = "half"
 """Key of an entry with one answer: {"same", "side", "other", "category"}. Entries with equal `same` and opposite sides form a pair."""
@@ -28,6 +28,7 @@ def entries_of(rows: Iterable[Row], source: str, layout: PairLayout, split: str 
     for row in rows:
         form = layout.form_of(row.value or {})
         found, problem = read(row, partial(read_pairs, form=form, think=think))
+        unread = {**problem, "row": row.value, **raw_text(row)}
         row = row._replace(value=form.flat(row.value)) if found and row.value is not None else row
         kept = merged(kept_of(row, form, found.tool_keys if found else ()), found.meta if found else {})
         label = split or canonical_split((row.value or {}).get("split"))
@@ -39,7 +40,7 @@ def entries_of(rows: Iterable[Row], source: str, layout: PairLayout, split: str 
             messages = {"chosen": pair.chosen, "rejected": pair.rejected}
             half = not problem and not messages[other]
             missing = f"no {other} completion of the same prompt"
-            meta = {**problem, "row": row.value} if problem else {side: kept, "problem": missing} if half else _labelled(kept, label)
+            meta = unread if problem else {side: kept, "problem": missing} if half else _labelled(kept, label)
             entry = {"source": source, "source_row": row.source_row, "source_rows": [row.source_row], "prompt": pair.prompt}
             entry |= {**messages, **tools, "margin": pair.margin, "category": category_of(row, form.category), "group_id": None}
             entry |= {"meta": {**meta, **labelled}, **counted}
@@ -108,7 +109,8 @@ def _pair_id(entry: dict[str, Any]) -> str:
     prompt, chosen, rejected = entry["prompt"], entry["chosen"], entry["rejected"]
     if prompt or chosen or rejected:
         return pair_id(prompt, chosen, rejected, entry.get("tools"))
-    return example_id([{"role": "malformed", "content": json.dumps(entry["meta"]["row"], ensure_ascii=False, sort_keys=True)}])
+    row, raw = entry["meta"]["row"], entry["meta"].get("raw")
+    return example_id([{"role": "malformed", "content": raw or json.dumps(row, ensure_ascii=False, sort_keys=True)}])
 
 
 def as_record(pair: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 from dagster_project.core.params import Section, inside
 from dagster_project.curation.sources import formats, s3
 from dagster_project.curation.sources.declarations import Declared
-from dagster_project.curation.sources.files import Block, as_parsed, files_of, read_blocks, size_of
+from dagster_project.curation.sources.files import SHOWN_FILES, Block, as_parsed, files_of, others_of, read_blocks, size_of
 from dagster_project.curation.sources.hub import HubSplit, RowsDigest, held_out_label, split_blocks
 from dagster_project.curation.sources.s3 import Reader as S3Reader
 from dagster_project.curation.sources.s3 import S3Object, require_revision
@@ -175,7 +175,9 @@ def _from_path(records: Records, source: Source, how: How, limit: int | None, pa
     facts = records.read(
         [SourceFile(f"{path.name}/{name}", f"{folder}/{name}", read_blocks(file), size_of(file)) for name, file in named], how, limit
     )
-    return facts, listed({name: {"rows": facts.rows[f"{folder}/{name}"], "sha256": sha256_of_file(file)} for name, file in named})
+    others = others_of(path)
+    left = {"not_read": {"files": len(others), "names": others[:SHOWN_FILES]}} if others else {}
+    return facts, listed({name: {"rows": facts.rows[f"{folder}/{name}"], "sha256": sha256_of_file(file)} for name, file in named}) | left
 
 
 def listed(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -111,6 +111,11 @@ def read(row: Row, convert: Callable[[dict[str, Any]], T]) -> tuple[T | None, di
     return None, {"problem": problem, **({"unsupported": True} if unsupported else {})}
 
 
+def raw_text(row: Row) -> dict[str, str]:
+    """The entry of `meta` with the text of a row that has no value."""
+    return {"raw": row.raw} if row.raw else {}
+
+
 def category_of(row: Row, key: str) -> str | None:
     category = (row.value or {}).get(key)
     return category if isinstance(category, str) else None

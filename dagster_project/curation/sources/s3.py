@@ -23,7 +23,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import report_of
-from dagster_project.curation.sources.files import MEGABYTE, READERS, suffix_of
+from dagster_project.curation.sources.files import MEGABYTE, READERS, suffix_of, unread
 
 SCHEME = "s3://"
 READ_AHEAD = 8 * MEGABYTE
@@ -76,6 +76,7 @@ class Reader:
         ]
         if not objects:
             raise InputError(f"{url}: no file of examples at this address", f"file types: {', '.join(READERS)}; {NEXT}")
+        unread(url, map(PurePosixPath, names.values()))
         return sorted(objects, key=lambda one: one.path)
 
     def open(self, key: str, etag: str) -> BinaryIO:

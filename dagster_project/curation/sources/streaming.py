@@ -182,7 +182,7 @@ def parse(_: None, item: tuple[int, Block | InputError | None]) -> ParsedBlock:
     except InputError as error:
         return ParsedBlock(file, error=error)
     lines = [
-        encode_finite({"value": row.value, "problem": row.problem, "line": row.line}) for row in rows
+        encode_finite({"value": row.value, "problem": row.problem, "line": row.line, "raw": row.raw}) for row in rows
     ]  # no reader yields infinite numbers
     return ParsedBlock(file, lines, shapes_of(rows), rows[0].problem if rows else "")
 
@@ -308,7 +308,7 @@ def convert(_: None, part: Part) -> ConvertedPart:
 
 def _row(number: int, line: bytes) -> Row:
     row = decode(line)
-    return Row(number, row["value"], row["problem"], row["line"])
+    return Row(number, **row)
 
 
 def _is_empty(record: Mapping[str, Any]) -> bool:

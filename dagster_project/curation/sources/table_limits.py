@@ -93,6 +93,36 @@ def decoded_bytes(array: Any) -> int:
     return int(array.nbytes)
 
 
+def without_views(batch: Any) -> Any:
+    """A record batch with views of text, as polars writes them, written out."""
+    import pyarrow as pa
+
+    schema = pa.schema([field.with_type(written_out(field.type)) for field in batch.schema])
+    return batch if schema == batch.schema else batch.cast(schema)
+
+
+def written_out(kind: Any) -> Any:
+    """The Arrow type with texts and bytes instead of views of them, at any depth: list<string_view>  ->  list<large_string>"""
+    import pyarrow as pa
+
+    def inner(field: Any) -> Any:
+        return field.with_type(written_out(field.type))
+
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        return pa.large_string() if pa.types.is_string_view(kind) else pa.large_binary()
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, written_out(kind.value_type), kind.ordered)
+    if pa.types.is_struct(kind):
+        return pa.struct([inner(kind.field(i)) for i in range(kind.num_fields)])
+    if pa.types.is_map(kind):
+        return pa.map_(written_out(kind.key_type), written_out(kind.item_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(inner(kind.value_field), kind.list_size)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(inner(kind.value_field))
+    return kind
+
+
 def _has_dictionary(fields: Iterable[Any]) -> bool:
     import pyarrow as pa
 

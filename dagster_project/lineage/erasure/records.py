@@ -110,17 +110,32 @@ def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
         yield from (text for name in ("content", "reasoning_content", "name") if isinstance(text := message.get(name), str))
         for arguments in _arguments(message):
             yield from [arguments] if isinstance(arguments, str) else _strings([text for _, text in argument_texts(arguments)])
-    meta = record.get("meta")
-    yield from _strings(json.loads(meta)) if isinstance(meta, str) else ()
+    meta = json.loads(found) if isinstance(found := record.get("meta"), str) else {}
+    if isinstance(meta, dict) and not (record.get("messages") or (record.get("chosen") and record.get("rejected"))):
+        meta.pop("problem", None)  # why the row has no messages, or no other side: words of this project
+    yield from _strings(meta)
 
 
 def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
-    """Everything that a request may be about: `texts_of`, the category, and as JSON, with keys and numbers, arguments of calls, tools and other fields."""
-    yield from texts_of(record)
+    """Everything that a request may be about: `texts_of`, the category, and as JSON, with keys and numbers, arguments of calls, tools and other fields. Of a
+    line that is not JSON also the text without JSON's escapes."""
+    for text in texts_of(record):
+        yield text
+        if "\\" in text and not record.get("messages"):
+            yield _unescaped(text)
     documents = [one for message in _messages(record) for one in _arguments(message)]
     for one in (record.get("category"), record.get("tools"), record.get("meta"), *documents):
         if one:
             yield one if isinstance(one, str) and not one.startswith(("{", "[")) else _as_json(one)
+
+
+ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|[nrt])")
+
+
+def _unescaped(text: str) -> str:
+    r"""r"Zo\u00eb\nOkonkwo"  ->  "Zoë Okonkwo" """
+    plain = ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else " ", text)
+    return plain.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _as_json(value: Any) -> str:
@@ -439,7 +454,7 @@ class Finder:
         published = [published_id(key, one) for key in keys for one in ids]
         kept_labels = {raw.record.get("category") for raw in stays}
         labels = [label for raw in found.meant if (label := raw.record.get("category")) and label not in kept_labels]
-        texts = [text for raw in found.meant for text in raw.texts] + [*labels, *self._texts_made({*found.made})]
+        texts = [*found.containing, *(text for raw in found.meant for text in raw.texts), *labels, *self._texts_made({*found.made})]
         others = chain((text for raw in stays for text in raw.texts), self._texts_made(kept_made & {*made}))
         found.needles = needles_of(texts, [one for one in (*ids, *published) if RECORD_ID.fullmatch(one)], others)
 

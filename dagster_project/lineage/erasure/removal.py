@@ -9,12 +9,13 @@ import gzip
 import io
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.curation.sources.files import LENIENT, MAX_ROW_BYTES, MMLU_COLUMNS, read_blocks, rows_of, suffix_of
+from dagster_project.curation.sources.table_limits import written_out
 
 Rows = Collection[int]
 
@@ -48,7 +49,7 @@ def without(path: Path, rows: Rows, name: str, may_be_empty: bool = False) -> by
         copy = Path(folder, path.name)
         copy.write_bytes(content)
         after = rows_of(read_blocks(copy))
-    if [row.value for row in after] != [row.value for row in kept]:
+    if [(row.value, row.raw) for row in after] != [(row.value, row.raw) for row in kept]:
         raise InputError(
             f"{name}: its rows cannot be taken out without a change of others", "take them out by hand, run the pipeline, then ask again"
         )
@@ -170,23 +171,27 @@ def _arrow(content: bytes, rows: Rows) -> bytes:
 
 
 def _filtered(table: Any, rows: Rows) -> Any:
-    """A table without rows, and without their values in what its columns share."""
+    """A table without rows, and without their values in what its columns share. Views, which share too, are written out."""
     import pyarrow as pa
 
-    mask = pa.array([number not in rows for number in range(table.num_rows)], pa.bool_())
-    kept = table.filter(mask).combine_chunks()
-    for number, field in enumerate(kept.schema):
-        if _shares(field.type):  # filtered, such a column still has all values
-            fresh = pa.array(kept.column(number).to_pylist(), field.type)
-            kept = kept.set_column(number, field, pa.chunked_array([fresh], field.type))
-    return kept
+    kept = [number not in rows for number in range(table.num_rows)]
+    mask = pa.array(kept, pa.bool_())
+    columns = [
+        pa.array([*compress(column.to_pylist(), kept)], written_out(column.type))  # filtered, such a column would still have all values
+        if _shares(column.type)
+        else column.filter(mask).combine_chunks()
+        for column in table.columns
+    ]
+    schema = pa.schema([field.with_type(written_out(field.type)) for field in table.schema], table.schema.metadata)
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _shares(kind: Any) -> bool:
-    """Whether rows of a column refer to values that are stored once, at any depth. Views do too, but no source with them is read."""
+    """Whether rows of a column refer to values that are stored once, at any depth."""
     import pyarrow as pa
 
-    return pa.types.is_dictionary(kind) or any(_shares(kind.field(i).type) for i in range(kind.num_fields))
+    shared = (pa.types.is_dictionary, pa.types.is_string_view, pa.types.is_binary_view)
+    return any(test(kind) for test in shared) or any(_shares(kind.field(i).type) for i in range(kind.num_fields))
 
 
 WRITERS: dict[str, Callable[[bytes, Rows], bytes]] = {

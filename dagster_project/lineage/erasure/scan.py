@@ -1,9 +1,11 @@
-"""Searches files of any kind for erased records: as bytes, and decompressed: Parquet, Arrow, gzip and zip. SQLite stores text as it is."""
+"""Searches files of any kind for erased records: as bytes, and decompressed: Parquet, Arrow, zip, gzip, bzip2, xz, Zstandard and LZ4. SQLite stores text as it is."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 import zipfile
 import zlib
@@ -20,6 +22,11 @@ DEEPEST = 3
 """Archives in archives that are opened."""
 ARROW_STREAM = b"\xff\xff\xff\xff"
 """How a stream of Arrow begins; its buffers can be compressed."""
+GZIP, BZIP2, XZ, ZSTD, LZ4 = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18"
+COMPRESSED = (GZIP, BZIP2, XZ, ZSTD, LZ4)
+"""How compressed files begin."""
+CLOSED = (b"7z\xbc\xaf\x27\x1c", b"Rar!")
+"""How archives begin that are not opened, but counted."""
 MOST = 2**30
 """Bytes that a part of an archive may have when it is decompressed; a larger one counts as unreadable."""
 TEXT, ID, SURE = "text", "id", "sure"
@@ -74,7 +81,7 @@ class Scanner:
             try:
                 for part in _unpacked(data):
                     found |= self._content(part, name, depth + 1)
-            except (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError):
+            except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError):
                 self.unreadable.append(name)
         return found
 
@@ -89,13 +96,15 @@ class Scanner:
 
 
 def _is_packed(head: bytes) -> bool:
-    return head.startswith((b"PAR1", b"ARROW1", ARROW_STREAM, b"\x1f\x8b", b"PK\x03\x04"))
+    return head.startswith((b"PAR1", b"ARROW1", ARROW_STREAM, b"PK\x03\x04", *COMPRESSED, *CLOSED))
 
 
 def _unpacked(data: bytes) -> Iterator[bytes]:
-    if data.startswith(b"\x1f\x8b"):
-        with gzip.open(io.BytesIO(data)) as file:
+    if data.startswith(COMPRESSED):
+        with _decompressed(data) as file:
             yield _bounded(file.read(MOST + 1))
+    elif data.startswith(CLOSED):
+        raise ValueError("no library to open it")
     elif data.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for entry in archive.infolist():
@@ -103,6 +112,15 @@ def _unpacked(data: bytes) -> Iterator[bytes]:
                     yield _bounded(file.read(MOST + 1))
     else:
         yield from _table_texts(data)
+
+
+def _decompressed(data: bytes) -> Any:
+    import pyarrow as pa
+
+    if data.startswith((ZSTD, LZ4)):
+        return pa.CompressedInputStream(pa.BufferReader(data), "zstd" if data.startswith(ZSTD) else "lz4")
+    opened = gzip.open if data.startswith(GZIP) else bz2.open if data.startswith(BZIP2) else lzma.open
+    return opened(io.BytesIO(data))
 
 
 def _bounded(content: bytes) -> bytes:

@@ -15,7 +15,7 @@ from ruamel.yaml.error import YAMLError
 from dagster_project.core import params
 from dagster_project.core.documents import read_document
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
+from dagster_project.core.hashing import md5_of_file, sha256_of_bytes, sha256_of_file
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.core.published_ids import CREATE, SAMPLE_KEY, read_key
 from dagster_project.core.records import write_json
@@ -234,7 +234,7 @@ def _hashes_of_notes(root: Path) -> dict[str, str]:
 
 
 def _change(root: Path, path: str, rows: Iterable[int], may_be_empty: bool, read: Mapping[str, str]) -> dict[str, Any]:
-    """What a file is before and after some rows are taken out.
+    """What a file is before and after some rows are taken out; `md5` is the hash before, by which DVC may have it.
 
     Args:
         read: sha256 of each file when its rows were numbered.
@@ -253,7 +253,8 @@ def _change(root: Path, path: str, rows: Iterable[int], may_be_empty: bool, read
             f"{path} was changed after its rows were read, so their numbers may be those of others",
             f"run `dvc repro {EXAMPLES} {PAIRS}`, then ask again",
         )
-    return {"rows": numbers, "before": before, "after": sha256_of_bytes(content), "may_be_empty": may_be_empty}
+    changed = {"before": before, "after": sha256_of_bytes(content), "md5": md5_of_file(file)}
+    return {"rows": numbers, **changed, "may_be_empty": may_be_empty}
 
 
 def _is_own(root: Path, file: Path) -> bool:

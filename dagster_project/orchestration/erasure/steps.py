@@ -167,6 +167,7 @@ class Erasure:
         folder = storage / "files" / "md5"
         hits = (hit for hit in found.places.get(place, ()) if hit.sure and hit.path.is_relative_to(folder))
         holding = {name for hit in hits if (name := name_of(hit.path))}
+        holding |= {change["md5"] for change in self.plan["sources"].values() if "md5" in change}  # whatever a search finds in a short text
         gone = to_remove(listings(folder), holding, retired, needed, own)
         return {name for name in gone if (folder / name[:2] / name[2:]).is_file()}
 
