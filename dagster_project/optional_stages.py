@@ -53,7 +53,9 @@ def refuse_missing(root: Path, values: Mapping[str, Any]) -> None:
                 continue
             raise InputError(
                 f"params.yaml has no {key}, which dvc.yaml names under {stage}",
-                "add it with its default, see docs/parameters.md" if "." in key else f"add `{key}: {{}}`: keys that are left out have their defaults",
+                "add it with its default, see docs/parameters.md"
+                if "." in key
+                else f"add `{key}: {{}}`: keys that are left out have their defaults",
             )
 
 

@@ -181,7 +181,8 @@ REFUSED = {
     "steps": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n2,1\\n1,1\\n")', "step 1 comes after step 2"),
     "step": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n1.5,1\\n")', "step is not a whole number"),
     "separator": (
-        LORA + SAVE + 'Path("output/examples.csv").write_text("step;row\\n1;1\\n")', "examples.csv has no column step, but 'step;row'"
+        LORA + SAVE + 'Path("output/examples.csv").write_text("step;row\\n1;1\\n")',
+        "examples.csv has no column step, but 'step;row'",
     ),
     "no row": (
         LORA + SAVE + 'Path("output/examples.csv").write_text("step,index\\n1,1\\n")',

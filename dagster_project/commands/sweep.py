@@ -182,9 +182,7 @@ class Trials:
             log.info("interrupted: removing queued trials, ending running ones; finished ones are kept")
             experiments.cancel(self.root, self.points, processes.CLEAN_UP)
             finished = {name for name, trial in experiments.trials(self.root).items() if trial.status == SUCCESS}
-            self.status = {
-                name: SUCCESS if name in finished else one if one == FAILED else "Canceled" for name, one in self.status.items()
-            }
+            self.status = {name: SUCCESS if name in finished else one if one == FAILED else "Canceled" for name, one in self.status.items()}
         passed = all(status == SUCCESS for status in self.status.values())
         return {"passed": passed, "interrupted": interrupted, "seconds": round(time.monotonic() - began, 1)}
 

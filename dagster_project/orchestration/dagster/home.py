@@ -37,7 +37,8 @@ def home(root: Path, shared: bool = False) -> Path:
         if shared:
             return folder
         owner = folder / OWNER
-        other = Path(os.fsdecode(owner.read_bytes().strip())) if owner.is_file() else folder.parent if (folder.parent / "dvc.yaml").is_file() else root
+        unclaimed = folder.parent if (folder.parent / "dvc.yaml").is_file() else root
+        other = Path(os.fsdecode(owner.read_bytes().strip())) if owner.is_file() else unclaimed
         if other != root and not folder.is_relative_to(root) and (other / "dvc.yaml").is_file():
             raise InputError(
                 f"Dagster's home {folder} belongs to the project in {other}",

@@ -79,7 +79,9 @@ def read_curve(output: Path, where: str) -> list[dict[str, float]]:
         InputError: metrics.csv or trainer_state.json cannot be read.
     """
     if (output / CURVE).is_file():
-        points = [_point(line, f"{where}: {CURVE}, row {number}") for number, line in enumerate(_lines(output / CURVE, where, (("step",),)))]
+        points = [
+            _point(line, f"{where}: {CURVE}, row {number}") for number, line in enumerate(_lines(output / CURVE, where, (("step",),)))
+        ]
     elif (output / STATE).is_file():
         try:
             history = json.loads((output / STATE).read_text(encoding="utf-8"))["log_history"]
