@@ -23,9 +23,7 @@ def present(root: Path, values: Mapping[str, Any], sections: Sequence[str]) -> l
     Raises:
         InputError: only one of params.yaml and dvc.yaml has an optional stage. Without it in dvc.yaml, stages would read what nothing records.
     """
-    path, stages = root / "dvc.yaml", dict[str, Any]()
-    with suppress(InputError):  # commands that need the file say what is wrong with it
-        stages = stages_of(path.read_text(encoding="utf-8", errors="replace"), path.name) if path.is_file() else {}
+    stages = _stages(root)
     for name in OPTIONAL if "aligned" in stages else ():
         in_pipeline = name in stages
         if name in values and not in_pipeline:
@@ -36,3 +34,42 @@ def present(root: Path, values: Mapping[str, Any], sections: Sequence[str]) -> l
                 f"add the section, or remove the stage and what names it, see docs/alignment.md#without-a-reward-model{_UPGRADES}",
             )
     return [section for section in sections if section in values or section not in OPTIONAL]
+
+
+def refuse_missing(root: Path, values: Mapping[str, Any]) -> None:
+    """Refuse a params.yaml without a section or key that a stage of dvc.yaml names. DVC requires it even if all of its keys have defaults, and says so
+    only after it has removed the outputs of the stage.
+
+    Args:
+        values: of params.yaml.
+    Raises:
+        InputError: there is such a section or key.
+    """
+    for stage, entry in _stages(root).items():
+        read = entry.get("do", entry)
+        keys = read.get("params") if isinstance(read, dict) else None
+        for key in keys if isinstance(keys, list) else ():
+            if not isinstance(key, str) or "${" in key or _has(values, key):
+                continue
+            raise InputError(
+                f"params.yaml has no {key}, which dvc.yaml names under {stage}",
+                "add it with its default, see docs/parameters.md"
+                if "." in key
+                else f"add `{key}: {{}}`: keys that are left out have their defaults",
+            )
+
+
+def _has(values: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _stages(root: Path) -> dict[str, Any]:
+    """The stages of dvc.yaml; none if it cannot be read: commands that need it say what is wrong with it."""
+    path = root / "dvc.yaml"
+    with suppress(InputError):
+        return stages_of(path.read_text(encoding="utf-8", errors="replace"), path.name) if path.is_file() else {}
+    return {}

@@ -71,7 +71,7 @@ def validate(root: Path, values: dict[str, Any] | None = None) -> dict[str, Any]
     """All of params.yaml, or other values, after every section has been checked and every file it names has been found.
 
     Raises:
-        InputError: unknown section, unknown key, wrong value, missing file, or file outside the project. Nothing has been changed.
+        InputError: unknown or missing section, unknown key, wrong value, missing file, or file outside the project. Nothing has been changed.
     """
     values, known = params.read(root) if values is None else values, sections()
     if unknown := sorted(set(values) - set(known)):
@@ -90,6 +90,7 @@ def validate(root: Path, values: dict[str, Any] | None = None) -> dict[str, Any]
     ]
     parsed = [(s, p, params.parse(module_of(s).Params, ValidationContext(root, values, p).value, p)) for s, p in places]
     finite_numbers.refuse_not_finite(values)
+    optional_stages.refuse_missing(root, values)
     for section, place, found in parsed:
         module_of(section).validate(found, ValidationContext(root, values, place))
     return values

@@ -210,7 +210,7 @@ def pedigree_in_node(site: Path, folder: Path) -> subprocess.CompletedProcess[st
     return installed(site, folder, "-m", "dagster_project", "run", "raw_examples", **{execution.VARIABLE: execution.WORKER})
 
 
-def test_a_missing_or_damaged_lock_is_refused_and_upgrade_writes_a_missing_one(site: Path, project: Path) -> None:
+def test_a_missing_or_damaged_lock_is_refused_and_upgrade_writes_it_again(site: Path, project: Path) -> None:
     lock = code_lock.read(project)
     for content, what in ((None, "is missing"), ("- a list\n", "is invalid"), ("a: {b: c}\n", "is invalid")):
         (project / "code.lock.yaml").unlink(missing_ok=True)
@@ -218,9 +218,18 @@ def test_a_missing_or_damaged_lock_is_refused_and_upgrade_writes_a_missing_one(s
             (project / "code.lock.yaml").write_text(content)
         with pytest.raises(InputError, match=f"code.lock.yaml {what}"):
             code_lock.refuse_other_code(project)
+    assert pedigree_in(site, project, "upgrade").returncode == 0, "as the hint says"
+    assert code_lock.read(project) == lock
     (project / "code.lock.yaml").unlink()
     assert pedigree_in(site, project, "upgrade").returncode == 0
     assert code_lock.read(project).stages == lock.stages
+
+
+def test_an_empty_pipeline_is_not_up_to_date(site: Path, project: Path) -> None:
+    (project / "dvc.yaml").write_text("")
+    for command, message in ((["run", "--all"], "dvc.yaml has no stages"), (["upgrade"], "dvc.yaml does not name code.lock.yaml")):
+        done = pedigree_in(site, project, *command)
+        assert done.returncode == 2 and f"error: {message}\nhint: restore it with `git checkout HEAD dvc.yaml`" in done.stderr
 
 
 def test_a_clone_is_not_affected(tmp_path: Path) -> None:

@@ -187,6 +187,17 @@ def test_a_damaged_database_of_dagster_names_the_folder_to_delete(
     assert "delete that folder" in said.hint and said.exit_code == 2
 
 
+def test_a_project_whose_path_is_not_utf8_is_one_message() -> None:
+    error = UnicodeEncodeError("utf-8", "/caf\udce9", 4, 5, "surrogates not allowed")
+    found = ending.explained(error, ending.Interrupts(), "sync", Path("/caf\udce9"))
+    assert (
+        found is not None
+        and found.exit_code == 2
+        and found.what.endswith("caf\\udce9': the path of the project is not UTF-8, or the locale is not")
+    )
+    assert ending.explained(error, ending.Interrupts(), "sync", Path("/cafe")) is None
+
+
 def test_a_database_of_mlflow_that_cannot_be_used_is_not_said_to_be_one_of_dagster(tmp_path: Path) -> None:
     tool("mlflow")
     from mlflow import MlflowClient

@@ -238,6 +238,42 @@ def test_an_error_of_a_program_ends_a_cancellation_and_a_change_of_the_queue_at_
         cancel(Queue(TypeError("wrong")))
 
 
+def test_what_dvc_starts_in_the_background_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nsleep 300 &\necho $!\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(experiments, "sys", SimpleNamespace(executable=str(program)))
+    worker = int(experiments._dvc(tmp_path, "queue", "start"))
+    assert psutil.pid_exists(worker), "it still runs, with the output of the command that started it"
+    os.kill(worker, signal.SIGKILL)
+
+
+def test_an_interrupted_sweep_keeps_the_trials_that_finished_unseen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from dagster_project.commands.sweep import Trials
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "start_workers", interrupted)
+    monkeypatch.setattr(experiments, "cancel", lambda *_: None)
+    monkeypatch.setattr(experiments, "trials", lambda _: {"a": Trial("Success", "0", False), "b": Trial("Failed", "1", False)})
+    sweep = Trials(tmp_path, {"a": {}, "b": {}, "c": {}}, 1)
+    assert sweep.run()["interrupted"]
+    assert sweep.status == {"a": "Success", "b": "Canceled", "c": "Canceled"}
+
+
+def test_the_queue_is_read_again_if_a_worker_changes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    outcomes: list[Any] = [FileNotFoundError("message"), ChannelError("message"), {"a": Trial("Running", "0", True)}]
+
+    def read(_: Path) -> Any:
+        if isinstance(outcome := outcomes.pop(0), Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(experiments, "_trials", read)
+    assert trials(tmp_path) == {"a": Trial("Running", "0", True)}
+
+
 def test_values_are_read_as_dvc_reads_them() -> None:
     assert choices("learning_rate=1e-3,2e-3") == ("learning_rate", [1e-3, 2e-3])
     assert choices("peft.target_modules=[a,b],all-linear") == ("peft.target_modules", [["a", "b"], "all-linear"])

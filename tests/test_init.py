@@ -217,6 +217,12 @@ def test_bad_input_is_one_message(
     assert not (tmp_path / "project").exists()
 
 
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="its path is not UTF-8, which DVC requires; nothing was written"):
+        init(tmp_path / "caf\udce9", [], None, "auto", "MIT")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_folder_of_data_that_contains_the_project_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps(chats(["It sings."])))
     with pytest.raises(InputError, match="contains the project"):

@@ -53,6 +53,7 @@ def test_every_option_that_names_a_file_refuses_an_empty_name() -> None:
         "audit release --rev",
         "audit --against-rev",
         "init --base-model",
+        "init --license",
         "plan --model",
     ],
 )
@@ -110,3 +111,19 @@ def test_the_terminal_says_how_many_matches_of_a_text_it_leaves_out() -> None:
     }  # fmt: skip
     assert "3 more, which --json lists" in text.as_text({**answer, "matches": [match] * (text.SHOWN + 3)})
     assert "more, " not in text.as_text({**answer, "matches": [match] * text.SHOWN})
+
+
+def test_what_a_function_of_the_user_prints_is_not_in_the_document_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from dagster_project.orchestration import run_stage
+
+    def run(root: Path, address: str) -> dict[str, str]:
+        print("scoring")
+        return {"stage": address}
+
+    monkeypatch.setattr(run_stage, "run_stage", run)
+    (tmp_path / "dvc.yaml").write_text("stages: {}")
+    assert main(["run", "splits", "--json", "--project", str(tmp_path)]) == 0
+    written = capfd.readouterr()
+    assert json.loads(written.out) == {"stage": "splits"} and "scoring" in written.err

@@ -139,8 +139,9 @@ pq.write_table(pa.table(table), "output/examples.parquet")
     [
         (BY_ROW, [(1, 1, 0, "train1.1"), (1, 1, 1, "train0.0"), (2, 1, 0, "train6.3"), (3, 2, 0, "train1.1")]),
         (BY_ID, [(1, 1, 0, "train0.1"), (1, 1, 1, "train6.3"), (2, 4, 0, "train0.1")]),
+        ('Path("output/examples.csv").write_text("step,row\\n1,5\\n", encoding="utf-8-sig")', [(1, 1, 0, "train1.1")]),
     ],
-    ids=["rows", "ids"],
+    ids=["rows", "ids", "byte order mark"],
 )
 def test_the_order_of_examples_is_what_the_command_wrote(
     script: str, expected: Sequence[tuple[Any, ...]], root: Path, tiny_model: Path
@@ -179,6 +180,15 @@ REFUSED = {
     "row": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n1,28\\n")', "train.parquet has no row 28"),
     "steps": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n2,1\\n1,1\\n")', "step 1 comes after step 2"),
     "step": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n1.5,1\\n")', "step is not a whole number"),
+    "separator": (
+        LORA + SAVE + 'Path("output/examples.csv").write_text("step;row\\n1;1\\n")',
+        "examples.csv has no column step, but 'step;row'",
+    ),
+    "no row": (
+        LORA + SAVE + 'Path("output/examples.csv").write_text("step,index\\n1,1\\n")',
+        "examples.csv has no column row or example_id, but 'step', 'index'",
+    ),
+    "no step": (LORA + SAVE + 'Path("output/metrics.csv").write_text("iteration,loss\\n1,2\\n")', "metrics.csv has no column step, but"),
     "loss": (LORA + SAVE + 'Path("output/metrics.csv").write_text("step,loss\\n1,low\\n")', "loss is not a number: low"),
     "no output": (LORA + "os.rmdir('output')", "the command removed output/"),
     "key": (LORA + 'config["r"] = "four"' + SAVE, "adapter_config.json is refused: .*r: must be int"),
@@ -198,6 +208,7 @@ def test_bad_output_is_one_message(case: str, root: Path, tiny_model: Path, tmp_
     with pytest.raises(InputError, match=f"(?s){message}") as caught:
         train(root, model, script.replace("\nconfig =", "\nprint('hello')\nconfig ="))
     assert caught.value.hint and caught.value.exit_code == 2
+    assert case != "base" or "dvc checkout --force data/base_model" in caught.value.hint
     assert not [*(root / "out").iterdir()]
 
 

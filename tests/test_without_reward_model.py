@@ -184,3 +184,19 @@ def test_a_stage_that_is_run_by_itself_says_which_section_params_lack(new: Path,
     assert done.returncode == 2 and f"error: {said}" in done.stderr and "not restored" not in done.stderr, done.stderr
     done = run(["python", "-m", "dagster_project", "sync"], new)
     assert done.returncode == 2 and f"dvc.yaml reads {section}" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        ("baselines", None, r"params\.yaml has no baselines, which dvc\.yaml names under baselines\nhint: add `baselines: \{\}`"),
+        ("release", None, r"params\.yaml has no release, which dvc\.yaml names under release"),
+        ("compute", "seed", r"params\.yaml has no compute\.seed, which dvc\.yaml names under splits\nhint: add it with its default"),
+    ],
+)
+def test_a_section_or_key_that_dvc_requires_is_missed_before_anything_runs(new: Path, section: str, key: str | None, message: str) -> None:
+    edit_params(new, lambda values: values.pop(section) if key is None else values[section].pop(key))
+    with pytest.raises(InputError, match=message):
+        validate(new)
+    edit_params(new, lambda values: values.setdefault(section, {}).update({key: 7} if key else {}))
+    validate(new)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def _add_init(commands: Any) -> None:
         help="org/name@REVISION on the Hub, or a folder (default: the small model of the sample project)",
     )
     add("--task", choices=("auto", "labels", "json", "text"), default="auto", help="what answers are (default: detected)")
-    add("--license", default="unknown", metavar="SPDX", help="license of the data (default: %(default)s)")
+    add("--license", type=named, default="unknown", metavar="SPDX", help="license of the data (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("STAGE or --all is required", "name a stage, or bring all stages up to date with --all")
     if options.force or options.jobs is not None:
         raise InputError("--jobs and --force require --all", f"`dvc repro --single-item --force {options.stage}` runs one stage again")
-    with streaming_to_dagster():
+    # with --json, what a function of the user prints must not be on stdout
+    with streaming_to_dagster(), redirect_stdout(sys.stderr if options.json else sys.stdout):
         report = run_stage(project(options), options.stage)
     if options.json:
         print_result(options, report, str)

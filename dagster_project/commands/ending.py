@@ -137,6 +137,7 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
         faults.explained(error, project)
         or _memory_ended(error)
         or _mlflow_failed(error)
+        or _path_not_utf8(error, project)
         or _home_damaged(error, project)
         or _table_damaged(error, project)
     )
@@ -162,6 +163,19 @@ def _mlflow_failed(error: BaseException) -> PedigreeError | None:
     return PedigreeError(
         f"MLflow: {' '.join(str(error).split())[:300]}", "see that MLFLOW_TRACKING_URI names a server or database that can be used"
     )
+
+
+def _path_not_utf8(error: BaseException, project: Path) -> InputError | None:
+    """DVC and pyarrow encode paths in UTF-8, whatever the locale is."""
+    try:
+        str(project.absolute()).encode()
+    except UnicodeEncodeError:
+        if isinstance(error, UnicodeEncodeError):
+            return InputError(
+                f"{str(project.absolute())!r}: the path of the project is not UTF-8, or the locale is not",
+                "rename the folder, or set a locale with UTF-8, for example `export LC_ALL=C.UTF-8`",
+            )
+    return None
 
 
 def _home_damaged(error: BaseException, project: Path) -> InputError | None:

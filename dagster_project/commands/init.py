@@ -65,6 +65,10 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
     Raises:
         InputError: the folder has files of a project, git would ignore some, or a file of data or the base model cannot be used. Nothing was written.
     """
+    try:
+        str(folder.resolve()).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{str(folder)!r}: its path is not UTF-8, which DVC requires; nothing was written", "use another name") from None
     model, weights = _base_model(base_model)
     given = read(data)
     found, template = examine_for(weights, given, task) if weights else (examine(given, task), None)

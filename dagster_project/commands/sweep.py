@@ -26,7 +26,8 @@ log = logging.getLogger("pedigree")
 POLL = 2.0
 """Polling interval of DVC's queue, in seconds."""
 LOST = 60.0
-"""Seconds after which a trial without a process counts as failed. Until then, DVC's worker may still collect its result."""
+"""Seconds after which a trial without a process counts as failed, and workers without one as ended. Until then, DVC's worker may still collect the
+result of a trial, or be starting."""
 HIDDEN = ("output_sha256", "passed", "environment", "machine")
 """Entries of a report that are not results."""
 MAX_COLUMNS = 6
@@ -165,6 +166,8 @@ class Trials:
         self.revs: dict[str, str] = {}
         self.lost_since: dict[str, float] = {}
         """Time at which the process of a running trial was first missing."""
+        self.worker_seen = time.monotonic()
+        """Time at which a worker was last seen, or started: two of one name would run a trial each."""
 
     def run(self) -> dict[str, Any]:
         """Run all trials. An interrupt removes the queued ones and ends the running ones."""
@@ -178,7 +181,8 @@ class Trials:
             interrupted = True
             log.info("interrupted: removing queued trials, ending running ones; finished ones are kept")
             experiments.cancel(self.root, self.points, processes.CLEAN_UP)
-            self.status = {name: one if one in {SUCCESS, FAILED} else "Canceled" for name, one in self.status.items()}
+            finished = {name for name, trial in experiments.trials(self.root).items() if trial.status == SUCCESS}
+            self.status = {name: SUCCESS if name in finished else one if one == FAILED else "Canceled" for name, one in self.status.items()}
         passed = all(status == SUCCESS for status in self.status.values())
         return {"passed": passed, "interrupted": interrupted, "seconds": round(time.monotonic() - began, 1)}
 
@@ -201,8 +205,11 @@ class Trials:
                 log.info(f"{name} ({_point(self.points[name])}): {status.lower()}. {self._progress(began)}")
                 if status == FAILED:
                     self._log_failure(name)
-        if QUEUED in self.status.values() and RUNNING not in self.status.values() and not experiments.workers_alive(self.root):
-            experiments.start_workers(self.root, self.jobs)  # the workers were killed, or ended before the first trial was queued
+        if QUEUED not in self.status.values() or RUNNING in self.status.values() or experiments.workers_alive(self.root):
+            self.worker_seen = time.monotonic()
+        elif time.monotonic() - self.worker_seen > LOST:  # the workers were killed, or ended before the first trial was queued
+            experiments.start_workers(self.root, self.jobs)
+            self.worker_seen = time.monotonic()
 
     def _progress(self, began: float) -> str:
         count = {status: list(self.status.values()).count(status) for status in (SUCCESS, FAILED, RUNNING, QUEUED)}

@@ -25,23 +25,28 @@ def upgrade(root: Path) -> dict[str, Any]:
         stay as they are, "results": {version: entries of the changelog}, "edited": stages whose definition in an edited dvc.yaml is not that of
         this version, "ignored": lines that were added to .dvcignore, "written": files that are new or changed}.
     Raises:
-        InputError: the project is a clone, in which stages depend on files.
+        InputError: the project is a clone, in which stages depend on files; or its dvc.yaml does not name code.lock.yaml.
     """
     from dagster_project.orchestration import dvc
     from dagster_project.orchestration.run_all import parents
 
+    path = root / code_lock.FILE
+    if not code_lock.is_used(root) and path.is_file():  # a clone has none
+        raise InputError(f"dvc.yaml does not name {code_lock.FILE}", "restore it with `git checkout HEAD dvc.yaml`")
     if not code_lock.is_used(root):
         raise InputError(
             f"{root} is a clone: its stages depend on its own files, not on {code_lock.FILE}",
             "`git pull` upgrades a clone; `dvc status` lists the stages that are stale",
         )
-    recorded = code_lock.read(root) if (root / code_lock.FILE).is_file() else code_lock.CodeLock("unknown", {})
+    # without a valid one, as after a merge with conflicts, all of the installed code is recorded
+    found = code_lock.parse(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    recorded = found or code_lock.CodeLock("unknown", {})
     update = update_pipeline(root, recorded)
     lock = update.lock
     changed = [name for name, value in lock.stages.items() if recorded.stages.get(name) != value]
     written = [*update.written]
     if lock != recorded:
-        write_text(root / code_lock.FILE, lock.text())
+        write_text(path, lock.text())
         written.append(code_lock.FILE)
     if ignored := papers_in_place.add_lines(root):
         written.append(papers_in_place.IGNORE_FILE)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -33,6 +34,8 @@ QUEUE_ERRORS = {
     "amqp.exceptions": "AMQPError",
 }
 """Module -> what DVC's queue raises, besides errors of files and of half-written JSON, when a worker changes the queue at the same moment."""
+UNREADABLE = 10.0
+"""Seconds for which the queue is read again after such an error."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,23 @@ def _dvc(root: Path, *arguments: str) -> str:
         CheckFailed: it failed.
     """
     environment = {**os.environ, **dvc_run.command_environment({})}
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        start_new_session=True,
-    )
+    # files, not pipes: workers that DVC starts keep them open until the queue is empty
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", *arguments],
+            cwd=root,
+            env=environment,
+            stdout=output,
+            stderr=errors,
+            check=False,
+            start_new_session=True,
+        )
+        output.seek(0)
+        errors.seek(0)
+        written, message = output.read(), errors.read().strip()
     if done.returncode:
-        raise CheckFailed(f"dvc {' '.join(arguments[:3])}: {done.stderr.strip() or done.stdout.strip()}", "see DVC's message")
-    return done.stdout
+        raise CheckFailed(f"dvc {' '.join(arguments[:3])}: {message or written.strip()}", "see DVC's message")
+    return written
 
 
 def queue(root: Path, name: str, overrides: Collection[str], target: str) -> None:
@@ -127,6 +135,17 @@ def log_of(root: Path, rev: str) -> Path:
 
 def trials(root: Path) -> dict[str, Trial]:
     """All experiments in the queue by name, including those that have ended."""
+    until = time.monotonic() + UNREADABLE
+    while True:
+        try:
+            return _trials(root)
+        except _raced():
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.3)
+
+
+def _trials(root: Path) -> dict[str, Trial]:
     with dvc.open_repo(root) as repo:
         found = {}
         for entry in repo.experiments.celery_queue.status():
@@ -136,9 +155,13 @@ def trials(root: Path) -> dict[str, Trial]:
         return found
 
 
+def _raced() -> tuple[type[BaseException], ...]:
+    """Exceptions of DVC's queue when a worker changes it at the same moment."""
+    return (OSError, json.JSONDecodeError, *(getattr(import_module(module), name) for module, name in QUEUE_ERRORS.items()))
+
+
 def cancel(root: Path, names: Collection[str], seconds: float) -> None:
     """Remove queued experiments, and kill running ones; their stage commands end with them."""
-    meanwhile = [getattr(import_module(module), name) for module, name in QUEUE_ERRORS.items()]
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         found = {name: trial for name, trial in trials(root).items() if name in names}
@@ -147,7 +170,7 @@ def cancel(root: Path, names: Collection[str], seconds: float) -> None:
         if not waiting and not any(found[name].alive for name in running):
             return
         # a worker may start or end one at this moment: try again
-        with dvc.open_repo(root) as repo, suppress(OSError, json.JSONDecodeError, *meanwhile):
+        with dvc.open_repo(root) as repo, suppress(*_raced()):
             if waiting:  # before killing: a worker that becomes free would start the next one
                 repo.experiments.celery_queue.remove(waiting)
             if running:

@@ -117,10 +117,16 @@ class RunAll:
         self.context.set_forkserver_preload([__name__, *dvc_run.PRELOAD])
 
     def run(self) -> dict[str, Outcome]:
-        """Outcome of every stage, in flow order. An interrupt ends the running ones."""
+        """Outcome of every stage, in flow order. An interrupt ends the running ones.
+
+        Raises:
+            InputError: dvc.yaml has no stages, or a source is missing.
+        """
         remove_leftovers(self.root)
         self._record_sources()
-        self.states = {address: state for address, state in self._read().items() if self.only is None or address in self.only}
+        if not (states := self._read()):
+            raise InputError("dvc.yaml has no stages", "restore it with `git checkout HEAD dvc.yaml`")
+        self.states = {address: state for address, state in states.items() if self.only is None or address in self.only}
         self.above = {address: above & self.states.keys() for address, above in parents(self.states).items()}
         self.seconds = {address: value for address in self.states if (value := last_seconds(self.root, address)) is not None}
         try:

@@ -43,7 +43,7 @@ def pair_records(trained: Path, preferences: Path, tokenizer: Any) -> tuple[list
     if lost := [name for name in names if name not in pairs]:
         raise InputError(
             f"{len(lost)} of {len(names)} pairs of the training are not in {preferences.name}: it is not the data of this training",
-            "restore it with `dvc checkout`, then run the same command again",
+            "restore it with `dvc checkout --force`, then run the same command again",
         )
     encoded = both(tokenizer, [pairs[name] for name in names])
     return [

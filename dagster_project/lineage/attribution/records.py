@@ -60,7 +60,7 @@ def trained_records(adapter: Path, tokenized: Path) -> list[TrainedRecord]:
     if lost := seen - found.keys():
         raise InputError(
             f"{len(lost)} of {len(seen)} records of the training are not in {tokenized.name}: it is not the data of this training",
-            "restore it with `dvc checkout`, then run the same command again",
+            "restore it with `dvc checkout --force`, then run the same command again",
         )
     return [TrainedRecord(name, tuple(found[name].examples)) for name in sorted(found)]
 

@@ -37,14 +37,15 @@ def home(root: Path, shared: bool = False) -> Path:
         if shared:
             return folder
         owner = folder / OWNER
-        other = Path(owner.read_text().strip()) if owner.is_file() else folder.parent if (folder.parent / "dvc.yaml").is_file() else root
+        unclaimed = folder.parent if (folder.parent / "dvc.yaml").is_file() else root
+        other = Path(os.fsdecode(owner.read_bytes().strip())) if owner.is_file() else unclaimed
         if other != root and not folder.is_relative_to(root) and (other / "dvc.yaml").is_file():
             raise InputError(
                 f"Dagster's home {folder} belongs to the project in {other}",
                 f"unset DAGSTER_HOME, or set it to a folder of this project, e.g. {root / '.dagster'}",
             )
         if not owner.is_file() or other != root:
-            owner.write_text(f"{root}\n")
+            owner.write_bytes(os.fsencode(root) + b"\n")
     except OSError as error:
         if faults.is_full(error):
             raise

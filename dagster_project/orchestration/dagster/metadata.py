@@ -34,7 +34,7 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     board = root / state.out / "board.md"
     if board.is_file():
-        metadata["board"] = dg.MetadataValue.md(board.read_text())
+        metadata["board"] = dg.MetadataValue.md(board.read_text("utf-8"))
     metadata["path"] = dg.MetadataValue.text(state.out)
     metadata["data_version"] = dg.MetadataValue.text(state.version)
     for name in ("rows_in", "rows_out"):
@@ -113,7 +113,7 @@ def live(root: Path, address: str) -> dict[str, float]:
     values: dict[str, float] = {}
     for path in sorted((root / "data" / "live" / address.replace("@", "/")).glob("*.csv")):
         with suppress(FileNotFoundError):  # a new run removes the tables of the previous run
-            newest = list(csv.DictReader(path.read_text().splitlines()))[-1]
+            newest = list(csv.DictReader(path.read_text("utf-8").splitlines()))[-1]
             values = {**values, "step": max(int(newest["step"]), int(values.get("step", 0))), path.stem: float(newest[path.stem])}
     return values
 
@@ -189,7 +189,7 @@ def _draw_curves(rows: list[dict[str, str]], out: Path) -> str:
         axes.set_title(visible(name), parse_math=False)
         axes.grid(alpha=0.3)
     training = out / "training.json"
-    validation = json.loads(training.read_text())["validation"] if training.is_file() else []
+    validation = json.loads(training.read_text("utf-8"))["validation"] if training.is_file() else []
     if validation:
         figure.axes[0].plot(
             [p["step"] for p in validation], [p["validation_loss"] for p in validation], marker="o", label="validation_loss"

@@ -39,7 +39,7 @@ def read_order(output: Path, examples: Sequence[tuple[str, int, int]], where: st
     found: list[dict[str, Any]] = []
     known, used = {identity for identity, _, _ in examples}, Counter[Any]()
     step_before, position = 0, 0
-    for number, line in enumerate(_lines(path, where)):
+    for number, line in enumerate(_lines(path, where, (("step",), ("row", "example_id")))):
         place = f"{where}: {path.name}, row {number}"
         step, row, identity = _whole(line, "step", place, 1), None, line.get("example_id")
         if line.get("row") not in (None, ""):
@@ -79,7 +79,9 @@ def read_curve(output: Path, where: str) -> list[dict[str, float]]:
         InputError: metrics.csv or trainer_state.json cannot be read.
     """
     if (output / CURVE).is_file():
-        points = [_point(line, f"{where}: {CURVE}, row {number}") for number, line in enumerate(_lines(output / CURVE, where))]
+        points = [
+            _point(line, f"{where}: {CURVE}, row {number}") for number, line in enumerate(_lines(output / CURVE, where, (("step",),)))
+        ]
     elif (output / STATE).is_file():
         try:
             history = json.loads((output / STATE).read_text(encoding="utf-8"))["log_history"]
@@ -114,18 +116,32 @@ def _whole(line: Mapping[str, Any], name: str, place: str, least: int) -> int:
     return int(number)
 
 
-def _lines(path: Path, where: str) -> Iterator[Mapping[str, Any]]:
-    """Rows of a CSV or Parquet file."""
+def _lines(path: Path, where: str, required: Sequence[Sequence[str]]) -> Iterator[Mapping[str, Any]]:
+    """Rows of a CSV or Parquet file.
+
+    Args:
+        required: groups of columns, of each of which the file needs one.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
-                yield from csv.DictReader(file)
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                table = csv.DictReader(file)
+                _refuse_columns(path.name, table.fieldnames, where, required)
+                yield from table
         else:
             with pq.ParquetFile(path) as parquet:
+                _refuse_columns(path.name, parquet.schema_arrow.names, where, required)
                 for batch in parquet.iter_batches(8192):
                     yield from batch.to_pylist()
     except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
         raise InputError(f"{where}: {path.name} cannot be read: {visible(str(error).splitlines()[0])}", REWRITE) from None
+
+
+def _refuse_columns(name: str, columns: Sequence[str] | None, where: str, required: Sequence[Sequence[str]]) -> None:
+    for group in required if columns is not None else ():
+        if not set(group) & set(columns or ()):
+            found = ", ".join(visible(repr(column))[:80] for column in columns or ())
+            raise InputError(f"{where}: {name} has no column {' or '.join(group)}, but {found or 'none'}", REWRITE)

@@ -92,7 +92,9 @@ def train_by_command(name: str, params: AdapterParams, compute: Compute, folders
     seconds = time.monotonic() - started
     base_after = _base(folders.base_model)
     if base_after != base_before:
-        raise InputError(f"{where}: the command changed the base model", "run `dvc checkout base_model`, and save to output/ only")
+        raise InputError(
+            f"{where}: the command changed the base model", "run `dvc checkout --force data/base_model`, and save to output/ only"
+        )
     weights = read_weights(workspace.output, where)
     if broken := weights.not_finite():
         return _refused(f"NaN or infinity in {len(broken)} trained weights, first in {broken[0]}", len(broken))
