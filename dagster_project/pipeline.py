@@ -46,9 +46,7 @@ VARIANTS_OF = {
 }  # fmt: skip
 """Stage with variants -> section of params.yaml whose keys name them."""
 
-FLOATING_POINT = frozenset(
-    {"adapter", "merged", "reward_model", "aligned", "merged_aligned", "baselines", "evaluation", "evaluation_aligned"}
-)
+FLOATING_POINT = frozenset({*VARIANTS_OF, "reward_model", "baselines"})
 """Stages whose results depend on the machine in their last bits. All others give the same bytes on any machine (tests/test_machine.py)."""
 
 

@@ -17,6 +17,7 @@ from dagster_project.core.context import ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
 from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.core.words import split_words
 from dagster_project.evaluation.alarms import scores_differ
 from dagster_project.evaluation.baselines import prompted
 from dagster_project.evaluation.custom_metrics import custom_measures
@@ -28,7 +29,6 @@ from dagster_project.evaluation.scoring import Offer, Scoring
 from dagster_project.lineage.tolerance import Deviation
 from dagster_project.stages import baselines, comparison, evaluation
 from dagster_project.training.inference.answers import Answer
-from dagster_project.training.inference.words import split_words
 
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
 COMPUTE = Compute(dtype="float32", threads=1)

@@ -17,6 +17,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, is_trained
 from dagster_project.core.params import TAG, Compute, Section
 from dagster_project.core.records import prompt_text, response_text, subject_text, write_table
+from dagster_project.core.words import split_words
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import LabelSet, LabelTask, label_set
 from dagster_project.evaluation.metrics import AnyTask, Task, is_answer, label, perplexity
@@ -25,7 +26,6 @@ from dagster_project.evaluation.scoring import Offer
 from dagster_project.training.inference.answers import Answer, read_answer
 from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.inference.likelihood import negative_log_likelihood
-from dagster_project.training.inference.words import split_words
 from dagster_project.training.methods import feature_extraction
 from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.methods.load import load

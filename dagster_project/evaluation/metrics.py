@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from dagster_project.core.params import Section
+from dagster_project.core.words import WITHOUT_SPACES
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, normalized, per_label
 from dagster_project.evaluation.paired.bootstrap import Combine, estimate, rate, summed
-from dagster_project.training.inference.words import WITHOUT_SPACES
 
 if TYPE_CHECKING:
     import numpy as np

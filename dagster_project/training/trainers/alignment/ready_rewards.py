@@ -19,8 +19,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import JSON, Call, Message, Tools, calls
 from dagster_project.core.params import Section, inside, parse
 from dagster_project.core.tool_schemas import BROKEN, ArgumentsSchema, arguments_schema
+from dagster_project.core.words import split_words
 from dagster_project.training.inference.numbers import number_in
-from dagster_project.training.inference.words import split_words
 from dagster_project.training.trainers.alignment.code_runner import code_in, passes
 from dagster_project.training.trainers.alignment.reward_functions import FOLDER
 from dagster_project.training.trainers.alignment.reward_model import judged_text
