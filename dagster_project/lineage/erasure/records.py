@@ -133,7 +133,7 @@ ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|[nrt])")
 
 
 def _unescaped(text: str) -> str:
-    r"""r"Zo\u00eb\nOkonkwo"  ->  "Zoë Okonkwo" """
+    r"""r"Zo\u00eb\nasks"  ->  "Zoë asks" """
     plain = ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else " ", text)
     return plain.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
