@@ -202,3 +202,20 @@ def test_the_library_has_no_stage_of_pedigree_and_uses_no_deprecated_api(foreign
     for path in (ROOT / "dagster_project/orchestration/dagster_dvc").glob("*.py"):
         texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not texts & {*pipeline.STAGES}, path
+
+
+def test_the_output_of_a_forced_run_is_read_after_another_one_that_waited_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dagster_project.orchestration.dagster_dvc import materialize
+
+    log: list[str] = []
+    asked: list[list[str]] = []
+    snapshots: list[Any] = [
+        SimpleNamespace(states={"a": SimpleNamespace(outs=["data/a"], version=version)}) for version in ("missing", "2")
+    ]
+    writers = ["process 7 (dvc)", ""]
+    monkeypatch.setattr(materialize, "_read", lambda *_: snapshots.pop(0))
+    monkeypatch.setattr(materialize.rwlock, "writer_of", lambda _, paths: asked.append([*paths]) or writers.pop(0))
+    context: Any = SimpleNamespace(log=SimpleNamespace(info=log.append))
+    project: Any = SimpleNamespace(root=tmp_path)
+    assert materialize._read_when_idle(context, project, "a", own=True).states["a"].version == "2"
+    assert asked == [["data/a"], ["data/a"]] and log == ["a is waiting: process 7 (dvc) is writing its outputs"]

@@ -64,7 +64,7 @@ def bring_up_to_date(
         if not states[address].frozen and (states[address].changed or force):
             for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
                 done = _reproduce(context, project, address, force, variables)
-                after = _read(context, project)
+                after = _read_when_idle(context, project, address, own=True)  # a forced run of it may have waited for this one
                 states = after.states
                 if states[address].output_problem in {"", dvc.ALWAYS}:
                     break
@@ -122,18 +122,22 @@ def _read(context: dg.AssetExecutionContext, project: DvcProject) -> Snapshot:
     return snapshot
 
 
-def _read_when_idle(context: dg.AssetExecutionContext, project: DvcProject, address: str) -> Snapshot:
-    """State of all stages, once no process writes inputs of `address`: DVC removes outputs for a moment even if it then restores them."""
+def _read_when_idle(context: dg.AssetExecutionContext, project: DvcProject, address: str, own: bool = False) -> Snapshot:
+    """State of all stages, once no other process writes inputs of `address`: DVC removes outputs for a moment even if it then restores them.
+
+    Args:
+        own: wait for its outputs instead.
+    """
     logged = False
     while True:
         snapshot = _read(context, project)
         states = snapshot.states
-        inputs = [path for name in dvc.ancestors(states, address) for path in states[name].outs] if address in states else []
-        writer = rwlock.writer_of(project.root, inputs)
+        names = ([address] if own else dvc.ancestors(states, address)) if address in states else []
+        writer = rwlock.writer_of(project.root, [path for name in names for path in states[name].outs])
         if not writer:
             return snapshot
         if not logged:
-            context.log.info(f"{address} is waiting: {writer} is writing its inputs")
+            context.log.info(f"{address} is waiting: {writer} is writing its {'outputs' if own else 'inputs'}")
             logged = True
         time.sleep(0.5)
 
