@@ -104,7 +104,8 @@ class TrainingData:
         prepared = build(
             params.method, params.peft, self.base_model, device, dtype, self.where, params.quantization, params.merge, total, sorted(labels)
         )
-        refuse_unmatched(prepared.model, params.peft, self.where)
+        if hasattr(prepared.model, "named_modules"):  # a classifier's head has none
+            refuse_unmatched(prepared.model, params.peft, self.where)
         if params.neftune_noise_alpha and not prepared.packs:
             raise InputError(
                 f"params.yaml: {self.where}.neftune_noise_alpha: {params.method} does not train word embeddings", "leave it out"
