@@ -41,8 +41,8 @@ def gain(after: Mapping[int, Scores], before: Mapping[int, Scores]) -> dict[str,
     from dagster_project.evaluation.paired.alignment import paired
 
     records = sorted(next(iter(before.values())))
-    means = ([statistics.mean(of[seed][record] for seed in after) for record in records] for of in (before, after))
-    return paired(*means)
+    earlier, later = ([statistics.mean(of[seed][record] for seed in after) for record in records] for of in (before, after))
+    return paired(earlier, later, records)
 
 
 def spread(values: Iterable[float], digits: int) -> str:
