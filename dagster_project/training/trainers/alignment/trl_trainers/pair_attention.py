@@ -72,7 +72,7 @@ def _gets_arguments(model: Any) -> bool:
     model.set_attn_implementation("arguments")
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model.base_model(input_ids=ids, position_ids=ids, pair_lengths=((0, 1, 0),), use_cache=False)
+            model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), pair_lengths=((0, 1, 0),), use_cache=False)
     except _Reached as reached:
         return bool(reached.args[0])
     finally:
