@@ -87,7 +87,7 @@ def test_papers_name_the_teacher(made: Project, name: str) -> None:
     assert ("- **Used:** yes" in synthetic and WEIGHTS in synthetic, f"distillation by aligned@{name}" in eu[: eu.index("## 2")]) == (
         distilled,
     ) * 2
-    assert ("license: gpl-3.0-only" in card) == distilled, "the most restrictive one, of what it was made from"
+    assert ("license_name: GPL-3.0-only" in card) == distilled, "the most restrictive one, of what it was made from"
     assert (f"aligned@{name} is distilled from the larger model models/large one" in card and WEIGHTS in card) == distilled
 
 
