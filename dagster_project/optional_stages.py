@@ -49,7 +49,7 @@ def refuse_missing(root: Path, values: Mapping[str, Any]) -> None:
         read = entry.get("do", entry)
         keys = read.get("params") if isinstance(read, dict) else None
         for key in keys if isinstance(keys, list) else ():
-            if not isinstance(key, str) or "${" in key or _has(values, key):
+            if not isinstance(key, str) or "${" in key or has_key(values, key):
                 continue
             raise InputError(
                 f"params.yaml has no {key}, which dvc.yaml names under {stage}",
@@ -59,7 +59,8 @@ def refuse_missing(root: Path, values: Mapping[str, Any]) -> None:
             )
 
 
-def _has(values: Any, key: str) -> bool:
+def has_key(values: Any, key: str) -> bool:
+    """Whether a mapping has a dotted key, e.g. `lora.peft`."""
     for part in key.split("."):
         if not isinstance(values, Mapping) or part not in values:
             return False

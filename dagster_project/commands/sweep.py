@@ -18,6 +18,7 @@ from dagster_project.core.git import git
 from dagster_project.core.layout import is_report, report_of
 from dagster_project.core.progress import clock
 from dagster_project.lineage.code import value_at
+from dagster_project.optional_stages import has_key
 from dagster_project.orchestration import dvc, experiments, processes
 from dagster_project.orchestration.experiments import FAILED, QUEUED, RUNNING, SUCCESS
 
@@ -76,7 +77,7 @@ def sweep(
         )
     name = f"sweep-{secrets.token_hex(3)}"
     # a key that params.yaml does not have is added
-    arguments = [f"{'' if _has(entry, override.partition('=')[0]) else '+'}{section}.{override}" for override in overrides]
+    arguments = [f"{'' if has_key(entry, override.partition('=')[0]) else '+'}{section}.{override}" for override in overrides]
     trials = Trials(root, {name: points[0]} if len(points) == 1 else {f"{name}-{i + 1}": point for i, point in enumerate(points)}, jobs)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the trials as Ctrl-C does
     try:
@@ -106,14 +107,6 @@ def _section(values: Mapping[str, Any], section: str, with_variants: Collection[
     if not isinstance(found, Mapping):
         raise InputError(f"params.yaml: {section} is one value", f"sweep its section: {section.rpartition('.')[0] or section}")
     return found
-
-
-def _has(values: Any, key: str) -> bool:
-    for part in key.split("."):
-        if not isinstance(values, Mapping) or part not in values:
-            return False
-        values = values[part]
-    return True
 
 
 def _with(values: Mapping[str, Any], section: str, point: Mapping[str, Any]) -> dict[str, Any]:
