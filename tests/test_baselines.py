@@ -132,6 +132,20 @@ def test_the_base_model_gets_the_system_prompts_of_the_variants_too(
     assert asked["zero_shot"] == [[{"role": "user", "content": "When?"}]] * 2
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [(None, ["Opens at 9.", instruction(TASK)]), ("Be brief.", ["Be brief.", "Be brief."])],
+    ids=["that of the question, or the task", "the one in params.yaml"],
+)
+def test_worked_examples_come_after_what_the_question_needs(given: str | None, wanted: list[str]) -> None:
+    shot, *questions = (record(f"r{i}", "When?", "At 9.") for i in range(3))
+    questions[0]["messages"].insert(0, {"role": "system", "content": "Opens at 9."})
+    asked = prompted(given, TASK, questions, [shot], [[shot], [shot]])
+    for name in ("few_shot", "retrieved"):
+        assert [turns[0]["content"] for turns in asked[name]] == wanted
+        assert all([turn["role"] for turn in turns] == ["system", "user", "assistant", "user"] for turns in asked[name])
+
+
 @pytest.mark.parametrize("said", [instruction(TASK), instruction(TASK, THINK)], ids=["at once", "after thinking"])
 def test_the_instruction_names_every_field_and_every_allowed_value(said: str) -> None:
     assert '"summary": a few words; "category": login or billing' in said

@@ -16,8 +16,9 @@ from dagster_project.__main__ import main
 from dagster_project.cli.parser import parser
 from dagster_project.core.context import Documents
 from dagster_project.core.records import write_json, write_records
-from dagster_project.evaluation.comparison import FEWEST, advice, board, headline, recommended
+from dagster_project.evaluation.comparison import advice, board, headline, recommended
 from dagster_project.evaluation.metrics import Task, measures, score
+from dagster_project.evaluation.paired.bootstrap import FEWEST
 from dagster_project.evaluation.samples import sample
 from dagster_project.lineage.attribution.gradients import REFUSED
 from dagster_project.training.inference.answers import Answer
@@ -164,7 +165,7 @@ def two(lora: tuple[float, float, float], dora: tuple[float, float, float], betw
         (two(SURE, UNSURE, (-0.2, -0.3, -0.1)), "lora", "and the best of the variants."),
         ({"lora": to_rivals(few_shot=UNSURE)}, "lora", "It has the best score, but is not surely better than base model, worked examples in the prompt, which costs no training."),
         ({"lora": to_rivals(few_shot=WORSE)}, None, "Use base model, worked examples in the prompt: no variant is better, and it costs no training."),
-        ({"lora": to_base(0.5, 0.4, 0.6), "dora": to_base(0.4, 0.3, 0.5)}, "dora", "It is surely better than the base model, the best alternative to tuning, and the best of the variants."),
+        ({"lora": to_base(0.5, 0.4, 0.6), "dora": to_base(0.4, 0.3, 0.5)}, "dora", "the best alternative to tuning, and has the lowest perplexity of the variants, which were not compared with each other."),
         ({"lora": to_base(1.2, 1.1, 1.3)}, None, "Use the base model: no variant is better, and it costs no training."),
         ({"lora": {}}, None, "No variant has answers or a perplexity to compare."),
     ],

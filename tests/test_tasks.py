@@ -214,8 +214,14 @@ def test_held_out_rewards_are_those_before_and_after(tmp_path: Path) -> None:
     assert measured["watch"]["win_rate"]["value"] == 0.75  # two are better, two are as good
     check = aligned._improved(measured, 4)
     low, high = measured["held_out"]["reward"]["interval"]
-    assert (check.name, check.passed) == ("solves_more_held_out_tasks", low > 0) and low <= 1.0 <= high
-    assert check.note.startswith("reward 1.500 -> 2.500 on 4 held-out tasks")
+    assert (check.name, check.passed) == ("solves_more_held_out_tasks", False) and low <= 1.0 <= high
+    assert check.note.startswith("reward 1.500 -> 2.500 on 4 held-out tasks") and "fewer than 30" in check.note
+
+
+@pytest.mark.parametrize(("prompts", "low", "passed"), [(30, 0.1, True), (30, -0.1, False), (29, 0.1, False), (1, 1.0, False)])
+def test_few_held_out_tasks_show_no_gain(prompts: int, low: float, passed: bool) -> None:
+    measured = {"watch": {"prompts": prompts}, "held_out": {"reward": {"sft": 0.0, "aligned": 1.0, "interval": [low, 1.0]}}}
+    assert aligned._improved(measured, prompts).passed == passed
 
 
 @pytest.mark.parametrize(

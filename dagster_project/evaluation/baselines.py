@@ -56,28 +56,37 @@ def prompted(
     """Baseline -> the prompt for each question.
 
     Args:
-        system_prompt: replaces the instruction of the task.
+        system_prompt: replaces the instruction of the task, and the system prompts of the questions before worked examples.
         shots: worked examples for every question.
         similar: worked examples for each question.
     """
     stated = system_prompt or (instruction(task) if task else "")
     prompts = {"zero_shot": [with_shots("", [], record) for record in questions]}
-    if _have_system_prompts(questions, stated):
+    needs_own = _have_system_prompts(questions, stated)
+    before_shots = [_own(record) or stated if needs_own and not system_prompt else stated for record in questions]
+    if needs_own:
         prompts["same_prompt"] = [record["messages"][:-1] for record in questions]
     if stated:
         prompts["system_prompt"] = [with_shots(stated, [], record) for record in questions]
     if task and (thinking := instruction(task, THINK)):
         prompts["chain_of_thought"] = [with_shots(thinking, [], record) for record in questions]
     if shots:
-        prompts["few_shot"] = [with_shots(stated, shots, record) for record in questions]
-        prompts["retrieved"] = [with_shots(stated, some, record) for some, record in zip(similar, questions, strict=True)]
+        prompts["few_shot"] = [with_shots(system, shots, record) for system, record in zip(before_shots, questions, strict=True)]
+        prompts["retrieved"] = [
+            with_shots(system, some, record) for system, some, record in zip(before_shots, similar, questions, strict=True)
+        ]
     return prompts
 
 
 def _have_system_prompts(questions: Sequence[Record], stated: str) -> bool:
     """Whether questions have system prompts in whose place no other one stands: they differ, and so may say what a question needs, or nothing states the task."""
-    own = {"\n".join(turn["content"] for turn in record["messages"] if turn["role"] == "system") for record in questions}
+    own = {_own(record) for record in questions}
     return any(own) and (len(own) > 1 or not stated)
+
+
+def _own(record: Record) -> str:
+    """System prompt of a record; empty if it has none."""
+    return "\n".join(turn["content"] for turn in record["messages"] if turn["role"] == "system")
 
 
 def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> Messages:

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dagster_project.core.text import NAMES, TITLES, many
-
-FEWEST = 30
-"""Smallest number of test examples for a conclusion. Measured on simulated pairs of right and wrong answers: the 95 % bootstrap interval of a
-difference of accuracies contains the true one in 93 to 96 % of the cases from 30 answers on, in 65 to 89 % at 10 and in
-41 to 68 % at 5."""
+from dagster_project.evaluation.paired.bootstrap import FEWEST
 
 Scores = Mapping[str, Mapping[str, Any]]
 """System -> its measures, and the mean tokens of its prompts if it is a language model."""
@@ -197,7 +193,12 @@ def recommended(
     others = ", ".join(name for name in alike if name != best)
     if others:
         return {**common, "why": f"{why}. It has the best score; {others} may be as good, and cost no less."}
-    return {**common, "why": f"{why}{', and the best of the variants' if len(compared) > 1 else ''}."}
+    among = (
+        "the best of the variants"
+        if gains[best].rival
+        else "has the lowest perplexity of the variants, which were not compared with each other"
+    )
+    return {**common, "why": f"{why}{f', and {among}' if len(compared) > 1 else ''}."}
 
 
 def headline(document: Mapping[str, Any]) -> str:

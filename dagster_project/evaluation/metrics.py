@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from dagster_project.core.params import Section
-from dagster_project.core.words import WITHOUT_SPACES
+from dagster_project.core.words import SPACED_MARKS, WITHOUT_SPACES
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, normalized, per_label
 from dagster_project.evaluation.paired.bootstrap import Combine, estimate, rate, summed
@@ -27,18 +27,7 @@ _UNSPACED = f"{WITHOUT_SPACES}\uac00-\ud7af"
 """Scripts without spaces between words, and Hangul, where particles follow a word without one."""
 _MARKS = "".join(c for c in map(chr, chain(range(0xE00, 0x10A0), range(0x1780, 0x1800))) if unicodedata.category(c) in {"Mn", "Mc"})
 r"""Vowel signs and tone marks of these scripts, which Python's \w lacks."""
-_SPACED = (
-    range(0x300, 0xE00),
-    range(0x10A0, 0x1780),
-    range(0x1800, 0x1950),
-    range(0x1AB0, 0x2000),
-    range(0xA66F, 0xA9E0),
-    range(0xAAE0, 0xAC00),
-)
-"""Ranges of code points with combining marks, in scripts with spaces between words."""
-_SPACED_MARKS = "".join(c for c in map(chr, chain(*_SPACED)) if unicodedata.category(c) in {"Mn", "Mc"})
-r"""Vowel signs, points and accents of these scripts. They are part of a word, and \w lacks them, too: \u0915\u0940 and \u0915\u093e are two words of Hindi."""
-_WORD = re.compile(rf"(?=[\w{_MARKS}])[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[{_SPACED_MARKS}]+[^\W{_UNSPACED}]*)*")
+_WORD = re.compile(rf"(?=[\w{_MARKS}])[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[{SPACED_MARKS}]+[^\W{_UNSPACED}]*)*")
 
 
 class Task(Section):
@@ -115,8 +104,8 @@ def label(task: AnyTask, answer: str) -> str:
 
 def _mention(name: str) -> re.Pattern[str]:
     """A label between word boundaries, which scripts without spaces do not have."""
-    before = "" if re.match(f"[{_UNSPACED}]", name) else rf"(?<![^\W{_UNSPACED}])(?<![{_SPACED_MARKS}])"
-    after = "" if re.match(f"[{_UNSPACED}]", name[-1]) else rf"(?![^\W{_UNSPACED}]|[{_SPACED_MARKS}])"
+    before = "" if re.match(f"[{_UNSPACED}]", name) else rf"(?<![^\W{_UNSPACED}])(?<![{SPACED_MARKS}])"
+    after = "" if re.match(f"[{_UNSPACED}]", name[-1]) else rf"(?![^\W{_UNSPACED}]|[{SPACED_MARKS}])"
     return re.compile(before + re.escape(name) + after, re.IGNORECASE)
 
 

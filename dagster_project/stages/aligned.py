@@ -19,7 +19,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, refuse_names_of_one_file
 from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
 from dagster_project.evaluation.paired import alignment
-from dagster_project.evaluation.paired.bootstrap import unit
+from dagster_project.evaluation.paired.bootstrap import FEWEST, unit
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
@@ -68,7 +68,7 @@ CHECK_DESCRIPTIONS = {
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
     "prefers_as_people_do": "On held-out pairs the chosen answer is more likely per token in significantly more than half of them.",
-    "solves_more_held_out_tasks": "With `reward_target: response`: rewards of held-out answers are significantly higher than before.",
+    "solves_more_held_out_tasks": "With `reward_target: response`: rewards of at least 30 held-out answers are significantly higher than before.",
     "reward_is_not_gamed": "The rewards of held-out answers did not rise through length, repetition or unfinished answers.",
     "rewards_differ": "Online: answers that are compared with each other had different rewards, so that there was something to learn.",
     "reward_model_is_reliable": "The reward model used for training or monitoring passed its checks.",
@@ -572,7 +572,9 @@ def _improved(measured: Mapping[str, Any], examples: int) -> CheckResult:
     reward, prompts = measured["held_out"]["reward"], measured["watch"]["prompts"]
     low, high = reward["interval"]
     note = f"reward {reward['sft']:.3f} -> {reward['aligned']:.3f} on {prompts} held-out tasks (difference {low:+.3f} to {high:+.3f})"
-    return CheckResult("solves_more_held_out_tasks", passed=low > 0, severity="warn", note=note)
+    if prompts < FEWEST:
+        note += f"; nothing can be concluded from fewer than {FEWEST}: raise splits.validation, or add records"
+    return CheckResult("solves_more_held_out_tasks", passed=low > 0 and prompts >= FEWEST, severity="warn", note=note)
 
 
 def _prefers(accuracy: Mapping[str, Any], pairs: int) -> CheckResult:

@@ -21,7 +21,8 @@ from dagster_project.core.rendering import render
 from dagster_project.core.text import NAMES
 from dagster_project.curation.checks.review import Exemption, check_waivers
 from dagster_project.curation.sources import use_policy
-from dagster_project.evaluation.comparison import FEWEST, counted_once, gain
+from dagster_project.evaluation.comparison import counted_once, gain
+from dagster_project.evaluation.paired.bootstrap import FEWEST
 from dagster_project.lineage.export.model_card import model_card
 from dagster_project.lineage.export.summary import from_reports
 

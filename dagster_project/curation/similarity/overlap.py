@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
+from dagster_project.core.words import SPACED_MARKS
+
 if TYPE_CHECKING:
     from dagster_project.curation.similarity.engine import Constants, Found
 
@@ -43,19 +45,8 @@ SMALL, ALONE = 400_000, 20_000_000
 """Characters of texts that plain Python compares (_overlap_python.py): in less time than numba takes to load; and without numba."""
 _SAMPLE = 1000
 
-_SPACED = (
-    range(0x300, 0xE00),
-    range(0x10A0, 0x1780),
-    range(0x1800, 0x1950),
-    range(0x1AB0, 0x2000),
-    range(0xA66F, 0xA9E0),
-    range(0xAAE0, 0xAC00),
-)
-"""Ranges of code points with combining marks, in scripts that put spaces between words. Excluded: Thai to Burmese, Khmer and a few others."""
-_MARKS = "".join(c for c in map(chr, chain(*_SPACED)) if unicodedata.category(c) in {"Mn", "Mc"})
-r"""Vowel signs, viramas and points. They are part of a word, and Python's \w lacks them: \u0926\u093e\u0928 and \u0926\u093f\u0928 are two words of Hindi."""
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:[{_MARKS}]+[^\W_{_CJK}]*)*")
+_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:[{SPACED_MARKS}]+[^\W_{_CJK}]*)*")
 
 Rule: TypeAlias = Literal["equal", "jaccard", "containment", "one_word"]
 _RULES: tuple[Rule, ...] = ("equal", "jaccard", "containment", "one_word")

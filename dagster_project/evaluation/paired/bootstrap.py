@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 RESAMPLES = 2000
+FEWEST = 30
+"""Smallest number of test examples for a conclusion. Measured on simulated pairs of right and wrong answers: the 95 % bootstrap interval of a
+difference of accuracies contains the true one in 93 to 96 % of the cases from 30 answers on, in 65 to 89 % at 10 and in
+41 to 68 % at 5."""
 
 Combine = Callable[["np.ndarray"], "np.ndarray"]
 """Sums over examples, (..., k) -> scores, (...)."""
