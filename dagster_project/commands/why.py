@@ -27,6 +27,7 @@ from dagster_project.lineage.attribution.calibration import ALPHA, Calibration
 from dagster_project.lineage.attribution.points import END_ONLY, PointSelection
 from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, stands_out
 from dagster_project.lineage.attribution.records import Example, TrainedRecord
+from dagster_project.lineage.attribution.search import Found, Search, search
 from dagster_project.lineage.lineage import trained_on
 from dagster_project.training.methods.hardware import import_libraries
 
@@ -86,14 +87,15 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
     texts = Texts(found)
     system, notes = _system(texts, options)
     asked = question(found, options, system, texts.tokenizer)
-    scores = list[Any]()
+    searches = list[Search]()
     for target, gradients in zip(at_points(found, options.points), stored, strict=True):
         value, gradient = _asked_gradient(target, asked)
-        projected = target.projection.project(gradient).numpy()[None]
-        scores.append(gradients.second_moment.scores(gradients.units, projected)[0])
+        searches.append(Search(gradients, target.projection.project(gradient).numpy()))
     points = {} if options.points == END_ONLY else {"steps": steps_at(found, options.points), "second_moments": options.points.scaled}
     documents = [" ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in found.records]
-    ranking = Ranking.of(sum(scores) / len(scores), *bm25(documents, [options.prompt, _part(asked, options)]))
+    prompt, part = bm25(documents, [options.prompt, _part(asked, options)])
+    scores = search(searches, prompt, part, known.scores.max(0) if known else None, options.top)
+    ranking = Ranking.of(scores.scores, prompt, part)
     document = {
         "model": model_of(found),
         **({"index": indexed} if indexed else {}),
@@ -109,11 +111,12 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
         },
         **({"points": points} if points else {}),
         "records": len(found.records),
-        "distribution": _distribution(ranking, known),
+        "distribution": _distribution(ranking, known, scores),
         "hits": _hits(found, ranking, texts, options.top),
         "notes": [
             *notes,
             *([_about_points(points)] if points else []),
+            *([] if scores.error is None else [_about_estimates(scores.error, int(scores.read.sum()), len(found.records))]),
             *([] if known else [UNCALIBRATED_PAIRS if isinstance(found, PairTarget) else UNCALIBRATED]),
             *_about(found),
         ],
@@ -131,6 +134,14 @@ def _about_points(points: Mapping[str, Any]) -> str:
     )
     return f"{scores} of the training" + (
         ", of gradients scaled by the second moments of its optimizer" if points["second_moments"] else ""
+    )
+
+
+def _about_estimates(error: float, read: int, records: int) -> str:
+    """Which gradient scores are estimates, and how good these are."""
+    return (
+        f"gradients of {read:,} of {records:,} records were compared, those listed among them; scores of the others are estimates from sketches, with a standard"
+        f" error of {error:.3f}, and count neither as the highest nor for whether a record stands out"
     )
 
 
@@ -227,24 +238,24 @@ def _system_of(messages: Messages) -> str | None:
     return next((message["content"] for message in messages[:1] if message["role"] == "system"), None)
 
 
-def _distribution(ranking: Ranking, known: Calibration | None) -> dict[str, Any]:
+def _distribution(ranking: Ranking, known: Calibration | None, scores: Found) -> dict[str, Any]:
     """Scores of all records: median, z of the first, counts by interval; and whether records stand out: by the questions of the validation split, if there
-    are any, else by the distance of the first."""
+    are any, else by the distance of the first. An estimate counts for the median and the counts alone."""
     import numpy as np
 
     counts, edges = np.histogram(ranking.gradient, bins=BINS)
-    ordered = np.sort(ranking.z)[::-1]
+    ordered = np.sort(ranking.z[scores.read])[::-1]
     compared = None
     if known:
-        p_value = known.p_value(ranking.gradient)
-        compared = {"questions": len(known.owners), "excess": round(known.excess(ranking.gradient), 4), "p": round(p_value, 4)}
+        p_value = known.p_value(scores.certain)
+        compared = {"questions": len(known.owners), "excess": round(known.excess(scores.certain), 4), "p": round(p_value, 4)}
     return {
         "median": round(float(np.median(ranking.gradient)), 4),
-        "first": round(float(ranking.gradient.max()), 4),
+        "first": round(float(scores.certain.max()), 4),
         "z_of_first": round(float(ordered[0]), 2),
         "z_of_tenth": round(float(ordered[min(CROWD, len(ordered)) - 1]), 2),
         "compared": compared,
-        "stands_out": p_value <= ALPHA if known else stands_out(ranking.z),
+        "stands_out": p_value <= ALPHA if known else stands_out(ordered),
         "counts": [int(count) for count in counts],
         "edges": [round(float(edge), 5) for edge in edges],
     }

@@ -146,18 +146,19 @@ def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: f
     """
     import numpy as np
 
-    counts = [Counter(words(text)) for text in documents]
-    lengths = np.array([count.total() for count in counts], dtype=float)
+    asked = [Counter(words(query)) for query in queries]
+    counts: dict[str, dict[int, int]] = {word: {} for query in asked for word in query}
+    lengths = np.zeros(len(documents))
+    for i, text in enumerate(documents):
+        found = words(text)
+        lengths[i] = len(found)
+        for word, count in Counter(filter(counts.__contains__, found)).items():
+            counts[word][i] = count
     length_norm = k1 * (1 - b + b * lengths / max(1.0, lengths.mean()))
-    postings: dict[str, list[int]] = {}
-    for i, count in enumerate(counts):
-        for word in count:
-            postings.setdefault(word, []).append(i)
-    for query in queries:
+    for query in asked:
         scores = np.zeros(len(documents))
-        for word, times in Counter(words(query)).items():
-            matching = np.array(postings.get(word, []), dtype=int)
-            frequency = np.array([counts[i][word] for i in matching], dtype=float)
+        for word, times in query.items():
+            matching, frequency = (np.array(list(part), dtype=of) for part, of in ((counts[word], int), (counts[word].values(), float)))
             idf = np.log(1 + (len(documents) - len(matching) + 0.5) / (len(matching) + 0.5))
             scores[matching] += times * idf * frequency * (k1 + 1) / (frequency + length_norm[matching])
         yield scores

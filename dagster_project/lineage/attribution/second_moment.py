@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dagster_project.lineage.attribution.projection import units
 from dagster_project.lineage.attribution.ranking import float32_blocks, products
+from dagster_project.lineage.attribution.rows_on_disk import Rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,7 @@ class SecondMoment:
     records: int
 
     @classmethod
-    def of(cls, gradients: np.ndarray) -> SecondMoment:
+    def of(cls, gradients: Rows) -> SecondMoment:
         """Args:
         gradients: of length 1, (records, width) float16.
         """
@@ -43,24 +44,35 @@ class SecondMoment:
         rows = gradients[sample(len(gradients))].astype(np.float32)
         return cls(rows @ rows.T, len(gradients))
 
-    def scores(self, gradients: np.ndarray, questions: np.ndarray) -> np.ndarray:
+    def scores(self, gradients: Rows, questions: np.ndarray) -> np.ndarray:
         """Scores of all records for each question, (questions, records) float32; from -1 to 1, and 0 where a gradient is 0.
 
         Args:
             gradients: of length 1, (records, width) float16.
             questions: (questions, width) float32.
         """
+        chosen = gradients[:] if self.records <= SAMPLE else gradients[sample(self.records)]
+        return products(gradients, self.directions(chosen, questions)[0])
+
+    def directions(self, chosen: np.ndarray, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Directions whose inner products with gradients are their scores, (questions, width) float32; and the scores of the sample, (questions, sample).
+
+        Args:
+            chosen: gradients of the sample, of length 1, (sample, width) float16.
+            questions: (questions, width) float32.
+        """
         import numpy as np
 
-        chosen = gradients if self.records <= SAMPLE else gradients[sample(self.records)]
         asked = units(questions)
         damping = max(LEAST, DAMPING * self.records) * len(chosen) / max(1, self.records)  # the sample's M is that share of the whole
-        damped = self.inner.astype(np.float64) + damping * np.eye(len(chosen))
-        known = np.linalg.solve(damped, products(chosen, asked).T.astype(np.float64)).astype(np.float32)
+        damped = self.inner.astype(np.float64)
+        np.fill_diagonal(damped, damped.diagonal() + damping)
+        alike = products(chosen, asked)
+        known = np.linalg.solve(damped, alike.T.astype(np.float64)).astype(np.float32)
         shared = np.zeros_like(asked)
         for records, block in float32_blocks(chosen):
             shared += known[records].T @ block
-        return products(gradients, asked - shared)
+        return asked - shared, alike - known.T @ self.inner
 
 
 def sample(records: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ from dagster_project.core.progress import Progress
 from dagster_project.core.records import write_json
 from dagster_project.lineage.attribution.projection import Projection, lengths_of, units
 from dagster_project.lineage.attribution.records import TrainedRecord, sha256_of_records
-from dagster_project.lineage.attribution.second_moment import SecondMoment
+from dagster_project.lineage.attribution.rows_on_disk import Rows, RowsOnDisk, digests
+from dagster_project.lineage.attribution.second_moment import SAMPLE, SecondMoment, sample
+from dagster_project.lineage.attribution.sketch import sketches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +31,10 @@ GRADIENTS = Path(".dvc", "tmp", "pedigree", "gradients")
 MANIFEST = "store.json"
 SHARD = 32
 """Records of a file. An interrupted command loses at most the gradients of these."""
+IN_MEMORY = 8192
+"""Most records whose gradients are all read for a question, 1.2 GB for LoRA on the sample project's model. A larger store has sketches."""
 LIBRARIES = ("torch", "transformers", "peft")
-CODE = ("gradients.py", "per_record.py", "projection.py", "records.py", "second_moment.py", "store.py")
+CODE = ("gradients.py", "per_record.py", "projection.py", "records.py", "rows_on_disk.py", "second_moment.py", "sketch.py", "store.py")
 """Modules of this folder that the content depends on."""
 
 
@@ -67,11 +72,22 @@ def identity_of(
 class Gradients:
     """Projected gradients of the losses of all records."""
 
-    units: np.ndarray
+    units: Rows
     """Scaled to length 1, (records, width) float16."""
     lengths: np.ndarray
     """(records,) float32."""
     second_moment: SecondMoment
+    sketches: np.ndarray | None = None
+    """(records, `sketch.NUMBERS`) float16, of many records."""
+
+    @cached_property
+    def sample(self) -> np.ndarray:
+        """Gradients of the records that the second moment is made from, in memory; (sample, width) float16."""
+        return self.units[:] if len(self.units) <= SAMPLE else self.units[sample(len(self.units))]
+
+    def directions(self, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `SecondMoment.directions`."""
+        return self.second_moment.directions(self.sample, questions)
 
 
 @dataclass(frozen=True)
@@ -97,10 +113,14 @@ class GradientStore:
         return [n for n in range(self.shards) if not _is_intact(self._path(n), known)]
 
     def is_complete(self) -> bool:
-        return not self.missing() and self._has_second_moment()
+        return not self.missing() and self._has(self._second_moment) and (not self.is_large or self._has(self._sketches))
 
-    def _has_second_moment(self) -> bool:
-        return _is_intact(self._second_moment, self._manifest().get("shards", {}))
+    @property
+    def is_large(self) -> bool:
+        return self.records > IN_MEMORY
+
+    def _has(self, path: Path) -> bool:
+        return _is_intact(path, self._manifest().get("shards", {}))
 
     def is_begun(self) -> bool:
         return bool(self._manifest())
@@ -125,25 +145,59 @@ class GradientStore:
                 raise InputError(f"{what}: a gradient is not finite", "the training may have diverged: look at its curve")
             self._write(self._path(n), {"gradients": units(rows).astype(np.float16), "lengths": lengths_of(rows)[:, 0].astype(np.float32)})
             progress.advance(len(rows))
+        if self.is_large:
+            self._write(self._sketches, self._summary())
         self._write(self._second_moment, {"inner": self.read().second_moment.inner})
         return progress.total
 
     def read(self) -> Gradients:
-        """Raises:
-        InputError: the store does not exist, or is incomplete or damaged.
+        """The gradients: of many records their rows stay on disk.
+
+        Raises:
+            InputError: the store does not exist, or is incomplete or damaged.
         """
         import numpy as np
         from safetensors.numpy import load_file
 
-        if missing := self.missing():
-            state = "incomplete or damaged" if self.is_begun() else "missing"
-            raise InputError(
-                f"the gradients of the model are {state}: {len(missing)} of {self.shards} files", "add --index to compute them"
-            )
+        if self.is_large:
+            if not self._has(self._sketches):
+                raise self._incomplete()
+            found = load_file(self._sketches)
+            rows = RowsOnDisk([self._path(n) for n in range(self.shards)], SHARD, (self.records, int(found["width"][0])), found["digests"])
+            return Gradients(rows, found["lengths"], self._moment(rows), found["sketches"])
+        if self.missing():
+            raise self._incomplete()
         parts = [load_file(self._path(n)) for n in range(self.shards)]
-        rows, lengths = (np.concatenate([part[name] for part in parts]) for name in ("gradients", "lengths"))
-        moment = SecondMoment(load_file(self._second_moment)["inner"], self.records) if self._has_second_moment() else SecondMoment.of(rows)
-        return Gradients(rows, lengths, moment)
+        units, lengths = (np.concatenate([part[name] for part in parts]) for name in ("gradients", "lengths"))
+        return Gradients(units, lengths, self._moment(units))
+
+    def _incomplete(self) -> InputError:
+        missing = len(self.missing()) + (self.is_large and not self._has(self._sketches))
+        state = "incomplete or damaged" if self.is_begun() else "missing"
+        return InputError(
+            f"the gradients of the model are {state}: {missing} of {self.shards + self.is_large} files", "add --index to compute them"
+        )
+
+    def _moment(self, rows: Rows) -> SecondMoment:
+        """The stored second moment, or one from the gradients."""
+        from safetensors.numpy import load_file
+
+        if self._has(self._second_moment):
+            return SecondMoment(load_file(self._second_moment)["inner"], self.records)
+        return SecondMoment.of(rows)
+
+    def _summary(self) -> dict[str, np.ndarray]:
+        """What is read first of a large store: sketches, hashes and lengths of all gradients."""
+        import numpy as np
+        from safetensors.numpy import load_file
+
+        width, parts = 0, list[dict[str, np.ndarray]]()
+        for n in range(self.shards):
+            part = load_file(self._path(n))
+            rows, width = part["gradients"], part["gradients"].shape[1]
+            short = sketches(rows.astype(np.float32)).astype(np.float16)
+            parts.append({"sketches": short, "digests": digests(rows), "lengths": part["lengths"]})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | {"width": np.array([width])}
 
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
@@ -157,6 +211,10 @@ class GradientStore:
     @property
     def _second_moment(self) -> Path:
         return self.folder / "second_moment.safetensors"
+
+    @property
+    def _sketches(self) -> Path:
+        return self.folder / "sketches.safetensors"
 
     def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
         from safetensors.numpy import save_file

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dagster_project.core.messages import Message
 from dagster_project.lineage.attribution.ranking import fused, ranks
+from dagster_project.lineage.attribution.rows_on_disk import Rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +79,7 @@ def members(own: Sequence[Group], chosen: Sequence[Group]) -> list[np.ndarray]:
     return [arrays[group] for group in chosen]
 
 
-def agreement(gradients: np.ndarray, own: Sequence[Group], chosen: Sequence[Group]) -> np.ndarray:
+def agreement(gradients: Rows, own: Sequence[Group], chosen: Sequence[Group]) -> np.ndarray:
     """Cosine of each record's gradient with the mean direction of the others of its chosen group, (records,) float32; 0 without others.
 
     Args:
@@ -97,7 +98,7 @@ def agreement(gradients: np.ndarray, own: Sequence[Group], chosen: Sequence[Grou
     return scores
 
 
-def _sum(gradients: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+def _sum(gradients: Rows, numbers: np.ndarray) -> np.ndarray:
     import numpy as np
 
     total = np.zeros(gradients.shape[1], np.float32)
@@ -106,7 +107,7 @@ def _sum(gradients: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     return total
 
 
-def opposition(gradients: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def opposition(gradients: Rows, lengths: np.ndarray) -> np.ndarray:
     """How strongly steps on other records would undo a step on each record, (records,) float32: the sum of its negative inner products with the
     gradients of the others, with the sign changed. Of more than `OTHERS` records, that many stand for all.
 
