@@ -354,7 +354,7 @@ def measure(project: Path, work: Path, seed: int, points: list[Any]) -> dict[str
     def mean(name: str) -> tuple[Any, Any, list[Any]]:
         """Scores and cosines of the gradients of all records for some questions, (questions, records), means over the points; and scores of each point."""
         stored = [one["gradients"] for one in of_points]
-        each = [at.second_moment.scores(at.units, one[name]) for at, one in zip(stored, of_points, strict=True)]
+        each = [at.scores(one[name]) for at, one in zip(stored, of_points, strict=True)]
         return (
             np.mean(each, axis=0),
             np.mean([cosines(at.units, one[name]) for at, one in zip(stored, of_points, strict=True)], axis=0),

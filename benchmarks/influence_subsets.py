@@ -81,7 +81,7 @@ def scores_of(project: Path, work: Path, seed: int, selection: Any) -> dict[str,
     end = of_points[-1]
     stored = [one["gradients"] for one in of_points]
     each = [cosines(at.units, one["span"]) for at, one in zip(stored, of_points, strict=True)]
-    mean = np.mean([at.second_moment.scores(at.units, one["span"]) for at, one in zip(stored, of_points, strict=True)], axis=0)
+    mean = np.mean([at.scores(one["span"]) for at, one in zip(stored, of_points, strict=True)], axis=0)
     prompt, part = end["prompt"], end["part"]
     rows = range(len(mean))
     scores = {

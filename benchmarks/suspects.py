@@ -188,7 +188,7 @@ def asked(project: Path, work: Path) -> dict[str, Any]:
     ]
     stored = built(project, work, STRENGTH).read()
     of_questions, of_validation, owners = spans(project, work, questions, STRENGTH)
-    scores, of_validation = (stored.second_moment.scores(stored.units, many) for many in (of_questions, of_validation))
+    scores, of_validation = (stored.scores(many) for many in (of_questions, of_validation))
     compared = Calibration(of_validation, owners)
     recall: dict[str, list[list[float]]] = {}
     clear: dict[str, list[bool]] = {}

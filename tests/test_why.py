@@ -447,11 +447,13 @@ def test_scores_are_those_of_the_damped_inverse_of_the_second_moment(count: int,
     dice = np.random.default_rng(3)
     rows = of_length_one(dice.normal(size=(count, 40)) + 0.7).astype(np.float16)
     questions = (dice.normal(size=(4, 40)) + 0.7).astype(np.float32)
-    found = SecondMoment.of(rows).scores(rows, questions)
+    found = second_moment.scores(SecondMoment.of(rows), rows, questions)
     assert np.allclose(found, dense_scores(rows.astype(np.float64), questions, damping), atol=1e-5)
     assert np.abs(found).max() < np.abs(ranking.cosines(rows, questions)).max(), "what they have in common counts little"
-    assert not SecondMoment.of(rows).scores(rows, np.zeros((1, 40), np.float32)).any()
-    assert np.allclose(SecondMoment.of(rows).scores(rows, questions[1:2])[0], found[1], atol=1e-6), "questions do not depend on each other"
+    assert not second_moment.scores(SecondMoment.of(rows), rows, np.zeros((1, 40), np.float32)).any()
+    assert np.allclose(second_moment.scores(SecondMoment.of(rows), rows, questions[1:2])[0], found[1], atol=1e-6), (
+        "questions do not depend on each other"
+    )
 
 
 def test_a_sample_stands_for_all_records(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,18 +462,20 @@ def test_a_sample_stands_for_all_records(monkeypatch: pytest.MonkeyPatch) -> Non
     shared = of_length_one(dice.normal(size=(3, 300)))
     rows = of_length_one(shared[dice.integers(3, size=600)] + 0.1 * dice.normal(size=(600, 300))).astype(np.float16)
     questions = (shared + 0.02 * dice.normal(size=(3, 300))).astype(np.float32)
-    exact = SecondMoment.of(rows).scores(rows, questions)
+    exact = second_moment.scores(SecondMoment.of(rows), rows, questions)
     monkeypatch.setattr(second_moment, "SAMPLE", 300)
     chosen = second_moment.sample(600)
     assert len(set(chosen.tolist())) == 300 and (chosen == second_moment.sample(600)).all()
     near = SecondMoment.of(rows)
     assert near.inner.shape == (300, 300)
-    assert all(np.corrcoef(one, other)[0, 1] > 0.95 for one, other in zip(near.scores(rows, questions), exact, strict=True))
+    assert all(np.corrcoef(one, other)[0, 1] > 0.95 for one, other in zip(second_moment.scores(near, rows, questions), exact, strict=True))
     twice = np.empty((600, 300), np.float16)
     twice[chosen], twice[np.setdiff1d(np.arange(600), chosen)] = rows[:300], rows[:300]
     damping = 0.01 * 600
     assert np.allclose(
-        SecondMoment.of(twice).scores(twice, questions), dense_scores(twice.astype(np.float64), questions, damping), atol=1e-4
+        second_moment.scores(SecondMoment.of(twice), twice, questions),
+        dense_scores(twice.astype(np.float64), questions, damping),
+        atol=1e-4,
     )
 
 
@@ -484,7 +488,7 @@ def test_a_record_that_is_like_the_question_in_what_is_rare_comes_before_those_t
     question[0, :2] = 1.0, 0.6
     units = of_length_one(rows).astype(np.float16)
     assert ranking.ranks(ranking.cosines(units, question)[0])[7] > 100
-    assert ranking.ranks(SecondMoment.of(units).scores(units, question)[0])[7] == 1
+    assert ranking.ranks(second_moment.scores(SecondMoment.of(units), units, question)[0])[7] == 1
 
 
 def test_ranks_and_their_weighted_sum() -> None:

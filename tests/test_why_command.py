@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from dagster_project.commands import why_calibration, why_model, why_prove
 from dagster_project.commands.why_question import Options, question, tokenize, tokenizer_of
 from dagster_project.core.hashing import md5_of_file, md5_of_folder
 from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.lineage.attribution import search, second_moment, store
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration import locks
@@ -134,14 +136,40 @@ def test_a_question_is_compared_with_those_of_the_validation_split(root: Path, c
     known = why_calibration.read(target)
     assert known is not None
     _, gradient = target.model.of_span(question(target, Options(*QUESTION[1::2]), None, tokenizer).example)
-    [scores] = stored.second_moment.scores(stored.units, target.projection.project(gradient).numpy()[None])
+    [scores] = stored.scores(target.projection.project(gradient).numpy()[None])
     assert compared["p"] == round(known.p_value(scores), 4) and compared["excess"] == round(known.excess(scores), 4)
     assert found["distribution"]["first"] == round(float(scores.max()), 4)
     alike = why_calibration.cosines_of(target)
     far = np.abs(alike[:, None] - (np.stack(expected) @ stored.units.astype(np.float32).T)[None]).max(2)
-    assert np.allclose(known.scores, stored.second_moment.scores(stored.units, np.stack(expected)[far.argmin(1)]), atol=2e-3)
+    assert np.allclose(known.scores, stored.scores(np.stack(expected)[far.argmin(1)]), atol=2e-3)
     assert far.min(1).max() < 2e-3 and sorted(far.argmin(1).tolist()) == list(range(24)), "each stored question is another one of these"
     assert sorted(known.owners.tolist()) == [i // 2 for i in range(24)]
+
+
+def test_many_records_are_answered_from_few_gradients_and_a_note_says_so(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation(root, 12)
+    for module, name, value in ((store, "IN_MEMORY", 20), (second_moment, "SAMPLE", 4), (store, "PROBES", 4)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(search, "MOST", 4)
+    shutil.rmtree(stores(root)[0])  # of few records
+    assert why(root, *QUESTION, "--index", "--top", "4", "--json") == 0
+    found = document(capsys)
+    [note] = [note for note in found["notes"] if "estimates" in note]
+    read = int(re.findall(r"gradients of (\d+) of 28 records", note)[0])
+    assert 4 <= read < 28
+    target = why_model.target(root, MODEL)
+    stored = target.store.read()
+    example = question(target, Options(*QUESTION[1::2]), None, tokenizer_of(target)).example
+    asked = target.projection.project(target.model.of_span(example)[1]).numpy()[None]
+    [scores] = stored.scores(asked)
+    numbers = {record.example_id: i for i, record in enumerate(target.records)}
+    assert [hit["gradient"]["score"] for hit in found["hits"]] == [
+        round(float(scores[numbers[hit["example_id"]]]), 4) for hit in found["hits"]
+    ]
+    assert found["distribution"]["compared"]["questions"] == 24 and found["distribution"]["first"] <= round(float(scores.max()), 4)
+    assert why(root, *QUESTION) == 0 and "estimates from sketches" in capsys.readouterr().out
 
 
 def test_questions_of_another_split_and_damaged_ones_are_not_used(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,7 +180,7 @@ def test_a_score_is_the_mean_of_the_scores_at_the_points(indexed: Path, capsys: 
     for point in at_points(found, PointSelection(3)):
         _, gradient = point.model.of_span(asked.example)
         stored, wanted = point.store.read(), point.projection.project(gradient).numpy()
-        of_points.append(stored.second_moment.scores(stored.units, wanted[None])[0])
+        of_points.append(stored.scores(wanted[None])[0])
     for record, score in zip(found.records, np.mean(of_points, 0), strict=True):
         assert abs(mean[record.example_id] - score) < 1e-4
 

@@ -14,6 +14,7 @@ from dagster_project.lineage.attribution import search as search_module
 from dagster_project.lineage.attribution import second_moment, sketch, store
 from dagster_project.lineage.attribution.ranking import robust_z
 from dagster_project.lineage.attribution.search import Found, Search, search
+from dagster_project.lineage.attribution.second_moment import PrincipalDirections, SecondMoment
 from dagster_project.lineage.attribution.store import GradientStore
 
 RECORDS, WIDTH = 1500, 3000
@@ -38,7 +39,7 @@ def gradient_of(numbers: Sequence[int]) -> Any:
 def large(tmp_path_factory: pytest.TempPathFactory) -> GradientStore:
     """A store that is larger than what is held in memory."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name, value in ((store, "IN_MEMORY", 100), (second_moment, "SAMPLE", 200), (store, "SAMPLE", 200)):
+        for module, name, value in ((store, "IN_MEMORY", 100), (store, "PROBES", 300), (second_moment, "SAMPLE", 200)):
             patch.setattr(module, name, value)
         one = GradientStore.at(tmp_path_factory.mktemp("large"), {}, RECORDS)
         one.build(gradient_of, "x")
@@ -51,9 +52,8 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
         (store, "IN_MEMORY", 100),
         (second_moment, "SAMPLE", 200),
-        (store, "SAMPLE", 200),
         (search_module, "MOST", 40),
-        (search_module, "PROBES", 300),
+        (store, "PROBES", 300),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -72,9 +72,8 @@ def found_of(
 
 def exact(one: GradientStore, asked: np.ndarray) -> np.ndarray:
     """Scores by the definition, from all gradients in memory."""
-    stored = one.read()
-    scores: np.ndarray = stored.second_moment.scores(stored.units[:], asked[None])[0]
-    return scores
+    units = one.read().units[:]
+    return second_moment.scores(SecondMoment.of(units), units, asked[None])[0]
 
 
 def test_sketches_keep_inner_products_without_bias() -> None:
@@ -86,6 +85,15 @@ def test_sketches_keep_inner_products_without_bias() -> None:
     away = ((sketch.sketches(left) * sketch.sketches(right)).sum(1) - true) / lengths
     assert abs(away.mean()) < 4 * away.std() / 20
     assert away.std() == pytest.approx(sketch.NUMBERS**-0.5, rel=0.25)
+
+
+def test_sketches_in_bytes_lose_little_and_zeros_stay_zeros() -> None:
+    rows = sketch.sketches(np.random.default_rng(3).normal(size=(50, 5000)).astype(np.float32))
+    rows[7] = 0.0
+    short, scales = sketch.in_bytes(rows)
+    assert short.dtype == np.int8 and not short[7].any() and scales[7] == 0.0
+    away = np.linalg.norm(short * scales[:, None] - rows, axis=1) / np.maximum(np.linalg.norm(rows, axis=1), 1e-9)
+    assert away.max() < 0.02
 
 
 @pytest.mark.parametrize("width", [7, 1024, 2000])
@@ -158,6 +166,21 @@ def test_the_scores_of_points_of_a_training_are_averaged(large: GradientStore) -
     assert set(np.argsort(-found.scores)[:2]) == {17, 21} and np.allclose(found.scores[found.read], mean[found.read], atol=2e-3)
 
 
+@pytest.mark.parametrize("kept", [200, 60, 8])
+def test_principal_directions_take_out_what_the_second_moment_does(
+    large: GradientStore, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the largest share of a direction that is not among them."""
+    monkeypatch.setattr(second_moment, "PRINCIPAL", kept)
+    units, asked = large.read().units[:], np.stack([question(i) for i in (17, 21, 33)])
+    moment = SecondMoment.of(units)
+    whole, found = (one.directions(units, asked) for one in (moment, PrincipalDirections.of(units)))
+    values = np.linalg.eigvalsh(moment.inner.astype(np.float64))[::-1]
+    dropped = values[kept] / (values[kept] + moment.damping) if kept < 200 else 0.0
+    away = np.linalg.norm(found - whole, axis=1)
+    assert (away < dropped + 0.01).all() and (dropped < 0.05 or (away > 0.01).all())
+
+
 def test_few_records_are_all_compared(tmp_path: Path) -> None:
     one = GradientStore.at(tmp_path, {}, 90)
     one.build(gradient_of, "x")
@@ -189,9 +212,9 @@ def test_sketches_that_are_missing_or_damaged_are_refused_and_computed_again(tmp
     one.build(gradient_of, "x")
     before = (one.folder / "sketches.safetensors").read_bytes()
     change(one.folder / "sketches.safetensors")
-    with pytest.raises(InputError, match="incomplete or damaged: 1 of 11 files"):
+    with pytest.raises(InputError, match="incomplete or damaged: 1 of 12 files"):
         one.read()
     assert one.build(gradient_of, "x") == 0 and one.is_complete()
     assert (one.folder / "sketches.safetensors").read_bytes() == before
-    with pytest.raises(InputError, match="are missing: 11 of 11 files"):
+    with pytest.raises(InputError, match="are missing: 12 of 12 files"):
         GradientStore.at(tmp_path, {"of": "another"}, 320).read()

@@ -141,7 +141,7 @@ def _computed(found: Target, asked: list[tuple[int, Example]]) -> dict[str, np.n
         block = [[example] for _, example in asked[start : start + BLOCK]]
         gradients = projected_gradients(model, found.projection, block).numpy()
         parts["cosines"].append(cosines(stored.units, gradients))
-        parts["scores"].append(stored.second_moment.scores(stored.units, gradients))
+        parts["scores"].append(stored.scores(gradients))
         progress.advance(len(block))
     return {name: np.concatenate(rows) for name, rows in parts.items()} | {"owners": np.array([number for number, _ in asked])}
 

@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dagster_project.lineage.attribution.ranking import Ranking, products
-from dagster_project.lineage.attribution.second_moment import sample
 from dagster_project.lineage.attribution.sketch import sketches
-from dagster_project.lineage.attribution.store import Gradients
+from dagster_project.lineage.attribution.store import Gradients, probes_of
 
 if TYPE_CHECKING:
     import numpy as np
 
 MOST = 256
 """Records whose gradients are read for each of three reasons: high estimates, estimates above those of other questions, and a high place in the list."""
-
-PROBES = 512
-"""Records whose gradients are read in any case, to measure estimates by."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Search:
         question: its projected gradient, (width,) float32.
         """
         self.gradients = gradients
-        self.direction, [self.of_sample] = gradients.directions(question[None])
+        self.direction = gradients.second_moment.directions(gradients.units, question[None])
 
     def exact(self, numbers: np.ndarray) -> np.ndarray:
         """Scores of some records."""
@@ -58,15 +54,19 @@ class Search:
 
     def estimates(self) -> np.ndarray:
         """From the sketches of all records."""
+        of = self.gradients.sketches
+        assert of is not None
+        return products(of.numbers, sketches(self.direction))[0] * of.scales
+
+    def of_probes(self) -> np.ndarray:
         assert self.gradients.sketches is not None
-        return products(self.gradients.sketches, sketches(self.direction))[0]
+        return products(self.gradients.sketches.probes, self.direction)[0]
 
 
 def search(points: Sequence[Search], prompt: np.ndarray, part: np.ndarray, bound: np.ndarray | None, shown: int) -> Found:
     """Score all records for a question: the mean over points of the training.
 
-    Estimates of the records whose gradients are not read are moved towards their median by a factor, so that they spread as the scores of the probes do. Those
-    of the sample would not do: what is damped was made from them.
+    Estimates of the records whose gradients are not read are moved towards their median by a factor, so that they spread as the scores of the probes do.
 
     Args:
         prompt, part: scores of the words of each record, as in `Ranking.of`.
@@ -79,14 +79,13 @@ def search(points: Sequence[Search], prompt: np.ndarray, part: np.ndarray, bound
         scores = np.mean([one.all() for one in points], axis=0)
         return Found(scores, np.ones(len(scores), bool), None)
     raw = np.mean([one.estimates() for one in points], axis=0)
-    probes = _probes(len(raw))
-    of_probes = np.mean([one.exact(probes) for one in points], axis=0)
+    probes = probes_of(len(raw))
+    of_probes = np.mean([one.of_probes() for one in points], axis=0)
     center, spread = float(np.median(raw)), _spread(raw)
     scores = (center + (raw - center) * (_spread(of_probes) / spread if spread else 1.0)).astype(np.float32)
     error = float(np.std(scores[probes] - of_probes))
     read = np.zeros(len(scores), bool)
-    for numbers, known in ((probes, of_probes), (sample(len(raw)), np.mean([one.of_sample for one in points], axis=0))):
-        scores[numbers], read[numbers] = known, True
+    scores[probes], read[probes] = of_probes, True
 
     def read_more(numbers: np.ndarray) -> None:
         missing = np.unique(numbers[~read[numbers]])
@@ -97,14 +96,6 @@ def search(points: Sequence[Search], prompt: np.ndarray, part: np.ndarray, bound
     while not read[listed := np.array(Ranking.of(scores, prompt, part).order()[:shown])].all():
         read_more(listed)
     return Found(scores, read, error)
-
-
-def _probes(records: int) -> np.ndarray:
-    """Numbers of records that are not in the sample, at equal distances."""
-    import numpy as np
-
-    others = np.setdiff1d(np.arange(records), sample(records))
-    return others[np.arange(min(PROBES, len(others))) * len(others) // max(1, min(PROBES, len(others)))]
 
 
 def _spread(scores: np.ndarray) -> float:

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ from dagster_project.core.records import write_json
 from dagster_project.lineage.attribution.projection import Projection, lengths_of, units
 from dagster_project.lineage.attribution.records import TrainedRecord, sha256_of_records
 from dagster_project.lineage.attribution.rows_on_disk import Rows, RowsOnDisk, digests
-from dagster_project.lineage.attribution.second_moment import SAMPLE, SecondMoment, sample
-from dagster_project.lineage.attribution.sketch import sketches
+from dagster_project.lineage.attribution.second_moment import Damped, PrincipalDirections, SecondMoment, sample, scores
+from dagster_project.lineage.attribution.sketch import in_bytes, sketches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,7 @@ SHARD = 32
 """Records of a file. An interrupted command loses at most the gradients of these."""
 IN_MEMORY = 8192
 """Most records whose gradients are all read for a question, 1.2 GB for LoRA on the sample project's model. A larger store has sketches."""
+PROBES = 512
 LIBRARIES = ("torch", "transformers", "peft")
 CODE = ("gradients.py", "per_record.py", "projection.py", "records.py", "rows_on_disk.py", "second_moment.py", "sketch.py", "store.py")
 """Modules of this folder that the content depends on."""
@@ -69,6 +70,18 @@ def identity_of(
 
 
 @dataclass(frozen=True)
+class Sketches:
+    """What is read of many gradients for every question."""
+
+    numbers: np.ndarray
+    """(records, `sketch.NUMBERS`) int8."""
+    scales: np.ndarray
+    """What the numbers of a sketch are multiplied by, (records,) float32."""
+    probes: np.ndarray
+    """Gradients of the records of `probes_of`, which estimates are measured by; (probes, width) float16."""
+
+
+@dataclass(frozen=True)
 class Gradients:
     """Projected gradients of the losses of all records."""
 
@@ -76,18 +89,17 @@ class Gradients:
     """Scaled to length 1, (records, width) float16."""
     lengths: np.ndarray
     """(records,) float32."""
-    second_moment: SecondMoment
-    sketches: np.ndarray | None = None
-    """(records, `sketch.NUMBERS`) float16, of many records."""
+    second_moment: Damped
+    sketches: Sketches | None = None
+    """Of many records."""
 
-    @cached_property
-    def sample(self) -> np.ndarray:
-        """Gradients of the records that the second moment is made from, in memory; (sample, width) float16."""
-        return self.units[:] if len(self.units) <= SAMPLE else self.units[sample(len(self.units))]
+    def scores(self, questions: np.ndarray) -> np.ndarray:
+        """Scores of all records for each question, (questions, records) float32.
 
-    def directions(self, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `SecondMoment.directions`."""
-        return self.second_moment.directions(self.sample, questions)
+        Args:
+            questions: (questions, width) float32.
+        """
+        return scores(self.second_moment, self.units, questions)
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,11 @@ class GradientStore:
         return [n for n in range(self.shards) if not _is_intact(self._path(n), known)]
 
     def is_complete(self) -> bool:
-        return not self.missing() and self._has(self._second_moment) and (not self.is_large or self._has(self._sketches))
+        return not self.missing() and not self._lacks_summaries()
+
+    def _lacks_summaries(self) -> int:
+        """Missing or damaged files that are made from the gradients of all records."""
+        return sum(not self._has(path) for path in (self._second_moment, *([self._sketches] if self.is_large else [])))
 
     @property
     def is_large(self) -> bool:
@@ -146,8 +162,12 @@ class GradientStore:
             self._write(self._path(n), {"gradients": units(rows).astype(np.float16), "lengths": lengths_of(rows)[:, 0].astype(np.float32)})
             progress.advance(len(rows))
         if self.is_large:
-            self._write(self._sketches, self._summary())
-        self._write(self._second_moment, {"inner": self.read().second_moment.inner})
+            summary = self._summary()
+            self._write(self._sketches, summary)
+            principal = PrincipalDirections.of(self._rows(summary["digests"], summary["probes"].shape[1]))
+            self._write(self._second_moment, {"axes": principal.axes, "shares": principal.shares})
+        else:
+            self._write(self._second_moment, {"inner": SecondMoment.of(self.read().units).inner})
         return progress.total
 
     def read(self) -> Gradients:
@@ -160,44 +180,56 @@ class GradientStore:
         from safetensors.numpy import load_file
 
         if self.is_large:
-            if not self._has(self._sketches):
-                raise self._incomplete()
-            found = load_file(self._sketches)
-            rows = RowsOnDisk([self._path(n) for n in range(self.shards)], SHARD, (self.records, int(found["width"][0])), found["digests"])
-            return Gradients(rows, found["lengths"], self._moment(rows), found["sketches"])
+            kept, moment = self._read_summaries()
+            of, rows = Sketches(kept["sketches"], kept["scales"], kept["probes"]), self._rows(kept["digests"], kept["probes"].shape[1])
+            return Gradients(rows, kept["lengths"], PrincipalDirections(moment["axes"], moment["shares"]), of)
         if self.missing():
             raise self._incomplete()
         parts = [load_file(self._path(n)) for n in range(self.shards)]
         units, lengths = (np.concatenate([part[name] for part in parts]) for name in ("gradients", "lengths"))
-        return Gradients(units, lengths, self._moment(units))
-
-    def _incomplete(self) -> InputError:
-        missing = len(self.missing()) + (self.is_large and not self._has(self._sketches))
-        state = "incomplete or damaged" if self.is_begun() else "missing"
-        return InputError(
-            f"the gradients of the model are {state}: {missing} of {self.shards + self.is_large} files", "add --index to compute them"
+        stored = self._has(self._second_moment)
+        return Gradients(
+            units, lengths, SecondMoment(load_file(self._second_moment)["inner"], self.records) if stored else SecondMoment.of(units)
         )
 
-    def _moment(self, rows: Rows) -> SecondMoment:
-        """The stored second moment, or one from the gradients."""
+    def _read_summaries(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Both files of a large store, each hashed while it is read."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        if self._has(self._second_moment):
-            return SecondMoment(load_file(self._second_moment)["inner"], self.records)
-        return SecondMoment.of(rows)
+        with ThreadPoolExecutor() as pool:
+            intact = pool.map(self._has, (self._sketches, self._second_moment))
+            try:
+                found = load_file(self._sketches), load_file(self._second_moment)
+            except (OSError, SafetensorError):
+                raise self._incomplete() from None
+            if not all(intact):
+                raise self._incomplete()
+        return found
+
+    def _rows(self, known: np.ndarray, width: int) -> RowsOnDisk:
+        return RowsOnDisk(self._path, SHARD, (self.records, width), known)
+
+    def _incomplete(self) -> InputError:
+        missing, files = len(self.missing()), self.shards
+        if self.is_large:
+            missing, files = missing + self._lacks_summaries(), files + 2
+        state = "incomplete or damaged" if self.is_begun() else "missing"
+        return InputError(f"the gradients of the model are {state}: {missing} of {files} files", "add --index to compute them")
 
     def _summary(self) -> dict[str, np.ndarray]:
-        """What is read first of a large store: sketches, hashes and lengths of all gradients."""
+        """What is read first of a large store: sketches, hashes and lengths of all gradients, and those of the probes."""
         import numpy as np
         from safetensors.numpy import load_file
 
-        width, parts = 0, list[dict[str, np.ndarray]]()
+        probes, parts, of_probes = probes_of(self.records), list[dict[str, np.ndarray]](), list[np.ndarray]()
         for n in range(self.shards):
             part = load_file(self._path(n))
-            rows, width = part["gradients"], part["gradients"].shape[1]
-            short = sketches(rows.astype(np.float32)).astype(np.float16)
-            parts.append({"sketches": short, "digests": digests(rows), "lengths": part["lengths"]})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | {"width": np.array([width])}
+            rows, numbers = part["gradients"], self._records_of(n)
+            short, scales = in_bytes(sketches(rows.astype(np.float32)))
+            parts.append({"sketches": short, "scales": scales, "digests": digests(rows), "lengths": part["lengths"]})
+            of_probes.append(rows[probes[(probes >= numbers.start) & (probes < numbers.stop)] - numbers.start])
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | {"probes": np.concatenate(of_probes)}
 
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
@@ -238,3 +270,13 @@ class GradientStore:
 
 def _is_intact(path: Path, known: Mapping[str, str]) -> bool:
     return path.name in known and path.is_file() and sha256_of_file(path) == known[path.name]
+
+
+def probes_of(records: int) -> np.ndarray:
+    """Numbers of records at equal distances that are not in the sample. What is damped was made from that, so its scores are smaller."""
+    import numpy as np
+
+    is_other = np.ones(records, bool)
+    is_other[sample(records)] = False
+    others = np.flatnonzero(is_other)
+    return others[np.arange(min(PROBES, len(others))) * len(others) // max(1, min(PROBES, len(others)))]
