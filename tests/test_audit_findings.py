@@ -174,6 +174,21 @@ def test_characters_that_are_not_seen_hide_no_part_of_a_message(made: Project) -
         impact(made.root, containing="\u200b\u00ad")
 
 
+@pytest.mark.parametrize("regex", [False, True])
+def test_a_part_of_a_message_is_found_in_json_that_the_message_has(made: Project, regex: bool) -> None:
+    """An answer in JSON: letters as escapes, and a name after a line break, which is written as a letter; also JSON in JSON, and after other text."""
+    letter = json.dumps({"text": "Dear\nZephyrine Okonkwo", "by": "Zoë 山田"})
+    asked = ["zephyrine okonkwo", "zoë", "山田"]
+    for text in (letter, f'a 5" pipe, so:\n```json\n{letter}\n```', json.dumps({"arguments": letter})):
+        made.commit(made.trained(made.curated([(text, "train", FAQ), *ROWS[1:]]), [text, "dogs"]))
+        for part in asked:
+            matches = impact(made.root, containing=part, regex=regex)["matches"]
+            assert identity(text) in {match["example_id"] for match in matches}, (text, part)
+            assert all(part in match["excerpt"].casefold() for match in matches)
+    made.commit(made.trained(made.curated([(r"the density \rho and C:\new", "train", FAQ), *ROWS[1:]]), ["dogs"]))
+    assert not impact(made.root, containing="ho")["matches"] and not impact(made.root, containing="ew")["matches"], "no JSON"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
