@@ -211,6 +211,27 @@ def test_a_question_that_cannot_be_answered_is_refused(made: Project, wrong: lis
     assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
+def test_a_file_in_a_folder_that_is_a_source_is_found_by_its_hash(made: Project) -> None:
+    """Of two versions of the folder, the one that has this file."""
+    name, hashes = "data/sources/web/a.jsonl", {version: hashlib.sha256(version.encode()).hexdigest() for version in ("first", "second")}
+    models = {}
+    for version, sha256 in hashes.items():
+        lock = made.lock([(version, "train", name), ("dogs", "test", "data/sources/web/b.jsonl")])
+        files = {"a.jsonl": {"rows": 1, "sha256": sha256}, "b.jsonl": {"rows": 1, "sha256": "0" * 64}}
+        folder = {"rows": 2, "format": "text", "license": "MIT", "sha256": hashlib.sha256(sha256.encode()).hexdigest(), "files": files}
+        lock["splits"]["outs"][1] |= made.report("splits", {"passed": True, "sources": {"data/sources/web": folder}})
+        made.commit(lock)
+        models[version] = lock["adapter@lora"]["outs"][0]["md5"]
+    for version, sha256 in hashes.items():
+        [model] = [one for one in impact(made.root, content=sha256[:12])["models"] if one["stage"] == "adapter@lora"]
+        assert model["md5"] == models[version] and model["seen"][0]["splits"] == {"train": 1}
+    beside = made.root / "copy.jsonl"
+    beside.write_text("first")
+    with pytest.raises(InputError, match="not a name that a run read it by") as refused:
+        impact(made.root, source=str(beside))
+    assert name in refused.value.hint
+
+
 def test_a_file_that_stages_only_compare_with_was_not_trained_on(made: Project) -> None:
     lock = made.trained(made.curated(ROWS), TRAINED)
     benchmark = "data/sources/benchmarks/b.jsonl"
