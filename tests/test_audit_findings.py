@@ -211,6 +211,19 @@ def test_a_question_that_cannot_be_answered_is_refused(made: Project, wrong: lis
     assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
+def test_a_changed_row_and_its_paraphrase_are_two_changed_records(made: Project) -> None:
+    """Both name the same source row; each is compared with the one of its kind, and the paraphrase that has none before is added."""
+    for cats, dogs in (({"cats": "felines"}, {}), ({"lions": "big felines"}, {"wolves": "hounds"})):
+        rows = [(text, "train", source) for text, source in ((next(iter(cats)), FAQ), (next(iter(dogs), "dogs"), MAIL))]
+        made.commit(made.trained(made.curated(rows, paraphrases=cats | dogs), [next(iter(cats))]))
+    records = diff(made.root, "HEAD~1:merged@lora", "merged@lora")["records"]
+    assert records is not None
+    assert {(one["before"]["example_id"], one["after"]["example_id"]) for one in records["changed"]} == {
+        (identity(before), identity(after)) for before, after in (("cats", "lions"), ("felines", "big felines"), ("dogs", "wolves"))
+    }
+    assert [one["example_id"] for one in records["added"]] == [identity("hounds")] and not records["removed"]
+
+
 def test_a_file_in_a_folder_that_is_a_source_is_found_by_its_hash(made: Project) -> None:
     """Of two versions of the folder, the one that has this file."""
     name, hashes = "data/sources/web/a.jsonl", {version: hashlib.sha256(version.encode()).hexdigest() for version in ("first", "second")}
