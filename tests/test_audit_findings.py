@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import sqlite3
 import subprocess
 import threading
@@ -209,6 +210,25 @@ def test_a_question_that_cannot_be_answered_is_refused(made: Project, wrong: lis
     made.commit(lock)
     done = pedigree(made.root, "impact", *wrong)
     assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+def test_what_a_shallow_clone_lacks_is_not_called_uncommitted(made: Project, tmp_path: Path) -> None:
+    """The runs of the first commit are in DVC's run cache; the clone has the second one alone."""
+    locks = [made.trained(made.curated([(text, "train", FAQ), *ROWS[1:]]), [text, "dogs"]) for text in ("lions", "cats")]
+    for lock in locks:
+        for stage in lock.values():
+            made.cache_run(stage)
+        made.commit(lock)
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{made.root}", str(clone))
+    shutil.copytree(made.root / ".dvc" / "cache", clone / ".dvc" / "cache")
+    found = impact(clone, record=identity("lions"))
+    assert "in no commit of this shallow clone, in DVC's run cache" in as_text(found) and "never committed" not in as_text(found)
+    lions = locks[0]["merged@lora"]["outs"][0]["md5"]
+    assert "commit unknown, without the commits that this shallow clone lacks" in audit_text(audit(clone, lions))
+    git(made.root, "rm", "-q", "--cached", "dvc.lock")
+    git(made.root, "commit", "-qm", "without")
+    assert "unknown" not in audit(made.root, lions)["code"], "a whole history knows the commit"
 
 
 def test_a_changed_row_and_its_paraphrase_are_two_changed_records(made: Project) -> None:
