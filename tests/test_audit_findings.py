@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import sqlite3
 import subprocess
 import threading
@@ -174,6 +175,21 @@ def test_characters_that_are_not_seen_hide_no_part_of_a_message(made: Project) -
         impact(made.root, containing="\u200b\u00ad")
 
 
+@pytest.mark.parametrize("regex", [False, True])
+def test_a_part_of_a_message_is_found_in_json_that_the_message_has(made: Project, regex: bool) -> None:
+    """An answer in JSON: letters as escapes, and a name after a line break, which is written as a letter; also JSON in JSON, and after other text."""
+    letter = json.dumps({"text": "Dear\nZephyrine Okonkwo", "by": "Zoë 山田"})
+    asked = ["zephyrine okonkwo", "zoë", "山田"]
+    for text in (letter, f'a 5" pipe, so:\n```json\n{letter}\n```', json.dumps({"arguments": letter})):
+        made.commit(made.trained(made.curated([(text, "train", FAQ), *ROWS[1:]]), [text, "dogs"]))
+        for part in asked:
+            matches = impact(made.root, containing=part, regex=regex)["matches"]
+            assert identity(text) in {match["example_id"] for match in matches}, (text, part)
+            assert all(part in match["excerpt"].casefold() for match in matches)
+    made.commit(made.trained(made.curated([(r"the density \rho and C:\new", "train", FAQ), *ROWS[1:]]), ["dogs"]))
+    assert not impact(made.root, containing="ho")["matches"] and not impact(made.root, containing="ew")["matches"], "no JSON"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -194,6 +210,59 @@ def test_a_question_that_cannot_be_answered_is_refused(made: Project, wrong: lis
     made.commit(lock)
     done = pedigree(made.root, "impact", *wrong)
     assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+def test_what_a_shallow_clone_lacks_is_not_called_uncommitted(made: Project, tmp_path: Path) -> None:
+    """The runs of the first commit are in DVC's run cache; the clone has the second one alone."""
+    locks = [made.trained(made.curated([(text, "train", FAQ), *ROWS[1:]]), [text, "dogs"]) for text in ("lions", "cats")]
+    for lock in locks:
+        for stage in lock.values():
+            made.cache_run(stage)
+        made.commit(lock)
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{made.root}", str(clone))
+    shutil.copytree(made.root / ".dvc" / "cache", clone / ".dvc" / "cache")
+    found = impact(clone, record=identity("lions"))
+    assert "in no commit of this shallow clone, in DVC's run cache" in as_text(found) and "never committed" not in as_text(found)
+    lions = locks[0]["merged@lora"]["outs"][0]["md5"]
+    assert "commit unknown, without the commits that this shallow clone lacks" in audit_text(audit(clone, lions))
+    git(made.root, "rm", "-q", "--cached", "dvc.lock")
+    git(made.root, "commit", "-qm", "without")
+    assert "unknown" not in audit(made.root, lions)["code"], "a whole history knows the commit"
+
+
+def test_a_changed_row_and_its_paraphrase_are_two_changed_records(made: Project) -> None:
+    """Both name the same source row; each is compared with the one of its kind, and the paraphrase that has none before is added."""
+    for cats, dogs in (({"cats": "felines"}, {}), ({"lions": "big felines"}, {"wolves": "hounds"})):
+        rows = [(text, "train", source) for text, source in ((next(iter(cats)), FAQ), (next(iter(dogs), "dogs"), MAIL))]
+        made.commit(made.trained(made.curated(rows, paraphrases=cats | dogs), [next(iter(cats))]))
+    records = diff(made.root, "HEAD~1:merged@lora", "merged@lora")["records"]
+    assert records is not None
+    assert {(one["before"]["example_id"], one["after"]["example_id"]) for one in records["changed"]} == {
+        (identity(before), identity(after)) for before, after in (("cats", "lions"), ("felines", "big felines"), ("dogs", "wolves"))
+    }
+    assert [one["example_id"] for one in records["added"]] == [identity("hounds")] and not records["removed"]
+
+
+def test_a_file_in_a_folder_that_is_a_source_is_found_by_its_hash(made: Project) -> None:
+    """Of two versions of the folder, the one that has this file."""
+    name, hashes = "data/sources/web/a.jsonl", {version: hashlib.sha256(version.encode()).hexdigest() for version in ("first", "second")}
+    models = {}
+    for version, sha256 in hashes.items():
+        lock = made.lock([(version, "train", name), ("dogs", "test", "data/sources/web/b.jsonl")])
+        files = {"a.jsonl": {"rows": 1, "sha256": sha256}, "b.jsonl": {"rows": 1, "sha256": "0" * 64}}
+        folder = {"rows": 2, "format": "text", "license": "MIT", "sha256": hashlib.sha256(sha256.encode()).hexdigest(), "files": files}
+        lock["splits"]["outs"][1] |= made.report("splits", {"passed": True, "sources": {"data/sources/web": folder}})
+        made.commit(lock)
+        models[version] = lock["adapter@lora"]["outs"][0]["md5"]
+    for version, sha256 in hashes.items():
+        [model] = [one for one in impact(made.root, content=sha256[:12])["models"] if one["stage"] == "adapter@lora"]
+        assert model["md5"] == models[version] and model["seen"][0]["splits"] == {"train": 1}
+    beside = made.root / "copy.jsonl"
+    beside.write_text("first")
+    with pytest.raises(InputError, match="not a name that a run read it by") as refused:
+        impact(made.root, source=str(beside))
+    assert name in refused.value.hint
 
 
 def test_a_file_that_stages_only_compare_with_was_not_trained_on(made: Project) -> None:

@@ -178,6 +178,23 @@ def test_a_text_is_found_in_every_container_and_another_text_in_none(tmp_path: P
     assert scanner.unreadable == []
 
 
+def test_many_files_are_searched_at_once_and_each_holds_what_it_holds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of patterns take longer to prepare than a small file takes to search."""
+    scanner = Scanner(needles_of([SECRET], [], []))
+    paths = [*hidden(tmp_path, SECRET).values(), tmp_path / "gone"]
+    for i in range(300):
+        paths.insert(i % len(paths), tmp_path / f"{i}.txt")
+        paths[i % len(paths)].write_text(SECRET if i % 7 == 0 else "another text")
+    alone = [scanner.file(path) for path in paths]
+    searches = []
+    search_waiting = Scanner._search_waiting
+    monkeypatch.setattr(Scanner, "_search_waiting", lambda self: searches.append(1) or search_waiting(self))  # type: ignore[func-returns-value]
+    assert scanner.files(paths) == alone and alone.count(set()) == 258 and len(searches) <= 3
+    assert scanner.contents(("", path.read_bytes()) for path in paths if path.exists()) == [
+        kinds for path, kinds in zip(paths, alone, strict=True) if path.exists()
+    ]
+
+
 def test_an_archive_that_cannot_be_opened_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not a table")
     scanner = Scanner(needles_of([SECRET], [], []))

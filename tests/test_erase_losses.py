@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.history import Project, identity
 
 from dagster_project.commands.erase_certificate import _membership, _membership_lines
 from dagster_project.core.chat import encode_record
@@ -117,8 +118,24 @@ def test_controls_are_those_that_the_model_never_saw(tmp_path: Path) -> None:
     split(tmp_path, train=[ERASED], validation=[UNSEEN[0]], test=[near, same_prompt, UNSEEN[0], *UNSEEN[1:4]])
     found = membership._controls(tmp_path, MODEL, membership.CONVERSATIONS, {UNSEEN[1]["example_id"]})
     assert {row["example_id"] for row in found} == {row["example_id"] for row in UNSEEN[2:4]}
-    [trained] = membership.trained_records(tmp_path, [ERASED["example_id"], UNSEEN[1]["example_id"]], KEY)
+    [trained] = membership.trained_records(tmp_path, [ERASED["example_id"], UNSEEN[1]["example_id"]], KEY, [MODEL])
     assert trained["mark"] == record_mark(KEY, ERASED["example_id"]) and trained["messages"] == ERASED["messages"]
+
+
+def test_only_models_that_reached_a_record_were_trained_on_it(tmp_path: Path) -> None:
+    """Both records are in the training split; the training ended after the first."""
+    made = Project(tmp_path)
+    made.commit(made.lock([("cats", "train", "a.jsonl"), ("dogs", "train", "a.jsonl")], trained=["cats"]))
+    rows = [record(f"What of {text}?", f"All about {text}.") for text in ("cats", "dogs")]
+    split(tmp_path, train=rows)
+    ids = [row["example_id"] for row in rows]
+    assert ids == [identity("cats"), identity("dogs")]
+    found = membership.trained_records(tmp_path, ids, KEY, ["merged@lora", "adapter@lora", "merged@renamed"])
+    assert [(one["mark"], one["models"]) for one in found] == [
+        (record_mark(KEY, ids[0]), ["merged@lora", "merged@renamed"]),
+        (record_mark(KEY, ids[1]), ["merged@renamed"]),
+    ], "of the last one nothing is known"
+    assert [*membership._kinds("merged@lora", found[1:])] == [] and [*membership._kinds("merged@lora", found)] == ["conversations"]
 
 
 def state(address: str, out: str, version: str, problem: str = "") -> StageState:
@@ -139,7 +156,7 @@ def test_a_model_that_cannot_be_loaded_is_not_measured(tmp_path: Path, now: str,
     (tmp_path / "params.yaml").write_text("compute: {seed: 7, threads: 1, dtype: float32}\nevaluation: {}\n")
     (tmp_path / "data/merged/lora").mkdir(parents=True)
     states = {MODEL: state(MODEL, "data/merged/lora", now, problem), "base_model": state("base_model", "data/base_model", "b")}
-    erased = membership.trained_records(tmp_path, [ERASED["example_id"]], KEY)
+    erased = membership.trained_records(tmp_path, [ERASED["example_id"]], KEY, [MODEL])
     found = membership._measure(tmp_path, states, MODEL, "md5", membership.CONVERSATIONS, erased, [ERASED["example_id"]])
     assert found["not measured"].startswith(why)
 

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from builders.history import Project, identity
-from builders.small_pipeline import git
+from builders.small_pipeline import commit, git
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes
@@ -54,6 +55,24 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def found_in(root: Path, remotes: Remotes | None = None) -> Search:
     return search(root, Scanner(needles_of([SECRET], [], [])), remotes or Remotes(root / ".dvc/cache"))
+
+
+def test_other_work_trees_of_the_repository_are_searched_and_nothing_there_is_deleted(bare: Path) -> None:
+    """A linked one beside the project, one in the project, one whose folder is gone; and the main one, seen from a linked one."""
+    beside, inside, gone = bare.parent / "beside it", bare / "inside", bare.parent / "gone"
+    (bare / "data/pages").mkdir(parents=True)
+    (bare / "data/pages/a.html").write_text(SECRET)
+    git(bare, "init", "-q")
+    commit(bare)
+    for number, folder in enumerate((beside, inside, gone)):
+        git(bare, "worktree", "add", "-q", "-b", f"b{number}", str(folder))
+    shutil.rmtree(gone)
+    found = {place: [hit.path for hit in hits] for place, hits in found_in(bare).places.items()}
+    assert found == {
+        "pages": [bare / "data/pages/a.html"], "other files": [inside / "data/pages/a.html"], "other work trees of git": [beside / "data/pages/a.html"]
+    }  # fmt: skip
+    from_linked = {hit.path for hit in found_in(beside).places["other work trees of git"]}
+    assert from_linked == {bare / "data/pages/a.html", inside / "data/pages/a.html"}
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from dagster_project.core.text import visible
 from dagster_project.lineage import tables
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import NON_METRICS, Subject, document, find, unavailable_reports, unrecorded
+from dagster_project.lineage.rows import AUGMENTED
 from dagster_project.lineage.run_index import SPLIT
 from dagster_project.lineage.runs import StageRun, fetch_hint
 
@@ -20,6 +23,16 @@ SHOWN = 20
 
 SourceRow = tuple[str, int | None]
 """(source, row in it from 0, or None if unknown)."""
+
+
+@dataclass
+class _Record:
+    """Where a record is, and where it is from."""
+
+    splits: list[str] = field(default_factory=list)
+    rows: list[SourceRow] = field(default_factory=list)
+    kind: str = ""
+    """How it was made from another record of the same source row: "augmented:paraphrase"; empty for others."""
 
 
 def diff(root: Path, before: str, after: str, rev: str | None = None, against_rev: str | None = None) -> dict[str, Any]:
@@ -102,20 +115,14 @@ def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, 
         return None, missing
     old, new = rows_of
     removed, added = old.keys() - new.keys(), new.keys() - old.keys()
-    rows_before = {source_row: identity for identity in removed for _, source_rows in [old[identity]] for source_row in source_rows}
-    changed = {
-        identity: former
-        for identity in added
-        for source_row in new[identity][1]
-        if (former := rows_before.get(source_row)) is not None and source_row[1] is not None
-    }
+    changed = _changed({one: record for one, record in old.items() if one in removed}, {one: new[one] for one in new if one in added})
 
-    def describe(identity: str, rows: Mapping[str, tuple[list[str], list[SourceRow]]]) -> dict[str, Any]:
-        splits, source_rows = rows[identity]
+    def describe(identity: str, records: Mapping[str, _Record]) -> dict[str, Any]:
+        record = records[identity]
         return {
             "example_id": identity,
-            "splits": splits,
-            "rows": [f"{source}:{row}" if row is not None else source for source, row in source_rows],
+            "splits": record.splits,
+            "rows": [f"{source}:{row}" if row is not None else source for source, row in record.rows],
         }
 
     return {
@@ -125,9 +132,25 @@ def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, 
         "moved": [
             {"before": describe(identity, old), "after": describe(identity, new)}
             for identity in sorted(old.keys() & new.keys())
-            if old[identity][0] != new[identity][0]
+            if old[identity].splits != new[identity].splits
         ],
     }, []
+
+
+def _changed(removed: Mapping[str, _Record], added: Mapping[str, _Record]) -> dict[str, str]:
+    """Added record -> the removed one of the same source row. A row can have several records, such as augmented copies: each is paired with one of its kind."""
+    of_row: dict[tuple[SourceRow, str], list[str]] = defaultdict(list)
+    for identity, record in removed.items():
+        for row in record.rows:
+            of_row[row, record.kind].append(identity)
+    changed: dict[str, str] = {}
+    taken = set[str]()
+    for identity, record in added.items():
+        former = (one for row in record.rows if row[1] is not None for one in of_row.get((row, record.kind), ()) if one not in taken)
+        if (one := next(former, None)) is not None:
+            changed[identity] = one
+            taken.add(one)
+    return changed
 
 
 def _up_to_splits(subject: Subject) -> list[StageRun]:
@@ -139,10 +162,10 @@ def _up_to_splits(subject: Subject) -> list[StageRun]:
     return [*subject.models, *upstream]
 
 
-def _split_rows(subject: Subject) -> tuple[dict[str, tuple[list[str], list[SourceRow]]], list[StageRun]]:
-    """example_id -> (splits, source rows), over every data set with splits; and the runs whose outputs are unavailable."""
+def _split_rows(subject: Subject) -> tuple[dict[str, _Record], list[StageRun]]:
+    """example_id -> record, over every data set with splits; and the runs whose outputs are unavailable."""
     index = subject.index
-    rows: dict[str, tuple[list[str], list[SourceRow]]] = {}
+    records: dict[str, _Record] = {}
     unavailable = [
         original for model in subject.models if index.has_unknown_original(model) for original in index.unavailable_originals(model)
     ]
@@ -159,16 +182,18 @@ def _split_rows(subject: Subject) -> tuple[dict[str, tuple[list[str], list[Sourc
             continue
         ledger = index.file_path(md5, "ledger.parquet")
         rows_by_id: dict[str, list[SourceRow]] = {}
-        for row in tables.read(ledger, ["source", "source_row", "example_id"]).rows(named=True) if ledger else []:
+        kinds: dict[str, str] = {}
+        for row in tables.read(ledger, ["source", "source_row", "example_id", "outcome"]).rows(named=True) if ledger else []:
             rows_by_id.setdefault(row["example_id"], []).append((row["source"], row["source_row"]))
+            if (row["outcome"] or "").startswith(AUGMENTED):
+                kinds[row["example_id"]] = row["outcome"]
         for split, path in shards:
             for row in tables.read(path, ["example_id", "source"]).rows(named=True):
-                splits, known = rows.setdefault(row["example_id"], ([], []))
-                splits += [split] if split not in splits else []
-                known += [
-                    source_row for source_row in rows_by_id.get(row["example_id"], [(row["source"], None)]) if source_row not in known
-                ]
-    return rows, unavailable
+                record = records.setdefault(row["example_id"], _Record(kind=kinds.get(row["example_id"], "")))
+                record.splits += [split] if split not in record.splits else []
+                known = rows_by_id.get(row["example_id"], [(row["source"], None)])
+                record.rows += [source_row for source_row in known if source_row not in record.rows]
+    return records, unavailable
 
 
 def as_text(difference: Mapping[str, Any]) -> str:

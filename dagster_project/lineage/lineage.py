@@ -36,6 +36,7 @@ ORIGIN = ("origin", "revision", "license", "parameters", "sha256")
 """Keys of a report on imported weights."""
 NOTHING_RECORDS_IT = "no commit and no entry of DVC's run cache has the run that produced it"
 NOWHERE = "in no commit and no cache here"
+SHALLOW = "the commits that this shallow clone lacks (`git fetch --unshallow` brings them)"
 NON_METRICS = {"checks", "environment", "machine", "passed", "output_sha256"}
 """Keys of a report that are not metrics."""
 
@@ -409,7 +410,13 @@ def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
     same = {"same_bytes_at": first} if first != commit else {}
     earlier = {"or_earlier": True} if commit in index.history.boundary else {}
     is_lost = index.history.unreadable if commit is None else commit in index.history.moved
-    return {"commit": commit, **same, **earlier, **({"unknown": index.history.lost} if is_lost else {})}
+    lost = [*(index.history.lost if is_lost else ()), *([SHALLOW] if commit is None and _may_be_before(index, run) else ())]
+    return {"commit": commit, **same, **earlier, **({"unknown": lost} if lost else {})}
+
+
+def _may_be_before(index: Index, run: StageRun) -> bool:
+    """Whether a run that no commit here contains may be in one that a shallow clone lacks: it is not one that only the workspace has."""
+    return index.history.shallow and not run.in_workspace
 
 
 def _code(subject: Subject) -> dict[str, Any]:
@@ -418,7 +425,7 @@ def _code(subject: Subject) -> dict[str, Any]:
     Returns:
         {"commit": the first that records this run of the model, "lineage_at": the first that also records all stages before it, if it contains the code and parameters of all, else None, "clean", "files": {path: md5} as in `code_in`, "stages": {address: {"commit", "clean"}}}. Where
         applicable also "differs" (paths with other content in the commit of their stage, also per stage), "uncommitted" (stages whose run no commit
-        contains), "same_bytes_at" (an earlier commit, in which another run gave the same bytes), "after" (the commit that uncommitted work is based
+        contains), "shallow" (commits that a shallow clone lacks may contain them), "same_bytes_at" (an earlier commit, in which another run gave the same bytes), "after" (the commit that uncommitted work is based
         on), and "package" (`code_lock.compare`), if the package is installed and not part of the project.
     """
     by_commit: dict[str | None, dict[str, dict[str, Any]]] = {}
@@ -436,12 +443,14 @@ def _code(subject: Subject) -> dict[str, Any]:
         stages[name] = {"commit": commit, "clean": commit is not None and not differing, **({"differs": differing} if differing else {})}
     differs = sorted({path for _, _, differing in code.values() for path in differing})
     uncommitted = [name for name, stage in stages.items() if stage["commit"] is None]
+    may_be_before = any(_may_be_before(index, stage) for stage in order if stages[names[stage.path, stage.md5]]["commit"] is None)
     return {
         **_commit_facts(index, run),
         "lineage_at": _commit_with_all(index, {name: entry for entries in by_commit.values() for name, entry in entries.items()}, order),
         "clean": all(stage["clean"] for stage in stages.values()),
         **({"differs": differs} if differs else {}),
         **({"uncommitted": uncommitted, "after": commit_of(index.root, "HEAD")} if uncommitted else {}),
+        **({"shallow": True} if may_be_before else {}),
         "files": dict(sorted(files.items())),
         "stages": stages,
         **({"package": code_lock.compare(index.root, recorded)} if any(recorded.values()) else {}),

@@ -497,11 +497,17 @@ class RunIndex(Database):
         return [md5 for md5 in self.runs_by_output if md5.startswith(prefix)]
 
     def outputs_by_source_hash(self, sha256: str) -> dict[str, frozenset[str]]:
-        """Source -> hashes of the outputs made from the version of it whose sha256 has this prefix."""
+        """Source, or file in a folder that is one -> hashes of the outputs made from the version of it whose sha256 has this prefix."""
         outputs: dict[str, set[str]] = defaultdict(set)
         query = "SELECT run, source FROM origin WHERE sha256 >= ? AND sha256 < ?"
         for entry, source in self._db.execute(query, (sha256, sha256 + "g")):
             outputs[source].add(self._entries[entry].md5)
+        query = "SELECT DISTINCT id, report, report_md5 FROM run JOIN origin ON origin.run = run.id"
+        for entry, content in self._contents_of_reports(self._db.execute(query).fetchall()).items():
+            facts = json.loads(content).get("sources") if f'"{sha256}'.encode() in content else None
+            for source, files in [(source, one["files"]) for source, one in (facts or {}).items() if "files" in one]:
+                for name in (name for name, file in files.items() if file["sha256"].startswith(sha256)):
+                    outputs[f"{source.rstrip('/')}/{name}"].add(self._entries[entry].md5)
         return {source: frozenset(outs) for source, outs in outputs.items()}
 
     def matching_hashes(self, prefix: str) -> tuple[frozenset[str], frozenset[str]]:

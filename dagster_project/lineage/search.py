@@ -5,9 +5,11 @@ Texts of ASCII characters are searched by polars, a million in about a second; t
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +34,9 @@ INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u20
 UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 """Characters of scripts without spaces between words (Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese), and Hangul, where particles follow a name
 without one: no word boundary is required next to them."""
+ESCAPED = r'"[^"]*\\'
+"""In a text that may contain a JSON string with escapes."""
+JSON_STRING = re.compile(r'(?<![\w\\])"(?:[^"\\]|\\.)*"', re.DOTALL)
 CONTEXT = 40
 """Characters of an excerpt on either side of a match."""
 
@@ -44,6 +49,21 @@ def normalized(text: str) -> str:
 def _forms(text: str) -> tuple[str, ...]:
     """The texts to search: a zero-width space is invisible within a word, and separates words in Thai, Khmer or Chinese."""
     return (normalized(text), normalized(text.replace("\u200b", " "))) if "\u200b" in text else (normalized(text),)
+
+
+def _json_strings(text: str) -> Iterator[str]:
+    r"""The JSON strings in a text that have escapes, without these: '{"name": "Zo\u00eb\n", "n": "x"}'  ->  "Zoë" and a line break."""
+    for literal in JSON_STRING.findall(text):
+        if "\\" in literal:
+            with suppress(ValueError):  # a string of another language
+                yield json.loads(literal, strict=False).encode("utf-8", "replace").decode()
+
+
+def _with_strings(text: str) -> Iterator[str]:
+    """A text and the JSON strings in it, also those in these."""
+    yield text
+    for one in _json_strings(text):
+        yield from _with_strings(one)
 
 
 def _has_boundary(char: str) -> bool:
@@ -86,7 +106,18 @@ class Pattern:
             ) from None
 
     def matches_of(self, texts: pl.Series) -> list[int]:
-        """Indices of the texts that match; null does not. Raises ComputeError if Rust's `regex` does not know the expression."""
+        """Indices of the texts that match, or a JSON string in them; null does not. Raises ComputeError if Rust's `regex` does not know the expression."""
+        import polars as pl
+
+        escaped = texts.str.contains(ESCAPED).fill_null(False).arg_true()
+        inside = [
+            (i, one) for i, text in zip(escaped.to_list(), texts.gather(escaped).to_list(), strict=True) for one in _json_strings(text)
+        ]
+        matching = self.matches_of(pl.Series([one for _, one in inside], dtype=pl.String)) if inside else []
+        return sorted({*self._matches_of(texts), *(inside[number][0] for number in matching)})
+
+    def _matches_of(self, texts: pl.Series) -> list[int]:
+        """As `matches_of`, of the texts themselves."""
         if self.regex:
             normalized_texts = [texts.str.normalize(form).str.replace_all(r"\s+", " ").str.strip_chars() for form in self.forms]
             return reduce(or_, [one.str.contains(f"(?i){self.ascii}").fill_null(False) for one in normalized_texts]).arg_true().to_list()
@@ -98,11 +129,15 @@ class Pattern:
             for i, text in zip(others.to_list(), texts.gather(others).to_list(), strict=True)
             if any(map(self.python.search, _forms(text)))
         ]
-        return sorted([*found, *matching])
+        return [*found, *matching]
 
     def excerpt(self, text: str) -> str:
         """The match in the normalized text, with what is around it."""
-        flats = [" ".join(unicodedata.normalize(form, text).split()) for form in self.forms] if self.regex else _forms(text)
+        flats = [
+            flat
+            for one in _with_strings(text)
+            for flat in ([" ".join(unicodedata.normalize(form, one).split()) for form in self.forms] if self.regex else _forms(one))
+        ]
         matches = [match for match in map(self.python.search, flats) if match]
         flat, (start, end) = (matches[0].string, matches[0].span()) if matches else (flats[0], (0, 0))
         cut = flat[max(0, start - CONTEXT) : end + CONTEXT]
@@ -110,7 +145,7 @@ class Pattern:
 
 
 def search(index: Index, text: str, regex: bool = False) -> list[dict[str, Any]]:
-    """Every record with a message that contains a text: ignoring case, compatibility forms (NFKC), whitespace and
+    """Every record with a message that contains a text, also in a JSON string with escapes: ignoring case, compatibility forms (NFKC), whitespace and
     invisible characters; between word boundaries.
 
     Args:

@@ -60,6 +60,8 @@ def code_text(code: Mapping[str, Any]) -> str:
         )
     if code["commit"] is None or not code.get("uncommitted"):
         return commit_text(code)
+    if code.get("shallow"):
+        return f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are in no commit of this shallow clone (`git fetch --unshallow`)"
     return f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are uncommitted, after {(code['after'] or 'no commit')[:12]}"
 
 

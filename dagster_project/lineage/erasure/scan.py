@@ -34,7 +34,7 @@ TEXT, ID, SURE = "text", "id", "sure"
 
 
 class Scanner:
-    """Searches bytes for some needles."""
+    """Searches bytes for some needles. To prepare thousands of patterns takes longer than to search a small file, so many are searched at once."""
 
     def __init__(self, needles: Needles) -> None:
         self.needles = needles
@@ -42,57 +42,97 @@ class Scanner:
         self.overlap = max(map(len, self.patterns), default=1) - 1
         self.unreadable: list[str] = []
         """Archives that could not be opened: searched as they are."""
+        self._waiting: list[tuple[bytes, set[int | None]]] = []
+        """What is searched next, each with the set that gets what is found in it."""
+        self._waiting_bytes = 0
+
+    def files(self, paths: Iterable[Path]) -> list[set[str] | OSError]:
+        """Kinds of what each file holds: TEXT, ID, SURE; or why it cannot be read. A file that ends to exist meanwhile holds nothing."""
+        found = [self._file(path) for path in paths]
+        self._search_waiting()
+        return [one if isinstance(one, OSError) else self._kinds(one) for one in found]
 
     def file(self, path: Path) -> set[str]:
-        """Kinds of what a file holds: TEXT, ID, SURE. A file that ends to exist meanwhile holds nothing.
+        """As `files`, for one.
 
         Raises:
             OSError: it cannot be read.
         """
-        try:
-            with path.open("rb") as file:
-                head = file.read(8)
-                file.seek(0)
-                found = self._content(file.read(), str(path), 0) if _is_packed(head) else self._stream(file)
-        except FileNotFoundError:
-            return set()
-        return self._kinds(found)
+        (kinds,) = self.files([path])
+        if isinstance(kinds, OSError):
+            raise kinds
+        return kinds
+
+    def contents(self, given: Iterable[tuple[str, bytes]]) -> list[set[str]]:
+        """As `files`, for bytes.
+
+        Args:
+            given: (name, bytes) of each.
+        """
+        found: list[set[int | None]] = []
+        for name, data in given:
+            found.append(set())
+            self._content(data, name, 0, found[-1])
+        self._search_waiting()
+        return [*map(self._kinds, found)]
 
     def content(self, data: bytes, name: str = "") -> set[str]:
-        """As `file`, for bytes."""
-        return self._kinds(self._content(data, name, 0))
+        """As `contents`, for one."""
+        return self.contents([(name, data)])[0]
 
     def _kinds(self, found: set[int | None]) -> set[str]:
         fragments = {number for number in found if number is not None}
         kinds = {(TEXT, bool(fragments)), (ID, None in found), (SURE, None in found or self.needles.are_apart(fragments))}
         return {kind for kind, holds in kinds if holds}
 
-    def _stream(self, file: Any) -> set[int | None]:
+    def _file(self, path: Path) -> set[int | None] | OSError:
         found: set[int | None] = set()
-        tail = b""
-        while block := file.read(BLOCK):
-            found |= self._search(tail + block)
-            tail = block[-self.overlap :] if self.overlap else b""
+        try:
+            with path.open("rb") as file:
+                head = file.read(8)
+                file.seek(0)
+                if _is_packed(head):
+                    self._content(file.read(), str(path), 0, found)
+                else:
+                    self._stream(file, found)
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            return error
         return found
 
-    def _content(self, data: bytes, name: str, depth: int) -> set[int | None]:
-        found = self._stream(io.BytesIO(data))
+    def _stream(self, file: Any, found: set[int | None]) -> None:
+        tail = b""
+        while block := file.read(BLOCK):
+            self._waiting.append((tail + block, found))
+            self._waiting_bytes += len(tail) + len(block)
+            if self._waiting_bytes >= BLOCK:
+                self._search_waiting()
+            tail = block[-self.overlap :] if self.overlap else b""
+
+    def _content(self, data: bytes, name: str, depth: int, found: set[int | None]) -> None:
+        self._stream(io.BytesIO(data), found)
         if depth < DEEPEST and _is_packed(data[:8]):
             try:
                 for part in _unpacked(data):
-                    found |= self._content(part, name, depth + 1)
+                    self._content(part, name, depth + 1, found)
             except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError):
                 self.unreadable.append(name)
-        return found
 
-    def _search(self, data: bytes) -> set[int | None]:
-        """Positions of the fragments that some bytes hold; None if they hold an id."""
+    def _search_waiting(self) -> None:
+        """Search what waits: add the positions of the fragments that it holds, and None if it holds an id."""
         import polars as pl
 
-        series, patterns = pl.Series([data.decode("latin-1")]), list(self.patterns)
-        if not patterns or not series.str.contains_any(patterns)[0]:
-            return set()
-        return {self.patterns[one] for one in series.str.extract_many(patterns, overlapping=True)[0]}
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        series, patterns = pl.Series([data.decode("latin-1") for data, _ in waiting], dtype=pl.String), list(self.patterns)
+        if not patterns or not waiting:
+            return
+        holding = series.str.contains_any(patterns).arg_true()
+        if len(holding):
+            for i, held in zip(
+                holding.to_list(), series.gather(holding).str.extract_many(patterns, overlapping=True).to_list(), strict=True
+            ):
+                waiting[i][1].update(self.patterns[one] for one in held)
 
 
 def _is_packed(head: bytes) -> bool:

@@ -36,7 +36,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines.append("")
     for model in result["models"]:
         aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
-        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model)}{aliases}")
+        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model, result['shallow'])}{aliases}")
         if "registered" in model:
             from dagster_project.views.lineage import versions_text
 
@@ -47,7 +47,7 @@ def as_text(result: Mapping[str, Any]) -> str:
                 f"  perhaps more: {', '.join(output['path'] for output in missing)} could not be looked at; fetch: {model['fetch']}"
             )
     lines += [""] if versions else []
-    lines += _watched_text(result.get("watched", []))
+    lines += _watched_text(result.get("watched", []), result["shallow"])
     seen = result["looked_at"]
     answers = {
         "yes": f"{versions} model version{'' if versions == 1 else 's'} saw it",
@@ -85,29 +85,29 @@ def as_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _watched_text(models: Sequence[Mapping[str, Any]]) -> list[str]:
+def _watched_text(models: Sequence[Mapping[str, Any]], shallow: bool) -> list[str]:
     """Models that only were measured by one that saw the record."""
     if not models:
         return []
     lines = ["watched by a model that saw it, and not trained on it:"]
     for model in models:
         aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
-        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model)}{aliases}")
+        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model, shallow)}{aliases}")
         for one in model["watched_by"]:
             training = f" during {one['training']}" if one["training"] != model["stage"] else ""
             lines += [f"  watched by {one['by']} {one['md5'][:12]}{training}: {_exposure_text(seen, one)}" for seen in one["seen"]]
     return [*lines, ""]
 
 
-def _where(model: Mapping[str, Any]) -> str:
+def _where(model: Mapping[str, Any], shallow: bool) -> str:
     """Where a model is recorded."""
     if model["found_in"] == "commit":
         return f"commit {model['commit'][:12]}"
     if model["found_in"] == "reflog":
         return f"commit {model['commit'][:12]}, in no branch or tag but in the reflog"
-    return {"workspace": "uncommitted", "run cache": "never committed, in DVC's run cache", "cache": "never committed, in DVC's cache"}[
-        model["found_in"]
-    ]
+    if model["found_in"] == "workspace":
+        return "uncommitted"
+    return f"{'in no commit of this shallow clone' if shallow else 'never committed'}, in DVC's {model['found_in']}"
 
 
 def _shortened(values: Sequence[object]) -> str:

@@ -12,6 +12,8 @@ from dagster_project.lineage.erasure.scan import SURE, Scanner
 MAGIC = b"SQLite format 3\0"
 LONGEST_WAIT = 30.0
 """Seconds to wait for another process that writes."""
+ROWS = 1000
+"""Rows that are searched at once."""
 ENDINGS = ("-wal", "-shm", "-journal")
 """Of the files that SQLite keeps next to a database."""
 
@@ -58,11 +60,10 @@ def _clean_table(db: sqlite3.Connection, name: str, scanner: Scanner, only_sure:
         table = db.execute(f'SELECT rowid, * FROM "{quoted}"')
     except sqlite3.OperationalError:  # WITHOUT ROWID: keys of counters
         return
-    found = []
-    for row in table:
-        kinds = scanner.content(b"\n".join(filter(None, map(_bytes, row[1:]))))
-        if SURE in kinds or (kinds and not only_sure):
-            found.append((row[0],))
+    found: list[tuple[int]] = []
+    while rows := table.fetchmany(ROWS):
+        held = scanner.contents(("", b"\n".join(filter(None, map(_bytes, row[1:])))) for row in rows)
+        found += [(row[0],) for row, kinds in zip(rows, held, strict=True) if SURE in kinds or (kinds and not only_sure)]
     db.executemany(f'DELETE FROM "{quoted}" WHERE rowid = ?', found)
 
 

@@ -88,9 +88,8 @@ class GitSearch:
 
     def _search(self, names: list[str]) -> None:
         contents = blobs(self.root, names)
-        for name, content in contents.items():
-            if self.scanner.content(content, f"git blob {name[:12]}"):
-                self.found[name] = len(content)
+        kinds = self.scanner.contents((f"git blob {name[:12]}", content) for name, content in contents.items())
+        self.found |= {name: len(content) for (name, content), held in zip(contents.items(), kinds, strict=True) if held}
         lost = [name for name in names if name not in contents]
         if len(lost) == 1:
             self.unreadable += 1

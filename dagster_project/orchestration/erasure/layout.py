@@ -25,6 +25,7 @@ FOLDERS = {
 """Folder -> name of the place, for files of the project. In those of DVC people's experiments can be, so nothing there is deleted."""
 DAGSTER_FOLDERS = ("history", "schedules", "storage")
 """Folders of Dagster's home that Dagster fills: event log and runs, schedules, logs and values."""
+WORK_TREES = "other work trees of git"
 DVC_FOLDERS = ("files", "runs")
 """Folders of DVC's caches and remotes."""
 
@@ -39,6 +40,8 @@ class Layout:
     """Dagster's home."""
     tracked: frozenset[Path]
     """Files in Dagster's home that git tracks: never Dagster's."""
+    work_trees: tuple[Path, ...] = ()
+    """The project's folder in the other work trees of its repository. Nothing there is deleted."""
 
     @property
     def owns_cache(self) -> bool:
@@ -53,6 +56,7 @@ class Layout:
                 yield from (folder / part for part in parts if not (folder / part).is_relative_to(self.root))
             elif not folder.is_relative_to(self.root):
                 yield folder
+        yield from self.work_trees
 
     def _outside(self) -> Iterator[tuple[Path, tuple[str, ...]]]:
         yield self.remotes.cache, DVC_FOLDERS
@@ -74,7 +78,7 @@ class Layout:
         if self._is_dagster(path):
             return EVENT_LOG
         if not path.is_relative_to(self.root):
-            return "files outside the project"
+            return WORK_TREES if any(map(path.is_relative_to, self.work_trees)) else "files outside the project"
         relative = path.relative_to(self.root).as_posix()
         return next((name for folder, name in FOLDERS.items() if relative.startswith(f"{folder}/")), "other files")
 
@@ -94,4 +98,15 @@ def dagster_home(root: Path) -> Path:
 def layout_of(root: Path, remotes: Remotes) -> Layout:
     home = dagster_home(root)
     listed = git(home, "ls-files", "-z") if home.is_dir() else None
-    return Layout(root.resolve(), remotes, home, frozenset(home / name for name in (listed or "").split("\0") if name))
+    tracked = frozenset(home / name for name in (listed or "").split("\0") if name)
+    return Layout(root.resolve(), remotes, home, tracked, (*_work_trees(root.resolve()),))
+
+
+def _work_trees(root: Path) -> Iterator[Path]:
+    """The project's folder in the other work trees of its repository."""
+    inside = (git(root, "rev-parse", "--show-prefix") or "").strip()
+    for entry in (git(root, "worktree", "list", "--porcelain") or "").split("\n\n"):
+        first, *more = entry.splitlines() or [""]
+        folder = Path(first.removeprefix("worktree "), inside).resolve()
+        if first and "bare" not in more and folder != root and folder.is_dir():
+            yield folder

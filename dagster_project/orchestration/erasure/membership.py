@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from dagster_project.core.workers import LocalProcesses
 from dagster_project.curation.sources.erased import record_mark
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.erasure.likelihoods import Loss, compare
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import find, trained_on
+from dagster_project.lineage.rows import ORDER_UNKNOWN
 from dagster_project.orchestration import dvc
 
 BASE_MODEL = "base_model"
@@ -41,15 +44,30 @@ class Work:
     name: str
 
 
-def trained_records(root: Path, ids: Sequence[str], key: bytes) -> list[dict[str, Any]]:
-    """The records with some ids that are in a training split of the workspace, by keyed hash, with what is needed to measure them."""
+def trained_records(root: Path, ids: Sequence[str], key: bytes, models: Iterable[str]) -> list[dict[str, Any]]:
+    """The records with some ids that models of the workspace were trained on, by keyed hash, with these models and what is needed to measure them."""
     wanted = {*ids}
-    return [
-        {"mark": record_mark(key, row["example_id"]), "kind": kind, **_measurable(row)}
-        for kind in DATA
-        for row in _split(root, kind, "train")
-        if row["example_id"] in wanted
-    ]
+    learned = {address: _learned(root, address) for address in models if address.partition("@")[0] in MEASURED}
+    found = []
+    for kind in DATA:
+        for row in (row for row in _split(root, kind, "train") if row["example_id"] in wanted):
+            by = [address for address, those in learned.items() if those is None or row["example_id"] in those]
+            found += [{"mark": record_mark(key, row["example_id"]), "kind": kind, "models": by, **_measurable(row)}] if by else []
+    return found
+
+
+def _learned(root: Path, address: str) -> set[str] | None:
+    """Ids of the records in the training steps of a model and of those that it was made from: training can end before others of its split, or leave them
+    out. None if unknown."""
+    index = Index(root)
+    try:
+        subject = find(index, address)
+    except InputError:  # under another name in the workspace
+        return None
+    records, missing = trained_on(subject)
+    if any(ORDER_UNKNOWN in (index.files(model.md5) or ()) for model in subject.models):
+        return None
+    return None if records is None or missing else {*records["example_id"].to_list()}
 
 
 def _split(root: Path, kind: str, name: str) -> list[dict[str, Any]]:
@@ -82,7 +100,7 @@ def measure(root: Path, erased: Sequence[Mapping[str, Any]], ids: Sequence[str],
 
 def _kinds(address: str, erased: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Kinds of erased records that a model was trained on."""
-    kinds = {record["kind"] for record in erased}
+    kinds = {record["kind"] for record in erased if address in record["models"]}
     yield from (kind for kind in DATA if kind in kinds and (kind == CONVERSATIONS or address.startswith(f"{ALIGNED}@")))
 
 
@@ -101,7 +119,7 @@ def _measure(
             return {"not measured": states[one].output_problem}
     if address not in states or states[address].version != md5:
         return {"not measured": "the model is not in the workspace"}
-    records = [record for record in erased if record["kind"] == kind]
+    records = [record for record in erased if record["kind"] == kind and address in record["models"]]
     controls = _controls(root, address, kind, {*ids})
     try:
         values = params.read(root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from dagster_project.orchestration.erasure.remotes import Remotes
 
 SKIPPED = (".git", ".venv", "__pycache__")
 """Folders that are not searched as files: git objects are searched decompressed, and the others hold code."""
+AT_ONCE = 256
+"""Files that are searched at once."""
 GIT, LARGE, SUBMODULES = "git history", "Git LFS and git-annex", "git submodules"
 
 
@@ -58,18 +61,29 @@ class Search:
     def _shown(self, path: Path) -> str:
         return path.relative_to(self.layout.root).as_posix() if path.is_relative_to(self.layout.root) else str(path)
 
-    def add(self, place: str, path: Path, scanner: Scanner) -> None:
-        """Search a file. One that another program deleted meanwhile holds nothing."""
+    def add(self, files: Iterable[tuple[str, Path]], scanner: Scanner) -> None:
+        """Search files, each with its place. One that another program deleted meanwhile holds nothing."""
+        searched = [(place, path) for place, path in files if not self._is_left_out(place, path)]
+        for (place, path), kinds in zip(searched, scanner.files(path for _, path in searched), strict=True):
+            if isinstance(kinds, OSError):
+                self.skip("files that cannot be read")
+            elif kinds:
+                with suppress(FileNotFoundError):
+                    self.places.setdefault(place, []).append(Hit(path, path.stat().st_size, SURE in kinds))
+
+    def _is_left_out(self, place: str, path: Path) -> bool:
+        """Count a file; whether it has weights or cannot be read."""
         try:
             self.files += 1
             if place != EVENT_LOG and is_weights(path):
                 self.weights += 1
-            elif kinds := scanner.file(path):
-                self.places.setdefault(place, []).append(Hit(path, path.stat().st_size, SURE in kinds))
+                return True
         except FileNotFoundError:
-            return
+            return True
         except OSError:
             self.skip("files that cannot be read")
+            return True
+        return False
 
     def skip(self, what: str, count: int = 1) -> None:
         if count:
@@ -86,9 +100,10 @@ def search(root: Path, scanner: Scanner, remotes: Remotes) -> Search:
     walk = Walk(SKIPPED)
     paths = [*_files(found.layout, walk)]
     bar = Progress("search", len(paths), "file")
-    for path in paths:
-        bar.advance()
-        found.add(found.layout.place(path), path, scanner)
+    for start in range(0, len(paths), AT_ONCE):
+        batch = paths[start : start + AT_ONCE]
+        found.add(((found.layout.place(path), path) for path in batch), scanner)
+        bar.advance(len(batch))
     found.skip("folders that cannot be read", len({*walk.unreadable}))
     found.skip("links to files and folders elsewhere", sum(1 for _ in _outward(walk.links, [*found.layout.folders()])))
     if is_in_repository(found.layout.root):
@@ -136,5 +151,4 @@ def _search_git(found: Search, scanner: Scanner, nested: Iterable[Path]) -> None
         for name, size in inner.found.items():
             found.places.setdefault(SUBMODULES, []).append(Hit(module / name, size, False))
     for large in (one / name for one in [folder, *submodules(folder, nested)] for name in LARGE_FILES):
-        for path in Walk().files(large):
-            found.add(LARGE, path, scanner)
+        found.add(((LARGE, path) for path in Walk().files(large)), scanner)

@@ -70,8 +70,8 @@ class Erasure:
     def losses_before(self) -> None:
         """Measure the losses of the records by the models that were trained on them."""
         ids = self.plan["ids"]
-        self.plan["trained"] = membership.trained_records(self.root, ids, usable_key(self.root))
         remade = {model["stage"]: model["md5"] for model in self.plan["models"] if model["outcome"] == REMAKE}
+        self.plan["trained"] = membership.trained_records(self.root, ids, usable_key(self.root), remade)
         self.plan["losses before"] = membership.measure(self.root, self.plan["trained"], ids, remade)
 
     def sources(self) -> None:
