@@ -112,7 +112,7 @@ def national_ids() -> tuple[tuple[Local, Callable[[str], bool]], ...]:
         ("[0-9]{6}-[0-9]{7}", rrn.is_valid),
         ("(?:[0-9]{2})?[0-9]{6}[-+][0-9]{4}", personnummer.is_valid),
     )
-    return tuple((Local(r"\w.,-", body, after=r"\w-", decimals=".,"), valid) for body, valid in table)
+    return tuple((Local(r"\w.,-", body, after=r"\w-", decimals="."), valid) for body, valid in table)
 
 
 def ids(text: str) -> Iterator[Span]:
@@ -124,7 +124,7 @@ def ids(text: str) -> Iterator[Span]:
 
 GAP = "[ .()/\u2010-\u2013\xa0-]"
 _INTERNATIONAL = Local(r"\w+", rf"\+\(?[1-9](?:{GAP}{{0,3}}[0-9]){{6,16}}")
-_alone = partial(Local, r"\w.,+-", after=r"\w-", decimals=".,")
+_alone = partial(Local, r"\w.,+-", after=r"\w-", decimals=".")
 _AMERICAN = _alone(r"(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[.-])[0-9]{3}[.-][0-9]{4}")
 _ZERO = _alone(r"\(?0(?:[1-9](?:[ .-][0-9]{2}){4}|[1-9][0-9]{1,3}\)?[ /-][0-9]{3,8}(?:[ -][0-9]{2,5}){0,3})", overlapping=True)
 _PAIRS = re.compile("[0-9]{2}(?:[ .-][0-9]{2}){4}")
