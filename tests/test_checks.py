@@ -244,6 +244,15 @@ def test_a_row_that_repeats_only_a_dropped_row_is_kept(action: Any) -> None:
     assert (conflict.reason, result("conflicting_responses", conflict).broken) == (["empty_response", None, last], [2])
 
 
+def test_a_copy_of_a_row_that_another_check_drops_is_kept() -> None:
+    tied, rated = pair() | {"margin": 0.0}, pair() | {"margin": 2.0}
+    assert judged([tied, rated, rated]).reason == ["tied_pair", None, "exact_duplicates"]
+    row = ask("Where is Ann?", "At ann@mail.org, as she says.")
+    waiver = Waiver(check="pii", rows=["rows.jsonl:1"], reason="public", expires=date(2999, 1, 1))
+    assert judged([row, row], Rules(waivers=[waiver])).reason == ["pii", None]
+    assert judged([row, row]).reason == ["pii", "pii"]
+
+
 def test_a_conflict_is_queued_for_review_and_decisions_are_applied() -> None:
     rows = CHECK_EXAMPLES["conflicting_responses"][1]
     first, second = (row["example_id"] for row in rows)
