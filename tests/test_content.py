@@ -86,6 +86,8 @@ BAD: dict[str, list[Record]] = {
         ask("Name three rivers in France.", "name three rivers in  France"),
         ask("Sort the list by length.\n\npear, fig, banana", "Sort the list by length.\n\nfig, pear, banana"),
         ask("Describe the water cycle", "Describe the water cycle\nWater evaporates and falls as rain."),
+        ask("请解释一下什么是光合作用。", "请解释一下什么是光合作用。光合作用把光能变成化学能。"),
+        ask("光合作用を簡単に説明して", "光合作用を簡単に説明して"),
     ],
     "truncated_response": [
         ask("Tell me about the town.", REPORT),
@@ -183,6 +185,9 @@ GOOD: dict[str, list[Record]] = {
         ask("Once upon a time there was a king.\n\nContinue the story.", "Once upon a time there was a king.\nHe had no crown."),
         ask("Hello there!", "Hello there! How can I help?"),
         ask("Who was Ada?", "Who was Ada? Ada Lovelace wrote the first program."),
+        ask("什么是光合作用？", "什么是光合作用？它把光能变成化学能。"),
+        ask("床前明月光，疑是地上霜", "床前明月光，疑是地上霜，举头望明月，低头思故乡。"),
+        ask("请重复：大海又宽又蓝又深。", "请重复：大海又宽又蓝又深。"),
     ],
     "truncated_response": [
         ask("Tell me about the town.", REPORT + " three rooms."),
