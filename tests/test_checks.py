@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from dagster_project.curation.checks.checks import CHECKS, SET_CHECKS, Judgement, Rules, Verdict, checks_of, judge
 from dagster_project.curation.checks.findings import document
-from dagster_project.curation.checks.review import Decision, Waiver
+from dagster_project.curation.checks.review import REVIEWED, Decision, Waiver
 from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
@@ -267,6 +267,14 @@ def test_a_conflict_is_queued_for_review_and_decisions_are_applied() -> None:
     changed = judged(rows, decisions=[Decision(second, "conflicting_responses", "edit", "clearer", new_prompt="Leaving?")])
     assert [m["content"] for m in changed.records[1]["messages"]] == ["Leaving?", "Bye you"]
     assert (changed.waiting, changed.said) == ([], {1: "edited: clearer"})
+
+
+def test_an_edited_label_is_the_category_too() -> None:
+    rows = [ask("It fell on my roof", "bug", category="bug"), ask("It cost too much", "A refund is due.", category="bug")]
+    edits = [Decision(row["example_id"], REVIEWED, "edit", "wrong", new_response="billing") for row in rows]
+    assert [record["category"] for record in judged(rows, decisions=edits).records] == ["billing", "bug"]
+    asked = Decision(rows[0]["example_id"], REVIEWED, "edit", "clearer", new_prompt="The kite fell on my roof")
+    assert judged(rows, decisions=[asked]).records[0]["category"] == "bug"
 
 
 def test_the_document_accounts_for_every_row() -> None:

@@ -111,6 +111,13 @@ def test_removed_characters_are_those_the_check_reports(text: str) -> None:
     assert hidden([without_hidden(text)]) == [None]
 
 
+def test_a_label_is_repaired_in_the_category_too() -> None:
+    rows = [asked("The bread is good", text, category=text) for text in ("cafe\u0301", "caf\u00e9\u200b", "caf\u00e9")]
+    assert [record["category"] for record in judged(records(*rows)).records] == ["caf\u00e9"] * 3
+    other = asked("The bread is good", "It is, in this cafe\u0301.", category="cafe\u0301")
+    assert judged(records(other)).records[0]["category"] == "cafe\u0301"
+
+
 def test_a_decomposed_text_is_composed() -> None:
     text = "Où est le café d'Ångström ? 한국어"
     found = judged(records(asked(unicodedata.normalize("NFD", text), "Ici.")))
