@@ -269,6 +269,15 @@ def test_a_conflict_is_queued_for_review_and_decisions_are_applied() -> None:
     assert (changed.waiting, changed.said) == ([], {1: "edited: clearer"})
 
 
+def test_an_edited_prompt_of_a_pair_replaces_no_question_in_its_answers() -> None:
+    row = pair()
+    more = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Soon."}]
+    row |= {"messages": row["messages"] + more, "rejected": [*row["rejected"], more[0], {"role": "assistant", "content": "Never."}]}
+    edit = Decision(row["example_id"], REVIEWED, "edit", "clearer", new_prompt="Where is the kite?")
+    [changed] = judged([row], decisions=[edit]).records
+    assert [m["content"] for m in changed["messages"]] == ["Where is the kite?", "On its way.", "And now?", "Soon."]
+
+
 def test_an_edited_label_is_the_category_too() -> None:
     rows = [ask("It fell on my roof", "bug", category="bug"), ask("It cost too much", "A refund is due.", category="bug")]
     edits = [Decision(row["example_id"], REVIEWED, "edit", "wrong", new_response="billing") for row in rows]

@@ -278,10 +278,11 @@ def edited(records: StoredRows, decisions: Sequence[Decision]) -> tuple[StoredRo
 
 
 def _edit(record: dict[str, Any], edit: Decision) -> dict[str, Any]:
-    """The record with new texts. A new response that is a label is the category, too."""
+    """The record with new texts. A new prompt replaces the last question; in a pair, whose answers may have questions too, that of its prompt.
+    A new response that is a label is the category, too."""
     messages = [dict(message) for message in record["messages"]]
-    for role, text in (("user", edit.new_prompt), ("assistant", edit.new_response)):
-        at = max((k for k, message in enumerate(messages) if message["role"] == role), default=None)
+    for role, text, end in (("user", edit.new_prompt, record.get("asked")), ("assistant", edit.new_response, None)):
+        at = max((k for k, message in enumerate(messages[:end]) if message["role"] == role), default=None)
         if text.strip() and at is not None:
             messages[at]["content"] = text
     new = {**record, "messages": messages}
