@@ -64,9 +64,10 @@ class Rule:
 def scan(texts: Sequence[str]) -> list[Hit]:
     """All personal data and secrets, in order of row and position. Overlapping ones are one hit."""
     rules = _rules()
-    rows = candidates(texts, "|".join(rule.hint for rule in rules))
+    plain = [_plain(text) for text in texts]
+    rows = candidates(plain, "|".join(rule.hint for rule in rules))
     near = [texts[row] for row in rows]
-    column = text_column(near)
+    column = text_column([plain[row] for row in rows])
     ranks: list[list[int]] = [[] for _ in rows]
     for rank, rule in enumerate(rules):
         for i in column.str.contains(rule.hint).arg_true():
@@ -128,7 +129,7 @@ def _find(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int,
     Args:
         ranks: the rules that can apply, if known.
     """
-    rules = _rules()
+    rules, text = _rules(), _plain(text)
     found: list[tuple[int, int, int]] = []
     new, rounds = _spans(text, ranks), 0
     while new:  # repeated, because a value may be separated from its neighbor once that is masked
@@ -143,6 +144,22 @@ def _find(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int,
         text = "".join([*pieces, text[at:]])
         new = _spans(text) if len(text) <= text_search.LONG else _spans_near(text, new)
     return [(start, end, rules[rank]) for start, end, rank in found]
+
+
+_FORMS = str.maketrans(
+    {
+        **{code: code - 0xFEE0 for code in map(ord, "（）＋－．／＠＿０１２３４５６７８９")},
+        **{code: code - 0xFEE0 for first in "Ａａ" for code in range(ord(first), ord(first) + 26)},
+        **dict.fromkeys(map(ord, "\xa0\u2007\u202f\u3000"), " "),
+        **dict.fromkeys(map(ord, "\u2010\u2011"), "-"),
+    }
+)
+_OTHER_FORM = re.compile(f"[{''.join(map(chr, _FORMS))}]")
+
+
+def _plain(text: str) -> str:
+    """The text with no-break spaces and hyphens, and full-width digits, letters and signs, in their usual form. Positions are the same."""
+    return text if text.isascii() or not _OTHER_FORM.search(text) else text.translate(_FORMS)
 
 
 def _spans(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int, int]]:
