@@ -146,14 +146,12 @@ def _find(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int,
     return [(start, end, rules[rank]) for start, end, rank in found]
 
 
-_FORMS = str.maketrans(
-    {
-        **{code: code - 0xFEE0 for code in map(ord, "（）＋－．／＠＿０１２３４５６７８９")},
-        **{code: code - 0xFEE0 for first in "Ａａ" for code in range(ord(first), ord(first) + 26)},
-        **dict.fromkeys(map(ord, "\xa0\u2007\u202f\u3000"), " "),
-        **dict.fromkeys(map(ord, "\u2010\u2011"), "-"),
-    }
-)
+_FORMS = {
+    **{code: code - 0xFEE0 for code in map(ord, "（）＋－．／＠＿０１２３４５６７８９")},
+    **{code: code - 0xFEE0 for first in "Ａａ" for code in range(ord(first), ord(first) + 26)},
+    **dict.fromkeys(map(ord, "\xa0\u2007\u202f\u3000"), ord(" ")),
+    **dict.fromkeys(map(ord, "\u2010\u2011"), ord("-")),
+}
 _OTHER_FORM = re.compile(f"[{''.join(map(chr, _FORMS))}]")
 
 
