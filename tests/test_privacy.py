@@ -180,6 +180,7 @@ def test_each_kind_is_masked_by_its_name(kind: str) -> None:
         ("0049 151 12345678, 0044 (0)20 7946 0958 or 00 33-6-12-34-56-78.", "[phone], [phone] or [phone]."),
         ("06\xa012\xa034\u202f56\u202f78, 415\u2011555\u20112671, DE89\xa03704\xa00044\xa00532\xa00130\xa000", "[phone], [phone], [iban]"),
         ("電話：０３－１２３４－５６７８、ａｎｎ＠ｍａｉｌ．ｊｐ", "電話：[phone]、[e-mail]"),
+        ("\u0627\u062a\u0635\u0644 +\u0669\u0666\u0666\u0665\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667", "\u0627\u062a\u0635\u0644 [phone]"),
         ("Telefon: 2125550123", "Telefon: [phone]"),
         ("call 212 555 0123 or 212 555 0124", "call [phone] or [phone]"),
         ("3782 822463 10005 and 4111-1111-1111-1111", "[card] and [card]"),

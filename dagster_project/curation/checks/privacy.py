@@ -149,6 +149,7 @@ def _find(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int,
 _FORMS = {
     **{code: code - 0xFEE0 for code in map(ord, "（）＋－．／＠＿０１２３４５６７８９")},
     **{code: code - 0xFEE0 for first in "Ａａ" for code in range(ord(first), ord(first) + 26)},
+    **{ord(zero) + n: ord("0") + n for zero in "\u0660\u06f0\u0966\u09e6" for n in range(10)},
     **dict.fromkeys(map(ord, "\xa0\u2007\u202f\u3000"), ord(" ")),
     **dict.fromkeys(map(ord, "\u2010\u2011"), ord("-")),
 }
@@ -156,7 +157,8 @@ _OTHER_FORM = re.compile(f"[{''.join(map(chr, _FORMS))}]")
 
 
 def _plain(text: str) -> str:
-    """The text with no-break spaces and hyphens, and full-width digits, letters and signs, in their usual form. Positions are the same."""
+    """The text with no-break spaces and hyphens, full-width digits, letters and signs, and digits of Arabic, Persian, Hindi and Bengali in their
+    usual form. Positions are the same."""
     return text if text.isascii() or not _OTHER_FORM.search(text) else text.translate(_FORMS)
 
 
