@@ -90,6 +90,7 @@ BAD: dict[str, list[Record]] = {
         ask("光合作用を簡単に説明して", "光合作用を簡単に説明して"),
     ],
     "truncated_response": [
+        ask("介绍一下这座城市。", "这座城市位于河边，有三座古老的桥和一个很大的市场，"),
         ask("Tell me about the town.", REPORT),
         ask("Tell me about the town.", REPORT[: REPORT.index("four yards") + 7]),
         ask("Sort a list in Python.", "Use sorted:\n```python\nprint(sorted([3, 1]))"),
@@ -190,6 +191,8 @@ GOOD: dict[str, list[Record]] = {
         ask("请重复：大海又宽又蓝又深。", "请重复：大海又宽又蓝又深。"),
     ],
     "truncated_response": [
+        ask("介绍一下这座城市。", "这座城市位于河边，有三座古老的桥和一个很大的市场"),
+        ask("列出三种水果。", "苹果、香蕉、梨"),
         ask("Tell me about the town.", REPORT + " three rooms."),
         ask("Write a poem.", POEM),
         ask("Classify the message.", "billing"),

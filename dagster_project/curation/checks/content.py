@@ -416,7 +416,7 @@ def _echo(one: Exchange) -> Match | None:
     if not said.startswith(asked[:ECHO]) or first_match(_WANTS_ECHO, one.asked):
         return None
     for part in dict.fromkeys((asked, _normalized(one.asked.strip().partition("\n\n")[0]).strip(_AROUND_ECHO))):
-        if (len(part) < ECHO or part.count(" ") < 2) and len(_UNSPACED.findall(part)) < ECHO // 2:
+        if (len(part) < ECHO or part.count(" ") < 2) and len(_UNSPACED.findall(part[: 10 * ECHO])) < ECHO // 2:
             continue
         if said.rstrip(_AROUND_ECHO + ".?!") == part.rstrip(".?!"):
             return "the response is the prompt", ""
@@ -528,15 +528,15 @@ def _find_cut_end(one: Exchange) -> Match | None:
     if text[-1] not in "}]" and re.match(r'(?:\{\s*"|\[\s*[{\["])', text):
         return "open JSON", tail
     prose = _prose(text).rstrip()
-    if not prose or prose[-1] != text[-1] or not _has_words(prose, 5):
+    if not prose or prose[-1] != text[-1] or not (_has_words(prose, 5) or len(_UNSPACED.findall(prose[-10 * PROSE :])) >= 2 * PROSE):
         return None
     if _EMPTY_ITEM.search(prose):
         return "empty list item", tail
     last = prose.rpartition("\n")[2]
     if _is_code(last):
         return None
-    if prose[-1] in ",(":
-        return ("ends with a comma" if prose[-1] == "," else "open bracket"), tail
+    if prose[-1] in ",(，、（":
+        return ("open bracket" if prose[-1] in "(（" else "ends with a comma"), tail
     if prose[-1] == ":" and _STOP.search(prose):
         return "ends with a colon", tail
     word = _WORDS.match(prose.rsplit(None, 1)[-1][::-1])  # from its end: a search for it would begin at every letter
