@@ -152,11 +152,14 @@ def test_a_placeholder_that_is_the_whole_prompt_cannot_be_emptied() -> None:
     ],
 )
 def test_personal_data_is_masked_by_a_typed_placeholder(value: str, masked: str) -> None:
-    row = asked(f"It was {value} that", "Gladly.", input=f"See {value}", note={"who": [value]}, category=f"from {value}")
+    note = {"who": [value], "no": int(number) if (number := value.replace(" ", "")).isdecimal() else 7, "ok": True}
+    row = asked(f"It was {value} that", "Gladly.", input=f"See {value}", note=note, category=f"from {value}")
     found = judged(records(row), policy={"pii": "fix"})
     assert (found.reason, said(found.records[0])[0]) == ([None], f"It was {masked} that\n\nSee {masked}")
     assert found.records[0]["category"] == f"from {masked}"
-    assert value not in json.dumps([[record["messages"], record["meta"], record["category"]] for record in found.records])
+    whole = json.dumps([[record["messages"], record["meta"], record["category"]] for record in found.records])
+    assert value not in whole and (str(note["no"]) in whole) == (note["no"] == 7)
+    assert json.loads(found.records[0]["meta"])["note"]["ok"] is True
     assert privacy.scan(said(found.records[0])) == []
 
 

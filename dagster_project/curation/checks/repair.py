@@ -138,10 +138,10 @@ def _rewritten(
     record: Record, change: Callable[[str], str], whole: bool = False, argument: Callable[[str, str], str] | None = None
 ) -> Record:
     """The record with `change` applied to every message, to their copies in `meta`, and to a category that is the response; with
-    `whole` to every text in `meta`, to any category, and to the names of speakers.
+    `whole` to every text and number in `meta`, to any category, and to the names of speakers.
 
     Args:
-        argument: changes a text in the arguments of a call, given its name and the text; `change` unless given.
+        argument: changes a text in the arguments of a call or in `meta`, given its name and the text; `change` unless given.
     """
     given = argument or (lambda _, text: change(text))
     new = {**record, "messages": [_changed_message(m, change, given, whole) for m in record["messages"]]}
@@ -150,7 +150,9 @@ def _rewritten(
     if is_labeled(record) or (whole and record.get("category")):
         new["category"] = change(record["category"])
     meta = json.loads(record["meta"])
-    changed = {key: _change_texts(value, change) if whole or key == "input" else value for key, value in meta.items()}
+    changed = _changed_argument(meta, given) if whole else meta
+    if "input" in meta and (not whole or isinstance(meta["input"], str)):
+        changed = {**changed, "input": _change_texts(meta["input"], change)}  # as in the question
     return new if changed == meta else {**new, "meta": _dumped(changed)}
 
 
