@@ -41,6 +41,12 @@ def test_a_row_that_does_not_fit_the_layout_is_refused_by_row_number(change: dic
         read_items(path, "b.jsonl")
 
 
+def test_a_number_is_the_choice_of_that_name_if_there_is_one(tmp_path: Path) -> None:
+    row, _, _ = BENCHMARK_ROWS["arc"]
+    items = read_items(jsonl(tmp_path / "b.jsonl", *({**row, "answerKey": label} for label in (1, 2, "2"))), "b.jsonl")
+    assert [item.text for item in items] == ["ice", "fire", "fire"]
+
+
 def test_an_unknown_benchmark_layout_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a benchmark in a known layout") as refused:
         read_items(jsonl(tmp_path / "b.jsonl", {"text": "Hi"}), "b.jsonl")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from dagster_project.curation.checks.checks import CHECKS, SET_CHECKS, Judgement, Rules, Verdict, checks_of, judge
 from dagster_project.curation.checks.findings import document
-from dagster_project.curation.checks.review import Decision, Waiver
+from dagster_project.curation.checks.review import REVIEWED, Decision, Waiver
 from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
@@ -244,6 +244,15 @@ def test_a_row_that_repeats_only_a_dropped_row_is_kept(action: Any) -> None:
     assert (conflict.reason, result("conflicting_responses", conflict).broken) == (["empty_response", None, last], [2])
 
 
+def test_a_copy_of_a_row_that_another_check_drops_is_kept() -> None:
+    tied, rated = pair() | {"margin": 0.0}, pair() | {"margin": 2.0}
+    assert judged([tied, rated, rated]).reason == ["tied_pair", None, "exact_duplicates"]
+    row = ask("Where is Ann?", "At ann@mail.org, as she says.")
+    waiver = Waiver(check="pii", rows=["rows.jsonl:1"], reason="public", expires=date(2999, 1, 1))
+    assert judged([row, row], Rules(waivers=[waiver])).reason == ["pii", None]
+    assert judged([row, row]).reason == ["pii", "pii"]
+
+
 def test_a_conflict_is_queued_for_review_and_decisions_are_applied() -> None:
     rows = CHECK_EXAMPLES["conflicting_responses"][1]
     first, second = (row["example_id"] for row in rows)
@@ -258,6 +267,23 @@ def test_a_conflict_is_queued_for_review_and_decisions_are_applied() -> None:
     changed = judged(rows, decisions=[Decision(second, "conflicting_responses", "edit", "clearer", new_prompt="Leaving?")])
     assert [m["content"] for m in changed.records[1]["messages"]] == ["Leaving?", "Bye you"]
     assert (changed.waiting, changed.said) == ([], {1: "edited: clearer"})
+
+
+def test_an_edited_prompt_of_a_pair_replaces_no_question_in_its_answers() -> None:
+    row = pair()
+    more = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Soon."}]
+    row |= {"messages": row["messages"] + more, "rejected": [*row["rejected"], more[0], {"role": "assistant", "content": "Never."}]}
+    edit = Decision(row["example_id"], REVIEWED, "edit", "clearer", new_prompt="Where is the kite?")
+    [changed] = judged([row], decisions=[edit]).records
+    assert [m["content"] for m in changed["messages"]] == ["Where is the kite?", "On its way.", "And now?", "Soon."]
+
+
+def test_an_edited_label_is_the_category_too() -> None:
+    rows = [ask("It fell on my roof", "bug", category="bug"), ask("It cost too much", "A refund is due.", category="bug")]
+    edits = [Decision(row["example_id"], REVIEWED, "edit", "wrong", new_response="billing") for row in rows]
+    assert [record["category"] for record in judged(rows, decisions=edits).records] == ["billing", "bug"]
+    asked = Decision(rows[0]["example_id"], REVIEWED, "edit", "clearer", new_prompt="The kite fell on my roof")
+    assert judged(rows, decisions=[asked]).records[0]["category"] == "bug"
 
 
 def test_the_document_accounts_for_every_row() -> None:

@@ -89,7 +89,9 @@ def test_equal_prompts_share_a_number_and_clusters_replace_groups() -> None:
 
 
 def test_an_address_in_a_category_is_masked() -> None:
-    assert expectations.table([record(category="ann.lee@example.org")])["category"].tolist() == ["[e-mail]"]
+    rows = expectations.table([record(category=f"{name}@example.org") for name in ("ann", "ann", "ann", "bob")])
+    assert rows["category"].tolist() == ["[e-mail]"] * 4
+    assert rows["category_share"].tolist() == [0.75, 0.75, 0.75, 0.25]
 
 
 # Judging

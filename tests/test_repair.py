@@ -111,6 +111,13 @@ def test_removed_characters_are_those_the_check_reports(text: str) -> None:
     assert hidden([without_hidden(text)]) == [None]
 
 
+def test_a_label_is_repaired_in_the_category_too() -> None:
+    rows = [asked("The bread is good", text, category=text) for text in ("cafe\u0301", "caf\u00e9\u200b", "caf\u00e9")]
+    assert [record["category"] for record in judged(records(*rows)).records] == ["caf\u00e9"] * 3
+    other = asked("The bread is good", "It is, in this cafe\u0301.", category="cafe\u0301")
+    assert judged(records(other)).records[0]["category"] == "cafe\u0301"
+
+
 def test_a_decomposed_text_is_composed() -> None:
     text = "Où est le café d'Ångström ? 한국어"
     found = judged(records(asked(unicodedata.normalize("NFD", text), "Ici.")))
@@ -145,11 +152,14 @@ def test_a_placeholder_that_is_the_whole_prompt_cannot_be_emptied() -> None:
     ],
 )
 def test_personal_data_is_masked_by_a_typed_placeholder(value: str, masked: str) -> None:
-    row = asked(f"It was {value} that", "Gladly.", input=f"See {value}", note={"who": [value]}, category=f"from {value}")
+    note = {"who": [value], "no": int(number) if (number := value.replace(" ", "")).isdecimal() else 7, "ok": True}
+    row = asked(f"It was {value} that", "Gladly.", input=f"See {value}", note=note, category=f"from {value}")
     found = judged(records(row), policy={"pii": "fix"})
     assert (found.reason, said(found.records[0])[0]) == ([None], f"It was {masked} that\n\nSee {masked}")
     assert found.records[0]["category"] == f"from {masked}"
-    assert value not in json.dumps([[record["messages"], record["meta"], record["category"]] for record in found.records])
+    whole = json.dumps([[record["messages"], record["meta"], record["category"]] for record in found.records])
+    assert value not in whole and (str(note["no"]) in whole) == (note["no"] == 7)
+    assert json.loads(found.records[0]["meta"])["note"]["ok"] is True
     assert privacy.scan(said(found.records[0])) == []
 
 

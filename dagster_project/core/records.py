@@ -168,6 +168,11 @@ def response_text(messages: Messages) -> str:
     return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
 
 
+def is_labeled(record: Mapping[str, Any]) -> bool:
+    """Whether the response is the category, as in a classification set."""
+    return bool(record.get("category")) and response_text(record["messages"]) == record["category"]
+
+
 def subject_text(messages: Messages) -> str:
     """The text by which rows are compared: the prompt or, for plain text, the response."""
     return prompt_text(messages) or response_text(messages)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -133,12 +133,16 @@ class Rows(Shared):
 class DataSet(Shared):
     """All records, for facts that depend on several records. Records are decoded when they are read; features are in memory."""
 
-    def __init__(self, records: StoredRows, features: Features, held_out: Sequence[Item], waived: Waived, limits: Limits) -> None:
+    def __init__(
+        self, records: StoredRows, features: Features, held_out: Sequence[Item], waived: Waived, limits: Limits, dropped: Collection[int]
+    ) -> None:
         """Args:
         held_out: questions that must not be trained on.
+        dropped: indices of the records that checks of single records drop.
         """
         super().__init__()
         self.records, self.features, self.held_out, self.waived, self.limits = records, features, held_out, waived, limits
+        self.dropped = dropped
 
 
 def is_null(limits: Limits, name: str) -> pa.Column:

@@ -235,7 +235,7 @@ def judge(
     stored = records if isinstance(records, StoredRows) else StoredRows(records)
     limits = Limits(tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity)
     records, edits, waived, repaired = _prepared(stored, held_out, rules, tokens, decisions)
-    facts = _row_facts(records, held_out, limits, waived, repaired)
+    facts = _row_facts(records, held_out, limits, waived, repaired, rules)
     overlaps, found, broken = facts.overlaps, {name: [*rows] for name, rows in facts.found.items()}, facts.broken
     for name, spared in _spared(records, broken, overlaps, rules, decisions).items():
         for table in (found, broken):
@@ -285,11 +285,15 @@ class _RowFacts:
     notes: dict[str, str]
 
 
-def _row_facts(records: StoredRows, held_out: Sequence[Item], limits: Limits, waived: Waived, repaired: RepairResult) -> _RowFacts:
+def _row_facts(
+    records: StoredRows, held_out: Sequence[Item], limits: Limits, waived: Waived, repaired: RepairResult, rules: Rules
+) -> _RowFacts:
     """Run every check on rows: those that depend on one row each in blocks of rows, then those that compare rows."""
     table = row_cache.facts(_block_facts, limits, records, limits.identity)
     found = _found(table)
-    data = DataSet(records, features(table), held_out, waived, limits)
+    dropping = [name for name in found if rules.action(name) in {"drop", "fix"}]
+    dropped = {i for name in dropping for i in found[name] if i not in waived.rows.get(name, ())}
+    data = DataSet(records, features(table), held_out, waived, limits, dropped)
     del table
     found |= set_violations(data)
     broken = {name: [i for i in facts if i not in waived.rows.get(name, ())] for name, facts in found.items()}

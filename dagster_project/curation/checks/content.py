@@ -15,6 +15,7 @@ from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import calls
+from dagster_project.core.words import WITHOUT_SPACES
 from dagster_project.curation.checks.check import Action, Check, DataSet, Rows, Values, kinds
 from dagster_project.curation.checks.damage import visible
 from dagster_project.curation.checks.privacy import mask
@@ -380,12 +381,15 @@ def _placeholder(one: Exchange) -> Match | None:
 # --- echo --------------------------------------------------------------------------------------------------------------------------
 
 ECHO = 16
-"""Minimum number of characters of a prompt whose copy counts. It also needs three words."""
+"""Minimum number of characters of a prompt whose copy counts. It also needs three words; half of the characters suffice if they are of
+`WITHOUT_SPACES`."""
+_UNSPACED = re.compile(f"[{WITHOUT_SPACES}]")
 _LABEL = r"(?:the )?(?:question|prompt|instruction|task|query|q|user|human|input|request)s?\W*(?:is|was|:|\n)"
 _LABELLED = re.compile(rf"\A\W*(?:{_LABEL}\W*)?", re.IGNORECASE)
-_WANTS_ECHO = re.compile(r"\b(?:repeat|echo|copy|recite|verbatim)\b", re.IGNORECASE)
+_WANTS_ECHO = re.compile(r"\b(?:repeat|echo|copy|recite|verbatim)\b|重复|重複|复述|照抄|繰り返", re.IGNORECASE)
 _WANTS_EDIT = re.compile(
-    r"\b(?:rewrite|edit|correct|proofread|translate|continue|complete|finish|fix|paraphrase|improve|format|reformat|rephrase|spell|extend|add)\b",
+    r"\b(?:rewrite|edit|correct|proofread|translate|continue|complete|finish|fix|paraphrase|improve|format|reformat|rephrase|spell|extend|add)\b"
+    r"|改写|翻译|续写|继续|补全|润色|修改|纠正|校对|扩写|翻訳|書き直|添削|続き",
     re.IGNORECASE,
 )
 _AROUND_ECHO = " \n\t#*>\"'“”`"
@@ -400,7 +404,9 @@ def _echo_pretest(texts: Texts) -> Iterable[int]:
         column.str.slice(0, 64).str.strip_chars_start(_AROUND_ECHO).str.slice(0, ECHO - 2).str.to_lowercase()
         for column in (texts.asked_column, texts.said_column)
     )
+    few = ECHO // 2 - 2
     alike = (asked == said) | said.str.contains(rf"^{_LABEL}")
+    alike |= (asked.str.slice(0, few) == said.str.slice(0, few)) & asked.str.contains(_UNSPACED.pattern)
     return (alike & (texts.asked_column.str.len_bytes() >= ECHO)).arg_true().to_list()
 
 
@@ -410,7 +416,7 @@ def _echo(one: Exchange) -> Match | None:
     if not said.startswith(asked[:ECHO]) or first_match(_WANTS_ECHO, one.asked):
         return None
     for part in dict.fromkeys((asked, _normalized(one.asked.strip().partition("\n\n")[0]).strip(_AROUND_ECHO))):
-        if len(part) < ECHO or part.count(" ") < 2:
+        if (len(part) < ECHO or part.count(" ") < 2) and len(_UNSPACED.findall(part[: 10 * ECHO])) < ECHO // 2:
             continue
         if said.rstrip(_AROUND_ECHO + ".?!") == part.rstrip(".?!"):
             return "the response is the prompt", ""
@@ -522,15 +528,15 @@ def _find_cut_end(one: Exchange) -> Match | None:
     if text[-1] not in "}]" and re.match(r'(?:\{\s*"|\[\s*[{\["])', text):
         return "open JSON", tail
     prose = _prose(text).rstrip()
-    if not prose or prose[-1] != text[-1] or not _has_words(prose, 5):
+    if not prose or prose[-1] != text[-1] or not (_has_words(prose, 5) or len(_UNSPACED.findall(prose[-10 * PROSE :])) >= 2 * PROSE):
         return None
     if _EMPTY_ITEM.search(prose):
         return "empty list item", tail
     last = prose.rpartition("\n")[2]
     if _is_code(last):
         return None
-    if prose[-1] in ",(":
-        return ("ends with a comma" if prose[-1] == "," else "open bracket"), tail
+    if prose[-1] in ",(，、（":
+        return ("open bracket" if prose[-1] in "(（" else "ends with a comma"), tail
     if prose[-1] == ":" and _STOP.search(prose):
         return "ends with a colon", tail
     word = _WORDS.match(prose.rsplit(None, 1)[-1][::-1])  # from its end: a search for it would begin at every letter

@@ -169,7 +169,7 @@ def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | np.ndarra
 
     return frame.assign(
         source=source, category=category, script=pd.Categorical(frame["script"]), prompt=pd.factorize(frame["prompt"])[0],
-        near_copy=(groups.notna() & groups.duplicated()).to_numpy(dtype=bool), category_share=share(category), source_share=share(source),
+        near_copy=(groups.notna() & groups.duplicated()).to_numpy(dtype=bool), category_share=share(pd.Categorical(frame["category"])), source_share=share(source),
         kept_share=len(records) / max(1, read if read is not None else len(records)),
     )[list(COLUMNS)].astype({"response_is_json": bool})  # fmt: skip
 

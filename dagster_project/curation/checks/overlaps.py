@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -71,7 +71,7 @@ def find_overlaps(data: DataSet) -> Overlaps:
     import numpy as np
 
     records, labels, least = data.records, data.features.labels, data.limits.near_duplicate_similarity
-    repeats = _repeats(data.features.table)
+    repeats = _repeats(data.features.table, data.dropped)
     conflicts = _conflicts(data.features.table, repeats)
     compared_rows = data.features.table["present"].to_numpy().copy()
     compared_rows[[*repeats]] = False
@@ -182,13 +182,15 @@ def _near_fields(
     return reported, grouped
 
 
-def _repeats(table: pl.DataFrame) -> dict[int, int]:
-    """Row -> the kept row with the same messages and tools: the first, or the first that an upstream label holds out."""
+def _repeats(table: pl.DataFrame, dropped: Collection[int]) -> dict[int, int]:
+    """Row -> the kept row with the same messages and tools: the first, or the first that an upstream label holds out; one that other checks drop
+    only if they drop all."""
     import polars as pl
 
     same = ("same_0", "same_1")
     repeated = table.lazy().with_row_index("row").filter(pl.col("present")).filter(pl.len().over(same) > 1)
-    kept = repeated.sort("rank", "row").select("row", kept=pl.col("row").first().over(same))
+    gone = pl.col("row").is_in([*dropped])
+    kept = repeated.sort(gone, "rank", "row").select("row", kept=pl.col("row").first().over(same))
     return dict(kept.filter(pl.col("row") != pl.col("kept")).sort("row").collect().iter_rows())
 
 

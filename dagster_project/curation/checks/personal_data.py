@@ -112,7 +112,7 @@ def national_ids() -> tuple[tuple[Local, Callable[[str], bool]], ...]:
         ("[0-9]{6}-[0-9]{7}", rrn.is_valid),
         ("(?:[0-9]{2})?[0-9]{6}[-+][0-9]{4}", personnummer.is_valid),
     )
-    return tuple((Local(r"\w.,-", body, after=r"\w-", decimals=".,"), valid) for body, valid in table)
+    return tuple((Local(r"\w.,-", body, after=r"\w-", decimals="."), valid) for body, valid in table)
 
 
 def ids(text: str) -> Iterator[Span]:
@@ -124,7 +124,9 @@ def ids(text: str) -> Iterator[Span]:
 
 GAP = "[ .()/\u2010-\u2013\xa0-]"
 _INTERNATIONAL = Local(r"\w+", rf"\+\(?[1-9](?:{GAP}{{0,3}}[0-9]){{6,16}}")
-_alone = partial(Local, r"\w.,+-", after=r"\w-", decimals=".,")
+_alone = partial(Local, r"\w.,+-", after=r"\w-", decimals=".")
+_ABROAD = _alone(rf"00 ?[1-9][0-9]{{0,2}}[ ./-](?:\(0\) ?)?[1-9](?:{GAP}{{0,2}}[0-9]){{5,12}}")
+"""An international number as it is dialed in most countries, with a gap after the code of the country."""
 _AMERICAN = _alone(r"(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[.-])[0-9]{3}[.-][0-9]{4}")
 _ZERO = _alone(r"\(?0(?:[1-9](?:[ .-][0-9]{2}){4}|[1-9][0-9]{1,3}\)?[ /-][0-9]{3,8}(?:[ -][0-9]{2,5}){0,3})", overlapping=True)
 _PAIRS = re.compile("[0-9]{2}(?:[ .-][0-9]{2}){4}")
@@ -153,6 +155,10 @@ def phones(text: str) -> Iterator[Span]:
         for match in matches(_INTERNATIONAL, text, MOST_LOOKED_UP):
             yield from _phone(match.group(), match.start(), ("ZZ",), is_personal)
 
+    def abroad() -> Iterator[Span]:
+        for match in matches(_ABROAD, text, MOST_LOOKED_UP):
+            yield from _phone(match.group(), match.start(), ("ZZ",), lambda written, region: is_personal(f"+{written[2:]}", region))
+
     def american() -> Iterator[Span]:
         for match in matches(_AMERICAN, text, MOST_LOOKED_UP):
             yield from _phone(match.group(), match.start(), ("US",), is_personal)
@@ -168,7 +174,7 @@ def phones(text: str) -> Iterator[Span]:
             if _follows_a_cue(text, match.start()) and not _has_date(match.group()):
                 yield from _phone(match.group(), match.start(), _REGIONS, is_personal)
 
-    return all_of([international(), american(), with_zero(), after_cue()])
+    return all_of([international(), abroad(), american(), with_zero(), after_cue()])
 
 
 def _has_date(written: str) -> bool:

@@ -64,7 +64,10 @@ class Rule:
 def scan(texts: Sequence[str]) -> list[Hit]:
     """All personal data and secrets, in order of row and position. Overlapping ones are one hit."""
     rules = _rules()
-    rows = candidates(texts, "|".join(rule.hint for rule in rules))
+    hint = "|".join(rule.hint for rule in rules)
+    plain = {row: form for row, text in enumerate(texts) if (form := _plain(text)) is not text}
+    others = [*plain]
+    rows = sorted({*candidates(texts, hint), *(others[i] for i in candidates([*plain.values()], hint))})
     near = [texts[row] for row in rows]
     column = text_column(near)
     ranks: list[list[int]] = [[] for _ in rows]
@@ -128,21 +131,52 @@ def _find(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int,
     Args:
         ranks: the rules that can apply, if known.
     """
-    rules = _rules()
-    found: list[tuple[int, int, int]] = []
+    rules, plain = _rules(), _plain(text)
+    found = _search(text, [], ranks)
+    if plain is not text:
+        found = _search(plain, found, None)
+    return [(start, end, rules[rank]) for start, end, rank in found]
+
+
+def _search(text: str, found: list[tuple[int, int, int]], ranks: Iterable[int] | None) -> list[tuple[int, int, int]]:
+    """(start, end, rule) of the matches in a text and of those that were found before."""
+    text = _covered(text, found)
     new, rounds = _spans(text, ranks), 0
     while new:  # repeated, because a value may be separated from its neighbor once that is masked
         rounds += 1
         if rounds > MOST_ROUNDS:
             new = _merged(_whole_lines(text, new))
         found = _merged(found + new)
-        pieces, at = [], 0
-        for start, end, _ in new:
-            pieces += [text[at:start], "[", "]" * (end - start - 1)]
-            at = end
-        text = "".join([*pieces, text[at:]])
+        text = _covered(text, new)
         new = _spans(text) if len(text) <= text_search.LONG else _spans_near(text, new)
-    return [(start, end, rules[rank]) for start, end, rank in found]
+    return found
+
+
+def _covered(text: str, spans: Iterable[tuple[int, int, int]]) -> str:
+    """The text with brackets in place of values."""
+    pieces, at = [], 0
+    for start, end, _ in spans:
+        pieces += [text[at:start], "[", "]" * (end - start - 1)]
+        at = end
+    return "".join([*pieces, text[at:]])
+
+
+_FORMS = {
+    **{code: code - 0xFEE0 for code in map(ord, "）＋－．／＠０１２３４５６７８９")},
+    **{code: code - 0xFEE0 for first in "Ａａ" for code in range(ord(first), ord(first) + 26)},
+    **{ord(zero) + n: ord("0") + n for zero in "\u0660\u06f0\u0966\u09e6" for n in range(10)},
+    **dict.fromkeys(map(ord, "\xa0\u2007\u202f\u3000"), ord(" ")),
+    **dict.fromkeys(map(ord, "\u2010\u2011"), ord("-")),
+}
+_OTHER_FORM = re.compile(f"[（{''.join(map(chr, _FORMS))}]")
+_BEFORE_DIGIT = re.compile("（(?=[0-9])")
+"""An opening bracket of a phone number; one after an address would look like that of a call in code."""
+
+
+def _plain(text: str) -> str:
+    """The text with no-break spaces and hyphens, full-width digits, letters and signs, and digits of Arabic, Persian, Hindi and Bengali in their
+    usual form. Positions are the same."""
+    return text if text.isascii() or not _OTHER_FORM.search(text) else _BEFORE_DIGIT.sub("(", text.translate(_FORMS))
 
 
 def _spans(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ from unicodedata import normalize
 
 from dagster_project.core import row_cache
 from dagster_project.core.messages import Message
-from dagster_project.core.records import content_id
+from dagster_project.core.records import content_id, is_labeled
 from dagster_project.core.stored_rows import Selected, StoredRows, decode, encode
 from dagster_project.curation.checks import damage, privacy
 from dagster_project.curation.checks.check import named_text_of, text_of
@@ -137,20 +137,22 @@ def _add_names(new: Record, old: Record, check: str) -> Record:
 def _rewritten(
     record: Record, change: Callable[[str], str], whole: bool = False, argument: Callable[[str, str], str] | None = None
 ) -> Record:
-    """The record with `change` applied to every message, and to their copies in `meta`; with `whole` to every text in
-    `meta`, to the category, and to the names of speakers.
+    """The record with `change` applied to every message, to their copies in `meta`, and to a category that is the response; with
+    `whole` to every text and number in `meta`, to any category, and to the names of speakers.
 
     Args:
-        argument: changes a text in the arguments of a call, given its name and the text; `change` unless given.
+        argument: changes a text in the arguments of a call or in `meta`, given its name and the text; `change` unless given.
     """
     given = argument or (lambda _, text: change(text))
     new = {**record, "messages": [_changed_message(m, change, given, whole) for m in record["messages"]]}
     if record.get("rejected"):
         new["rejected"] = [_changed_message(m, change, given, whole) for m in record["rejected"]]
-    if whole and record.get("category"):
+    if is_labeled(record) or (whole and record.get("category")):
         new["category"] = change(record["category"])
     meta = json.loads(record["meta"])
-    changed = {key: _change_texts(value, change) if whole or key == "input" else value for key, value in meta.items()}
+    changed = _changed_argument(meta, given) if whole else meta
+    if "input" in meta and (not whole or isinstance(meta["input"], str)):
+        changed = {**changed, "input": _change_texts(meta["input"], change)}  # as in the question
     return new if changed == meta else {**new, "meta": _dumped(changed)}
 
 

@@ -18,7 +18,7 @@ from dagster_project.core.context import ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.params import Section
-from dagster_project.core.records import content_id, prompt_text
+from dagster_project.core.records import content_id, is_labeled, prompt_text, response_text
 from dagster_project.core.stored_rows import StoredRows, encode
 from dagster_project.core.text import cell
 from dagster_project.curation.sources.files import MAX_ROW_BYTES
@@ -278,12 +278,16 @@ def edited(records: StoredRows, decisions: Sequence[Decision]) -> tuple[StoredRo
 
 
 def _edit(record: dict[str, Any], edit: Decision) -> dict[str, Any]:
+    """The record with new texts. A new prompt replaces the last question; in a pair, whose answers may have questions too, that of its prompt.
+    A new response that is a label is the category, too."""
     messages = [dict(message) for message in record["messages"]]
-    for role, text in (("user", edit.new_prompt), ("assistant", edit.new_response)):
-        at = max((k for k, message in enumerate(messages) if message["role"] == role), default=None)
+    for role, text, end in (("user", edit.new_prompt, record.get("asked")), ("assistant", edit.new_response, None)):
+        at = max((k for k, message in enumerate(messages[:end]) if message["role"] == role), default=None)
         if text.strip() and at is not None:
             messages[at]["content"] = text
     new = {**record, "messages": messages}
+    if is_labeled(record) and edit.new_response.strip():
+        new["category"] = response_text(messages).strip()
     identity = content_id(new)
     if identity == record["example_id"]:
         return new

@@ -14,6 +14,8 @@ from functools import cache, cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from dagster_project.core.words import WITHOUT_SPACES
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -26,6 +28,8 @@ PIECE, REACH = 512, 160
 WORD = r"[\p{L}\p{N}_&&\p{Age=14.0}]"
 r"""\w of Python in Rust's syntax, in the oldest version of Unicode of a supported Python: newer ones have more letters, so it finds too many pieces, not
 too few."""
+BESIDE_VALUES = rf"{WITHOUT_SPACES}\u3005-\u3007\uac00-\ud7af"
+"""Characters of scripts without spaces, and Hangul, whose particles follow a word: a value may begin and end next to them."""
 
 
 Span = tuple[int, int]
@@ -64,7 +68,8 @@ class Local:
     r"""A pattern with matches of at most `REACH` characters, given by its parts.
 
     Args:
-        before: characters that must not precede a match, as in a class: r"\w."; empty: any may.
+        before: characters that must not precede a match, as in a class: r"\w."; empty: any may. A comma only if a digit precedes it. `\w` does not
+            mean `BESIDE_VALUES`.
         body: without lookaround, in the syntax that Python and Rust share.
         after: characters that must not follow it.
         decimals: characters that must not follow it if a digit follows them.
@@ -81,13 +86,20 @@ class Local:
     """The same in Rust's syntax. A match includes the characters before and after."""
 
     def __post_init__(self) -> None:
-        behind = f"[{self.after}]" * bool(self.after) + f"|[{self.decimals}][0-9]" * bool(self.decimals)
+        behind = _one_of(self.after) * bool(self.after) + f"|[{self.decimals}][0-9]" * bool(self.decimals)
         match = f"(?:{self.body})" + f"(?!{behind})" * bool(behind)
-        pattern = f"(?<![{self.before}])" * bool(self.before) + (f"(?=({match}))" if self.overlapping else match)
+        ahead = f"(?<!{_one_of(self.before.replace(',', ''))})" * bool(self.before) + "(?<![0-9],)" * ("," in self.before)
+        pattern = ahead + (f"(?=({match}))" if self.overlapping else match)
         either = f"[^{self.decimals}{self.after}]" + f"|[{self.decimals}][^0-9]" * bool(self.decimals)
-        hint = (f"[^{self.before}]" if self.before else "(?s:.)") + f"(?:{self.body})" + f"(?:{either})" * bool(behind)
+        hint = (f"[^{self.before.replace(',', '')}]" if self.before else "(?s:.)") + f"(?:{self.body})" + f"(?:{either})" * bool(behind)
         object.__setattr__(self, "pattern", re.compile(pattern))
-        object.__setattr__(self, "hint", hint.replace(r"\w", WORD))
+        object.__setattr__(self, "hint", hint.replace(r"\w", f"[{WORD}--[{BESIDE_VALUES}]]"))
+
+
+def _one_of(characters: str) -> str:
+    """Alternatives in Python's syntax: one of the characters of a class, but for `\\w` none of `BESIDE_VALUES`."""
+    others = characters.replace(r"\w", "")
+    return "|".join([rf"[^\W{BESIDE_VALUES}]"] * (others != characters) + [f"[{others}]"] * bool(others))
 
 
 class LongText(str):

@@ -84,15 +84,16 @@ def _listed(value: Any) -> Any:
 
 
 def _index(label: Any, names: Sequence[str]) -> int | None:
-    """Index of a label (2, "2" or "C") in the choices; None for no label (missing, "", -1).
+    """Index of a label in the choices: its place among their names ("C", or 3 of "1" to "4"), or else the number itself (2, "2"); None for no
+    label (missing, "", -1).
 
     Raises:
         ValueError: there is no such choice.
     """
     if label is None or label in {"", -1, "-1"}:
         return None
-    if isinstance(label, str) and label in names:
-        return names.index(label)
+    if str(label) in names:
+        return names.index(str(label))
     if isinstance(label, int | str) and not isinstance(label, bool) and str(label).isdecimal() and int(label) < len(names):
         return int(label)
     raise ValueError(f"the answer {label!r} is not one of the {len(names)} choices")
