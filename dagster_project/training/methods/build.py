@@ -26,7 +26,7 @@ from dagster_project.core.versions import require_version
 from dagster_project.training.methods import feature_extraction
 from dagster_project.training.methods.attention import attention_for, attention_of
 from dagster_project.training.methods.hardware import adding_adapters
-from dagster_project.training.methods.load import AdapterInfo, hidden_states, load_base
+from dagster_project.training.methods.load import AdapterInfo, hidden_states, load_base, stored_dtypes
 
 if TYPE_CHECKING:
     import torch
@@ -669,12 +669,10 @@ def _without_bias(model: Any) -> str:
 def _weights(
     record: AdapterInfo, patterns: Sequence[str], base_model: Path, device: torch.device, dtype: torch.dtype, where: str, weights: bool
 ) -> PreparedModel:
-    """Train the base model's own weights: all, or those that match a pattern. They are float32, computation is in `dtype`; saved in the base model's dtype."""
+    """Train the base model's own weights: all, or those that match a pattern. They are float32, computation is in `dtype`; saved in the base model's number formats."""
     import torch
-    from transformers import AutoConfig
 
     model = load_base(base_model, device, torch.float32, attention=attention_for(device, dtype if weights else None), weights=weights)
-    stored = AutoConfig.from_pretrained(base_model, trust_remote_code=False).dtype or torch.float32
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # tied weights have several names
         names.setdefault(id(parameter), []).append(name)
@@ -694,7 +692,8 @@ def _weights(
         parameter.requires_grad_(not patterns or any(re.search(pattern, name) for pattern in patterns for name in names[id(parameter)]))
 
     def save(folder: Path) -> None:
-        state = {name: value.to(stored) if value.is_floating_point() else value for name, value in model.state_dict().items()}
+        dtype_of = stored_dtypes(base_model)
+        state = {name: value.to(dtype_of(name)) if value.is_floating_point() else value for name, value in model.state_dict().items()}
         model.save_pretrained(folder, state_dict=state)
         for file in sorted(base_model.iterdir()):  # training does not change the configuration
             if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):

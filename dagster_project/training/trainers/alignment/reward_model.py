@@ -20,7 +20,7 @@ from dagster_project.core.records import CheckResult, write_json
 from dagster_project.core.words import split_words
 from dagster_project.training.methods.build import Quantization, peft_config, place_of, refuse_unmatched
 from dagster_project.training.methods.hardware import adding_adapters
-from dagster_project.training.methods.load import frozen_4bit, nf4_config, refusing_attention
+from dagster_project.training.methods.load import frozen_4bit, nf4_config, refusing_attention, store_as
 from dagster_project.training.tokens.collators import pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
@@ -153,14 +153,10 @@ def unquantized(model: Any, folder: Path, peft: Mapping[str, Any]) -> Any:
 
 
 def save(model: Any, folder: Path, out: Path) -> None:
-    """Save the reward model as a standalone model with its tokenizer, in the dtype of the model in `folder` that it was
-    trained from."""
-    import torch
-    from transformers import AutoConfig
-
-    stored = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+    """Save the reward model as a standalone model with its tokenizer, in the number formats of the model in `folder` that
+    it was trained from."""
     alone = model.float().merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    alone.to(stored).save_pretrained(out)
+    store_as(alone, folder).save_pretrained(out)
     for file in sorted(folder.glob("*")):
         if file.name.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges", "LICENSE")):
             shutil.copyfile(file, out / file.name)
