@@ -93,6 +93,16 @@ def test_a_system_prompt_begins_the_conversation(speaker: Speaker) -> None:
     assert speaker.messages == []
 
 
+@pytest.mark.parametrize("reasoning", [True, False])
+def test_an_answer_begins_as_in_training(speaker: Speaker, monkeypatch: pytest.MonkeyPatch, reasoning: bool) -> None:
+    """Some templates begin an answer with a trace in another way than one without."""
+    asked = []
+    monkeypatch.setattr(chat, "encode_prompt", lambda *given: asked.append(given[3]) or [5])
+    speaker.reasoning = reasoning
+    speaker.ask("One?", None, Decoding(LONGEST), print)
+    assert asked == [reasoning]
+
+
 def test_saved_conversations_are_examples_that_check_reads(speaker: Speaker, tmp_path: Path) -> None:
     said = talk([speaker], "/save x", "Where is it?", f"/save {tmp_path / 'talks.jsonl'}", "And why?", f"/save {tmp_path / 'talks.jsonl'}")
     assert "there is no conversation yet" in said and "appended 1 conversation to" in said
@@ -211,3 +221,15 @@ def test_the_system_prompt_of_all_training_records_is_the_default(project: Path)
         assert TrainingRecords(project).system_prompt() == expected
     shutil.rmtree(project / "data/splits")
     assert TrainingRecords(project).system_prompt() is None
+
+
+def test_training_records_have_traces_if_each_answer_has_one(project: Path) -> None:
+    def record(number: int, **trace: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **trace}]
+        return {"example_id": str(number), "messages": turns}
+
+    thinks = record(0, reasoning_content="So.")
+    for records, expected in (([thinks, record(1, reasoning_content="Hm.")], True), ([thinks, record(1)], False), ([record(1)], False)):
+        shutil.rmtree(project / "data/splits", ignore_errors=True)
+        write_records(project / "data/splits/train", records)
+        assert TrainingRecords(project).have_traces() == expected

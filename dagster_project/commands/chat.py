@@ -75,6 +75,8 @@ class Speaker:
     folder: Path
     model: EvaluatedModel
     messages: Messages = field(default_factory=list)
+    reasoning: bool = False
+    """Whether answers with a trace are expected, for which some templates begin an answer in another way."""
 
     def ask(self, question: str, tools: Tools, decoding: Decoding, write: Callable[[str], None]) -> Reply:
         """Answer a question, and add both to the conversation. Ctrl-C ends the answer early; what was written stays.
@@ -87,7 +89,7 @@ class Speaker:
         """
         asked = [*self.messages, {"role": "user", "content": question}]
         tokenizer = self.model.tokenizer
-        prompt = encode_prompt(tokenizer, asked, tools)
+        prompt = encode_prompt(tokenizer, asked, tools, self.reasoning)
         room = tokenizer.model_max_length - len(prompt)
         if room < 1:
             raise InputError(
@@ -272,6 +274,7 @@ def begin(root: Path, options: Options) -> tuple[list[Speaker], TrainingRecords,
     system = records.system_prompt() if options.system is None else options.system
     for speaker in speakers:
         speaker.messages = [{"role": "system", "content": system}] if system else []
+        speaker.reasoning = records.have_traces()
     return speakers, records, system or None
 
 
