@@ -134,6 +134,14 @@ def test_hidden_characters_of_an_answer_are_written_out(speaker: Speaker) -> Non
     assert chat.call_text({"function": {"name": "find", "arguments": {"city": "Oslo"}}}) == 'call: find({"city": "Oslo"})'
 
 
+def test_a_text_that_is_not_utf8_is_refused_and_the_conversation_goes_on(speaker: Speaker) -> None:
+    """As terminals and scripts in another encoding give it: caf\xe9 in Latin-1."""
+    shown = talk([speaker], "caf\udce9", "One?")
+    assert "not UTF-8" in shown and [message["content"] for message in speaker.messages if message["role"] == "user"] == ["One?"]
+    with pytest.raises(InputError, match="not UTF-8"):
+        speaker.ask("One?", [{"type": "function", "function": {"name": "\ud800"}}], Decoding(LONGEST), print)
+
+
 def test_a_conversation_longer_than_the_context_is_refused(speaker: Speaker) -> None:
     speaker.model.tokenizer.model_max_length = 20
     said = talk([speaker], "a b c d e f g h i j k l m n o p", "/reset", "A?")

@@ -85,9 +85,15 @@ class Speaker:
             tools: functions that are offered.
             write: gets the parts of the answer's text while it is generated.
         Raises:
-            InputError: the conversation does not fit into the model's context, or its template refuses it.
+            InputError: the conversation is not UTF-8 or does not fit into the model's context, or its template refuses it.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
+        try:
+            json.dumps([asked, tools], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                "the question, the system prompt or a tool has characters that are not UTF-8", "give the text in UTF-8"
+            ) from None
         tokenizer = self.model.tokenizer
         prompt = encode_prompt(tokenizer, asked, tools, self.reasoning)
         room = tokenizer.model_max_length - len(prompt)
