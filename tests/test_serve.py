@@ -194,6 +194,8 @@ def test_requests_begin_an_answer_as_in_training(made: Path, tmp_path: Path) -> 
     assert fields_of_requests(served, "transformers", True) == {"frequency_penalty": 0}, "as the template does by itself"
     (tmp_path / "m/generation_config.json").write_text("{")
     assert fields_of_requests(served, "vllm", True) == {}
+    (tmp_path / "m/chat_template.jinja").write_text("{{ raise_exception('think again') }}")
+    assert fields_of_requests(served, "vllm", False) == {}, "a template that refuses the question"
     assert fields_of_requests(Served("m", made / "params.yaml", "0" * 64, False), "llama.cpp", False) == {}, "a file"
 
 

@@ -26,6 +26,7 @@ from dagster_project.commands.chat import find_model, shown
 from dagster_project.commands.extras import PACKAGES
 from dagster_project.commands.model_ids import model_id
 from dagster_project.commands.nearest_records import TrainingRecords
+from dagster_project.core.bounded_templates import TemplateLimit
 from dagster_project.core.chat import generation_prompt
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_file
@@ -292,17 +293,16 @@ def _template_variables(folder: Path, reasoning: bool) -> dict[str, bool]:
     files = [file for file in (folder / "chat_template.jinja", folder / "tokenizer_config.json") if file.is_file()]
     if not any(b"think" in file.read_bytes() for file in files):
         return {}
+    asked = [{"role": "user", "content": QUESTION}]
     try:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ImportError, OSError, ValueError):  # vLLM may be installed elsewhere, and read what is not read here
+        trained, by_itself = generation_prompt(tokenizer, asked, None, reasoning), render(tokenizer, asked, True)
+        switched = [(one, render(tokenizer, asked, True, None, switch)) for switch, one in THINKING.items()]
+    except (ImportError, OSError, ValueError, InputError, TemplateLimit):  # vLLM may be installed elsewhere, and read what is not read here
         return {}
-    asked = [{"role": "user", "content": QUESTION}]
-    trained = generation_prompt(tokenizer, asked, None, reasoning)
-    if trained == render(tokenizer, asked, True):
-        return {}
-    return next((one for switch, one in THINKING.items() if trained == render(tokenizer, asked, True, None, switch)), {})
+    return {} if trained == by_itself else next((one for one, text in switched if text == trained), {})
 
 
 def _example(url: str, model: str, system: str | None, request: Mapping[str, Any]) -> str:
