@@ -17,6 +17,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, Messages, Tools, conversation_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import CheckResult, write_json
+from dagster_project.core.rendering import end_tokens
 from dagster_project.core.words import split_words
 from dagster_project.training.methods.build import Quantization, peft_config, place_of, refuse_unmatched
 from dagster_project.training.methods.hardware import adding_adapters
@@ -160,6 +161,8 @@ def save(model: Any, folder: Path, out: Path) -> None:
     for file in sorted(folder.glob("*")):
         if file.name.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges", "LICENSE")):
             shutil.copyfile(file, out / file.name)
+    if len(end_tokens(tokenizer_of(folder))) > 1:  # without it, a tokenizer does not know all tokens that end a turn
+        shutil.copyfile(folder / "generation_config.json", out / "generation_config.json")
 
 
 def tokenizer_of(folder: Path) -> Any:
