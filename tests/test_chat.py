@@ -93,6 +93,16 @@ def test_a_system_prompt_begins_the_conversation(speaker: Speaker) -> None:
     assert speaker.messages == []
 
 
+def test_a_model_that_scores_answers_is_refused(project: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """transformers would load it with an output layer of random weights, and without a word."""
+    shutil.copytree(tiny_model, tmp_path / "m")
+    for kind in ("LlamaForSequenceClassification", "LlamaModel"):
+        config = json.loads((tmp_path / "m/config.json").read_text())
+        (tmp_path / "m/config.json").write_text(json.dumps(config | {"architectures": [kind]}))
+        with pytest.raises(InputError, match=f"does not generate text: {kind}"):
+            chat.find_model(project, str(tmp_path / "m"))
+
+
 @pytest.mark.parametrize("reasoning", [True, False])
 def test_an_answer_begins_as_in_training(speaker: Speaker, monkeypatch: pytest.MonkeyPatch, reasoning: bool) -> None:
     """Some templates begin an answer with a trace in another way than one without."""

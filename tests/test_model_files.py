@@ -310,6 +310,12 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(
         convert.refuse_unsupported(copy, "adapter@x")
 
 
+def test_gpt_2_is_a_language_model(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    change_config(copy, architectures=["GPT2LMHeadModel"])
+    convert.refuse_unsupported(copy, "merged@x")
+
+
 def recorded(root: Path, model: Path) -> Project:
     """A project whose merged@lora is this model, committed."""
     project = Project(root)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands.model_files import TEXT_MODELS
 from dagster_project.commands.nearest_records import TrainingRecords, cut, nearest_text
 from dagster_project.core import params
 from dagster_project.core.chat import encode_prompt
@@ -161,6 +162,7 @@ def find_model(root: Path, name: str | None) -> tuple[str, Path]:
             )
     folder = _folder(root, name)
     if _has_model(folder):
+        _refuse_other_kinds(name, folder)
         return name, folder
     stage, _, variant = name.partition("@")
     if stage not in _MODELS:
@@ -172,6 +174,18 @@ def find_model(root: Path, name: str | None) -> tuple[str, Path]:
         names = ", ".join(f"{stage}@{one}" for one in params.variant_names(params.read(root), VARIANTS_OF[stage], False))
         raise InputError(f"{name}: which variant?", f"give one of {names}")
     raise InputError(f"{name}: there is no model in {shown(root, folder)}", f"`dvc repro {name}` makes it, `dvc pull {name}` fetches it")
+
+
+def _refuse_other_kinds(name: str, folder: Path) -> None:
+    """Raises:
+    InputError: a reward model or a classifier, to which transformers would add an output layer with random weights.
+    """
+    try:
+        kinds = json.loads((folder / "config.json").read_bytes()).get("architectures") or []
+    except (OSError, ValueError, AttributeError):  # an adapter, or a damaged file
+        return
+    if kinds and not any(str(kind).endswith(TEXT_MODELS) for kind in kinds):
+        raise InputError(f"{name} does not generate text: {', '.join(map(str, kinds))}", "name a language model")
 
 
 _MODELS = ("release", "base_model", "merged", "merged_aligned", "adapter")
