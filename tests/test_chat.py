@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import pedigree
 
 from dagster_project.commands import chat
@@ -18,6 +19,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_records, read_table, write_records
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
+from dagster_project.training.methods.build import build
+from dagster_project.training.methods.load import load
 
 COMPUTE = Compute(threads=1, dtype="float32")
 LONGEST = 12
@@ -101,6 +104,27 @@ def test_a_model_that_scores_answers_is_refused(project: Path, tiny_model: Path,
         (tmp_path / "m/config.json").write_text(json.dumps(config | {"architectures": [kind]}))
         with pytest.raises(InputError, match=f"does not generate text: {kind}"):
             chat.find_model(project, str(tmp_path / "m"))
+
+
+def test_an_adapter_of_an_aligned_model_answers_on_the_model_that_it_was_trained_on(project: Path, tiny_model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model, project / "data/base_model", dirs_exist_ok=True)
+    supervised = Path(shutil.copytree(tiny_model, project / "data/merged/lora"))
+    weights = load_file(supervised / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * torch.linspace(-1, 1, 64)
+    save_file(weights, supervised / "model.safetensors", {"format": "pt"})
+    cpu, ids = torch.device("cpu"), torch.tensor([[1, 40, 50, 60]])
+    prepared = build("lora", {}, supervised, cpu, torch.float32, "aligned.dpo", named="data/merged/lora")
+    prepared.save(project / "data/aligned/dpo")  # as it began: it changes nothing
+    with torch.no_grad():
+        found = chat.load(project, "data/aligned/dpo", project / "data/aligned/dpo").model.model(ids).logits.float()
+        assert torch.allclose(found, load(supervised, None, cpu, torch.float32)(ids).logits, atol=0.1)
+        assert not torch.allclose(found, load(tiny_model, None, cpu, torch.float32)(ids).logits, atol=0.1)
+    config = project / "data/aligned/dpo/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "merged-lora-6d292c09"}))
+    with pytest.raises(InputError, match="is an adapter of merged-lora-6d292c09, not of the base model"):
+        chat.load(project, "data/aligned/dpo", project / "data/aligned/dpo")
 
 
 @pytest.mark.parametrize("reasoning", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ HELP = """\
 /data [N]     the N training records (3) whose prompts are most like the last question
 /save FILE    append the conversation to a JSONL file that `pedigree check` reads
 /quit         end; so does Ctrl-D. Ctrl-C stops an answer"""
+OF_ALIGNED = re.compile(r"merged-.+-[0-9a-f]{8}")
+"""Name of the base model of an exported adapter of `aligned`."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for the first bytes of a character whose last ones are in later tokens."""
 
@@ -231,7 +234,7 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
     compute = params.parse(Compute, values.get("compute"), "compute")
     try:
-        model = EvaluatedModel(folder, compute, settings, root / "data/base_model")
+        model = EvaluatedModel(folder, compute, settings, root / _base_of(name, folder))
     except (OSError, ValueError, SafetensorError) as error:  # what the libraries raise for such files
         if isinstance(error, OSError) and error.errno is not None:  # memory, or the disk
             raise
@@ -244,6 +247,20 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
             f"{name} is a classifier: it answers with one of its labels and cannot talk", "`pedigree compare` shows its scores"
         )
     return Speaker(name, folder, model)
+
+
+def _base_of(name: str, folder: Path) -> str:
+    """The model that an adapter was trained on: for one of `aligned`, the supervised model.
+
+    Raises:
+        InputError: it was exported, and its base model is another one than that of the project.
+    """
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else None
+    named = str(config.get("base_model_name_or_path")) if isinstance(config, dict) else ""
+    if OF_ALIGNED.fullmatch(named):
+        raise InputError(f"{name} is an adapter of {named}, not of the base model", "name merged_aligned@VARIANT, its complete model")
+    return named if named.startswith("data/") else "data/base_model"
 
 
 def read_tools(path: Path | None) -> Tools:
