@@ -191,6 +191,10 @@ def test_a_reward_model_reads_turns_that_end_with_another_token_than_the_tokeniz
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     encoded = [answered(reward.tokenizer_of(folder), [turns], None) for folder in (base, tmp_path / "reward_model")]
     assert encoded[0] == encoded[1] and encoded[0][0][1][-1] == 2
+    refused = {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+    assert reward._generated(reward.tokenizer_of(base), {"prompt": turns[:1]}, refused)[1][-1] == 2, (
+        "also of an answer that the template refuses"
+    )
 
 
 def test_the_length_rule_is_fitted_on_train_and_reported_with_the_accuracy(tmp_path: Path, tiny_model: Path) -> None:

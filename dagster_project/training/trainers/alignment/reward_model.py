@@ -23,7 +23,7 @@ from dagster_project.training.methods.build import Quantization, peft_config, pl
 from dagster_project.training.methods.hardware import adding_adapters
 from dagster_project.training.methods.load import frozen_4bit, nf4_config, refusing_attention, store_as
 from dagster_project.training.tokens.collators import pad
-from dagster_project.training.tokens.preference_pairs import Answered, answered
+from dagster_project.training.tokens.preference_pairs import Answered, answered, reply
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
 from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness import distributed
@@ -234,8 +234,9 @@ def _generated(tokenizer: Any, pair: Mapping[str, Any], answer: Message) -> Answ
         return answered(tokenizer, [[*pair["prompt"], answer]], [tools])[0]
     except InputError:
         prompt = encode_prompt(tokenizer, pair["prompt"], tools, bool(answer.get("reasoning_content")))
-        ids: list[int] = tokenizer(conversation_text([answer]) + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-        return prompt, ids
+        ids: list[int] = tokenizer(conversation_text([answer]), add_special_tokens=False)["input_ids"]
+        [(_, plain)] = answered(tokenizer, [[*pair["prompt"], *reply("Yes")]], [tools])  # which ends as turns of the template end
+        return prompt, [*ids, plain[-1]]
 
 
 def judged_text(answer: Message) -> str:
