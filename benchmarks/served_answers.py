@@ -58,7 +58,8 @@ def ask(served: dict[str, Any], messages: list[dict[str, Any]]) -> str:
 
     client = OpenAI(base_url=served["url"], api_key="none", timeout=600)
     given = [{key: message[key] for key in ("role", "content")} for message in messages]
-    chunks = client.chat.completions.create(model=served["model"], messages=given, temperature=0, max_tokens=LONGEST, stream=True)
+    how = {"temperature": 0, "max_tokens": LONGEST, "stream": True, "extra_body": served["request"]}
+    chunks = client.chat.completions.create(model=served["model"], messages=given, **how)
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip()
 
 

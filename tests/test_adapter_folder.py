@@ -64,6 +64,20 @@ def test_peft_loads_it_with_the_logits_of_the_variant(made: Path, written: tuple
     assert not torch.allclose(found, logits(base_of(made)), atol=1e-5), "the adapter changes the base model"
 
 
+def test_the_commands_of_its_card_load_the_chat_template_of_the_training(made: Path, written: tuple[Path, dict[str, Any]]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = written[0]
+    (folder / "chat_template.jinja").write_text("another than the base model's")
+    card = (folder / "README.md").read_text()
+    names = {one.__name__: one for one in (PeftModel, AutoModelForCausalLM, AutoTokenizer, Path)}
+    names |= {"BASE": made / "data/base_model", "FOLDER": folder}  # type: ignore[dict-item]
+    exec(card.partition("```python\n")[2].partition("```")[0], names)
+    assert names["tokenizer"].chat_template == "another than the base model's" and "lora" in names["model"].peft_config  # type: ignore[attr-defined]
+    assert "--lora-modules lora=FOLDER --chat-template FOLDER/chat_template.jinja\n" in card
+
+
 def test_transformers_loads_it_by_a_name(made: Path, written: tuple[Path, dict[str, Any]]) -> None:
     import torch
     from peft import PeftModel

@@ -176,6 +176,27 @@ def test_the_reward_of_an_answer_does_not_depend_on_its_batch(judged: tuple[Path
     assert alone[0] > alone[1]
 
 
+def test_a_reward_model_reads_turns_that_end_with_another_token_than_the_tokenizers(tmp_path: Path, tiny_model: Path) -> None:
+    """As those of Gemma, Phi-3 and gpt-oss, whose end of a turn is in generation_config.json."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    for file, changed in (
+        ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "pad_token": "<|im_start|>"}),
+        ("generation_config.json", {"eos_token_id": [0, 2]}),
+    ):
+        (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | changed))
+    for split, numbers in {"train": range(4), "validation": range(0), "test": range(10, 14)}.items():
+        write_records(tmp_path / "pairs" / split, [preference_row(i, "ab", "abcd") for i in numbers], PREFERENCE_SCHEMA)
+    report = train_reward(tmp_path, tmp_path / "pairs", base, max_steps=1, min_accuracy=0.0)
+    assert report.metrics["pairs"]["test"] == 4
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    encoded = [answered(reward.tokenizer_of(folder), [turns], None) for folder in (base, tmp_path / "reward_model")]
+    assert encoded[0] == encoded[1] and encoded[0][0][1][-1] == 2
+    refused = {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+    assert reward._generated(reward.tokenizer_of(base), {"prompt": turns[:1]}, refused)[1][-1] == 2, (
+        "also of an answer that the template refuses"
+    )
+
+
 def test_the_length_rule_is_fitted_on_train_and_reported_with_the_accuracy(tmp_path: Path, tiny_model: Path) -> None:
     for split, numbers in {"train": range(4), "validation": range(0), "test": range(10, 14)}.items():
         write_records(tmp_path / "pairs" / split, [preference_row(i, "ab", "abcd" if i != 13 else "a") for i in numbers], PREFERENCE_SCHEMA)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import pedigree
 
 from dagster_project.commands import chat
@@ -18,6 +19,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_records, read_table, write_records
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
+from dagster_project.training.methods.build import build
+from dagster_project.training.methods.load import load
 
 COMPUTE = Compute(threads=1, dtype="float32")
 LONGEST = 12
@@ -93,6 +96,47 @@ def test_a_system_prompt_begins_the_conversation(speaker: Speaker) -> None:
     assert speaker.messages == []
 
 
+def test_a_model_that_scores_answers_is_refused(project: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """transformers would load it with an output layer of random weights, and without a word."""
+    shutil.copytree(tiny_model, tmp_path / "m")
+    for kind in ("LlamaForSequenceClassification", "LlamaModel"):
+        config = json.loads((tmp_path / "m/config.json").read_text())
+        (tmp_path / "m/config.json").write_text(json.dumps(config | {"architectures": [kind]}))
+        with pytest.raises(InputError, match=f"does not generate text: {kind}"):
+            chat.find_model(project, str(tmp_path / "m"))
+
+
+def test_an_adapter_of_an_aligned_model_answers_on_the_model_that_it_was_trained_on(project: Path, tiny_model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model, project / "data/base_model", dirs_exist_ok=True)
+    supervised = Path(shutil.copytree(tiny_model, project / "data/merged/lora"))
+    weights = load_file(supervised / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * torch.linspace(-1, 1, 64)
+    save_file(weights, supervised / "model.safetensors", {"format": "pt"})
+    cpu, ids = torch.device("cpu"), torch.tensor([[1, 40, 50, 60]])
+    prepared = build("lora", {}, supervised, cpu, torch.float32, "aligned.dpo", named="data/merged/lora")
+    prepared.save(project / "data/aligned/dpo")  # as it began: it changes nothing
+    with torch.no_grad():
+        found = chat.load(project, "data/aligned/dpo", project / "data/aligned/dpo").model.model(ids).logits.float()
+        assert torch.allclose(found, load(supervised, None, cpu, torch.float32)(ids).logits, atol=0.1)
+        assert not torch.allclose(found, load(tiny_model, None, cpu, torch.float32)(ids).logits, atol=0.1)
+    config = project / "data/aligned/dpo/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "merged-lora-6d292c09"}))
+    with pytest.raises(InputError, match="is an adapter of merged-lora-6d292c09, not of the base model"):
+        chat.load(project, "data/aligned/dpo", project / "data/aligned/dpo")
+
+
+@pytest.mark.parametrize("reasoning", [True, False])
+def test_an_answer_begins_as_in_training(speaker: Speaker, monkeypatch: pytest.MonkeyPatch, reasoning: bool) -> None:
+    """Some templates begin an answer with a trace in another way than one without."""
+    asked = []
+    monkeypatch.setattr(chat, "encode_prompt", lambda *given: asked.append(given[3]) or [5])
+    speaker.reasoning = reasoning
+    speaker.ask("One?", None, Decoding(LONGEST), print)
+    assert asked == [reasoning]
+
+
 def test_saved_conversations_are_examples_that_check_reads(speaker: Speaker, tmp_path: Path) -> None:
     said = talk([speaker], "/save x", "Where is it?", f"/save {tmp_path / 'talks.jsonl'}", "And why?", f"/save {tmp_path / 'talks.jsonl'}")
     assert "there is no conversation yet" in said and "appended 1 conversation to" in said
@@ -122,6 +166,14 @@ def test_hidden_characters_of_an_answer_are_written_out(speaker: Speaker) -> Non
     text._write("a\x1b[31mb")
     assert shown == ["a\\x1b[31mb"]
     assert chat.call_text({"function": {"name": "find", "arguments": {"city": "Oslo"}}}) == 'call: find({"city": "Oslo"})'
+
+
+def test_a_text_that_is_not_utf8_is_refused_and_the_conversation_goes_on(speaker: Speaker) -> None:
+    """As terminals and scripts in another encoding give it: caf\xe9 in Latin-1."""
+    shown = talk([speaker], "caf\udce9", "One?")
+    assert "not UTF-8" in shown and [message["content"] for message in speaker.messages if message["role"] == "user"] == ["One?"]
+    with pytest.raises(InputError, match="not UTF-8"):
+        speaker.ask("One?", [{"type": "function", "function": {"name": "\ud800"}}], Decoding(LONGEST), print)
 
 
 def test_a_conversation_longer_than_the_context_is_refused(speaker: Speaker) -> None:
@@ -211,3 +263,15 @@ def test_the_system_prompt_of_all_training_records_is_the_default(project: Path)
         assert TrainingRecords(project).system_prompt() == expected
     shutil.rmtree(project / "data/splits")
     assert TrainingRecords(project).system_prompt() is None
+
+
+def test_training_records_have_traces_if_each_answer_has_one(project: Path) -> None:
+    def record(number: int, **trace: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **trace}]
+        return {"example_id": str(number), "messages": turns}
+
+    thinks = record(0, reasoning_content="So.")
+    for records, expected in (([thinks, record(1, reasoning_content="Hm.")], True), ([thinks, record(1)], False), ([record(1)], False)):
+        shutil.rmtree(project / "data/splits", ignore_errors=True)
+        write_records(project / "data/splits/train", records)
+        assert TrainingRecords(project).have_traces() == expected

@@ -112,6 +112,15 @@ def test_a_reward_model_is_described_as_what_scores_answers_with_what_was_measur
     assert [one["value"] for one in bill["quantitativeAnalysis"]["performanceMetrics"]] == [str(report["accuracy"])]
 
 
+def test_a_release_is_described_by_its_own_training_in_whatever_order_the_adapters_are_listed() -> None:
+    soup = {"environment": {}, "method": "cat", "merge_of": {"faq": 0.5, "triage": 0.5}}
+    reports = {"adapter@soup": soup, **{f"adapter@{name}": {"environment": {}, "method": "lora"} for name in ("faq", "triage")}}
+    for merged, library in ((True, "transformers"), (False, "peft")):
+        summary = from_reports("release", {**reports, "merged@soup": {"merged": merged}}, "soup")
+        assert summary["training"]["merge_of"] == soup["merge_of"]
+        assert ModelCard(model_card(summary)).data.library_name == library, "a release may be an adapter, by a waiver"
+
+
 @pytest.mark.parametrize(
     ("method", "library", "task"),
     [

@@ -91,3 +91,33 @@ def test_a_tuned_model_of_a_base_model_with_several_chat_templates_has_the_one_o
     report = merged.produce(Compute(threads=1), base, adapter, out=tmp_path / "merged")
     assert report.failures == []
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "trained with"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_weights_that_the_base_model_keeps_in_float32_are_not_rounded(tiny_model: Path, tmp_path: Path, method: str) -> None:
+    """transformers keeps routers of mixtures of experts, and what it adds to their scores, in float32: in bfloat16, 5.001 and 5.009 are both 5."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base, adapter, keys = tmp_path / "base", tmp_path / "adapter", {"n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    shutil.copytree(tiny_model, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    size = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    kind = AutoConfig.for_model("glm4_moe", **size, **keys, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(kind).to(torch.bfloat16).save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    for name, weight in model.state_dict().items():
+        if name.endswith("gate.e_score_correction_bias"):
+            weight.copy_(5 + torch.rand_like(weight) / 100)
+    model.save_pretrained(base)
+    prepared = build(method, {}, base, torch.device("cpu"), torch.float32, "adapter.x")
+    for name, weight in prepared.model.named_parameters():
+        if weight.requires_grad and "gate." not in name:
+            torch.nn.init.normal_(weight.data, std=0.1)
+    prepared.save(adapter)
+    report = merged.produce(Compute(threads=1), base, adapter, out=tmp_path / "merged")
+    assert report.failures == []
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    assert {name: weight.dtype for name, weight in after.items()} == {name: weight.dtype for name, weight in before.items()}
+    routers = [name for name, weight in before.items() if weight.dtype == torch.float32]
+    assert len(routers) == 2 and all(torch.equal(before[name], after[name]) for name in routers)

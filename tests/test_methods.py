@@ -752,10 +752,23 @@ def test_trained_rows_of_a_shared_output_layer_cannot_be_merged(tiny_model: Path
     for method, options in (
         ("trainable_tokens", {"token_indices": [5], "target_modules": ["lm_head"]}),
         ("lora", {"r": 4, "trainable_token_indices": {"lm_head": [5]}}),
+        ("lora", {"r": 4, "trainable_token_indices": {"embed_tokens": [5], "lm_head": [6]}}),
     ):
         with pytest.raises(InputError, match="this adapter cannot be merged: word embeddings and output layer"):
             make(method, tiny_model, options=options)
         assert make(method, tiny_model, options=options, merge=False).trainable
+
+
+def test_the_same_trained_rows_of_embeddings_and_output_layer_can_be_merged(tiny_model: Path) -> None:
+    for rows in ([6, 5], {"embed_tokens": [6, 5], "lm_head": [6, 5]}):
+        assert make("lora", tiny_model, options={"r": 4, "trainable_token_indices": rows}).trainable
+
+
+def test_whole_modules_beside_normalization_layers_cannot_be_merged(tiny_model: Path) -> None:
+    options = {"modules_to_save": ["lm_head"]}
+    with pytest.raises(InputError, match=r"peft\.modules_to_save: this adapter cannot be merged"):
+        make("layernorm", tiny_model, options=options)
+    assert make("layernorm", tiny_model, options=options, merge=False).trainable
 
 
 def test_trained_biases_that_no_layer_of_the_base_model_can_take_are_refused_before_training(tiny_model: Path) -> None:

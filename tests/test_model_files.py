@@ -269,6 +269,7 @@ def test_a_modelfile_renders_as_the_template_does(tokenizer: Any) -> None:
         and 'PARAMETER stop "<|im_end|>"' in text
         and "<|im_start|>user\n{{ .Content }}<|im_end|>\n" in text
     )
+    assert text.endswith("PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"), "answers are decoded as in evaluation"
 
 
 def test_a_default_system_message_is_in_the_modelfile_and_an_unusual_template_is_not(folder: Path) -> None:
@@ -307,6 +308,12 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(
     change(copy)
     with pytest.raises(InputError, match=message):
         convert.refuse_unsupported(copy, "adapter@x")
+
+
+def test_gpt_2_is_a_language_model(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    change_config(copy, architectures=["GPT2LMHeadModel"])
+    convert.refuse_unsupported(copy, "merged@x")
 
 
 def recorded(root: Path, model: Path) -> Project:

@@ -23,7 +23,7 @@ from conftest import pedigree, tool
 
 from dagster_project.__main__ import main
 from dagster_project.commands import chat
-from dagster_project.commands.serve import Served, choose_engine, command_of, environment_of, find_served
+from dagster_project.commands.serve import Served, choose_engine, command_of, environment_of, fields_of_requests, find_served
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder
 from dagster_project.core.records import write_records
@@ -36,10 +36,13 @@ SYSTEM = "Answer in letters."
 
 @pytest.fixture(scope="module")
 def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a recorded base model whose answers are letters, and with training records that have one system prompt."""
+    """A project with a recorded base model whose answers are letters, with a penalty on repetitions in its generation_config.json, and with training
+    records that have one system prompt."""
     root = tmp_path_factory.mktemp("served") / "project"
     shutil.copytree(tiny_model, root / "models/tiny")
     write_letters(root / "models/tiny")
+    settings = json.loads((root / "models/tiny/generation_config.json").read_text())
+    (root / "models/tiny/generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 1.5}))
     shutil.copytree(root / "models/tiny", root / "data/base_model")
     listing = {file.name: md5_of_file(file) for file in (root / "data/base_model").iterdir()}
     out = {"path": "data/base_model", "hash": "md5", "md5": md5_of_folder(listing)}
@@ -134,12 +137,14 @@ def test_answers_are_those_of_chat_streamed_or_not(made: Path, served: dict[str,
         said = chat.once(made, chat.Options(["base_model"], None, None, chat.Decoding(LONGEST)), question)
         expected = said["answers"][0]["answer"]["content"]
         messages = [{"role": "system", "content": served["system"]}, {"role": "user", "content": question}]
-        asked = {"model": served["model"], "messages": messages, "temperature": 0, "max_tokens": LONGEST}
+        asked = {"model": served["model"], "messages": messages, "temperature": 0, "max_tokens": LONGEST, **served["request"]}
         whole = client.chat.completions.create(**asked)
         parts = [chunk.choices[0].delta.content for chunk in client.chat.completions.create(**asked, stream=True)]
         assert whole.choices[0].message.content == "".join(filter(None, parts)) == expected
         assert (whole.model, whole.usage.completion_tokens, len(expected)) == (served["model"], LONGEST, LONGEST)
         answers.append(expected)
+        del asked["frequency_penalty"]
+        assert client.chat.completions.create(**asked).choices[0].message.content != expected
     assert len(set(answers)) == len(QUESTIONS) and served["system"] == SYSTEM
 
 
@@ -170,6 +175,28 @@ def test_the_printed_example_is_a_request_that_works(served: dict[str, Any]) -> 
         pytest.skip("curl is not installed")
     done = subprocess.run(["sh", "-c", f"{served['example']} -s"], capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant"
+
+
+THINKS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}<think>{% if m.reasoning_content %}
+{{ m.reasoning_content }}{% endif %}</think>{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>{{ '\\n' if enable_thinking | default(true) else '</think>' }}{% endif %}"""
+"""Begins an answer with a trace, unless it is told not to, as the templates of Nemotron 3 do."""
+
+
+def test_requests_begin_an_answer_as_in_training(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "models/tiny", tmp_path / "m")
+    (tmp_path / "m/chat_template.jinja").write_text(THINKS)
+    served = Served("m", tmp_path / "m", "6d292c09" + "0" * 24, False)
+    off = {"enable_thinking": False, "thinking": False}
+    assert fields_of_requests(served, "vllm", False) == {"repetition_penalty": 1, "chat_template_kwargs": off}
+    assert fields_of_requests(served, "transformers", True) == {"frequency_penalty": 0}, "as the template does by itself"
+    (tmp_path / "m/generation_config.json").write_text("{")
+    assert fields_of_requests(served, "vllm", True) == {}
+    (tmp_path / "m/chat_template.jinja").write_text("{{ raise_exception('think again') }}")
+    assert fields_of_requests(served, "vllm", False) == {}, "a template that refuses the question"
+    assert fields_of_requests(Served("m", made / "params.yaml", "0" * 64, False), "llama.cpp", False) == {}, "a file"
 
 
 def test_a_port_in_use_is_one_message(made: Path, served: dict[str, Any]) -> None:

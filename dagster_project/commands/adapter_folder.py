@@ -22,7 +22,8 @@ from dagster_project.lineage.signing.target import Target, find, refuse_in_outpu
 
 FORMAT = "adapter"
 CONFIG = "adapter_config.json"
-COPIED = ("adapter_model.safetensors", "chat_template.jinja")
+TEMPLATE = "chat_template.jinja"
+COPIED = ("adapter_model.safetensors", TEMPLATE)
 ADAPTERS = ("adapter", "aligned")
 """Stages whose output is an adapter."""
 NOT_IN_VLLM = {
@@ -76,7 +77,7 @@ def write_adapter(root: Path, model: str, folder: Path | None) -> dict[str, Any]
     }
     texts = {
         CONFIG: json.dumps(config | {"base_model_name_or_path": base["name"], "revision": None}, indent=2, sort_keys=True) + "\n",
-        "README.md": f"{model_card(summarize(subject)).rstrip()}\n\n{_how_to_load(facts, config)}",
+        "README.md": f"{model_card(summarize(subject)).rstrip()}\n\n{_how_to_load(facts, config, (target.folder / TEMPLATE).is_file())}",
     }
     return facts | {"files": _write(target, place, texts)}
 
@@ -124,19 +125,26 @@ def not_in_vllm(config: Mapping[str, Any]) -> list[str]:
     return found + [name for key, name in NOT_IN_VLLM.items() if config.get(key)]
 
 
-def _how_to_load(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _how_to_load(facts: Mapping[str, Any], config: Mapping[str, Any], has_template: bool) -> str:
+    """Args:
+    has_template: whether the folder has the chat template of the training, which may be another one than the base model's.
+    """
     base, name = facts["base"], facts["model"]["stage"].partition("@")[2]
     digits = f"trained on it in {facts['quantization']}" if facts["quantization"] != "none" else "unquantized"
+    code = ["base = AutoModelForCausalLM.from_pretrained(BASE)", f'model = PeftModel.from_pretrained(base, FOLDER, adapter_name="{name}")']
+    if has_template:
+        code.append("tokenizer = AutoTokenizer.from_pretrained(BASE)")
+        code.append(f'tokenizer.chat_template = Path(FOLDER, "{TEMPLATE}").read_text(encoding="utf-8")')
     lines = [
         "## Load it",
         f"The base model is `{base['name']}`: `{base['path']}` with md5 `{base['md5']}`, {digits}. Nothing looks it up by this name: give its folder.",
-        "```python\nbase = AutoModelForCausalLM.from_pretrained(BASE)\n"
-        f'model = PeftModel.from_pretrained(base, FOLDER, adapter_name="{name}")\n```',
+        "\n".join(["```python", *code, "```"]),
     ]
     if facts["vllm"]:
         lines.append(f"vLLM does not load it as one of its `--lora-modules`: it does not support {', '.join(facts['vllm'])}.")
     else:
-        command = f"vllm serve BASE --served-model-name {base['name']} --enable-lora --max-lora-rank {_rank(int(config['r']))} --lora-modules {name}=FOLDER"
+        template = f" --chat-template FOLDER/{TEMPLATE}" if has_template else ""
+        command = f"vllm serve BASE --served-model-name {base['name']} --enable-lora --max-lora-rank {_rank(int(config['r']))} --lora-modules {name}=FOLDER{template}"
         lines.append(f"```console\n$ {command}\n```")
     return "\n\n".join(lines) + "\n"
 

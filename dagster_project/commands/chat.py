@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands.model_files import TEXT_MODELS
 from dagster_project.commands.nearest_records import TrainingRecords, cut, nearest_text
 from dagster_project.core import params
 from dagster_project.core.chat import encode_prompt
@@ -33,6 +35,8 @@ HELP = """\
 /data [N]     the N training records (3) whose prompts are most like the last question
 /save FILE    append the conversation to a JSONL file that `pedigree check` reads
 /quit         end; so does Ctrl-D. Ctrl-C stops an answer"""
+OF_ALIGNED = re.compile(r"merged-.+-[0-9a-f]{8}")
+"""Name of the base model of an exported adapter of `aligned`."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for the first bytes of a character whose last ones are in later tokens."""
 
@@ -75,6 +79,8 @@ class Speaker:
     folder: Path
     model: EvaluatedModel
     messages: Messages = field(default_factory=list)
+    reasoning: bool = False
+    """Whether answers with a trace are expected, for which some templates begin an answer in another way."""
 
     def ask(self, question: str, tools: Tools, decoding: Decoding, write: Callable[[str], None]) -> Reply:
         """Answer a question, and add both to the conversation. Ctrl-C ends the answer early; what was written stays.
@@ -83,11 +89,17 @@ class Speaker:
             tools: functions that are offered.
             write: gets the parts of the answer's text while it is generated.
         Raises:
-            InputError: the conversation does not fit into the model's context, or its template refuses it.
+            InputError: the conversation is not UTF-8 or does not fit into the model's context, or its template refuses it.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
+        try:
+            json.dumps([asked, tools], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                "the question, the system prompt or a tool has characters that are not UTF-8", "give the text in UTF-8"
+            ) from None
         tokenizer = self.model.tokenizer
-        prompt = encode_prompt(tokenizer, asked, tools)
+        prompt = encode_prompt(tokenizer, asked, tools, self.reasoning)
         room = tokenizer.model_max_length - len(prompt)
         if room < 1:
             raise InputError(
@@ -153,6 +165,7 @@ def find_model(root: Path, name: str | None) -> tuple[str, Path]:
             )
     folder = _folder(root, name)
     if _has_model(folder):
+        _refuse_other_kinds(name, folder)
         return name, folder
     stage, _, variant = name.partition("@")
     if stage not in _MODELS:
@@ -164,6 +177,18 @@ def find_model(root: Path, name: str | None) -> tuple[str, Path]:
         names = ", ".join(f"{stage}@{one}" for one in params.variant_names(params.read(root), VARIANTS_OF[stage], False))
         raise InputError(f"{name}: which variant?", f"give one of {names}")
     raise InputError(f"{name}: there is no model in {shown(root, folder)}", f"`dvc repro {name}` makes it, `dvc pull {name}` fetches it")
+
+
+def _refuse_other_kinds(name: str, folder: Path) -> None:
+    """Raises:
+    InputError: a reward model or a classifier, to which transformers would add an output layer with random weights.
+    """
+    try:
+        kinds = json.loads((folder / "config.json").read_bytes()).get("architectures") or []
+    except (OSError, ValueError, AttributeError):  # an adapter, or a damaged file
+        return
+    if kinds and not any(str(kind).endswith(TEXT_MODELS) for kind in kinds):
+        raise InputError(f"{name} does not generate text: {', '.join(map(str, kinds))}", "name a language model")
 
 
 _MODELS = ("release", "base_model", "merged", "merged_aligned", "adapter")
@@ -209,7 +234,7 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
     compute = params.parse(Compute, values.get("compute"), "compute")
     try:
-        model = EvaluatedModel(folder, compute, settings, root / "data/base_model")
+        model = EvaluatedModel(folder, compute, settings, root / _base_of(name, folder))
     except (OSError, ValueError, SafetensorError) as error:  # what the libraries raise for such files
         if isinstance(error, OSError) and error.errno is not None:  # memory, or the disk
             raise
@@ -222,6 +247,20 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
             f"{name} is a classifier: it answers with one of its labels and cannot talk", "`pedigree compare` shows its scores"
         )
     return Speaker(name, folder, model)
+
+
+def _base_of(name: str, folder: Path) -> str:
+    """The model that an adapter was trained on: for one of `aligned`, the supervised model.
+
+    Raises:
+        InputError: it was exported, and its base model is another one than that of the project.
+    """
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else None
+    named = str(config.get("base_model_name_or_path")) if isinstance(config, dict) else ""
+    if OF_ALIGNED.fullmatch(named):
+        raise InputError(f"{name} is an adapter of {named}, not of the base model", "name merged_aligned@VARIANT, its complete model")
+    return named if named.startswith("data/") else "data/base_model"
 
 
 def read_tools(path: Path | None) -> Tools:
@@ -272,6 +311,7 @@ def begin(root: Path, options: Options) -> tuple[list[Speaker], TrainingRecords,
     system = records.system_prompt() if options.system is None else options.system
     for speaker in speakers:
         speaker.messages = [{"role": "system", "content": system}] if system else []
+        speaker.reasoning = records.have_traces()
     return speakers, records, system or None
 
 

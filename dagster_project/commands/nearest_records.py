@@ -48,6 +48,10 @@ class TrainingRecords:
         found = {next((m["content"] for m in record["messages"][:1] if m["role"] == "system"), None) for record in self._records}
         return found.pop() if len(found) == 1 else None
 
+    def have_traces(self) -> bool:
+        """Whether there are records, and the last message of each has a reasoning trace."""
+        return bool(self._records) and all(record["messages"][-1].get("reasoning_content") for record in self._records)
+
     def nearest(self, model: str, question: str, count: int) -> Nearest:
         """Records that a model was trained on, by BM25 of their prompts.
 

@@ -26,8 +26,11 @@ from dagster_project.commands.chat import find_model, shown
 from dagster_project.commands.extras import PACKAGES
 from dagster_project.commands.model_ids import model_id
 from dagster_project.commands.nearest_records import TrainingRecords
+from dagster_project.core.bounded_templates import TemplateLimit
+from dagster_project.core.chat import generation_prompt
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_file
+from dagster_project.core.rendering import THINKING, render
 from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.signing.target import find
 from dagster_project.orchestration import ports
@@ -177,8 +180,8 @@ def serve(root: Path, model: str | None, port: int, engine: str | None, announce
     """Serve a model until Ctrl-C or SIGTERM.
 
     Args:
-        announce: called once the server answers, with {"url", "model": id, "name", "folder", "md5" or "sha256", "recorded", "engine", "system", "pid",
-            "example"}.
+        announce: called once the server answers, with {"url", "model": id, "name", "folder", "md5" or "sha256", "recorded", "engine", "system",
+            "request": as `fields_of_requests`, "pid", "example"}.
     Raises:
         InputError: as `find_served` and `choose_engine`, or the port is in use.
         PedigreeError: the server ended, or the model changed while it was loaded.
@@ -253,18 +256,64 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 
 def _document(root: Path, served: Served, engine: str, port: int, pid: int) -> dict[str, Any]:
-    url = f"http://{HOST}:{port}/v1"
-    system = TrainingRecords(root).system_prompt()
+    url, records = f"http://{HOST}:{port}/v1", TrainingRecords(root)
+    system, request = records.system_prompt(), fields_of_requests(served, engine, records.have_traces())
     digest = {"sha256" if served.folder.is_file() else "md5": served.digest}
     facts = {"name": served.name, "folder": shown(root, served.folder), **digest, "recorded": served.recorded, "engine": engine}
-    return {"url": url, "model": served.id, **facts, "system": system, "pid": pid, "example": _example(url, served.id, system)}
+    example = _example(url, served.id, system, request)
+    return {"url": url, "model": served.id, **facts, "system": system, "request": request, "pid": pid, "example": example}
 
 
-def _example(url: str, model: str, system: str | None) -> str:
-    """A request by curl, with the system prompt of the training records, because the model was trained with it."""
+def fields_of_requests(served: Served, engine: str, reasoning: bool) -> dict[str, Any]:
+    """What a request needs, besides a temperature of 0, for the answers of evaluation: it switches off a penalty on repetitions in the model's
+    generation_config.json, and lets the chat template begin an answer as in training.
+
+    Args:
+        reasoning: whether the model was trained on answers with a trace.
+    """
+    if served.folder.is_file():
+        return {}
+    found: dict[str, Any] = {}
+    if _penalizes_repetitions(served.folder / "generation_config.json"):
+        found |= {"frequency_penalty": 0} if engine == "transformers" else {"repetition_penalty": 1}
+    if variables := _template_variables(served.folder, reasoning):
+        found["chat_template_kwargs"] = variables
+    return found
+
+
+def _penalizes_repetitions(file: Path) -> bool:
+    with suppress(OSError, ValueError):  # servers ignore a file that they cannot read
+        settings = json.loads(file.read_bytes())
+        return isinstance(settings, dict) and settings.get("repetition_penalty") not in (None, 1)
+    return False
+
+
+def _template_variables(folder: Path, reasoning: bool) -> dict[str, bool]:
+    """The variables with which the chat template begins an answer as in training; none if it does so by itself."""
+    files = [file for file in (folder / "chat_template.jinja", folder / "tokenizer_config.json") if file.is_file()]
+    if not any(b"think" in file.read_bytes() for file in files):
+        return {}
+    asked = [{"role": "user", "content": QUESTION}]
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        trained, by_itself = generation_prompt(tokenizer, asked, None, reasoning), render(tokenizer, asked, True)
+        switched = [(one, render(tokenizer, asked, True, None, switch)) for switch, one in THINKING.items()]
+    except (ImportError, OSError, ValueError, InputError, TemplateLimit):  # vLLM may be installed elsewhere, and read what is not read here
+        return {}
+    return {} if trained == by_itself else next((one for one, text in switched if text == trained), {})
+
+
+def _example(url: str, model: str, system: str | None, request: Mapping[str, Any]) -> str:
+    """A request by curl, with the system prompt of the training records, because the model was trained with it.
+
+    Args:
+        request: further fields.
+    """
     for given in filter(lambda one: one is not None, (system, "")):
         messages = [{"role": "system", "content": given}] if given else []
-        body = {"model": model, "temperature": 0, "messages": [*messages, {"role": "user", "content": QUESTION}]}
+        body = {"model": model, "temperature": 0, **request, "messages": [*messages, {"role": "user", "content": QUESTION}]}
         line = f"curl {url}/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
         if len(line) <= LONGEST_EXAMPLE:
             break
@@ -274,4 +323,10 @@ def _example(url: str, model: str, system: str | None) -> str:
 def as_text(document: Mapping[str, Any]) -> str:
     """The text for the terminal once the server answers."""
     bytes_of = "as dvc.lock recorded" if document["recorded"] else "not an output that dvc.lock records"
-    return f"{document['url']}  model {document['model']} ({document['folder']}, {bytes_of}), by {document['engine']}. Ctrl-C ends.\n{document['example']}"
+    lines = [
+        f"{document['url']}  model {document['model']} ({document['folder']}, {bytes_of}), by {document['engine']}. Ctrl-C ends.",
+        document["example"],
+    ]
+    if document["request"]:
+        lines.insert(1, f"answers as in evaluation need temperature 0 and {json.dumps(document['request'])} in a request")
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ from dagster_project.core.params import Compute, Section
 from dagster_project.core.records import CheckResult, Report
 from dagster_project.training.methods import feature_extraction
 from dagster_project.training.methods.hardware import adding_adapters, prepare
-from dagster_project.training.methods.load import RECORD, AdapterInfo, load, load_base
+from dagster_project.training.methods.load import RECORD, AdapterInfo, load, load_base, store_as
 
 CHECK_DESCRIPTIONS = {"merge_is_equal": "In float32, the merged and the unmerged model compute the same logits."}
 
@@ -51,7 +51,7 @@ def produce(compute: Compute, base_model: Path, adapter: Path, out: Path) -> Rep
 
 
 def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Report:
-    """Merge the adapter into the base model's weights, and store them in the base model's dtype.
+    """Merge the adapter into the base model's weights, and store them in the base model's number formats.
 
     The unquantized base model is used even if the adapter was trained on quantized weights; the report then states the difference.
     """
@@ -83,7 +83,7 @@ def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Re
         return Report(metrics=metrics, checks=[CheckResult("merge_is_equal", passed=False, blocking=True, note=note)])
     difference = _max_difference(_logits(model, probes), expected)
     effect = _max_difference(untuned, expected)
-    model.to(stored).save_pretrained(out)
+    store_as(model, base_model).save_pretrained(out)
     model.float()
     for file in base_model.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and not (out / file.name).exists():

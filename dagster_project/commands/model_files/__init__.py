@@ -4,3 +4,5 @@ FORMATS = ("gguf", "safetensors")
 """Of `pedigree export`: those that write the model itself."""
 QUANTIZATIONS = ("f16", "q8_0", "q4_k_m")
 """Number formats of GGUF files."""
+TEXT_MODELS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+"""Ends of the names, in config.json, of architectures that generate text."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.model_files import llama_cpp, safetensors_metadata
+from dagster_project.commands.model_files import TEXT_MODELS, llama_cpp, safetensors_metadata
 from dagster_project.commands.model_files.processes import reason, run_python
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
@@ -55,7 +55,7 @@ def refuse_unsupported(folder: Path, name: str) -> None:
         )
     config = _settings(folder / "config.json", name)
     kinds = config.get("architectures") or []
-    if not any(str(kind).endswith(("ForCausalLM", "ForConditionalGeneration")) for kind in kinds):
+    if not any(str(kind).endswith(TEXT_MODELS) for kind in kinds):
         raise InputError(f"{name} does not generate text: {', '.join(map(str, kinds)) or 'no architecture'}", "name a language model")
     if config.get("quantization_config"):
         raise InputError(

@@ -87,7 +87,7 @@ def modelfile(tokenizer: Any, file: str) -> str:
         lines.append(f'TEMPLATE """{_template(parts)}"""')
         lines += [f'SYSTEM """{parts.default_system}"""'] if parts.default_system else []
     lines += [f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in end_tokens(tokenizer)]
-    lines.append("PARAMETER temperature 0")
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]  # as in evaluation; by itself, Ollama penalizes repetitions by 1.1
     return "\n".join(lines) + "\n"
 
 

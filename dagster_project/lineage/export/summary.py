@@ -40,14 +40,15 @@ def from_reports(
     variant = released or address.partition("@")[2]
     if released:
         reports = {name: reports[name] for name in chain(released, reports)}
-    tuned = [report for name, report in reports.items() if "environment" in report]
+    own, training = reports.get(address, {}), _training(address, variant, reports)
     measured = {name: report for name, report in reports.items() if name.startswith("evaluation") and name.partition("@")[2] == variant}
-    base, own = with_license(reports.get("base_model", {})), reports.get(address, {})
+    base = with_license(reports.get("base_model", {}))
+    whole = next((reports[name] for name in (f"merged_aligned@{released}", f"merged@{released}") if name in reports), own)
     sources, read_by = _named_sources(reports)
     taught = _teachers(reports) if teachers is None else teachers
     online = _own_answers(reports)
     return {
-        "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": own.get("merged", _is_complete(address, own))},
+        "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": whole.get("merged", _is_complete(address, own))},
         "sources": sources,
         "base_model": {key: base[key] for key in ("origin", "license", "parameters", "dtype", "sha256") if key in base},
         "licenses": summarize_licenses(base, sources, taught),
@@ -56,8 +57,8 @@ def from_reports(
             for name, report in reports.items()
             if name not in measured and name not in {"baselines", "comparison"}
         },
-        "training": {key: tuned[-1][key] for key in TRAINING if key in tuned[-1]} if tuned else {},
-        "environment": tuned[-1]["environment"] if tuned else {},
+        "training": {key: training[key] for key in TRAINING if key in training},
+        "environment": training.get("environment", {}),
         "metrics": {name: {key: value for key, value in report.items() if key not in NOT_METRICS} for name, report in measured.items()}
         | (
             {address: {key: own[key] for key in OF_REWARDS if key in own}}
@@ -71,6 +72,13 @@ def from_reports(
         **({"own_answers": online} if online else {}),
         **judged([report for name, report in reports.items() if name not in measured], waivers),
     }
+
+
+def _training(address: str, variant: str, reports: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The report of the training that ended in the model. The last of `reports` may be one of the adapters that it was merged of."""
+    trained = {name: report for name, report in reports.items() if "environment" in report}
+    own = next((trained[name] for name in (address, f"aligned@{variant}", f"adapter@{variant}") if name in trained), None)
+    return own or next(reversed(trained.values()), {})
 
 
 def _is_complete(address: str, own: Mapping[str, Any]) -> bool:

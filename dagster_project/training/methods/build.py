@@ -26,7 +26,7 @@ from dagster_project.core.versions import require_version
 from dagster_project.training.methods import feature_extraction
 from dagster_project.training.methods.attention import attention_for, attention_of
 from dagster_project.training.methods.hardware import adding_adapters
-from dagster_project.training.methods.load import AdapterInfo, hidden_states, load_base
+from dagster_project.training.methods.load import AdapterInfo, hidden_states, load_base, stored_dtypes
 
 if TYPE_CHECKING:
     import torch
@@ -638,6 +638,11 @@ def _refuse_unmergeable(model: Any, config: Any, where: str) -> None:
             f"{place_of(where, 'peft')}: this adapter cannot be merged: word embeddings and output layer of this model share one weight",
             "leave embed_tokens and lm_head out of target_modules (modules_to_save can be merged), or set merge: false",
         )
+    if config.peft_type == "LN_TUNING" and config.modules_to_save:
+        raise InputError(
+            f"{place_of(where, 'peft')}.modules_to_save: this adapter cannot be merged: PEFT leaves these modules wrapped when it merges normalization layers",
+            "leave modules_to_save out, or set merge: false",
+        )
     if getattr(config, "lora_bias", False) and (unbiased := _without_bias(model)):
         raise InputError(
             f"{place_of(where, 'peft')}.lora_bias: this adapter cannot be merged: {unbiased} has no bias to which the trained one could be added",
@@ -647,7 +652,7 @@ def _refuse_unmergeable(model: Any, config: Any, where: str) -> None:
 
 def _adapts_shared_weight(base: Any) -> bool:
     """Whether an update is added to word embeddings or output layer alone, although both use one weight. Trained rows of the embeddings
-    (trainable_tokens) are put into both, those of the output layer are not."""
+    (trainable_tokens) are put into both, those of the output layer are not, unless they are the same ones."""
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
@@ -655,7 +660,9 @@ def _adapts_shared_weight(base: Any) -> bool:
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     rows = [isinstance(layer, TrainableTokensLayer | TrainableTokensWrapper) for layer in ends]
     adapted = any(isinstance(layer, BaseTunerLayer) and not of_rows for layer, of_rows in zip(ends, rows, strict=True))
-    return (adapted or rows == [False, True]) and bool(base.config.get_text_config().tie_word_embeddings)
+    numbers = [getattr(layer, "token_adapter", layer).token_indices for layer, of_rows in zip(ends, rows, strict=True) if of_rows]
+    differ = rows == [False, True] or (all(rows) and numbers[0] != numbers[1])
+    return (adapted or differ) and bool(base.config.get_text_config().tie_word_embeddings)
 
 
 def _without_bias(model: Any) -> str:
@@ -669,12 +676,10 @@ def _without_bias(model: Any) -> str:
 def _weights(
     record: AdapterInfo, patterns: Sequence[str], base_model: Path, device: torch.device, dtype: torch.dtype, where: str, weights: bool
 ) -> PreparedModel:
-    """Train the base model's own weights: all, or those that match a pattern. They are float32, computation is in `dtype`; saved in the base model's dtype."""
+    """Train the base model's own weights: all, or those that match a pattern. They are float32, computation is in `dtype`; saved in the base model's number formats."""
     import torch
-    from transformers import AutoConfig
 
     model = load_base(base_model, device, torch.float32, attention=attention_for(device, dtype if weights else None), weights=weights)
-    stored = AutoConfig.from_pretrained(base_model, trust_remote_code=False).dtype or torch.float32
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # tied weights have several names
         names.setdefault(id(parameter), []).append(name)
@@ -694,7 +699,8 @@ def _weights(
         parameter.requires_grad_(not patterns or any(re.search(pattern, name) for pattern in patterns for name in names[id(parameter)]))
 
     def save(folder: Path) -> None:
-        state = {name: value.to(stored) if value.is_floating_point() else value for name, value in model.state_dict().items()}
+        dtype_of = stored_dtypes(base_model)
+        state = {name: value.to(dtype_of(name)) if value.is_floating_point() else value for name, value in model.state_dict().items()}
         model.save_pretrained(folder, state_dict=state)
         for file in sorted(base_model.iterdir()):  # training does not change the configuration
             if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -148,6 +148,31 @@ def _quantize(base: Any, config: Any) -> None:
     name2qmap.clear()
     name2qmap.update(tables)
     base.is_loaded_in_4bit = True
+
+
+def stored_dtypes(folder: Path) -> Callable[[str], torch.dtype]:
+    """A function from the name of a weight to the number format in which the model of this folder stores it.
+
+    That is the model's own, except for weights that transformers keeps in float32, such as routers of mixtures of experts.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+    if dtype == torch.float32:
+        return lambda _: torch.float32
+    empty = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="meta", use_safetensors=True, trust_remote_code=False)
+    found = {name: weight.dtype for name, weight in empty.state_dict().items() if weight.is_floating_point()}
+    return lambda name: found.get(name, dtype)
+
+
+def store_as(model: Any, folder: Path) -> Any:
+    """Convert the weights of a model in place to the number formats of the model in a folder, and return it."""
+    dtype_of = stored_dtypes(folder)
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype_of(name))
+    return model
 
 
 def load(folder: Path, base_model: Path | None, device: torch.device, dtype: torch.dtype) -> Any:

@@ -17,12 +17,13 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, Messages, Tools, conversation_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import CheckResult, write_json
+from dagster_project.core.rendering import end_tokens
 from dagster_project.core.words import split_words
 from dagster_project.training.methods.build import Quantization, peft_config, place_of, refuse_unmatched
 from dagster_project.training.methods.hardware import adding_adapters
-from dagster_project.training.methods.load import frozen_4bit, nf4_config, refusing_attention
+from dagster_project.training.methods.load import frozen_4bit, nf4_config, refusing_attention, store_as
 from dagster_project.training.tokens.collators import pad
-from dagster_project.training.tokens.preference_pairs import Answered, answered
+from dagster_project.training.tokens.preference_pairs import Answered, answered, reply
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
 from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
 from dagster_project.training.trainers.harness import distributed
@@ -153,17 +154,15 @@ def unquantized(model: Any, folder: Path, peft: Mapping[str, Any]) -> Any:
 
 
 def save(model: Any, folder: Path, out: Path) -> None:
-    """Save the reward model as a standalone model with its tokenizer, in the dtype of the model in `folder` that it was
-    trained from."""
-    import torch
-    from transformers import AutoConfig
-
-    stored = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+    """Save the reward model as a standalone model with its tokenizer, in the number formats of the model in `folder` that
+    it was trained from."""
     alone = model.float().merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    alone.to(stored).save_pretrained(out)
+    store_as(alone, folder).save_pretrained(out)
     for file in sorted(folder.glob("*")):
         if file.name.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges", "LICENSE")):
             shutil.copyfile(file, out / file.name)
+    if len(end_tokens(tokenizer_of(folder))) > 1:  # without it, a tokenizer does not know all tokens that end a turn
+        shutil.copyfile(folder / "generation_config.json", out / "generation_config.json")
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -235,8 +234,9 @@ def _generated(tokenizer: Any, pair: Mapping[str, Any], answer: Message) -> Answ
         return answered(tokenizer, [[*pair["prompt"], answer]], [tools])[0]
     except InputError:
         prompt = encode_prompt(tokenizer, pair["prompt"], tools, bool(answer.get("reasoning_content")))
-        ids: list[int] = tokenizer(conversation_text([answer]) + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-        return prompt, ids
+        ids: list[int] = tokenizer(conversation_text([answer]), add_special_tokens=False)["input_ids"]
+        [(_, plain)] = answered(tokenizer, [[*pair["prompt"], *reply("Yes")]], [tools])  # which ends as turns of the template end
+        return prompt, [*ids, plain[-1]]
 
 
 def judged_text(answer: Message) -> str:
