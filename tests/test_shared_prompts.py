@@ -119,8 +119,8 @@ def test_rewards_and_gradients_are_those_of_one_pass_for_each_answer(judge: Any)
     assert_close(gradients, trained_gradients(model), 1e-5)
 
 
-ROUNDED = {"llama": {}, "mistral": {"sliding_window": 3}, "qwen3": {"head_dim": 8}}
-PADDED = {"gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 2.0}, "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+ROUNDED = {"llama": {}, "mistral": {"sliding_window": 3}, "qwen3": {"head_dim": 8}, "phimoe": {"sliding_window": 3, "num_local_experts": 2}}
+PADDED = {"doge": {}, "gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 2.0}, "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
           "nemotron": {"head_dim": 8}}  # fmt: skip
 
 
