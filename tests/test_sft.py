@@ -38,7 +38,7 @@ from dagster_project.training.tokens.collators import collate_packed, collate_pa
 from dagster_project.training.trainers.harness import checkpoint
 from dagster_project.training.trainers.harness.params import SftParams
 from dagster_project.training.trainers.sft import fit, sft
-from dagster_project.training.trainers.sft.sft import add_noise, refuse_mistakes, steps, train
+from dagster_project.training.trainers.sft.sft import add_noise, refuse_mistakes, steps, train, warmup
 
 COMPUTE = Compute(threads=1, dtype="float32")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj", "down_proj"]}
@@ -215,6 +215,10 @@ def test_liger_is_refused_on_unsupported_hardware(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sft, "find_spec", lambda _: True)
     with pytest.raises(InputError, match=re.escape("adapter.x.use_liger_kernel: Liger's kernels run on a GPU, and there is none")):
         refuse_mistakes(recipe, "adapter.x", [[3]], validates=True)
+
+
+def test_a_constant_schedule_has_no_warm_up() -> None:
+    assert [warmup(100, SftParams(lr_scheduler_type=name)) for name in ("constant", "constant_with_warmup")] == [0, 10]  # type: ignore[arg-type]
 
 
 def test_liger_does_not_replace_the_loss_and_refuses_an_unsupported_model(

@@ -243,6 +243,15 @@ NON_SEMANTIC_PARAMS = frozenset({"report_to", "gradient_checkpointing", "save_st
 """Parameters that do not change the trained weights. They are not part of a checkpoint's identity."""
 
 
+def refuse_warmup(params: TrainingParams, where: str) -> None:
+    """Raises: InputError: a warm-up is given for a schedule that has none."""
+    given = (name for name in ("warmup_steps", "warmup_ratio") if name in params.model_fields_set and getattr(params, name))
+    if params.lr_scheduler_type == "constant" and (name := next(given, None)):
+        raise InputError(
+            f"params.yaml: {where}.{name}: has no effect on the schedule constant", "set lr_scheduler_type: constant_with_warmup"
+        )
+
+
 def refuse_unmerged(adapters: Mapping[str, Any], name: str, where: str) -> None:
     """Check that an adapter exists and yields a standalone model.
 

@@ -57,6 +57,8 @@ def steps_per_epoch(rows: int, params: SftParams, processes: int = 1) -> int:
 
 def warmup(total: int, params: SftParams) -> int:
     """Steps over which the rate rises, of `total`."""
+    if params.lr_scheduler_type == "constant":
+        return 0
     return params.warmup_steps if params.warmup_steps is not None else math.ceil(total * params.warmup_ratio)
 
 
