@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,16 @@ def assert_same_training(history: TrainingHistory, expected: list[list[float]], 
     assert len(curve) == 4 and curve == [pytest.approx(point, rel=1e-4, abs=1e-5) for point in expected]
     own, other = ({name: w.detach() for name, w in m.named_parameters() if w.requires_grad} for m in (model, plain))
     assert_close(own, other, 1e-3)
+
+
+@pytest.mark.parametrize(("kind", "rates"), [("seed_oss", {"head_dim": 8, "residual_dropout": 0.5}), ("gpt_bigcode", {"attn_pdrop": 0.5})])
+def test_dpo_trains_without_dropout_that_is_not_a_layer(kind: str, rates: dict[str, Any], tiny_tokenizer: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(small(kind, **rates), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    shared, spec = ShardedModel(model, None, torch.device("cpu")), preference.Dpo().trainer_spec(None)  # type: ignore[arg-type]
+    history = training.train(spec, shared, tiny_tokenizer, rows_of(PAIRS), [], PARAMS.model_copy(update={"learning_rate": 1e-9}), COMPUTE)
+    assert history.losses == pytest.approx([math.log(2)] * 4, abs=1e-5)
 
 
 @pytest.mark.parametrize(("loss_type", "swapped"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)])

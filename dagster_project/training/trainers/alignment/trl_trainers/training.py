@@ -303,6 +303,8 @@ def _build_trainer(
         callbacks=[monitor(session), _stopper_class()(session)],
         **spec.constructor,
     )
+    if getattr(trainer.args, "disable_dropout", False):
+        _turn_off_dropout(model)
     if "ref" in getattr(model, "peft_config", {}):  # TRL's copy of the adapter: with the adapter off, the model is the reference already
         model.delete_adapter("ref")
     for weight, data in whole.items():
@@ -310,6 +312,14 @@ def _build_trainer(
             weight.data = data
     trainer.data_collator = partial(_collate, session, trainer.data_collator)
     return trainer
+
+
+def _turn_off_dropout(model: Any) -> None:
+    """Turn off the dropout that is not a layer, which TRL does not: modules apply it by a rate of their own (GPT-BigCode, BioGPT, Seed-OSS)."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and name.endswith(("dropout", "_pdrop", "layerdrop")):
+                setattr(module, name, 0.0)
 
 
 def _collate(session: TrlSession, collate: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]]) -> Any:
