@@ -159,6 +159,7 @@ def test_a_model_whose_output_layer_does_not_read_its_last_hidden_states_is_refu
         ("deepseek_v32", "deepseek_v32 cannot read packed rows in transformers"),
         ("falcon", "the attention of this model cannot be replaced"),
         ("doge", "its attention computes a mask of its own"),
+        ("qwen3_5_text", "Install `flash-linear-attention` to train on packed sequences.\nhint: install it, or use another model"),
     ],
 )
 def test_a_model_that_cannot_read_packed_rows_is_refused(kind: str, what: str, tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def refuse_mixing(model: Any, hidden_states: Callable[[Mapping[str, Any]], torch
         mixes = _depends_on_others(model, hidden_states, several)
     except (AttributeError, TypeError, ValueError) as error:  # of its own code for attention
         what = f"data/base_model: {kind} cannot read packed rows in transformers: {type(error).__name__}: {error}"
-        raise InputError(what, "use another model") from None
+        raise InputError(what, "install it, or use another model" if "install" in str(error).lower() else "use another model") from None
     if not mixes:
         return
     if several and not _depends_on_others(model, hidden_states, False):
