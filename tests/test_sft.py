@@ -217,6 +217,26 @@ def test_liger_is_refused_on_unsupported_hardware(monkeypatch: pytest.MonkeyPatc
         refuse_mistakes(recipe, "adapter.x", [[3]], validates=True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "keys", "said"),
+    [
+        ("inverse_sqrt", {"timescale": 0}, "division by zero"),
+        ("polynomial", {"power": "2"}, "unsupported operand"),
+        ("cosine_with_min_lr", {"min_lr": 1.0}, "the rate would not stay between 0 and learning_rate"),
+        ("warmup_stable_decay", {"num_decay_steps": 100}, "num_decay_steps: 100, and 18 of 20 steps follow the warm-up"),
+        ("constant", {"num_cycles": 2}, "constant has no keys"),
+    ],
+)
+def test_keys_of_a_schedule_that_would_fail_or_mislead_in_the_training_are_refused(kind: Any, keys: dict[str, Any], said: str) -> None:
+    recipe = SftParams(lr_scheduler_type=kind, lr_scheduler_kwargs=keys)
+    with pytest.raises(InputError, match=re.escape(f"adapter.x.lr_scheduler_kwargs: {said}")):
+        refuse_mistakes(recipe, "adapter.x", [[3]] * 10, validates=True)
+
+
+def test_the_rate_of_a_single_step_is_not_zero() -> None:
+    assert [warmup(total, SftParams()) for total in (1, 2, 10, 11)] == [0, 1, 1, 2]
+
+
 def test_a_constant_schedule_has_no_warm_up() -> None:
     assert [warmup(100, SftParams(lr_scheduler_type=name)) for name in ("constant", "constant_with_warmup")] == [0, 10]  # type: ignore[arg-type]
 
