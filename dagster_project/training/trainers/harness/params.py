@@ -111,7 +111,7 @@ class SftParams(TrainingParams):
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"] = "adamw_torch_fused"
     """The optimizer. adamw_8bit (bitsandbytes) and adafactor keep a smaller state and need less memory."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
-    """Probability that is spread over all other tokens in the training target. The validation loss is always computed
+    """Probability that is spread over all tokens in the training target. The validation loss is always computed
     without it."""
     neftune_noise_alpha: float | None = Field(default=None, gt=0)
     """Noise added to the embeddings during training (NEFTune); 5 is usual. Scaled by the length of each example, not of
