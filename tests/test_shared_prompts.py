@@ -244,6 +244,16 @@ def assert_same_training(history: TrainingHistory, expected: list[list[float]], 
     assert_close(own, other, 1e-3)
 
 
+def test_the_rate_of_a_single_step_is_not_zero(policy: Any, tiny_tokenizer: Any) -> None:
+    params, shared = (
+        PARAMS.model_copy(update={"max_steps": 1, "lr_scheduler_type": "cosine"}),
+        ShardedModel(policy, None, torch.device("cpu")),
+    )
+    spec = preference.Dpo().trainer_spec(None)  # type: ignore[arg-type]
+    history = training.train(spec, shared, tiny_tokenizer, rows_of(PAIRS), [], params, COMPUTE)
+    assert [point["learning_rate"] for point in history.curve] == [params.learning_rate]
+
+
 @pytest.mark.parametrize(("kind", "rates"), [("seed_oss", {"head_dim": 8, "residual_dropout": 0.5}), ("gpt_bigcode", {"attn_pdrop": 0.5})])
 def test_dpo_trains_without_dropout_that_is_not_a_layer(kind: str, rates: dict[str, Any], tiny_tokenizer: Any) -> None:
     from peft import LoraConfig, get_peft_model

@@ -134,6 +134,11 @@ def _trainer_class(base: type) -> type:
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
+        def create_scheduler(self, num_training_steps: int, *arguments: Any, **named: Any) -> Any:
+            if num_training_steps == 1:
+                self.args.warmup_steps = 0  # the rate of a single step is not 0
+            return super().create_scheduler(num_training_steps, *arguments, **named)
+
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
             session, history, step, epoch = self.session, self.session.history, self.state.global_step + 1, int(self.state.epoch or 0) + 1
             known = {row for _, _, row in takewhile(lambda seen: seen[0] == step, reversed(history.seen))}
