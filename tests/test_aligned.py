@@ -842,6 +842,14 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             {"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "hinge", "label_smoothing": 0.1}}}},
             "aligned.x.options.label_smoothing: has no effect on the loss hinge",
         ),
+        (
+            {"aligned": {"x": {"method": "dpo", "adapter": "lora", "lr_scheduler_type": "constant", "warmup_ratio": 0.2}}},
+            "aligned.x.warmup_ratio: has no effect on the schedule constant",
+        ),
+        (
+            {"adapter": {"lora": {"lr_scheduler_type": "constant", "warmup_steps": 3}}},
+            "adapter.lora.warmup_steps: has no effect on the schedule constant",
+        ),
         ({"aligned": {"x": {"method": "rloo", "adapter": "lora", "per_device_train_batch_size": 6}}}, "cannot be divided into groups of 4"),
         ({"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"pretty": 1.0}}}}, "aligned.x.rewards: unknown: pretty"),
         (

@@ -75,6 +75,22 @@ def test_the_loss_of_a_model_that_scales_its_logits_is_that_of_its_own_forward_p
     assert curve[0]["validation_loss"] == pytest.approx(sum(loss for loss, _ in found) / len(found), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("mistral", {}), ("phimoe", {}), ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 2})]
+)
+def test_the_loss_of_a_text_longer_than_the_sliding_window_is_that_of_the_models_own_forward_pass(
+    kind: str, keys: dict[str, Any], tiny_tokenizer: Any
+) -> None:
+    model = of_kind(kind, sliding_window=4, **keys)
+    long = example([*range(10, 30)], 3)
+    found = [loss for one in (SHORT, long) for loss in losses_alone(model, one)]
+    wanted = sum(loss * weight for loss, weight in found) / sum(weight for _, weight in found)
+    model.set_attn_implementation(attention_for(torch.device("cpu")))
+    rows, params = Dataset.from_list([packed(SHORT, long)]), SftParams(num_train_epochs=1)
+    curve = train(PreparedModel(model, 0, 0, lambda _: None), tiny_tokenizer, rows, None, params, COMPUTE).curve
+    assert [point["loss"] for point in curve if "loss" in point] == pytest.approx([wanted], abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", SCALED)
 def test_scores_and_samples_of_a_model_that_scales_its_logits_are_those_of_its_own_forward_pass(kind: str) -> None:
     model = of_kind(kind, **SCALED[kind])
@@ -137,7 +153,14 @@ def test_a_model_whose_output_layer_does_not_read_its_last_hidden_states_is_refu
 
 
 @pytest.mark.parametrize(
-    ("kind", "what"), [("mpt", "mpt cannot read packed rows in transformers"), ("falcon", "the attention of this model cannot be replaced")]
+    ("kind", "what"),
+    [
+        ("mpt", "mpt cannot read packed rows in transformers"),
+        ("deepseek_v32", "deepseek_v32 cannot read packed rows in transformers"),
+        ("falcon", "the attention of this model cannot be replaced"),
+        ("doge", "its attention computes a mask of its own"),
+        ("qwen3_5_text", "Install `flash-linear-attention` to train on packed sequences.\nhint: install it, or use another model"),
+    ],
 )
 def test_a_model_that_cannot_read_packed_rows_is_refused(kind: str, what: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=what):

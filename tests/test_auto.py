@@ -108,6 +108,13 @@ def test_a_trial_is_the_training_in_short() -> None:
     assert tiny is not None and tiny.max_steps == 5, "no longer than the training itself"
 
 
+def test_a_trial_shortens_what_its_schedule_counts_in_steps() -> None:
+    keys = {"num_decay_steps": 100, "min_lr_ratio": 0.1}
+    entry = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": keys, "num_train_epochs": 1}
+    trial = settled({**entry, "learning_rate": "auto"}).trial
+    assert trial and trial.max_steps == 50 and trial.lr_scheduler_kwargs == {"num_decay_steps": 10, "min_lr_ratio": 0.1}
+
+
 @pytest.mark.parametrize(
     ("entry", "validates", "why"),
     [

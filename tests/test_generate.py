@@ -70,10 +70,10 @@ def test_an_answer_ends_at_the_end_of_turn_whatever_its_batch(model: Any, tiny_t
 
 
 @pytest.mark.usefixtures("tokens_at_once")
-@pytest.mark.parametrize("kind", ["a window in every other layer", "convolutions in every other layer"])
+@pytest.mark.parametrize("kind", ["a window in every other layer", "convolutions in every other layer", "layers that run twice"])
 @pytest.mark.parametrize("prefix", ["", SYSTEM], ids=["nothing shared", "shared prefix"])
 def test_models_with_other_caches_give_the_same_answers_in_batches(tiny_tokenizer: Any, kind: str, prefix: str) -> None:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Lfm2ForCausalLM
+    from transformers import DoryConfig, DoryForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Lfm2ForCausalLM
 
     torch.manual_seed(3)
     size = {"vocab_size": len(tiny_tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -81,6 +81,9 @@ def test_models_with_other_caches_give_the_same_answers_in_batches(tiny_tokenize
     if "window" in kind:
         kinds = ["sliding_attention", "full_attention"] * 2
         other = Gemma3ForCausalLM(Gemma3TextConfig(**size, num_key_value_heads=2, head_dim=8, sliding_window=7, layer_types=kinds))
+    elif "twice" in kind:
+        twice = {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "sliding_window": 7}
+        other = DoryForCausalLM(DoryConfig(**size, **twice, num_key_value_heads=2, head_dim=8))
     else:
         other = Lfm2ForCausalLM(Lfm2Config(**size, num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2))
     for weight in other.parameters():

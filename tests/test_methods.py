@@ -722,12 +722,20 @@ def test_patterns_whose_order_would_matter_are_refused_and_others_reload_unchang
         ({"init_lora_weights": "corda"}, "init_lora_weights: corda is not supported"),
         ({"kasa_config": {"gamma": 0.1}}, "kasa_config: is not supported: it adds a term to the loss"),
         ({"use_asa": True}, "use_asa: is not supported: it removes subspaces in a callback"),
+        ({"velora_config": {}}, "velora_config: is not supported: it computes its projections in the first pass"),
     ],
 )
 def test_keys_that_would_not_act_in_the_training_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=rf"adapter\.x\.peft\.{said}"):
         refuse_untrained(options, "adapter.x")
     refuse_untrained({"init_lora_weights": "pissa", "kasa_config": None, "use_asa": False}, "adapter.x")
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "pissa_niter_[number of iters]"])
+def test_a_start_that_a_loaded_adapter_would_not_have_is_refused(start: str) -> None:
+    said = f"init_lora_weights: {start} is not supported: it starts from a random approximation, and a loaded adapter from another one"
+    with pytest.raises(InputError, match=re.escape(f"adapter.x.peft.{said}\nhint: use pissa")):
+        check("lora", {"init_lora_weights": start}, None, True, "adapter.x")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from dagster_project.training.tokens.collators import collate_packed, collate_pa
 from dagster_project.training.trainers.harness import checkpoint
 from dagster_project.training.trainers.harness.params import SftParams
 from dagster_project.training.trainers.sft import fit, sft
-from dagster_project.training.trainers.sft.sft import add_noise, refuse_mistakes, steps, train
+from dagster_project.training.trainers.sft.sft import add_noise, refuse_mistakes, steps, train, warmup
 
 COMPUTE = Compute(threads=1, dtype="float32")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj", "down_proj"]}
@@ -215,6 +215,30 @@ def test_liger_is_refused_on_unsupported_hardware(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sft, "find_spec", lambda _: True)
     with pytest.raises(InputError, match=re.escape("adapter.x.use_liger_kernel: Liger's kernels run on a GPU, and there is none")):
         refuse_mistakes(recipe, "adapter.x", [[3]], validates=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "said"),
+    [
+        ("inverse_sqrt", {"timescale": 0}, "division by zero"),
+        ("polynomial", {"power": "2"}, "unsupported operand"),
+        ("cosine_with_min_lr", {"min_lr": 1.0}, "the rate would not stay between 0 and learning_rate"),
+        ("warmup_stable_decay", {"num_decay_steps": 100}, "num_decay_steps: 100, and 18 of 20 steps follow the warm-up"),
+        ("constant", {"num_cycles": 2}, "constant has no keys"),
+    ],
+)
+def test_keys_of_a_schedule_that_would_fail_or_mislead_in_the_training_are_refused(kind: Any, keys: dict[str, Any], said: str) -> None:
+    recipe = SftParams(lr_scheduler_type=kind, lr_scheduler_kwargs=keys)
+    with pytest.raises(InputError, match=re.escape(f"adapter.x.lr_scheduler_kwargs: {said}")):
+        refuse_mistakes(recipe, "adapter.x", [[3]] * 10, validates=True)
+
+
+def test_the_rate_of_a_single_step_is_not_zero() -> None:
+    assert [warmup(total, SftParams()) for total in (1, 2, 10, 11)] == [0, 1, 1, 2]
+
+
+def test_a_constant_schedule_has_no_warm_up() -> None:
+    assert [warmup(100, SftParams(lr_scheduler_type=name)) for name in ("constant", "constant_with_warmup")] == [0, 10]  # type: ignore[arg-type]
 
 
 def test_liger_does_not_replace_the_loss_and_refuses_an_unsupported_model(

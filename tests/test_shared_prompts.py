@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,8 @@ def test_rewards_and_gradients_are_those_of_one_pass_for_each_answer(judge: Any)
     assert_close(gradients, trained_gradients(model), 1e-5)
 
 
-ROUNDED = {"llama": {}, "mistral": {"sliding_window": 3}, "qwen3": {"head_dim": 8}}
-PADDED = {"gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 2.0}, "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+ROUNDED = {"llama": {}, "mistral": {"sliding_window": 3}, "qwen3": {"head_dim": 8}, "phimoe": {"sliding_window": 3, "num_local_experts": 2}}
+PADDED = {"doge": {}, "gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 2.0}, "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
           "nemotron": {"head_dim": 8}}  # fmt: skip
 
 
@@ -241,6 +242,26 @@ def assert_same_training(history: TrainingHistory, expected: list[list[float]], 
     assert len(curve) == 4 and curve == [pytest.approx(point, rel=1e-4, abs=1e-5) for point in expected]
     own, other = ({name: w.detach() for name, w in m.named_parameters() if w.requires_grad} for m in (model, plain))
     assert_close(own, other, 1e-3)
+
+
+def test_the_rate_of_a_single_step_is_not_zero(policy: Any, tiny_tokenizer: Any) -> None:
+    params, shared = (
+        PARAMS.model_copy(update={"max_steps": 1, "lr_scheduler_type": "cosine"}),
+        ShardedModel(policy, None, torch.device("cpu")),
+    )
+    spec = preference.Dpo().trainer_spec(None)  # type: ignore[arg-type]
+    history = training.train(spec, shared, tiny_tokenizer, rows_of(PAIRS), [], params, COMPUTE)
+    assert [point["learning_rate"] for point in history.curve] == [params.learning_rate]
+
+
+@pytest.mark.parametrize(("kind", "rates"), [("seed_oss", {"head_dim": 8, "residual_dropout": 0.5}), ("gpt_bigcode", {"attn_pdrop": 0.5})])
+def test_dpo_trains_without_dropout_that_is_not_a_layer(kind: str, rates: dict[str, Any], tiny_tokenizer: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(small(kind, **rates), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    shared, spec = ShardedModel(model, None, torch.device("cpu")), preference.Dpo().trainer_spec(None)  # type: ignore[arg-type]
+    history = training.train(spec, shared, tiny_tokenizer, rows_of(PAIRS), [], PARAMS.model_copy(update={"learning_rate": 1e-9}), COMPUTE)
+    assert history.losses == pytest.approx([math.log(2)] * 4, abs=1e-5)
 
 
 @pytest.mark.parametrize(("loss_type", "swapped"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)])

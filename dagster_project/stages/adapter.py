@@ -28,7 +28,7 @@ from dagster_project.training.trainers.harness.curve import write_curve
 from dagster_project.training.trainers.harness.distributed import claim_gpu, place
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.launch import launch, read_report, report_document
-from dagster_project.training.trainers.harness.params import AUTO, AdapterParams
+from dagster_project.training.trainers.harness.params import AUTO, AdapterParams, refuse_warmup
 from dagster_project.training.trainers.harness.session import Diverged, OutOfMemory, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import LIBRARIES
 from dagster_project.training.trainers.merging import merge as merging
@@ -59,6 +59,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     check_command(params, ctx.compute, ctx.section, ctx.root)
     if params.command is not None:
         return
+    refuse_warmup(params, ctx.section)
     entry = auto.settle(params, examples=1, rows=1, validates=False).params
     methods.refuse_untrained(entry.peft, ctx.section)
     methods.check(entry.method, entry.peft, entry.quantization, entry.merge, ctx.section, entry.gradient_checkpointing is True)

@@ -52,7 +52,7 @@ from dagster_project.training.trainers.harness.launch import (
     report_document,
     start_others,
 )
-from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged
+from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged, refuse_warmup
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.sharding import ShardedModel
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange, unmoved
@@ -143,6 +143,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
         raise InputError(f"params.yaml: {where}: adapter.{ctx.name} has the same name", "rename one of them")
     refuse_names_of_one_file([*map(str, ctx.values["adapter"]), ctx.name], "adapter and aligned")
     refuse_unmerged(ctx.values["adapter"], params.adapter, f"{where}.adapter")
+    refuse_warmup(params, where)
     methods.refuse_untrained(params.peft, where)
     methods.check("lora", params.peft, params.quantization, True, where)
     method = params.parsed_method(where, ctx.value)

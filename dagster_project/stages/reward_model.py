@@ -30,7 +30,7 @@ from dagster_project.training.trainers.harness.curve import write_curve
 from dagster_project.training.trainers.harness.distributed import claim_gpu, document_from_first, place
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.launch import launch, portable, read_report, report_document, start_others
-from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged
+from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged, refuse_warmup
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.sharding import ShardedModel
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
@@ -76,6 +76,7 @@ class Params(PreferenceParams):
 def validate(params: Params, ctx: ValidationContext) -> None:
     if params.model != "base_model":
         refuse_unmerged(ctx.values["adapter"], params.model.removeprefix("merged/"), "reward_model.model")
+    refuse_warmup(params, "reward_model")
     methods.refuse_untrained(params.peft, "reward_model")
     methods.check("lora", params.peft, params.quantization, True, "reward_model")
     if params.peft.get("lora_dropout"):

@@ -152,7 +152,9 @@ def _empty(model: Any) -> Any:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     own = DynamicCache(config=model.config)
-    return DynamicCache() if all(type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in own.layers) else own
+    if all(type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in own.layers):
+        own.layers = [DynamicLayer() for _ in own.layers]  # not none: a model that runs its layers several times (Dory) adds copies of them
+    return own
 
 
 def keeps_all_tokens(model: Any) -> bool:

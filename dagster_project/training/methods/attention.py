@@ -29,7 +29,7 @@ def attention_for(device: torch.device, dtype: torch.dtype | None = None) -> str
     # not compiled, because the sizes differ from example to example
     for name, attend in (("by_example", torch.compiler.disable(_attend_by_example)), ("varlen", _attend_at_once)):
         AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, lambda *_, **__: None)
+        AttentionMaskInterface.register(name, window_alone)
     if device.type == "cpu":
         return "by_example"
     return "varlen" if dtype == torch.bfloat16 and _has_varlen(device) else "sdpa"
@@ -53,12 +53,22 @@ def _has_varlen(device: torch.device) -> bool:
     return {"scale", "window_size", "enable_gqa"} <= set(parameters) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _bounds(cu_seq_lens_q: torch.Tensor | None, arguments: Mapping[str, Any]) -> torch.Tensor:
+def window_alone(*_: Any, local_size: int | None = None, **__: Any) -> int | None:
+    """In the place of an attention mask: the tokens of its sliding window, which not every model gives its attention as an argument (PhiMoE)."""
+    return local_size
+
+
+def _bounds(cu_seq_lens_q: torch.Tensor | None, attention_mask: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     """Bounds of the examples, for a model whose attention needs no more than the implementations below compute.
 
     Raises:
-        InputError: the model uses logit soft-capping or attention sinks, or does not pass the bounds on (Nemotron, StableLM).
+        InputError: the model uses logit soft-capping, attention sinks or a mask of its own (Doge), or does not pass the bounds on (Nemotron,
+            StableLM).
     """
+    if not isinstance(attention_mask, int | None):
+        raise InputError(
+            "data/base_model: its attention computes a mask of its own, which training on packed rows does not support", "use another model"
+        )
     for name in ("softcap", "s_aux"):
         if arguments.get(name) is not None:
             raise InputError(
@@ -74,7 +84,7 @@ def _attend_by_example(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: int | None,
     scaling: float,
     cu_seq_lens_q: torch.Tensor | None = None,
     dropout: float = 0.0,
@@ -85,6 +95,7 @@ def _attend_by_example(
 
     Args:
         query: (1, heads, seq, head size); key and value may have fewer heads.
+        attention_mask: from `window_alone`.
         cu_seq_lens_q: (examples + 1), int32, bounds of the examples.
     Returns:
         (1, seq, heads, head size) in the dtype of `query`, and None for the attention weights.
@@ -93,16 +104,16 @@ def _attend_by_example(
     from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import repeat_kv
 
-    bounds = _bounds(cu_seq_lens_q, others)
+    bounds, window_size = _bounds(cu_seq_lens_q, attention_mask, others), sliding_window or attention_mask or None
     lengths = bounds.diff().tolist()
     key, value = (repeat_kv(states, getattr(module, "num_key_value_groups", 1)) for states in (key, value))
     parts = zip(*(states.float().split(lengths, 2) for states in (query, key, value)), strict=True)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         n = q.shape[2]
-        if sliding_window is None or n <= sliding_window:
+        if window_size is None or n <= window_size:
             return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
-        window = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+        window = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(1 - window_size)
         return scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, scale=scaling)
 
     outputs = [attend(*part) for part in parts]
@@ -114,7 +125,7 @@ def _attend_at_once(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: int | None,
     scaling: float,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
@@ -125,7 +136,7 @@ def _attend_at_once(
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = _bounds(cu_seq_lens_q, others)
+    bounds = _bounds(cu_seq_lens_q, attention_mask, others)
     dtype = value.dtype  # with 4-bit weights float32, as rotated queries and keys may be
     query, key, value = (states[0].transpose(0, 1).to(torch.bfloat16) for states in (query, key, value))
     output = varlen_attn(
@@ -137,7 +148,7 @@ def _attend_at_once(
         max_length_q,
         max_length_q,
         scale=scaling,
-        window_size=((sliding_window or 0) - 1, 0),
+        window_size=((sliding_window or attention_mask or 0) - 1, 0),
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return output[None].to(dtype), None

@@ -109,6 +109,7 @@ UNTRAINED_KEYS = {
     "kasa_config": "adds a term to the loss, which is not computed here",
     "monteclora_config": "adds a term to the loss, which is not computed here",
     "use_asa": "removes subspaces in a callback, which is not run here",
+    "velora_config": "computes its projections in the first pass of a training, and checkpoints do not contain them",
 }
 """Keys of PEFT that need more than the loss of the records -> reason. Adapters of another trainer may have them."""
 
@@ -341,6 +342,9 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
         elif key not in known:
             wrong.append(f"{path}: unknown key of {name}")
             hints.append(f"keys of {name}: {', '.join(sorted(known))}")
+        elif key == "init_lora_weights" and isinstance(value, str) and value.startswith("pissa_niter"):
+            wrong.append(f"{path}: {value} is not supported: it starts from a random approximation, and a loaded adapter from another one")
+            hints.append("use pissa")
         elif not _fits(value, known[key]):
             wrong.append(f"{path}: must be {ast.unparse(known[key])} (got {value!r})")
         elif key in MINIMUM and isinstance(value, int | float) and value < MINIMUM[key]:

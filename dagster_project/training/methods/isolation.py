@@ -27,14 +27,14 @@ def refuse_mixing(model: Any, hidden_states: Callable[[Mapping[str, Any]], torch
         several: whether a row of the training has several texts.
         hint: what to do if the model can only be trained on one text at a time.
     Raises:
-        InputError: it depends on others, or the model cannot read packed rows (MPT).
+        InputError: it depends on others, or the model cannot read packed rows (MPT, DeepSeek-V3.2).
     """
     kind = model.config.model_type
     try:
         mixes = _depends_on_others(model, hidden_states, several)
-    except (AttributeError, ValueError) as error:  # of its own code for attention
+    except (AttributeError, TypeError, ValueError) as error:  # of its own code for attention
         what = f"data/base_model: {kind} cannot read packed rows in transformers: {type(error).__name__}: {error}"
-        raise InputError(what, "use another model") from None
+        raise InputError(what, "install it, or use another model" if "install" in str(error).lower() else "use another model") from None
     if not mixes:
         return
     if several and not _depends_on_others(model, hidden_states, False):

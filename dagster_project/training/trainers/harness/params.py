@@ -111,7 +111,7 @@ class SftParams(TrainingParams):
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"] = "adamw_torch_fused"
     """The optimizer. adamw_8bit (bitsandbytes) and adafactor keep a smaller state and need less memory."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
-    """Probability that is spread over all other tokens in the training target. The validation loss is always computed
+    """Probability that is spread over all tokens in the training target. The validation loss is always computed
     without it."""
     neftune_noise_alpha: float | None = Field(default=None, gt=0)
     """Noise added to the embeddings during training (NEFTune); 5 is usual. Scaled by the length of each example, not of
@@ -241,6 +241,15 @@ COMMAND_KEYS = ("command", "files", "options")
 
 NON_SEMANTIC_PARAMS = frozenset({"report_to", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"})
 """Parameters that do not change the trained weights. They are not part of a checkpoint's identity."""
+
+
+def refuse_warmup(params: TrainingParams, where: str) -> None:
+    """Raises: InputError: a warm-up is given for a schedule that has none."""
+    given = (name for name in ("warmup_steps", "warmup_ratio") if name in params.model_fields_set and getattr(params, name))
+    if params.lr_scheduler_type == "constant" and (name := next(given, None)):
+        raise InputError(
+            f"params.yaml: {where}.{name}: has no effect on the schedule constant", "set lr_scheduler_type: constant_with_warmup"
+        )
 
 
 def refuse_unmerged(adapters: Mapping[str, Any], name: str, where: str) -> None:

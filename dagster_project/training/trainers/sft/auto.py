@@ -46,6 +46,10 @@ PATIENCE = 2
 """With an automatic number of epochs: epochs without a lower validation loss after which training stops."""
 
 
+STEPS_OF_SCHEDULES = {"num_decay_steps", "num_stable_steps", "timescale"}
+"""Keys of schedules that are numbers of steps, which a trial shortens."""
+
+
 @dataclass(frozen=True)
 class Band:
     """The guideline for one range of sizes. Pairs are the values at its two ends."""
@@ -144,7 +148,11 @@ def _trial(params: R, total: int, passes: int) -> R:
     """A shortened training, with its own warm-up and decay."""
     n = min(total, max(LEAST_STEPS, total // 10))
     changed = {"max_steps": n, "warmup_steps": math.ceil(warmup(total, params) * n / total), "save_strategy": "no", "report_to": "none"}
-    changed |= {"gradient_accumulation_steps": passes}
+    keys = {
+        name: math.ceil(value * n / total) if name in STEPS_OF_SCHEDULES and isinstance(value, int | float) else value
+        for name, value in params.lr_scheduler_kwargs.items()
+    }
+    changed |= {"gradient_accumulation_steps": passes, "lr_scheduler_kwargs": keys}
     return params.model_copy(update=changed | {"early_stopping_patience": None, "load_best_model_at_end": False})
 
 

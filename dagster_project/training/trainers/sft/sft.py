@@ -57,7 +57,11 @@ def steps_per_epoch(rows: int, params: SftParams, processes: int = 1) -> int:
 
 def warmup(total: int, params: SftParams) -> int:
     """Steps over which the rate rises, of `total`."""
-    return params.warmup_steps if params.warmup_steps is not None else math.ceil(total * params.warmup_ratio)
+    if params.lr_scheduler_type == "constant":
+        return 0
+    if params.warmup_steps is not None:
+        return params.warmup_steps
+    return min(math.ceil(total * params.warmup_ratio), total - 1)  # the rate of a single step is not 0
 
 
 def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[int]], validates: bool) -> None:
@@ -71,15 +75,10 @@ def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[in
         InputError: all such mistakes at once.
     """
     import torch
-    from transformers import get_scheduler
 
     wrong: list[tuple[str, str]] = []
-    total = steps(len(lengths), params)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=params.learning_rate)
-    try:
-        get_scheduler(params.lr_scheduler_type, optimizer, warmup(total, params), total, params.lr_scheduler_kwargs)
-    except (TypeError, ValueError, KeyError) as error:
-        wrong.append((f"{where}.lr_scheduler_kwargs: {error}", f"use the keys of transformers' {params.lr_scheduler_type} schedule"))
+    if mistake := _schedule_mistake(params, steps(len(lengths), params)):
+        wrong.append((f"{where}.lr_scheduler_kwargs: {mistake}", f"use the keys of transformers' {params.lr_scheduler_type} schedule"))
     for key in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(params, key) and not validates:
             wrong.append((f"{where}.{key}: requires a validation split", "set splits.validation"))
@@ -95,6 +94,26 @@ def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[in
         wrong.append((f"{where}.use_liger_kernel: Liger's kernels run on a GPU, and there is none", "leave it out"))
     if wrong:
         raise InputError("\n".join(f"params.yaml: {what}" for what, _ in wrong), "; ".join(hint for _, hint in wrong))
+
+
+def _schedule_mistake(params: SftParams, total: int) -> str:
+    """What is wrong with the schedule's own keys in a training of `total` steps; "" if nothing is."""
+    import torch
+    from transformers import get_scheduler
+
+    kind, keys, rises = params.lr_scheduler_type, params.lr_scheduler_kwargs, warmup(total, params)
+    if keys and kind in {"constant", "constant_with_warmup"}:
+        return f"{kind} has no keys"
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=params.learning_rate)
+    try:
+        schedule = get_scheduler(kind, optimizer, rises, total, keys)
+        if kind == "warmup_stable_decay" and keys["num_decay_steps"] > total - rises:
+            return f"num_decay_steps: {keys['num_decay_steps']}, and {max(total - rises, 0)} of {total} steps follow the warm-up"
+        factors = [schedule.lr_lambdas[0](step) for step in (*range(0, total, -(-total // 1000)), total)]
+        stays = all(0 <= factor <= 1 + 1e-9 for factor in factors)
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+        return str(error)
+    return "" if stays else "the rate would not stay between 0 and learning_rate"
 
 
 class SftSession(SharedSession):

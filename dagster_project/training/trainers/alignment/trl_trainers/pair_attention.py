@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.versions import require_version
-from dagster_project.training.methods.attention import attention_of
+from dagster_project.training.methods.attention import attention_of, window_alone
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ def attending_by_pair(model: Any) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(BY_PAIR, torch.compiler.disable(_attend_by_pair))
-    AttentionMaskInterface.register(BY_PAIR, lambda *_, **__: None)
+    AttentionMaskInterface.register(BY_PAIR, window_alone)
     before = attention_of(model)
     model.set_attn_implementation(BY_PAIR)
     try:
@@ -59,15 +59,16 @@ class _Reached(Exception):
 
 
 def _gets_arguments(model: Any) -> bool:
-    """Whether the attention of a model gets further arguments of a forward pass, which the layers of some leave out (Nemotron). The pass ends there."""
+    """Whether the attention of a model gets further arguments of a forward pass, which the layers of some leave out (Nemotron), and no mask
+    of the model's own (Doge, DeepSeek-V3.2). The pass ends there."""
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    def attend(*_: Any, pair_lengths: Any = None, **__: Any) -> None:
-        raise _Reached(pair_lengths is not None)
+    def attend(_: Any, query: Any, key: Any, value: Any, attention_mask: Any, pair_lengths: Any = None, **__: Any) -> None:
+        raise _Reached(pair_lengths is not None and isinstance(attention_mask, int | None))
 
     AttentionInterface.register("arguments", attend)
-    AttentionMaskInterface.register("arguments", lambda *_, **__: None)
+    AttentionMaskInterface.register("arguments", window_alone)
     before, ids = attention_of(model), torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     model.set_attn_implementation("arguments")
     try:
@@ -75,6 +76,8 @@ def _gets_arguments(model: Any) -> bool:
             model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), pair_lengths=((0, 1, 0),), use_cache=False)
     except _Reached as reached:
         return bool(reached.args[0])
+    except (AttributeError, TypeError):  # of its own code for masks
+        return False
     finally:
         model.set_attn_implementation(before)
     return False
@@ -85,7 +88,7 @@ def _attend_by_pair(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: int | None,
     scaling: float,
     pair_lengths: Sequence[Sequence[int]],
     dropout: float = 0.0,
@@ -97,6 +100,7 @@ def _attend_by_pair(
 
     Args:
         query: (1, heads, seq, head size); key and value may have fewer heads.
+        attention_mask: from `window_alone`.
         pair_lengths: for each pair or larger group the tokens of the beginning and of the rest of each text, in this order.
     Returns:
         (1, seq, heads, head size) in the dtype of `query`, and None for the attention weights.
@@ -108,16 +112,16 @@ def _attend_by_pair(
     key, value = (repeat_kv(states, getattr(module, "num_key_value_groups", 1)) for states in (key, value))
     sizes = [size for shared, first, *others_own in pair_lengths for size in (shared + first, *others_own)]
     parts = zip(*(states.float().split(sizes, 2) for states in (query, key, value)), strict=True)
-    outputs = []
+    outputs, window = [], sliding_window or attention_mask or None
     for shared, _, *others_own in pair_lengths:
         q, k, v = next(parts)
-        outputs.append(_causal(q, k, v, scaling, dropout, sliding_window))
+        outputs.append(_causal(q, k, v, scaling, dropout, window))
         beginning = k[:, :, :shared], v[:, :, :shared]
         for own in others_own:
             q, *own_states = next(parts)
             if own:
                 keys, values = (torch.cat(states, 2) for states in zip(beginning, own_states, strict=True))
-                outputs.append(_causal(q, keys, values, scaling, dropout, sliding_window))
+                outputs.append(_causal(q, keys, values, scaling, dropout, window))
     return torch.cat(outputs, 2).to(query.dtype).transpose(1, 2).contiguous(), None
 
 

@@ -134,6 +134,11 @@ def _trainer_class(base: type) -> type:
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
+        def create_scheduler(self, num_training_steps: int, *arguments: Any, **named: Any) -> Any:
+            if num_training_steps == 1:
+                self.args.warmup_steps = 0  # the rate of a single step is not 0
+            return super().create_scheduler(num_training_steps, *arguments, **named)
+
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
             session, history, step, epoch = self.session, self.session.history, self.state.global_step + 1, int(self.state.epoch or 0) + 1
             known = {row for _, _, row in takewhile(lambda seen: seen[0] == step, reversed(history.seen))}
@@ -303,6 +308,8 @@ def _build_trainer(
         callbacks=[monitor(session), _stopper_class()(session)],
         **spec.constructor,
     )
+    if getattr(trainer.args, "disable_dropout", False):
+        _turn_off_dropout(model)
     if "ref" in getattr(model, "peft_config", {}):  # TRL's copy of the adapter: with the adapter off, the model is the reference already
         model.delete_adapter("ref")
     for weight, data in whole.items():
@@ -310,6 +317,14 @@ def _build_trainer(
             weight.data = data
     trainer.data_collator = partial(_collate, session, trainer.data_collator)
     return trainer
+
+
+def _turn_off_dropout(model: Any) -> None:
+    """Turn off the dropout that is not a layer, which TRL does not: modules apply it by a rate of their own (GPT-BigCode, BioGPT, Seed-OSS)."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and name.endswith(("dropout", "_pdrop", "layerdrop")):
+                setattr(module, name, 0.0)
 
 
 def _collate(session: TrlSession, collate: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]]) -> Any:
