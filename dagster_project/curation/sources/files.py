@@ -195,7 +195,7 @@ def suffix_of(path: File | PurePosixPath) -> str:
 
 
 def files_of(folder: Path) -> list[tuple[str, Path]]:
-    """Files of the known types in a folder, as (relative path, path), sorted.
+    """Files of the known types in a folder, as (relative path, path), sorted. Hidden ones, such as copies by an editor, are left out.
 
     Raises:
         InputError: there is none, a subfolder cannot be read, or a link points outside the folder, to any file of the machine.
@@ -206,6 +206,8 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
 
     files = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in names if not name.startswith(".")]
         for path in (Path(parent, name) for name in [*folders, *names]):
             if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
                 raise InputError(
@@ -225,13 +227,29 @@ def others_of(folder: Path) -> list[str]:
 
 
 def unread(place: str, paths: Iterable[PurePosixPath]) -> list[str]:
-    """The files that are not read, because of their types, sorted and logged. Hidden files and those of DVC are not among them."""
-    others = (path for path in paths if suffix_of(path) not in {*READERS, ".dvc"} and not path.name.startswith("."))
-    found = sorted(visible(str(path)) for path in others)
-    if found:
-        shown = ", ".join(found[:SHOWN_FILES]) + (f" and {len(found) - SHOWN_FILES} more" if len(found) > SHOWN_FILES else "")
-        log.warning(f"{visible(place)}: not read, because of their types: {shown}")
-    return found
+    """The files that are not read, sorted and logged: those of other types, and hidden ones of the known types. Files of DVC are not among them."""
+    found: dict[str, list[str]] = {"because of their types": [], "because they are hidden": []}
+    for path in paths:
+        known = suffix_of(path) in READERS
+        if is_hidden(path) and known:
+            found["because they are hidden"].append(visible(str(path)))
+        elif not is_hidden(path) and not known and path.suffix != ".dvc":
+            found["because of their types"].append(visible(str(path)))
+    for why, names in found.items():
+        names.sort()
+        shown = ", ".join(names[:SHOWN_FILES]) + (f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else "")
+        if names:
+            log.warning(f"{visible(place)}: not read, {why}: {shown}")
+    return sorted(chain.from_iterable(found.values()))
+
+
+def is_hidden(path: PurePosixPath) -> bool:
+    """Whether a file, or a folder above it, has a name that begins with a dot.
+
+    Args:
+        path: relative to the folder of a source.
+    """
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _pieces(path: File) -> Iterator[bytes]:
