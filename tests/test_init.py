@@ -300,6 +300,22 @@ def test_a_folder_that_is_a_repository_is_copied_without_what_git_and_dvc_have_i
     assert document["sources"] == [{"path": "data/sources/mine", "kind": "examples", "layout": "prompt_completion", "rows": 3}]
 
 
+def test_files_named_after_splits_keep_their_rows_in_them(tmp_path: Path) -> None:
+    """Otherwise the user's own test set would be trained on."""
+    rows = chats([f"It sings {i} songs." for i in range(9)])
+    folder, _, values = make(tmp_path, {"train.json": rows[:5], "test.json": rows[5:7], "more.json": rows[7:]})
+    splits = {Path(source["path"]).name: source.get("split") for source in values["raw_examples"]["sources"]}
+    assert splits == {"train.json": "from_file_names", "test.json": "from_file_names", "more.json": None}
+    assert "rows of files named train, validation or test are in that split" in (folder / "params.yaml").read_text()
+    (tmp_path / "all").mkdir()
+    for name in ("train.json", "test.json"):
+        (tmp_path / name).rename(tmp_path / "all" / name)
+    init(tmp_path / "second", [str(tmp_path / "all")], None, "auto", "MIT")
+    assert [source.get("split") for source in validate(tmp_path / "second")["raw_examples"]["sources"]] == ["from_file_names"]
+    init(tmp_path / "third", [str(tmp_path / "all/test.json")], None, "auto", "MIT")
+    assert "split" not in validate(tmp_path / "third")["raw_examples"]["sources"][0], "there would be nothing to train on"
+
+
 def test_what_dvc_does_not_track_yet_is_added_in_the_next_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dagster_project.commands.init.LARGE", 10)
     monkeypatch.setattr("dagster_project.commands.init._add_to_dvc", lambda *_: False)
