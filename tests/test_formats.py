@@ -572,6 +572,7 @@ def test_rows_in_no_layout_are_refused_with_all_layouts(layouts: Any, tmp_path: 
     with pytest.raises(InputError, match=r"a\.jsonl: unknown format \(keys of the first row: x\)") as caught:
         detect(read_rows(jsonl(tmp_path / "a.jsonl", {"x": 1})), "a.jsonl", layouts)
     assert all(name in caught.value.hint for name in layouts)
+    assert caught.value.hint.startswith("for other columns set a mapping, e.g. `mapping: {prompt: q, ")
 
 
 def pair_writers(prompt: list[str], good: str, bad: str) -> dict[str, list[dict[str, Any]]]:

@@ -81,10 +81,11 @@ def detect(rows: Sequence[Row] | Shapes, name: str, layouts: Mapping[str, Layout
         )
     if not best.rows:
         keys = _first_keys(shapes)
+        mapping = "{prompt: q, response: a}" if layouts is LAYOUTS else "{prompt: q, chosen: good, rejected: bad}"
         expected = "; ".join(f"{known}: {', '.join(sorted(layout.keys))}" for known, layout in layouts.items())
         raise InputError(
             f"{name}: unknown format (keys of the first row: {', '.join(keys) or 'none'})",
-            f"known formats and their keys: {expected}",
+            f"for other columns set a mapping, e.g. `mapping: {mapping}` in params.yaml or `pedigree check --mapping`; known formats and their keys: {expected}",
         )
     return best.name
 
