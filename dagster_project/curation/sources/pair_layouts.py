@@ -264,7 +264,7 @@ def _kto_forms() -> Iterator[PairLayout]:
     turns = _messages_in("prompt completion")
     yield _pair_layout("prompt completion label", _kto("label", _completion), "system", judged="label", judged_by_number=True, turns=turns)
     for judged in ("label", "kto_tag"):
-        more = {"judged": judged, "judged_by_number": judged == "kto_tag"}
+        more: dict[str, Any] = {"judged": judged, "judged_by_number": judged == "kto_tag"}
         yield _pair_layout(f"messages {judged}", _kto(judged, _last_turn(openai)), turns=_messages_in("messages"), **more)
         turns = _turns_in("conversations")
         yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(sharegpt)), "system", turns=turns, **more)
