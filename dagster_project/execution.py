@@ -112,7 +112,10 @@ def placement(
     elif override in {"", "local", "ray", WORKER}:
         found = parse(values, stages, variants_of)
     else:
-        raise InputError(f"{VARIABLE}={override}: must be local, ray, or a section `execution` as JSON", f"unset {VARIABLE}, or correct it")
+        raise InputError(
+            f"{VARIABLE}={override}: must be local, ray, or a section `execution` as JSON",
+            f"unset {VARIABLE}, or correct it; in a run of Dagster it comes from `on` in the run configuration, or the run tag pedigree/on",
+        )
     entry = found.stages.get(address) or found.stages.get(address.partition("@")[0]) or Placement()
     if override == WORKER:
         entry = entry.model_copy(update={"workers": int(environment.get(WORKERS, 1))})

@@ -104,6 +104,15 @@ def test_a_source_is_found_by_every_path_to_it(made: Project, tmp_path: Path) ->
         assert impact(made.root, source=path)["models"] == impact(tmp_path / "link", source=path)["models"] == wanted, path
 
 
+def test_a_source_is_found_by_its_plain_path_where_params_yaml_named_it_otherwise(made: Project) -> None:
+    made.commit(made.lock([("owls", "train", "./data/sources/owls.jsonl"), *ROWS]))
+    assert (
+        impact(made.root, source="data/sources/owls.jsonl")["models"]
+        == impact(made.root, source="./data/sources/owls.jsonl")["models"]
+        != []
+    )
+
+
 def test_a_source_is_found_whether_its_name_has_composed_letters_or_not(made: Project) -> None:
     name = unicodedata.normalize("NFD", "data/sources/données.jsonl")
     made.commit(made.lock([("owls", "train", name), *ROWS]))

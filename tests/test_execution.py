@@ -69,7 +69,7 @@ def test_the_environment_overrides_the_section() -> None:
         ({"adapter@x": {}}, "", "execution.stages.adapter@x: no such variant"),
         ({"tok@x": {}}, "", "execution.stages.tok@x: no such variant\nhint: write tok"),
         ({"adapter@": {}}, "", "execution.stages.adapter@: no such variant"),
-        ({}, "mars", "PEDIGREE_EXECUTION=mars: must be local, ray, or a section"),
+        ({}, "mars", r"PEDIGREE_EXECUTION=mars: must be local, ray, or a section.*\nhint: .* the run tag pedigree/on"),
         ({}, "{", "PEDIGREE_EXECUTION is not valid JSON"),
         ({}, '{"stages": {"tok": {"on": 1}}}', "PEDIGREE_EXECUTION: execution.stages.tok.on"),
         (

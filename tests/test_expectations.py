@@ -452,6 +452,13 @@ def test_data_docs_are_the_library_s_own_with_values_escaped(pages: Path) -> Non
         assert ODD not in text and "<script>alert(2)" not in text
 
 
+def test_the_links_between_data_docs_lead_to_pages_that_exist(pages: Path) -> None:
+    links = {
+        name: set(re.findall(r'<a [^>]*href="([^"#:]+)"', (pages / name).read_text("utf-8"))) for name in (data_docs.INDEX, data_docs.SUITE)
+    }
+    assert links == {data_docs.INDEX: {data_docs.INDEX, data_docs.SUITE}, data_docs.SUITE: {data_docs.INDEX}}
+
+
 def test_the_same_set_gives_the_same_outcome_in_any_process(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from builders.expectations import *; from dagster_project.curation.checks import expectations;"

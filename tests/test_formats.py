@@ -572,6 +572,7 @@ def test_rows_in_no_layout_are_refused_with_all_layouts(layouts: Any, tmp_path: 
     with pytest.raises(InputError, match=r"a\.jsonl: unknown format \(keys of the first row: x\)") as caught:
         detect(read_rows(jsonl(tmp_path / "a.jsonl", {"x": 1})), "a.jsonl", layouts)
     assert all(name in caught.value.hint for name in layouts)
+    assert caught.value.hint.startswith("for other columns set a mapping, e.g. `mapping: {prompt: q, ")
 
 
 def pair_writers(prompt: list[str], good: str, bad: str) -> dict[str, list[dict[str, Any]]]:
@@ -711,6 +712,25 @@ def test_true_and_false_of_a_table_are_judgements(tmp_path: Path) -> None:
     assert [sides(pair) for pair in to_pairs(tmp_path / "a.csv", "a.csv")[1]] == [(user("Hi"), answer("Hello"), answer("What?"))]
 
 
+@pytest.mark.parametrize("labels", [(1, 0), (1.0, 0.0), ("1", "0"), (True, 0)])
+def test_ones_and_zeros_are_judgements(labels: tuple[Any, Any], tmp_path: Path) -> None:
+    good, bad = (
+        {**PAIR_ROWS["kto"][0], "completion": said, "label": label} for said, label in zip(("Hello", "What?"), labels, strict=True)
+    )
+    rows = [good, bad, {**bad, "label": 0}, {**good, "label": 1}]
+    found = pairs_of(tmp_path, *rows)
+    assert [sides(pair)[1:] for pair in found] == [(answer("Hello"), answer("What?"))] * 2
+    path = jsonl(tmp_path / "a.jsonl", *rows, {**good, "label": ""})
+    assert kind(read_rows(path)) == "preferences"
+    assert refused(path).startswith("a.jsonl: the rows are preferences (kto: ")
+
+
+@pytest.mark.parametrize("labels", [(0, 1, 2), (1, 1, 1), (0, 1, "spam"), (0, 1, None, 0.5)])
+def test_other_numbers_are_classes_of_examples(labels: tuple[Any, ...], tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", *({**PAIR, "label": label} for label in labels))
+    assert (kind(read_rows(path)), to_records(path, "a.jsonl")[0]) == ("examples", "prompt_completion")
+
+
 def test_a_mapped_column_named_system_or_margin_is_only_what_it_is_mapped_to(tmp_path: Path) -> None:
     row = {"system": "Hi", "good": "Hello", "bad": "What?", "margin": "greeting"}
     mapping = {"prompt": "system", "chosen": "good", "rejected": "bad", "category": "margin"}
@@ -738,7 +758,7 @@ def test_numbers_of_a_table_are_margins_and_preferences(tmp_path: Path) -> None:
             "the conversation must end with an answer of the assistant, after a prompt",
         ),
         ({"messages": answer("Hello"), "label": True}, "the conversation must end with an answer of the assistant, after a prompt"),
-        ({"messages": user("Hi", "Hello"), "label": 1}, "label must be true or false, found int"),
+        ({"messages": user("Hi", "Hello"), "label": 2}, "label must be true or false, or 1 or 0, found 2"),
         ({"messages": user("Hi", "Hello")}, "no key 'label'"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -165,6 +166,23 @@ def test_dvc_and_dagster_show_the_comparison_scores_and_the_release_lists_its_wa
     released = json.loads((finished / states["release"].report).read_text())
     assert released["checks"]["loads_in_transformers"]["passed"] and released["variant"] == "lora"
     assert released["waived"] == [name for name, check in released["checks"].items() if not check["passed"]]
+
+
+def test_dagster_shows_the_curves_of_an_alignment_and_a_link_to_its_page(tmp_path: Path) -> None:
+    files = {
+        "data/reports/a.json": "{}",
+        "data/plots/alignment/x.csv": "step,reward\n1,0.5\n2,0.7\n",
+        "data/pages/aligned/x/alignment.html": "page",
+    }
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(text)
+    state = SimpleNamespace(
+        report="data/reports/a.json", out="data/a", version="v", address="aligned@x", meta={}, recorded=True, output_problem=""
+    )
+    found = describe(tmp_path, state)  # type: ignore[arg-type]
+    assert "/aligned/x/alignment.html?" in found["alignment"].url
+    assert found["alignment_curves"].md_str.startswith("![alignment](data:image/png;base64,")
 
 
 def test_groups_follow_the_flow_and_each_variant_has_one_that_names_stage_and_variant(finished: Path) -> None:

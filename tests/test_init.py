@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.files import jsonl
 from builders.installed import installed
 from builders.layouts import BENCHMARK_ROWS, LAYOUT_ROWS, PAIR_ROWS
 from conftest import ROOT, run
@@ -245,7 +246,7 @@ def test_a_repository_that_ignores_files_of_a_project_is_refused(rule: str, tmp_
 
 def test_without_data_the_next_step_is_to_add_some(tmp_path: Path) -> None:
     document = init(tmp_path / "project", [], None, "auto", "unknown")
-    assert "put your data into data/sources/mine.jsonl" in document["next"]
+    assert document["next"][1:3] == ["put your data into data/sources/mine.jsonl", "git add data/sources/mine.jsonl"]
     with pytest.raises(InputError, match=r"data/sources/mine\.jsonl does not exist"):
         validate(tmp_path / "project")
     (tmp_path / "project/data/sources/mine.jsonl").write_text(json.dumps(chats(["It sings."])[0]))
@@ -282,6 +283,48 @@ def test_large_files_are_tracked_by_dvc(tmp_path: Path) -> None:
     staged = run(["git", "diff", "--cached", "--name-only"], tmp_path / "project").stdout.splitlines()
     assert "data/sources/mine.dvc" in staged and "data/sources/mine/a.json" not in staged
     assert not run(["git", "status", "--porcelain"], tmp_path / "project").stdout.count("??")
+
+
+def test_a_folder_that_is_a_repository_is_copied_without_what_git_and_dvc_have_in_it(tmp_path: Path) -> None:
+    """Git would have a reference to the inner repository, and none of its files."""
+    jsonl(tmp_path / "mine/a.jsonl", *chats(["It sings."] * 3))
+    jsonl(tmp_path / "mine/.ipynb_checkpoints/a-checkpoint.jsonl", *chats(["It sings."] * 3))
+    (tmp_path / "mine/a.jsonl.dvc").write_text("outs: []")
+    (tmp_path / "mine/.gitignore").write_text("*.jsonl")
+    run(["git", "init", "-q"], tmp_path / "mine")
+    (tmp_path / "mine/.git/large").write_bytes(bytes(11_000_000))
+    document = init(tmp_path / "project", [str(tmp_path / "mine")], None, "auto", "MIT")
+    assert [path.name for path in (tmp_path / "project/data/sources/mine").iterdir()] == ["a.jsonl"] and document["dvc"] == []
+    staged = run(["git", "diff", "--cached", "--name-only"], tmp_path / "project").stdout.splitlines()
+    assert "data/sources/mine/a.jsonl" in staged
+    assert document["sources"] == [{"path": "data/sources/mine", "kind": "examples", "layout": "prompt_completion", "rows": 3}]
+
+
+def test_files_named_after_splits_keep_their_rows_in_them(tmp_path: Path) -> None:
+    """Otherwise the user's own test set would be trained on."""
+    rows = chats([f"It sings {i} songs." for i in range(9)])
+    folder, _, values = make(tmp_path, {"train.json": rows[:5], "test.json": rows[5:7], "more.json": rows[7:]})
+    splits = {Path(source["path"]).name: source.get("split") for source in values["raw_examples"]["sources"]}
+    assert splits == {"train.json": "from_file_names", "test.json": "from_file_names", "more.json": None}
+    assert "rows of files named train, validation or test are in that split" in (folder / "params.yaml").read_text()
+    (tmp_path / "all").mkdir()
+    for name in ("train.json", "test.json"):
+        (tmp_path / name).rename(tmp_path / "all" / name)
+    init(tmp_path / "second", [str(tmp_path / "all")], None, "auto", "MIT")
+    assert [source.get("split") for source in validate(tmp_path / "second")["raw_examples"]["sources"]] == ["from_file_names"]
+    init(tmp_path / "third", [str(tmp_path / "all/test.json")], None, "auto", "MIT")
+    assert "split" not in validate(tmp_path / "third")["raw_examples"]["sources"][0], "there would be nothing to train on"
+
+
+def test_what_dvc_does_not_track_yet_is_added_in_the_next_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dagster_project.commands.init.LARGE", 10)
+    monkeypatch.setattr("dagster_project.commands.init._add_to_dvc", lambda *_: False)
+    _, document, _ = make(tmp_path, {"my mine.json": chats(["It sings."] * 3)})
+    assert document["next"][1:-1] == [
+        "dvc add 'data/sources/my mine.json'",
+        "git add 'data/sources/my mine.json.dvc' data/sources/.gitignore",
+        "git commit -m 'New project'",
+    ]
 
 
 def test_init_imports_no_heavy_library(tmp_path: Path) -> None:

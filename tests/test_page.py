@@ -439,6 +439,22 @@ def test_in_a_browser_pairs_are_filtered_and_paged_without_a_request_or_an_error
     assert seen == []
 
 
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+@pytest.mark.parametrize("figure", ['<figure class="sheet">', "<figure>"])
+def test_in_a_browser_a_wide_table_scrolls_within_its_figure(figure: str, tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    cells = "".join(f"<td>a column of {i}</td>" for i in range(12))
+    (tmp_path / "page.html").write_text(f"<!DOCTYPE html><style>{CSS}</style><main>{figure}<table><tr>{cells}</tr></table></figure></main>")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 400, "height": 800})
+        tab.goto((tmp_path / "page.html").as_uri())
+        assert tab.evaluate("document.querySelector('table').scrollWidth > 400 && document.documentElement.scrollWidth <= 400")
+        browser.close()
+
+
 def test_the_embedded_pairs_are_those_of_the_document() -> None:
     found = document()
     (raw,) = re.findall(r'id="pairs-data">(.*?)</script>', data_quality_page(found))

@@ -82,6 +82,16 @@ def test_a_page_is_served_with_its_own_strict_policy(root: Path, port: int) -> N
     assert ask(port, "/instructions/report.html", "HEAD")[2] == ""
 
 
+def test_data_docs_have_their_styles_and_no_scripts(root: Path, port: int) -> None:
+    (root / "data/pages/instructions/data_docs").mkdir()
+    (root / "data/pages/instructions/data_docs/index.html").write_text(
+        "<style>p {color: red}</style><script src='https://a.example/x.js'></script>"
+    )
+    status, headers, _ = ask(port, "/instructions/data_docs/index.html")
+    policy = headers["Content-Security-Policy"]
+    assert status == 200 and policy.startswith("default-src 'none'; style-src 'unsafe-inline' https:;") and "script" not in policy
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -90,6 +90,26 @@ def test_files_of_a_folder_that_are_not_read_are_named(root: Path, caplog: pytes
     assert caplog.messages == ["mine: not read, because of their types: b.csv.gz, more/train-2.jsonl.zst"] * 2
 
 
+def test_a_source_has_one_name_however_its_path_is_spelled(root: Path) -> None:
+    for spelling in ("./data/sources/a.jsonl", "data//sources/./a.jsonl", "data/sources/mine/../a.jsonl"):
+        assert [*read(root, spelling).metrics["sources"]] == ["data/sources/a.jsonl"]
+        assert {row["source"] for row in read_ledger(root / "out")} == {"data/sources/a.jsonl"}
+    with pytest.raises(InputError, match=r"data/sources/a.jsonl is named twice"):
+        read(root, "data/sources/a.jsonl", "./data/sources/a.jsonl")
+
+
+def test_hidden_files_of_a_folder_are_not_read_and_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = read(root, "data/sources/mine").metrics["sources"]["data/sources/mine"]
+    jsonl(root / "data/sources/mine/.ipynb_checkpoints/train-checkpoint.jsonl", {**PAIR, "prompt": "Ho"})
+    (root / "data/sources/mine/more/._test.jsonl").write_bytes(b"\x00\x05\x16\x07")
+    (root / "data/sources/mine/.git/objects").mkdir(parents=True)
+    (root / "data/sources/mine/.git/HEAD").write_text("ref: refs/heads/main")
+    found = read(root, "data/sources/mine").metrics["sources"]["data/sources/mine"]
+    hidden = [".ipynb_checkpoints/train-checkpoint.jsonl", "more/._test.jsonl"]
+    assert found == {**before, "not_read": {"files": 2, "names": hidden}}
+    assert caplog.messages == [f"mine: not read, because they are hidden: {', '.join(hidden)}"]
+
+
 def test_renaming_or_editing_a_file_of_a_folder_changes_its_digest(root: Path) -> None:
     digests = [read(root, "data/sources/mine").metrics["sources"]["data/sources/mine"]["sha256"]]
     (root / "data/sources/mine/train.jsonl").rename(root / "data/sources/mine/training.jsonl")
@@ -140,10 +160,6 @@ def test_the_split_of_a_source_labels_its_rows(root: Path) -> None:
             "data/sources/mine/train.jsonl is in data/sources/mine and would be read twice",
         ),
         (["data/sources/mine/more", "data/sources/mine"], "data/sources/mine/more is in data/sources/mine and would be read twice"),
-        (
-            ["data/sources/a.jsonl", "data/sources/./a.jsonl"],
-            "data/sources/./a.jsonl is in data/sources/a.jsonl and would be read twice",
-        ),
         (
             ["data/sources/link.jsonl", "data/sources/a.jsonl"],
             "data/sources/a.jsonl is in data/sources/link.jsonl and would be read twice",

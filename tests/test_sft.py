@@ -36,7 +36,9 @@ from dagster_project.training.planning import hints as planning_hints
 from dagster_project.training.planning.hints import forecast_training
 from dagster_project.training.tokens.collators import collate_packed, collate_padded
 from dagster_project.training.trainers.harness import checkpoint
+from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import SftParams
+from dagster_project.training.trainers.harness.weight_audit import WeightChange
 from dagster_project.training.trainers.sft import fit, sft
 from dagster_project.training.trainers.sft.sft import add_noise, refuse_mistakes, steps, train, warmup
 
@@ -843,3 +845,13 @@ def test_a_saved_adapter_has_a_sorted_configuration_without_absolute_paths(tiny_
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
     assert list(config) == sorted(config)
     assert str(tiny_model) not in text
+
+
+def test_too_few_steps_for_every_weight_to_move_are_the_reason_that_the_check_names() -> None:
+    """Of two steps with a warm-up, the first has a rate of 0, and lora_A moves from the step after the first that moves lora_B."""
+    groups = {name: {"tensors": 1, "moved": moved, "norm_of_change": float(moved)} for name, moved in (("lora_A", 0), ("lora_B", 1))}
+    change = WeightChange(groups, {"sha256_before": "a", "sha256_after": "a"})
+    points = [{"step": i, "loss": 0.1, "learning_rate": rate, "grad_norm": 0.5} for i, rate in enumerate((0.0, 1e-3, 1e-3), 1)]
+    few, enough = (adapter._moved(change, TrainingHistory(curve=points[:steps])) for steps in (2, 3))
+    assert not few.passed and few.note.startswith("did not move: lora_A; 1 of 2 steps had a learning rate above 0")
+    assert enough.note == "did not move: lora_A", "then the reason is another one"

@@ -236,7 +236,7 @@ def _paths_in_git(name: str, source: Path) -> list[str]:
     """What git is to have of a file or folder that is copied: it, or its .dvc file."""
     if _size(source) > LARGE:
         return [f"{name}.dvc"]
-    return [f"{name}/{path.relative_to(source).as_posix()}" for path in source.rglob("*") if path.is_file()] if source.is_dir() else [name]
+    return [f"{name}/{path.relative_to(source).as_posix()}" for path in _contents(source)] if source.is_dir() else [name]
 
 
 def _refuse_ignored(folder: Path, names: Sequence[str]) -> None:
@@ -259,14 +259,24 @@ def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     remove(target)
     if source.is_dir():
-        shutil.copytree(source, target)
+        shutil.copytree(source, target, ignore=lambda _, names: {name for name in names if _stays(name)})
     else:
         shutil.copyfile(source, target)
 
 
+def _stays(name: str) -> bool:
+    """Whether a file or folder in a folder is not copied: hidden ones (of a repository in a repository git has no files), and those of DVC."""
+    return name.startswith(".") or name.endswith(".dvc")
+
+
+def _contents(folder: Path) -> list[Path]:
+    """The files that are copied of a folder."""
+    return [path for path in folder.rglob("*") if path.is_file() and not any(map(_stays, path.relative_to(folder).parts))]
+
+
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    """Bytes of a file, or of the files that are copied of a folder."""
+    return sum(file.stat().st_size for file in (_contents(path) if path.is_dir() else [path]))
 
 
 def _add_to_dvc(folder: Path, names: Sequence[str]) -> bool:
@@ -281,8 +291,9 @@ def _add_to_dvc(folder: Path, names: Sequence[str]) -> bool:
 
 def _next(folder: Path, has_data: bool, untracked: Sequence[str]) -> list[str]:
     lines = [] if folder.resolve() == Path.cwd() else [f"cd {shlex.quote(str(folder))}"]
-    lines += [] if has_data else [f"put your data into {PLACEHOLDER}"]
-    lines += [f"dvc add {shlex.quote(name)}" for name in untracked]
+    lines += [] if has_data else [f"put your data into {PLACEHOLDER}", f"git add {PLACEHOLDER}"]
+    for name in untracked:
+        lines += [f"dvc add {shlex.quote(name)}", shlex.join(["git", "add", f"{name}.dvc", f"{Path(name).parent}/.gitignore"])]
     return [*lines, "git commit -m 'New project'", "pedigree run --all"]
 
 

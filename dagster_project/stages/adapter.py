@@ -231,7 +231,7 @@ def _report(fitted: FitResult, tokens_per_epoch: int, document: Mapping[str, Any
             **({"best_step": history.best_step} if fitted.params.load_best_model_at_end else {}),
             **({"chosen": {name: choice.value for name, choice in fitted.chosen.items()}} if fitted.chosen else {}),
         },
-        checks=[_learned(history, finite), fitted.change.check()],
+        checks=[_learned(history, finite), _moved(fitted.change, history)],
         measured=measured,
     )
 
@@ -253,6 +253,19 @@ def _learned(history: TrainingHistory, finite: bool) -> CheckResult:
         passed=finite and all(map(math.isfinite, history.losses)) and (len(watched) < 2 or kept < watched[0][1]),
         note=f"validation loss {watched[0][1]:.3f} -> {kept:.3f}" if watched else "no validation split",
     )
+
+
+def _moved(change: weight_audit.WeightChange, history: TrainingHistory) -> CheckResult:
+    """`trained_what_it_should`. If weights did not move because too few steps could move them, the note says so."""
+    check = change.check()
+    acting = sum("loss" in point and point["learning_rate"] > 0 for point in history.curve)
+    if not weight_audit.unmoved(change.groups) or acting > 1:
+        return check
+    reason = (
+        f"{acting} of {history.step} steps had a learning rate above 0, which the first step of a warm-up has not, and weights that begin at zero, "
+        "such as lora_B, keep others from moving in the first such step; train for more steps"
+    )
+    return replace(check, note=f"{check.note}; {reason}")
 
 
 def _diverged(diverged: Diverged, example_ids: list[list[str]]) -> Report:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import html
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,14 @@ def write(folder: Path, suite: Any, result: Any, words: Mapping[str, str]) -> No
         one.result = _escaped(one.result)
     folder.mkdir(parents=True, exist_ok=True)
     for name, page in ((INDEX, ValidationResultsPageRenderer().render(result)), (SUITE, ExpectationSuitePageRenderer().render(suite))):
-        (folder / name).write_text(DefaultJinjaPageView().render(page, show_how_to_buttons=False), encoding="utf-8")
+        text = DefaultJinjaPageView().render(page, show_how_to_buttons=False)
+        (folder / name).write_text(_linked(text), encoding="utf-8")
+
+
+def _linked(page: str) -> str:
+    """A page whose links within a site of the library's lead to the two pages that are written here."""
+    page = re.sub(r'href="(?:\.\./)+expectations/[^"]*"', f'href="{SUITE}"', page)
+    return re.sub(r'href="(?:\.\./)+index\.html"', f'href="{INDEX}"', page)
 
 
 def _escaped(value: Any) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from dagster_project.core.errors import InputError
 from dagster_project.curation.sources.files import Row
 from dagster_project.curation.sources.layouts import LAYOUTS, Layout
-from dagster_project.curation.sources.pair_layouts import PAIR_LAYOUTS, PairLayout, judgement
+from dagster_project.curation.sources.pair_layouts import PAIR_LAYOUTS, PairLayout, is_boolean, judgement
 
 L = TypeVar("L", "Layout", "PairLayout")
 
@@ -22,7 +22,9 @@ class Shape(NamedTuple):
     null: tuple[str, ...]
     """Keys of pair layouts whose value is null."""
     judged: tuple[str, ...]
-    """Keys of a judgement whose value is one."""
+    """Keys of a judgement whose value is true or false."""
+    numbers: tuple[tuple[str, bool | None], ...]
+    """Keys of a judgement with another value: true for 1, false for 0, None for any other. Missing values are not among them."""
 
 
 Shapes = Counter[Shape]
@@ -36,7 +38,10 @@ def shapes_of(rows: Iterable[Row]) -> Shapes:
 def _shape(keys: tuple[str, ...], row: Mapping[str, Any]) -> Shape:
     nullable, judging = _looked_at(keys)
     null = tuple([key for key in nullable if row[key] is None])
-    return Shape(keys, null, tuple([key for key in judging if judgement(row[key]) is not None]))
+    judged = tuple([key for key in judging if is_boolean(row[key])])
+    return Shape(
+        keys, null, judged, tuple([(key, judgement(row[key])) for key in judging if key not in judged and row[key] not in (None, "")])
+    )
 
 
 def _looked_at(keys: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -76,10 +81,11 @@ def detect(rows: Sequence[Row] | Shapes, name: str, layouts: Mapping[str, Layout
         )
     if not best.rows:
         keys = _first_keys(shapes)
+        mapping = "{prompt: q, response: a}" if layouts is LAYOUTS else "{prompt: q, chosen: good, rejected: bad}"
         expected = "; ".join(f"{known}: {', '.join(sorted(layout.keys))}" for known, layout in layouts.items())
         raise InputError(
             f"{name}: unknown format (keys of the first row: {', '.join(keys) or 'none'})",
-            f"known formats and their keys: {expected}",
+            f"for other columns set a mapping, e.g. `mapping: {mapping}` in params.yaml or `pedigree check --mapping`; known formats and their keys: {expected}",
         )
     return best.name
 
@@ -127,11 +133,12 @@ def _best(shapes: Shapes, layouts: Mapping[str, L], look: bool = False) -> _Fit:
         look: require the values of a pair of rows that have the keys of a pair layout.
     """
     fits = []
+    binary = {key for key in _JUDGEMENTS if {one for shape in shapes for name, one in shape.numbers if name == key} == {False, True}}
     for name, layout in layouts.items():
         forms = {keys: _forms(layout, keys) for keys in dict.fromkeys(shape.keys for shape in shapes)}
         counts: Counter[frozenset[str]] = Counter()
         for shape, rows in shapes.items():
-            fitting = (form for form in forms[shape.keys] if not look or _is_pair(shape, form))
+            fitting = (form for form in forms[shape.keys] if not look or _is_pair(shape, form, binary))
             if form := next(fitting, None):
                 counts[form.keys] += rows
         keys = max(counts, key=lambda keys: (counts[keys], len(keys)), default=layout.keys)
@@ -152,10 +159,17 @@ _OTHERS: list[Layout | PairLayout] = [*(layout for layout in LAYOUTS.values() if
 """Layouts that take precedence over classification, e.g. KTO, whose rows also have a `label`."""
 
 
-def _is_pair(shape: Shape, form: Layout | PairLayout) -> bool:
-    """Whether a row is a pair. In a table with both kinds every row has all columns, some of them null."""
-    judged = form.judged if isinstance(form, PairLayout) else ""
-    return form.keys.isdisjoint(shape.null) and (not judged or judged in shape.judged)
+def _is_pair(shape: Shape, form: Layout | PairLayout, binary: Collection[str]) -> bool:
+    """Whether a row is a pair. In a table with both kinds every row has all columns, some of them null.
+
+    Args:
+        binary: keys of a judgement whose numbers in the file are 0 and 1.
+    """
+    if not form.keys.isdisjoint(shape.null):
+        return False
+    if not isinstance(form, PairLayout) or not form.judged or form.judged in shape.judged:
+        return True
+    return form.judged_by_number and form.judged in binary and any(key == form.judged for key, _ in shape.numbers)
 
 
 def choose(shapes: Shapes, name: str, layout: str, layouts: Mapping[str, L], mapped: L | None) -> tuple[str, L]:

@@ -130,16 +130,18 @@ class Found(NamedTuple):
 
 
 def require_rows(name: str, found: Found) -> None:
-    """Refuse a file without rows, or one of JSON lines without JSON.
+    """Refuse a file without rows, or one of JSON lines, CSV or text of which no row can be read.
 
     Raises:
         InputError: as described.
     """
     if not found.rows:
         raise InputError(f"{name}: the file is empty", "put at least one example in it, or take it out of params.yaml")
-    if not found.readable and name.lower().endswith((".jsonl", ".jsonl.gz")):
-        hint = "save the file as UTF-8" if found.problem.startswith("not UTF-8") else "each line must be one JSON object"
-        raise InputError(f"{name}: not JSON: {found.problem}", hint)
+    is_json = name.lower().endswith((".jsonl", ".jsonl.gz"))
+    if not found.readable and (is_json or name.lower().endswith((".csv", ".txt"))):
+        hint = "each line must be one JSON object" if is_json else "fix the rows"
+        what = "not JSON" if is_json else "no row can be read"
+        raise InputError(f"{name}: {what}: {found.problem}", "save the file as UTF-8" if found.problem.startswith("not UTF-8") else hint)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -195,7 +197,7 @@ def suffix_of(path: File | PurePosixPath) -> str:
 
 
 def files_of(folder: Path) -> list[tuple[str, Path]]:
-    """Files of the known types in a folder, as (relative path, path), sorted.
+    """Files of the known types in a folder, as (relative path, path), sorted. Hidden ones, such as copies by an editor, are left out.
 
     Raises:
         InputError: there is none, a subfolder cannot be read, or a link points outside the folder, to any file of the machine.
@@ -206,6 +208,8 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
 
     files = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in names if not name.startswith(".")]
         for path in (Path(parent, name) for name in [*folders, *names]):
             if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
                 raise InputError(
@@ -225,13 +229,29 @@ def others_of(folder: Path) -> list[str]:
 
 
 def unread(place: str, paths: Iterable[PurePosixPath]) -> list[str]:
-    """The files that are not read, because of their types, sorted and logged. Hidden files and those of DVC are not among them."""
-    others = (path for path in paths if suffix_of(path) not in {*READERS, ".dvc"} and not path.name.startswith("."))
-    found = sorted(visible(str(path)) for path in others)
-    if found:
-        shown = ", ".join(found[:SHOWN_FILES]) + (f" and {len(found) - SHOWN_FILES} more" if len(found) > SHOWN_FILES else "")
-        log.warning(f"{visible(place)}: not read, because of their types: {shown}")
-    return found
+    """The files that are not read, sorted and logged: those of other types, and hidden ones of the known types. Files of DVC are not among them."""
+    found: dict[str, list[str]] = {"because of their types": [], "because they are hidden": []}
+    for path in paths:
+        known = suffix_of(path) in READERS
+        if is_hidden(path) and known:
+            found["because they are hidden"].append(visible(str(path)))
+        elif not is_hidden(path) and not known and path.suffix != ".dvc":
+            found["because of their types"].append(visible(str(path)))
+    for why, names in found.items():
+        names.sort()
+        shown = ", ".join(names[:SHOWN_FILES]) + (f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else "")
+        if names:
+            log.warning(f"{visible(place)}: not read, {why}: {shown}")
+    return sorted(chain.from_iterable(found.values()))
+
+
+def is_hidden(path: PurePosixPath) -> bool:
+    """Whether a file, or a folder above it, has a name that begins with a dot.
+
+    Args:
+        path: relative to the folder of a source.
+    """
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _pieces(path: File) -> Iterator[bytes]:
@@ -518,11 +538,18 @@ def _csv(path: File) -> Iterator[Block]:
 def _csv_rows(path: File) -> Iterator[tuple[int, Row]]:
     """Yield the rows of a CSV file with their size."""
 
+    first = ""
+
     def lines() -> Iterator[str]:
+        nonlocal first
         for number, line in _lines(path):
             if line is None:
                 raise csv.Error(_too_long(number))
-            yield line.decode("utf-8", "surrogateescape")
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise InputError(f"{path.name}: the file is UTF-16", "save the file as UTF-8, with commas between columns")
+            text = line.decode("utf-8", "surrogateescape")
+            first = first or text
+            yield text
 
     reader = csv.reader(lines(), strict=True)
     usual = csv.field_size_limit(MAX_ROW_BYTES)
@@ -534,8 +561,8 @@ def _csv_rows(path: File) -> Iterator[tuple[int, Row]]:
         else:
             header, table = (begin[0][0] if begin else []), chain(begin[1:], table)
         _named_once(path, header)
-        if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
-            raise InputError(f"{path.name}: not CSV: columns are separated by {other!r}", "save the file with commas between columns")
+        if len(header) == 1:
+            _require_commas(path, header[0])
         for fields, line in table:
             size = sum(map(len, fields))
             if any(not field.isascii() and re.search("[\udc80-\udcff]", field) for field in fields):
@@ -549,11 +576,24 @@ def _csv_rows(path: File) -> Iterator[tuple[int, Row]]:
             raw = _csv_text(fields) if problem and size <= MAX_ROW_BYTES else ""
             yield size, Row(0, None if problem else dict(zip(header, fields, strict=True)), problem, line, raw)
     except csv.Error as error:
+        if "," not in first:
+            _require_commas(path, first)
+        if "new-line" in str(error):
+            raise InputError(
+                f"{path.name}: not CSV: a line ends with a carriage return alone, near line {reader.line_num}",
+                "save the file with line ends of Unix or Windows",
+            ) from None
         raise InputError(
             f"{path.name}: not CSV: {error}, near line {reader.line_num}", "close every quote; double quotes inside one"
         ) from None
     finally:
         csv.field_size_limit(usual)
+
+
+def _require_commas(path: File, header: str) -> None:
+    """Refuse a file whose first line, without commas, has another separator."""
+    if other := next((mark for mark in ";\t|" if mark in header), ""):
+        raise InputError(f"{path.name}: not CSV: columns are separated by {other!r}", "save the file with commas between columns")
 
 
 def _csv_text(fields: list[str]) -> str:

@@ -47,6 +47,8 @@ class PairLayout:
     """Keys that went into the pairs; the others are kept in `meta`, except for tool definitions (`tools`, `functions`)."""
     judged: str = ""
     """Key of a boolean in each row. With another value the row is in another layout."""
+    judged_by_number: bool = False
+    """Whether 0 and 1 show this layout, too, if a file has both and no other numbers or texts. Otherwise they may be a class."""
     category: str = "category"
     """Key of the pair's category."""
     variants: tuple[PairLayout, ...] = ()
@@ -177,10 +179,15 @@ TIE = 1.5
 
 
 def judgement(value: Any) -> bool | None:
-    """Parse a boolean, which is text in a CSV file; None for other values."""
+    """Parse true, false, 1 or 0, which are text in a CSV file; None for other values."""
     if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.strip().lower())
-    return value if isinstance(value, bool) else None
+        return {"true": True, "false": False, "1": True, "1.0": True, "0": False, "0.0": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+
+
+def is_boolean(value: Any) -> bool:
+    """Whether a judgement is true or false, and not a number."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in {"true", "false"})
 
 
 def _kto(judged: str, conversation: Callable[[dict[str, Any]], tuple[Messages, Messages]]) -> Callable[[dict[str, Any]], list[Pair]]:
@@ -195,10 +202,14 @@ def _kto(judged: str, conversation: Callable[[dict[str, Any]], tuple[Messages, M
         prompt, answer = conversation(row)
         good = judgement(row[judged])
         if good is None:
-            raise ValueError(f"{judged} must be true or false, found {type(row[judged]).__name__}")
+            raise ValueError(f"{judged} must be true or false, or 1 or 0, found {_shown(row[judged])}")
         return [Pair(prompt, answer, []) if good else Pair(prompt, [], answer)]
 
     return pairs
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, int | float) else type(value).__name__
 
 
 def _completion(row: dict[str, Any]) -> tuple[Messages, Messages]:
@@ -251,12 +262,13 @@ def _turns_in(keys: str) -> dict[str, TurnReader]:
 def _kto_forms() -> Iterator[PairLayout]:
     """TRL's columns, then LLaMA-Factory's: whole conversations, or Alpaca's columns, with a judgement."""
     turns = _messages_in("prompt completion")
-    yield _pair_layout("prompt completion label", _kto("label", _completion), "system", judged="label", turns=turns)
+    yield _pair_layout("prompt completion label", _kto("label", _completion), "system", judged="label", judged_by_number=True, turns=turns)
     for judged in ("label", "kto_tag"):
-        yield _pair_layout(f"messages {judged}", _kto(judged, _last_turn(openai)), judged=judged, turns=_messages_in("messages"))
+        more: dict[str, Any] = {"judged": judged, "judged_by_number": judged == "kto_tag"}
+        yield _pair_layout(f"messages {judged}", _kto(judged, _last_turn(openai)), turns=_messages_in("messages"), **more)
         turns = _turns_in("conversations")
-        yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(sharegpt)), "system", judged=judged, turns=turns)
-    yield _pair_layout("instruction output kto_tag", _kto("kto_tag", _last_turn(alpaca)), "input system", judged="kto_tag")
+        yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(sharegpt)), "system", turns=turns, **more)
+    yield _pair_layout("instruction output kto_tag", _kto("kto_tag", _last_turn(alpaca)), "input system", **more)
 
 
 def _kto_layout() -> PairLayout:

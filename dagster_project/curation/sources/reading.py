@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -53,6 +54,14 @@ class Source(Declared):
     tag; `keep` leaves all of it in the text."""
     origin: str = ""
     """Where the text came from, in words."""
+
+    @field_validator("path")
+    @classmethod
+    def _one_spelling(cls, path: str | None) -> str | None:
+        """ "./data//sources/a.jsonl"  ->  "data/sources/a.jsonl": the name by which `impact` and `erase` find a source."""
+        if not path or path.startswith(s3.SCHEME):
+            return path
+        return posixpath.normpath(path) + ("/" if path.endswith("/") else "")
 
     @field_validator("mapping")
     @classmethod

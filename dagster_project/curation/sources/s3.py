@@ -23,7 +23,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import report_of
-from dagster_project.curation.sources.files import MEGABYTE, READERS, suffix_of, unread
+from dagster_project.curation.sources.files import MEGABYTE, READERS, is_hidden, suffix_of, unread
 
 SCHEME = "s3://"
 READ_AHEAD = 8 * MEGABYTE
@@ -58,7 +58,7 @@ class Reader:
         self._files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, default_block_size=READ_AHEAD)
 
     def list(self, url: str, scratch: Path) -> list[S3Object]:
-        """All objects of the known file types under a prefix, or the object of that name, sorted by name.
+        """All objects of the known file types under a prefix that are not hidden, or the object of that name, sorted by name.
 
         Args:
             scratch: folder for scratch files.
@@ -72,7 +72,7 @@ class Reader:
                 self, key, names[key], int(facts["size"]), str(facts["ETag"]).strip('"'), str(facts.get("LastModified", ""))[:10], scratch
             )
             for key, facts in listed.items()
-            if suffix_of(PurePosixPath(key)) in READERS
+            if suffix_of(PurePosixPath(key)) in READERS and (key == place or not is_hidden(PurePosixPath(names[key])))
         ]
         if not objects:
             raise InputError(f"{url}: no file of examples at this address", f"file types: {', '.join(READERS)}; {NEXT}")

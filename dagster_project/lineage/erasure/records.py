@@ -284,7 +284,8 @@ class Finder:
         if not (path and row.isdecimal()):
             path, row = value, ""
         for name in filter(None, names_of(path, self.root.absolute())):
-            if found := [raw for raw in self.raws if is_within(raw.source, name) and (not row or (raw.current and int(row) in raw.rows))]:
+            named = [raw for raw in self.raws if is_within(raw.source.removeprefix("./"), name)]  # "./": as earlier versions recorded it
+            if found := [raw for raw in named if not row or (raw.current and int(row) in raw.rows)]:
                 return found
         return []
 

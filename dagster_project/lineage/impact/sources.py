@@ -26,9 +26,13 @@ def known_source(index: Index, source: str) -> str:
     name, root = source.removeprefix("./"), index.root.absolute()
     path = Path(source).absolute()
     relative = path.relative_to(root).as_posix() if path.is_relative_to(root) else name
-    for candidate in names_of(source, root):
-        if candidate and (index.knows_source(candidate) or stages_reading(index, candidate)):
-            return candidate
+    candidates = [candidate for candidate in names_of(source, root) if candidate]
+    recorded = (
+        one for candidate in candidates for one in (candidate, f"./{candidate}") if index.knows_source(one)
+    )  # "./": of earlier versions
+    found = next(recorded, None) or next((candidate for candidate in candidates if stages_reading(index, candidate)), None)
+    if found:
+        return found
     if outs := [run for run in index.runs.values() if run.path and (is_within(relative, run.path) or is_within(run.path, relative))]:
         raise InputError(
             f"--source {visible(source)}: an output of {outs[-1].address}, not a source",

@@ -29,6 +29,8 @@ PORT_FILE = Path(".dvc", "tmp", "pedigree", "pages_port")
 TYPES = {".html": "text/html; charset=utf-8", ".csv": "text/csv; charset=utf-8", ".json": "application/json"}
 DENY_ALL = "default-src 'none'"
 LISTING_POLICY = f"{DENY_ALL}; style-src 'unsafe-inline'"
+DATA_DOCS, DATA_DOCS_POLICY = "data_docs", f"{DENY_ALL}; style-src 'unsafe-inline' https:; font-src https:; img-src data:"
+"""Folder of Great Expectations' pages, which have no policy: styles from the web, as they name them, but no scripts from there."""
 POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"\r\n]*)">')
 HEAD = 4096
 """Bytes at the start of a page that are searched for its policy."""
@@ -151,9 +153,9 @@ class Handler(BaseHTTPRequestHandler):
             body = path.read_bytes()
         except OSError as error:
             return self._refusal(HTTPStatus.NOT_FOUND, f"cannot be read: {error.strerror}")
-        policy = POLICY.search(body[:HEAD]) if path.suffix == ".html" else None
-        content_type = TYPES.get(path.suffix, "application/octet-stream")
-        return HTTPStatus.OK, content_type, policy[1].decode("latin-1") if policy else DENY_ALL, body
+        own = POLICY.search(body[:HEAD]) if path.suffix == ".html" else None
+        policy = DATA_DOCS_POLICY if path.parent.name == DATA_DOCS else DENY_ALL
+        return HTTPStatus.OK, TYPES.get(path.suffix, "application/octet-stream"), own[1].decode("latin-1") if own else policy, body
 
     def _refusal(self, status: HTTPStatus, why: str) -> tuple[HTTPStatus, str, str, bytes]:
         return status, "text/plain; charset=utf-8", DENY_ALL, f"{why}\n".encode()
