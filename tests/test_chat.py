@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import pedigree
 
+from dagster_project.__main__ import main
 from dagster_project.commands import chat
 from dagster_project.commands.chat import Chat, Decoding, Speaker
 from dagster_project.commands.nearest_records import TrainingRecords, nearest_text
@@ -114,6 +115,22 @@ def test_saved_conversations_are_examples_that_check_reads(speaker: Speaker, tmp
 def test_a_wrong_command_is_one_message_and_the_conversation_goes_on(speaker: Speaker, line: str, message: str) -> None:
     said = talk([speaker], line, "A?")
     assert message in said and "Traceback" not in said and len(speaker.messages) == 2
+
+
+def test_a_line_that_is_not_utf8_is_one_message_and_the_conversation_goes_on(speaker: Speaker) -> None:
+    said = talk([speaker], "M\udcfcller?", "A?")
+    assert said.count("not UTF-8") == 1 and "(" in said, "the second question is answered"
+    assert [message["content"] for message in speaker.messages if message["role"] == "user"] == ["A?"]
+
+
+def test_a_conversation_ends_without_a_traceback_when_its_reader_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def closed(root: Path, options: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("dagster_project.commands.chat.talk", closed)
+    monkeypatch.setattr("dagster_project.commands.ending.discard", lambda stream: None)
+    (tmp_path / "dvc.yaml").touch()
+    assert main(["chat", "release", "--project", str(tmp_path)]) == 0
 
 
 def test_hidden_characters_of_an_answer_are_written_out(speaker: Speaker) -> None:

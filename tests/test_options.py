@@ -63,6 +63,18 @@ def test_an_empty_name_ends_with_exit_code_2(arguments: str, tmp_path: Path, cap
     assert ended.value.code == 2 and "the name is empty" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["impact --containing", "impact --text", "impact --source", "erase --containing", "why release --prompt", "why release --answer", "chat --once",
+     "chat --system", "bisect release --expect x --prompt", "init --license"],
+)  # fmt: skip
+def test_a_text_that_is_not_utf8_is_refused(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No row contains such a text, so `impact` would answer no, whatever the same name in UTF-8 is in."""
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments.split(), "M\udcfcller", "--project", str(tmp_path)])
+    assert ended.value.code == 2 and "bytes that are not UTF-8" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("more", ["--endpoint http://127.0.0.1:9/v1", "--model m", "--key-env JUDGE_KEY", "--price 1 2"])
 def test_the_reward_model_as_judge_has_no_options_of_an_endpoint(more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "dvc.yaml").touch()

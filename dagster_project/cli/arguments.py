@@ -42,6 +42,15 @@ def named(text: str) -> str:
     return text
 
 
+def utf8(text: str) -> str:
+    """A text in UTF-8. Tokenizers cannot read any other, and a search for it finds nothing, although the text may be there."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} has bytes that are not UTF-8") from None
+    return text
+
+
 def day(text: str) -> date:
     try:
         return date.fromisoformat(text)

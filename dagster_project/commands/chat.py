@@ -356,6 +356,10 @@ class Chat:
         while True:
             try:
                 line = self.read().strip()
+                line.encode()  # in some locales Python reads other bytes as surrogates
+            except UnicodeError:
+                self.write("the line has bytes that are not UTF-8: write it in UTF-8\n")
+                continue
             except EOFError:
                 self.write("\n")
                 return
