@@ -75,6 +75,14 @@ def test_a_text_that_is_not_utf8_is_refused(arguments: str, tmp_path: Path, caps
     assert ended.value.code == 2 and "bytes that are not UTF-8" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("command", ["export release --format spdx --issued", "audit release --as-of", "push release a/b --issued"])
+def test_a_date_before_1970_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A year of three digits ended in a traceback of the library for SPDX."""
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "0999-12-31", "--project", str(tmp_path)])
+    assert ended.value.code == 2 and "before 1970" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("more", ["--endpoint http://127.0.0.1:9/v1", "--model m", "--key-env JUDGE_KEY", "--price 1 2"])
 def test_the_reward_model_as_judge_has_no_options_of_an_endpoint(more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "dvc.yaml").touch()

@@ -53,6 +53,9 @@ def utf8(text: str) -> str:
 
 def day(text: str) -> date:
     try:
-        return date.fromisoformat(text)
+        found = date.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date such as 2026-01-31") from None
+    if found.year < 1970:  # git has no earlier commit, and some formats no year of three digits
+        raise argparse.ArgumentTypeError(f"{text!r} is before 1970")
+    return found

@@ -22,6 +22,7 @@ def audit(options: argparse.Namespace) -> int:
     from dagster_project.lineage.attribution import owners
     from dagster_project.lineage.diff import as_text, diff
     from dagster_project.lineage.index import Index
+    from dagster_project.lineage.signing.target import refuse_in_output
     from dagster_project.views.lineage import lineage_page
 
     if (code := _audit_exported(options)) is not None:
@@ -40,6 +41,7 @@ def audit(options: argparse.Namespace) -> int:
     for option, name, suffixes in (("--html", options.html, HTML), ("--records", options.records, (".csv", ".parquet"))):
         if name:
             require_suffix(option, name, suffixes)
+            refuse_in_output(root, option, Path(name), "file")
     subject = lineage.find(Index(root), options.model, options.rev)
     document = lineage.document(subject, options.as_of) | registered.of_model(root, subject.run.md5)
     if subject.run.address == "release" and subject.run.in_workspace and (note := papers.of_another_version(root, subject.run.md5)):
