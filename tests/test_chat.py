@@ -163,6 +163,24 @@ def test_a_model_that_is_not_there_is_named_with_the_command_that_makes_it(proje
         chat.find_model(project, name)
 
 
+@pytest.mark.parametrize("kind", ["index", "adapter"])
+def test_weights_that_would_be_unpickled_are_refused(project: Path, kind: str) -> None:
+    """Also by the restricted unpickler of torch.load, which transformers and PEFT call for such files."""
+    folder = project / "models/tiny"
+    (folder / "model.safetensors").rename(folder / "weights.bin")
+    if kind == "index":
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "weights.bin"}}))
+    else:
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        (folder / "weights.bin").rename(folder / "adapter_model.bin")
+        with pytest.raises(InputError, match=r"is an adapter, and its base model is not in data/base_model\nhint: .*dvc repro base_model"):
+            chat.load(project, "models/tiny", folder)
+        (project / "data").mkdir(exist_ok=True)
+        shutil.copytree(folder, project / "data/base_model")
+    with pytest.raises(InputError, match="weights in other formats are not read"):
+        chat.load(project, "models/tiny", folder)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"", None], ids=["not downloaded", "empty", "missing"])
 def test_a_model_with_a_damaged_file_is_refused(project: Path, file: str, content: bytes | None) -> None:

@@ -201,17 +201,23 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
     """Args:
         name, folder: of a model, as `find_model` gives them.
     Raises:
-        InputError: it is a classifier, or files of it are missing or damaged.
+        InputError: it is a classifier, or files of it or of its base model are missing or damaged.
     """
     from safetensors import SafetensorError
 
     values = params.read(root)
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
     compute = params.parse(Compute, values.get("compute"), "compute")
+    base = root / "data/base_model"
+    if (folder / "adapter_config.json").is_file() and not _has_model(base):
+        raise InputError(
+            f"{name} is an adapter, and its base model is not in {shown(root, base)}",
+            "`dvc repro base_model` makes it, `dvc pull base_model` fetches it",
+        )
     try:
-        model = EvaluatedModel(folder, compute, settings, root / "data/base_model")
-    except (OSError, ValueError, SafetensorError) as error:  # what the libraries raise for such files
-        if isinstance(error, OSError) and error.errno is not None:  # memory, or the disk
+        model = EvaluatedModel(folder, compute, settings, base)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # what the libraries raise for such files
+        if isinstance(error, ModuleNotFoundError) or (isinstance(error, OSError) and error.errno is not None):  # memory, or the disk
             raise
         raise InputError(
             f"{name}: the model in {shown(root, folder)} cannot be loaded: {shortened(' '.join(str(error).split()))}",
