@@ -231,3 +231,14 @@ def test_a_damaged_record_in_a_database_of_dagster_does_too(tmp_path: Path, monk
             instance.get_asset_records()
     said = ending.explained(caught.value, ending.Interrupts(), "sync", tmp_path)
     assert said is not None and said.what == f"Dagster's home {home}: a database is damaged" and said.exit_code == 2
+
+
+def test_a_regular_expression_of_a_tokenizer_that_needs_too_many_steps_is_one_message(tmp_path: Path) -> None:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
+    with pytest.raises(BaseException, match="retry-limit") as caught:
+        tokenizer.encode_batch(["a" * 60])
+    said = ending.explained(caught.value, ending.Interrupts(), "run", tmp_path)
+    assert said and said.exit_code == 2 and "a regular expression of the tokenizer cannot read a text" in said.what

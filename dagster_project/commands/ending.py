@@ -136,6 +136,7 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
     return (
         faults.explained(error, project)
         or _memory_ended(error)
+        or _pattern_gave_up(error)
         or _mlflow_failed(error)
         or _path_not_utf8(error, project)
         or _home_damaged(error, project)
@@ -154,6 +155,16 @@ def _memory_ended(error: BaseException) -> PedigreeError | None:
 def _is_panic(error: BaseException) -> bool:
     """Whether a library written in Rust ended: PyO3's class cannot be imported."""
     return type(error).__name__ == "PanicException"
+
+
+def _pattern_gave_up(error: BaseException) -> InputError | None:
+    """A regular expression of tokenizer.json needs too many steps for a text, which its library does not raise as an Exception."""
+    if not (_is_panic(error) and "Regex search error" in str(error)):
+        return None
+    return InputError(
+        f"a regular expression of the tokenizer cannot read a text: {error}",
+        "use a model with another tokenizer, or leave out the longest texts",
+    )
 
 
 def _mlflow_failed(error: BaseException) -> PedigreeError | None:
