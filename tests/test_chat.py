@@ -163,6 +163,15 @@ def test_a_model_that_is_not_there_is_named_with_the_command_that_makes_it(proje
         chat.find_model(project, name)
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", '{"a":' * 100_000, '{"model_type": "llama", "vocab_size": 1000000000000, "hidden_size": 1000000000}']
+)
+def test_a_model_with_an_impossible_configuration_is_refused(project: Path, content: str) -> None:
+    (project / "models/tiny/config.json").write_text(content)
+    with pytest.raises(InputError, match="models/tiny cannot be loaded: "):
+        chat.load(project, "models/tiny", project / "models/tiny")
+
+
 @pytest.mark.parametrize("kind", ["index", "adapter"])
 def test_weights_that_would_be_unpickled_are_refused(project: Path, kind: str) -> None:
     """Also by the restricted unpickler of torch.load, which transformers and PEFT call for such files."""

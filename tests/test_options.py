@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dagster_project.__main__ import main
+from dagster_project.cli.output import write
 from dagster_project.cli.parser import parser
 from dagster_project.lineage import diff
 from dagster_project.lineage.impact import text
@@ -73,6 +75,21 @@ def test_a_text_that_is_not_utf8_is_refused(arguments: str, tmp_path: Path, caps
     with pytest.raises(SystemExit) as ended:
         main([*arguments.split(), "M\udcfcller", "--project", str(tmp_path)])
     assert ended.value.code == 2 and "bytes that are not UTF-8" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_a_text_is_written_into_a_pipe_or_the_target_of_a_link_and_replaces_neither(tmp_path: Path) -> None:
+    """As root, a file in the place of /dev/null or /dev/stdout would break the machine."""
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for path in (pipe, link):
+            write("--out", path, "the text")
+        assert os.read(reader, 99) == b"the text" and pipe.is_fifo()
+    finally:
+        os.close(reader)
+    assert link.is_symlink() and target.read_text() == "the text"
 
 
 @pytest.mark.parametrize("command", ["export release --format spdx --issued", "audit release --as-of", "push release a/b --issued"])

@@ -216,8 +216,9 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
         )
     try:
         model = EvaluatedModel(folder, compute, settings, base)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:  # what the libraries raise for such files
-        if isinstance(error, ModuleNotFoundError) or (isinstance(error, OSError) and error.errno is not None):  # memory, or the disk
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+        # transformers fails where it first uses a wrong value
+        if isinstance(error, ModuleNotFoundError) or (isinstance(error, OSError) and error.errno is not None) or "memory" in str(error):
             raise
         raise InputError(
             f"{name}: the model in {shown(root, folder)} cannot be loaded: {shortened(' '.join(str(error).split()))}",
