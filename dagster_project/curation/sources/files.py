@@ -130,16 +130,17 @@ class Found(NamedTuple):
 
 
 def require_rows(name: str, found: Found) -> None:
-    """Refuse a file without rows, or one of JSON lines without JSON.
+    """Refuse a file without rows, one in another encoding, or one of JSON lines without JSON.
 
     Raises:
         InputError: as described.
     """
     if not found.rows:
         raise InputError(f"{name}: the file is empty", "put at least one example in it, or take it out of params.yaml")
-    if not found.readable and name.lower().endswith((".jsonl", ".jsonl.gz")):
-        hint = "save the file as UTF-8" if found.problem.startswith("not UTF-8") else "each line must be one JSON object"
-        raise InputError(f"{name}: not JSON: {found.problem}", hint)
+    is_lines, is_encoded = name.lower().endswith((".jsonl", ".jsonl.gz")), not found.problem.startswith("not UTF-8")
+    if not found.readable and (is_lines or not is_encoded):
+        hint = "each line must be one JSON object" if is_encoded else "save the file as UTF-8"
+        raise InputError(f"{name}: {'not JSON: ' if is_lines else ''}{found.problem}", hint)
 
 
 def read_rows(path: Path) -> list[Row]:
