@@ -88,6 +88,15 @@ def test_ctrl_c_while_a_command_waits_for_another_one_is_one_line(root: Path) ->
         assert interrupted(process) == "interrupted; nothing was recorded\n"
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does_so_that_its_temporary_folders_are_removed() -> None:
+    """The scratch copy of `verify` has the inputs of stages, and the key of record ids."""
+    with ending.interrupts() as found, pytest.raises(KeyboardInterrupt), ending.terminating(found, "verify"):
+        signal.raise_signal(signal.SIGTERM)
+    assert found.came and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with ending.interrupts() as found, ending.terminating(found, "run"):
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_ctrl_c_while_a_stage_runs_is_one_line_and_keeps_what_was_there(root: Path) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
     code = (

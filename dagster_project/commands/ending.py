@@ -26,6 +26,9 @@ INTERRUPTED = "interrupted; nothing was recorded"
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
 
+ENDED_OTHERWISE = {"run", "serve", "ui"}
+"""Commands in which stages and servers decide what SIGTERM does."""
+
 _NO_MEMORY = re.compile("can't allocate memory|memory allocation of|ThreadPoolBuildError")
 """What PyTorch and libraries in Rust say; a thread needs memory for its stack."""
 _STARTS_OF_COMPILED_MODULES = (ExtensionFileLoader.create_module.__code__, ExtensionFileLoader.exec_module.__code__)
@@ -89,6 +92,23 @@ def interrupts() -> Iterator[Interrupts]:
     finally:
         sys.unraisablehook = hook
         signal.signal(signal.SIGINT, _end_at_once if found.came else signal.default_int_handler)
+
+
+@contextmanager
+def terminating(found: Interrupts, command: str) -> Iterator[None]:
+    """While open, SIGTERM ends the command as Ctrl-C does, so that its temporary folders are removed: a scratch copy has data, and the key of record ids."""
+    if (
+        command in ENDED_OTHERWISE
+        or threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, found._interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
