@@ -28,7 +28,7 @@ from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import Revision, resolve
 from dagster_project.lineage.runs import part_of, unread_inputs
-from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity
+from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity, processes
 
 log = logging.getLogger("pedigree")
 
@@ -293,7 +293,10 @@ class _Clone:
             CheckFailed: it failed with another exit code.
         """
         environment = dvc_run.environment_in_copy(self.root, ["DVC_STAGE"], {INNER: "1"})
-        code = subprocess.run(self.lock[name]["cmd"], shell=True, cwd=self.root, env=environment, stdout=2, check=False).returncode
+        with processes.ended_with_its_children(
+            subprocess.Popen(self.lock[name]["cmd"], shell=True, cwd=self.root, env=environment, stdout=2)
+        ) as process:
+            code = process.wait()
         if code:
             kind = InputError if code == 2 else CheckFailed
             raise kind(f"{name} could not be reproduced: its command failed", "see its own message above; the project was not changed")

@@ -286,7 +286,11 @@ def history(root: Path) -> History:
     lock, workspace, content = root / LOCK, None, b""
     if lock.is_file():
         content = lock.read_bytes()
-        filtered = git_bytes(root, "hash-object", "--stdin", "--path", LOCK, given=content)
+        driver = (git(root, "check-attr", "filter", "--", LOCK) or "").strip().rpartition(": ")[2]
+        form = (
+            ("--path", LOCK) if driver in {"unspecified", "unset"} else ("--no-filters",)
+        )  # a driver is a program that the repository names
+        filtered = git_bytes(root, "hash-object", "--stdin", *form, given=content)
         workspace = filtered.decode().strip() if filtered else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     grafts = git(root, "rev-parse", "--git-path", "shallow")
     shallow_file = root / grafts.strip() if grafts else None
