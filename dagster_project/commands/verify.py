@@ -20,7 +20,7 @@ from dagster_project.commands import elsewhere
 from dagster_project.commands.outputs import Judged, Outputs, ancestors
 from dagster_project.core import params
 from dagster_project.core.errors import INNER, CheckFailed, InputError
-from dagster_project.core.git import git_bytes
+from dagster_project.core.git import git_bytes, refuse_without_git
 from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.layout import RECORD_KEY, REPORTS, is_code, report_of
 from dagster_project.core.records import remove
@@ -350,6 +350,7 @@ def _unpack(at: Revision, target: Path, path: str = ".") -> None:
         return
     listed = git_bytes(at.root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", path)
     if listed is None:
+        refuse_without_git()
         raise InputError(f"{at.root} is not in a git repository", "run `git init`: git lists the files of the project")
     for name in sorted({os.fsdecode(name) for name in listed.split(b"\0") if name}):
         source, copy = at.root / name, target / name

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from dagster_project.core.errors import InputError
+
 SAFE = ("-c", "core.fsmonitor=false")
 """A program that the configuration of a repository names, which git would start to list files."""
 
@@ -27,3 +29,11 @@ def git_bytes(root: Path, *arguments: str, given: bytes | None = None) -> bytes 
         return None
     process = subprocess.run(["git", *SAFE, *arguments], cwd=root, input=given, capture_output=True, check=False)
     return process.stdout if process.returncode == 0 else None
+
+
+def refuse_without_git() -> None:
+    """Raises:
+    InputError: git is not installed, which is why it found nothing.
+    """
+    if shutil.which("git") is None:
+        raise InputError("git is not installed, or not on PATH", "install it by your system")

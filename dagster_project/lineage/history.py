@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.git import git, git_bytes
+from dagster_project.core.git import git, git_bytes, refuse_without_git
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file, md5_of_folder
 from dagster_project.lineage.papers_in_place import without_papers
 
@@ -199,6 +199,7 @@ class Revision:
             InputError: nothing has been run there, the revision does not exist, or the file is damaged.
         """
         if self.rev is not None and commit_of(self.root, self.rev) is None:
+            refuse_without_git()
             raise InputError(f"no revision {self.rev!r} in this repository", "see `git log`")
         try:
             text = self.text(LOCK)
@@ -489,6 +490,7 @@ def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
     copies = []
     commit = commit_of(Path.cwd(), version) if version else None
     if not commit:
+        refuse_without_git()
         raise InputError(
             f"--since {version}: no such path, and no such revision in git", "name a file, a folder, or a revision (see `git log`)"
         )
