@@ -172,6 +172,15 @@ def test_a_model_with_an_impossible_configuration_is_refused(project: Path, cont
         chat.load(project, "models/tiny", project / "models/tiny")
 
 
+def test_of_an_adapter_its_base_model_is_restored_too(project: Path) -> None:
+    for folder in (project / "data/base_model", project / "data/adapter/lora"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    (project / "data/adapter/lora/adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="dvc checkout --force data/adapter/lora data/base_model` restores it"):
+        chat.load(project, "adapter@lora", project / "data/adapter/lora")
+
+
 @pytest.mark.parametrize("kind", ["index", "adapter"])
 def test_weights_that_would_be_unpickled_are_refused(project: Path, kind: str) -> None:
     """Also by the restricted unpickler of torch.load, which transformers and PEFT call for such files."""

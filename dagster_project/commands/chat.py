@@ -209,7 +209,8 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
     compute = params.parse(Compute, values.get("compute"), "compute")
     base = root / "data/base_model"
-    if (folder / "adapter_config.json").is_file() and not _has_model(base):
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if is_adapter and not _has_model(base):
         raise InputError(
             f"{name} is an adapter, and its base model is not in {shown(root, base)}",
             "`dvc repro base_model` makes it, `dvc pull base_model` fetches it",
@@ -220,9 +221,10 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
         # transformers fails where it first uses a wrong value
         if isinstance(error, ModuleNotFoundError) or (isinstance(error, OSError) and error.errno is not None) or "memory" in str(error):
             raise
+        read = shlex.join(shown(root, one) for one in (folder, *([base] if is_adapter else [])))
         raise InputError(
             f"{name}: the model in {shown(root, folder)} cannot be loaded: {shortened(' '.join(str(error).split()))}",
-            f"if it is an output of the project, `dvc checkout --force {shlex.quote(shown(root, folder))}` restores it; otherwise copy all of its files again",
+            f"if it is an output of the project, `dvc checkout --force {read}` restores it; otherwise copy all of its files again",
         ) from None
     if not model.writes:
         raise InputError(
