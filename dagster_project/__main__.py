@@ -55,7 +55,8 @@ def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        return _run(options)
+        with ending.terminating(interrupts, options.command):
+            return _run(options)
     except SystemExit:
         raise
     except BaseException as error:  # also what is no Exception: Ctrl-C, and the end of a library in Rust

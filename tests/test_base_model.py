@@ -205,14 +205,27 @@ def test_an_adapter_that_names_its_own_base_model_is_refused(root: Path) -> None
     assert "this is an adapter, whose own base model is not verified" in refusal(root).what
 
 
-@pytest.mark.parametrize("named", ["../other/model.safetensors", "/etc/passwd", "missing.safetensors", 7, None])
-def test_an_index_of_weights_names_only_files_of_the_folder(root: Path, named: Any) -> None:
+@pytest.mark.parametrize("named", ["../other/model.safetensors", "/etc/passwd", "missing.safetensors", "pickled.bin", 7, None])
+def test_an_index_of_weights_names_only_safetensors_files_of_the_folder(root: Path, named: Any) -> None:
     shutil.copytree(root / "models" / "tiny", root / "models" / "other")
+    (root / "models" / "tiny" / "pickled.bin").touch()
     index = root / "models" / "tiny" / base_model.INDEX
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model.safetensors", "x": named}}))
-    assert refusal(root).what == f"base_model: {base_model.INDEX} names {str(named)!r}, which is not a file in the folder"
+    assert refusal(root).what == f"base_model: {base_model.INDEX} names {str(named)!r}, which is not a safetensors file in the folder"
     index.write_text("[]" if named is None else '{"weight_map": 3}')
     assert refusal(root).what == f"base_model: {base_model.INDEX} is not an index of weights"
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "someone/a-kernel-of-the-hub"])
+def test_an_attention_that_config_json_names_is_neither_needed_nor_fetched(root: Path, key: str, name: str) -> None:
+    fetch(root)
+    plain = {path.name: sha256(path) for path in (root / "data" / "base_model").iterdir()}
+    shutil.rmtree(root / "data" / "base_model")
+    config = root / "models" / "tiny" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: name}))
+    fetch(root)
+    assert {path.name: sha256(path) for path in (root / "data" / "base_model").iterdir()} == plain
 
 
 def spoil(root: Path, how: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import pedigree
 
+from dagster_project.__main__ import main
 from dagster_project.commands import chat
 from dagster_project.commands.chat import Chat, Decoding, Speaker
 from dagster_project.commands.nearest_records import TrainingRecords, nearest_text
@@ -160,6 +161,22 @@ def test_a_wrong_command_is_one_message_and_the_conversation_goes_on(speaker: Sp
     assert message in said and "Traceback" not in said and len(speaker.messages) == 2
 
 
+def test_a_line_that_is_not_utf8_is_one_message_and_the_conversation_goes_on(speaker: Speaker) -> None:
+    said = talk([speaker], "M\udcfcller?", "A?")
+    assert said.count("not UTF-8") == 1 and "(" in said, "the second question is answered"
+    assert [message["content"] for message in speaker.messages if message["role"] == "user"] == ["A?"]
+
+
+def test_a_conversation_ends_without_a_traceback_when_its_reader_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def closed(root: Path, options: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("dagster_project.commands.chat.talk", closed)
+    monkeypatch.setattr("dagster_project.commands.ending.discard", lambda stream: None)
+    (tmp_path / "dvc.yaml").touch()
+    assert main(["chat", "release", "--project", str(tmp_path)]) == 0
+
+
 def test_hidden_characters_of_an_answer_are_written_out(speaker: Speaker) -> None:
     shown: list[str] = []
     text = chat._Text(speaker.model.tokenizer, shown.append)
@@ -196,6 +213,42 @@ def test_a_model_that_is_not_there_is_named_with_the_command_that_makes_it(proje
     shutil.rmtree(project / "data/base_model", ignore_errors=True)
     with pytest.raises(InputError, match=f"(?s){message}"):
         chat.find_model(project, name)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"a":' * 100_000, '{"model_type": "llama", "vocab_size": 1000000000000, "hidden_size": 1000000000}']
+)
+def test_a_model_with_an_impossible_configuration_is_refused(project: Path, content: str) -> None:
+    (project / "models/tiny/config.json").write_text(content)
+    with pytest.raises(InputError, match="models/tiny cannot be loaded: "):
+        chat.load(project, "models/tiny", project / "models/tiny")
+
+
+def test_of_an_adapter_its_base_model_is_restored_too(project: Path) -> None:
+    for folder in (project / "data/base_model", project / "data/adapter/lora"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    (project / "data/adapter/lora/adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="dvc checkout --force data/adapter/lora data/base_model` restores it"):
+        chat.load(project, "adapter@lora", project / "data/adapter/lora")
+
+
+@pytest.mark.parametrize("kind", ["index", "adapter"])
+def test_weights_that_would_be_unpickled_are_refused(project: Path, kind: str) -> None:
+    """Also by the restricted unpickler of torch.load, which transformers and PEFT call for such files."""
+    folder = project / "models/tiny"
+    (folder / "model.safetensors").rename(folder / "weights.bin")
+    if kind == "index":
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "weights.bin"}}))
+    else:
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        (folder / "weights.bin").rename(folder / "adapter_model.bin")
+        with pytest.raises(InputError, match=r"is an adapter, and its base model is not in data/base_model\nhint: .*dvc repro base_model"):
+            chat.load(project, "models/tiny", folder)
+        (project / "data").mkdir(exist_ok=True)
+        shutil.copytree(folder, project / "data/base_model")
+    with pytest.raises(InputError, match="weights in other formats are not read"):
+        chat.load(project, "models/tiny", folder)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])

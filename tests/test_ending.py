@@ -88,6 +88,15 @@ def test_ctrl_c_while_a_command_waits_for_another_one_is_one_line(root: Path) ->
         assert interrupted(process) == "interrupted; nothing was recorded\n"
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does_so_that_its_temporary_folders_are_removed() -> None:
+    """The scratch copy of `verify` has the inputs of stages, and the key of record ids."""
+    with ending.interrupts() as found, pytest.raises(KeyboardInterrupt), ending.terminating(found, "verify"):
+        signal.raise_signal(signal.SIGTERM)
+    assert found.came and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with ending.interrupts() as found, ending.terminating(found, "run"):
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_ctrl_c_while_a_stage_runs_is_one_line_and_keeps_what_was_there(root: Path) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
     code = (
@@ -231,3 +240,14 @@ def test_a_damaged_record_in_a_database_of_dagster_does_too(tmp_path: Path, monk
             instance.get_asset_records()
     said = ending.explained(caught.value, ending.Interrupts(), "sync", tmp_path)
     assert said is not None and said.what == f"Dagster's home {home}: a database is damaged" and said.exit_code == 2
+
+
+def test_a_regular_expression_of_a_tokenizer_that_needs_too_many_steps_is_one_message(tmp_path: Path) -> None:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
+    with pytest.raises(BaseException, match="retry-limit") as caught:
+        tokenizer.encode_batch(["a" * 60])
+    said = ending.explained(caught.value, ending.Interrupts(), "run", tmp_path)
+    assert said and said.exit_code == 2 and "a regular expression of the tokenizer cannot read a text" in said.what

@@ -191,6 +191,8 @@ def test_a_number_too_long_to_convert_makes_only_its_row_malformed(tmp_path: Pat
         ("a.json.gz", b"[]", "a.json.gz: broken gzip file: "),
         ("a.json", b'[{"prompt": "caf\xe9"}]', "a.json: not UTF-8 at byte 16"),
         ("a.jsonl", b'{"prompt": "caf\xe9"}', "a.jsonl: not JSON: not UTF-8 at byte 15 (line 1)"),
+        ("a.csv", b"prompt,response\ncaf\xe9,b\nth\xe9,c\n", "a.csv: not UTF-8 (line 2)"),
+        ("a.txt", b"caf\xe9\nth\xe9\n", "a.txt: not UTF-8 at byte 3 (line 1)"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: broken gzip file: "),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "Hi"}', mtime=0)[:-9], "a.jsonl.gz: broken gzip file: "),
     ],

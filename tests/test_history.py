@@ -690,6 +690,17 @@ def test_the_exit_code_is_1_for_no_result_and_2_for_bad_input(made: Project, tmp
     assert "http://" not in text and "https://" not in text
 
 
+@pytest.mark.parametrize(
+    ("option", "file"), [("--records", "data/splits/ledger.parquet"), ("--html", "data/splits/page.html"), ("--records", ".dvc/rows.csv")]
+)
+def test_an_audit_writes_no_file_into_an_output(made: Project, option: str, file: str) -> None:
+    made.commit(made.lock(ROWS))
+    before = sorted(made.root.rglob("*"))
+    done = pedigree(made.root, "audit", "merged@lora", option, file)
+    assert done.returncode == 2 and f"{option} {file}" in done.stderr and "name another file" in done.stderr
+    assert {path for path in made.root.rglob("*") if ".dvc/tmp" not in str(path)} <= set(before)
+
+
 def test_a_project_without_git_is_audited_as_uncommitted(made: Project) -> None:
     made.write(made.lock(ROWS))
     shutil.rmtree(made.root / ".git")

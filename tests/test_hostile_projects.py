@@ -95,3 +95,29 @@ def test_a_command_prints_the_names_of_a_project_without_control_characters(tmp_
     assert main(["run", "--project", str(tmp_path), f"adapter@{HOSTILE}"]) == 2
     said = "".join(capsys.readouterr())
     assert not set(said) & set("\x1b\x07\x9b\u202e\r"), said
+
+
+def test_a_revision_is_not_said_to_be_missing_where_git_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for ask in (lambda: files_at("HEAD", [tmp_path], tmp_path / "copy"), lambda: audit(tmp_path, "adapter@lora", "HEAD")):
+        with pytest.raises(InputError, match="git is not installed"):
+            ask()
+
+
+def test_no_program_that_a_repository_names_is_run(tmp_path: Path) -> None:
+    """Its configuration comes with a folder that was copied or unpacked, though not with a clone."""
+    from dagster_project.core.git import git as ask
+    from dagster_project.lineage.history import history
+
+    git(tmp_path, "init", "-q")
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    (tmp_path / ".gitattributes").write_text("* filter=evil\n")
+    program = tmp_path / "evil.sh"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\ncat\n")
+    program.chmod(0o755)
+    git(tmp_path, "config", "core.fsmonitor", str(program))
+    git(tmp_path, "config", "filter.evil.clean", str(program))
+    found = history(tmp_path)
+    assert ask(tmp_path, "ls-files", "--others") and found.workspace == git(tmp_path, "hash-object", "--no-filters", "dvc.lock").strip()
+    assert not (tmp_path / "ran").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dagster_project.__main__ import main
+from dagster_project.cli.output import write
 from dagster_project.cli.parser import parser
 from dagster_project.lineage import diff
 from dagster_project.lineage.impact import text
@@ -61,6 +63,41 @@ def test_an_empty_name_ends_with_exit_code_2(arguments: str, tmp_path: Path, cap
     with pytest.raises(SystemExit) as ended:
         main([*arguments.split(), "", "--project", str(tmp_path)])
     assert ended.value.code == 2 and "the name is empty" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["impact --containing", "impact --text", "impact --source", "erase --containing", "why release --prompt", "why release --answer", "chat --once",
+     "chat --system", "bisect release --expect x --prompt", "init --license"],
+)  # fmt: skip
+def test_a_text_that_is_not_utf8_is_refused(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No row contains such a text, so `impact` would answer no, whatever the same name in UTF-8 is in."""
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments.split(), "M\udcfcller", "--project", str(tmp_path)])
+    assert ended.value.code == 2 and "bytes that are not UTF-8" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_a_text_is_written_into_a_pipe_or_the_target_of_a_link_and_replaces_neither(tmp_path: Path) -> None:
+    """As root, a file in the place of /dev/null or /dev/stdout would break the machine."""
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for path in (pipe, link):
+            write("--out", path, "the text")
+        assert os.read(reader, 99) == b"the text" and pipe.is_fifo()
+    finally:
+        os.close(reader)
+    assert link.is_symlink() and target.read_text() == "the text"
+
+
+@pytest.mark.parametrize("command", ["export release --format spdx --issued", "audit release --as-of", "push release a/b --issued"])
+def test_a_date_before_1970_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A year of three digits ended in a traceback of the library for SPDX."""
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "0999-12-31", "--project", str(tmp_path)])
+    assert ended.value.code == 2 and "before 1970" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", ["--endpoint http://127.0.0.1:9/v1", "--model m", "--key-env JUDGE_KEY", "--price 1 2"])

@@ -209,7 +209,9 @@ def test_a_method_that_leaves_nothing_to_train_is_refused(config: Any) -> None:
     assert take(config(attention_bias=True), "bitfit").trainable == 2 * (2 * H + 2 * KV)
 
 
-@pytest.mark.parametrize("wrong", [{"hidden_size": "big"}, {"hidden_size": 250, "num_attention_heads": 4}])
+@pytest.mark.parametrize(
+    "wrong", [{"hidden_size": "big"}, {"hidden_size": 250, "num_attention_heads": 4}, {"vocab_size": 10**12, "hidden_size": 10**9}]
+)
 def test_an_impossible_model_configuration_is_refused_in_one_message(config: Any, wrong: dict[str, Any]) -> None:
     file = config()
     file.write_text(json.dumps({**json.loads(file.read_text()), **wrong}))

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from conftest import ROOT, edit_params
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table, write_table
+from dagster_project.orchestration import processes
 from dagster_project.pipeline import validate
 from dagster_project.stages import adapter
 from dagster_project.training.trainers.harness import distributed, weight_audit
@@ -378,3 +380,13 @@ def test_a_method_that_takes_no_steps_is_refused(project: Path) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def test_after_an_interrupt_a_shell_and_what_it_started_are_gone() -> None:
+    shell = subprocess.Popen("sleep 60; true", shell=True)
+    until = time.monotonic() + 30
+    while not (children := psutil.Process(shell.pid).children()) and time.monotonic() < until:
+        time.sleep(0.01)
+    with pytest.raises(KeyboardInterrupt), processes.ended_with_its_children(shell):
+        raise KeyboardInterrupt
+    assert shell.returncode is not None and children and not psutil.wait_procs(children, timeout=30)[1]

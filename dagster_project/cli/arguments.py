@@ -42,8 +42,20 @@ def named(text: str) -> str:
     return text
 
 
+def utf8(text: str) -> str:
+    """A text in UTF-8. Tokenizers cannot read any other, and a search for it finds nothing, although the text may be there."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} has bytes that are not UTF-8") from None
+    return text
+
+
 def day(text: str) -> date:
     try:
-        return date.fromisoformat(text)
+        found = date.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date such as 2026-01-31") from None
+    if found.year < 1970:  # git has no earlier commit, and some formats no year of three digits
+        raise argparse.ArgumentTypeError(f"{text!r} is before 1970")
+    return found

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.cli.arguments import add_command, count, named, project
+from dagster_project.cli.arguments import add_command, count, named, project, utf8
 from dagster_project.cli.output import HTML, print_result, require_suffix, write
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
@@ -124,10 +124,15 @@ def _add_why(commands: Any) -> None:
     )
     add("--index", action="store_true", help="compute the gradients of all its training records, which questions need, once per training")
     add("--suspects", action="store_true", help="list records whose gradients fit those of the others the least, as a review queue")
-    add("--prompt", metavar="TEXT", help="the question")
-    add("--answer", metavar="TEXT", help="the answer to explain (default: the model's own most likely answer)")
-    add("--span", metavar="TEXT", help="only this part of the answer, wherever it occurs in it (default: the whole answer)")
-    add("--system", metavar="TEXT", help="system prompt; '' for none (default: that of the training records, if all have the same)")
+    add("--prompt", type=utf8, metavar="TEXT", help="the question")
+    add("--answer", type=utf8, metavar="TEXT", help="the answer to explain (default: the model's own most likely answer)")
+    add("--span", type=utf8, metavar="TEXT", help="only this part of the answer, wherever it occurs in it (default: the whole answer)")
+    add(
+        "--system",
+        type=utf8,
+        metavar="TEXT",
+        help="system prompt; '' for none (default: that of the training records, if all have the same)",
+    )
     add(
         "--top",
         type=count,
@@ -171,9 +176,9 @@ def bisect(options: argparse.Namespace) -> int:
 def _add_bisect(commands: Any) -> None:
     add = add_command(commands, bisect).add_argument
     add("model", metavar="MODEL", help="adapter@VARIANT, merged@VARIANT, release, ... as for `why`")
-    add("--prompt", required=True, metavar="TEXT", help="the question")
-    add("--expect", required=True, metavar="TEXT", help="a text that the right answer contains")
-    add("--system", metavar="TEXT", help="system prompt (default: none)")
+    add("--prompt", type=utf8, required=True, metavar="TEXT", help="the question")
+    add("--expect", type=utf8, required=True, metavar="TEXT", help="a text that the right answer contains")
+    add("--system", type=utf8, metavar="TEXT", help="system prompt (default: none)")
     add("--good", metavar="REV", help="a commit that is known to give the right answer (default: the oldest with the model)")
     add("--bad", metavar="REV", help="a commit that is known not to (default: HEAD)")
     add("--train", action="store_true", help="make models that are not in the cache again, in a scratch clone, as `verify` does")

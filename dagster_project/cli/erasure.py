@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, named, project
+from dagster_project.cli.arguments import add_command, named, project, utf8
 from dagster_project.cli.output import print_result
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.erasure.kinds import KINDS
@@ -38,11 +38,11 @@ def erase(options: argparse.Namespace) -> int:
 def add_commands(commands: Any) -> None:
     command = add_command(commands, erase)
     query = command.add_mutually_exclusive_group(required=True)
-    query.add_argument("--record", metavar="ID", help="a record, by its example_id or the id that a release gives it")
+    query.add_argument("--record", type=utf8, metavar="ID", help="a record, by its example_id or the id that a release gives it")
     query.add_argument(
-        "--containing", metavar="TEXT", help="every record with this part of a message, such as a name, between word boundaries"
+        "--containing", type=utf8, metavar="TEXT", help="every record with this part of a message, such as a name, between word boundaries"
     )
-    query.add_argument("--source", metavar="PATH[:ROW]", help="a row of a source, or all rows of a file or folder")
+    query.add_argument("--source", type=utf8, metavar="PATH[:ROW]", help="a row of a source, or all rows of a file or folder")
     query.add_argument("--file", metavar="REQUEST.csv", help="several requests, in columns record, containing and source")
     query.add_argument("--resume", action="store_true", help="go on with an interrupted erasure; give --key and --verify again")
     add = command.add_argument

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, day, named, project
+from dagster_project.cli.arguments import add_command, day, named, project, utf8
 from dagster_project.cli.output import HTML, print_result, require_suffix, write
 from dagster_project.core.errors import InputError
 
@@ -22,6 +22,7 @@ def audit(options: argparse.Namespace) -> int:
     from dagster_project.lineage.attribution import owners
     from dagster_project.lineage.diff import as_text, diff
     from dagster_project.lineage.index import Index
+    from dagster_project.lineage.signing.target import refuse_in_output
     from dagster_project.views.lineage import lineage_page
 
     if (code := _audit_exported(options)) is not None:
@@ -40,6 +41,7 @@ def audit(options: argparse.Namespace) -> int:
     for option, name, suffixes in (("--html", options.html, HTML), ("--records", options.records, (".csv", ".parquet"))):
         if name:
             require_suffix(option, name, suffixes)
+            refuse_in_output(root, option, Path(name), "file")
     subject = lineage.find(Index(root), options.model, options.rev)
     document = lineage.document(subject, options.as_of) | registered.of_model(root, subject.run.md5)
     if subject.run.address == "release" and subject.run.in_workspace and (note := papers.of_another_version(root, subject.run.md5)):
@@ -145,11 +147,13 @@ def impact(options: argparse.Namespace) -> int:
 def _add_impact(commands: Any) -> None:
     command = add_command(commands, impact)
     query = command.add_mutually_exclusive_group(required=True)
-    query.add_argument("--record", metavar="ID", help="a record, by its example_id or the id that a release gives it")
-    query.add_argument("--text", help="the text of one of its messages; case, white space and composition of letters are ignored")
-    query.add_argument("--source", metavar="PATH", help="every record of a source: a file, or a folder with all its files")
+    query.add_argument("--record", type=utf8, metavar="ID", help="a record, by its example_id or the id that a release gives it")
+    query.add_argument(
+        "--text", type=utf8, help="the text of one of its messages; case, white space and composition of letters are ignored"
+    )
+    query.add_argument("--source", type=utf8, metavar="PATH", help="every record of a source: a file, or a folder with all its files")
     query.add_argument("--hash", help="md5 or sha256 (or its beginning) of a source, an output, or a file in one")
-    query.add_argument("--containing", metavar="TEXT", help="part of a message, such as a name, between word boundaries")
+    query.add_argument("--containing", type=utf8, metavar="TEXT", help="part of a message, such as a name, between word boundaries")
     command.add_argument("--near", action="store_true", help="with --record or --text: its near-copies too")
     command.add_argument(
         "--regex",

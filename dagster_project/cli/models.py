@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, count, day, named, project
+from dagster_project.cli.arguments import add_command, count, day, named, project, utf8
 from dagster_project.cli.output import print_result
+from dagster_project.commands import ending
 from dagster_project.core.errors import InputError
 
 log = logging.getLogger("pedigree")
@@ -30,7 +32,10 @@ def chat(options: argparse.Namespace) -> int:
     )
     root = project(options)
     if options.once is None:
-        module.talk(root, asked)
+        try:
+            module.talk(root, asked)
+        except BrokenPipeError:  # the reader of a pipe is gone, which ends the conversation
+            ending.discard(sys.stdout)
     else:
         print_result(options, module.once(root, asked, options.once), module.once_text)
     return 0
@@ -45,9 +50,14 @@ def _add_chat(commands: Any) -> None:
         help="release, merged@VARIANT, ... or a folder (default: the release, else the recommended variant, else the base model)",
     )
     add("--compare", type=named, metavar="OTHER", help="another model that answers the same questions")
-    add("--system", metavar="TEXT", help="system prompt; '' for none (default: that of the training records, if all have the same)")
+    add(
+        "--system",
+        type=utf8,
+        metavar="TEXT",
+        help="system prompt; '' for none (default: that of the training records, if all have the same)",
+    )
     add("--tools", type=named, metavar="FILE.json", help="functions to offer, as OpenAI writes them; calls are shown, not executed")
-    add("--once", metavar="TEXT", help="ask this, print the answer and end")
+    add("--once", type=utf8, metavar="TEXT", help="ask this, print the answer and end")
     add("--max-new-tokens", type=count, default=256, metavar="N", help="longest answer, in tokens (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, the most likely answer, as in evaluation)")
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")

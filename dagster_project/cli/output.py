@@ -45,7 +45,13 @@ def write(option: str, path: Path, text: str) -> None:
     from dagster_project.core.records import write_text
 
     try:
-        write_text(path, text)
+        if path.exists() and not (
+            path.is_file() or path.is_dir()
+        ):  # a pipe or a device such as /dev/stdout, which a new file would replace
+            with path.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+        else:
+            write_text(path.resolve(), text)  # a link stays one
     except OSError as error:
         raise InputError(f"{option} {path}: {error.strerror}", "name a writable file") from None
 

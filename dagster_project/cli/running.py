@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, count, named, project
+from dagster_project.cli.arguments import add_command, count, named, project, utf8
 from dagster_project.cli.output import print_result
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
@@ -41,7 +41,13 @@ def _add_init(commands: Any) -> None:
         help="org/name@REVISION on the Hub, or a folder (default: the small model of the sample project)",
     )
     add("--task", choices=("auto", "labels", "json", "text"), default="auto", help="what answers are (default: detected)")
-    add("--license", type=named, default="unknown", metavar="SPDX", help="license of the data (default: %(default)s)")
+    add(
+        "--license",
+        type=lambda text: named(utf8(text)),
+        default="unknown",
+        metavar="SPDX",
+        help="license of the data (default: %(default)s)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

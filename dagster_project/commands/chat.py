@@ -226,21 +226,29 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
     """Args:
         name, folder: of a model, as `find_model` gives them.
     Raises:
-        InputError: it is a classifier, or files of it are missing or damaged.
+        InputError: it is a classifier, or files of it or of its base model are missing or damaged.
     """
     from safetensors import SafetensorError
 
     values = params.read(root)
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
     compute = params.parse(Compute, values.get("compute"), "compute")
+    base, is_adapter = root / "data/base_model", (folder / "adapter_config.json").is_file()
     try:
-        model = EvaluatedModel(folder, compute, settings, root / _base_of(name, folder))
-    except (OSError, ValueError, SafetensorError) as error:  # what the libraries raise for such files
-        if isinstance(error, OSError) and error.errno is not None:  # memory, or the disk
+        if is_adapter and not _has_model(base := root / _base_of(name, folder)):
+            raise InputError(
+                f"{name} is an adapter, and its base model is not in {shown(root, base)}",
+                f"`dvc repro {base.name if base.parent.name == 'data' else f'{base.parent.name}@{base.name}'}` makes it, `dvc pull` fetches it",
+            )
+        model = EvaluatedModel(folder, compute, settings, base)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+        # transformers fails where it first uses a wrong value
+        if isinstance(error, ModuleNotFoundError) or (isinstance(error, OSError) and error.errno is not None) or "memory" in str(error):
             raise
+        read = shlex.join(shown(root, one) for one in (folder, *([base] if is_adapter else [])))
         raise InputError(
             f"{name}: the model in {shown(root, folder)} cannot be loaded: {shortened(' '.join(str(error).split()))}",
-            f"if it is an output of the project, `dvc checkout --force {shlex.quote(shown(root, folder))}` restores it; otherwise copy all of its files again",
+            f"if it is an output of the project, `dvc checkout --force {read}` restores it; otherwise copy all of its files again",
         ) from None
     if not model.writes:
         raise InputError(
@@ -255,12 +263,11 @@ def _base_of(name: str, folder: Path) -> str:
     Raises:
         InputError: it was exported, and its base model is another one than that of the project.
     """
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_bytes()) if path.is_file() else None
+    config = json.loads((folder / "adapter_config.json").read_bytes())
     named = str(config.get("base_model_name_or_path")) if isinstance(config, dict) else ""
     if OF_ALIGNED.fullmatch(named):
         raise InputError(f"{name} is an adapter of {named}, not of the base model", "name merged_aligned@VARIANT, its complete model")
-    return named if named.startswith("data/") else "data/base_model"
+    return named if named.startswith("data/") and ".." not in Path(named).parts else "data/base_model"
 
 
 def read_tools(path: Path | None) -> Tools:
@@ -396,6 +403,10 @@ class Chat:
         while True:
             try:
                 line = self.read().strip()
+                line.encode()  # in some locales Python reads other bytes as surrogates
+            except UnicodeError:
+                self.write("the line has bytes that are not UTF-8: write it in UTF-8\n")
+                continue
             except EOFError:
                 self.write("\n")
                 return

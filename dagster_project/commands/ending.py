@@ -26,6 +26,9 @@ INTERRUPTED = "interrupted; nothing was recorded"
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
 
+ENDED_OTHERWISE = {"run", "serve", "ui"}
+"""Commands in which stages and servers decide what SIGTERM does."""
+
 _NO_MEMORY = re.compile("can't allocate memory|memory allocation of|ThreadPoolBuildError")
 """What PyTorch and libraries in Rust say; a thread needs memory for its stack."""
 _STARTS_OF_COMPILED_MODULES = (ExtensionFileLoader.create_module.__code__, ExtensionFileLoader.exec_module.__code__)
@@ -91,6 +94,23 @@ def interrupts() -> Iterator[Interrupts]:
         signal.signal(signal.SIGINT, _end_at_once if found.came else signal.default_int_handler)
 
 
+@contextmanager
+def terminating(found: Interrupts, command: str) -> Iterator[None]:
+    """While open, SIGTERM ends the command as Ctrl-C does, so that its temporary folders are removed: a scratch copy has data, and the key of record ids."""
+    if (
+        command in ENDED_OTHERWISE
+        or threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, found._interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class LogHandler(logging.StreamHandler[TextIO]):
     """Writes log lines to stderr, and drops them once the reader has closed the pipe."""
 
@@ -136,6 +156,7 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
     return (
         faults.explained(error, project)
         or _memory_ended(error)
+        or _pattern_gave_up(error)
         or _mlflow_failed(error)
         or _path_not_utf8(error, project)
         or _home_damaged(error, project)
@@ -154,6 +175,16 @@ def _memory_ended(error: BaseException) -> PedigreeError | None:
 def _is_panic(error: BaseException) -> bool:
     """Whether a library written in Rust ended: PyO3's class cannot be imported."""
     return type(error).__name__ == "PanicException"
+
+
+def _pattern_gave_up(error: BaseException) -> InputError | None:
+    """A regular expression of tokenizer.json needs too many steps for a text, which its library does not raise as an Exception."""
+    if not (_is_panic(error) and "Regex search error" in str(error)):
+        return None
+    return InputError(
+        f"a regular expression of the tokenizer cannot read a text: {error}",
+        "use a model with another tokenizer, or leave out the longest texts",
+    )
 
 
 def _mlflow_failed(error: BaseException) -> PedigreeError | None:

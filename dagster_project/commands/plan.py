@@ -438,7 +438,14 @@ def plan_model(
                 if method in PUBLISHED and 6.5e9 < prediction["total_parameters"] < 7.5e9:
                     prediction["published_gb"] = PUBLISHED[method]
             predictions[method] = prediction
-    except (StrictDataclassError, ValueError, TypeError) as error:  # raised while the configuration is validated or the model is built
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # raised while the configuration is validated or the model is built
+        if "memory" in str(error):  # of this machine
+            raise
         raise InputError(f"{model}: cannot build this model: {' '.join(str(error).split())}", "correct the configuration") from None
     assumptions = {
         "sequence_length": tokens,

@@ -35,6 +35,7 @@ from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.signing.target import find
 from dagster_project.orchestration import ports
 from dagster_project.training.methods import feature_extraction
+from dagster_project.training.methods.load import refuse_pickled_weights
 
 log = logging.getLogger("pedigree")
 
@@ -94,6 +95,7 @@ def find_served(root: Path, model: str | None) -> Served:
             raise InputError(f"{shown(root, folder)}: dvc.lock does not record {name}", f"make it again: `dvc repro {name}`")
         if not any((folder / file).is_file() for file in WEIGHTS):
             raise InputError(f"{model}: no model.safetensors, and weights in other formats are not served", "save the model as safetensors")
+        refuse_pickled_weights(folder)
         return Served(folder.resolve().name, folder.resolve(), md5_on_disk(folder), recorded=False)
     target.refuse_unrecorded()
     return Served(target.address, folder.resolve(), target.md5, recorded=True)

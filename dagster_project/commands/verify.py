@@ -20,7 +20,7 @@ from dagster_project.commands import elsewhere
 from dagster_project.commands.outputs import Judged, Outputs, ancestors
 from dagster_project.core import params
 from dagster_project.core.errors import INNER, CheckFailed, InputError
-from dagster_project.core.git import git_bytes
+from dagster_project.core.git import git_bytes, refuse_without_git
 from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.layout import RECORD_KEY, REPORTS, is_code, report_of
 from dagster_project.core.records import remove
@@ -28,7 +28,7 @@ from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import Revision, resolve
 from dagster_project.lineage.runs import part_of, unread_inputs
-from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity
+from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity, processes
 
 log = logging.getLogger("pedigree")
 
@@ -293,7 +293,10 @@ class _Clone:
             CheckFailed: it failed with another exit code.
         """
         environment = dvc_run.environment_in_copy(self.root, ["DVC_STAGE"], {INNER: "1"})
-        code = subprocess.run(self.lock[name]["cmd"], shell=True, cwd=self.root, env=environment, stdout=2, check=False).returncode
+        with processes.ended_with_its_children(
+            subprocess.Popen(self.lock[name]["cmd"], shell=True, cwd=self.root, env=environment, stdout=2)
+        ) as process:
+            code = process.wait()
         if code:
             kind = InputError if code == 2 else CheckFailed
             raise kind(f"{name} could not be reproduced: its command failed", "see its own message above; the project was not changed")
@@ -347,6 +350,7 @@ def _unpack(at: Revision, target: Path, path: str = ".") -> None:
         return
     listed = git_bytes(at.root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", path)
     if listed is None:
+        refuse_without_git()
         raise InputError(f"{at.root} is not in a git repository", "run `git init`: git lists the files of the project")
     for name in sorted({os.fsdecode(name) for name in listed.split(b"\0") if name}):
         source, copy = at.root / name, target / name

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.git import git, git_bytes
+from dagster_project.core.git import git, git_bytes, refuse_without_git
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file, md5_of_folder
 from dagster_project.lineage.papers_in_place import without_papers
 
@@ -199,6 +199,7 @@ class Revision:
             InputError: nothing has been run there, the revision does not exist, or the file is damaged.
         """
         if self.rev is not None and commit_of(self.root, self.rev) is None:
+            refuse_without_git()
             raise InputError(f"no revision {self.rev!r} in this repository", "see `git log`")
         try:
             text = self.text(LOCK)
@@ -286,7 +287,11 @@ def history(root: Path) -> History:
     lock, workspace, content = root / LOCK, None, b""
     if lock.is_file():
         content = lock.read_bytes()
-        filtered = git_bytes(root, "hash-object", "--stdin", "--path", LOCK, given=content)
+        driver = (git(root, "check-attr", "filter", "--", LOCK) or "").strip().rpartition(": ")[2]
+        form = (
+            ("--path", LOCK) if driver in {"unspecified", "unset"} else ("--no-filters",)
+        )  # a driver is a program that the repository names
+        filtered = git_bytes(root, "hash-object", "--stdin", *form, given=content)
         workspace = filtered.decode().strip() if filtered else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     grafts = git(root, "rev-parse", "--git-path", "shallow")
     shallow_file = root / grafts.strip() if grafts else None
@@ -485,6 +490,7 @@ def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
     copies = []
     commit = commit_of(Path.cwd(), version) if version else None
     if not commit:
+        refuse_without_git()
         raise InputError(
             f"--since {version}: no such path, and no such revision in git", "name a file, a folder, or a revision (see `git log`)"
         )

@@ -6,10 +6,11 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import psutil
 
@@ -112,6 +113,22 @@ def _exit_with(ancestor: psutil.Process) -> None:
     while ancestor.is_running() and ancestor.status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def ended_with_its_children(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """After an exception, such as an interrupt, which a shell may not pass on, a process and all that it started are killed: the files that they use are
+    going to be removed."""
+    try:
+        yield process
+    except BaseException:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        process.kill()
+        process.wait()
+        raise
 
 
 def interrupt_command(address: str) -> None:

@@ -122,7 +122,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
 
                 options |= {"quantization_config": GgufConfig(dequantize=True)}
             else:
-                options = {"use_safetensors": True}
+                options = {"use_safetensors": True} | _own_attention(folder)
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, params.dtype), trust_remote_code=False, output_loading_info=True, **options
             )
@@ -235,7 +235,21 @@ def _refuse_foreign_files(folder: Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"base_model: {INDEX} is not an index of weights", "save the model again") from None
         if bad := sorted(str(name) for name in files if not isinstance(name, str) or not _is_file_of(folder, name)):
-            raise InputError(f"base_model: {INDEX} names {bad[0][:200]!r}, which is not a file in the folder", "save the model again")
+            raise InputError(
+                f"base_model: {INDEX} names {bad[0][:200]!r}, which is not a safetensors file in the folder", "save the model again"
+            )
+
+
+def _own_attention(folder: Path) -> dict[str, Any]:
+    """The configuration of a model that names an implementation of attention or experts, without that name: it can be a package that is not installed, or
+    code on the Hub. Stages use implementations of their own, and no saved model names one."""
+    from transformers import AutoConfig
+
+    if not re.search(r'"_?(attn|experts)_implementation"', (folder / "config.json").read_text(encoding="utf-8")):
+        return {}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config._attn_implementation = config._experts_implementation = None
+    return {"config": config}
 
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers", "encoder_layers")
@@ -364,8 +378,8 @@ def _refuse_more_weights_than_stored(folder: Path, options: Mapping[str, Any], s
 
 
 def _is_file_of(folder: Path, name: str) -> bool:
-    """Whether a name is that of a file directly in the folder."""
-    return Path(name).name == name and name in {path.name for path in folder.iterdir() if path.is_file()}
+    """Whether a name is that of a safetensors file directly in the folder. transformers would unpickle any other."""
+    return Path(name).name == name and name.endswith(".safetensors") and name in {path.name for path in folder.iterdir() if path.is_file()}
 
 
 @contextmanager

@@ -130,18 +130,18 @@ class Found(NamedTuple):
 
 
 def require_rows(name: str, found: Found) -> None:
-    """Refuse a file without rows, or one of JSON lines, CSV or text of which no row can be read.
+    """Refuse a file without rows, or one of JSON lines, CSV or text, or in another encoding, of which no row can be read.
 
     Raises:
         InputError: as described.
     """
     if not found.rows:
         raise InputError(f"{name}: the file is empty", "put at least one example in it, or take it out of params.yaml")
-    is_json = name.lower().endswith((".jsonl", ".jsonl.gz"))
-    if not found.readable and (is_json or name.lower().endswith((".csv", ".txt"))):
+    is_json, is_encoded = name.lower().endswith((".jsonl", ".jsonl.gz")), not found.problem.startswith("not UTF-8")
+    if not found.readable and (is_json or not is_encoded or name.lower().endswith((".csv", ".txt"))):
         hint = "each line must be one JSON object" if is_json else "fix the rows"
         what = "not JSON" if is_json else "no row can be read"
-        raise InputError(f"{name}: {what}: {found.problem}", "save the file as UTF-8" if found.problem.startswith("not UTF-8") else hint)
+        raise InputError(f"{name}: {what}: {found.problem}", hint if is_encoded else "save the file as UTF-8")
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.git import git_bytes
+from dagster_project.core.git import git_bytes, refuse_without_git
 from dagster_project.core.records import remove
 from dagster_project.orchestration import dvc
 
@@ -30,6 +30,7 @@ def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Pa
     """
     listed = git_bytes(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ".")
     if listed is None:
+        refuse_without_git()
         raise InputError(f"{root} is not in a git repository", "run `git init`: git lists the files that a worker gets")
     names = sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
     files = [name for name in names if not name.startswith(".dvc/")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 RECORD = "method.json"
+INDEX = "model.safetensors.index.json"
 
 
 class AdapterInfo(Section):
@@ -41,6 +43,26 @@ class AdapterInfo(Section):
         (folder / RECORD).write_text(self.model_dump_json(indent=2) + "\n")
 
 
+def refuse_pickled_weights(folder: Path) -> None:
+    """`use_safetensors=True` is not enough: transformers opens whatever files an index names, and PEFT adapter_model.bin if there is nothing else.
+
+    Raises:
+        InputError: weights of the folder would be unpickled.
+    """
+    if (folder / "adapter_config.json").is_file():
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise InputError(f"{folder}: no adapter_model.safetensors, and weights in other formats are not read", "save it as safetensors")
+    elif (folder / INDEX).is_file():
+        try:
+            files = sorted({str(name) for name in json.loads((folder / INDEX).read_bytes())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{folder}: {INDEX} is not an index of weights", "save the model again") from None
+        if other := next((name for name in files if not name.endswith(".safetensors")), None):
+            raise InputError(
+                f"{folder}: {INDEX} names {other[:200]!r}, and weights in other formats are not read", "save the model as safetensors"
+            )
+
+
 def load_base(
     folder: Path, device: torch.device, dtype: torch.dtype, quantization: str = "none", attention: str = "sdpa", weights: bool = True
 ) -> Any:
@@ -52,8 +74,10 @@ def load_base(
         folder: folder of the model; with `weights` False its config.json is sufficient.
         weights: False: only shapes and dtypes, on torch's meta device.
     Raises:
-        InputError: transformers does not have this attention for the model, or its logits are computed in another way.
+        InputError: transformers does not have this attention for the model, its logits are computed in another way, or its weights are pickled.
     """
+    if weights:
+        refuse_pickled_weights(folder)
     try:
         with refusing_attention(folder):
             base = _load_base(folder, device, dtype, quantization, attention, weights)
@@ -182,7 +206,7 @@ def load(folder: Path, base_model: Path | None, device: torch.device, dtype: tor
         folder: standalone weights, or an adapter in PEFT's format.
         base_model: base model of an adapter.
     Raises:
-        InputError: an adapter without a base model.
+        InputError: an adapter without a base model, or weights that would be unpickled.
     """
     if not (folder / "adapter_config.json").is_file():
         return load_base(folder, device, dtype).eval()
@@ -190,6 +214,7 @@ def load(folder: Path, base_model: Path | None, device: torch.device, dtype: tor
         raise InputError(f"{folder.name} is an adapter that was not merged, and its base model is missing", "give the base model")
     from peft import PeftModel
 
+    refuse_pickled_weights(folder)
     base = load_base(base_model, device, dtype, AdapterInfo.read(folder).quantization)
     with adding_adapters():
         model = PeftModel.from_pretrained(base, folder).eval()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Section, inside
+from dagster_project.training.methods.load import refuse_pickled_weights
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +130,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    refuse_pickled_weights(folder)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True
