@@ -158,7 +158,9 @@ def planted() -> tuple[Any, list[str], dict[str, list[tuple[int, int]]], list[Pa
     spec = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks" / "curation.py")
     assert spec and spec.loader
     benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        spec.loader.exec_module(benchmark)
     texts, by_class = benchmark.plant(6000, 20)
     return benchmark, texts, by_class, list(near_pairs(texts))
 
