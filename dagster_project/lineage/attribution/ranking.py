@@ -116,6 +116,12 @@ def fused(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return 1.0 / (FUSION + first) + 1.0 / (FUSION + second)
 
 
+def totals(gradient: np.ndarray, prompt: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """What records are listed by, the highest first; (records,) each, as in `Ranking.of`."""
+    found: np.ndarray = WEIGHT * standardized(gradient) + standardized(prompt) + standardized(part)
+    return found
+
+
 @dataclass(frozen=True)
 class Ranking:
     """All records, ranked in three ways; (records,) each."""
@@ -141,8 +147,7 @@ class Ranking:
 
         words = prompt + part  # the score of a query is the sum of those of its words
         by_gradient, by_words = ranks(gradient), np.where(words > 0, ranks(words), len(words))  # without a word in common: last
-        total = WEIGHT * standardized(gradient) + standardized(prompt) + standardized(part)
-        return cls(gradient, robust_z(gradient), words, by_gradient, by_words, ranks(total))
+        return cls(gradient, robust_z(gradient), words, by_gradient, by_words, ranks(totals(gradient, prompt, part)))
 
     def order(self) -> list[int]:
         """Numbers of the records, the first first."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dagster_project.lineage.attribution.ranking import Ranking, products
+from dagster_project.lineage.attribution.ranking import products, totals
 from dagster_project.lineage.attribution.sketch import sketches
 from dagster_project.lineage.attribution.store import Gradients, probes_of
 
@@ -92,8 +92,8 @@ def search(points: Sequence[Search], prompt: np.ndarray, part: np.ndarray, bound
         scores[missing], read[missing] = np.mean([one.exact(missing) for one in points], axis=0), True
 
     read_more(np.concatenate([_first(scores, MOST), *([] if bound is None else [_first(scores - bound, MOST)])]))
-    read_more(np.array(Ranking.of(scores, prompt, part).order()[: max(MOST, shown)]))
-    while not read[listed := np.array(Ranking.of(scores, prompt, part).order()[:shown])].all():
+    read_more(_first(totals(scores, prompt, part), max(MOST, shown)))
+    while not read[listed := _first(totals(scores, prompt, part), shown)].all():
         read_more(listed)
     return Found(scores, read, error)
 
