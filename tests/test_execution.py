@@ -538,6 +538,19 @@ def test_a_worker_removes_scratch_folders_of_dead_workers_and_keeps_those_of_liv
         live.wait()
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a link to another user")
+def test_a_worker_follows_no_link_of_another_user_among_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(worker.NODE_CACHE, raising=False)
+    monkeypatch.setattr(worker.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "own").mkdir()
+    link = tmp_path / f"pedigree-{os.getuid()}"
+    link.symlink_to(tmp_path / "own")
+    os.lchown(link, 1234, 1234)
+    with pytest.raises(InputError, match="belongs to another user"), worker.scratch_folder():
+        pass
+    assert not list((tmp_path / "own").iterdir())
+
+
 def test_a_worker_removes_what_killed_ones_had_fetched_in_part_when_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(worker.NODE_CACHE, str(tmp_path))
     monkeypatch.setattr(worker, "ABANDONED_SECONDS", 1.0)

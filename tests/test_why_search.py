@@ -67,7 +67,7 @@ def question(*numbers: int, noise: float = 1.0) -> np.ndarray:
 def found_of(
     one: GradientStore, asked: np.ndarray, bound: np.ndarray | None = None, prompt: np.ndarray = NO_WORDS, shown: int = 5
 ) -> Found:
-    return search([Search(one.read(), asked)], prompt, NO_WORDS, bound, shown)
+    return search([Search(one.read(), asked)], prompt, np.zeros(len(prompt)), bound, shown)
 
 
 def exact(one: GradientStore, asked: np.ndarray) -> np.ndarray:
@@ -143,6 +143,17 @@ def test_a_question_that_is_like_no_record_gets_no_high_score_by_chance(large: G
     found, whole = found_of(large, asked), exact(large, asked)
     assert found.certain.max() <= whole.max() + 1e-3
     assert (found.certain[~found.read] == -1).all()
+
+
+def test_records_without_a_gradient_do_not_hide_the_others(tmp_path: Path) -> None:
+    """More than half of the scores are 0 then, and so is the spread of the probes."""
+    import torch
+
+    one = GradientStore.at(tmp_path, {}, 640)
+    one.build(lambda numbers: gradient_of(numbers) * (torch.tensor(numbers) % 4 == 1)[:, None], "x")
+    asked = question(17)
+    found, whole = found_of(one, asked, prompt=NO_WORDS[:640]), exact(one, asked)
+    assert found.scores.argmax() == whole.argmax() == 17 and np.allclose(found.scores[found.read], whole[found.read], atol=2e-3)
 
 
 def test_records_that_are_listed_for_their_words_have_the_scores_of_their_gradients(large: GradientStore) -> None:

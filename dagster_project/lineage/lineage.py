@@ -127,18 +127,19 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
         return find(index, name, revision)
     lock = {} if _has_history_only(index, rev) else _lock(index, rev)
     target = model.rstrip("/").removeprefix("./")
+    digest = model.lower() if re.fullmatch("[0-9a-fA-F]{6,}", model) else model
     absolute = Path(model).absolute()
     if absolute.is_relative_to(index.root) and absolute != index.root:
         target = target if target in lock else absolute.relative_to(index.root).as_posix()
     if target in lock:
         return Subject(index, lock[target], lock)
-    matches = [run for run in lock.values() if run.path == target or (len(model) >= 6 and run.md5.startswith(model))]
+    matches = [run for run in lock.values() if run.path == target or (len(model) >= 6 and run.md5.startswith(digest))]
     if len(matches) == 1:
         return Subject(index, matches[0], lock)
     if matches:
         raise InputError(f"{model} could be {', '.join(sorted(m.address for m in matches))}", "give more of the hash, or the stage's name")
     hashes = (
-        _outputs_copied_to(index, Path(model)) if path_exists(Path(model)) else index.outputs_with_prefix(model) if len(model) >= 6 else []
+        _outputs_copied_to(index, Path(model)) if path_exists(Path(model)) else index.outputs_with_prefix(digest) if len(model) >= 6 else []
     )
     if len(hashes) > 1 and Path(model).is_file():
         hashes = _originals(index, hashes, lock)

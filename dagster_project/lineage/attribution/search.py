@@ -91,7 +91,7 @@ def search(points: Sequence[Search], prompt: np.ndarray, part: np.ndarray, bound
         missing = np.unique(numbers[~read[numbers]])
         scores[missing], read[missing] = np.mean([one.exact(missing) for one in points], axis=0), True
 
-    read_more(np.concatenate([_first(scores, MOST), *([] if bound is None else [_first(scores - bound, MOST)])]))
+    read_more(np.concatenate([_first(raw, MOST), *([] if bound is None else [_first(raw - bound, MOST)])]))
     read_more(_first(totals(scores, prompt, part), max(MOST, shown)))
     while not read[listed := _first(totals(scores, prompt, part), shown)].all():
         read_more(listed)

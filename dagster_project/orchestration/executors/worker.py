@@ -229,9 +229,10 @@ def scratch_folder() -> Iterator[tuple[Path, Path]]:
     Raises:
         InputError: the folder of the node belongs to another user.
     """
-    base = Path(os.environ.get(NODE_CACHE) or Path(tempfile.gettempdir()) / f"pedigree-{os.getuid()}")
+    named = os.environ.get(NODE_CACHE)
+    base = Path(named or Path(tempfile.gettempdir()) / f"pedigree-{os.getuid()}")
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if base.stat().st_uid != os.getuid():
+    if (base.stat() if named else base.lstat()).st_uid != os.getuid():  # others can place a link among temporary files
         raise InputError(f"node {platform.node()}: {base} belongs to another user", f"set {NODE_CACHE} in the environment of the node")
     for lock in base.glob("work-*.lock"):
         with suppress(OSError), lock.open("a") as file:
