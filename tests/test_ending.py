@@ -90,11 +90,13 @@ def test_ctrl_c_while_a_command_waits_for_another_one_is_one_line(root: Path) ->
 
 def test_sigterm_ends_a_command_as_ctrl_c_does_so_that_its_temporary_folders_are_removed() -> None:
     """The scratch copy of `verify` has the inputs of stages, and the key of record ids."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a library may have set its own
     with ending.interrupts() as found, pytest.raises(KeyboardInterrupt), ending.terminating(found, "verify"):
         signal.raise_signal(signal.SIGTERM)
     assert found.came and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     with ending.interrupts() as found, ending.terminating(found, "run"):
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_ctrl_c_while_a_stage_runs_is_one_line_and_keeps_what_was_there(root: Path) -> None:

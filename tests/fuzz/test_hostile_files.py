@@ -263,7 +263,8 @@ def test_a_file_with_any_name_is_checked_and_named(name: str) -> None:
     Path("set", name).mkdir(parents=True)
     Path("set", name, f"{name}.jsonl").write_bytes(lines(OK, b"no json"))
     assert holds("set", "--against", f"./{name}.jsonl") is None
-    assert holds("set", f"./{name}.jsonl", "--since", "set")
+    is_hidden = name == "."  # "..jsonl", which is not read as part of a folder
+    assert bool(holds("set", f"./{name}.jsonl", "--since", "set")) is not is_hidden
     Path("set", f"{name}.jsonl").write_bytes(b"")
     assert holds("set") is None
 
