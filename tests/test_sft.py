@@ -575,7 +575,9 @@ def test_the_examples_are_listed_in_the_order_seen(tmp_path: Path, tiny_model: P
 def test_a_group_of_weights_without_change_blocks(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
     report = tune(tokenized, tiny_model, tmp_path / "adapter", max_steps=1, warmup_steps=0)  # B is zero, so A's first gradient is
     failed = report.failures[0]
-    assert (failed.name, failed.note) == ("trained_what_it_should", "did not move: lora_A")
+    assert failed.name == "trained_what_it_should" and failed.note.startswith(
+        "did not move: lora_A; 1 of 1 steps had a learning rate above 0"
+    )
     assert (tmp_path / "checkpoints").exists()
 
 
