@@ -12,7 +12,7 @@ import pytest
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.attribution import search as search_module
 from dagster_project.lineage.attribution import second_moment, sketch, store
-from dagster_project.lineage.attribution.ranking import robust_z
+from dagster_project.lineage.attribution.ranking import Ranking, robust_z
 from dagster_project.lineage.attribution.search import Found, Search, search
 from dagster_project.lineage.attribution.second_moment import PrincipalDirections, SecondMoment
 from dagster_project.lineage.attribution.store import GradientStore
@@ -154,6 +154,10 @@ def test_records_without_a_gradient_do_not_hide_the_others(tmp_path: Path) -> No
     asked = question(17)
     found, whole = found_of(one, asked, prompt=NO_WORDS[:640]), exact(one, asked)
     assert found.scores.argmax() == whole.argmax() == 17 and np.allclose(found.scores[found.read], whole[found.read], atol=2e-3)
+    for shown in (1, 50, 400, 640):
+        found = found_of(one, asked, prompt=NO_WORDS[:640], shown=shown)
+        listed = Ranking.of(found.scores, NO_WORDS[:640], NO_WORDS[:640]).order()[:shown]
+        assert found.read[listed].all(), "also where many records have equal scores"
 
 
 def test_records_that_are_listed_for_their_words_have_the_scores_of_their_gradients(large: GradientStore) -> None:

@@ -93,7 +93,7 @@ def search(points: Sequence[Search], prompt: np.ndarray, part: np.ndarray, bound
 
     read_more(np.concatenate([_first(raw, MOST), *([] if bound is None else [_first(raw - bound, MOST)])]))
     read_more(_first(totals(scores, prompt, part), max(MOST, shown)))
-    while not read[listed := _first(totals(scores, prompt, part), shown)].all():
+    while not read[listed := np.argsort(-totals(scores, prompt, part), kind="stable")[:shown]].all():
         read_more(listed)
     return Found(scores, read, error)
 
