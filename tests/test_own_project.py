@@ -164,4 +164,12 @@ def test_a_failed_make_run_prints_the_next_step(made: Path) -> None:
     (made / ".venv/bin/dvc").write_text("#!/bin/sh\nexit 1\n")
     done = run(["make", "run"], made)
     assert done.returncode != 0 and "took" not in done.stdout
-    assert "run `make run` again" in done.stderr and "data/pages/comparison/comparison.html" in done.stderr
+    assert "run `make run` again" in done.stderr and "Everything up to the comparison is made" not in done.stdout
+
+
+def test_a_run_that_stops_after_the_comparison_shows_its_table(made: Path) -> None:
+    (made / ".venv/bin/dvc").write_text("#!/bin/sh\n[ $1 != repro ]\n")
+    (made / "data/comparison/board.md").write_text("the table\n")
+    done = run(["make", "run"], made)
+    assert done.returncode != 0 and "took" not in done.stdout and "run `make run` again" in done.stderr
+    assert "the table\n\nEverything up to the comparison is made." in done.stdout
