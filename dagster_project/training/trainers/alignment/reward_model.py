@@ -201,9 +201,13 @@ class RewardModel:
         """
         return self._score(answered(self.tokenizer, conversations, tools), batch_size, what)
 
-    def of_answers(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message]) -> list[float]:
-        """The reward of generated answers to the prompts of these pairs."""
-        return self._score([_generated(self.tokenizer, pair, answer) for pair, answer in zip(pairs, answers, strict=True)])
+    def of_answers(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message], what: str = "") -> list[float]:
+        """The reward of generated answers to the prompts of these pairs.
+
+        Args:
+            what: as for `__call__`.
+        """
+        return self._score([_generated(self.tokenizer, pair, answer) for pair, answer in zip(pairs, answers, strict=True)], what=what)
 
     def _score(self, encoded: Sequence[Answered], batch_size: int = 32, what: str = "") -> list[float]:
         """The reward of each answer. Texts longer than the context are truncated at the beginning; padding is on the right and masked."""
