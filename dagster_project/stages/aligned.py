@@ -115,7 +115,7 @@ class Params(PreferenceParams):
     samples: int = Field(default=64, ge=1)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
-    """Longest of these answers, in tokens."""
+    """Longest of these answers, in tokens. Prompts that leave no room for it in the context are truncated at the beginning."""
 
     def parsed_method(self, where: str, given: Collection[str] = ()) -> AlignmentMethod:
         """The method with its options; `given`: keys that the entry itself names."""
