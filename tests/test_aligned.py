@@ -615,6 +615,44 @@ def test_a_pass_over_more_prompts_than_there_are_is_refused_before_a_model_is_lo
         aligned.produce("mine", params, COMPUTE, preferences, judged[0], tiny_model, *paths)
 
 
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A model that has positions for 64 tokens, and no more."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("narrow")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": len(tokenizer)}
+    GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)).save_pretrained(folder)
+    return folder
+
+
+def test_prompts_of_held_out_answers_are_truncated_to_the_context(tmp_path: Path, preferences: Path, narrow: Path) -> None:
+    report = align_it(
+        tmp_path, preferences, None, narrow, method="dpo", max_new_tokens=60, max_steps=2, peft={"target_modules": ["c_attn"]}
+    )
+    assert report.metrics["watch"]["prompts"] == 4
+
+
+def test_texts_longer_than_the_context_are_rewarded_by_their_end(judged: tuple[Path, Report]) -> None:
+    model = reward.RewardModel(judged[0], torch.device("cpu"), torch.float32)
+    model.tokenizer.model_max_length = 16
+    short, long = ([{"role": "user", "content": "q" * n}, {"role": "assistant", "content": "yes"}] for n in (40, 80))
+    assert model([short]) == pytest.approx(model([long]))
+
+
+@pytest.mark.parametrize(("method", "key"), [("grpo", "max_completion_length"), ("gkd", "max_new_tokens")])
+def test_prompts_that_leave_no_room_for_an_answer_are_refused(
+    method: str, key: str, tmp_path: Path, preferences: Path, narrow: Path
+) -> None:
+    settings = {"options": {key: 60}, "peft": {"target_modules": ["c_attn"]}, "rewards": {"brief": 1.0}}
+    with pytest.raises(InputError, match=rf"{method}: 16 of 16 prompts leave no room for 60 tokens in a context of 64 .*\n.*lower {key}"):
+        align_it(tmp_path, preferences, None, narrow, method=method, **settings)
+
+
 @pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "gkd", "rloo", "online_dpo", "ppo"])
 def test_a_resumed_training_ends_in_the_same_bytes(
     method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch

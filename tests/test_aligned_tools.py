@@ -205,6 +205,15 @@ def test_a_generated_answer_that_the_template_refuses_is_rewarded_as_text(judge:
     assert math.isfinite(*model.of_answers([PAIRS[0]], [broken]))
 
 
+def test_the_reward_model_judges_answers_that_the_template_refuses(judge: Path) -> None:
+    from dagster_project.evaluation.judge import by_reward
+    from dagster_project.evaluation.paired.pairwise import Match, Pair
+
+    broken = {"role": "assistant", "content": "", "tool_calls": [call("weather", "{city")]}
+    asked = Pair("1", PAIRS[0]["prompt"], None, ("", ""), swapped=False, messages=(OSLO, broken), tools=TOOLS)
+    assert by_reward(Match("m", ("ours", "theirs"), 0, [asked], identical=0), 1, judge)["pairs"] == 1
+
+
 PIECES = [
     "<tool_call>", "</tool_call>", "<think>", "</think>", "<|im_end|>", "<|im_start|>", CALLED, '{"name": "weather", "arguments": ', '{"city": "Oslo"}',
     '{"name": ', "null", "[1, NaN]", '"\\u0000"', "}", " ", "\n", "Yes", "", "<tools>", '"weather"', '{"name": "weather", "arguments": "x"}',

@@ -607,6 +607,7 @@ def test_a_head_needs_categories(tiny_model: Path, tiny_tokenizer: Any) -> None:
         ("lora", {"r": "16"}, {}, "adapter.x.peft.r: must be int (got '16')", "correct"),
         ("lora", {"r": 0}, {}, "adapter.x.peft.r: must be at least 1 (got 0)", "correct"),
         ("lora", {"lora_dropout": 1.5}, {}, "adapter.x.peft.lora_dropout: must be below 1 (got 1.5)", "correct"),
+        ("trainable_tokens", {"token_indices": [-1]}, {}, "adapter.x.peft.token_indices: a token id cannot be negative (got [-1])", "correct"),
         ("lora", {"use_rslora": "yes"}, {}, "adapter.x.peft.use_rslora: must be bool (got 'yes')", "correct"),
         ("lora", {"init_lora_weights": "gausian"}, {}, "adapter.x.peft.init_lora_weights: must be bool | Literal[", "correct"),
         ("dora", {"use_dora": False}, {}, "adapter.x.peft.use_dora: False contradicts the method", "method: lora"),

@@ -70,6 +70,24 @@ def test_bleu_and_chrf_are_those_of_sacrebleu() -> None:
 
 
 @pytest.mark.parametrize(
+    ("reference", "answer", "tokenizer"),
+    [
+        ("退款将在五个工作日内到账，请重启 WordPress。", "退款会在五个工作日内到账，请重启 WordPress。", "zh"),
+        ("今日は天気がいいので、公園へ行きましょう。", "今日は天気がいいから、公園へ行きましょう。", "char"),
+        ("กรุณารีสตาร์ทเครื่อง", "กรุณารีสตาร์ทเครื่องใหม่", "char"),
+        ("오늘은 날씨가 아주 좋아요.", "오늘은 날씨가 아주 나빠요.", "13a"),
+        ("Please restart your router, 王先生.", "Please restart the router, 王先生.", "13a"),
+    ],
+)
+def test_bleu_of_scripts_without_spaces_is_not_that_of_whole_sentences(reference: str, answer: str, tokenizer: str) -> None:
+    from sacrebleu import corpus_bleu
+
+    found = score(TEXT, [reference, reference], [answer, reference])["bleu"]
+    assert found == pytest.approx(corpus_bleu([answer, reference], [[reference, reference]], tokenize=tokenizer).score, abs=1e-4)
+    assert 50 < found < 100
+
+
+@pytest.mark.parametrize(
     ("reference", "answer", "rouge", "tokens"),
     [
         ("police killed the gunman", "police kill the gunman", 0.75, 0.75),

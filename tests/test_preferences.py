@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,13 @@ def test_length_is_that_of_the_longer_side_as_the_template_writes_it(
     for limit, dropped in ((length, {}), (length - 1, {"too_long": 1})):
         report = run(tmp_path, tiny_model, [better(), better(**{side: said.strip()})], max_length=limit)
         assert report.dropped == dropped
+
+
+def test_no_pair_is_longer_than_the_context_of_the_base_model(tmp_path: Path, tiny_model: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 60}))
+    assert run(tmp_path, model, [better(), better(chosen="On its way. " * 3)]).dropped == {"too_long": 1}
 
 
 def test_pairs_of_nearly_the_same_prompt_stay_in_one_split(tmp_path: Path, tiny_model: Path) -> None:

@@ -224,6 +224,17 @@ def test_few_held_out_tasks_show_no_gain(prompts: int, low: float, passed: bool)
     assert aligned._improved(measured, prompts).passed == passed
 
 
+def test_near_copies_among_held_out_tasks_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = [{"example_id": str(i), "group_id": str(i % 3), "prompt": [{"role": "user", "content": f"{i}"}]} for i in range(40)]
+    judge = HeldOut(Rewards({"brief": 1.0}, None))
+    judge.components = [{"reward": [value] * 40} for value in (0.0, 1.0)]
+    monkeypatch.setattr(aligned.alignment, "samples", lambda _, pairs, *__: ([], {"prompts": len(pairs)}))
+    params = aligned.Params(method="grpo", adapter="lora")
+    measured = aligned._evaluate(None, held_out, judge, params, params.parsed_method("x"), tmp_path)  # type: ignore[arg-type]
+    check = aligned._improved(measured, 40)
+    assert not check.passed and "40 held-out tasks" in check.note and "(3 if near-copies count once)" in check.note
+
+
 @pytest.mark.parametrize(
     ("rows", "rewards", "message"),
     [

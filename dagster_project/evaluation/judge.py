@@ -289,9 +289,9 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
     if failed:
         log.warning(f"the reward model failed its checks: {failed}")
     pairs = match.pairs[:n]
-    conversations = [[*pair.prompt, answer] for pair in pairs for answer in pair.turns]
-    tools = [pair.tools for pair in pairs for _ in pair.turns]
-    rewards = RewardModel(folder, torch.device("cpu"), torch.float32)(conversations, what="judge", tools=tools)
+    asked = [{"prompt": pair.prompt, "tools": pair.tools} for pair in pairs for _ in pair.turns]
+    answers = [answer for pair in pairs for answer in pair.turns]
+    rewards = RewardModel(folder, torch.device("cpu"), torch.float32).of_answers(asked, answers, what="judge")
     by_pair = zip(rewards[::2], rewards[1::2], strict=True)
     outcomes: dict[str, Outcome] = {
         pair.id: "win" if first > second else "loss" if first < second else "tie"

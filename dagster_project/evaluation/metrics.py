@@ -307,17 +307,19 @@ def _field(name: str, value: Callable[[Any, Any], tuple[float, float]]) -> Calla
 
 
 def _sacrebleu(name: str, paired: bool = False) -> Measure:
-    """A corpus score of sacrebleu with its default settings, 0 to 100. Summing sentence statistics is also how sacrebleu bootstraps."""
+    """A corpus score of sacrebleu with its default settings, 0 to 100, but for the tokenizer of scripts without spaces. Summing sentence statistics is
+    also how sacrebleu bootstraps."""
 
-    def metric() -> Any:
+    def metric(**settings: str) -> Any:
         from sacrebleu import metrics
 
-        return getattr(metrics, name)()
+        return getattr(metrics, name)(**settings)
 
     def statistics(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         import numpy as np
 
-        return np.array(metric()._extract_corpus_statistics(list(answers), [list(references)]), dtype=float)
+        of = metric(tokenize=_tokenizer(references)) if name == "BLEU" else metric()
+        return np.array(of._extract_corpus_statistics(list(answers), [list(references)]), dtype=float)
 
     def combine(sums: np.ndarray) -> np.ndarray:
         import numpy as np
@@ -326,3 +328,14 @@ def _sacrebleu(name: str, paired: bool = False) -> Measure:
         return np.apply_along_axis(lambda total: of._compute_score_from_stats(total.tolist()).score, -1, sums)
 
     return Measure(statistics, combine, paired)
+
+
+def _tokenizer(texts: Sequence[str]) -> str:
+    """sacrebleu's tokenizer for BLEU: its default, 13a; or, if most words are of scripts without spaces, in which a whole sentence would be one token,
+    zh for Chinese and char for the others."""
+    found = [word for text in texts for word in words(text)]
+    unspaced = [word for word in found if re.match(f"[{WITHOUT_SPACES}]", word)]
+    if 2 * len(unspaced) <= len(found):
+        return "13a"
+    chinese = sum("\u3400" <= word <= "\u9fff" for word in unspaced)
+    return "zh" if 10 * chinese >= 9 * len(unspaced) else "char"  # Japanese has syllables between its Chinese characters

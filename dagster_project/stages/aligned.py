@@ -63,12 +63,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("pedigree")
 
 CHECK_DESCRIPTIONS = {
-    "starts_as_the_reference": "Before the first step policy and SFT model are equal: KL 0 and, for dpo, loss ln 2. Not for orpo, simpo, "
-    "cpo and gkd, which have no reference.",
+    "starts_as_the_reference": "Before the first step policy and SFT model are equal: KL 0 and, for dpo without a router, loss ln 2. Not for "
+    "orpo, simpo, cpo and gkd, which have no reference.",
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
     "prefers_as_people_do": "On held-out pairs the chosen answer is more likely per token in significantly more than half of them.",
-    "solves_more_held_out_tasks": "With `reward_target: response`: rewards of at least 30 held-out answers are significantly higher than before.",
+    "solves_more_held_out_tasks": "With `reward_target: response`: rewards of at least 30 held-out answers, near-copies counted once, are significantly "
+    "higher than before.",
     "reward_is_not_gamed": "The rewards of held-out answers did not rise through length, repetition or unfinished answers.",
     "rewards_differ": "Online: answers that are compared with each other had different rewards, so that there was something to learn.",
     "reward_model_is_reliable": "The reward model used for training or monitoring passed its checks.",
@@ -114,7 +115,7 @@ class Params(PreferenceParams):
     samples: int = Field(default=64, ge=1)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
-    """Longest of these answers, in tokens."""
+    """Longest of these answers, in tokens. Prompts that leave no room for it in the context are truncated at the beginning."""
 
     def parsed_method(self, where: str, given: Collection[str] = ()) -> AlignmentMethod:
         """The method with its options; `given`: keys that the entry itself names."""
@@ -488,6 +489,7 @@ def _evaluate(
         return {"preference": alignment.preference(policies, pairs, method.has_reference), "watch": watch}
     before, after = judge.components
     units = [unit(pair) for pair in prompts]
+    watch |= {"independent": len(set(units))} if len(set(units)) < len(prompts) else {}  # near-copies count as one
     return {"held_out": {name: alignment.paired(before[name], after[name], units) for name in before}, "watch": watch}
 
 
@@ -573,9 +575,11 @@ def _improved(measured: Mapping[str, Any], examples: int) -> CheckResult:
     reward, prompts = measured["held_out"]["reward"], measured["watch"]["prompts"]
     low, high = reward["interval"]
     note = f"reward {reward['sft']:.3f} -> {reward['aligned']:.3f} on {prompts} held-out tasks (difference {low:+.3f} to {high:+.3f})"
-    if prompts < FEWEST:
-        note += f"; nothing can be concluded from fewer than {FEWEST}: raise splits.validation, or add records"
-    return CheckResult("solves_more_held_out_tasks", passed=low > 0 and prompts >= FEWEST, severity="warn", note=note)
+    independent = measured["watch"].get("independent", prompts)
+    if independent < FEWEST:
+        once = f" ({independent} if near-copies count once)" if independent < prompts else ""
+        note += f"{once}; nothing can be concluded from fewer than {FEWEST}: raise splits.validation, or add records"
+    return CheckResult("solves_more_held_out_tasks", passed=low > 0 and independent >= FEWEST, severity="warn", note=note)
 
 
 def _prefers(accuracy: Mapping[str, Any], pairs: int) -> CheckResult:

@@ -63,9 +63,9 @@ class Params(Rules):
     """How strictly preference pairs are checked, and how they are split. See docs/checks.md and docs/splits.md."""
 
     max_tokens: int = Field(default=1024, ge=16, alias="max_length")
-    """Tokens that the prompt and the longer response may have together, in the base model's chat template. Longer pairs
-    are dropped and counted as `too_long`, because trainers would truncate them without a message. `policy: {too_long:
-    warn}` keeps them."""
+    """Tokens that the prompt and the longer response may have together, in the base model's chat template; never more than
+    `base_model.max_length`. Longer pairs are dropped and counted as `too_long`, because trainers would truncate them
+    without a message. `policy: {too_long: warn}` keeps them."""
     test: float = Field(default=0.2, ge=0, lt=1)
     """Share of each category's pairs that is held out and never trained on, unless the source labels its splits."""
     validation: float = Field(default=0.1, ge=0, lt=1)
@@ -120,6 +120,7 @@ def produce(
     decisions = read_decisions(inside(root, params.review, "preferences.review"), checks_of("preferences")) if params.review else []
     test = [{**record, "source": "data/splits/test", "source_row": record["example_id"]} for record in read_records(splits / TEST)]
     records = StoredRows(map(as_record, iter_pairs(raw_preferences)), out.parent)
+    params = params.model_copy(update={"max_tokens": min(params.max_tokens, _context(base_model))})
     division = Division()
 
     def divide(judged: Sequence[dict[str, Any]], overlaps: Overlaps, kept: list[int]) -> dict[int, str]:
@@ -153,6 +154,12 @@ def produce(
             "waiting_for_review": len({i for i, _ in judged.waiting}),
         },
     )
+
+
+def _context(base_model: Path) -> int:
+    """Tokens of the model's context, as the stage `base_model` writes it."""
+    settings = json.loads((base_model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return int(settings["model_max_length"])
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,9 @@ class Policies:
         return [(-nats, tokens) for nats, tokens in found]
 
     def answer(self, who: str, pairs: Sequence[Mapping[str, Any]], max_new_tokens: int, what: str) -> list[PolicyAnswer]:
-        """Greedy answers to the prompts of pairs."""
-        prompts = [prompt_ids(self.tokenizer, pair) for pair in pairs]
+        """Greedy answers to the prompts of pairs. Prompts longer than the context are truncated at the beginning."""
+        room = max(1, self.tokenizer.model_max_length - max_new_tokens)
+        prompts = [prompt_ids(self.tokenizer, pair)[-room:] for pair in pairs]
         with self._as(who):
             generated = generate_ids(self.model.get_base_model(), self.tokenizer, prompts, max_new_tokens, self.batch_size, what)
         return [self._read(pair, prompt, ids) for pair, prompt, ids in zip(pairs, prompts, generated, strict=True)]
@@ -126,7 +127,8 @@ class Policies:
         total, places = 0.0, 0
         causal = self.model.get_base_model()
         with torch.inference_mode():
-            for prompt, answer in examples:
+            for prompt, whole in examples:
+                answer = whole[: max(0, self.tokenizer.model_max_length - len(prompt))]  # read again, a text can have more tokens
                 ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
                 logs = []
                 for who in ("aligned", "sft"):

@@ -119,6 +119,8 @@ STARTS_FROM_DATA = re.compile(r"eva|corda.*|lora_ga", re.IGNORECASE)
 MINIMUM = {"r": 1, "init_r": 2, "target_r": 1, "num_virtual_tokens": 1, "lora_alpha": 1, "deltaT": 1, "tinit": 0, "tfinal": 0,
          "lora_dropout": 0, "orth_reg_weight": 0}  # fmt: skip
 """Key -> minimum value."""
+TOKEN_NUMBERS = ("token_indices", "trainable_token_indices")
+"""Keys with token ids, as a list or, by layer, as lists."""
 
 STARTS_FROM_WEIGHTS = re.compile(r"pissa|olora|corda|loftq|eva|lora_ga|orthogonal", re.IGNORECASE)
 """Values of init_lora_weights that are computed from the base model's weights."""
@@ -349,6 +351,8 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
             wrong.append(f"{path}: must be {ast.unparse(known[key])} (got {value!r})")
         elif key in MINIMUM and isinstance(value, int | float) and value < MINIMUM[key]:
             wrong.append(f"{path}: must be at least {MINIMUM[key]} (got {value!r})")
+        elif key in TOKEN_NUMBERS and re.search(r"-\d", str(value)):
+            wrong.append(f"{path}: a token id cannot be negative (got {value!r})")
         elif key == "lora_dropout" and isinstance(value, int | float) and value >= 1:
             wrong.append(f"{path}: must be below 1 (got {value!r})")
         elif key in keys and key.startswith("use_") and value != keys[key]:

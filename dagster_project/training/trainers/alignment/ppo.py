@@ -803,13 +803,22 @@ def refuse_mistakes(model: Any, tokenizer: Any, prompts: Sequence[list[int]], se
         raise InputError("ppo: there are no prompts", "add preferences, or lower the shares of the held-out splits")
     if tokenizer.eos_token_id is None:
         raise InputError("ppo: the tokenizer has no end of turn, so no answer would ever end", "name its eos_token in data/base_model")
-    context = min(tokenizer.model_max_length, getattr(causal(model).config, "max_position_embeddings", None) or math.inf)
-    room = context - settings.response_length
-    if long := [row for row, prompt in enumerate(prompts) if len(prompt) > room]:
+    refuse_long_prompts("ppo", model, tokenizer, prompts, settings.response_length, "response_length")
+
+
+def refuse_long_prompts(name: str, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], longest: int, key: str) -> None:
+    """Args:
+        name: of the method.
+        longest: tokens of an answer, by the option `key`.
+    Raises:
+        InputError: a prompt and an answer do not fit into the context together.
+    """
+    context = min(tokenizer.model_max_length, getattr(causal(model).config.get_text_config(), "max_position_embeddings", None) or math.inf)
+    if long := [row for row, prompt in enumerate(prompts) if len(prompt) > context - longest]:
         raise InputError(
-            f"ppo: {len(long)} of {len(prompts)} prompts leave no room for {settings.response_length} tokens in a context of {context}"
+            f"{name}: {len(long)} of {len(prompts)} prompts leave no room for {longest} tokens in a context of {context}"
             f" (first: prompt {long[0]} with {len(prompts[long[0]])} tokens)",
-            "lower response_length, or leave these prompts out",
+            f"lower {key}, or leave these prompts out",
         )
 
 

@@ -366,12 +366,13 @@ class Kto(TrlMethod):
         return TrainerSpec(self.name, trl.KTOTrainer, trl.KTOConfig, {**self.model_dump(), "max_length": None}, self.metrics)
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        answers = [
+        answers: list[dict[str, Any]] = [
             {"prompt_ids": prompt, "completion_ids": answer, "label": label, "pair": i}
             for i, (prompt, chosen, rejected) in enumerate(both(tokenizer, pairs))
             for answer, label in ((chosen, True), (rejected, False))
         ]
-        return [{**row, "KL_completion_ids": _unmatched(answers, i)["completion_ids"]} for i, row in enumerate(answers)]
+        rooms = [max(1, tokenizer.model_max_length - len(row["prompt_ids"])) for row in answers]
+        return [{**row, "KL_completion_ids": _unmatched(answers, i)["completion_ids"][: rooms[i]]} for i, row in enumerate(answers)]
 
 
 def _unmatched(answers: Sequence[Mapping[str, Any]], i: int) -> Mapping[str, Any]:
@@ -525,6 +526,11 @@ class Gkd(TrlMethod):
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [{"prompt_ids": prompt, "answer_ids": chosen, "pair": i} for i, (prompt, chosen, _) in enumerate(both(tokenizer, pairs))]
 
+    def train(self, run: AlignmentRun) -> TrainingHistory:
+        if self.samples_answers:
+            ppo.refuse_long_prompts(self.name, run.shared.model, run.tokenizer, run.prompts, self.max_new_tokens, "max_new_tokens")
+        return super().train(run)
+
     def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
         longest = max(answers[0], self.max_new_tokens if self.samples_answers else 0)
         return [(prompt + longest, longest)]
@@ -580,6 +586,8 @@ class AnswerGroups(TrlMethod):
         )
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
+        longest = self.max_completion_length
+        ppo.refuse_long_prompts(self.name, run.shared.model, run.tokenizer, run.prompts, longest, "max_completion_length")
         history = super().train(run)
         if not run.sampled.is_stalled():
             return history

@@ -201,15 +201,19 @@ class RewardModel:
         """
         return self._score(answered(self.tokenizer, conversations, tools), batch_size, what)
 
-    def of_answers(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message]) -> list[float]:
-        """The reward of generated answers to the prompts of these pairs."""
-        return self._score([_generated(self.tokenizer, pair, answer) for pair, answer in zip(pairs, answers, strict=True)])
+    def of_answers(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message], what: str = "") -> list[float]:
+        """The reward of generated answers to the prompts of these pairs.
+
+        Args:
+            what: as for `__call__`.
+        """
+        return self._score([_generated(self.tokenizer, pair, answer) for pair, answer in zip(pairs, answers, strict=True)], what=what)
 
     def _score(self, encoded: Sequence[Answered], batch_size: int = 32, what: str = "") -> list[float]:
-        """The reward of each answer. Padding is on the right and masked."""
+        """The reward of each answer. Texts longer than the context are truncated at the beginning; padding is on the right and masked."""
         import torch
 
-        texts = [[*prompt, *answer] for prompt, answer in encoded]
+        texts = [[*prompt, *answer][-self.tokenizer.model_max_length :] for prompt, answer in encoded]
         rewards = [0.0] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
         progress = Progress(what, len(texts), "answer") if what else None
