@@ -13,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from builders.gradients import flat
 from builders.tool_calls import weather
@@ -618,6 +620,15 @@ def test_random_sets_are_as_large_without_the_first_records_and_shared_between_q
     assert len({*map(tuple, found)} & {*map(tuple, other)}) > 10
     with pytest.raises(InputError, match="too few"):
         next(proof.draws(names, names[:20], "model", work / "tokenized"))
+
+
+def test_random_sets_are_found_for_many_first_records(tmp_path: Path) -> None:
+    """Of a set of 30 among 100, one in a billion has none of 30 given ones."""
+    names = [f"record {i:03d}" for i in range(100)]
+    (tmp_path / "tokenized").mkdir()
+    pq.write_table(pa.table({"example_ids": [names]}), tmp_path / "tokenized/train.parquet")
+    found = list(islice(proof.draws(names, names[:30], "model", tmp_path / "tokenized"), 5))
+    assert all(len({*one}) == 30 and {*one} <= {*names[30:]} for one in found) and len({*map(tuple, found)}) == 5
 
 
 def test_no_random_set_comes_twice(tmp_path: Path) -> None:
