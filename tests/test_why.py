@@ -554,6 +554,21 @@ def test_the_asked_tokens_are_those_of_the_span(tiny_tokenizer: Any) -> None:
     assert list(whole.example.input_ids) == encode(tiny_tokenizer, messages)[0]
 
 
+@pytest.mark.parametrize("span", ["im", "I", "think", "call"])
+def test_a_part_of_a_token_of_the_template_is_not_asked(tiny_tokenizer: Any, span: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = HERMES
+    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    messages = [
+        {"role": "user", "content": "Hat?"},
+        {"role": "assistant", "reasoning_content": "Hm.", "content": "I think I call him."},
+    ]
+    asked = tokenize(tokenizer, messages, span)
+    start = asked.turn.index("I think")
+    assert asked.spans and all(start <= a and b <= start + len("I think I call him.") for a, b in asked.spans)
+    assert [asked.turn[a:b] for a, b in tokenize(tokenizer, messages, "<|im_end|>").spans] == ["<|im_end|>"]
+
+
 @pytest.mark.parametrize("span", ["Oslo", "the temperature", None])
 def test_parts_of_calls_and_traces_can_be_asked(tiny_tokenizer: Any, span: str | None) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -565,7 +580,7 @@ def test_parts_of_calls_and_traces_can_be_asked(tiny_tokenizer: Any, span: str |
     assert kept == (span or trace + called)
 
 
-@pytest.mark.parametrize("span", ["blue", "", "Hat?"])
+@pytest.mark.parametrize("span", ["blue", "", "Hat?", "end"])
 def test_a_span_that_is_not_in_the_answer_is_refused(tiny_tokenizer: Any, span: str) -> None:
     messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat."}]
     with pytest.raises(InputError, match="not in the answer"):
