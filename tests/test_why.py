@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +21,7 @@ from builders.gradients import flat
 from builders.tool_calls import weather
 from builders.training import LORA, make_data, train_adapter
 
+from dagster_project.commands import why
 from dagster_project.commands.why import Texts
 from dagster_project.commands.why_prove import lines_of_proof
 from dagster_project.commands.why_question import answering, tokenize
@@ -585,6 +587,13 @@ def test_a_span_that_is_not_in_the_answer_is_refused(tiny_tokenizer: Any, span: 
     messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat."}]
     with pytest.raises(InputError, match="not in the answer"):
         tokenize(tiny_tokenizer, messages, span)
+
+
+def test_a_step_with_several_examples_of_a_record_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"model": "adapter@x", "example_id": "a", "step": step, "source": "s.jsonl", "source_row": 0} for step in (1, 1, 2, 5, 5, 5)]
+    monkeypatch.setattr(why, "trained_on", lambda _: (pl.DataFrame(rows), []))
+    found: Any = SimpleNamespace(subject=None, run=SimpleNamespace(address="adapter@x"))
+    assert why.places_of(found) == {"a": {"source": "s.jsonl", "source_row": 0, "steps": [1, 2, 5]}}
 
 
 # ---- the check by training again
