@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from builders.training import LORA
 from conftest import dvc
 
 from dagster_project.__main__ import main
-from dagster_project.commands.bisect import Search
+from dagster_project.commands import bisect as bisect_module
+from dagster_project.commands.bisect import Search, _to_run
 from dagster_project.commands.bisect import as_text as bisect_text
 from dagster_project.commands.why_diff import as_text as why_diff_text
 from dagster_project.commands.why_diff import differing, record_lines, recorded_answers
@@ -414,6 +416,35 @@ def test_a_version_that_is_not_in_the_cache_is_trained_again_if_asked_for(
     found = json.loads(shown.out)
     assert found["verdict"] == "never" and [one["commit"] for one in found["answers"]] == commits
     assert "adapter@x run again" in shown.err and state(root) == before
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [
+        ({"adapter/x"}, ["adapter@x"]),
+        ({"adapter/x", "tokenized"}, ["tokenized", "adapter@x"]),
+        ({"adapter/x", "instructions", "reward_model"}, ["adapter@x"]),
+        ({"adapter/x", "instructions", "splits", "tokenized"}, ["instructions", "splits", "tokenized", "adapter@x"]),
+        ({"adapter/x", "base_model", "instructions", "tokenized"}, ["tokenized", "base_model", "adapter@x"]),
+    ],
+)
+def test_what_lost_stages_read_is_made_again_if_it_is_lost_too(
+    lost: set[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(out: str, *deps: str) -> dict[str, Any]:
+        return {"deps": [{"path": f"data/{dep}", "md5": dep} for dep in deps], "outs": [{"path": f"data/{out}", "md5": out}]}
+
+    lock = {
+        "instructions": stage("instructions", "sources"),
+        "splits": stage("splits", "instructions"),
+        "tokenized": stage("tokenized", "splits", "base_model"),
+        "base_model": stage("base_model"),
+        "reward_model": stage("reward_model", "base_model"),
+        "adapter@x": stage("adapter/x", "tokenized", "base_model"),
+    }
+    monkeypatch.setattr(bisect_module, "is_available", lambda _, outs: not any(md5 in lost for _, md5 in outs))
+    step: Any = SimpleNamespace(run=SimpleNamespace(address="adapter@x"), subject=SimpleNamespace(index=None))
+    assert sorted(_to_run(step, lock)) == sorted(expected) and _to_run(step, lock)[-1] == "adapter@x"
 
 
 class Searched(Search):

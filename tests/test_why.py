@@ -13,11 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from builders.gradients import flat
 from builders.tool_calls import weather
 from builders.training import LORA, make_data, train_adapter
 
+from dagster_project.commands import why
 from dagster_project.commands.why import Texts
 from dagster_project.commands.why_prove import lines_of_proof
 from dagster_project.commands.why_question import answering, tokenize
@@ -552,6 +556,21 @@ def test_the_asked_tokens_are_those_of_the_span(tiny_tokenizer: Any) -> None:
     assert list(whole.example.input_ids) == encode(tiny_tokenizer, messages)[0]
 
 
+@pytest.mark.parametrize("span", ["im", "I", "think", "call"])
+def test_a_part_of_a_token_of_the_template_is_not_asked(tiny_tokenizer: Any, span: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = HERMES
+    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    messages = [
+        {"role": "user", "content": "Hat?"},
+        {"role": "assistant", "reasoning_content": "Hm.", "content": "I think I call him."},
+    ]
+    asked = tokenize(tokenizer, messages, span)
+    start = asked.turn.index("I think")
+    assert asked.spans and all(start <= a and b <= start + len("I think I call him.") for a, b in asked.spans)
+    assert [asked.turn[a:b] for a, b in tokenize(tokenizer, messages, "<|im_end|>").spans] == ["<|im_end|>"]
+
+
 @pytest.mark.parametrize("span", ["Oslo", "the temperature", None])
 def test_parts_of_calls_and_traces_can_be_asked(tiny_tokenizer: Any, span: str | None) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -563,11 +582,18 @@ def test_parts_of_calls_and_traces_can_be_asked(tiny_tokenizer: Any, span: str |
     assert kept == (span or trace + called)
 
 
-@pytest.mark.parametrize("span", ["blue", "", "Hat?"])
+@pytest.mark.parametrize("span", ["blue", "", "Hat?", "end"])
 def test_a_span_that_is_not_in_the_answer_is_refused(tiny_tokenizer: Any, span: str) -> None:
     messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat."}]
     with pytest.raises(InputError, match="not in the answer"):
         tokenize(tiny_tokenizer, messages, span)
+
+
+def test_a_step_with_several_examples_of_a_record_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"model": "adapter@x", "example_id": "a", "step": step, "source": "s.jsonl", "source_row": 0} for step in (1, 1, 2, 5, 5, 5)]
+    monkeypatch.setattr(why, "trained_on", lambda _: (pl.DataFrame(rows), []))
+    found: Any = SimpleNamespace(subject=None, run=SimpleNamespace(address="adapter@x"))
+    assert why.places_of(found) == {"a": {"source": "s.jsonl", "source_row": 0, "steps": [1, 2, 5]}}
 
 
 # ---- the check by training again
@@ -618,6 +644,15 @@ def test_random_sets_are_as_large_without_the_first_records_and_shared_between_q
     assert len({*map(tuple, found)} & {*map(tuple, other)}) > 10
     with pytest.raises(InputError, match="too few"):
         next(proof.draws(names, names[:20], "model", work / "tokenized"))
+
+
+def test_random_sets_are_found_for_many_first_records(tmp_path: Path) -> None:
+    """Of a set of 30 among 100, one in a billion has none of 30 given ones."""
+    names = [f"record {i:03d}" for i in range(100)]
+    (tmp_path / "tokenized").mkdir()
+    pq.write_table(pa.table({"example_ids": [names]}), tmp_path / "tokenized/train.parquet")
+    found = list(islice(proof.draws(names, names[:30], "model", tmp_path / "tokenized"), 5))
+    assert all(len({*one}) == 30 and {*one} <= {*names[30:]} for one in found) and len({*map(tuple, found)}) == 5
 
 
 def test_no_random_set_comes_twice(tmp_path: Path) -> None:

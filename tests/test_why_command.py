@@ -21,6 +21,7 @@ from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.lineage.attribution import search, second_moment, store
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.index import Index
+from dagster_project.lineage.runs import Resolver
 from dagster_project.orchestration import locks
 
 MODEL = "adapter@x"
@@ -314,6 +315,13 @@ def test_without_an_index_the_next_step_is_named(root: Path, capsys: pytest.Capt
     assert why(root, *QUESTION) == 2
     assert "add --index" in capsys.readouterr().err
     assert main(["why", "nothing@here", "--index", "--project", str(root)]) == 2
+
+
+def test_a_question_reads_the_history_once(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved, connect = list[Resolver](), Resolver.connect
+    monkeypatch.setattr(Resolver, "connect", lambda resolver: (resolved.append(resolver), connect(resolver)))
+    assert why(trained, *QUESTION) == 0
+    assert len(resolved) == 1
 
 
 def test_an_audit_lists_the_gradients_of_the_very_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

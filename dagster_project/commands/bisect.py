@@ -27,6 +27,7 @@ from dagster_project.lineage.history import LOCK, Revision, commit_of
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
 from dagster_project.lineage.runs import StageRun
+from dagster_project.orchestration import dvc
 from dagster_project.views.html import listed
 
 log = logging.getLogger("pedigree")
@@ -145,10 +146,14 @@ def _cost(step: Step) -> str:
 
 
 def _to_run(step: Step, lock: Mapping[str, Any]) -> list[str]:
-    """The training, and the stages before it whose outputs it needs and the cache lacks."""
-    wanted = [name for name in ancestors(lock, step.run.address) if any(out["path"] in needed(step.run) for out in lock[name]["outs"])]
-    lost = [name for name in wanted if not is_available(step.subject.index, [(out["path"], out["md5"]) for out in lock[name]["outs"][:1]])]
-    return [*lost, step.run.address]
+    """The training, and the stages before it whose outputs the cache lacks and one of these reads."""
+    before, lost = ancestors(lock, step.run.address), {step.run.address}
+    for name in reversed(before):  # each after those that read its output
+        read = {dep["path"]: dep.get("md5") for one in lost for dep in lock[one].get("deps", [])}
+        outs = [(out["path"], read.get(out["path"]) or out["md5"]) for out in lock[name]["outs"][:1]]
+        if any(dvc.overlap(out, path) for out, _ in outs for path in read) and not is_available(step.subject.index, outs):
+            lost.add(name)
+    return [*(name for name in before if name in lost), step.run.address]
 
 
 def bisect(root: Path, model: str, asked: Asked, good: str | None, bad: str | None, may_train: bool, top: int) -> dict[str, Any]:

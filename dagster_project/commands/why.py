@@ -269,7 +269,8 @@ def places_of(found: Target) -> dict[str, dict[str, Any]]:
         if row["model"] == found.run.address:
             also = {"also_in": row["also_in"]} if row.get("also_in") else {}
             known = places.setdefault(row["example_id"], {"source": row["source"], "source_row": row["source_row"], **also, "steps": []})
-            known["steps"].append(row["step"])
+            if row["step"] not in known["steps"][-1:]:  # a step can have several examples of a record
+                known["steps"].append(row["step"])
     return places
 
 

@@ -225,7 +225,11 @@ def target(root: Path, model: str) -> Target:
     Raises:
         InputError: its answers cannot be attributed, or the files of its training are not in the workspace.
     """
-    subject = find(Index(root), model)
+    return target_of(root, model, find(Index(root), model))
+
+
+def target_of(root: Path, model: str, subject: Subject) -> Target:
+    """As `target`, for a model that was looked up already."""
     run = adapter_of(subject, model)
     refuse_other_files(root, run)
     found = Target(root, model, subject, run, root)

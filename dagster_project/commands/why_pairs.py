@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.commands.why_model import ALIGNED, PREFERENCES, Target, refuse_other_files, start_of, target
+from dagster_project.commands.why_model import ALIGNED, PREFERENCES, Target, refuse_other_files, start_of, target_of
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.imports import lean_imports
@@ -109,7 +109,7 @@ def asked(root: Path, model: str) -> Target:
     subject = find(Index(root), model)
     trained = [run for run in subject.models if run.address.partition("@")[0] in (ALIGNED, REWARD_MODEL)]
     if not trained:
-        return target(root, model)
+        return target_of(root, model, subject)
     found = PairTarget(root, model, subject, trained[-1], root)
     if not any(path == PREFERENCES for path, _, _ in found.run.inputs):
         raise InputError(

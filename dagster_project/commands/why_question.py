@@ -73,7 +73,7 @@ def tokenize(tokenizer: Any, messages: Messages, span: str | None, tools: Tools 
     Raises:
         InputError: as `question`.
     """
-    return tokenize_parts(tokenizer, messages, lambda turn: [(0, len(turn))] if span is None else _find(turn, span), tools)
+    return tokenize_parts(tokenizer, messages, lambda turn: [(0, len(turn))] if span is None else _find(tokenizer, turn, span), tools)
 
 
 def tokenize_parts(tokenizer: Any, messages: Messages, parts: Callable[[str], Sequence[tuple[int, int]]], tools: Tools = None) -> Question:
@@ -96,9 +96,17 @@ def tokenize_parts(tokenizer: Any, messages: Messages, parts: Callable[[str], Se
     return Question(messages, turn, tuple(spans), Example(tuple(input_ids), tuple(labels), ()))
 
 
-def _find(turn: str, span: str) -> list[tuple[int, int]]:
-    """Every occurrence of a text in an answer."""
+def _find(tokenizer: Any, turn: str, span: str) -> list[tuple[int, int]]:
+    """Every occurrence of a text in an answer, but those that are only a part of a token of the chat template, such as `end` of `<|im_end|>`."""
+    tokens = [one for one in tokenizer.added_tokens_decoder.values() if one.special or one.content.startswith(("<", "["))]
+    marks = "|".join(re.escape(one.content) for one in sorted(tokens, key=lambda one: -len(one.content)) if one.content in turn)
+    within = [match.span() for match in re.finditer(marks, turn)] if marks else []
     found = [match.span() for match in re.finditer(re.escape(span), turn)] if span else []
+    found = [
+        (start, stop)
+        for start, stop in found
+        if not any(begin <= start and stop <= end and stop - start < end - begin for begin, end in within)
+    ]
     if not found:
         raise InputError(f"--span: {cut(span, 80)!r} is not in the answer: {cut(turn)!r}", "copy a part of the answer, letter by letter")
     return found

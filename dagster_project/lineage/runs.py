@@ -105,15 +105,17 @@ class StageRun:
         return f"<{self.address} {self.md5[:8]} #{self.id}>"
 
 
-def _entries_above(run: StageRun, known: dict[int, frozenset[int]]) -> frozenset[int]:
-    """Ids of the entries of a run and of all runs that it was made from.
+def _entries_above(run: StageRun, bits: Mapping[int, int], known: dict[int, int]) -> int:
+    """The bits of the entries of a run and of all runs that it was made from.
 
     Args:
+        bits: id of an entry -> its bit.
         known: id of a run -> the same; completed.
     """
     if run.id not in known:
-        known[run.id] = frozenset({run.entry.id})  # ends a cycle
-        known[run.id] = known[run.id].union(*(_entries_above(one, known) for one in run.producers.values()))
+        known[run.id] = bits[run.entry.id]  # ends a cycle
+        for one in run.producers.values():
+            known[run.id] |= _entries_above(one, bits, known)
     return known[run.id]
 
 
@@ -199,28 +201,32 @@ class Resolver:
 
         Not every combination is added, because their number is exponential in the number of stages. For each entry that may be above another one,
         there is a run in which it is."""
-        readers: dict[str, list[StageRun]] = defaultdict(list)
+        bits = {entry: 1 << i for i, entry in enumerate({run.entry.id: None for run in self.runs})}
+        above: dict[int, int] = {}
+        added: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0])
+        """Entry and inputs of a reader -> bits of the entries above the runs that were added for it."""
+        readers: dict[str, list[tuple[StageRun, int, list[int]]]] = defaultdict(list)
+        """Hash of an input -> each run with it, the bits of the entries above its other inputs, and its item of `added`."""
         for run in self.runs:
             for _, _, md5 in run.inputs:
-                readers[md5].append(run)
+                others = 0
+                for made_of, producer in run.producers.items():
+                    others |= _entries_above(producer, bits, above) if made_of != md5 else 0
+                readers[md5].append((run, others, added[run.entry.id, run.inputs]))
         made = {md5: {run.entry.id for run in runs} for md5, runs in self.by_output.items()}
         pending = deque(run for run in self.runs if run.place == "run cache" and not run.locks and len(made[run.md5]) > 1)
-        above: dict[int, frozenset[int]] = {}
-        added: dict[tuple[Any, ...], set[int]] = defaultdict(set)
-        """Entry and inputs of a reader -> entries above the runs that were added for it."""
         while pending:
             producer = pending.popleft()
-            for reader in readers[producer.md5]:
+            of_producer = _entries_above(producer, bits, above)
+            for reader, others, of_reader in readers[producer.md5]:
                 if reader is producer or reader.producers.get(producer.md5) is producer:
                     continue
-                alternative, of_reader = {**reader.producers, producer.md5: producer}, added[reader.entry.id, reader.inputs]
-                entries = frozenset[int]().union(*(_entries_above(run, above) for run in alternative.values()))
-                if entries <= of_reader:
+                if not (others | of_producer) & ~of_reader[0]:
                     continue
-                known = len(self.runs)
+                known, alternative = len(self.runs), {**reader.producers, producer.md5: producer}
                 run = self._run(reader.entry, reader.inputs, alternative, reader.unresolved, order, None, "run cache")
                 if len(self.runs) > known:
-                    of_reader |= entries
+                    of_reader[0] |= others | of_producer
                     pending.append(run)
 
     def _run(

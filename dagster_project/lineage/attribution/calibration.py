@@ -21,7 +21,8 @@ ALPHA = 0.1
 """A record stands out up to this p-value. Chosen in docs/decisions/059."""
 LEAST, MOST, ANSWERS = 20, 96, 10
 """Fewest questions that are enough, most that are used, and fewest answers that they are about."""
-SENTENCE = re.compile(r"(?<=[.!?])\s+")
+SENTENCE = re.compile(r"(?<=[.!?。！？।۔؟])\s+|(?<=[。！？])(?=[^\s。！？」』”’）])")
+"""Between two sentences, which Chinese and Japanese do not separate by spaces."""
 
 
 def parts_of(answer: str) -> list[str]:

@@ -21,6 +21,8 @@ T_975 = (
 )  # fmt: skip
 """Quantile 0.975 of Student's t distribution with 1, 2, ... degrees of freedom."""
 LEAST_DRAWS, MOST_DRAWS = 2, len(T_975) + 1
+TRIES = 10_000
+"""Random sets of all records that are drawn in search of some without those in `top`; then as many of the other records."""
 TRAIN = "train.parquet"
 
 
@@ -59,10 +61,19 @@ def _without(names: Sequence[str], lengths: Sequence[int], weights: list[float],
 
 def fits(tokenized: Path, names: Collection[str]) -> bool:
     """Whether every packed row keeps a weight without some records."""
+    return _keep_some(_rows(tokenized), {*names})
+
+
+def _rows(tokenized: Path) -> list[list[str]]:
+    """Ids of the records of each packed row."""
     import pyarrow.parquet as pq
 
-    left_out = {*names}
-    return all(not left_out.issuperset(row) for row in pq.read_table(tokenized / TRAIN, columns=["example_ids"])["example_ids"].to_pylist())
+    rows: list[list[str]] = pq.read_table(tokenized / TRAIN, columns=["example_ids"])["example_ids"].to_pylist()
+    return rows
+
+
+def _keep_some(rows: Sequence[Sequence[str]], left_out: set[str]) -> bool:
+    return not any(left_out.issuperset(row) for row in rows)
 
 
 def draws(names: Sequence[str], top: Collection[str], seed: str, tokenized: Path) -> Iterator[list[str]]:
@@ -82,9 +93,11 @@ def draws(names: Sequence[str], top: Collection[str], seed: str, tokenized: Path
             f"--top {len(taken)}: the training has {len(pool)} records, too few for as many random ones",
             "leave out fewer records with --top",
         )
-    for number in range(10_000):
-        found = sorted(random.Random(f"{seed}:{len(taken)}:{number}").sample(pool, len(taken)))
-        if taken.isdisjoint(found) and name_of(found) not in earlier and fits(tokenized, found):
+    others, rows = [name for name in pool if name not in taken], _rows(tokenized)
+    for number in range(2 * TRIES):
+        among = pool if number < TRIES else others  # hardly any set of a seventh of all records is without those in `top`
+        found = sorted(random.Random(f"{seed}:{len(taken)}:{number}").sample(among, len(taken)))
+        if taken.isdisjoint(found) and name_of(found) not in earlier and _keep_some(rows, {*found}):
             earlier.add(name_of(found))
             yield found
     raise InputError(f"--top {len(taken)}: too few other records for more random sets", "leave out fewer records with --top")
