@@ -371,6 +371,20 @@ def loaded(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "tools"} | sides | tools
 
 
+def read_arrow(file: Path | io.BytesIO, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read columns of a Parquet file, by default all. `read_table` of pyarrow would import pandas first.
+
+    Raises:
+        KeyError: a column that the file does not have.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as opened:
+        if missing := {*(columns or ())} - {*opened.schema_arrow.names}:
+            raise KeyError(*sorted(missing))
+        return opened.read(columns)
+
+
 def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Read the rows of a Parquet file written by `write_table` or `write_records`.
 
@@ -380,7 +394,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     import pyarrow.parquet as pq
 
     names = None if columns is None else [name for name in columns if name != "tools" or "tools" in pq.read_schema(path).names]
-    table = pq.read_table(path, columns=names)
+    table = read_arrow(path, names)
     rows = table.to_pylist()
     return [loaded(row) for row in rows] if "tools" in table.column_names else rows
 

@@ -16,7 +16,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.published_ids import CREATE, is_own, published_table, read_key
-from dagster_project.core.records import CheckResult, Report, write_json, write_text
+from dagster_project.core.records import CheckResult, Report, read_arrow, write_json, write_text
 from dagster_project.core.rendering import render
 from dagster_project.core.text import NAMES
 from dagster_project.curation.checks.review import Exemption, check_waivers
@@ -156,7 +156,7 @@ def _write_provenance(provenance: Mapping[str, Any], trained: Mapping[str, Path]
         if (source := trained[name] / TRAINING).is_file():
             shutil.copyfile(source, target / TRAINING)
         if (source := trained[name] / EXAMPLES).is_file():
-            pq.write_table(published_table(key, pq.read_table(source)), target / EXAMPLES, compression="zstd", store_schema=True)
+            pq.write_table(published_table(key, read_arrow(source)), target / EXAMPLES, compression="zstd", store_schema=True)
 
 
 def _own_key(key: bytes, sources: Mapping[str, Mapping[str, Any]]) -> CheckResult:

@@ -29,6 +29,7 @@ from dagster_project.core.records import (
     ledger_schema,
     ledger_table,
     loaded,
+    read_arrow,
     record_schema,
     uncollected,
     write_stored_records,
@@ -248,10 +249,9 @@ def _facts(params: Params, shard: bytes) -> Facts:
     shard: bytes of the file.
     """
     import polars as pl
-    import pyarrow.parquet as pq
 
     stratify_by = "none" if params.by in {"source", "category"} else params.stratify_by
-    table = pq.read_table(io.BytesIO(shard))
+    table = read_arrow(io.BytesIO(shard))
     if "tools" in table.column_names:
         rows = [*map(loaded, table.to_pylist())]
         lines, rich = [*map(encode, rows)], [*map(is_rich, rows)]
@@ -323,7 +323,7 @@ def _kept_lines(instructions: Path) -> pa.Table:
     import pyarrow.parquet as pq
 
     names = [name for name in pq.read_schema(instructions / LEDGER).names if name in {"source_row", "outcome", "source_id", "repaired"}]
-    ledger = pq.read_table(instructions / LEDGER, columns=names)
+    ledger = read_arrow(instructions / LEDGER, names)
     kept = ledger.filter(pc.invert(pc.starts_with(ledger["outcome"], "dropped")))
     if "source_id" in kept.column_names and kept["source_id"].null_count == len(kept):
         return kept.drop_columns(["repaired", "source_id"])

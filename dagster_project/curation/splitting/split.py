@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core import row_cache
-from dagster_project.core.records import uncollected
+from dagster_project.core.records import read_arrow, uncollected
 from dagster_project.core.stored_rows import SelectedTexts
 from dagster_project.core.strings import StringIndex, Strings, digests
 from dagster_project.curation.similarity.overlap import near_pairs
@@ -412,7 +412,7 @@ def _read(shard: Path) -> tuple[list[str], list[str], list[str]]:
     import pyarrow.parquet as pq
 
     column = "messages" if "messages" in pq.read_schema(shard).names else "prompt"
-    table = pq.read_table(shard, columns=["example_id", "group_id", column])
+    table = read_arrow(shard, ["example_id", "group_id", column])
     return table["example_id"].to_pylist(), table["group_id"].to_pylist(), subject_texts(table[column])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.records import read_arrow
 
 PROOFS = Path(".dvc", "tmp", "pedigree", "proofs")
 """Folder of adapters that were trained without some records, and of the altered data. A cache: it can be deleted at any time."""
@@ -38,7 +39,7 @@ def zero_weights(tokenized: Path, out: Path, names: Collection[str]) -> None:
     import pyarrow.parquet as pq
 
     shutil.copytree(tokenized, out)
-    table = pq.read_table(tokenized / TRAIN)
+    table = read_arrow(tokenized / TRAIN)
     rows, left_out = table.select(["example_ids", "lengths", "weights"]).to_pylist(), {*names}
     altered = [_without(row["example_ids"], row["lengths"], row["weights"], left_out) for row in rows]
     position, kind = table.schema.get_field_index("weights"), table.schema.field("weights")
@@ -66,9 +67,7 @@ def fits(tokenized: Path, names: Collection[str]) -> bool:
 
 def _rows(tokenized: Path) -> list[list[str]]:
     """Ids of the records of each packed row."""
-    import pyarrow.parquet as pq
-
-    rows: list[list[str]] = pq.read_table(tokenized / TRAIN, columns=["example_ids"])["example_ids"].to_pylist()
+    rows: list[list[str]] = read_arrow(tokenized / TRAIN, ["example_ids"])["example_ids"].to_pylist()
     return rows
 
 
