@@ -178,11 +178,15 @@ def cancel(root: Path, names: Collection[str], seconds: float) -> None:
         time.sleep(0.3)
 
 
-def shown(root: Path, names: Collection[str]) -> dict[str, Mapping[str, Any]]:
-    """Parameters and metrics of finished experiments from `dvc exp show`: by name, then by file. Failed and queued ones are omitted."""
+def shown(root: Path, names: Collection[str], baseline: str) -> dict[str, Mapping[str, Any]]:
+    """Parameters and metrics of finished experiments from `dvc exp show`: by name, then by file. Failed and queued ones are omitted.
+
+    Args:
+        baseline: the commit from which they were queued; DVC shows those of HEAD otherwise.
+    """
     found = {}
-    for baseline in json.loads(_dvc(root, "exp", "show", "--json")):
-        for experiment in baseline.get("experiments") or []:
+    for commit in json.loads(_dvc(root, "exp", "show", "--json", "--rev", baseline)):
+        for experiment in commit.get("experiments") or []:
             for rev in experiment.get("revs") or []:
                 if experiment["name"] in names and not rev.get("error") and rev.get("data"):
                     found[experiment["name"]] = rev["data"]
