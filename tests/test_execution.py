@@ -149,6 +149,15 @@ def test_a_remote_whose_url_has_a_password_is_refused_without_showing_it(root: P
     assert "hush" not in str(error.value)
 
 
+def test_a_remote_below_another_one_has_its_options(root: Path) -> None:
+    pytest.importorskip("dvc_s3")
+    assert dvc(root, "remote", "add", "-q", "base", "s3://bucket/data").returncode == 0
+    assert dvc(root, "remote", "modify", "base", "endpointurl", "https://s3.example.org").returncode == 0
+    assert dvc(root, "remote", "add", "-q", "-d", "storage", "remote://base/mine").returncode == 0
+    with open_store(root) as store:
+        assert dict(store.remote.options).items() >= {"url": "s3://bucket/data/mine", "endpointurl": "https://s3.example.org"}.items()
+
+
 def test_a_remote_whose_endpoint_has_a_password_is_refused_without_showing_it(root: Path) -> None:
     pytest.importorskip("dvc_s3")
     assert dvc(root, "remote", "add", "-q", "-d", "storage", "s3://bucket/data").returncode == 0
