@@ -301,6 +301,21 @@ def test_what_a_remote_refuses_is_one_message_and_an_error_of_a_program_is_not(
         push(stored)
 
 
+def test_a_bucket_that_does_not_exist_is_one_message(stored: Path, tmp_path: Path) -> None:
+    def refuse(*_: Any) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")  # as s3fs says it
+
+    with open_store(stored) as store:
+        fs = SimpleNamespace(put_file=refuse, pipe_file=refuse, makedirs=lambda _: None, parent=lambda _: "")
+        failing = RemoteStore(replace(store.remote, fs=fs))
+        with pytest.raises(PedigreeError, match="cannot be written: FileNotFoundError: The specified bucket"):
+            failing.put(stored / "dvc.yaml", "a")
+        with pytest.raises(PedigreeError, match="cannot be written: FileNotFoundError: The specified bucket"):
+            failing.write_document("a", {})
+        with pytest.raises(FileNotFoundError):
+            failing.put(tmp_path / "none", "a")
+
+
 @pytest.mark.parametrize("harm", ["changed", "removed"])
 def test_an_object_that_is_not_what_its_name_says_is_named_and_never_enters_the_cache(stored: Path, tmp_path: Path, harm: str) -> None:
     inputs = inputs_by_hash(stored, "tok")
