@@ -429,6 +429,38 @@ def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_la
     assert "after the request to stop it" in caplog.text and "was stopped" not in caplog.text
 
 
+def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_lost(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is lost after 50 s, one that Ray gives up after 900 s, and one that begins after 30 s and computes for 40 s."""
+    pytest.importorskip("ray")
+    clock = SimpleNamespace(now=1.0)
+    monkeypatch.setattr(ray, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda _: None))
+    submitted: list[str] = []
+    polls = iter([(10, "RUNNING", ""), (50, "FAILED", ""), (900, "FAILED", ray.NEVER_STARTED), (30, "RUNNING", ""), (40, "SUCCEEDED", "")])
+
+    def info(_: str) -> Any:
+        seconds, status, error = next(polls)
+        clock.now += seconds
+        if status == "SUCCEEDED":
+            result = {"exit_code": 0, "seconds": {"compute_seconds": 40.0}, "node": "n", "bytes": {}}
+            run.store.write_document(run.at("result.json"), result)
+        ended = SimpleNamespace(is_terminal=lambda: status != "RUNNING")
+        return SimpleNamespace(status=ended, driver_node_id="", error_type=error or None, message="")
+
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path / "work" / "tok")
+        run.executor = RayExecutor(Execution(price_per_hour={"cpus": 3600.0}), Placement())
+        run.job.ctx.live = tmp_path / "live"
+        run.client = SimpleNamespace(
+            list_jobs=list, submit_job=lambda **job: submitted.append(job["submission_id"]), get_job_info=info,
+            get_job_logs=lambda _: "" if len(submitted) == 2 else f'{messages.MARK}["hello", {{"node": "n"}}]\n',
+        )  # fmt: skip
+        execution = run._execution(run._computed(), 0)
+    assert len(submitted) == execution["jobs"] == 3
+    assert (execution["queue_seconds"], execution["lost_seconds"], execution["cost"]) == (930.0, 50.0, 90.0)
+
+
 @pytest.mark.parametrize("pages", [None, b"cut off"])
 def test_a_result_without_its_pages_is_computed_again(stored: Path, tmp_path: Path, pages: bytes | None) -> None:
     result = {"outs": {}, "pages": True, "exit_code": 1}
