@@ -496,6 +496,24 @@ def test_all_files_of_a_sharded_checkpoint_are_kept_in_the_remote(stored: Path) 
         assert names == {name: name for name in ("shards/0.safetensors", "state.json", worker.MARKER)}
 
 
+def test_a_worker_that_ray_took_for_lost_removes_no_newer_checkpoint(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(stored) as store:
+        work = worker.Work({"address": "adapter@lora", "key": "k"}, stored, store)
+        for step in (2, 6, 4):  # 6: of the worker that replaced it
+            remove(work.checkpoints)
+            folder = work.checkpoints / f"step-{step:08d}"
+            folder.mkdir(parents=True)
+            (folder / worker.MARKER).write_text(str(step))
+            work._keep_newest("")
+        assert store.list(work.at("checkpoints")) == [f"step-{step:08d}/{worker.MARKER}" for step in (4, 6)]
+        listed = store.list(work.at("checkpoints"))
+        store.remove(work.at("checkpoints", "step-00000004"))
+        monkeypatch.setattr(RemoteStore, "list", lambda *_: listed)
+        remove(work.checkpoints)
+        work._bring_checkpoints()
+        assert [path.parent.name for path in work.checkpoints.glob(f"*/{worker.MARKER}")] == ["step-00000006"]
+
+
 def test_a_remote_that_is_full_is_one_message(stored: Path, tmp_path: Path) -> None:
     """The limit on the size of files makes the system's write fail, as a full disk does."""
     import shutil
