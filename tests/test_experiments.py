@@ -116,6 +116,8 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: sign
     while any(map(psutil.pid_exists, commands)) and time.monotonic() < until:
         time.sleep(0.2)
     assert not any(map(psutil.pid_exists, commands))
+    logs = [path.read_text() for path in root.glob(".dvc/tmp/exps/run/*/*.out")]
+    assert len([text for text in logs if "KeyboardInterrupt" in text]) == 2, "a driver that is killed could not stop its job on a cluster"
     document = json.loads(output)
     assert document["interrupted"] and {trial["status"] for trial in document["trials"]} == {"canceled"}, errors
     assert not [trial for trial in trials(root).values() if trial.status in {"Queued", "Running"} and trial.alive]
