@@ -461,6 +461,27 @@ def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_l
     assert (execution["queue_seconds"], execution["lost_seconds"], execution["cost"]) == (930.0, 50.0, 90.0)
 
 
+@pytest.mark.parametrize("temporary", [True, False])
+def test_checkpoints_of_an_interrupted_run_stay_unless_it_is_a_queued_experiment(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: bool
+) -> None:
+    pytest.importorskip("ray")
+
+    def interrupted(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray, "is_temporary", lambda _: temporary)
+    status = SimpleNamespace(is_terminal=lambda: True)
+    client = SimpleNamespace(list_jobs=list, submit_job=interrupted, stop_job=lambda _: None, get_job_status=lambda _: status)
+    monkeypatch.setattr(ray, "connect", lambda _: (client, "http://127.0.0.1:8265"))
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path / "work" / "tok")
+        store.write_document(run.at("checkpoints", "step-00000002", worker.MARKER), {})
+        with pytest.raises(KeyboardInterrupt):
+            RayExecutor(Execution(address="http://127.0.0.1:8265"), Placement()).run(run.job)
+        assert store.list(run.at()) == ([] if temporary else [f"checkpoints/step-00000002/{worker.MARKER}"])
+
+
 @pytest.mark.parametrize("pages", [None, b"cut off"])
 def test_a_result_without_its_pages_is_computed_again(stored: Path, tmp_path: Path, pages: bytes | None) -> None:
     result = {"outs": {}, "pages": True, "exit_code": 1}

@@ -74,7 +74,14 @@ class RayExecutor:
         address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or self.settings.address or LOCAL
         client, url = connect(address)
         with open_store(job.ctx.root) as store:
-            return _Run(self, job, store, client, url, address in LOCAL_NAMES).result()
+            run = _Run(self, job, store, client, url, address in LOCAL_NAMES)
+            try:
+                return run.result()
+            except BaseException:
+                if is_temporary(job.ctx.root):  # no later run has its identity, and none would remove its checkpoints
+                    with suppress(PedigreeError):
+                        store.remove(run.at())
+                raise
 
 
 def connect(address: str) -> tuple[Any, str]:
