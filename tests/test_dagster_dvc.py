@@ -20,7 +20,7 @@ from conftest import ROOT, dvc
 from dagster_project import build_dvc_definitions, pipeline
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dagster_dvc.metadata import describe
-from dagster_project.orchestration.dagster_dvc.project import DvcProject
+from dagster_project.orchestration.dagster_dvc.project import DvcProject, is_forced
 from dagster_project.orchestration.dagster_dvc.sync import sync
 
 STAGES = ("prepare", "featurize", "train", "evaluate")
@@ -83,6 +83,15 @@ def test_materializing_writes_what_dvc_repro_writes(foreign: Path, instance: dg.
     assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == set()
     assert materialize(foreign, instance).success
     assert {name: shown(instance, name)["done"] for name in STAGES} == dict.fromkeys(STAGES, "nothing")
+
+
+def test_a_run_whose_tag_to_force_is_neither_true_nor_false_fails(foreign: Path, instance: dg.DagsterInstance) -> None:
+    assert [is_forced({"pedigree/force": value}) for value in ("true", "True", "false")] == [True, True, False] and not is_forced({})
+    job = build_dvc_definitions(foreign, "points").resolve_job_def("points_pipeline")
+    result = job.execute_in_process(instance=instance, tags={"pedigree/force": "yes"}, raise_on_error=False)
+    [failure] = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    assert failure and "The run tag pedigree/force is neither true nor false: 'yes'." in failure.message
+    assert not (foreign / "dvc.lock").exists()
 
 
 def test_metrics_plots_and_checks_are_shown(foreign: Path, instance: dg.DagsterInstance) -> None:

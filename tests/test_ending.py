@@ -99,6 +99,20 @@ def test_sigterm_ends_a_command_as_ctrl_c_does_so_that_its_temporary_folders_are
     signal.signal(signal.SIGTERM, before)
 
 
+def test_ctrl_c_while_a_database_is_closed_shows_no_traceback() -> None:
+    code = (
+        "import signal, sqlalchemy as sa; from dagster_project.commands.ending import interrupts\n"
+        "engine = sa.create_engine('sqlite://', poolclass=sa.pool.NullPool)\n"
+        "connection = engine.raw_connection()\n"
+        "engine.dialect.do_rollback = lambda _: signal.raise_signal(signal.SIGINT)\n"
+        "try:\n"
+        "    with interrupts(): connection.close()\n"
+        "except KeyboardInterrupt: print('interrupted')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
 def test_ctrl_c_while_a_stage_runs_is_one_line_and_keeps_what_was_there(root: Path) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
     code = (

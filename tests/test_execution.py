@@ -149,6 +149,15 @@ def test_a_remote_whose_url_has_a_password_is_refused_without_showing_it(root: P
     assert "hush" not in str(error.value)
 
 
+def test_a_remote_below_another_one_has_its_options(root: Path) -> None:
+    pytest.importorskip("dvc_s3")
+    assert dvc(root, "remote", "add", "-q", "base", "s3://bucket/data").returncode == 0
+    assert dvc(root, "remote", "modify", "base", "endpointurl", "https://s3.example.org").returncode == 0
+    assert dvc(root, "remote", "add", "-q", "-d", "storage", "remote://base/mine").returncode == 0
+    with open_store(root) as store:
+        assert dict(store.remote.options).items() >= {"url": "s3://bucket/data/mine", "endpointurl": "https://s3.example.org"}.items()
+
+
 def test_a_remote_whose_endpoint_has_a_password_is_refused_without_showing_it(root: Path) -> None:
     pytest.importorskip("dvc_s3")
     assert dvc(root, "remote", "add", "-q", "-d", "storage", "s3://bucket/data").returncode == 0
@@ -292,6 +301,21 @@ def test_what_a_remote_refuses_is_one_message_and_an_error_of_a_program_is_not(
         push(stored)
 
 
+def test_a_bucket_that_does_not_exist_is_one_message(stored: Path, tmp_path: Path) -> None:
+    def refuse(*_: Any) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")  # as s3fs says it
+
+    with open_store(stored) as store:
+        fs = SimpleNamespace(put_file=refuse, pipe_file=refuse, makedirs=lambda _: None, parent=lambda _: "")
+        failing = RemoteStore(replace(store.remote, fs=fs))
+        with pytest.raises(PedigreeError, match="cannot be written: FileNotFoundError: The specified bucket"):
+            failing.put(stored / "dvc.yaml", "a")
+        with pytest.raises(PedigreeError, match="cannot be written: FileNotFoundError: The specified bucket"):
+            failing.write_document("a", {})
+        with pytest.raises(FileNotFoundError):
+            failing.put(tmp_path / "none", "a")
+
+
 @pytest.mark.parametrize("harm", ["changed", "removed"])
 def test_an_object_that_is_not_what_its_name_says_is_named_and_never_enters_the_cache(stored: Path, tmp_path: Path, harm: str) -> None:
     inputs = inputs_by_hash(stored, "tok")
@@ -405,6 +429,59 @@ def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_la
     assert "after the request to stop it" in caplog.text and "was stopped" not in caplog.text
 
 
+def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_lost(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is lost after 50 s, one that Ray gives up after 900 s, and one that begins after 30 s and computes for 40 s."""
+    pytest.importorskip("ray")
+    clock = SimpleNamespace(now=1.0)
+    monkeypatch.setattr(ray, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda _: None))
+    submitted: list[str] = []
+    polls = iter([(10, "RUNNING", ""), (50, "FAILED", ""), (900, "FAILED", ray.NEVER_STARTED), (30, "RUNNING", ""), (40, "SUCCEEDED", "")])
+
+    def info(_: str) -> Any:
+        seconds, status, error = next(polls)
+        clock.now += seconds
+        if status == "SUCCEEDED":
+            result = {"exit_code": 0, "seconds": {"compute_seconds": 40.0}, "node": "n", "bytes": {}}
+            run.store.write_document(run.at("result.json"), result)
+        ended = SimpleNamespace(is_terminal=lambda: status != "RUNNING")
+        return SimpleNamespace(status=ended, driver_node_id="", error_type=error or None, message="")
+
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path / "work" / "tok")
+        run.executor = RayExecutor(Execution(price_per_hour={"cpus": 3600.0}), Placement())
+        run.job.ctx.live = tmp_path / "live"
+        run.client = SimpleNamespace(
+            list_jobs=list, submit_job=lambda **job: submitted.append(job["submission_id"]), get_job_info=info,
+            get_job_logs=lambda _: "" if len(submitted) == 2 else f'{messages.MARK}["hello", {{"node": "n"}}]\n',
+        )  # fmt: skip
+        execution = run._execution(run._computed(), 0)
+    assert len(submitted) == execution["jobs"] == 3
+    assert (execution["queue_seconds"], execution["lost_seconds"], execution["cost"]) == (930.0, 50.0, 90.0)
+
+
+@pytest.mark.parametrize("temporary", [True, False])
+def test_checkpoints_of_an_interrupted_run_stay_unless_it_is_a_queued_experiment(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: bool
+) -> None:
+    pytest.importorskip("ray")
+
+    def interrupted(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray, "is_temporary", lambda _: temporary)
+    status = SimpleNamespace(is_terminal=lambda: True)
+    client = SimpleNamespace(list_jobs=list, submit_job=interrupted, stop_job=lambda _: None, get_job_status=lambda _: status)
+    monkeypatch.setattr(ray, "connect", lambda _: (client, "http://127.0.0.1:8265"))
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path / "work" / "tok")
+        store.write_document(run.at("checkpoints", "step-00000002", worker.MARKER), {})
+        with pytest.raises(KeyboardInterrupt):
+            RayExecutor(Execution(address="http://127.0.0.1:8265"), Placement()).run(run.job)
+        assert store.list(run.at()) == ([] if temporary else [f"checkpoints/step-00000002/{worker.MARKER}"])
+
+
 @pytest.mark.parametrize("pages", [None, b"cut off"])
 def test_a_result_without_its_pages_is_computed_again(stored: Path, tmp_path: Path, pages: bytes | None) -> None:
     result = {"outs": {}, "pages": True, "exit_code": 1}
@@ -438,6 +515,24 @@ def test_all_files_of_a_sharded_checkpoint_are_kept_in_the_remote(stored: Path) 
         work._bring_checkpoints()
         names = {path.relative_to(step).as_posix(): path.read_text() for path in step.rglob("*") if path.is_file()}
         assert names == {name: name for name in ("shards/0.safetensors", "state.json", worker.MARKER)}
+
+
+def test_a_worker_that_ray_took_for_lost_removes_no_newer_checkpoint(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(stored) as store:
+        work = worker.Work({"address": "adapter@lora", "key": "k"}, stored, store)
+        for step in (2, 6, 4):  # 6: of the worker that replaced it
+            remove(work.checkpoints)
+            folder = work.checkpoints / f"step-{step:08d}"
+            folder.mkdir(parents=True)
+            (folder / worker.MARKER).write_text(str(step))
+            work._keep_newest("")
+        assert store.list(work.at("checkpoints")) == [f"step-{step:08d}/{worker.MARKER}" for step in (4, 6)]
+        listed = store.list(work.at("checkpoints"))
+        store.remove(work.at("checkpoints", "step-00000004"))
+        monkeypatch.setattr(RemoteStore, "list", lambda *_: listed)
+        remove(work.checkpoints)
+        work._bring_checkpoints()
+        assert [path.parent.name for path in work.checkpoints.glob(f"*/{worker.MARKER}")] == ["step-00000006"]
 
 
 def test_a_remote_that_is_full_is_one_message(stored: Path, tmp_path: Path) -> None:

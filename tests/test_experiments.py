@@ -116,6 +116,8 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: sign
     while any(map(psutil.pid_exists, commands)) and time.monotonic() < until:
         time.sleep(0.2)
     assert not any(map(psutil.pid_exists, commands))
+    logs = [path.read_text() for path in root.glob(".dvc/tmp/exps/run/*/*.out")]
+    assert len([text for text in logs if "KeyboardInterrupt" in text]) == 2, "a driver that is killed could not stop its job on a cluster"
     document = json.loads(output)
     assert document["interrupted"] and {trial["status"] for trial in document["trials"]} == {"canceled"}, errors
     assert not [trial for trial in trials(root).values() if trial.status in {"Queued", "Running"} and trial.alive]
@@ -192,6 +194,52 @@ def test_a_sweep_is_refused_where_git_does_not_track_what_its_trials_would_read(
     _refuse_untracked(root, [states[name] for name in ("raw", "inst", "tok")])
     with pytest.raises(InputError, match=r"git does not track data/sources/later.txt: trials"):
         _refuse_untracked(root, [states["cmp"]])
+
+
+@pytest.mark.usefixtures("warm_small")
+def test_a_sweep_is_refused_where_git_ignores_what_its_trials_would_read_and_dvc_does_not_have_it(root: Path) -> None:
+    """The key of record ids and files under DVC travel, and neither DVC nor a stage reads what .dvcignore names."""
+    text = json.loads((root / "dvc.yaml").read_text())
+    text["stages"]["raw"]["deps"] = ["code/raw.py", "data/sources", "data/keys"]
+    text["stages"]["inst"]["deps"].append("data/gone")
+    (root / "dvc.yaml").write_text(json.dumps(text))
+    with (root / "dvc.lock").open("a") as file:  # a stage that dvc.yaml no longer has
+        file.write(
+            "  gone:\n    cmd: none\n    outs:\n    - path: data/gone\n      hash: md5\n      md5: 11a287b8f00c0491239dd0d7897f7a61.dir\n"
+        )
+    (root / ".dvcignore").write_text(".DS_Store\n")
+    for name in (RECORD_KEY, "data/gone/old.txt", "data/sources/large/a.txt", "data/sources/.DS_Store", "data/sources/private/b.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    assert dvc(root, "add", "-q", "data/sources/large").returncode == 0
+    with (root / ".gitignore").open("a") as file:
+        file.write(f"\n/{RECORD_KEY}\n/data/gone\n.DS_Store\n*.jsonl\n")
+    small_pipeline.commit(root, "more sources")
+    states = read_stages(root)
+    with pytest.raises(InputError, match=r"git ignores data/sources/private/b.jsonl: trials"):
+        _refuse_untracked(root, [states[name] for name in ("raw", "inst")])
+    small_pipeline.git(root, "add", "--force", "data/sources/private/b.jsonl")
+    _refuse_untracked(root, [states[name] for name in ("raw", "inst")])
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("warm_small")
+def test_a_sweep_shows_its_metrics_also_if_there_is_one_trial_and_the_user_commits_meanwhile(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dagster_project.commands import sweep as module
+
+    start = experiments.start_workers
+
+    def commit_and_start(*arguments: Any) -> None:
+        small_pipeline.git(root, "commit", "-q", "--allow-empty", "-m", "meanwhile")
+        start(*arguments)
+
+    monkeypatch.setattr(experiments, "start_workers", commit_and_start)
+    document = module.sweep(root, "variants.lora", ["r=2"], 1, None, small_pipeline.PIPELINE.variants_of, lambda *_: None)
+    [trial] = document["trials"]
+    assert (trial["status"], trial["metrics"]) == ("success", {"loss": 0.5})
+    assert f"{trial['name']}: loss 0.5" in module.as_text(document)
 
 
 def test_an_interrupt_while_dvc_fills_its_queue_empties_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -20,6 +21,7 @@ from conftest import ROOT, run
 from packaging.requirements import Requirement
 
 from dagster_project.__main__ import main
+from dagster_project.commands import verify_installed as module
 from dagster_project.commands.installer import command_of, explained
 from dagster_project.commands.requirements import Wheel
 from dagster_project.commands.verify_installed import Build, _environment, _recorded, verify_installed
@@ -27,6 +29,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.layout import report_of
 from dagster_project.core.records import write_json
 from dagster_project.lineage import code_lock, history
+from dagster_project.orchestration.processes import is_running
 
 ROWS = [{"instruction": f"Name number {i}.", "output": f"It is {i}."} for i in range(5)]
 STAGE = "stages/raw_examples.py"
@@ -243,6 +246,31 @@ def recorded(folder: Path, **stages: tuple[str, str | None]) -> Path:
 def test_nothing_is_installed_if_the_installed_code_is_the_recorded_one(tmp_path: Path) -> None:
     now = code_lock.installed(["splits"])["splits"]
     assert verify_installed(recorded(tmp_path, splits=(now, None)), "splits", None, False, False) is None
+
+
+def test_an_interrupt_ends_all_processes_of_the_recorded_version_and_removes_their_copies_of_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nsleep 300 &\necho $! $(mktemp -d) > {tmp_path}/writing\nmv {tmp_path}/writing {tmp_path}/found\nwait\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(module, "_recorded", lambda *_: Build("1.0", {}, {}))
+    monkeypatch.setattr(module, "_environment", lambda *_: str(python))
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            if self.returncode is None and not (tmp_path / "asked").exists():
+                (tmp_path / "asked").touch()
+                while not (tmp_path / "found").exists():
+                    time.sleep(0.05)
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(module.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verify_installed(tmp_path, "splits", None, False, False)
+    pid, folder = (tmp_path / "found").read_text().split()
+    assert not is_running(int(pid)) and not Path(folder).exists()
 
 
 def test_a_build_is_what_all_stages_to_be_reproduced_were_made_with(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ class Interrupts:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.came = True
+        logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)  # it logs the traceback of an interrupt that it raises again
         if not _starts_compiled_module(frame):
             raise KeyboardInterrupt
         _interrupt_later()

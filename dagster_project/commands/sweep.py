@@ -15,9 +15,10 @@ from typing import Any
 from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
-from dagster_project.core.layout import is_report, report_of
+from dagster_project.core.layout import RECORD_KEY, is_report, report_of
 from dagster_project.core.progress import clock
 from dagster_project.lineage.code import value_at
+from dagster_project.lineage.history import is_within, workspace_lock
 from dagster_project.optional_stages import has_key
 from dagster_project.orchestration import dvc, experiments, processes
 from dagster_project.orchestration.experiments import FAILED, QUEUED, RUNNING, SUCCESS
@@ -67,7 +68,8 @@ def sweep(
         validate(root, _with(values, section, point))
     states = dvc.read_stages(root)
     target = _target(states, section, to, variants_of)
-    if not git(root, "rev-parse", "--verify", "HEAD"):
+    baseline = git(root, "rev-parse", "--verify", "HEAD")
+    if not baseline:
         raise InputError("the project has no commit: DVC's experiments start from one", "run `git add -A && git commit`")
     _refuse_untracked(root, [states[name] for name in (*dvc.ancestors(states, target), target)])
     if unfinished := [name for name, trial in experiments.trials(root).items() if trial.status in {QUEUED, RUNNING}]:
@@ -88,7 +90,13 @@ def sweep(
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    return {"section": section, "target": target, "jobs": jobs, **outcome, "trials": trials.table(section, report_of(target))}
+    return {
+        "section": section,
+        "target": target,
+        "jobs": jobs,
+        **outcome,
+        "trials": trials.table(section, report_of(target), baseline.strip()),
+    }
 
 
 def _section(values: Mapping[str, Any], section: str, with_variants: Collection[str]) -> Mapping[str, Any]:
@@ -140,14 +148,31 @@ def _refuse_untracked(root: Path, states: Iterable[dvc.StageState]) -> None:
     read = {
         path for state in states for path in (*state.code, *(i.path for i in state.inputs if i.producer is None)) if not is_report(path)
     }
-    paths = [name for path in sorted(read) if "://" not in path for name in (path, f"{path}.dvc")]
-    listed = git(root, "--literal-pathspecs", "ls-files", "--others", "--exclude-standard", "-z", "--", *paths)
-    if found := [name for name in (listed or "").split("\0") if name and "/__pycache__/" not in name]:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise InputError(
-            f"git does not track {', '.join(found[:5])}{more}: trials would run without what they read there",
-            "run `git add` for them; a commit is not needed",
+    read = {path for path in read if "://" not in path}
+    untracked = _others(root, [name for path in sorted(read) for name in (path, f"{path}.dvc")])
+    _refuse_missing(untracked, "git does not track", "run `git add` for them; a commit is not needed")
+    if not (ignored := _others(root, sorted(read), "--ignored")):
+        return
+    outs = [out["path"] for entry in workspace_lock(root).values() for out in entry.get("outs", [])]
+    carried = [RECORD_KEY, *dvc.tracked_sources(root), *outs]  # outs: of variants that dvc.yaml no longer has
+    ignored = [name for name in ignored if not any(is_within(name, path) for path in carried)]
+    if ignored:
+        seen = {*dvc.files_within(root, read)}
+        _refuse_missing(
+            [name for name in ignored if name in seen], "git ignores", "`dvc add` them, or run `git add --force`; a commit is not needed"
         )
+
+
+def _others(root: Path, paths: Sequence[str], *options: str) -> list[str]:
+    """Files at these paths that git does not track."""
+    listed = git(root, "--literal-pathspecs", "ls-files", "--others", *options, "--exclude-standard", "-z", "--", *paths)
+    return [name for name in (listed or "").split("\0") if name and "/__pycache__/" not in name]
+
+
+def _refuse_missing(names: Sequence[str], reason: str, hint: str) -> None:
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise InputError(f"{reason} {', '.join(names[:5])}{more}: trials would run without what they read there", hint)
 
 
 class Trials:
@@ -217,9 +242,13 @@ class Trials:
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
         log.error("\n".join([*(f"{name} | {line}" for line in lines[-8:]), f"{name}: its log: dvc queue logs {name}"]))
 
-    def table(self, section: str, report: str) -> list[dict[str, Any]]:
-        """Parameters and metrics of each trial, from `dvc exp show`."""
-        shown = experiments.shown(self.root, self.points)
+    def table(self, section: str, report: str, baseline: str) -> list[dict[str, Any]]:
+        """Parameters and metrics of each trial, from `dvc exp show`.
+
+        Args:
+            baseline: the commit from which the trials were queued. The user may have made others meanwhile.
+        """
+        shown = experiments.shown(self.root, self.points, baseline)
         rows = []
         for name, point in self.points.items():
             row: dict[str, Any] = {"name": name, "status": self.status[name].lower(), "params": dict(point), "metrics": {}}
@@ -247,10 +276,11 @@ def _leaves(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """A table: parameters, and the metrics in which the trials differ."""
+    """A table: parameters, and the metrics in which the trials differ. Of a single trial, its metrics without those of checks and groups."""
     trials = document["trials"]
     names = list(dict.fromkeys(name for trial in trials for name in trial["metrics"]))
-    differ = [name for name in names if len({str(trial["metrics"].get(name)) for trial in trials if trial["metrics"]}) > 1]
+    measured = [trial for trial in trials if trial["metrics"]]
+    differ = [name for name in names if len({str(trial["metrics"].get(name)) for trial in measured}) > 1]
     differ = [name for name in differ if not name.endswith(".count")] or differ
     header = ["trial", *trials[0]["params"], *differ[:MAX_COLUMNS], "status"]
     rows = [
@@ -261,6 +291,8 @@ def as_text(document: Mapping[str, Any]) -> str:
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
     if len(differ) > MAX_COLUMNS:
         lines.append(f"{len(differ) - MAX_COLUMNS} more metrics differ: --json has all")
+    if len(measured) == 1:
+        lines += [f"{measured[0]['name']}: {name} {_cell(value)}" for name, value in measured[0]["metrics"].items() if "." not in name]
     done = sum(trial["status"] == "success" for trial in trials)
     lines.append(f"{done} of {len(trials)} trials up to {document['target']} in {document['seconds']:.0f} s, jobs: {document['jobs']}")
     if done:

@@ -28,6 +28,7 @@ from dagster_project.core.layout import report_of
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import Revision, resolve
 from dagster_project.orchestration.integrity import report_at
+from dagster_project.orchestration.processes import ended_with_its_children
 
 log = logging.getLogger("pedigree")
 
@@ -67,7 +68,12 @@ def verify_installed(root: Path, stage: str, rev: str | None, deep: bool, as_jso
         command = ["verify", "--project", str(root), *(["--rev", rev] if rev else []), *(["--deep"] if deep else [])]
         command += [*(["--json"] if as_json else []), "--", stage]
         log.info(f"{code_lock.DISTRIBUTION} {build.version} verifies {stage}")
-        code = subprocess.run([python, "-P", "-m", "dagster_project", *command], env=_variables(folder), check=False).returncode
+        scratch = folder / "tmp"  # for its copies of data, which it cannot remove if it is killed
+        scratch.mkdir()
+        variables = _variables(folder) | {"TMPDIR": str(scratch)}
+        started = subprocess.Popen([python, "-P", "-m", "dagster_project", *command], env=variables)
+        with ended_with_its_children(started) as process:
+            code = process.wait()
     return code if code >= 0 else 128 - code
 
 

@@ -33,8 +33,9 @@ def as_text(executions: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
         yield "  no run on a cluster is recorded on this machine"
     for address, one in executions.items():
         queue = "" if one["queue_seconds"] is None else f"queue {one['queue_seconds']:.0f} s, "
+        lost = f", lost jobs {one['lost_seconds']:.0f} s" if "lost_seconds" in one else ""
         cost = f", cost {one['cost']:.4f}" if "cost" in one else ""
         yield (
             f"  {address:<16} node {one['node']} ({one['node_id'][:8]}): {queue}transfer {one['transfer_seconds']:.0f} s "
-            f"({one['transfer_bytes'] / 1e6:,.1f} MB), compute {one['compute_seconds']:.0f} s{cost}"
+            f"({one['transfer_bytes'] / 1e6:,.1f} MB), compute {one['compute_seconds']:.0f} s{lost}{cost}"
         )

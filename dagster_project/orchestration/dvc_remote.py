@@ -205,10 +205,15 @@ def open_remote(root: Path) -> Iterator[Remote]:
     """
     config_error = private_module("dvc.config").ConfigError
     with open_repo(root) as repo:
-        configured = repo.config["remote"].get(repo.config["core"].get("remote") or "", {})
-        if _has_password(configured):
-            raise InputError("the URL of DVC's remote contains a password, which jobs would show", "leave it out, and set it on every node")
+        name = repo.config["core"].get("remote")
         try:
+            configured = (
+                private_module("dvc.fs").get_fs_config(repo.config, name=name) if name else {}
+            )  # with those of a remote that it names
+            if _has_password(configured):
+                raise InputError(
+                    "the URL of DVC's remote contains a password, which jobs would show", "leave it out, and set it on every node"
+                )
             remote, objects = repo.cloud.get_remote(), repo.cloud.get_remote_odb()
         except config_error as error:
             raise InputError(

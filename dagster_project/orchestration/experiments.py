@@ -19,7 +19,7 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.git import git
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.orchestration import dvc, dvc_run
-from dagster_project.orchestration.processes import is_running
+from dagster_project.orchestration.processes import interrupt_commands_of, is_running
 
 QUEUED, RUNNING, SUCCESS, FAILED = "Queued", "Running", "Success", "Failed"
 """DVC's names of the states of an experiment in the queue."""
@@ -46,6 +46,8 @@ class Trial:
     rev: str
     alive: bool
     """Whether its process exists."""
+    pid: int = 0
+    """Of its process; 0 if unknown."""
 
 
 def choices(override: str) -> tuple[str, list[Any]]:
@@ -151,7 +153,7 @@ def _trials(root: Path) -> dict[str, Trial]:
         for entry in repo.experiments.celery_queue.status():
             process = repo.experiments.celery_queue.proc.get(entry["rev"])
             alive = process is not None and is_running(process.pid)
-            found[entry["name"] or entry["rev"][:7]] = Trial(entry["status"], entry["rev"], alive)
+            found[entry["name"] or entry["rev"][:7]] = Trial(entry["status"], entry["rev"], alive, process.pid if alive else 0)
         return found
 
 
@@ -161,28 +163,38 @@ def _raced() -> tuple[type[BaseException], ...]:
 
 
 def cancel(root: Path, names: Collection[str], seconds: float) -> None:
-    """Remove queued experiments, and kill running ones; their stage commands end with them."""
-    until = time.monotonic() + seconds
+    """Remove queued experiments, interrupt the stage commands of running ones, which may have to stop a job on a cluster, and kill what still runs; stage
+    commands end with them."""
+    until, interrupted = time.monotonic() + seconds, set[int]()
     while time.monotonic() < until:
         found = {name: trial for name, trial in trials(root).items() if name in names}
         waiting = [name for name, trial in found.items() if trial.status == QUEUED]
         running = [name for name, trial in found.items() if trial.status == RUNNING]
         if not waiting and not any(found[name].alive for name in running):
             return
+        new = {found[name].pid for name in running} - interrupted - {0}
         # a worker may start or end one at this moment: try again
         with dvc.open_repo(root) as repo, suppress(*_raced()):
             if waiting:  # before killing: a worker that becomes free would start the next one
                 repo.experiments.celery_queue.remove(waiting)
-            if running:
+            if running and not new:
                 repo.experiments.celery_queue.kill(running, force=True)
+        if new:
+            interrupt_commands_of(new)
+            interrupted |= new
+            until = time.monotonic() + seconds
         time.sleep(0.3)
 
 
-def shown(root: Path, names: Collection[str]) -> dict[str, Mapping[str, Any]]:
-    """Parameters and metrics of finished experiments from `dvc exp show`: by name, then by file. Failed and queued ones are omitted."""
+def shown(root: Path, names: Collection[str], baseline: str) -> dict[str, Mapping[str, Any]]:
+    """Parameters and metrics of finished experiments from `dvc exp show`: by name, then by file. Failed and queued ones are omitted.
+
+    Args:
+        baseline: the commit from which they were queued; DVC shows those of HEAD otherwise.
+    """
     found = {}
-    for baseline in json.loads(_dvc(root, "exp", "show", "--json")):
-        for experiment in baseline.get("experiments") or []:
+    for commit in json.loads(_dvc(root, "exp", "show", "--json", "--rev", baseline)):
+        for experiment in commit.get("experiments") or []:
             for rev in experiment.get("revs") or []:
                 if experiment["name"] in names and not rev.get("error") and rev.get("data"):
                     found[experiment["name"]] = rev["data"]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import psutil
 
@@ -136,12 +136,23 @@ def interrupt_command(address: str) -> None:
 
     Its exit status is left for DVC. psutil's `wait` would take it: DVC would then see exit code 0 and record a run that was interrupted.
     """
+    _interrupt([os.getpid()], lambda stage: stage == address)
+
+
+def interrupt_commands_of(starters: Iterable[int]) -> None:
+    """As `interrupt_command`, for all stage commands that these processes of DVC started."""
+    _interrupt(starters, bool)
+
+
+def _interrupt(starters: Iterable[int], is_meant: Callable[[str], bool]) -> None:
     interrupted = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if child.environ().get("DVC_STAGE") == address:
-                child.send_signal(signal.SIGINT)
-                interrupted.append(child)
+    for starter in starters:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(starter).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if is_meant(child.environ().get("DVC_STAGE", "")):
+                        child.send_signal(signal.SIGINT)
+                        interrupted.append(child)
     now, until = time.time(), time.monotonic() + CLEAN_UP
     while any(is_running(child.pid, now) for child in interrupted) and time.monotonic() < until:
         time.sleep(0.05)

@@ -186,13 +186,21 @@ class RemoteStore:
         return None
 
     def write_document(self, path: str, document: Mapping[str, Any]) -> None:
-        with self._explained("write"):
-            self.remote.fs.makedirs(self.remote.fs.parent(path))
-            self.remote.fs.pipe_file(path, json.dumps(document).encode())
+        try:
+            with self._explained("write"):
+                self.remote.fs.makedirs(self.remote.fs.parent(path))
+                self.remote.fs.pipe_file(path, json.dumps(document).encode())
+        except FileNotFoundError as error:  # S3: no such bucket
+            raise self._refusal("write", error) from None
 
     def put(self, source: Path, path: str) -> int:
-        with self._explained("write"):
-            self.remote.fs.put_file(str(source), path)
+        try:
+            with self._explained("write"):
+                self.remote.fs.put_file(str(source), path)
+        except FileNotFoundError as error:
+            if not source.exists():
+                raise
+            raise self._refusal("write", error) from None  # S3: no such bucket
         return source.stat().st_size
 
     def get(self, path: str, target: Path) -> None:
@@ -227,10 +235,13 @@ class RemoteStore:
                 action == "read" and faults.is_full(error)
             ):  # full: the disk of this machine, to which the file was copied
                 raise
-            raise PedigreeError(
-                f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}: {type(error).__name__}: {error}",
-                "nothing was recorded; check its address, free space, and the credentials in the environment of this machine and of the nodes",
-            ) from None
+            raise self._refusal(action, error) from None
+
+    def _refusal(self, action: str, error: Exception) -> PedigreeError:
+        return PedigreeError(
+            f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}: {type(error).__name__}: {error}",
+            "nothing was recorded; check its address, free space, and the credentials in the environment of this machine and of the nodes",
+        )
 
 
 def _objects(names: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import VARIABLE, placement
 from dagster_project.orchestration import dvc, dvc_run
 from dagster_project.orchestration.dagster_dvc.dead_runs import reap
-from dagster_project.orchestration.dagster_dvc.project import FORCE_TAG
+from dagster_project.orchestration.dagster_dvc.project import is_forced
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.pipeline import Pipeline
 
@@ -127,8 +127,8 @@ class StagesExecutor(dg.Executor):
         keys = plan_context.job.get_definition().asset_layer.selected_asset_keys
         tags = plan_context.dagster_run.tags
         options = {step: _mapping(_mapping(one).get("config")) for step, one in _mapping(plan_context.run_config.get("ops")).items()}
-        forced = tags.get(FORCE_TAG) == "true" or any(one.get("force") for one in options.values())
         try:
+            forced = is_forced(tags) or any(one.get("force") for one in options.values())
             states = self.project.read()
             planned = {address for key in keys if (address := self.project.address_of(key)) is not None}
             several = can_run_at_once(states, planned, forced)
@@ -136,7 +136,7 @@ class StagesExecutor(dg.Executor):
             on = {step: str(options.get(step, {}).get("on") or tags.get(ON_TAG, "")) for step in steps}
             values = params.read(self.project.root)
             set_pools(execution_plan, {step: self.project.pool(address, values, on[step]) for step, address in steps.items()})
-        except PedigreeError:
+        except (PedigreeError, dg.Failure):
             several = False  # bad input: the first stage reports it
         yield from (self.multiprocess if several else self.in_process).execute(plan_context, execution_plan)
 

@@ -14,7 +14,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dagster_dvc.dead_runs import reap
 from dagster_project.orchestration.dagster_dvc.materialize import bring_up_to_date
 from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, IN_SYNC, IN_SYNC_DESCRIPTION
-from dagster_project.orchestration.dagster_dvc.project import FORCE_TAG, DvcProject
+from dagster_project.orchestration.dagster_dvc.project import DvcProject, is_forced
 from dagster_project.orchestration.dagster_dvc.sync import sync
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.private_api import private_module
@@ -108,7 +108,7 @@ def _asset(project: DvcProject, address: str, state: StageState) -> dg.AssetsDef
     )
     def body(context: dg.AssetExecutionContext, config: config_type) -> Any:  # type: ignore[valid-type]
         tags = context.run.tags
-        force = config.force or tags.get(FORCE_TAG) == "true"  # type: ignore[attr-defined]
+        force = is_forced(tags) or config.force  # type: ignore[attr-defined]
         yield from bring_up_to_date(context, project, address, force, project.variables(config, tags))
 
     return body

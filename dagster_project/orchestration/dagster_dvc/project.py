@@ -27,6 +27,18 @@ class RunConfig(dg.Config):
     """Run the stage even if nothing changed. The run tag `pedigree/force: "true"` does the same for all stages of a run."""
 
 
+def is_forced(tags: Mapping[str, str]) -> bool:
+    """Whether the tags of a run force its stages.
+
+    Raises:
+        Failure: the tag has another value than true or false.
+    """
+    value = tags.get(FORCE_TAG, "false").strip().lower()
+    if value not in {"true", "false"}:
+        raise dg.Failure(f"The run tag {FORCE_TAG} is neither true nor false: {tags[FORCE_TAG]!r}.", allow_retries=False)
+    return value == "true"
+
+
 @dataclass(frozen=True)
 class DvcProject:
     """A folder with `.dvc` and `dvc.yaml`. Everything that is known of a stage comes from these files; the methods below `Hooks` add to it."""

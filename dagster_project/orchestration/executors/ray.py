@@ -74,7 +74,14 @@ class RayExecutor:
         address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or self.settings.address or LOCAL
         client, url = connect(address)
         with open_store(job.ctx.root) as store:
-            return _Run(self, job, store, client, url, address in LOCAL_NAMES).result()
+            run = _Run(self, job, store, client, url, address in LOCAL_NAMES)
+            try:
+                return run.result()
+            except BaseException:
+                if is_temporary(job.ctx.root):  # no later run has its identity, and none would remove its checkpoints
+                    with suppress(PedigreeError):
+                        store.remove(run.at())
+                raise
 
 
 def connect(address: str) -> tuple[Any, str]:
@@ -178,10 +185,15 @@ class _Run:
     name: str = ""
     """Id of the current job."""
     attempts: int = 0
-    submitted: float = 0.0
+    submitted: float | None = None
+    """Time at which the latest job was submitted, or the first of those that never started."""
+    started: float | None = None
+    """Time at which the worker of the latest job began, or was found by this driver."""
     node_id: str = ""
     queued: float | None = None
     """Seconds until the worker of the latest job began; None if another driver submitted it."""
+    lost_seconds: float = 0.0
+    """Seconds that jobs ran without a result, or with one that arrived damaged."""
     error: Mapping[str, Any] | None = None
     damaged: list[str] = field(default_factory=list)
     stopped: set[str] = field(default_factory=set)
@@ -224,6 +236,7 @@ class _Run:
             except Damaged as error:
                 self.store.discard(oid for oid in error.objects if OBJECT.fullmatch(oid))
                 self.store.remove(self.at())
+                self.lost_seconds += sum(found["seconds"].values())
                 if last:
                     raise CheckFailed(
                         f"{self.address}: its outputs arrived damaged twice: {error.what}", "check DVC's remote; nothing was recorded"
@@ -248,7 +261,7 @@ class _Run:
         self.bytes_sent += self.store.push(inputs.values())
         self.push_seconds += time.monotonic() - began
         with project_package(self.job.ctx.root, self.job.ctx.scratch.with_name(f"{self.address}.package")) as folder:
-            lost = 0
+            lost, self.submitted = 0, None
             while lost < ATTEMPTS:
                 self.error, self.damaged, self.raw = None, [], []
                 details = self._follow(folder)
@@ -259,8 +272,10 @@ class _Run:
                     kind = InputError if self.error["exit_code"] == 2 else CheckFailed
                     raise kind(self.error["what"], self.error["hint"])
                 if details is not None and str(details.error_type) == NEVER_STARTED:
+                    log.info(f"{self.address}: Ray gave up job {self.name}, which waited for resources; it is submitted again")
                     continue
-                lost += 1
+                lost, self.submitted = lost + 1, None
+                self.lost_seconds += time.monotonic() - self.started if self.started else 0.0
                 if self.damaged:
                     log.warning(f"{self.address}: {len(self.damaged)} input(s) were damaged in the remote; they are sent again")
                     self.store.discard(self.damaged)
@@ -308,7 +323,7 @@ class _Run:
         running = [name for name in self._running() if name.startswith(self.key) and name not in self.stopped]
         self.attempts += 1
         self.name = running[0] if running else f"{self.key}-{secrets.token_hex(4)}"
-        self.submitted, self.queued = time.monotonic(), None
+        self.submitted, self.started, self.queued = self.submitted or time.monotonic(), None, None
         try:
             if running:
                 log.info(f"{self.address}: going on with job {self.name}")
@@ -376,7 +391,7 @@ class _Run:
                 return details
             if str(details.status) == "PENDING" and time.monotonic() - noted > WAITING_LOG_SECONDS:
                 noted = time.monotonic()
-                log.info(f"{self.address}: waiting for {self._resources()} on the cluster for {noted - self.submitted:,.0f} s")
+                log.info(f"{self.address}: waiting for {self._resources()} on the cluster for {noted - (self.submitted or noted):,.0f} s")
             time.sleep(max(POLL, read / LOG_BYTES_PER_SECOND))
 
     def _handle(self, kind: str, content: Any, adopted: bool) -> None:
@@ -385,7 +400,8 @@ class _Run:
         elif kind == "live":
             self._write_live(content["name"], content["at"], content["text"])
         elif kind == "hello":
-            self.queued = None if adopted else round(time.monotonic() - self.submitted, 1)
+            self.started = time.monotonic()
+            self.queued = None if adopted or self.submitted is None else round(self.started - self.submitted, 1)
             remove(self.job.ctx.live)
             log.info(f"{self.address}: runs on node {content['node']} ({self.node_id[:8]})")
         elif kind == "error":
@@ -497,12 +513,12 @@ class _Run:
             copyfile(self.store.remote.cached_at(one), file)
 
     def _execution(self, result: Mapping[str, Any], fetched: int) -> dict[str, Any]:
-        """Where the stage ran, how long each part took, and its cost."""
+        """Where the stage ran, how long each part took, and its cost, with that of lost jobs."""
         seconds, place = result["seconds"], self.executor.placement
         total = sum(seconds.values())
         amounts = {"cpus": place.cpus, "gpus": place.gpus, "memory": place.memory or 0.0, **place.resources}
         prices = self.executor.settings.price_per_hour
-        cost = sum(amounts.get(name, 0.0) * price for name, price in prices.items()) * total / 3600
+        cost = sum(amounts.get(name, 0.0) * price for name, price in prices.items()) * (total + self.lost_seconds) / 3600
         return {
             "on": "ray",
             "node": result["node"],
@@ -513,6 +529,7 @@ class _Run:
             **{name: amount for name, amount in amounts.items() if amount},
             "queue_seconds": self.queued,
             "compute_seconds": seconds.get("compute_seconds"),
+            **({"lost_seconds": round(self.lost_seconds, 1)} if self.lost_seconds else {}),
             "transfer_seconds": round(
                 self.push_seconds + self.fetch_seconds + seconds.get("pull_seconds", 0.0) + seconds.get("push_seconds", 0.0), 3
             ),

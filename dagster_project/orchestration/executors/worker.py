@@ -166,7 +166,10 @@ class Work:
                 send("log", f"{self.address}: the checkpoint was not copied to the remote: {error.what}")
 
     def _keep_newest(self, kept: str) -> str:
-        """Copy the newest checkpoint to the remote, its marker last, and remove older ones there. Returns its name."""
+        """Copy the newest checkpoint to the remote, its marker last, and remove older ones there. Returns its name.
+
+        Newer ones stay: a worker that Ray took for lost may go on for a while, beside the one that replaced it.
+        """
         folders = sorted(path.parent for path in self.checkpoints.glob(f"step-*/{MARKER}") if path.parent.suffix == "")
         if not folders or folders[-1].name == kept:
             return kept
@@ -175,8 +178,9 @@ class Work:
         names = sorted(str(path.relative_to(newest)) for path in files if path != newest / MARKER)
         for name in [*names, MARKER]:
             self.sent += self.store.put(newest / name, self.at("checkpoints", newest.name, name))
-        for old in {name.partition("/")[0] for name in self.store.list(self.at("checkpoints"))} - {newest.name}:
-            self.store.remove(self.at("checkpoints", old))
+        for name in {name.partition("/")[0] for name in self.store.list(self.at("checkpoints"))}:
+            if name < newest.name:
+                self.store.remove(self.at("checkpoints", name))
         return newest.name
 
     def _bring_checkpoints(self) -> None:
@@ -184,7 +188,8 @@ class Work:
         for name in names:
             step, _, file = name.partition("/")
             if f"{step}/{MARKER}" in names:
-                self.store.get(self.at("checkpoints", step, file), self.checkpoints / step / file)
+                with suppress(FileNotFoundError):  # such a worker removes it: the stage finds it incomplete
+                    self.store.get(self.at("checkpoints", step, file), self.checkpoints / step / file)
 
     def _finish(self, code: int) -> None:
         """Push outputs, pages and report; the result last."""
