@@ -115,6 +115,18 @@ def test_pages_are_not_drawn_from_documents_of_two_versions(tmp_path: Path) -> N
     assert "its report is of another output than data/comparison" in reason and not drawn, "after `git checkout` without `dvc checkout`"
 
 
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [(None, "it has not run yet"), (True, "data/comparison is missing: `dvc repro comparison`"), (False, "failed a blocking check")],
+)
+def test_a_page_whose_output_is_missing_is_not_drawn(report: bool | None, expected: str, tmp_path: Path) -> None:
+    """A clone has reports, which git tracks, and no outputs."""
+    if report is not None:
+        write_json(tmp_path / "data/reports/comparison.json", {"passed": report, "output_sha256": "0" * 64})
+    reason, drawn = _render(tmp_path, "comparison", tmp_path / "data/comparison")
+    assert expected in reason and not drawn
+
+
 def test_pages_of_a_run_have_the_hash_of_its_output(root: Path) -> None:
     write_text(root / "data/pages/tok/report.html", "drawn by the stage")
     run_stage(root, "tok", PIPELINE)
