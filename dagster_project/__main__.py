@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
-    from dagster_project.cli.parser import parser
+    from dagster_project.cli.output import print_error
 
-    options = parser().parse_args(arguments)
+    options = _parsed(sys.argv[1:] if arguments is None else arguments)
     handler = ending.LogHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(message)s"))
     log.addHandler(handler)
@@ -66,9 +66,24 @@ def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
         if not (isinstance(error, KeyboardInterrupt) and INNER in os.environ):
             message = str(explained).replace("\t", "\\t")  # a tab moves the cursor, and is not seen in a name
             log.error(message if isinstance(explained, Interrupted) else f"error: {message}")
+            print_error(options, explained)
         return explained.exit_code
     finally:
         log.removeHandler(handler)
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options of the command. Wrong usage ends the process, as it does in `argparse`."""
+    from dagster_project.cli.output import print_error, visible_lines
+    from dagster_project.cli.parser import parser
+    from dagster_project.core.errors import InputError
+
+    try:
+        return parser().parse_args(arguments)
+    except InputError as error:
+        sys.stderr.write(visible_lines(f"error: {error}\n"))
+        print_error(argparse.Namespace(json="--json" in arguments), error)
+        sys.exit(error.exit_code)
 
 
 class _Formatter(logging.Formatter):

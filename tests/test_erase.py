@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -148,6 +149,8 @@ def hidden(path: Path, text: str) -> dict[str, Path]:
     pd.DataFrame({"m": [[{"content": text}], []]}).to_parquet(path / "a.parquet", compression="zstd")
     (path / "a.json").write_text(json.dumps([{"inner": json.dumps(text)}]))
     (path / "a.html").write_text(text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&#34;"))
+    (path / "a.txt").write_text(f"first\n{text}", encoding="utf-16")  # as Notepad and PowerShell write it
+    (path / "a.csv.gz").write_bytes(gzip.compress(codecs.BOM_UTF16_BE + text.encode("utf-16-be")))
     (path / "a.gz").write_bytes(gzip.compress(gzip.compress(text.encode())))
     (path / "a.bz2").write_bytes(bz2.compress(b"first") + bz2.compress(text.encode()))
     (path / "a.xz").write_bytes(lzma.compress(b"first") + lzma.compress(text.encode()))

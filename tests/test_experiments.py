@@ -166,7 +166,7 @@ def test_a_bad_sweep_is_refused_before_anything_is_queued(
 ) -> None:
     assert main(["sweep", *arguments, "--project", str(project), "--json"]) == 2
     captured = capsys.readouterr()
-    assert message in captured.err and not captured.out
+    assert message in captured.err and json.loads(captured.out)["error"] in captured.err
     assert not (project / ".dvc/tmp/exps").exists()
 
 

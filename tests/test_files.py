@@ -469,9 +469,10 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_numbered_through(tmp_pat
     assert rows[2].problem == "b/z.jsonl: line is not JSON: Expecting value: column 1 (line 2)"
 
 
-def test_a_folder_without_examples_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_examples_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "README.md").write_text("none")
-    assert refused(tmp_path) == f"{tmp_path.name}: no file of examples in the folder"
+    monkeypatch.chdir(tmp_path)
+    assert refused(tmp_path) == refused(Path()) == f"{tmp_path.name}: no file of examples in the folder"
 
 
 @pytest.mark.parametrize("target", ["outside.jsonl", "outside", "nowhere.jsonl"])

@@ -175,10 +175,19 @@ def test_any_other_command_names_the_extra_that_it_needs(core: Path, tmp_path: P
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
 def test_check_of_a_table_names_the_extra_that_reads_it(core: Path, tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"rows{suffix}").write_bytes(b"PAR1")
-    done = outside(core, "check", f"rows{suffix}", "--json", folder=tmp_path)
+    done = outside(core, "check", f"rows{suffix}", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     first, hint = done.stderr.splitlines()
     assert first == "error: `pedigree check` requires pyarrow, which is not installed" and "`pip install 'pedigree-llm[arrow]'`" in hint
+
+
+def test_a_missing_library_of_the_core_is_named() -> None:
+    """An installation that was interrupted, or `pip uninstall`: commands ended in a traceback."""
+    found = missing_extra(ModuleNotFoundError("x", name="ruamel.yaml"), "check")
+    assert found and str(found).splitlines() == [
+        "`pedigree check` requires ruamel, which is not installed",
+        "hint: `pip install pedigree-llm` installs what is missing",
+    ]
 
 
 def test_a_missing_module_of_no_extra_is_a_fault() -> None:

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from builders.commands import exit_code
 
 from dagster_project.__main__ import main
-from dagster_project.cli.output import write
+from dagster_project.cli.output import print_error, print_result, write
 from dagster_project.cli.parser import parser
+from dagster_project.core.errors import InputError
 from dagster_project.lineage import diff
 from dagster_project.lineage.impact import text
 
@@ -124,7 +126,7 @@ def test_an_audit_of_an_exported_file_refuses_options_that_it_does_not_use(
 def test_addresses_of_the_ui_are_printed_only_if_its_ports_are_free(ports: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "dvc.yaml").touch()
     assert main(["ui", *ports.split(), "--json", "--project", str(tmp_path)]) == 2
-    assert not capsys.readouterr().out
+    assert "url" not in capsys.readouterr().out
 
 
 def test_the_terminal_says_how_many_records_of_a_difference_it_leaves_out() -> None:
@@ -164,3 +166,22 @@ def test_what_a_function_of_the_user_prints_is_not_in_the_document_of_a_run(
     assert main(["run", "splits", "--json", "--project", str(tmp_path)]) == 0
     written = capfd.readouterr()
     assert json.loads(written.out) == {"stage": "splits"} and "scoring" in written.err
+
+
+@pytest.mark.parametrize("arguments", ["audit x", "audit x --rev", "check", "check none.jsonl", "no-such-command", "sync --unknown"])
+def test_an_error_is_one_document_with_json(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bad input and wrong usage; stdout was empty, which no reader of JSON accepts."""
+    for options, expected in (([], False), (["--json"], True)):
+        assert exit_code(*arguments.split(), *options, *(["--project", str(tmp_path)] if arguments == "audit x" else [])) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ") and bool(said.out) == expected
+    document = json.loads(said.out)
+    assert said.err == f"error: {document['error']}\nhint: {document['hint']}\n"
+
+
+def test_nothing_is_added_to_a_document_that_was_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """`ui --json` and `serve --json` print their addresses, and may end with an error later."""
+    options = argparse.Namespace(json=True)
+    print_result(options, {"url": "here"}, str)
+    print_error(options, InputError("the server ended", "see its log"))
+    assert json.loads(capsys.readouterr().out) == {"url": "here"}

@@ -609,6 +609,8 @@ def test_a_plan_for_a_model_loads_no_library_that_it_does_not_need(config: Any) 
         (["--model", "", "lora"], "the name is empty"),
         (["--dtype", "float32"], "--dtype requires --model"),
         (["--model", "config.json", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
+        (["--model", "config.json", "--tokens-per-row", "1" + "0" * 20], "too much for one forward pass"),
+        (["--model", "config.json", "--batch", "90000000", "--tokens-per-row", "10"], "at most 1,000,000 rows, and 1,000,000,000 tokens"),
     ],
 )
 def test_options_that_would_have_no_effect_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,8 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "pypi token": joined("pypi-AgEIcHlwaS5vcmc", some(TOKEN, 70, 90)),
     "sendgrid key": joined("SG.", some(ALNUM, 22), ".", some(ALNUM, 43)),
     "slack token": joined("xoxb-", some(string.digits, 11), "-", some(string.digits, 11), "-", some(ALNUM, 24))
-    | joined("xapp-1-A", some(string.ascii_uppercase + string.digits, 10), "-", some(string.digits, 13), "-", some("0123456789abcdef", 64)),
+    | joined("xapp-1-A", some(string.ascii_uppercase + string.digits, 10), "-", some(string.digits, 13), "-", some("0123456789abcdef", 64))
+    | joined("xoxe-1-", some(ALNUM, 146)),
     "square key": joined("sq0csp-", some(ALNUM, 43)),
     "stripe key": joined("sk_live_", some(ALNUM, 24)),
     "telegram token": joined(some("123456789", 9), ":AA", some(ALNUM, 33)),

@@ -316,7 +316,12 @@ def test_a_model_that_changes_while_it_is_loaded_is_not_announced(made: Path, tm
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     port = free_port()
     done = pedigree(made, "serve", str(file), "--port", str(port), "--json")
-    assert (done.returncode, done.stdout) == (1, "") and "changed while it was loaded" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and json.loads(done.stdout).keys() == {"error", "hint"}
+        and "changed while it was loaded" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert within_a_minute(lambda: is_free(port))
 
 

@@ -28,7 +28,7 @@ from dagster_project.views.ballot import ballot_page
 from dagster_project.views.comparison import Sample, comparison_page
 from dagster_project.views.conversations import conversation
 from dagster_project.views.data_quality import data_quality_page
-from dagster_project.views.lineage import lineage_page
+from dagster_project.views.lineage import _diagram, lineage_page
 from dagster_project.views.papers import papers_page
 from dagster_project.views.trained_examples import Piece, TrainedExample
 from dagster_project.views.training import training_page
@@ -113,6 +113,18 @@ def test_pages_are_not_drawn_from_documents_of_two_versions(tmp_path: Path) -> N
     write_json(tmp_path / "data/reports/comparison.json", {**report, "output_sha256": "1" * 64})
     reason, drawn = _render(tmp_path, "comparison", out)
     assert "its report is of another output than data/comparison" in reason and not drawn, "after `git checkout` without `dvc checkout`"
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [(None, "it has not run yet"), (True, "data/comparison is missing: `dvc repro comparison`"), (False, "failed a blocking check")],
+)
+def test_a_page_whose_output_is_missing_is_not_drawn(report: bool | None, expected: str, tmp_path: Path) -> None:
+    """A clone has reports, which git tracks, and no outputs."""
+    if report is not None:
+        write_json(tmp_path / "data/reports/comparison.json", {"passed": report, "output_sha256": "0" * 64})
+    reason, drawn = _render(tmp_path, "comparison", tmp_path / "data/comparison")
+    assert expected in reason and not drawn
 
 
 def test_pages_of_a_run_have_the_hash_of_its_output(root: Path) -> None:
@@ -353,3 +365,17 @@ def test_hostile_text_in_any_field_of_any_page_stays_text(page: Callable[[Text, 
     assert "<img" not in hostile and not re.search("[\x00-\x08\x0b-\x1f\u202e\ud800]", hostile)
     body = hostile[hostile.index("<body>") :]
     assert "{{ 7*7 }}" in body and "49" not in re.sub("[0-9.]{3,}", "", Elements(body).text)
+
+
+@pytest.mark.parametrize(("sources", "width"), [(3, "100%"), (20, "3200")])
+def test_boxes_of_the_lineage_have_room_for_their_text(sources: int, width: str) -> None:
+    """Names of many sources lay over each other. On a narrow screen the style sheet keeps the diagram wide, and it scrolls."""
+    paths = [f"data/sources/{i}.jsonl" for i in range(sources)]
+    document = {
+        "model": {"stage": "raw_examples"},
+        "parents": [],
+        "sources": {path: {"rows": 1, "license": "MIT"} for path in paths},
+        "read_by": {path: ["raw_examples"] for path in paths},
+        "stages": {"raw_examples": {"parents": [], "md5": "0" * 32, "output": "data/raw_examples"}},
+    }
+    assert _diagram(document).plot.width == width

@@ -28,7 +28,9 @@ def compare(options: argparse.Namespace) -> int:
     root = project(options)
     folder = root / "data" / "comparison"
     if not (folder / "comparison.json").is_file():
-        raise InputError("data/comparison: there is no comparison yet", "run `dvc repro comparison`")
+        raise InputError(
+            "data/comparison: there is no comparison here", "`dvc repro comparison` makes it, `dvc pull comparison` fetches it"
+        )
     hint = "restore it with `dvc checkout --force data/comparison`, or make it again with `dvc repro comparison`"
     document = read_document(folder / "comparison.json", "data/comparison/comparison.json", hint)
     versions = registered.table_rows(registered.registered(root))

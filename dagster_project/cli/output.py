@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def print_result(options: argparse.Namespace, document: Any, as_text: Any, safe:
     """
     from dagster_project.core.text import visible, visible_json
 
+    options.printed = True
     encoding = sys.stdout.encoding or "utf-8"
     if options.json:
         text = visible_json(json.dumps(document, ensure_ascii=False))
@@ -39,6 +41,13 @@ def print_result(options: argparse.Namespace, document: Any, as_text: Any, safe:
     except OSError as error:
         ending.discard(sys.stdout)
         raise PedigreeError(f"standard output: {error.strerror}", "free some space on its disk, or write elsewhere") from None
+
+
+def print_error(options: argparse.Namespace, error: PedigreeError) -> None:
+    """Print an error as the document of `--json`, unless the command has printed one. stdout may be full: stderr has the error, too."""
+    if options.json and not getattr(options, "printed", False):
+        with suppress(PedigreeError):
+            print_result(options, {"error": error.what, "hint": error.hint}, str)
 
 
 def write(option: str, path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 from typing import NoReturn
 
 from dagster_project.cli import attribution, checks, erasure, evaluation, exports, lineage, models, running, ui
-from dagster_project.cli.output import visible_lines
+from dagster_project.core.errors import InputError
 
 GROUPS = (checks, running, lineage, exports, erasure, attribution, evaluation, models, ui)
 
@@ -26,4 +26,4 @@ def parser() -> argparse.ArgumentParser:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, visible_lines(f"error: {message}\nhint: see `{self.prog} --help`\n"))
+        raise InputError(message, f"see `{self.prog} --help`")

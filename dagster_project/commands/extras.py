@@ -24,20 +24,29 @@ PACKAGES = {
 }  # fmt: skip
 """Extra of pyproject.toml -> packages that it installs and that this project imports, or `transformers serve`."""
 
+CORE = {
+    "attr", "cyclonedx", "detect_secrets", "ftfy", "huggingface_hub", "jinja2", "jsonschema", "jsonschema_specifications", "license_expression", "markupsafe",
+    "numpy", "openlineage", "orjson", "packaging", "pandera", "phonenumbers", "platformdirs", "polars", "py3langid", "pydantic", "pydantic_core", "referencing",
+    "rich", "ruamel", "stdnum", "tokenizers",
+}  # fmt: skip
+"""Packages that every installation has. One is missing after an interrupted installation."""
+
 _EXTRA = {package: extra for extra, packages in PACKAGES.items() for package in packages}
 
 
 def missing_extra(error: ModuleNotFoundError, command: str) -> InputError | None:
-    """The message for a library that is not installed; None for a module that no extra installs, whose absence is a fault.
+    """The message for a library that is not installed; None for a module that neither the core nor an extra installs, whose absence is a fault.
 
     Args:
         command: that needs it, e.g. "run".
     """
     package = (error.name or "").partition(".")[0]
-    extra = _EXTRA.get(package)
+    what, extra = f"`pedigree {command}` requires {package}, which is not installed", _EXTRA.get(package)
+    if package in CORE:
+        return InputError(what, "`pip install pedigree-llm` installs what is missing")
     if extra is None:
         return None
     return InputError(
-        f"`pedigree {command}` requires {package}, which is not installed",
+        what,
         f"`pip install 'pedigree-llm[{extra}]'` installs it; 'pedigree-llm[all]' has what all commands and stages need",
     )

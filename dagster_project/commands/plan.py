@@ -59,6 +59,8 @@ checkpointing. For full training the guides assume 16-bit weights and gradients;
 GPU_SIZES = (24, 40, 80)
 """Sizes of the GPUs in `plan --model`, in GB of 10^9 bytes. A card sold as 24 GB has 24 x 2^30: the difference of 7 % is the margin for what a
 prediction excludes, scratch memory of kernels and fragmentation."""
+MAX_ROWS, MAX_TOKENS = 1_000_000, 1_000_000_000
+"""Of a forward pass in `plan --model`: with more, a prediction takes minutes, and PyTorch's 32-bit sizes overflow."""
 
 
 class Machine:
@@ -419,6 +421,11 @@ def plan_model(
     """
     if tokens < 2 or rows < 1:
         raise InputError(f"--tokens-per-row {tokens} --batch {rows}: nothing to train on", "give at least 2 tokens and 1 row")
+    if rows > MAX_ROWS or rows * tokens > MAX_TOKENS:
+        raise InputError(
+            f"--tokens-per-row {tokens} --batch {rows}: too much for one forward pass",
+            f"give at most {MAX_ROWS:,} rows, and {MAX_TOKENS:,} tokens in all rows",
+        )
     _import_libraries(device)
     from huggingface_hub.errors import StrictDataclassError
 

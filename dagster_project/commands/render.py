@@ -59,13 +59,15 @@ def render(root: Path, address: str | None = None) -> dict[str, Any]:
 def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
     """Why nothing was drawn (empty if something was), and the drawn pages."""
     path, pages = root / report_of(address), pages_of(root, address)
-    if not path.is_file() or not out.exists():
+    if not path.is_file():
         return "it has not run yet", []
     if why := damaged_report(root, address):
         return why, []
     report = read_report(root, address)
     if not report.get("passed", True):
         return "its latest run failed a blocking check, and its page shows that run", []
+    if not out.exists():
+        return f"{out.relative_to(root)} is missing: `dvc repro {address}` makes it, `dvc pull {address}` fetches it", []
     published, run = report.get("output_sha256"), measured_path(root, address)
     if published and published != sha256_of(out):
         path = out.relative_to(root)

@@ -56,6 +56,8 @@ class Plot:
     shapes: Sequence[Shape]
     kind: str = "plot"
     """CSS classes."""
+    width: str = "100%"
+    """Of its column, or pixels."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from dagster_project.views.html import Figure, Plot, Table, cut, label, render, 
 
 ROW, BOX = 76, 44
 """Pixels from one row of the diagram to the next, and height of a box."""
+FITTING, LEAST = 6, 160
+"""Boxes side by side that a page has room for; with more, pixels for each, and the diagram scrolls."""
 LISTED = 200
 """Records listed on the page; `--records` writes all."""
 
@@ -155,15 +157,16 @@ def _diagram(document: Mapping[str, Any]) -> Figure:
             note = f"{stage['md5'][:12]}{_passed(stage)}"
         else:
             note = f"{document['sources'][name]['rows']} rows, {document['sources'][name]['license']}"
-        left, width = f"{place[name] - wide / 2:.2f}%", f"{wide:.2f}%"
         boxes += [
-            shape("rect", class_=kind, x=left, y=row * ROW, width=width, height=BOX, rx="6"),
+            shape("rect", class_=kind, x=f"{place[name] - wide / 2:.2f}%", y=row * ROW, width=f"{wide:.2f}%", height=BOX, rx="6"),
             shape("text", title, class_="name", x=middle, y=row * ROW + 18, text_anchor="middle"),
             shape("text", cut(note, 40), class_="soft", x=middle, y=row * ROW + 35, text_anchor="middle"),
         ]
     cells = [(name, stage["md5"], ", ".join(parents[name]), stage["output"]) for name, stage in stages.items()]
     table = Table("Lineage", ["stage", "md5 of its output", "inputs", "output"], cells)
-    picture = Plot(f"Lineage of {cut(document['model']['stage'])}", len(rows) * ROW - ROW + BOX, [*lines, *boxes], "plot lineage")
+    widest = max(map(len, rows), default=0)
+    width = "100%" if widest <= FITTING else f"{widest * LEAST}"
+    picture = Plot(f"Lineage of {cut(document['model']['stage'])}", len(rows) * ROW - ROW + BOX, [*lines, *boxes], "plot lineage", width)
     return Figure("Lineage", "every stage with the hash of its output; models are in color", picture, table)
 
 

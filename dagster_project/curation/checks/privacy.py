@@ -507,9 +507,10 @@ def _rules() -> tuple[Rule, ...]:
         token("sendgrid key", r"SG\.", sendgrid.SendGridDetector),
         token(
             "slack token",
-            "(?i:xox[abposr]-|xapp-|hooks.slack.com/services)",
+            "(?i:xox[abeposr]-|xapp-|hooks.slack.com/services)",
             slack.SlackDetector,
             "xapp-[0-9]-[A-Z0-9]{8,16}-[0-9]{8,16}-[a-z0-9]{32,}",
+            "xoxe-[0-9]-[A-Za-z0-9]{40,}",
         ),
         token("square key", "sq0csp-", square_oauth.SquareOAuthDetector),
         token("stripe key", "[rs]k_live_", stripe.StripeDetector),

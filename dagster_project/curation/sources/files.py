@@ -217,14 +217,15 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
                 )
         files += [path for path in (Path(parent, name) for name in names) if suffix_of(path) in READERS]
     if not files:
-        raise InputError(f"{folder.name}: no file of examples in the folder", f"file types: {', '.join(READERS)}")
+        raise InputError(f"{folder.absolute().name}: no file of examples in the folder", f"file types: {', '.join(READERS)}")
     return sorted((path.relative_to(folder).as_posix(), path) for path in files)
 
 
 def others_of(folder: Path) -> list[str]:
     """Relative paths of the files in a folder that `files_of` leaves out, as `unread`."""
     return unread(
-        folder.name, (PurePosixPath(Path(parent, name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names)
+        folder.absolute().name,
+        (PurePosixPath(Path(parent, name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names),
     )
 
 

@@ -1,8 +1,10 @@
-"""Searches files of any kind for erased records: as bytes, and decompressed: Parquet, Arrow, zip, gzip, bzip2, xz, Zstandard and LZ4. SQLite stores text as it is."""
+"""Searches files of any kind for erased records: as bytes, and decompressed: Parquet, Arrow, zip, gzip, bzip2, xz, Zstandard and LZ4. UTF-16
+is read as text. SQLite stores text as it is."""
 
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -27,6 +29,8 @@ COMPRESSED = (GZIP, BZIP2, XZ, ZSTD, LZ4)
 """How compressed files begin."""
 CLOSED = (b"7z\xbc\xaf\x27\x1c", b"Rar!")
 """How archives begin that are not opened, but counted."""
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How texts of some programs for Windows begin."""
 MOST = 2**30
 """Bytes that a part of an archive may have when it is decompressed; a larger one counts as unreadable."""
 TEXT, ID, SURE = "text", "id", "sure"
@@ -136,7 +140,7 @@ class Scanner:
 
 
 def _is_packed(head: bytes) -> bool:
-    return head.startswith((b"PAR1", b"ARROW1", ARROW_STREAM, b"PK\x03\x04", *COMPRESSED, *CLOSED))
+    return head.startswith((b"PAR1", b"ARROW1", ARROW_STREAM, b"PK\x03\x04", *COMPRESSED, *CLOSED, *UTF_16))
 
 
 def _unpacked(data: bytes) -> Iterator[bytes]:
@@ -145,6 +149,8 @@ def _unpacked(data: bytes) -> Iterator[bytes]:
             yield _bounded(file.read(MOST + 1))
     elif data.startswith(CLOSED):
         raise ValueError("no library to open it")
+    elif data.startswith(UTF_16):
+        yield _bounded(data).decode("utf-16", "replace").encode("utf-8", "replace")
     elif data.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for entry in archive.infolist():
