@@ -22,11 +22,11 @@ from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file, sha256_of_file, sha256_of_text
 from dagster_project.core.layout import PLOTS, REPORTS, report_of
 from dagster_project.core.records import write_text
+from dagster_project.lineage.erasure.tombstones import CERTIFICATES
 from dagster_project.lineage.history import LOST_HINT, Revision, lost_entries, lost_text
 from dagster_project.lineage.papers_in_place import without_papers
 from dagster_project.orchestration import dvc, dvc_cache
 from dagster_project.orchestration.dvc import StageState
-from dagster_project.orchestration.erasure.layout import CERTIFICATES
 
 KNOWN_HASHES = Path(".dvc", "tmp", "pedigree", "sha256.json")
 """Cache of hashes: path -> [mtime in ns, inode, size, sha256]. It can be deleted."""
