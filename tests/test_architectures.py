@@ -110,6 +110,32 @@ def test_scores_and_samples_of_a_model_that_scales_its_logits_are_those_of_its_o
     torch.testing.assert_close(seen[0][0], logits[-1], atol=1e-4, rtol=1e-4)
 
 
+def test_prompts_of_different_lengths_are_refused_where_padding_counts_as_tokens() -> None:
+    keys = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 32,
+        "is_encoder_decoder": False,
+    }
+    from transformers import BartConfig, BartForCausalLM
+
+    model = BartForCausalLM(BartConfig(vocab_size=300, is_decoder=True, **keys)).eval()
+
+    def answers(*prompts: list[int]) -> list[list[int]]:
+        return decode(model, prompts, lambda logits, *_: logits.argmax(-1).tolist(), 4, (), 0)
+
+    with pytest.raises(InputError, match=r"bart models count padding as tokens .+\nhint: .*evaluation.batch_size: 1"):
+        answers([9, 8, 7], [30, 40, 50, 60])
+    assert answers([9, 8, 7], [30, 40, 50]) == [*answers([9, 8, 7]), *answers([30, 40, 50])]
+
+
+def test_a_model_with_a_cache_of_its_own_is_refused() -> None:
+    with pytest.raises(InputError, match="minimax models have a cache of their own"):
+        decode(of_kind("minimax", num_local_experts=2, head_dim=8), [[9, 8, 7]], lambda *_: [1], 2, (), 0)
+
+
 def tune(folder: Path, kind: str, tokenizer: Any, rows: list[dict[str, Any]], **params: Any) -> Any:
     of_kind(kind).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

@@ -189,6 +189,49 @@ def test_a_wheel_with_another_sha256_is_refused_before_it_is_opened(root: Path, 
     assert "evil==1.0 has no file evil/a.gguf" in refusal(root, **PACKAGE).what
 
 
+def test_a_license_of_a_wheel_that_would_fill_the_disk_is_refused(root: Path, local_index: Path) -> None:
+    with zipfile.ZipFile(local_index / "evil-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("evil-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+        archive.writestr("evil-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+        archive.writestr("evil-1.0.dist-info/LICENSE", bytes(2_000_000))
+        archive.writestr("evil/a.gguf", b"GGUF")
+    what = "base_model: evil-1.0.dist-info/LICENSE in evil==1.0 has 2,000,000 bytes, and a license at most 1,048,576"
+    assert refusal(root, **PACKAGE).what == what
+
+
+@pytest.mark.parametrize("scaled", ["field", "weight", ""])
+def test_a_gguf_file_that_scales_positions_is_refused(scaled: str, tmp_path: Path) -> None:
+    """transformers ignores the scaling, and the model would compute with other positions, e.g. Llama 3.2."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if scaled == "field" else gguf.RopeScalingType.NONE)
+    writer.add_tensor("rope_freqs.weight" if scaled == "weight" else "output_norm.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if not scaled:
+        assert base_model._stored_numbers(tmp_path / "a.gguf") == 8
+        return
+    with pytest.raises(
+        ValueError,
+        match=r"does not read the scaling of positions \((linear|rope_freqs\.weight)\) in GGUF files: use the model's safetensors",
+    ):
+        base_model._stored_numbers(tmp_path / "a.gguf")
+
+
+def test_a_gguf_file_with_weights_that_transformers_leaves_out_is_refused(tiny_model: Path) -> None:
+    """Such as biases of the attention in a file of the architecture llama."""
+    from transformers import AutoModelForCausalLM
+
+    used = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+    base_model._refuse_other_weights_than_stored(tiny_model, {}, used)
+    with pytest.raises(ValueError, match=f"it reads {used:,} of the {used + 64:,} weights of the GGUF file: use the model's safetensors"):
+        base_model._refuse_other_weights_than_stored(tiny_model, {}, used + 64)
+
+
 @pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "deeper/config.json"])
 def test_a_link_in_a_folder_is_refused(root: Path, name: str) -> None:
     secret = root / "secret"

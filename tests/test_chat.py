@@ -251,6 +251,17 @@ def test_weights_that_would_be_unpickled_are_refused(project: Path, kind: str) -
         chat.load(project, "models/tiny", folder)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_bitsandbytes_would_quantize_is_refused(project: Path, bits: int) -> None:
+    """Its first pass ends in an AssertionError of bitsandbytes."""
+    path = project / "models/tiny/config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}})
+    )
+    with pytest.raises(InputError, match="bitsandbytes quantizes, which is not supported"):
+        chat.load(project, "models/tiny", project / "models/tiny")
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"", None], ids=["not downloaded", "empty", "missing"])
 def test_a_model_with_a_damaged_file_is_refused(project: Path, file: str, content: bytes | None) -> None:

@@ -92,7 +92,12 @@ def test_history_is_verified_and_missing_data_is_listed_separately(root: Path) -
     old.unlink()
     gone = examine(root, rev="HEAD~1")
     assert gone["verdict"] == "incomplete" and [one["path"] for one in gone["missing"]] == ["data/tok/test.txt"]
-    assert "dvc pull --all-commits" in as_text(gone)
+    assert [one["next"] for one in gone["missing"]] == ["dvc pull --all-commits"]
+    (root / "data/erasures").mkdir()
+    (root / "data/erasures/0123456789ab.json").write_text("{}")
+    assert "dvc pull --all-commits, unless `pedigree erase` removed it (certificates in data/erasures)" in as_text(
+        examine(root, rev="HEAD~1")
+    )
     assert pedigree(root, "verify", "--integrity", "--rev", "HEAD~1").returncode == 2
 
 

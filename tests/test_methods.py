@@ -739,6 +739,23 @@ def test_a_start_that_a_loaded_adapter_would_not_have_is_refused(start: str) -> 
         check("lora", {"init_lora_weights": start}, None, True, "adapter.x")
 
 
+def test_olora_of_weights_that_are_stored_transposed_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from dagster_project.training.trainers.alignment import reward_model
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=1, n_head=4)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    for where in ("c_attn", "attn.c_proj"):  # the latter is square, so that no shape differs
+        options = {"r": 4, "init_lora_weights": "olora", "target_modules": [where]}
+        with pytest.raises(InputError, match=re.escape("adapter.x.peft.init_lora_weights: olora is not supported for this model")):
+            make("lora", tmp_path, options=options)
+        with pytest.raises(InputError, match=re.escape("reward_model.peft.init_lora_weights: olora is not supported for this model")):
+            reward_model.build(tmp_path, options, CPU, torch.float32, "reward_model")
+    with pytest.raises(InputError, match=re.escape("params.yaml: reward_model.peft: ")):
+        reward_model.build(tmp_path, {"target_modules": "c_attn("}, CPU, torch.float32, "reward_model")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -746,6 +763,7 @@ def test_a_start_that_a_loaded_adapter_would_not_have_is_refused(start: str) -> 
         ({"modules_to_save": ["lm_heads"]}, "modules_to_save: this model has no module 'lm_heads'"),
         ({"target_modules": "all-linear", "exclude_modules": ["qproj"]}, "exclude_modules: this model has no module 'qproj'"),
         ({"rank_pattern": {"up_proj": 2}}, "rank_pattern: 'up_proj' matches no module that is adapted"),
+        ({"layers_to_transform": [0, 2]}, "layers_to_transform: no module of layer 2 is adapted\nhint: layers of this model: 0 to 1"),
     ],
 )
 def test_a_name_that_no_module_has_is_refused_although_others_are_found(options: dict[str, Any], said: str, tiny_model: Path) -> None:
@@ -753,7 +771,8 @@ def test_a_name_that_no_module_has_is_refused_although_others_are_found(options:
     with pytest.raises(InputError, match=re.escape(f"params.yaml: adapter.x.peft.{said}")):
         refuse_unmatched(tunable.model, options, "adapter.x")
     fine = {"target_modules": ["q_proj", "self_attn.v_proj", "lm_head"], "modules_to_save": ["norm"], "alpha_pattern": {"v_proj": 8}}
-    refuse_unmatched(make("lora", tiny_model, options=fine, merge=False).model, fine, "adapter.x")
+    for one in (fine, {"layers_to_transform": 1}, {"layers_to_transform": [0, 1]}):
+        refuse_unmatched(make("lora", tiny_model, options=one, merge=False).model, one, "adapter.x")
 
 
 def test_trained_rows_of_a_shared_output_layer_cannot_be_merged(tiny_model: Path) -> None:

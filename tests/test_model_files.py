@@ -149,6 +149,20 @@ def test_a_planted_mismatch_is_refused(
         conformance.verify(altered(converted, tmp_path / "x.gguf", **fields), tokenizer, prompts)
 
 
+def test_a_sliding_window_that_the_file_lacks_is_refused(converted: Path, tmp_path: Path) -> None:
+    """llama.cpp would read texts that are longer than the window in another way."""
+    from transformers import MistralConfig, Qwen2Config
+
+    window = MistralConfig(sliding_window=64, max_position_embeddings=4096)
+    with pytest.raises(InputError, match=r"\(64 tokens\): it would read texts of more tokens, up to 1,024, in another way"):
+        conformance.refuse_lost_window(converted, window, 1024)
+    with pytest.raises(InputError, match="up to 4,096"):
+        conformance.refuse_lost_window(converted, window, 10**30)
+    conformance.refuse_lost_window(altered(converted, tmp_path / "a.gguf", llama__attention__sliding_window=64), window, 1024)
+    for config, context in ((window, 64), (MistralConfig(sliding_window=None), 1024), (Qwen2Config(sliding_window=64), 1024)):
+        conformance.refuse_lost_window(converted, config, context)
+
+
 def test_without_llama_cpp_fewer_things_are_compared_and_nothing_is_quantized(
     converted: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,8 +209,8 @@ def test_a_path_that_cannot_be_one_is_refused(path: str, tmp_path: Path) -> None
         params.inside(tmp_path, path, "here")
 
 
-@pytest.mark.parametrize("values", [{"threads": 0}, {"threads": -1}, {"seed": -1}, {"seed": 2**32}])
-def test_numbers_that_would_fail_hours_later_are_refused_at_once(values: dict[str, int]) -> None:
+@pytest.mark.parametrize("values", [{"threads": 0}, {"threads": -1}, {"seed": -1}, {"seed": 2**32}, {"dtype": "fp16"}])
+def test_values_that_would_fail_hours_later_are_refused_at_once(values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"compute.{next(iter(values))}: Input should be"):
         params.parse(params.Compute, values, "compute")
 

@@ -40,7 +40,7 @@ from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import SftParams
 from dagster_project.training.trainers.harness.weight_audit import WeightChange
 from dagster_project.training.trainers.sft import fit, sft
-from dagster_project.training.trainers.sft.sft import add_noise, refuse_mistakes, steps, train, warmup
+from dagster_project.training.trainers.sft.sft import add_noise, refuse_mistakes, steps, train, unreached_rate, warmup
 
 COMPUTE = Compute(threads=1, dtype="float32")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj", "down_proj"]}
@@ -241,6 +241,12 @@ def test_the_rate_of_a_single_step_is_not_zero() -> None:
 
 def test_a_constant_schedule_has_no_warm_up() -> None:
     assert [warmup(100, SftParams(lr_scheduler_type=name)) for name in ("constant", "constant_with_warmup")] == [0, 10]  # type: ignore[arg-type]
+
+
+def test_a_warmup_that_does_not_end_is_named() -> None:
+    assert unreached_rate(10, SftParams(warmup_steps=40)).endswith("a training of 10; the rate reaches 22% of learning_rate")
+    assert "reaches 90%" in unreached_rate(10, SftParams(warmup_steps=10))
+    assert not any(unreached_rate(10, SftParams(**keys)) for keys in ({"warmup_steps": 9}, {}, {"lr_scheduler_type": "constant"}))  # type: ignore[arg-type]
 
 
 def test_liger_does_not_replace_the_loss_and_refuses_an_unsupported_model(

@@ -12,12 +12,12 @@ from typing import Any
 from dagster_project.core.records import write_json, write_text
 from dagster_project.curation.sources.erased import TOMBSTONES
 from dagster_project.lineage.erasure.likelihoods import sensitivity
+from dagster_project.lineage.erasure.tombstones import CERTIFICATES
 from dagster_project.lineage.signing.envelope import STATEMENT_TYPE, canonical, seal
 from dagster_project.lineage.signing.keys import PrivateKey
 from dagster_project.orchestration.erasure.places import GIT
 from dagster_project.orchestration.erasure.plan import KEEP, REMAKE, RETIRE
 
-FOLDER = "data/erasures"
 OUTSIDE_GIT = ".dvc/tmp/pedigree/erased"
 """Folder of lists of git blobs. A guess can be tested by the hash of an old source file, so git does not track it."""
 BLOBS = "blobs of git history"
@@ -134,7 +134,7 @@ def write(root: Path, document: Mapping[str, Any], key: PrivateKey | None) -> di
     """Write the certificate, as JSON and text, the recipe for git's history, and the signature if there is a key. Returns the paths."""
     public = {name: value for name, value in document.items() if name != "blobs"}
     name = hashlib.sha256(canonical([public["date"], public["tombstones"], public["requests"]])).hexdigest()[:12]
-    base = f"{FOLDER}/{name}"
+    base = f"{CERTIFICATES}/{name}"
     paths = {"certificate": f"{base}.json", "as text": f"{base}.txt"}
     write_json(root / paths["certificate"], public)
     write_text(root / paths["as text"], certificate_text(public) + "\n")

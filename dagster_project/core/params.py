@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from reprlib import Repr
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError, model_validator
 
@@ -50,7 +50,7 @@ class Compute(Section):
     threads: int = Field(default=2, ge=1)
     """CPU threads that torch uses. Part of a model's identity, because another number of threads gives different
     bits."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the computation: `auto`, `bfloat16` or `float32`. `auto` is bfloat16 where the hardware multiplies
     it natively (AMX, AVX512-BF16, GPUs from Ampere on), otherwise float32; GPUs before Ampere (Turing, Volta) have no
     native bfloat16."""

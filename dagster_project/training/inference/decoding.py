@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.core.errors import InputError
 from dagster_project.training.inference.packed_weights import packed_weights
 from dagster_project.training.methods.logits import logits_of
 
@@ -18,6 +19,10 @@ Choose = Callable[["torch.Tensor", Sequence[int], int], list[int]]
 
 TOKENS_AT_ONCE = {"cpu": 1024}
 """Device -> maximum number of prompt tokens, with padding, in a pass: more exceed a CPU's caches. A shared prefix does not count."""
+
+
+COUNTS_PADDING = frozenset({"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart", "trocr"})
+"""Decoder halves of translation models, which ignore the given positions and count padding as tokens."""
 
 
 def groups(lengths: Sequence[int], most: int, device: str) -> Iterator[list[int]]:
@@ -49,9 +54,16 @@ def decode(
         prefix: cache with one row of tokens that precede every prompt. Without `keeps_all_tokens`, only one prompt is supported.
     Returns:
         Token ids of each answer, including the end-of-turn token.
+    Raises:
+        InputError: the model cannot answer several prompts of different lengths at once, or has a cache of its own.
     """
     import torch
 
+    if model.config.model_type in COUNTS_PADDING and len(set(map(len, prompts))) > 1:
+        raise InputError(
+            f"{model.config.model_type} models count padding as tokens in transformers, so that answers to several prompts at once are wrong",
+            "use another model, or set evaluation.batch_size: 1",
+        )
     answers: list[list[int]] = [[] for _ in prompts]
     rows, ended = list(range(len(prompts))), set[int]()
     with torch.no_grad(), packed_weights(model):
@@ -151,6 +163,8 @@ def _empty(model: Any) -> Any:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+    if model.config.model_type == "minimax":
+        raise InputError("minimax models have a cache of their own in transformers, which generation does not support", "use another model")
     own = DynamicCache(config=model.config)
     if all(type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in own.layers):
         own.layers = [DynamicLayer() for _ in own.layers]  # not none: a model that runs its layers several times (Dory) adds copies of them

@@ -559,6 +559,7 @@ def build(
             raise
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
     _refuse_order(model, config, where)
+    refuse_start(model, config, where)
     if merge:
         _refuse_unmergeable(model, config, where)
     for parameter_name, parameter in model.named_parameters():
@@ -600,7 +601,7 @@ def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None
     """PEFT ignores a name that no module has, if another one is found.
 
     Raises:
-        InputError: a name in the options is that of no module, or a pattern matches none that is adapted.
+        InputError: a name in the options is that of no module, or a pattern or the number of a layer matches none that is adapted.
     """
     names = [name for name, _ in causal(model).named_modules()]
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -617,6 +618,14 @@ def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None
                 raise InputError(
                     f"{place_of(where, 'peft')}.{key}: {pattern!r} matches no module that is adapted", "correct it, or leave it out"
                 )
+    layers, numbers = options.get("layers_to_transform"), {part for name in adapted for part in name.split(".")}
+    for layer in (layers if isinstance(layers, list) else [layers] if layers is not None else []) if adapted else ():
+        if str(layer) not in numbers:
+            count = len(decoder_layers(model))
+            raise InputError(
+                f"{place_of(where, 'peft')}.layers_to_transform: no module of layer {layer} is adapted",
+                f"layers of this model: 0 to {count - 1}" if count else "correct it, or leave it out",
+            )
 
 
 def _refuse_order(model: Any, config: Any, where: str) -> None:
@@ -635,6 +644,20 @@ def _refuse_order(model: Any, config: Any, where: str) -> None:
                     f"{place_of(where, 'peft')}.{key}: {' and '.join(map(repr, matching))} match {module}, and which of them counts would depend on their order",
                     "write regular expressions of which one at most matches, or give them the same value",
                 )
+
+
+def refuse_start(model: Any, config: Any, where: str) -> None:
+    """PEFT computes the start of `olora` from weights as (out, in); those of GPT-2's layers are (in, out).
+
+    Raises:
+        InputError: as described.
+    """
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower() == "olora" and any(getattr(module, "fan_in_fan_out", False) for module in model.modules()):
+        raise InputError(
+            f"{place_of(where, 'peft')}.init_lora_weights: {start} is not supported for this model: PEFT does not transpose weights that are stored as (in, out)",
+            "use another value, such as pissa",
+        )
 
 
 def _refuse_unmergeable(model: Any, config: Any, where: str) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core import waiting
-from dagster_project.core.errors import InputError
 from dagster_project.core.imports import hidden, lean_imports
 from dagster_project.core.params import Compute
 from dagster_project.core.versions import require_version
@@ -24,11 +23,7 @@ LARGE_BLOCK = 32 * 2**20
 
 
 def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
-    """Set threads, seeds and deterministic kernels, and choose device and dtype.
-
-    Raises:
-        InputError: unknown dtype in params.yaml.
-    """
+    """Set threads, seeds and deterministic kernels, and choose device and dtype."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import_libraries()
@@ -44,8 +39,6 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
     # a debugging aid that fills every new tensor; no kernel here reads uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if compute.dtype not in {"auto", "bfloat16", "float32"}:
-        raise InputError(f"params.yaml: compute.dtype: {compute.dtype!r} is unknown", "use auto, bfloat16 or float32")
     if compute.dtype != "auto":
         return device, getattr(torch, compute.dtype)
     return device, torch.bfloat16 if _supports_bfloat16(device) else torch.float32

@@ -74,7 +74,8 @@ def load_base(
         folder: folder of the model; with `weights` False its config.json is sufficient.
         weights: False: only shapes and dtypes, on torch's meta device.
     Raises:
-        InputError: transformers does not have this attention for the model, its logits are computed in another way, or its weights are pickled.
+        InputError: transformers does not have this attention for the model, its logits are computed in another way, its weights are pickled, or its
+            own configuration quantizes them.
     """
     if weights:
         refuse_pickled_weights(folder)
@@ -87,6 +88,11 @@ def load_base(
         what = f"{folder}: the attention of this model cannot be replaced in transformers, which training on packed rows needs"
         raise InputError(what, "use another model") from None
     if weights:
+        if quantization == "none" and (getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)):
+            raise InputError(
+                f"{folder}: config.json asks for weights that bitsandbytes quantizes, which is not supported",
+                "use the model without quantization; `method: qlora` quantizes it for training",
+            )
         refuse_other_logits(base, folder)
     return base
 

@@ -7,6 +7,7 @@ that one answer is preferred is sigmoid of the difference of their rewards; Ouya
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from dagster_project.core.progress import Progress
 from dagster_project.core.records import CheckResult, write_json
 from dagster_project.core.rendering import end_tokens
 from dagster_project.core.words import split_words
-from dagster_project.training.methods.build import Quantization, peft_config, place_of, refuse_unmatched
+from dagster_project.training.methods.build import Quantization, peft_config, place_of, refuse_start, refuse_unmatched
 from dagster_project.training.methods.hardware import adding_adapters
 from dagster_project.training.methods.load import frozen_4bit, nf4_config, refusing_attention, store_as
 from dagster_project.training.tokens.collators import pad
@@ -104,8 +105,9 @@ def build(
     try:
         with adding_adapters():
             model = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError, LookupError, AssertionError, re.error) as error:  # as in `build`
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
+    refuse_start(model, config, where)
     refuse_unmatched(model, peft, where)
     for parameter in model.parameters():  # a step smaller than 1/256 of a bfloat16 weight is lost, so trained weights are float32
         if parameter.requires_grad:

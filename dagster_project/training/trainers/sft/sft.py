@@ -64,6 +64,15 @@ def warmup(total: int, params: SftParams) -> int:
     return min(math.ceil(total * params.warmup_ratio), total - 1)  # the rate of a single step is not 0
 
 
+def unreached_rate(total: int, params: SftParams) -> str:
+    """What a warm-up that does not end within `total` steps means; empty if it does."""
+    rises = warmup(total, params)
+    if rises < total:
+        return ""
+    reached = f"{(total - 1) / rises:.0%}"
+    return f"warmup_steps: the warm-up of {rises} steps does not end in a training of {total}; the rate reaches {reached} of learning_rate"
+
+
 def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[int]], validates: bool) -> None:
     """Find faults before a model is loaded that would otherwise fail late.
 
