@@ -167,7 +167,8 @@ def certificate_text(document: Mapping[str, Any]) -> str:
     ]
     lines += [f"  {path}: {many(rows, 'row')}" for path, rows in erased["rows"].items()]
     lines += [
-        f"  {path}: {many(rows, 'row')}, left out at each reading: the source still has them" for path, rows in erased.get(LEFT_OUT, {}).items()
+        f"  {path}: {many(rows, 'row')}, left out at each reading: the source still has them"
+        for path, rows in erased.get(LEFT_OUT, {}).items()
     ]
     lines += [
         f"  {kind}: {many(one['rows'], 'row')}, {'erased too' if one['erased'] else 'NOT erased'}"
@@ -175,7 +176,10 @@ def certificate_text(document: Mapping[str, Any]) -> str:
         if one["rows"]
     ]
     hashes = f"{number(len(document['tombstones']))} keyed {'hash' if len(document['tombstones']) == 1 else 'hashes'}"
-    lines += ["", f"{hashes} in {TOMBSTONES} {'refuses' if len(document['tombstones']) == 1 else 'refuse'} the same text in a later import."]
+    lines += [
+        "",
+        f"{hashes} in {TOMBSTONES} {'refuses' if len(document['tombstones']) == 1 else 'refuse'} the same text in a later import.",
+    ]
     lines += ["", "Found before:", *_place_lines(document["found"]), "Removed:"]
     for what, count in document["removed"].items():
         shown = ", ".join(f"{name} {n}" for name, n in count.items()) if isinstance(count, Mapping) else str(count)

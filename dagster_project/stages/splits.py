@@ -402,7 +402,9 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
     notes = [f"no rows in: {', '.join(empty)}"] if empty else []
     untested = not empty and not counts["test"]
     if untested:
-        notes.append("no row is held out (`test: 0`): models can be trained, but `evaluation`, and so `comparison` and `release`, need a test split")
+        notes.append(
+            "no row is held out (`test: 0`): models can be trained, but `evaluation`, and so `comparison` and `release`, need a test split"
+        )
     if labelled:
         rest = f"; the other {len(labels) - labelled} were assigned by share" if labelled < len(labels) else ""
         notes.append(f"{labelled} of {len(labels)} rows have a split in their source{rest}")
