@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from datetime import date
 from typing import Any
 
@@ -251,6 +252,22 @@ def test_a_copy_of_a_row_that_another_check_drops_is_kept() -> None:
     waiver = Waiver(check="pii", rows=["rows.jsonl:1"], reason="public", expires=date(2999, 1, 1))
     assert judged([row, row], Rules(waivers=[waiver])).reason == ["pii", None]
     assert judged([row, row]).reason == ["pii", "pii"]
+
+
+def test_the_same_words_in_another_form_are_no_conflict() -> None:
+    answer = "We close at five.\nThe Café opens at six."
+    forms = [f"{answer}\n", answer.replace("\n", " \r\n"), answer.replace(" ", "\u00a0"), answer.replace("at ", "at  ")]
+    rules = Rules(policy={"unicode_form": "warn"}, max_tokens=200)
+    assert result("conflicting_responses", judged([ask("Hours?", answer), *(ask("Hours?", form) for form in forms)], rules)).broken == []
+    decomposed = ask("Hours?", unicodedata.normalize("NFD", answer))
+    assert result("conflicting_responses", judged([ask("Hours?", answer), decomposed], rules)).broken == []
+    chosen = pair(chosen=answer, rejected="No idea.")
+    swapped = pair(chosen="No idea. ", rejected=f"{answer} ")
+    assert result("conflicting_responses", judged([chosen, swapped], rules)).broken == [1]
+    code = "if a:\n    b()\n    c()"
+    others = [answer.lower(), answer.replace("five", "six"), code, code.replace("\n    c", "\nc")]
+    different = judged([ask("Hours?", answer), *(ask("Hours?", text) for text in others)], rules)
+    assert result("conflicting_responses", different).broken == [1, 2, 3, 4]
 
 
 def test_a_conflict_is_queued_for_review_and_decisions_are_applied() -> None:

@@ -168,6 +168,6 @@ def test_the_text_of_a_certificate_shows_losses_ranks_and_what_they_mean() -> No
         *_membership_lines({"model": MODEL, "of": "conversations", "before": before, "after": after, "sensitivity": sensitivity(before)})
     ]
     assert pages[0].startswith(f"  {MODEL}, conversations, before: outside the range: 1 of 1 are more likely")
-    assert pages[2] == f"    abcdef012345: 0.2 nats per token, rank 1 among {FEWEST}: below 1.0 to 1.2"
+    assert pages[2] == f"    abcdef012345: 0.2 nats per token, rank 1 among it and {FEWEST} controls: below 1.0 to 1.2"
     assert pages[3] == f"  {MODEL}, conversations, made again: within the range"
-    assert pages[5] == f"    abcdef012345: 1.1 nats per token, rank 11 among {FEWEST}: within 1.0 to 1.2"
+    assert pages[5] == f"    abcdef012345: 1.1 nats per token, rank 11 among it and {FEWEST} controls: within 1.0 to 1.2"

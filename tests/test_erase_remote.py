@@ -251,7 +251,7 @@ def test_rows_in_s3_are_erased_with_those_of_files_and_the_certificate_names_wha
     assert document["erased"]["rows left out at reading"] == {first: 1, second: 1}
     for name in (first, second):
         assert f"{name} at revision {source['revision']}, which still holds 1 row of them" in document["not reached"]
-        assert f"{name}: 1 rows, left out at each reading" in as_text(document)
+        assert f"{name}: 1 row, left out at each reading" in as_text(document)
     assert traces(root, WORDS, [identity]) == [] and {name: bucket.read(name) for name in objects} == objects
 
     report = json.loads((root / "data/reports/raw_examples.json").read_text())

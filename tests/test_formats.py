@@ -867,12 +867,12 @@ def test_a_row_of_any_shape_is_read_or_malformed_and_never_lost(
     holds()
 
 
-def test_a_category_that_is_not_text_stays_in_meta(tmp_path: Path) -> None:
-    record = to_records(jsonl(tmp_path / "a.jsonl", {**PAIR, "category": 3}), "a.jsonl")[1][0]
-    assert (record["category"], json.loads(record["meta"])) == (None, {"category": 3})
+@pytest.mark.parametrize(("value", "category"), [(3, "3"), (0, "0"), (True, "true"), ("3", "3"), (2.5, None), (["a"], None)])
+def test_a_whole_number_is_a_category_as_in_csv_and_other_values_stay_in_meta(value: Any, category: str | None, tmp_path: Path) -> None:
     mapping = {"prompt": "prompt", "response": "completion", "category": "topic"}
-    record = to_records(jsonl(tmp_path / "a.jsonl", {**PAIR, "topic": 3}), "a.jsonl", mapping=mapping)[1][0]
-    assert (record["category"], json.loads(record["meta"])) == (None, {"topic": 3})
+    for key, more in (("category", {}), ("topic", {"mapping": mapping})):
+        record = to_records(jsonl(tmp_path / "a.jsonl", {**PAIR, key: value}), "a.jsonl", **more)[1][0]
+        assert (record["category"], json.loads(record["meta"])) == (category, {key: value} if category is None else {})
 
 
 # Data that nobody here wrote

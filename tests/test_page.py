@@ -280,6 +280,12 @@ def test_findings_are_sorted_by_severity_and_name_it() -> None:
     ]  # fmt: skip
 
 
+def test_a_finding_about_the_whole_set_has_no_numbers_of_rows() -> None:
+    of_set = finding("small_dataset", rows=[], places=[], examples=[])
+    words = " ".join(" ".join(Reader(data_quality_page(document(findings=[of_set]))).words).split())
+    assert "small_dataset the set It holds." in words and "dropped by this check" not in words
+
+
 @pytest.mark.parametrize(
     ("findings", "kept", "verdict"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, inside, parse
 from dagster_project.curation.sources.reading import locate
 from dagster_project.pipeline import validate
-from dagster_project.stages import raw_examples, splits, tokenized
+from dagster_project.stages import raw_examples, raw_preferences, splits, tokenized
 from dagster_project.training.trainers.harness.params import AdapterParams
 
 
@@ -87,6 +88,16 @@ def test_a_section_that_is_not_a_mapping_is_refused() -> None:
 def test_a_source_named_twice_is_refused() -> None:
     twice = {"sources": [{"path": "a.jsonl"}, {"path": "a.jsonl"}]}
     assert "a.jsonl is named twice" in refused(parse, raw_examples.Params, twice, "raw_examples").what
+
+
+@pytest.mark.parametrize(
+    ("module", "layout"), [(raw_examples, "alpacca"), (raw_examples, "kto"), (raw_preferences, "alpaca"), (raw_preferences, "mapping")]
+)
+def test_a_format_that_is_none_of_the_layouts_is_refused_before_the_stage_runs(module: ModuleType, layout: str) -> None:
+    section = {"sources": [{"path": "a.jsonl", "format": layout}]}
+    assert f"unknown format {layout!r}" in refused(parse, module.Params, section, "raw").what
+    section = {"sources": [{"path": "a.jsonl", "format": "sharegpt", "mapping": {"prompt": "q", "response": "a"}}]}
+    assert "both a format (sharegpt) and a mapping" in refused(parse, raw_examples.Params, section, "raw").what
 
 
 def test_the_file_is_read_as_plain_data(tmp_path: Path) -> None:

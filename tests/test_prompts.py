@@ -177,6 +177,17 @@ def test_copies_of_short_questions_are_leaks_and_shared_templates_are_not() -> N
     assert {(prompts[a], held[b]) for a, b in found - planted} == set()
 
 
+@pytest.mark.parametrize("frame", ["以下哪一项最能描述{}的过程？", "关于{}，下列说法正确的是哪一项？", "请简要说明{}的主要特点和作用。"])
+def test_chinese_questions_that_share_only_a_frame_are_not_leaks(frame: str) -> None:
+    mine, theirs = (
+        [frame.format(subject) for subject in subjects.split()] for subjects in ("光合作用 细胞分裂 火山喷发", "消化食物 冰川移动 选举投票")
+    )
+    held = theirs[0]
+    assert leaks(mine, held) == {}
+    copies = [held, f"老师问：{held}", held.replace("？", "").replace("。", "") + "请回答"]
+    assert [leaks([*mine, copy], held) for copy in copies] == [{3: "error"}] * 3
+
+
 @pytest.mark.parametrize(("left", "right"), TWINS)
 def test_questions_with_different_subjects_are_not_a_leak(left: str, right: str) -> None:
     assert (leaks([left], right), leaks([right], left)) == ({}, {})

@@ -270,7 +270,7 @@ def test_every_field_is_used_kept_or_ignored_and_counted_once(root: Path) -> Non
     asked, said = CHAT["messages"]
     rows = [
         {"messages": [asked, {**said, "weight": 0, "id": 7}], "category": "x", "stars": 4},
-        {"messages": [{**asked, "id": 8}, {**said, "reasoning": "Hm."}], "category": 3, "parallel_tool_calls": False},
+        {"messages": [{**asked, "id": 8}, {**said, "reasoning": "Hm."}], "category": 3.5, "parallel_tool_calls": False},
         {"messages": [asked, said, {**asked, "id": None}]},
         {"messages": [asked, {**said, "weight": 2}], "stars": 5},
     ]

@@ -101,6 +101,15 @@ def test_a_row_that_a_person_drops_for_what_no_check_found_is_counted_as_reviewe
     assert findings.references("a set", "alpaca", judged, [])["dropped"] == {"reviewed": 1}
 
 
+def test_a_line_with_an_unquoted_comma_is_refused_and_spaces_around_names_do_not_count(tmp_path: Path) -> None:
+    header = ",".join(COLUMNS)
+    (tmp_path / "r.csv").write_text(f"{header}\n0a,a:0,pii,q,a,edit,wrong, see ticket,New question?,\n")
+    with pytest.raises(InputError, match="row 1: more fields than columns"):  # else the new question is " see ticket"
+        read_decisions(tmp_path / "r.csv", CHECKS)
+    (tmp_path / "r.csv").write_text(f"{header}\n 0a ,a:0, pii,q,a, drop ,wrong,,\n")
+    assert [(d.example_id, d.check, d.decision) for d in read_decisions(tmp_path / "r.csv", CHECKS)] == [("0a", "pii", "drop")]
+
+
 def test_a_cell_that_a_spreadsheet_would_run_is_made_harmless(tmp_path: Path) -> None:
     line = next(csv.DictReader(io.StringIO(queue(placed([ask("Hi", "=cmd()")]), [(0, "pii")]))))
     assert line["response"] == "'=cmd()"

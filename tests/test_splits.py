@@ -397,6 +397,13 @@ def test_a_requested_split_without_rows_stops_the_stage(tmp_path: Path) -> None:
     ]
 
 
+def test_without_a_test_split_a_warning_names_the_stages_that_need_one(tmp_path: Path) -> None:
+    report = run(splits.Params(test=0.0, validation=0.0), folder_of(tmp_path / "in", 20), tmp_path / "out")
+    (warning,) = (check for check in report.checks if not check.passed)
+    assert (warning.name, warning.severity, warning.blocking, warning.count) == ("schema", "warn", False, 1)
+    assert warning.note.startswith("no row is held out (`test: 0`)") and "`evaluation`" in warning.note
+
+
 def test_a_set_that_is_too_small_for_a_share_is_named_as_the_reason(tmp_path: Path) -> None:
     rows = [
         {**row, "group_id": row["example_id"], "category": kind}

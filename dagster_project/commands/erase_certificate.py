@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.records import write_json, write_text
+from dagster_project.core.text import many, number
 from dagster_project.curation.sources.erased import TOMBSTONES
 from dagster_project.lineage.erasure.likelihoods import sensitivity
 from dagster_project.lineage.erasure.tombstones import CERTIFICATES
@@ -160,19 +161,25 @@ def certificate_text(document: Mapping[str, Any]) -> str:
     erased, models = document["erased"], document["models"]
     lines = [f"Erasure of {document['date']}" + (f": {document['reason']}" if document["reason"] else ""), ""]
     lines += [
-        f"{erased['records']} records were taken out of the sources{' or are left out of what is read from them' if LEFT_OUT in erased else ''},"
+        f"{many(erased['records'], 'record')} {'was' if erased['records'] == 1 else 'were'} taken out of the sources"
+        f"{' or left out of what is read from them' if LEFT_OUT in erased else ''},"
         f" and {erased['made from them']} that the pipeline had made from them."
     ]
-    lines += [f"  {path}: {rows} rows" for path, rows in erased["rows"].items()]
+    lines += [f"  {path}: {many(rows, 'row')}" for path, rows in erased["rows"].items()]
     lines += [
-        f"  {path}: {rows} rows, left out at each reading: the source still has them" for path, rows in erased.get(LEFT_OUT, {}).items()
+        f"  {path}: {many(rows, 'row')}, left out at each reading: the source still has them"
+        for path, rows in erased.get(LEFT_OUT, {}).items()
     ]
     lines += [
-        f"  {kind}: {one['rows']} rows, {'erased too' if one['erased'] else 'NOT erased'}"
+        f"  {kind}: {many(one['rows'], 'row')}, {'erased too' if one['erased'] else 'NOT erased'}"
         for kind, one in document["relatives"].items()
         if one["rows"]
     ]
-    lines += ["", f"{len(document['tombstones'])} keyed hashes in {TOMBSTONES} refuse the same text in a later import."]
+    hashes = f"{number(len(document['tombstones']))} keyed {'hash' if len(document['tombstones']) == 1 else 'hashes'}"
+    lines += [
+        "",
+        f"{hashes} in {TOMBSTONES} {'refuses' if len(document['tombstones']) == 1 else 'refuse'} the same text in a later import.",
+    ]
     lines += ["", "Found before:", *_place_lines(document["found"]), "Removed:"]
     for what, count in document["removed"].items():
         shown = ", ".join(f"{name} {n}" for name, n in count.items()) if isinstance(count, Mapping) else str(count)
@@ -209,9 +216,9 @@ def _membership_lines(one: Mapping[str, Any]) -> Iterator[str]:
             low, high = measured["range of controls"]
             yield f"    {measured['controls']} records of the test split, never trained on: {low} to {high} nats per token (5 to 95 %)"
         for mark, record in measured.get("records", {}).items():
-            among = f"{record['controls']}{' of its ' + record['matched by'] if record['matched by'] else ''}"
+            controls = f"{many(record['controls'], 'control')}{' of its ' + record['matched by'] if record['matched by'] else ''}"
             low, high = record["range"]
-            yield f"    {mark[:12]}: {record['loss']} nats per token, rank {record['rank']} among {among}: {record['place']} {low} to {high}"
+            yield f"    {mark[:12]}: {record['loss']} nats per token, rank {record['rank']} among it and {controls}: {record['place']} {low} to {high}"
     yield f"  {one['sensitivity']}"
 
 

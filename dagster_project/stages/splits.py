@@ -400,6 +400,11 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
     empty = [name for name in SPLITS if shares[name] and not counts[name]]
     total, labelled = sum(counts.values()), sum(label is not None for label in labels)
     notes = [f"no rows in: {', '.join(empty)}"] if empty else []
+    untested = not empty and not counts["test"]
+    if untested:
+        notes.append(
+            "no row is held out (`test: 0`): models can be trained, but `evaluation`, and so `comparison` and `release`, need a test split"
+        )
     if labelled:
         rest = f"; the other {len(labels) - labelled} were assigned by share" if labelled < len(labels) else ""
         notes.append(f"{labelled} of {len(labels)} rows have a split in their source{rest}")
@@ -414,7 +419,14 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
         notes.append(f"the largest {unit} has {dealt.largest} rows and is not divided")
     elif missed or empty:
         notes.append(f"there are {total} rows" + (f" of {strata} kinds by `stratify_by: {params.stratify_by}`" if strata > 1 else ""))
-    return CheckResult("schema", passed=not empty, blocking=True, count=len(empty), note="; ".join(notes))
+    return CheckResult(
+        "schema",
+        passed=not empty and not untested,
+        severity="warn" if untested else "error",
+        blocking=not untested,
+        count=len(empty) or int(untested),
+        note="; ".join(notes),
+    )
 
 
 def _augmented_rows(params: Params, verification: Verification, added: AddedRows) -> CheckResult:

@@ -212,8 +212,10 @@ def _findings(findings: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -
 
 def _card(number_: int, finding: Mapping[str, Any]) -> dict[str, Any]:
     severity, count, left, examples = _shown_severity(finding), finding["count"], _unresolved(finding), finding.get("examples", [])
+    of_set = count and not finding.get("rows") and not finding.get("places")
     facts = [("dropped", "dropped by this check", finding["dropped"]), ("elsewhere", "dropped by another check", finding["elsewhere"])]
     facts += [("fixed", "repaired", finding.get("fixed", 0)), ("left", "kept unchanged" if finding.get("fixed") else "kept", left)]
+    facts = [] if of_set else facts
     start, bar = 0.0, []
     for kind, _, n in facts:
         width = 100 * n / max(1, count)
@@ -228,8 +230,9 @@ def _card(number_: int, finding: Mapping[str, Any]) -> dict[str, Any]:
     rest = places[len(examples) :]
     more = f" (the first {len(places)} of {number(count)} are listed)" if count > len(places) else ""
     return {
-        "number": number_, "severity": severity, "sign": SIGNS[severity], "finding": finding, "bar": bar, "facts": facts, "quotes": quotes,
-        "rest": rest, "rest_words": many(len(rest), "more place" if quotes else "place") + more, "pairs": len(finding.get("matches") or []),
+        "number": number_, "severity": severity, "sign": SIGNS[severity], "finding": finding, "count": "the set" if of_set else number(count),
+        "bar": bar, "facts": facts, "quotes": quotes, "rest": rest, "rest_words": many(len(rest), "more place" if quotes else "place") + more,
+        "pairs": len(finding.get("matches") or []),
     }  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 from dagster_project.core.messages import Message, Messages, Tools, calls
 from dagster_project.core.records import content_id
@@ -115,10 +117,10 @@ def _digests(record: Mapping[str, Any], meta: Mapping[str, Any]) -> bytes:
     parts: list[Any] = [record["example_id"], [own, tools]]
     if "rejected" in record:
         prompt, chosen, rejected = messages[: record["asked"]], messages[record["asked"] :], record["rejected"]
-        both = [[_key(message) for message in side] for side in (chosen, rejected)]
+        both = [[_key(_tidy(message)) for message in side] for side in (chosen, rejected)]
         parts += [_context(prompt, tools), both, both[::-1]]
     elif len(messages) > 1:
-        parts += [_context(messages[:-1], tools), _key(messages[-1])]
+        parts += [_context(messages[:-1], tools), _key(_tidy(messages[-1]))]
     made = b"".join(blake2b(_ENCODED.encode(part).encode(), digest_size=16).digest() for part in parts)
     return made.ljust(16 * len(DIGESTS), b"\0")
 
@@ -136,6 +138,21 @@ def _key(message: Message) -> Any:
     made = [[call.name, json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)] for call in calls(message)]
     reasoning = message.get("reasoning_content")
     return [message["content"], reasoning or "", made] if reasoning or made else message["content"]
+
+
+def _tidy(message: Message) -> Message:
+    """The message in Unicode's composed form, with single spaces and none at the ends of lines, so that only other words are another answer.
+    Indents stay, because they have a meaning in code."""
+    tidied = {key: _tidied(message[key]) for key in ("content", "reasoning_content") if message.get(key)}
+    return {**message, **tidied}
+
+
+def _tidied(text: str) -> str:
+    lines = normalize("NFC", text).strip().split("\n")
+    return "\n".join([_SPACES.sub(" ", line).rstrip() for line in lines])
+
+
+_SPACES = re.compile(r"(?<=\S)\s+")
 
 
 def _reasoning(rows: Rows, i: int, rich: bool) -> int:

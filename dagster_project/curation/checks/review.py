@@ -204,7 +204,7 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
     Args:
         checks: names of the checks of the set.
     Raises:
-        InputError: lists every line with an unknown decision or check, without a reason, or with nothing to edit or accept.
+        InputError: lists every line with an unknown decision or check, without a reason, with nothing to edit or accept, or with more fields than columns.
     """
     usual = csv.field_size_limit(MAX_ROW_BYTES)  # prompts are as long as rows may be
     try:
@@ -227,10 +227,13 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
     """(example_id, column) -> new text."""
     for number, line in enumerate(lines, 1):
         values = {name: line.get(name) or "" for name in COLUMNS}
+        if None in line:
+            problems.append(f"{path.name}: row {number}: more fields than columns; put texts with commas in double quotes")
+            continue
         decision = values["decision"].strip().lower()
         if not decision:
             continue
-        key = (values["example_id"], values["check"])
+        key = (values["example_id"].strip(), values["check"].strip())
         if decision not in get_args(Decide):
             problems.append(f"{path.name}: row {number}: {decision!r} is none of {', '.join(get_args(Decide))}")
         elif key[1] not in {*checks, REVIEWED}:

@@ -94,10 +94,11 @@ def leak_severity(text: str, held_out: str, rule: Rule, score: float, frequency:
         return None
     if rule == "equal":
         return "error"
-    if min(len(mine), len(theirs)) >= FEW_CONTENT:
-        if 2 * len(shared) < min(len(mine), len(theirs)):
+    firm = score >= (FIRM_CONTAINMENT if rule == "containment" else FIRM_JACCARD)
+    least = min(len(mine), len(theirs))
+    if least >= FEW_CONTENT and (firm or min(_size(mine), _size(theirs)) >= FEW_CONTENT):
+        if 2 * len(shared) < least:
             return None
-        firm = score >= (FIRM_CONTAINMENT if rule == "containment" else FIRM_JACCARD)
         return "error" if firm or _quotes(text, held_out) else "warn"
     if _quotes(text, held_out):
         return "error" if len(shared) >= QUOTED_CONTENT else "warn"
@@ -107,6 +108,11 @@ def leak_severity(text: str, held_out: str, rule: Rule, score: float, frequency:
     if edited & ASPECTS or any(map(_is_number, edited)):
         return None
     return None if missing and _distinguishes(edited, shared, frequency) else "warn"
+
+
+def _size(content: frozenset[str]) -> float:
+    """Number of words. Of Chinese, Japanese and Korean the words are characters, two of which are about as much as a word."""
+    return sum([0.5 if len(word) == 1 and word >= "\u3040" else 1 for word in content])
 
 
 def _distinguishes(edited: frozenset[str], shared: frozenset[str], frequency: Mapping[str, int]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -27,6 +27,8 @@ class Source(Declared):
 
     FIELDS: ClassVar[Mapping[str, bool]] = formats.RECORD_FIELDS
     """Fields that `mapping` may contain -> whether they are required."""
+    LAYOUTS: ClassVar[Collection[str]] = formats.LAYOUTS
+    """Names that `format` may have besides `auto`."""
 
     path: str | None = None
     """File or folder inside data/sources/, relative to the project; DVC tracks changes in data/sources/ only. Or an object,
@@ -63,6 +65,13 @@ class Source(Declared):
             return path
         return posixpath.normpath(path) + ("/" if path.endswith("/") else "")
 
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        if name not in {"auto", *cls.LAYOUTS}:
+            raise ValueError(f"unknown format {name!r}; known formats: auto, {', '.join(cls.LAYOUTS)}")
+        return name
+
     @field_validator("mapping")
     @classmethod
     def _valid_mapping(cls, mapping: dict[str, str]) -> dict[str, str]:
@@ -74,6 +83,8 @@ class Source(Declared):
     def _exactly_one_location(self) -> Source:
         if (self.path is None) == (self.hub is None):
             raise ValueError("set either path or hub")
+        if self.mapping and self.format != "auto":
+            raise ValueError(f"both a format ({self.format}) and a mapping: leave one of them out")
         if self.hub is not None and (self.revision is None or self.split is None):
             raise ValueError("hub requires `revision` (the commit, 40 hex digits) and `split`")
         if self.hub is not None and self.on_hub.problem:
@@ -106,6 +117,7 @@ class PairSource(Source):
     """A source of preferences. Keys are those of a source of examples; `format` and `mapping` take other values."""
 
     FIELDS = formats.PAIR_FIELDS
+    LAYOUTS = formats.PAIR_LAYOUTS
 
     format: str = "auto"
     """Name of the layout of the rows. `auto` detects it from the keys of the rows. See docs/sources.md for the layouts

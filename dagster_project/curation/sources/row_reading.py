@@ -9,7 +9,7 @@ from dagster_project.curation.sources import fields
 from dagster_project.curation.sources.call_texts import Think, is_marked, prompted_tools, split_traces, texts_as_calls
 from dagster_project.curation.sources.fields import FieldAccount, TurnShape, read_turns
 from dagster_project.curation.sources.files import Row
-from dagster_project.curation.sources.layouts import LAYOUTS, Layout
+from dagster_project.curation.sources.layouts import LAYOUTS, Layout, as_label
 from dagster_project.curation.sources.message import UnsupportedContent
 from dagster_project.curation.sources.pair_layouts import PAIR_LAYOUTS, Pair, PairLayout
 from dagster_project.curation.sources.tools import Tools, definitions
@@ -117,13 +117,16 @@ def raw_text(row: Row) -> dict[str, str]:
 
 
 def category_of(row: Row, key: str) -> str | None:
+    """The category as text: a whole number, true and false as in a CSV file."""
     category = (row.value or {}).get(key)
+    if isinstance(category, int):
+        return as_label(category)
     return category if isinstance(category, str) else None
 
 
 def kept_of(row: Row, layout: Layout | PairLayout, tool_keys: tuple[str, ...]) -> dict[str, Any]:
-    """Values that are in no other column, including a category that is not text."""
-    elsewhere = layout.used | ({layout.category} if isinstance((row.value or {}).get(layout.category), str | None) else set())
+    """Values that are in no other column, including a category that is a fraction, a list or an object."""
+    elsewhere = layout.used | ({layout.category} if isinstance((row.value or {}).get(layout.category), str | int | None) else set())
     return {key: value for key, value in (row.value or {}).items() if key not in elsewhere and key not in tool_keys}
 
 
