@@ -22,12 +22,12 @@ from dagster_project.pipeline import STAGES
 
 COMPUTES = {"torch", "transformers", "datasets"}
 SCORES = {*COMPUTES, "peft", "scipy"}
-TRAINS = {*SCORES, "trl", "pandas"}
+TRAINS = {*SCORES, "trl"}
 CHECKS = {"polars", "pandera"}
 NEEDED: dict[str, set[str]] = {
     "base_model": COMPUTES,
     "raw_examples": set(),
-    "instructions": {*CHECKS, "great_expectations", "scipy", "pandas"},
+    "instructions": {*CHECKS, "great_expectations", "scipy"},
     "splits": CHECKS,
     "tokenized": {"transformers"},
     "adapter": TRAINS,
@@ -37,7 +37,7 @@ NEEDED: dict[str, set[str]] = {
     "reward_model": TRAINS,
     "aligned": TRAINS,
     "merged_aligned": SCORES,
-    "baselines": {*SCORES, "sklearn", "pandas"},
+    "baselines": {*SCORES, "sklearn"},
     "evaluation": SCORES,
     "evaluation_aligned": SCORES,
     "comparison": set(),
@@ -45,7 +45,7 @@ NEEDED: dict[str, set[str]] = {
 }
 """Libraries that take long to import and that a stage of the quick project uses."""
 LARGE = {
-    *TRAINS, *CHECKS, "great_expectations", "sklearn", "pandas", "bitsandbytes", "boto3", "sqlalchemy", "psycopg2", "grpc", "dagster", "matplotlib",
+    *TRAINS, *CHECKS, "great_expectations", "sklearn", "bitsandbytes", "boto3", "sqlalchemy", "psycopg2", "grpc", "dagster", "matplotlib",
     "ray", "rfc3987_syntax", "altair",
 }  # fmt: skip
 
