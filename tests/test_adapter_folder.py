@@ -145,7 +145,7 @@ def test_bad_input_is_one_message_and_writes_nothing(made: Path, tmp_path: Path,
     ):
         assert export(made, model, folder) == 2
         said = capsys.readouterr()
-        assert message in said.err and said.out == "" and not (tmp_path / "new").exists()
+        assert message in said.err and json.loads(said.out).keys() == {"error", "hint"} and not (tmp_path / "new").exists()
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["file"]
 
 

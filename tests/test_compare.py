@@ -416,7 +416,7 @@ def test_in_a_browser_answers_are_filtered_without_a_request_or_an_error_and_not
 def test_compare_prints_the_table_or_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "dvc.yaml").write_text("")
     assert main(["compare", "--project", str(tmp_path)]) == 2
-    assert "run `dvc repro comparison`" in capsys.readouterr().err
+    assert "`dvc repro comparison` makes it" in capsys.readouterr().err
     (tmp_path / "data/comparison").mkdir(parents=True)
     (tmp_path / "data/comparison/board.md").write_text("| a board |\n\nUse it.\n")
     (tmp_path / "data/comparison/comparison.json").write_text(json.dumps({"scores": {}}))

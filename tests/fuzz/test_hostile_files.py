@@ -63,7 +63,9 @@ def holds(*arguments: object) -> dict[str, Any] | None:
         assert not STEERS.search(text), repr(STEERS.search(text))
     assert max(map(len, [*told.split("\n"), *err.split("\n")])) < 10_000
     if code == 2:
-        assert (out, shown) == ("", "") and err.startswith("error: ") and "\nhint: " in err and "Traceback" not in err
+        refused = json.loads(out.encode("utf-8"))
+        assert refused.keys() == {"error", "hint"} and refused["error"] and not STEERS.search(out.rstrip("\n"))
+        assert shown == "" and err.startswith("error: ") and "\nhint: " in err and "Traceback" not in err
         return None
     found: dict[str, Any] = json.loads(out.encode("utf-8"), parse_constant=refuse_constant)
     assert found["rows"] == found["kept"] + sum(found["dropped"].values())
