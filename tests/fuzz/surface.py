@@ -91,7 +91,7 @@ def answered(*arguments: str, codes: tuple[int, ...] = (0, 1, 2), verdict: bool 
         codes: its documented exit codes.
         verdict: exit codes 1 and 2 may also come with a document: "no" and "cannot tell".
     Returns:
-        The exit code, and the document or None.
+        The exit code, and the document; None if it is that of an error.
     Raises:
         AssertionError: another exit code, a message without its next step, control characters, or anything but one document on stdout.
     """
@@ -102,13 +102,15 @@ def answered(*arguments: str, codes: tuple[int, ...] = (0, 1, 2), verdict: bool 
         assert not found, f"control character {found[0]!r} in {text[max(0, found.start() - 80) : found.end() + 80]!r}"
     assert "Traceback" not in err, err[-2000:]
     assert max(map(len, err.split("\n"))) < LONGEST_LINE
-    if not out:
-        assert code in (1, 2), "neither a document nor an error"
+    assert out, "neither a document nor an error"
+    document = json.loads(out.encode(), parse_constant=refuse_constant)
+    if isinstance(document, dict) and document.keys() == {"error", "hint"}:
+        assert code in (1, 2), f"an error with exit code {code}"
         last = err.rpartition("error: ")
         assert last[1] and last[2].strip() and "\nhint: " in last[2], f"no message with a next step: {err[-500:]!r}"
         return code, None
     assert code < 2 or verdict, f"a document with exit code {code}"
-    return code, json.loads(out.encode(), parse_constant=refuse_constant)
+    return code, document
 
 
 @contextlib.contextmanager
