@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,8 +20,10 @@ from builders.files import jsonl
 from builders.history import Project, entry, identity, messages
 from builders.wheel import environment, installed
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from dagster_project.commands.extras import PACKAGES, missing_extra
+from dagster_project.commands.extras import CORE, PACKAGES, missing_extra
 
 ABSENT = (
     "pyarrow",
@@ -188,6 +192,13 @@ def test_a_missing_library_of_the_core_is_named() -> None:
         "`pedigree check` requires ruamel, which is not installed",
         "hint: `pip install pedigree-llm` installs what is missing",
     ]
+
+
+def test_every_package_of_a_required_library_is_named() -> None:
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {canonicalize_name(Requirement(one).name) for one in required}
+    packages = {package for package, owners in packages_distributions().items() if names & {*map(canonicalize_name, owners)}}
+    assert {package for package in packages if not package.startswith("_")} <= CORE
 
 
 def test_a_missing_module_of_no_extra_is_a_fault() -> None:
