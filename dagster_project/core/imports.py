@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -68,3 +69,35 @@ def deferred(package: str, name: str) -> Iterator[None]:
     finally:
         if within.get(name) is placeholder:  # otherwise it was imported meanwhile
             del within[name]
+
+
+def import_transformers() -> None:
+    """Import transformers with its package of models, without reading the files of all models a second time.
+
+    To list the names that they define, transformers reads these files when it is imported, and again when its package of models is.
+    """
+    import transformers
+    from transformers.utils import import_utils
+
+    read = import_utils.define_import_structure
+    folder = Path(transformers.__file__).parent / "models"
+
+    def define_import_structure(path: str | Path, prefix: str | None = None) -> Any:
+        if prefix is not None or Path(path) != folder / "__init__.py":
+            return read(path, prefix)
+        return without_prefix("models.", read(folder, prefix="models"))  # transformers keeps this result
+
+    import_utils.define_import_structure = define_import_structure
+    try:
+        import transformers.models  # noqa: F401
+    finally:
+        import_utils.define_import_structure = read
+
+
+def without_prefix(prefix: str, structure: Mapping[Any, Mapping[str, Iterable[str]]]) -> dict[Any, dict[str, set[str]]]:
+    """The modules of an import structure of transformers (required packages -> module -> names) whose name has a prefix, without it."""
+    found = {
+        required: {module.removeprefix(prefix): set(names) for module, names in modules.items() if module.startswith(prefix)}
+        for required, modules in structure.items()
+    }
+    return {required: modules for required, modules in found.items() if modules}

@@ -16,7 +16,7 @@ from dagster_project.core.chat import Reasoning, has_field, is_text, last_traine
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
-from dagster_project.core.imports import lean_imports
+from dagster_project.core.imports import import_transformers, lean_imports
 from dagster_project.core.params import Section
 from dagster_project.core.records import (
     CheckResult,
@@ -133,6 +133,7 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
     seed: selects the rows that are repeated or left out, and the examples that the audit shows.
     """
     with lean_imports():  # loading it imports the module of its kind
+        import_transformers()
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core import waiting
-from dagster_project.core.imports import hidden, lean_imports
+from dagster_project.core.imports import hidden, import_transformers, lean_imports
 from dagster_project.core.params import Compute
 from dagster_project.core.versions import require_version
 
@@ -49,6 +49,7 @@ def import_libraries() -> None:
     # PEFT imports bitsandbytes for a function that is not used here (quantization imports it itself), accelerate boto3 for a command.
     # transformers' import of scipy stays: its BLAS is part of the recorded machine.
     with lean_imports("bitsandbytes", "boto3"):
+        import_transformers()
         import peft  # noqa: F401
         import transformers.trainer_utils  # noqa: F401
 
