@@ -18,7 +18,7 @@ from builders.staleness import stale_keys
 from conftest import ROOT, run
 
 import dagster_project
-from dagster_project.orchestration.dagster.assets import build_definitions
+from dagster_project.orchestration.dagster.assets import build_definitions, names_of_jobs
 from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, reap
 from dagster_project.orchestration.dvc import read_stages
 
@@ -69,6 +69,12 @@ def test_two_projects_share_no_name_but_the_pools_of_their_machine(roots: dict[s
     assert groups == {*TEAMS}
     pools = {pool for key in graph.materializable_asset_keys if key.path[0] in TEAMS for pool in graph.get(key).pools}
     assert pools == {"pedigree_cpu"}, "a pool of somebody else gets no limit from us"
+
+
+def test_jobs_of_variants_have_different_names_without_hyphens() -> None:
+    names = names_of_jobs(["a_b", "a-b", "a-b_", "lora"])
+    assert names["a-b"] == "variant_a_b" and names["lora"] == "variant_lora" and "-" not in "".join(names.values())
+    assert len({*names.values()}) == 4
 
 
 @pytest.mark.long

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import re
 import subprocess
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -19,6 +22,7 @@ from dagster_project.pipeline import sections
 SCHEMA = docs.params_schema()
 SAMPLE = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
 OPTIONS = [model for _, by_method in docs.METHOD_KEYS.values() for model in by_method.values()]
+EXAMPLES = [path for path in sorted((ROOT / "dagster_project").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
@@ -114,6 +118,12 @@ def test_the_schema_accepts(entries: dict[str, Any]) -> None:
 )
 def test_the_schema_refuses(entries: dict[str, Any], where: str) -> None:
     assert [one for one in mistakes(changed(**entries)) if one.startswith(f"{where}: ")]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_in_docstrings_are_true(path: Path) -> None:
+    results = doctest.testmod(import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)))
+    assert results.attempted and not results.failed
 
 
 def test_no_file_contains_the_markers_of_a_merge_conflict() -> None:

@@ -103,8 +103,15 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "telegram token": joined(some("123456789", 9), ":AA", some(ALNUM, 33)),
     "twilio key": joined("AC", some("0123456789abcdef", 32)),
     "anthropic key": joined("sk-ant-api03-", some(TOKEN, 80)),
+    "databricks token": joined("dapi", some("0123456789abcdef", 32)),
+    "digitalocean token": joined(st.sampled_from(["dop_v1_", "doo_v1_", "dor_v1_"]), some("0123456789abcdef", 64)),
     "google key": joined("AIza", some(TOKEN, 35)),
+    "groq key": joined("gsk_", some(ALNUM, 52)),
     "hugging face token": joined("hf_", some(LETTERS, 34)),
+    "openrouter key": joined("sk-or-v1-", some("0123456789abcdef", 64)),
+    "perplexity key": joined("pplx-", some(ALNUM, 48)),
+    "replicate token": joined("r8_", some(ALNUM, 37)),
+    "xai key": joined("xai-", some(ALNUM, 80)),
 }  # fmt: skip
 planted = st.sampled_from(sorted(VALUES)).flatmap(lambda kind: st.tuples(st.just(kind), VALUES[kind]))
 before = st.sampled_from(["", " ", "\n", "(", '"', ": ", "= '"])

@@ -303,3 +303,27 @@ def test_the_guard_of_a_stage_needs_no_record_of_other_stages(root: Path) -> Non
         assert not dvc.verified_fingerprint(root, "tok", lambda _: None).leftovers
     lock.unlink()
     assert not dvc.verified_fingerprint(root, "tok", lambda _: None).leftovers
+
+
+def test_transformers_reads_the_files_of_its_models_once_and_lists_all_of_them() -> None:
+    script = """
+import json
+from pathlib import Path
+from dagster_project.core.imports import import_transformers, without_prefix
+import_transformers()
+import transformers
+from transformers.utils import import_utils
+folder = Path(transformers.__file__).parent / "models"
+read = import_utils.create_import_structure_from_path.cache_info().misses
+known = without_prefix("models.", import_utils.define_import_structure(folder, prefix="models"))
+print(json.dumps({
+    "read": read,
+    "folders": sum(path.is_dir() and path.name != "__pycache__" for path in folder.rglob("*")) + 1,
+    "equal": known == import_utils.define_import_structure(str(folder)),
+    "found": transformers.AutoModelForCausalLM.__module__,
+}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["read"] == found["folders"] > 100 and found["equal"]
+    assert found["found"] == "transformers.models.auto.modeling_auto"

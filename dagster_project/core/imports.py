@@ -89,7 +89,7 @@ def import_transformers() -> None:
 
     import_utils.define_import_structure = define_import_structure
     try:
-        import transformers.models  # noqa: F401
+        import transformers.models
     finally:
         import_utils.define_import_structure = read
 

@@ -346,8 +346,6 @@ MOST_DIMENSIONS = 8
 ROPE_SCALING, ROPE_FACTORS = b".rope.scaling.type", (b"rope_freqs.weight", b"rope_factors_long.weight", b"rope_factors_short.weight")
 """End of the name of a field, and names of weights, by which a GGUF file scales positions, e.g. of Llama 3.1 and 3.2. transformers reads neither, except
 for gpt-oss: it would compute with other positions."""
-
-
 ALWAYS_TIED = ("falcon", "bloom")
 """Architectures whose output layer transformers does not read from GGUF files, because it is the word embeddings."""
 

@@ -258,16 +258,20 @@ def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title
         body.append(shape("text", tick, class_="tick", x=at, y=f"{y(0) + 18:.1f}", text_anchor="middle"))
     unit = what.replace("_", " ")
     body.append(shape("text", f"{unit}, log scale", class_="tick", x="54%", y=f"{y(0) + 36:.1f}", text_anchor="middle"))
+    placed_at: dict[str, float] = {}
+    for name in sorted(placed, key=lambda name: costs[name][what]):
+        across, at_y = x(costs[name][what]), y(points[name][0])
+        while any(abs(across - left) < 5 and abs(at_y - y(points[other][0])) < 19 for other, left in placed_at.items()):
+            across += 1  # moved to the right if it would hide another point
+        placed_at[name] = across
     for name in (name for name in order if not costs.get(name)):
         at_y, words = y(points[name][0]), f"{order.index(name) + 1} {label(_short(name), 36)}"
+        near = [across for other, across in placed_at.items() if abs(at_y - 9 - y(points[other][0])) < 18]
+        at, anchor = ("10.5%", "start") if sum(across > 55 for across in near) > sum(across < 55 for across in near) else ("100%", "end")
         body.append(shape("line", class_="mark", x1="10%", x2="100%", y1=f"{at_y:.1f}", y2=f"{at_y:.1f}"))
-        body.append(shape("text", words, class_="marked", x="100%", y=f"{at_y - 5:.1f}", text_anchor="end"))
-    taken: list[tuple[float, float]] = []
-    for name in sorted(placed, key=lambda name: costs[name][what]):
-        (value, low, high), across, kind = points[name], x(costs[name][what]), _kind(document, name)
-        while any(abs(across - other) < 5 and abs(y(value) - place) < 19 for other, place in taken):
-            across += 1  # moved to the right if it would hide another point
-        taken.append((across, y(value)))
+        body.append(shape("text", words, class_="marked", x=at, y=f"{at_y - 5:.1f}", text_anchor=anchor))
+    for name, across in placed_at.items():
+        (value, low, high), kind = points[name], _kind(document, name)
         at, words = f"{across:.2f}%", f"{cut(_title(name))}: {value:.3f}"
         body.append(shape("line", class_=f"{kind} whisker", x1=at, x2=at, y1=f"{y(low):.1f}", y2=f"{y(high):.1f}"))
         body.append(shape("circle", shape("title", words), class_=f"{kind} spot", cx=at, cy=f"{y(value):.1f}", r="9"))

@@ -147,12 +147,12 @@ def _tidy(message: Message) -> Message:
     return {**message, **tidied}
 
 
+_SPACES = re.compile(r"(?<=\S)\s+")
+
+
 def _tidied(text: str) -> str:
     lines = normalize("NFC", text).strip().split("\n")
     return "\n".join([_SPACES.sub(" ", line).rstrip() for line in lines])
-
-
-_SPACES = re.compile(r"(?<=\S)\s+")
 
 
 def _reasoning(rows: Rows, i: int, rich: bool) -> int:

@@ -518,9 +518,16 @@ def _rules() -> tuple[Rule, ...]:
         token("twilio key", "(?:AC|SK)[a-z0-9]{32}", twilio.TwilioKeyDetector),
         # published formats without a plugin
         own("anthropic key", "sk-ant-", r"[A-Za-z0-9_\-]{32,}"),
+        own("databricks token", "dapi", r"[0-9a-f]{32}"),
+        own("digitalocean token", "do[opr]_v1_", r"[0-9a-f]{64}"),
         own("google key", "AIza", r"[A-Za-z0-9_\-]{35}"),
         own("hugging face token", "hf_", r"[A-Za-z0-9]{34}"),
+        own("groq key", "gsk_", r"[A-Za-z0-9]{52}"),
         own("npm token", "npm_", r"[A-Za-z0-9]{36}"),
+        own("openrouter key", "sk-or-v1-", r"[0-9a-f]{64}"),
+        own("perplexity key", "pplx-", r"[A-Za-z0-9]{48}"),
+        own("replicate token", "r8_", r"[A-Za-z0-9]{37}"),
+        own("xai key", "xai-", r"[A-Za-z0-9]{80}"),
         Rule(
             "password in a url",
             r"://[^\s/]+:[^\s]+@",

@@ -195,7 +195,7 @@ class Matches:
         index, prefix = self.index, digest.lower()
         self.by_hash = True
         if len(prefix) < 6:
-            raise InputError(f"--hash {digest}: hash prefix is ambiguous", "give at least six digits")
+            raise InputError(f"--hash {digest!r}: {len(prefix)} digits do not name one hash", "give at least six digits")
         sources = index.outputs_by_source_hash(prefix)
         if sources:
             self.match_sources(sources)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,7 @@ def _partial_jobs(project: PedigreeProject, states: dict[str, dvc.StageState], e
     data = [address for address, state in states.items() if state.meta.get("group") == DATA]
     upstream = {name for address in data for name in dvc.ancestors(states, address)}
     selected = {"data": ([a for a in states if a in data or a in upstream], "Data stages only: from sources to splits and preferences.")}
-    for variant in sorted({address.partition("@")[2] for address in states} - {""}):
-        name = f"variant_{variant.replace('-', '_')}"  # Dagster allows no "-" in the name of a job
+    for variant, name in names_of_jobs({address.partition("@")[2] for address in states} - {""}).items():
         selected[name] = ([a for a in states if a.endswith(f"@{variant}")], f"Train, merge and evaluate {variant}.")
     return [
         dg.define_asset_job(
@@ -76,6 +75,20 @@ def _partial_jobs(project: PedigreeProject, states: dict[str, dvc.StageState], e
         )
         for name, (addresses, description) in selected.items()
     ]
+
+
+def names_of_jobs(variants: Iterable[str]) -> dict[str, str]:
+    """Names of the jobs of variants, in which Dagster allows no "-".
+
+    >>> names_of_jobs({"a_b", "a-b"})
+    {'a-b': 'variant_a_b', 'a_b': 'variant_a_b_'}
+    """
+    names: dict[str, str] = {}
+    for variant in sorted(variants):
+        names[variant] = f"variant_{variant.replace('-', '_')}"
+        while list(names.values()).count(names[variant]) > 1:
+            names[variant] += "_"
+    return names
 
 
 def project_root() -> Path:

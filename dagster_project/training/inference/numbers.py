@@ -6,14 +6,19 @@ import re
 from decimal import Decimal
 
 _MINUS = "[-\u2212]"  # a hyphen, and the minus sign of typeset text
-_CURRENCY = "[$\u20ac\u00a3]"
+_CURRENCY = "[$\u20ac\u00a3\u20b9]"
+_GROUPED = (
+    r"\d{1,3}(?:\.\d{3})+,\d+(?!\d|[.,]\d)|\d{1,3}(?:\.\d{3}){2,}(?!\d|[.,]\d)"  # "1.000,50", "1.000.000": as in most of Europe
+    r"|\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])"  # "12,34,567", as in India
+    r"|\d{1,3}(?:,\d{3})+(?!\d)"
+)
 _FRACTION = (
     r"(?<![\w./])(?<!\d,)(?:\d{1,30} )?\d{1,30}/0*[1-9]\d{0,29}(?![\w/]|[.,]\d)"  # "3/4", "1 1/2"; not a part of "5/12/2024" or "1.5/2"
 )
 _NUMBER = re.compile(
     # no sign: after a word, number or hyphen ("10-12", "---"), and with spaces on both sides after a number ("10 - 12")
     rf"(?:(?<![\w)\]\-\u2212]){_MINUS}(?:(?!\s)|(?<![\d)]\s{_MINUS})\s))?"
-    rf"{_CURRENCY}?\s?(?:{_FRACTION}|(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+    rf"{_CURRENCY}?\s?(?:{_FRACTION}|(?:{_GROUPED}|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
     rf"(?:[eE](?:\+|{_MINUS})?\d{{1,3}}(?!\w))?"
 )
 _MARKED = re.compile(r"####\s*((?:(?!####)[^\n])+)")
@@ -32,6 +37,8 @@ def number_in(text: str) -> Decimal | None:
 
 
 def _value(spelling: str) -> Decimal:
+    if re.search(r"\.\d{3}[.,]\d", spelling):  # a point between groups of digits
+        spelling = spelling.replace(".", "").replace(",", ".")
     text = re.sub(rf"{_CURRENCY}|,", "", spelling).replace("\u2212", "-").strip()
     *whole, last = text.removeprefix("-").split()
     numerator, _, denominator = last.partition("/")
