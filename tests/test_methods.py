@@ -732,6 +732,25 @@ def test_keys_that_would_not_act_in_the_training_are_refused(options: dict[str, 
     refuse_untrained({"init_lora_weights": "pissa", "kasa_config": None, "use_asa": False}, "adapter.x")
 
 
+@pytest.mark.parametrize("targets", [["k_proj", "v_proj"], ["up_proj", "down_proj"]])
+def test_ia3_of_some_modules_can_be_loaded_and_merged(targets: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    """PEFT's own table has down_proj as a module whose input is scaled, also where it is not adapted."""
+    tunable = make("ia3", tiny_model, options={"target_modules": targets})
+    steps(tunable, rate=0.1)
+    tunable.save(tmp_path / "adapter")
+    report = merged.produce(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
+    assert report.checks[0].passed, report.checks[0].note
+    torch.testing.assert_close(logits(load(tmp_path / "merged", None, CPU, torch.float32)), logits(tunable.model), atol=1e-4, rtol=1e-4)
+
+
+def test_ia3_with_another_name_for_a_module_whose_input_is_scaled_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=1, n_head=4)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"feedforward_modules: PEFT's names .* target_modules: mlp\.c_proj"):
+        make("ia3", tmp_path, options={"target_modules": ["c_attn", "c_proj"]})
+
+
 @pytest.mark.parametrize("start", ["pissa_niter_4", "pissa_niter_[number of iters]"])
 def test_a_start_that_a_loaded_adapter_would_not_have_is_refused(start: str) -> None:
     said = f"init_lora_weights: {start} is not supported: it starts from a random approximation, and a loaded adapter from another one"

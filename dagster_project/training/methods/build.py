@@ -560,6 +560,7 @@ def build(
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
     _refuse_order(model, config, where)
     refuse_start(model, config, where)
+    _name_feedforward(model, config, where)
     if merge:
         _refuse_unmergeable(model, config, where)
     for parameter_name, parameter in model.named_parameters():
@@ -657,6 +658,25 @@ def refuse_start(model: Any, config: Any, where: str) -> None:
         raise InputError(
             f"{place_of(where, 'peft')}.init_lora_weights: {start} is not supported for this model: PEFT does not transpose weights that are stored as (in, out)",
             "use another value, such as pissa",
+        )
+
+
+def _name_feedforward(model: Any, config: Any, where: str) -> None:
+    """PEFT takes `feedforward_modules` of ia3 from its own table, whatever the target modules are, and does not load an adapter with names that are not
+    among these. Names that no adapted module has are left out of the configuration.
+
+    Raises:
+        InputError: an adapted module has such a name, but target_modules calls it otherwise.
+    """
+    given, targets = getattr(config, "feedforward_modules", None), getattr(config, "target_modules", None)
+    if not isinstance(given, set) or not isinstance(targets, set):
+        return
+    adapted = model.base_model.targeted_module_names
+    config.feedforward_modules = {name for name in given if any(module.endswith(name) for module in adapted)}
+    if other := sorted(config.feedforward_modules - targets):
+        raise InputError(
+            f"{place_of(where, 'peft')}.feedforward_modules: PEFT's names for this model are not those of target_modules: {', '.join(other)}",
+            "set feedforward_modules to the modules of target_modules whose inputs are scaled, or to []",
         )
 
 
