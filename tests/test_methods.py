@@ -732,6 +732,26 @@ def test_keys_that_would_not_act_in_the_training_are_refused(options: dict[str, 
     refuse_untrained({"init_lora_weights": "pissa", "kasa_config": None, "use_asa": False}, "adapter.x")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("r", 8, "set init_r and target_r"),
+        ("use_rslora", True, "leave it out"),
+        ("alpha_pattern", {"q_proj": 4}, "leave it out"),
+        ("init_lora_weights", "pissa", ""),
+    ],
+)
+def test_keys_that_peft_does_not_read_for_adalora_are_refused(key: str, value: Any, hint: str) -> None:
+    with pytest.raises(InputError, match=rf"adapter\.x\.peft\.{key}: has no effect with adalora\nhint: {hint}"):
+        check("adalora", {key: value}, None, True, "adapter.x")
+    check("adalora", {"init_lora_weights": False, "use_rslora": False}, None, True, "adapter.x")
+
+
+def test_an_adapter_that_would_be_drawn_in_evaluation_is_refused() -> None:
+    with pytest.raises(InputError, match=r"adapter\.x\.peft\.sample_at_inference: is not supported: it draws the adapter anew"):
+        check("pvera", {"sample_at_inference": True}, None, True, "adapter.x")
+
+
 @pytest.mark.parametrize("targets", [["k_proj", "v_proj"], ["up_proj", "down_proj"]])
 def test_ia3_of_some_modules_can_be_loaded_and_merged(targets: list[str], tiny_model: Path, tmp_path: Path) -> None:
     """PEFT's own table has down_proj as a module whose input is scaled, also where it is not adapted."""

@@ -102,6 +102,7 @@ REFUSED_KEYS = {
     "alora_invocation_tokens": "needs a position in each prompt from which the adapter is active",
     "arrow_config": "combines adapters that are already trained",
     "use_bdlora": "is for serving on many GPUs",
+    "sample_at_inference": "draws the adapter anew in each pass of evaluation, and no weights can be merged that do",
 }
 """Keys of PEFT that are refused -> reason."""
 
@@ -112,6 +113,9 @@ UNTRAINED_KEYS = {
     "velora_config": "computes its projections in the first pass of a training, and checkpoints do not contain them",
 }
 """Keys of PEFT that need more than the loss of the records -> reason. Adapters of another trainer may have them."""
+
+UNREAD_KEYS = {"adalora": ("alpha_pattern", "init_lora_weights", "lora_bias", "r", "rank_pattern", "use_qalora", "use_rslora")}
+"""Method -> keys that PEFT accepts for it, and computes the same with every value of. `init_lora_weights` is read if it is true or false."""
 
 STARTS_FROM_DATA = re.compile(r"eva|corda.*|lora_ga", re.IGNORECASE)
 """Values of init_lora_weights that are computed from examples. PEFT leaves the start of `eva` random if nobody computes it."""
@@ -349,6 +353,9 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
             hints.append("use pissa")
         elif not _fits(value, known[key]):
             wrong.append(f"{path}: must be {ast.unparse(known[key])} (got {value!r})")
+        elif key in UNREAD_KEYS.get(name, ()) and value not in (None, False) and (key != "init_lora_weights" or isinstance(value, str)):
+            wrong.append(f"{path}: has no effect with {name}")
+            hints.append("set init_r and target_r" if key == "r" else "leave it out, or use method: lora")
         elif key in MINIMUM and isinstance(value, int | float) and value < MINIMUM[key]:
             wrong.append(f"{path}: must be at least {MINIMUM[key]} (got {value!r})")
         elif key in TOKEN_NUMBERS and re.search(r"-\d", str(value)):
