@@ -159,8 +159,32 @@ def test_a_sliding_window_that_the_file_lacks_is_refused(converted: Path, tmp_pa
     with pytest.raises(InputError, match="up to 4,096"):
         conformance.refuse_lost_window(converted, window, 10**30)
     conformance.refuse_lost_window(altered(converted, tmp_path / "a.gguf", llama__attention__sliding_window=64), window, 1024)
+    phi = altered(converted, tmp_path / "b.gguf", general__architecture="phi3", phi3__attention__sliding_window=64)
+    with pytest.raises(InputError, match="no sliding window for this model"):  # llama.cpp reads the field, and does not apply it
+        conformance.refuse_lost_window(phi, window, 1024)
     for config, context in ((window, 64), (MistralConfig(sliding_window=None), 1024), (Qwen2Config(sliding_window=64), 1024)):
         conformance.refuse_lost_window(converted, config, context)
+
+
+def test_settings_that_the_file_lacks_and_llama_cpp_does_not_have_are_refused(converted: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, Qwen3MoeConfig, StableLmConfig
+
+    def positions(base: float, **more: Any) -> dict[str, Any]:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": base, **more}}
+
+    conformance.refuse_lost_settings(converted, LlamaConfig())
+    with pytest.raises(InputError, match=r"llama\.cpp would compute with rope_theta 10000, and the model has 70000"):
+        conformance.refuse_lost_settings(converted, LlamaConfig(**positions(70000.0)))
+    with pytest.raises(InputError, match=r"llama\.cpp would compute with hidden_act silu, and the model has gelu"):
+        conformance.refuse_lost_settings(converted, LlamaConfig(hidden_act="gelu"))
+    stable = altered(converted, tmp_path / "stable.gguf", general__architecture="stablelm")
+    conformance.refuse_lost_settings(stable, StableLmConfig())
+    with pytest.raises(InputError, match=r"rope_theta 10000, and the model has 1e\+06"):
+        conformance.refuse_lost_settings(stable, StableLmConfig(**positions(1e6, partial_rotary_factor=0.25)))
+    experts = altered(converted, tmp_path / "experts.gguf", general__architecture="qwen3moe")
+    conformance.refuse_lost_settings(experts, Qwen3MoeConfig(norm_topk_prob=True))
+    with pytest.raises(InputError, match="norm_topk_prob True, and the model has False"):
+        conformance.refuse_lost_settings(experts, Qwen3MoeConfig(norm_topk_prob=False))
 
 
 def test_without_llama_cpp_fewer_things_are_compared_and_nothing_is_quantized(
