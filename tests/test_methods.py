@@ -814,6 +814,32 @@ def test_a_name_that_no_module_has_is_refused_although_others_are_found(options:
         refuse_unmatched(make("lora", tiny_model, options=one, merge=False).model, one, "adapter.x")
 
 
+def test_patterns_and_names_of_adapted_parameters_are_those_of_the_model(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """The experts of a mixture are parameters, not modules."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    size = {
+        "vocab_size": len(tiny_tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, **experts)).save_pretrained(tmp_path)
+    names = ["experts.down_proj", "experts.gate_up_proj"]
+    options = {"r": 4, "lora_dropout": 0.0, "target_modules": ["q_proj"], "target_parameters": names, "rank_pattern": {names[0]: 2}}
+    tunable = make("lora", tmp_path, options=options)
+    refuse_unmatched(tunable.model, options, "adapter.x")
+    ranks = {name: len(weight) for name, weight in tunable.model.named_parameters() if "lora_A" in name and "experts" in name}
+    assert sorted(ranks.values()) == [2 * 4, 4 * 4], "each of the four experts has its own"
+    misspelled = options | {"target_parameters": [*names, "experts.up_proj"]}
+    with pytest.raises(InputError, match=r"target_parameters: this model has no weight 'experts\.up_proj' that can be adapted"):
+        refuse_unmatched(make("lora", tmp_path, options=misspelled).model, misspelled, "adapter.x")
+    with pytest.raises(InputError, match=r"rank_pattern: .* match model\.layers\.0\.mlp\.experts\.down_proj"):
+        make("lora", tmp_path, options=options | {"rank_pattern": {names[0]: 2, "down_proj": 3}})
+
+
 def test_trained_rows_of_a_shared_output_layer_cannot_be_merged(tiny_model: Path) -> None:
     """Merged, they would be rows of the word embeddings, too."""
     for method, options in (

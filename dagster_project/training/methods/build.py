@@ -619,10 +619,16 @@ def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None
                 near = difflib.get_close_matches(str(entry), sorted({name.rpartition(".")[2] for name in names}), 3, 0.6)
                 hint = f"nearest: {' or '.join(near)}" if near else "correct the name, or leave it out"
                 raise InputError(f"{place_of(where, 'peft')}.{key}: this model has no module {entry!r}", hint)
-    adapted: list[str] = getattr(getattr(model, "base_model", None), "targeted_module_names", [])
+    tuner = getattr(model, "base_model", None)
+    adapted: list[str] = getattr(tuner, "targeted_module_names", [])
+    parameters: list[str] = getattr(tuner, "targeted_parameter_names", [])
+    for entry in options.get("target_parameters") or ():
+        if not any(name == entry or name.endswith(f".{entry}") for name in parameters):
+            what = f"{place_of(where, 'peft')}.target_parameters: this model has no weight {entry!r} that can be adapted"
+            raise InputError(what, "correct the name, or leave it out")
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in (options.get(key) or ()) if adapted else ():
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+        for pattern in (options.get(key) or ()) if adapted or parameters else ():
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (*adapted, *parameters)):
                 raise InputError(
                     f"{place_of(where, 'peft')}.{key}: {pattern!r} matches no module that is adapted", "correct it, or leave it out"
                 )
@@ -645,7 +651,8 @@ def _refuse_order(model: Any, config: Any, where: str) -> None:
     """
     for key in ("rank_pattern", "alpha_pattern"):
         patterns: Mapping[str, Any] = getattr(config, key, None) or {}
-        for module in getattr(model.base_model, "targeted_module_names", ()):
+        tuner = model.base_model
+        for module in (*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())):
             matching = [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
             if len({repr(patterns[pattern]) for pattern in matching}) > 1:
                 raise InputError(
