@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -80,24 +81,51 @@ def altered(file: Path, target: Path, **fields: str | bool | int) -> Path:
     return target
 
 
-def test_the_file_has_the_weights_of_the_model_and_its_claim(folder: Path, converted: Path) -> None:
+def interleaved(weight: Any, heads: int) -> Any:
+    """Rows of queries or keys as llama.cpp rotates them: pairs of neighbors, where transformers has pairs of the two halves of a head."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+@pytest.mark.parametrize(("form", "units"), [("f16", 0.0), ("q8_0", 0.5 + 127 / 2**11)])
+def test_the_file_has_the_weights_of_the_model_and_its_claim(
+    form: str, units: float, folder: Path, converted: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path: Path
+) -> None:
+    """Each number: in f16 the nearest one, in q8_0 within half a 127th of the largest of its block of 32, which is stored in f16. Norms are float32."""
     import gguf
     import torch
+    from gguf.quants import dequantize
     from safetensors.torch import load_file
 
-    reader, weights = gguf.GGUFReader(converted), load_file(folder / "model.safetensors")
-    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
-    for name, own in (
-        ("token_embd.weight", "model.embed_tokens.weight"),
-        ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight"),
-        ("blk.0.attn_v.weight", "model.layers.0.self_attn.v_proj.weight"),
-        ("output_norm.weight", "model.norm.weight"),
-    ):
-        expected = weights[own]
-        assert torch.equal(found[name].float(), expected.to(found[name].dtype).float())
-    assert len(found) == len([name for name in weights if name != "lm_head.weight"])
-    assert {name: field.contents() for name, field in reader.fields.items() if name.startswith("pedigree.")} == CLAIM.as_fields()
-    assert claim.read(converted) == claim.read(converted.parent) == claim.ClaimingFile(converted, "gguf", CLAIM)
+    file, stated = converted, CLAIM
+    if form != "f16":
+        file, stated = tmp_path / "made" / "tiny.gguf", dataclasses.replace(CLAIM, quantization=form)
+        file.parent.mkdir()
+        export.write_gguf(folder, "merged@lora", file, stated, prompts, tokenizer)
+    reader, weights = gguf.GGUFReader(file), load_file(folder / "model.safetensors")
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+    names |= {
+        f"blk.0.attn_{own}": f"model.layers.0.self_attn.{theirs}_proj"
+        for own, theirs in zip(["q", "k", "v", "output"], "qkvo", strict=True)
+    }
+    names |= {f"blk.0.ffn_{part}": f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    names |= {"blk.0.attn_norm": "model.layers.0.input_layernorm", "blk.0.ffn_norm": "model.layers.0.post_attention_layernorm"}
+    assert {tensor.name for tensor in reader.tensors} == {f"{name}.weight" for name in names}
+    assert {f"{name}.weight" for name in names.values()} == weights.keys() - {"lm_head.weight"}
+    for tensor in reader.tensors:
+        name = tensor.name.removesuffix(".weight")
+        expected = weights[f"{names[name]}.weight"].float()
+        if name in ("blk.0.attn_q", "blk.0.attn_k"):
+            expected = interleaved(expected, 4 if name.endswith("q") else 2)
+        found = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        if "norm" in name:
+            assert torch.equal(found, expected)
+        elif form == "f16":
+            assert torch.equal(found, expected.half().float())
+        else:
+            unit = expected.view(-1, 32).abs().amax(1, keepdim=True) / 127
+            assert ((found - expected).view(-1, 32).abs() <= units * unit).all()
+    assert {name: field.contents() for name, field in reader.fields.items() if name.startswith("pedigree.")} == stated.as_fields()
+    assert claim.read(file) == claim.read(file.parent) == claim.ClaimingFile(file, "gguf", stated)
 
 
 def test_a_file_that_reads_text_as_the_tokenizer_does_is_accepted(
