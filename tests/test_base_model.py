@@ -213,13 +213,48 @@ def test_a_gguf_file_that_scales_positions_is_refused(scaled: str, tmp_path: Pat
     writer.write_tensors_to_file()
     writer.close()
     if not scaled:
-        assert base_model._stored_numbers(tmp_path / "a.gguf") == 8
+        assert base_model._stored_in(tmp_path / "a.gguf") == (8, {})
         return
     with pytest.raises(
         ValueError,
         match=r"does not read the scaling of positions \((linear|rope_freqs\.weight)\) in GGUF files: use the model's safetensors",
     ):
-        base_model._stored_numbers(tmp_path / "a.gguf")
+        base_model._stored_in(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        (
+            {"rope_freq_base": 70000.0},
+            "it would compute with rope_theta 10000, and the GGUF file states 70000: use the model's safetensors",
+        ),
+        ({"sliding_window": 32}, "sliding_window 0, and the GGUF file states 32"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 0, and the GGUF file states 50"),
+        ({"rope_freq_base": 10000.0, "sliding_window": 64}, ""),
+        ({"sliding_window": 0}, ""),
+    ],
+)
+def test_a_gguf_file_with_a_setting_that_transformers_does_not_read_is_refused(
+    stated: dict[str, float], said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """It takes its default, e.g. for the positions of StarCoder2 and the sliding window of Phi-3."""
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "starcoder2")
+    for name, value in stated.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    _, settings = base_model._stored_in(tmp_path / "a.gguf")
+    assert list(settings.values()) == list(stated.values())
+    if not said:
+        base_model._refuse_other_settings_than_stored(tiny_model, {}, settings, 64)
+        return
+    with pytest.raises(ValueError, match=said):
+        base_model._refuse_other_settings_than_stored(tiny_model, {}, settings, 64)
 
 
 def test_a_gguf_file_with_weights_that_transformers_leaves_out_is_refused(tiny_model: Path) -> None:

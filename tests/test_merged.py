@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -121,3 +125,82 @@ def test_weights_that_the_base_model_keeps_in_float32_are_not_rounded(tiny_model
     assert {name: weight.dtype for name, weight in after.items()} == {name: weight.dtype for name, weight in before.items()}
     routers = [name for name, weight in before.items() if weight.dtype == torch.float32]
     assert len(routers) == 2 and all(torch.equal(before[name], after[name]) for name in routers)
+
+
+Array = np.ndarray[Any, Any]
+
+
+def cayley(packed: Array, size: int) -> Array:
+    """Blocks on the diagonal, each (I + Q)(I - Q)^-1 of a skew-symmetric Q, whose upper triangle is given (Qiu et al. 2023, section 3.3)."""
+    whole = np.zeros((len(packed) * size, len(packed) * size))
+    for i, upper in enumerate(packed):
+        q = np.zeros((size, size))
+        q[np.triu_indices(size, 1)] = upper
+        place = slice(i * size, (i + 1) * size)
+        whole[place, place] = (np.eye(size) + q - q.T) @ np.linalg.inv(np.eye(size) - q + q.T)
+    return whole
+
+
+def reflections(vectors: Array) -> Array:
+    """The product of the Householder reflections of the columns."""
+    whole = np.eye(len(vectors))
+    for u in vectors.T:
+        whole = whole @ (np.eye(len(u)) - 2 * np.outer(u, u) / (u @ u))
+    return whole
+
+
+FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Array, Callable[[str], Array], bool], Array]]] = {
+    "lora": (
+        {"r": 4, "use_rslora": True, "alpha_pattern": {"down_proj": 3}, "rank_pattern": {"k_proj": 9}},
+        lambda w, of, down: w + (3 / 4**0.5 if down else 32 / 9**0.5) * of("lora_B.weight") @ of("lora_A.weight"),
+    ),
+    "adalora": ({"init_r": 4, "target_r": 2}, lambda w, of, _: w + 32 / 4 * of("lora_B") @ (of("lora_E") * of("lora_A"))),
+    "ia3": ({}, lambda w, of, _: w * of("ia3_l")),
+    "loha": ({"r": 4, "alpha": 6}, lambda w, of, _: w + 6 / 4 * (of("hada_w1_a") @ of("hada_w1_b")) * (of("hada_w2_a") @ of("hada_w2_b"))),
+    "lokr": ({"r": 2, "alpha": 6}, lambda w, of, _: w + 6 / 2 * np.kron(of("lokr_w1"), of("lokr_w2_a") @ of("lokr_w2_b"))),
+    "vera": (
+        {"r": 4},
+        lambda w, of, _: (
+            w + (of("vera_lambda_b")[:, None] * of("/vera_B")[: len(w)]) @ (of("vera_lambda_d")[:, None] * of("/vera_A")[:, : w.shape[1]])
+        ),
+    ),
+    "hra": ({"r": 4}, lambda w, of, _: w @ reflections(of("hra_u"))),
+    "oft": ({"oft_block_size": 16, "use_cayley_neumann": False}, lambda w, of, _: w @ cayley(of("oft_R.weight"), 16)),
+}
+"""Method -> its keys, and the weight after the merge, from the one before, the adapter's weights by name, and whether it is down_proj."""
+
+
+def part_of(adapter: dict[str, Array], module: str, part: str) -> Array:
+    """A weight of an adapter: of a module, or, with /, one that all modules share."""
+    return adapter[f"base_model{part.replace('/', '.')}" if "/" in part else f"base_model.model.{module}.{part}"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", FORMULAS)
+def test_the_merged_weights_are_those_of_the_paper(method: str, dtype: torch.dtype, tiny_model: Path, tmp_path: Path) -> None:
+    """Computed in float64 from the files, without PEFT, for weights with more columns than rows; everything else is unchanged."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    base, (options, formula) = tmp_path / "base", FORMULAS[method]
+    shutil.copytree(tiny_model, base)
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype).save_pretrained(base)
+    keys = options | {"target_modules": ["k_proj", "down_proj"]}
+    prepared = build(method, keys, base, torch.device("cpu"), torch.float32, "adapter.x", total_steps=10)
+    torch.manual_seed(5)
+    for weight in prepared.model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn_like(weight)
+    prepared.save(tmp_path / "adapter")
+    report = merged.produce(Compute(threads=1), base, tmp_path / "adapter", out=tmp_path / "merged")
+    assert not report.failures
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    adapter = {name: weight.double().numpy() for name, weight in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()}
+    assert before.keys() == after.keys() and {weight.dtype for weight in after.values()} == {dtype}
+    changed = [name for name, weight in before.items() if not torch.equal(weight, after[name])]
+    assert changed == sorted(f"model.layers.{i}.{module}.weight" for i in (0, 1) for module in ("mlp.down_proj", "self_attn.k_proj"))
+    for name in changed:
+        found = formula(before[name].double().numpy(), partial(part_of, adapter, name.removesuffix(".weight")), "down_proj" in name)
+        # half a unit of the last place of bfloat16, and float32's rounding in between
+        nearest = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+        np.testing.assert_allclose(after[name].double().numpy(), found, rtol=nearest, atol=2e-6)

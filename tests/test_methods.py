@@ -732,6 +732,45 @@ def test_keys_that_would_not_act_in_the_training_are_refused(options: dict[str, 
     refuse_untrained({"init_lora_weights": "pissa", "kasa_config": None, "use_asa": False}, "adapter.x")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("r", 8, "set init_r and target_r"),
+        ("use_rslora", True, "leave it out"),
+        ("alpha_pattern", {"q_proj": 4}, "leave it out"),
+        ("init_lora_weights", "pissa", ""),
+    ],
+)
+def test_keys_that_peft_does_not_read_for_adalora_are_refused(key: str, value: Any, hint: str) -> None:
+    with pytest.raises(InputError, match=rf"adapter\.x\.peft\.{key}: has no effect with adalora\nhint: {hint}"):
+        check("adalora", {key: value}, None, True, "adapter.x")
+    check("adalora", {"init_lora_weights": False, "use_rslora": False}, None, True, "adapter.x")
+
+
+def test_an_adapter_that_would_be_drawn_in_evaluation_is_refused() -> None:
+    with pytest.raises(InputError, match=r"adapter\.x\.peft\.sample_at_inference: is not supported: it draws the adapter anew"):
+        check("pvera", {"sample_at_inference": True}, None, True, "adapter.x")
+
+
+@pytest.mark.parametrize("targets", [["k_proj", "v_proj"], ["up_proj", "down_proj"]])
+def test_ia3_of_some_modules_can_be_loaded_and_merged(targets: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    """PEFT's own table has down_proj as a module whose input is scaled, also where it is not adapted."""
+    tunable = make("ia3", tiny_model, options={"target_modules": targets})
+    steps(tunable, rate=0.1)
+    tunable.save(tmp_path / "adapter")
+    report = merged.produce(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
+    assert report.checks[0].passed, report.checks[0].note
+    torch.testing.assert_close(logits(load(tmp_path / "merged", None, CPU, torch.float32)), logits(tunable.model), atol=1e-4, rtol=1e-4)
+
+
+def test_ia3_with_another_name_for_a_module_whose_input_is_scaled_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=1, n_head=4)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"feedforward_modules: PEFT's names .* target_modules: mlp\.c_proj"):
+        make("ia3", tmp_path, options={"target_modules": ["c_attn", "c_proj"]})
+
+
 @pytest.mark.parametrize("start", ["pissa_niter_4", "pissa_niter_[number of iters]"])
 def test_a_start_that_a_loaded_adapter_would_not_have_is_refused(start: str) -> None:
     said = f"init_lora_weights: {start} is not supported: it starts from a random approximation, and a loaded adapter from another one"
@@ -773,6 +812,32 @@ def test_a_name_that_no_module_has_is_refused_although_others_are_found(options:
     fine = {"target_modules": ["q_proj", "self_attn.v_proj", "lm_head"], "modules_to_save": ["norm"], "alpha_pattern": {"v_proj": 8}}
     for one in (fine, {"layers_to_transform": 1}, {"layers_to_transform": [0, 1]}):
         refuse_unmatched(make("lora", tiny_model, options=one, merge=False).model, one, "adapter.x")
+
+
+def test_patterns_and_names_of_adapted_parameters_are_those_of_the_model(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """The experts of a mixture are parameters, not modules."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    size = {
+        "vocab_size": len(tiny_tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, **experts)).save_pretrained(tmp_path)
+    names = ["experts.down_proj", "experts.gate_up_proj"]
+    options = {"r": 4, "lora_dropout": 0.0, "target_modules": ["q_proj"], "target_parameters": names, "rank_pattern": {names[0]: 2}}
+    tunable = make("lora", tmp_path, options=options)
+    refuse_unmatched(tunable.model, options, "adapter.x")
+    ranks = {name: len(weight) for name, weight in tunable.model.named_parameters() if "lora_A" in name and "experts" in name}
+    assert sorted(ranks.values()) == [2 * 4, 4 * 4], "each of the four experts has its own"
+    misspelled = options | {"target_parameters": [*names, "experts.up_proj"]}
+    with pytest.raises(InputError, match=r"target_parameters: this model has no weight 'experts\.up_proj' that can be adapted"):
+        refuse_unmatched(make("lora", tmp_path, options=misspelled).model, misspelled, "adapter.x")
+    with pytest.raises(InputError, match=r"rank_pattern: .* match model\.layers\.0\.mlp\.experts\.down_proj"):
+        make("lora", tmp_path, options=options | {"rank_pattern": {names[0]: 2, "down_proj": 3}})
 
 
 def test_trained_rows_of_a_shared_output_layer_cannot_be_merged(tiny_model: Path) -> None:

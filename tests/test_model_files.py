@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -80,24 +81,51 @@ def altered(file: Path, target: Path, **fields: str | bool | int) -> Path:
     return target
 
 
-def test_the_file_has_the_weights_of_the_model_and_its_claim(folder: Path, converted: Path) -> None:
+def interleaved(weight: Any, heads: int) -> Any:
+    """Rows of queries or keys as llama.cpp rotates them: pairs of neighbors, where transformers has pairs of the two halves of a head."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+@pytest.mark.parametrize(("form", "units"), [("f16", 0.0), ("q8_0", 0.5 + 127 / 2**11)])
+def test_the_file_has_the_weights_of_the_model_and_its_claim(
+    form: str, units: float, folder: Path, converted: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path: Path
+) -> None:
+    """Each number: in f16 the nearest one, in q8_0 within half a 127th of the largest of its block of 32, which is stored in f16. Norms are float32."""
     import gguf
     import torch
+    from gguf.quants import dequantize
     from safetensors.torch import load_file
 
-    reader, weights = gguf.GGUFReader(converted), load_file(folder / "model.safetensors")
-    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
-    for name, own in (
-        ("token_embd.weight", "model.embed_tokens.weight"),
-        ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight"),
-        ("blk.0.attn_v.weight", "model.layers.0.self_attn.v_proj.weight"),
-        ("output_norm.weight", "model.norm.weight"),
-    ):
-        expected = weights[own]
-        assert torch.equal(found[name].float(), expected.to(found[name].dtype).float())
-    assert len(found) == len([name for name in weights if name != "lm_head.weight"])
-    assert {name: field.contents() for name, field in reader.fields.items() if name.startswith("pedigree.")} == CLAIM.as_fields()
-    assert claim.read(converted) == claim.read(converted.parent) == claim.ClaimingFile(converted, "gguf", CLAIM)
+    file, stated = converted, CLAIM
+    if form != "f16":
+        file, stated = tmp_path / "made" / "tiny.gguf", dataclasses.replace(CLAIM, quantization=form)
+        file.parent.mkdir()
+        export.write_gguf(folder, "merged@lora", file, stated, prompts, tokenizer)
+    reader, weights = gguf.GGUFReader(file), load_file(folder / "model.safetensors")
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+    names |= {
+        f"blk.0.attn_{own}": f"model.layers.0.self_attn.{theirs}_proj"
+        for own, theirs in zip(["q", "k", "v", "output"], "qkvo", strict=True)
+    }
+    names |= {f"blk.0.ffn_{part}": f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    names |= {"blk.0.attn_norm": "model.layers.0.input_layernorm", "blk.0.ffn_norm": "model.layers.0.post_attention_layernorm"}
+    assert {tensor.name for tensor in reader.tensors} == {f"{name}.weight" for name in names}
+    assert {f"{name}.weight" for name in names.values()} == weights.keys() - {"lm_head.weight"}
+    for tensor in reader.tensors:
+        name = tensor.name.removesuffix(".weight")
+        expected = weights[f"{names[name]}.weight"].float()
+        if name in ("blk.0.attn_q", "blk.0.attn_k"):
+            expected = interleaved(expected, 4 if name.endswith("q") else 2)
+        found = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        if "norm" in name:
+            assert torch.equal(found, expected)
+        elif form == "f16":
+            assert torch.equal(found, expected.half().float())
+        else:
+            unit = expected.view(-1, 32).abs().amax(1, keepdim=True) / 127
+            assert ((found - expected).view(-1, 32).abs() <= units * unit).all()
+    assert {name: field.contents() for name, field in reader.fields.items() if name.startswith("pedigree.")} == stated.as_fields()
+    assert claim.read(file) == claim.read(file.parent) == claim.ClaimingFile(file, "gguf", stated)
 
 
 def test_a_file_that_reads_text_as_the_tokenizer_does_is_accepted(
@@ -159,8 +187,32 @@ def test_a_sliding_window_that_the_file_lacks_is_refused(converted: Path, tmp_pa
     with pytest.raises(InputError, match="up to 4,096"):
         conformance.refuse_lost_window(converted, window, 10**30)
     conformance.refuse_lost_window(altered(converted, tmp_path / "a.gguf", llama__attention__sliding_window=64), window, 1024)
+    phi = altered(converted, tmp_path / "b.gguf", general__architecture="phi3", phi3__attention__sliding_window=64)
+    with pytest.raises(InputError, match="no sliding window for this model"):  # llama.cpp reads the field, and does not apply it
+        conformance.refuse_lost_window(phi, window, 1024)
     for config, context in ((window, 64), (MistralConfig(sliding_window=None), 1024), (Qwen2Config(sliding_window=64), 1024)):
         conformance.refuse_lost_window(converted, config, context)
+
+
+def test_settings_that_the_file_lacks_and_llama_cpp_does_not_have_are_refused(converted: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, Qwen3MoeConfig, StableLmConfig
+
+    def positions(base: float, **more: Any) -> dict[str, Any]:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": base, **more}}
+
+    conformance.refuse_lost_settings(converted, LlamaConfig())
+    with pytest.raises(InputError, match=r"llama\.cpp would compute with rope_theta 10000, and the model has 70000"):
+        conformance.refuse_lost_settings(converted, LlamaConfig(**positions(70000.0)))
+    with pytest.raises(InputError, match=r"llama\.cpp would compute with hidden_act silu, and the model has gelu"):
+        conformance.refuse_lost_settings(converted, LlamaConfig(hidden_act="gelu"))
+    stable = altered(converted, tmp_path / "stable.gguf", general__architecture="stablelm")
+    conformance.refuse_lost_settings(stable, StableLmConfig())
+    with pytest.raises(InputError, match=r"rope_theta 10000, and the model has 1e\+06"):
+        conformance.refuse_lost_settings(stable, StableLmConfig(**positions(1e6, partial_rotary_factor=0.25)))
+    experts = altered(converted, tmp_path / "experts.gguf", general__architecture="qwen3moe")
+    conformance.refuse_lost_settings(experts, Qwen3MoeConfig(norm_topk_prob=True))
+    with pytest.raises(InputError, match="norm_topk_prob True, and the model has False"):
+        conformance.refuse_lost_settings(experts, Qwen3MoeConfig(norm_topk_prob=False))
 
 
 def test_without_llama_cpp_fewer_things_are_compared_and_nothing_is_quantized(

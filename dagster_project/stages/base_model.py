@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -117,7 +118,9 @@ def produce(root: Path, params: Params, out: Path) -> Report:
             "a complete GGUF file" if options else "config.json, a tokenizer and complete safetensors files"
         ):
             if options:
-                _refuse_other_weights_than_stored(folder, options, _stored_numbers(folder / options["gguf_file"]))
+                numbers, settings = _stored_in(folder / options["gguf_file"])
+                _refuse_other_weights_than_stored(folder, options, numbers)
+                _refuse_other_settings_than_stored(folder, options, settings, params.max_length)
             else:
                 _refuse_more_layers_than_weights(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
@@ -293,6 +296,7 @@ def _refuse_more_layers_than_weights(folder: Path) -> None:
 SAFETENSORS = "use the model's safetensors files, by `hub` or `folder`"
 GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Type of a number in GGUF -> its bytes."""
+GGUF_FLOATS = {6: "f", 12: "d"}
 GGUF_TEXT, GGUF_ARRAY = 8, 9
 MOST_ELEMENTS = 1 << 23
 """Elements of the arrays of a GGUF file: its reader makes an object of each. Vocabularies have up to half a million tokens."""
@@ -322,8 +326,11 @@ class _GgufFields:
     def text(self) -> bytes:
         return self.file.read(min(self.number(8), self.size))
 
-    def value(self, kind: int) -> int:
+    def value(self, kind: int) -> int | float:
         """Read a value of this type; of a text or an array 0."""
+        if kind in GGUF_FLOATS:
+            content = self.number(GGUF_SIZES[kind]).to_bytes(GGUF_SIZES[kind], "little")
+            return float(struct.unpack(f"<{GGUF_FLOATS[kind]}", content)[0])
         if kind in GGUF_SIZES:
             return self.number(GGUF_SIZES[kind])
         if kind == GGUF_TEXT:
@@ -350,14 +357,21 @@ ALWAYS_TIED = ("falcon", "bloom")
 """Architectures whose output layer transformers does not read from GGUF files, because it is the word embeddings."""
 
 
-def _stored_numbers(path: Path) -> int:
-    """How many numbers the weights of a GGUF file consist of. Its fields are read before its reader does, which goes on behind the end of the file for
-    as many elements as an array says that it has, and before a model is built, with as many layers as a field says.
+SETTINGS = {"rope.freq_base": "rope_theta", "attention.sliding_window": "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping"}  # fmt: skip
+"""Field of a GGUF file, without the name of the architecture, that changes what a model computes -> the name in config.json. transformers reads each of
+them for some architectures only, and takes its default for others: the base of positions not for StarCoder2, the window not for Phi-3."""
+
+
+def _stored_in(path: Path) -> tuple[int, dict[str, float]]:
+    """How many numbers the weights of a GGUF file consist of, and its SETTINGS. Its fields are read before its reader does, which goes on behind the end of
+    the file for as many elements as an array says that it has, and before a model is built, with as many layers as a field says.
 
     Raises:
         ValueError: as `_GgufFields`, it has fewer weights than layers, or it scales positions.
     """
-    layers = numbers = 0
+    layers: float = 0
+    numbers, settings = 0, {}
     with path.open("rb") as file:
         fields = _GgufFields(file, path.stat().st_size)
         fields.skip(4)
@@ -375,6 +389,8 @@ def _stored_numbers(path: Path) -> int:
             value = fields.value(kind)
             if name.endswith(b".block_count"):
                 layers = max(layers, value)
+            if kind in GGUF_SIZES and (setting := name.partition(b".")[2].decode(errors="replace")) in SETTINGS:
+                settings[setting] = float(value)
         if layers > weights:
             raise ValueError(f"block_count is {layers}, but there are {weights} weights")
         for _ in range(weights):
@@ -385,7 +401,7 @@ def _stored_numbers(path: Path) -> int:
                 raise ValueError(f"it does not read the scaling of positions ({name.decode()}) in GGUF files: {SAFETENSORS}")
             numbers += math.prod(fields.number(8) for _ in range(dimensions))
             fields.skip(12)  # type and place
-    return numbers
+    return numbers, settings
 
 
 def _refuse_other_weights_than_stored(folder: Path, options: Mapping[str, Any], stored: int) -> None:
@@ -407,6 +423,29 @@ def _refuse_other_weights_than_stored(folder: Path, options: Mapping[str, Any], 
         raise ValueError(f"the model has {needed:,} weights, but the file {stored:,}")
     if needed < stored and config.model_type not in ALWAYS_TIED:
         raise ValueError(f"it reads {needed:,} of the {stored:,} weights of the GGUF file: {SAFETENSORS}")
+
+
+def _refuse_other_settings_than_stored(folder: Path, options: Mapping[str, Any], settings: Mapping[str, float], longest: int) -> None:
+    """Check that a model computes as a GGUF file says.
+
+    Args:
+        settings: of the file, by SETTINGS.
+        longest: tokens of the longest text. A window that is not smaller does not matter.
+    Raises:
+        ValueError: transformers takes another value.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options).get_text_config()
+    positions = getattr(config, "rope_parameters", None) or {}
+    positions = positions.get("full_attention", positions)
+    for field, value in settings.items():
+        name = SETTINGS[field]
+        used = float((positions if name == "rope_theta" else vars(config)).get(name) or 0)
+        if name == "sliding_window" and min(value or math.inf, used or math.inf) >= longest:
+            continue
+        if not math.isclose(value, used, rel_tol=1e-6):
+            raise ValueError(f"it would compute with {name} {used:g}, and the GGUF file states {value:g}: {SAFETENSORS}")
 
 
 def _is_file_of(folder: Path, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,16 @@ FURTHER_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 """Fields for tokens that end an answer, besides the end of the text."""
 WINDOW = ".attention.sliding_window"
 """End of the name of the field for the tokens that attention reads."""
+WITHOUT_WINDOW = ("phi3", "phimoe")
+"""Architectures with that field, which llama.cpp does not apply (src/models/phi3.cpp)."""
+ARCHITECTURE, BASE, DEFAULT_BASE = "general.architecture", "rope.freq_base", 10_000.0
+"""Fields for the architecture and, after its name, the base of positions; llama.cpp's value where a file states none."""
+ASSUMED: Mapping[str, Mapping[str, Sequence[Any]]] = {
+    "llama": {"hidden_act": ("silu", "swish")},
+    "qwen2moe": {"norm_topk_prob": (False,)},
+    "qwen3moe": {"norm_topk_prob": (True,)},
+}
+"""Architecture -> key of config.json -> values with which llama.cpp computes, as GGUF files do not state them."""
 UNUSED = 5
 """Type of a token that only fills the vocabulary."""
 NEXT = "the file would not be served as the model was trained, and is not written; export the model with --format safetensors"
@@ -74,23 +85,47 @@ def verify(file: Path, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, A
 
 
 def refuse_lost_window(file: Path, config: Any, context: int) -> None:
-    """The converter writes no sliding window for some architectures, such as Mistral and StarCoder2, and llama.cpp then reads all of a text.
+    """The converter writes no sliding window for some architectures, such as Mistral and StarCoder2, and llama.cpp does not apply that of others, such as
+    Phi-3. It then reads all of a text.
 
     Args:
         config: of the model, as transformers reads it.
         context: tokens of the longest text.
     Raises:
-        InputError: the model reads such a text within a window that the file does not state.
+        InputError: the model reads such a text within a window that the file does not state, or that is not applied.
     """
     window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     longest = min(context, getattr(config, "max_position_embeddings", None) or context)
     if not window or window >= longest or (layers is not None and "sliding_attention" not in layers):
         return
-    if not any(name.endswith(WINDOW) for name in gguf_metadata.read(file).fields):
+    fields = gguf_metadata.read(file).fields
+    if not any(name.endswith(WINDOW) for name in fields) or fields[ARCHITECTURE].value in WITHOUT_WINDOW:
         raise InputError(
             f"llama.cpp has no sliding window for this model ({window:,} tokens): it would read texts of more tokens, up to {longest:,}, in another way",
             f"export it with --format safetensors, or set base_model.max_length to {window} and train again",
         )
+
+
+def refuse_lost_settings(file: Path, config: Any) -> None:
+    """The converter does not write some settings for some architectures, such as the base of positions for StableLM, and llama.cpp then takes its own.
+
+    Args:
+        config: as for `refuse_lost_window`.
+    Raises:
+        InputError: llama.cpp would compute with another value than the model.
+    """
+    fields = gguf_metadata.read(file).fields
+    architecture = str(fields[ARCHITECTURE].value)
+    positions = getattr(config, "rope_parameters", None) or {}
+    positions = positions.get("full_attention", positions)
+    stated = fields.get(f"{architecture}.{BASE}")
+    base = stated.value if stated and isinstance(stated.value, float) else DEFAULT_BASE
+    # `dynamic` changes the base: the converter writes the changed one
+    if positions.get("rope_type") in (None, "default") and not math.isclose(positions.get("rope_theta") or base, base, rel_tol=1e-6):
+        raise InputError(f"llama.cpp would compute with rope_theta {base:g}, and the model has {positions['rope_theta']:g}", NEXT)
+    for name, values in ASSUMED.get(architecture, {}).items():
+        if (found := getattr(config, name, values[0])) not in values:
+            raise InputError(f"llama.cpp would compute with {name} {values[0]}, and the model has {found}", NEXT)
 
 
 def _contents(fields: Mapping[str, Any], name: str) -> Any:

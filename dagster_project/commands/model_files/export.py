@@ -136,6 +136,7 @@ def write_gguf(
     convert.convert(folder, name, converted, origin.quantization)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     conformance.refuse_lost_window(converted, config, tokenizer.model_max_length)
+    conformance.refuse_lost_settings(converted, config)
     gguf_metadata.with_fields(converted, file, {**origin.as_fields(), **conformance.further_fields(tokenizer, prompts)})
     shutil.rmtree(scratch)
     return conformance.verify(file, tokenizer, prompts)

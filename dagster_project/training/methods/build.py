@@ -102,6 +102,7 @@ REFUSED_KEYS = {
     "alora_invocation_tokens": "needs a position in each prompt from which the adapter is active",
     "arrow_config": "combines adapters that are already trained",
     "use_bdlora": "is for serving on many GPUs",
+    "sample_at_inference": "draws the adapter anew in each pass of evaluation, and no weights can be merged that do",
 }
 """Keys of PEFT that are refused -> reason."""
 
@@ -112,6 +113,9 @@ UNTRAINED_KEYS = {
     "velora_config": "computes its projections in the first pass of a training, and checkpoints do not contain them",
 }
 """Keys of PEFT that need more than the loss of the records -> reason. Adapters of another trainer may have them."""
+
+UNREAD_KEYS = {"adalora": ("alpha_pattern", "init_lora_weights", "lora_bias", "r", "rank_pattern", "use_qalora", "use_rslora")}
+"""Method -> keys that PEFT accepts for it, and computes the same with every value of. `init_lora_weights` is read if it is true or false."""
 
 STARTS_FROM_DATA = re.compile(r"eva|corda.*|lora_ga", re.IGNORECASE)
 """Values of init_lora_weights that are computed from examples. PEFT leaves the start of `eva` random if nobody computes it."""
@@ -349,6 +353,9 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
             hints.append("use pissa")
         elif not _fits(value, known[key]):
             wrong.append(f"{path}: must be {ast.unparse(known[key])} (got {value!r})")
+        elif key in UNREAD_KEYS.get(name, ()) and value not in (None, False) and (key != "init_lora_weights" or isinstance(value, str)):
+            wrong.append(f"{path}: has no effect with {name}")
+            hints.append("set init_r and target_r" if key == "r" else "leave it out, or use method: lora")
         elif key in MINIMUM and isinstance(value, int | float) and value < MINIMUM[key]:
             wrong.append(f"{path}: must be at least {MINIMUM[key]} (got {value!r})")
         elif key in TOKEN_NUMBERS and re.search(r"-\d", str(value)):
@@ -560,6 +567,7 @@ def build(
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
     _refuse_order(model, config, where)
     refuse_start(model, config, where)
+    _name_feedforward(model, config, where)
     if merge:
         _refuse_unmergeable(model, config, where)
     for parameter_name, parameter in model.named_parameters():
@@ -611,10 +619,16 @@ def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None
                 near = difflib.get_close_matches(str(entry), sorted({name.rpartition(".")[2] for name in names}), 3, 0.6)
                 hint = f"nearest: {' or '.join(near)}" if near else "correct the name, or leave it out"
                 raise InputError(f"{place_of(where, 'peft')}.{key}: this model has no module {entry!r}", hint)
-    adapted: list[str] = getattr(getattr(model, "base_model", None), "targeted_module_names", [])
+    tuner = getattr(model, "base_model", None)
+    adapted: list[str] = getattr(tuner, "targeted_module_names", [])
+    parameters: list[str] = getattr(tuner, "targeted_parameter_names", [])
+    for entry in options.get("target_parameters") or ():
+        if not any(name == entry or name.endswith(f".{entry}") for name in parameters):
+            what = f"{place_of(where, 'peft')}.target_parameters: this model has no weight {entry!r} that can be adapted"
+            raise InputError(what, "correct the name, or leave it out")
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in (options.get(key) or ()) if adapted else ():
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+        for pattern in (options.get(key) or ()) if adapted or parameters else ():
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (*adapted, *parameters)):
                 raise InputError(
                     f"{place_of(where, 'peft')}.{key}: {pattern!r} matches no module that is adapted", "correct it, or leave it out"
                 )
@@ -637,7 +651,8 @@ def _refuse_order(model: Any, config: Any, where: str) -> None:
     """
     for key in ("rank_pattern", "alpha_pattern"):
         patterns: Mapping[str, Any] = getattr(config, key, None) or {}
-        for module in getattr(model.base_model, "targeted_module_names", ()):
+        tuner = model.base_model
+        for module in (*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())):
             matching = [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
             if len({repr(patterns[pattern]) for pattern in matching}) > 1:
                 raise InputError(
@@ -657,6 +672,25 @@ def refuse_start(model: Any, config: Any, where: str) -> None:
         raise InputError(
             f"{place_of(where, 'peft')}.init_lora_weights: {start} is not supported for this model: PEFT does not transpose weights that are stored as (in, out)",
             "use another value, such as pissa",
+        )
+
+
+def _name_feedforward(model: Any, config: Any, where: str) -> None:
+    """PEFT takes `feedforward_modules` of ia3 from its own table, whatever the target modules are, and does not load an adapter with names that are not
+    among these. Names that no adapted module has are left out of the configuration.
+
+    Raises:
+        InputError: an adapted module has such a name, but target_modules calls it otherwise.
+    """
+    given, targets = getattr(config, "feedforward_modules", None), getattr(config, "target_modules", None)
+    if not isinstance(given, set) or not isinstance(targets, set):
+        return
+    adapted = model.base_model.targeted_module_names
+    config.feedforward_modules = {name for name in given if any(module.endswith(name) for module in adapted)}
+    if other := sorted(config.feedforward_modules - targets):
+        raise InputError(
+            f"{place_of(where, 'peft')}.feedforward_modules: PEFT's names for this model are not those of target_modules: {', '.join(other)}",
+            "set feedforward_modules to the modules of target_modules whose inputs are scaled, or to []",
         )
 
 
