@@ -134,6 +134,31 @@ def test_an_expectation_that_examined_no_row_does_not_pass(tmp_path: Path) -> No
     assert (judged.passed, judged.seen) == (False, "no rows to evaluate")
 
 
+def test_distinct_values_and_sums_are_those_of_the_rows_that_meet_the_condition(tmp_path: Path) -> None:
+    categories = {"column": "category", "row_condition": of_bugs()}
+    none = {"row_condition": of_bugs(category="none such")}
+    judged = found(
+        tmp_path,
+        expect("expect_column_distinct_values_to_be_in_set", **categories, value_set=["bug"]),
+        expect("expect_column_distinct_values_to_equal_set", **categories, value_set=["bug", "idea"]),
+        expect("expect_column_distinct_values_to_be_in_set", column="category", value_set=["bug"]),
+        expect("expect_column_distinct_values_to_be_in_set", column="script", value_set=["Latin"], **none),
+        expect("expect_column_sum_to_be_between", column="turns", max_value=9, **none),
+        expect("expect_column_unique_value_count_to_be_between", column="script", max_value=9, **none),
+        expect("expect_column_proportion_of_unique_values_to_be_between", column="script", max_value=0.9, **none),
+        expect("expect_column_proportion_of_non_null_values_to_be_between", column="script", max_value=0.9, **none),
+    )
+    assert [(one.passed, one.seen) for one in judged] == [(True, "bug"), (False, "bug"), (False, "bug, idea"), *[(False, "nothing")] * 5]
+
+
+def test_a_share_of_values_that_are_not_null_may_be_0(tmp_path: Path) -> None:
+    rows = [record(f"kite {i}") for i in range(3)]
+    (judged,) = found(
+        tmp_path, expect("expect_column_proportion_of_non_null_values_to_be_between", column="category", max_value=0.1), rows=rows
+    )
+    assert (judged.passed, judged.seen) == (True, "0")
+
+
 def test_every_expectation_fails_on_an_empty_table() -> None:
     outcome = expectations.run(expectations.table([]), SUITE)
     assert [one.passed for one in outcome.expectations] == [False] * len(outcome.expectations)

@@ -101,6 +101,13 @@ def test_other_columns_are_kept_in_meta_and_the_category_in_a_column(tmp_path: P
     assert (record["source"], record["category"], json.loads(record["meta"])) == ("a/rows.jsonl", "zoo", {"input": "A bird.", "stars": 4})
 
 
+def test_an_empty_category_is_none_as_a_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion,category\nHi,Hello,\nHo,Hello,zoo\n")
+    assert [record["category"] for record in to_records(tmp_path / "rows.csv", "rows.csv")[1]] == [None, "zoo"]
+    pairs = [{**PAIR_ROWS["preference"][0], "category": category} for category in ("", "zoo")]
+    assert [pair["category"] for pair in to_pairs(jsonl(tmp_path / "pairs.jsonl", *pairs), "pairs.jsonl")[1]] == [None, "zoo"]
+
+
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.jsonl.gz"])
 def test_each_file_type_gives_the_same_rows(name: str, tmp_path: Path) -> None:
     rows = [PAIR, {"prompt": "Grüße", "completion": "你好"}]

@@ -244,6 +244,17 @@ def test_a_requested_split_gets_the_unit_nearest_in_size_if_none_is_small_enough
     assert dict(zip(keys, found.splits, strict=True)) == {"big": "train", "middle": "validation", "small": "test"}
 
 
+@pytest.mark.parametrize(("rows", "size", "found"), [(60, 5, (45, 5, 10)), (200, 9, (144, 18, 38)), (12, 4, (4, 4, 4))])
+def test_groups_of_near_copies_that_are_larger_than_the_share_of_each_stratum_leave_no_split_empty(
+    rows: int, size: int, found: tuple[int, int, int]
+) -> None:
+    strata = [str(i * 3 // rows) for i in range(rows)] if rows > 12 else [""] * rows
+    groups = [f"{strata[i]} {i // size}" for i in range(rows)]
+    given = [None] * rows
+    assigned = Counter(assign_splits(groups, given, given, strata, {"test": 0.2, "validation": 0.1}, 7).splits)
+    assert (assigned["train"], assigned["validation"], assigned["test"]) == found
+
+
 # --- verification of finished splits
 
 COPY = "Where does the parcel with the blue kite for the birthday stand this morning"

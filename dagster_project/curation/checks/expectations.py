@@ -448,9 +448,13 @@ def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame,
                 found.pop(key, None)
             if found["element_count"] == (found.get("missing_count") or 0):
                 one.success = False  # an expectation evaluated on no rows does not hold
-        elif "_distinct_values_" in kind:
-            # The library omits the observed value, and then fails on a count without a percentage.
-            found["observed_value"] = sorted(frame[one.expectation_config.kwargs["column"]].dropna().unique().tolist())[:100]
+        elif any(name in kind for name in _OF_NO_VALUES):
+            values = _values(frame, one.expectation_config.kwargs, nulls="non_null" in kind)
+            if not values:
+                one.success, found["observed_value"] = False, None
+            elif "_distinct_values_" in kind:
+                # The library omits the observed value, and then fails on a count without a percentage.
+                found["observed_value"] = sorted(values)[:100]
             for key in ("unexpected_count", "missing_count", "partial_unexpected_list", "partial_missing_list"):
                 found.pop(key, None)
         observed = _plain_data(found)
@@ -467,6 +471,20 @@ def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame,
         success_percent=100 * sum(statistics) / len(statistics),
     )
     return [judged[i] for i in range(len(expectations))]
+
+
+_OF_NO_VALUES = ("_distinct_values_", "_sum_", "_unique_value_count_", "_proportion_of_")
+"""In the types of expectations that the library evaluates without any value, e.g. to a sum of 0."""
+
+
+def _values(frame: pd.DataFrame, kwargs: Mapping[str, Any], nulls: bool) -> list[Any]:
+    """Different values of the column of an expectation in the rows that meet its condition, with null only if `nulls`."""
+    from great_expectations.execution_engine import PandasExecutionEngine
+
+    rows = PandasExecutionEngine(batch_data_dict={"rows": frame}).get_domain_records({"row_condition": kwargs.get("row_condition")})
+    column = rows[kwargs["column"]]
+    found: list[Any] = (column if nulls else column.dropna()).unique().tolist()
+    return found
 
 
 def _infos(info: dict[str, Any]) -> list[dict[str, Any]]:

@@ -117,11 +117,11 @@ def raw_text(row: Row) -> dict[str, str]:
 
 
 def category_of(row: Row, key: str) -> str | None:
-    """The category as text: a whole number, true and false as in a CSV file."""
+    """The category as text: a whole number, true and false as in a CSV file. An empty one, as in a cell of a CSV file, is none."""
     category = (row.value or {}).get(key)
     if isinstance(category, int):
         return as_label(category)
-    return category if isinstance(category, str) else None
+    return (category or None) if isinstance(category, str) else None
 
 
 def kept_of(row: Row, layout: Layout | PairLayout, tool_keys: tuple[str, ...]) -> dict[str, Any]:

@@ -157,19 +157,22 @@ def assign_splits(
     import numpy as np
 
     by_label, because = keep_labels(groups, keys, labels)
-    labelled = {i for i, name in enumerate(by_label) if name in SPLITS}
     named, largest = set(by_label), 0
     unnamed = {name: share for name, share in shares.items() if name not in named and share}
-    splits = list(by_label)
-    for pool, pool_shares in ((OPEN, shares), (TRAIN, unnamed)):
-        rows = array("q", (i for i, name in enumerate(by_label) if name == pool) if pool_shares and pool in named else ())
-        names = units(Strings(groups[i] for i in rows), [keys[i] for i in rows])
-        largest = max(largest, int(np.bincount(StringIndex(names).numbers).max(initial=0)))
-        coarse = any(keys[i] is not None for i in rows)
-        for i, name in zip(rows, assign(names, [strata[i] for i in rows], pool_shares, seed, top_up=coarse), strict=True):
-            splits[i] = name
-            if name != pool:
-                labelled.discard(i)
+    splits, labelled = list(by_label), set[int]()
+    for top_up in (False, True):  # units that are larger than the share of every stratum would leave a split without rows
+        splits, labelled = list(by_label), {i for i, name in enumerate(by_label) if name in SPLITS}
+        for pool, pool_shares in ((OPEN, shares), (TRAIN, unnamed)):
+            rows = array("q", (i for i, name in enumerate(by_label) if name == pool) if pool_shares and pool in named else ())
+            names = units(Strings(groups[i] for i in rows), [keys[i] for i in rows])
+            largest = max(largest, int(np.bincount(StringIndex(names).numbers).max(initial=0)))
+            coarse = top_up or any(keys[i] is not None for i in rows)
+            for i, name in zip(rows, assign(names, [strata[i] for i in rows], pool_shares, seed, top_up=coarse), strict=True):
+                splits[i] = name
+                if name != pool:
+                    labelled.discard(i)
+        if {name for name, share in shares.items() if share} <= {*splits}:
+            break
     return Assignment(splits, labelled, because, largest)
 
 
