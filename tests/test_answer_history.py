@@ -432,7 +432,11 @@ def test_what_lost_stages_read_is_made_again_if_it_is_lost_too(
     lost: set[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stage(out: str, *deps: str) -> dict[str, Any]:
-        return {"deps": [{"path": f"data/{dep}", "md5": dep} for dep in deps], "outs": [{"path": f"data/{out}", "md5": out}]}
+        outs = sorted([f"data/{out}", f"data/reports/{out}.json"])  # as in dvc.lock, where the report of `splits` is before its output
+        return {
+            "deps": [{"path": f"data/{dep}", "md5": dep} for dep in deps],
+            "outs": [{"path": path, "md5": path.removeprefix("data/")} for path in outs],
+        }
 
     lock = {
         "instructions": stage("instructions", "sources"),

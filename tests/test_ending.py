@@ -99,6 +99,30 @@ def test_sigterm_ends_a_command_as_ctrl_c_does_so_that_its_temporary_folders_are
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_is_repeated_at_once_does_not_end_the_removal_of_temporary_folders(number: signal.Signals) -> None:
+    before = {
+        one: signal.signal(one, kind) for one, kind in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler))
+    }
+    removed = []
+    with ending.interrupts() as found, pytest.raises(KeyboardInterrupt), ending.terminating(found, "verify"):
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)
+            removed.append(True)
+            found.raised -= ending.REPEATED
+            with pytest.raises(KeyboardInterrupt):  # later, whoever waits can end the command
+                signal.raise_signal(number)
+    assert removed
+    with ending.interrupts() as found, ending.terminating(found, "chat"):  # where it ends an answer
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+    for one, kind in before.items():
+        signal.signal(one, kind)
+
+
 def test_ctrl_c_while_a_database_is_closed_shows_no_traceback() -> None:
     code = (
         "import signal, sqlalchemy as sa; from dagster_project.commands.ending import interrupts\n"

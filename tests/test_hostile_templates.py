@@ -135,6 +135,12 @@ def test_ctrl_c_in_a_conversation_leaves_no_reply_to_the_next(monkeypatch: pytes
     assert bounded_templates.render("{{ a }}", {"a": "second"}) == "second"
 
 
+def test_ctrl_c_at_a_terminal_reaches_the_command_alone_and_not_the_process_that_renders() -> None:
+    """A command that ignores it, as after `&` in a script, goes on."""
+    assert bounded_templates.render("{{ 1 }}", {}) == "1" and bounded_templates._renderer
+    assert os.getpgid(bounded_templates._renderer.process.pid) != os.getpgid(0)
+
+
 def test_a_forked_process_renders_in_a_process_of_its_own() -> None:
     assert bounded_templates.render("{{ a }}", {"a": "before"}) == "before"
     child = os.fork()

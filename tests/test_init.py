@@ -16,6 +16,7 @@ from conftest import ROOT, run
 from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
+from dagster_project.commands import init as init_module
 from dagster_project.commands.init import init
 from dagster_project.commands.init_params import SAMPLE_MODEL
 from dagster_project.core.errors import InputError
@@ -229,6 +230,30 @@ def test_a_folder_of_data_that_contains_the_project_is_refused(tmp_path: Path) -
     with pytest.raises(InputError, match="contains the project"):
         init(tmp_path / "project", [str(tmp_path)], None, "auto", "MIT")
     assert not (tmp_path / "project").exists()
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("at", ["_copy", "_add_to_dvc"])
+def test_an_interrupted_command_can_be_given_again(at: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, data = tmp_path / "project", tmp_path / "mine.json"
+    data.write_text(json.dumps([{"instruction": f"question {i}?", "output": "yes"} for i in range(20)]))
+    if existing:
+        (folder / "data/sources").mkdir(parents=True)
+        (folder / "notes.txt").write_text("mine")
+    monkeypatch.setattr(init_module, "LARGE", 100)
+    with monkeypatch.context() as patch:
+        whole = getattr(init_module, at)
+
+        def interrupted(*arguments: Any) -> None:
+            whole(*arguments)
+            raise KeyboardInterrupt
+
+        patch.setattr(init_module, at, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            init_module.init(folder, [str(data)], None, "auto", "unknown")
+    left = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+    assert [name for name in left if not name.startswith((".git/", ".dvc/"))] == (["notes.txt"] if existing else [])
+    assert init_module.init(folder, [str(data)], None, "auto", "unknown")["dvc"] == ["data/sources/mine.json"]
 
 
 @pytest.mark.parametrize("rule", ["data/", "*.lock", "reports", "mine.json"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -115,6 +116,26 @@ def test_commits_of_a_branch_whose_merge_kept_nothing_of_it_are_verified(root: P
     flip(old)
     [finding] = examine(root, all_revs=True)["findings"]
     assert finding["path"] == str(old)
+
+
+@forked
+def test_commands_of_next_steps_name_one_file_each_whatever_the_folders_are_called(root: Path) -> None:
+    project = root.rename(root.with_name("my projects; $(id)"))
+    (project / "data/sources/d.txt").rename(project / "data/sources/my data.txt")
+    (project / "data/sources/d.txt.dvc").unlink()
+    assert dvc(project, "add", "data/sources/my data.txt").returncode == 0
+    source, output = b"my data", b"test 7"
+    (project / "data/sources/my data.txt").write_bytes(source)
+    assert dvc(project, "add", "data/sources/my data.txt").returncode == 0
+    objects = [path for path in files([project / ".dvc/cache/files/md5"]) if path.read_bytes() in (source, output)]
+    for path in objects:
+        flip(path)
+    (project / "data/sources/my data.txt").write_bytes(b"other")
+    steps = [one["next"] for one in examine(project)["findings"]]
+    words = [shlex.split(step.partition(":")[0].replace(",", "")) for step in steps if "data.txt" in step or step.startswith("rm ")]
+    named = {word for line in words for word in line if "/" in word}
+    assert named <= {*map(str, objects), "data/sources/my data.txt"} and "data/sources/my data.txt" in named
+    assert any(str(path) in named for path in objects)
 
 
 @forked

@@ -562,9 +562,11 @@ def test_attest_remade_states_the_result_and_signs_nothing_that_differs(
 def test_bad_input_is_one_message(root: Path, tmp_path: Path) -> None:
     private, _ = write_keys(tmp_path / "keys", "ed25519")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "my model; ls").mkdir()
     for arguments, wrong in (
         (("verify", "adapter@lora", "--signatures"), "adapter@lora has no signatures in data/signatures/adapter/lora"),
         (("verify", str(tmp_path / "empty"), "--signatures"), f"error: {tmp_path / 'empty'} has no signatures\n"),
+        (("verify", str(tmp_path / "my model; ls"), "--signatures"), f"`pedigree sign '{tmp_path / 'my model; ls'}' --key FILE`"),
         (("verify", "--signatures"), "requires a model"),
         (("verify", "adapter@lora", "--signatures", "--deep"), "no other option"),
         (("verify", "adapter@lora", "--key", private), "requires --signatures"),

@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,8 @@ from dagster_project.core.errors import InputError, Interrupted, PedigreeError
 INTERRUPTED = "interrupted; nothing was recorded"
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
+REPEATED = 2.0
+"""Seconds after an interrupt in which another one is ignored: pressed twice, Ctrl-C would end the removal of scratch copies of data."""
 
 ENDED_OTHERWISE = {"run", "serve", "ui"}
 """Commands in which stages and servers decide what SIGTERM does."""
@@ -61,16 +64,24 @@ class Interrupts:
     """Whether SIGINT came. Libraries that are interrupted while they are imported may raise any other exception instead."""
 
     came = False
+    counted = False
+    """Whether each one counts: in `chat` it ends an answer, not the command."""
+    raised = -REPEATED
+    """Time at which one was raised."""
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.came = True
+        if not self.counted and time.monotonic() - self.raised < REPEATED:  # temporary folders are being removed
+            return
         logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)  # it logs the traceback of an interrupt that it raises again
         if not _starts_compiled_module(frame):
+            self.raised = time.monotonic()
             raise KeyboardInterrupt
         _interrupt_later()
 
     def _note_unraisable(self, unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):  # it came in a callback of the garbage collector, which cannot end anything
+            self.raised = -REPEATED
             _interrupt_later()
         else:
             sys.__unraisablehook__(unraisable)
@@ -98,6 +109,7 @@ def interrupts() -> Iterator[Interrupts]:
 @contextmanager
 def terminating(found: Interrupts, command: str) -> Iterator[None]:
     """While open, SIGTERM ends the command as Ctrl-C does, so that its temporary folders are removed: a scratch copy has data, and the key of record ids."""
+    found.counted = command == "chat"
     if (
         command in ENDED_OTHERWISE
         or threading.current_thread() is not threading.main_thread()

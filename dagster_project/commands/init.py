@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,37 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
             raise InputError(f"{source} contains the project {folder}; nothing was written", "name a folder outside of it")
     copied = [path for name, source in copies.items() for path in _paths_in_git(name, source)]
     _refuse_ignored(folder, [*(name for name in files if name != RECORD_KEY), *copied, LOCK, report_of("splits")])
+    by_dvc_add = {path for name in copies for path in (folder / f"{name}.dvc", (folder / name).parent / ".gitignore")}
+    made = [folder / name for name in (*files, *copies)] + [path for path in by_dvc_add if not path.exists()]
+    if not folder.exists():
+        made = [folder]
+    try:
+        has_git, large, by_dvc = _write(folder, files, copies)
+    except BaseException:  # also Ctrl-C while a large model is copied: the same command can be given again
+        _undo(folder, made)
+        raise
+    return {
+        "project": str(folder),
+        "files": sorted([*files, *copies]),
+        "sources": [{"path": one.name, "kind": one.kind, "layout": one.layout, "rows": len(one.records)} for one in found.given],
+        "kept": found.kept,
+        "task": found.task,
+        "git": has_git,
+        "dvc": by_dvc,
+        "missing": [*([] if has_git else ["git"]), *(name for name in ("dvc", "dagster", "torch") if find_spec(name) is None)],
+        "next": _next(folder, bool(found.given), [name for name in large if name not in by_dvc]),
+    }
+
+
+def _write(folder: Path, files: Mapping[str, str], copies: Mapping[str, Path]) -> tuple[bool, list[str], list[str]]:
+    """Write a project.
+
+    Args:
+        files: path in the project -> content.
+        copies: path in the project -> file or folder.
+    Returns:
+        Whether git has it, the paths that are large, and those of them that DVC tracks.
+    """
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch(mode=0o600 if name == RECORD_KEY else 0o666)
@@ -95,17 +127,18 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
     if has_git:
         small = [name for name in [*files, *copies] if name != RECORD_KEY and name not in large]
         git(folder, "add", "--", *small, *(f"{name}.dvc" for name in by_dvc), *{f"{Path(name).parent}/.gitignore" for name in by_dvc})
-    return {
-        "project": str(folder),
-        "files": sorted([*files, *copies]),
-        "sources": [{"path": one.name, "kind": one.kind, "layout": one.layout, "rows": len(one.records)} for one in found.given],
-        "kept": found.kept,
-        "task": found.task,
-        "git": has_git,
-        "dvc": by_dvc,
-        "missing": [*([] if has_git else ["git"]), *(name for name in ("dvc", "dagster", "torch") if find_spec(name) is None)],
-        "next": _next(folder, bool(found.given), [name for name in large if name not in by_dvc]),
-    }
+    return has_git, large, by_dvc
+
+
+def _undo(folder: Path, written: Sequence[Path]) -> None:
+    """Remove what an unfinished command wrote, and folders that are empty then."""
+    for path in written:
+        remove(path)
+        for parent in path.parents:
+            if not parent.is_relative_to(folder) or parent == folder:
+                break
+            with suppress(OSError):  # it has other files
+                parent.rmdir()
 
 
 def _base_model(spec: str | None) -> tuple[dict[str, Any], Path | None]:

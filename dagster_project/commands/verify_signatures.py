@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dagster_project.commands.sign import Lineage
@@ -74,7 +75,7 @@ def verify_target(target: Target, given: PublicKey | None, recorded: Target | No
     claimed = _key_on_page(target)
     if not any(map(os.path.lexists, (signature, attestations))) and claimed is None:
         where = f" in {target.shown(target.signatures)}" if target.root else ""
-        raise InputError(f"{target.label} has no signatures{where}", f"`pedigree sign {target.label} --key FILE` signs it")
+        raise InputError(f"{target.label} has no signatures{where}", f"`pedigree sign {quote(target.label)} --key FILE` signs it")
     verification = _Verification(target)
     verification.refuse_other_kinds(signature, attestations, pem)
     if claimed is not None and not os.path.lexists(signature):

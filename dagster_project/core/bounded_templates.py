@@ -46,6 +46,7 @@ class _Renderer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C is for the command, which may ignore it, as after `&` in a script
             # no tokens and keys; what an interpreter may need to start
             env={
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any
 
 from dagster_project.core.errors import InputError
@@ -319,10 +320,10 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
     status = out.workspace_status().get(str(out), "")
     if status == "deleted":
         fetch = "dvc checkout" if not out.changed_cache() else "dvc pull"
-        return f"{path} is missing; fetch it with `{fetch} {file}`"
+        return f"{path} is missing; fetch it with `{fetch} {quote(file)}`"
     if not status:
         return ""
-    return f"{path} differs from {file}; keep the change with `dvc add {path}`, or drop it with `dvc checkout --force {path}`"
+    return f"{path} differs from {file}; keep the change with `dvc add {quote(path)}`, or drop it with `dvc checkout --force {quote(path)}`"
 
 
 def changed_sources(root: Path) -> dict[str, str]:
@@ -535,7 +536,7 @@ def _fingerprint(root: Path, address: str, all_stages: Sequence[Any]) -> Fingerp
                     conflicts.append((what, how))
             elif other.name != address and status_of(out):
                 what = f"{path} is not what {other.name} recorded in dvc.lock"
-                conflicts.append((what, f"run `dvc repro {other.name}` first, or `dvc checkout --force {path}`"))
+                conflicts.append((what, f"run `dvc repro {other.name}` first, or `dvc checkout --force {quote(path)}`"))
     return Fingerprint({**now, "params.yaml": digest(values)}, conflicts)
 
 

@@ -7,6 +7,7 @@ import re
 import sqlite3
 import traceback
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dagster_project.core.errors import InputError
@@ -99,9 +100,9 @@ def _of_a_source(file: Path, name: str) -> InputError:
     if file.is_file() and "<<<<<<< " in file.read_text(errors="replace"):
         return InputError(
             f"{name} has an unresolved merge conflict",
-            f"take one side with `git checkout --ours {name}` (or --theirs), then `dvc checkout {name}`",
+            f"take one side with `git checkout --ours {quote(name)}` (or --theirs), then `dvc checkout {quote(name)}`",
         )
-    return InputError(f"{name} is not a file as DVC writes it", f"restore it with `git checkout HEAD {name}`")
+    return InputError(f"{name} is not a file as DVC writes it", f"restore it with `git checkout HEAD {quote(name)}`")
 
 
 def _broken_link(error: FileNotFoundError, root: Path) -> Path | None:

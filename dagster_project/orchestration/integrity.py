@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any
 
 from dagster_project.core.documents import damage, set_aside
@@ -235,9 +236,12 @@ class _Examination:
             file = self.store.at(oid)
             self.objects[oid] = None
             if what := _misplaced(file):
-                then = f"rm -r {file}, then {commit}" if commit and self._has(path, oid) else reproduce
+                then = f"rm -r {quote(str(file))}, then {commit}" if commit and self._has(path, oid) else reproduce
                 self._add_finding(
-                    "cache", str(file), f"is {what}, not the object; it should contain {path}", then or f"rm -r {file}, then {fetch}"
+                    "cache",
+                    str(file),
+                    f"is {what}, not the object; it should contain {path}",
+                    then or f"rm -r {quote(str(file))}, then {fetch}",
                 )
             elif not file.is_file():
                 self.missing[path, oid] = {"path": path, "object": oid, "next": commit if commit and self._has(path, oid) else fetch}
@@ -246,7 +250,8 @@ class _Examination:
                 if md5 == oid.removesuffix(".dir"):
                     self.objects[oid] = sha256
                 else:
-                    then = f"rm {file}, then {commit}" if commit and self._has(path, oid) else reproduce or f"rm {file}, then {fetch}"
+                    remove = f"rm {quote(str(file))}, then "
+                    then = f"{remove}{commit}" if commit and self._has(path, oid) else reproduce or f"{remove}{fetch}"
                     self._add_finding("cache", str(file), f"does not match its name; it contains {path}", then)
         return self.objects[oid]
 
@@ -266,7 +271,7 @@ class _Examination:
         elif md5_of_bytes(content) != out["md5"]:
             self._add_finding(where, out["path"], "is not what dvc.lock recorded", f"git checkout {out['path']}, or dvc repro {address}")
         elif at.rev is None and os.path.lexists(copy := self.store.at(out["md5"])):  # a clone has none
-            self._object(out["md5"], out["path"], "", f"rm -r {copy}: it is only a copy for DVC's run cache", "")
+            self._object(out["md5"], out["path"], "", f"rm -r {quote(str(copy))}: it is only a copy for DVC's run cache", "")
         self.files, self.bytes = self.files + 1, self.bytes + len(content or b"")
 
     def _examine_output(self, at: Revision, address: str, path: str, oid: str, sha256: str | None) -> None:
@@ -277,9 +282,9 @@ class _Examination:
             oid: DVC's hash in dvc.lock.
             sha256: published in the stage's report; None if unknown.
         """
-        reproduce = f"dvc repro {address}: it sets altered files aside and produces them again" if address else f"dvc pull {path}"
+        reproduce = f"dvc repro {address}: it sets altered files aside and produces them again" if address else f"dvc pull {quote(path)}"
         again = "" if at.rev else reproduce  # a stage runs on the files of the workspace
-        fetch = "dvc pull --all-commits" if at.rev else f"dvc pull {path}, or dvc repro {address or path}"
+        fetch = "dvc pull --all-commits" if at.rev else f"dvc pull {quote(path)}, or dvc repro {address or quote(path)}"
         if at.rev and any((self.root / CERTIFICATES).glob("*.json")):
             fetch += f", unless `pedigree erase` removed it (certificates in {CERTIFICATES})"
         commit = f"dvc commit {address}" if address and at.rev is None else ""
@@ -306,11 +311,11 @@ class _Examination:
         for name in sorted({*present, *recorded}) if files is not None else []:
             file = f"{path}/{name}" if name else path
             if name not in present:
-                self._add_finding("workspace", file, "is missing", f"dvc checkout {path}")
+                self._add_finding("workspace", file, "is missing", f"dvc checkout {quote(path)}")
             elif name not in recorded:
-                self._add_finding("workspace", file, "is not recorded", f"dvc checkout --force {path}")
+                self._add_finding("workspace", file, "is not recorded", f"dvc checkout --force {quote(path)}")
             elif hashes[name][0] != recorded[name]:
-                self._add_finding("workspace", file, "is not what dvc.lock recorded", f"dvc checkout --force {path}")
+                self._add_finding("workspace", file, "is not what dvc.lock recorded", f"dvc checkout --force {quote(path)}")
         actual = _sha256_of_listing({name: digest for name, (_, digest) in hashes.items()})
         if sha256 and actual != sha256 and not any(dvc.overlap(found, path) for _, found in self.findings):
             self._add_finding("workspace", path, "is not what was published (sha256 differs)", reproduce)
@@ -322,7 +327,7 @@ class _Examination:
                 wrong = (
                     f"is {what}, not a record of a run" if isinstance(what, str) else "is a record of a run that does not match its name"
                 )
-                self._add_finding("cache", str(path), wrong, f"rm -r {path}: only DVC's run cache uses it")
+                self._add_finding("cache", str(path), wrong, f"rm -r {quote(str(path))}: only DVC's run cache uses it")
 
     def _examine_entries(self, at: Revision, lock: Mapping[str, Any]) -> None:
         """Find entries of dvc.lock that are neither committed nor in DVC's run cache."""

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
+from shlex import quote
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git_bytes, refuse_without_git
@@ -41,7 +42,7 @@ def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Pa
         raise InputError(
             f"the files in git are {sum(sizes.values()) / 1e6:,.0f} MB; a worker can get {limit / 1e6:,.0f} MB of files. Largest: "
             + ", ".join(f"{name} ({sizes[name] / 1e6:,.1f} MB)" for name in largest),
-            f"keep large files in DVC: `git rm --cached {largest[0]} && dvc add {largest[0]}`",
+            f"keep large files in DVC: `git rm --cached {quote(largest[0])} && dvc add {quote(largest[0])}`",
         )
     remove(folder)
     try:
