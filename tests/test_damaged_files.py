@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -107,6 +108,22 @@ def test_a_damaged_dvc_lock_is_one_message_in_whatever_reads_it(root: Path, case
     assert found["verdict"] == "altered" and any(why in one["wrong"] and "git checkout" in one["next"] for one in found["findings"])
     asked: dict[str, Any] = dict.fromkeys(("record", "source", "content", "containing"))
     assert impact(root, **asked, text="nothing says this")["verdict"] == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "what"),
+    [
+        ("params.yaml", lambda _: "a: [1\nb: 2\n", r"^params\.yaml is not valid YAML: .*, line 2, "),
+        ("params.yaml", lambda _: "- 1\n", r"^params\.yaml must be a mapping"),
+        ("dvc.yaml", lambda _: "stages:\n  a:\n\tcmd: x\n", r"dvc\.yaml'.*: found character .*, line 3$"),
+        ("dvc.yaml", lambda text: text.replace('"tok": {', '"tok": {"outz": ["x"],'), r"extra keys not allowed in stages\.tok\.outz$"),
+    ],
+)
+def test_a_mistake_in_a_file_that_dvc_reads_is_named(root: Path, name: str, damage: Callable[[str], str], what: str) -> None:
+    (root / name).write_text(damage((root / name).read_text()))
+    with pytest.raises(InputError) as raised:
+        read_stages(root)
+    assert re.search(what, raised.value.what)
 
 
 @pytest.mark.parametrize(

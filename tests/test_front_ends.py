@@ -280,3 +280,11 @@ def test_what_is_above_a_frozen_stage_need_not_be_there_for_what_is_below(root: 
     assert small_pipeline.materialize(root, instance, ["raw", "inst"]).success, "`dvc repro inst` runs, too"
     assert run_all(root, 1, False, lambda _: None, only=["raw", "inst", "tok"])["passed"]
     assert not {"inst", "tok"} & changed_in_dvc(root)
+
+
+def test_an_added_or_removed_variant_is_not_reported_as_a_run_of_what_reads_all_variants(root: Path, synced: dg.DagsterInstance) -> None:
+    before = json.loads((root / "params.yaml").read_text())["variants"]
+    for variants in (before | {"x": {"r": 4}}, before, {"lora": before["lora"]}, before):
+        edit_params(root, lambda values: values.update(variants=variants))  # noqa: B023
+        assert not [line for line in sync(root, synced, small_pipeline.PIPELINE) if line.startswith("cmp is ")]
+        assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root)

@@ -160,6 +160,14 @@ def test_names_are_drawn_as_they_are(name: str, tmp_path: Path) -> None:
             assert draw([{"step": "1", name: "0.5"}] if draw is metadata._draw_curves else [rows], tmp_path)
 
 
+@pytest.mark.parametrize("count", [1, 3, 5, 10])
+def test_each_curve_is_drawn_once_and_nothing_else(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "_png", lambda figure: figure)
+    names = [f"c{n}" for n in range(count)]
+    figure: Any = metadata._draw_curves([{"step": "1", **dict.fromkeys(names, "0.5"), "tokens": "9"}], tmp_path)
+    assert [axes.get_title() for axes in figure.axes] == names
+
+
 KEYS = [
     "k" * 100_000,
     "\x1b" * 100_000,

@@ -10,6 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.history import LOCK, Revision, config_files
 from dagster_project.orchestration.private_api import private_module
@@ -90,7 +91,20 @@ def _of_a_file(error: Exception, root: Path) -> InputError:
         return MissingParameter(
             f"dvc.yaml reads {missing[1]}, which params.yaml does not have", "add it to params.yaml, see docs/parameters.md"
         )
-    return InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again")
+    if "params.yaml'" in str(error):
+        try:
+            params.read(root)
+        except InputError as wrong:  # it names the line
+            return wrong
+    return InputError(f"dvc.yaml or dvc.lock: {error}{_reason(error)}", "fix that file and run again")
+
+
+def _reason(error: Exception) -> str:
+    """What DVC's parser or schema found, which its message leaves out."""
+    if wrong := getattr(getattr(error, "exc", None), "errors", None):  # YAMLValidationError
+        return ": " + "; ".join(f"{one.error_message} in {'.'.join(map(str, one.path))}" for one in wrong)
+    mark = getattr(error.__cause__, "problem_mark", None)
+    return f": {getattr(error.__cause__, 'problem', None) or 'syntax error'}, line {mark.line + 1}" if mark else ""
 
 
 def _of_a_source(file: Path, name: str) -> InputError:

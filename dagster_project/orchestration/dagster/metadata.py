@@ -182,9 +182,13 @@ def _png(figure: Any) -> str:
 def _draw_curves(rows: list[dict[str, str]], out: Path) -> str:
     from matplotlib.figure import Figure
 
-    names = [name for name in rows[0] if name not in {"step", "tokens"}][:8]
-    figure = Figure(figsize=(4 * min(4, len(names)), 3 * -(-len(names) // 4)))
-    for axes, name in zip(figure.subplots(-(-len(names) // 4), min(4, len(names)), squeeze=False).flat, names, strict=False):
+    names = [name for name in rows[0] if name not in {"step", "tokens"}]
+    lines, columns = -(-len(names) // 4), min(4, len(names))
+    figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
+    figure.subplots(lines, columns, squeeze=False)
+    for axes in figure.axes[len(names) :]:
+        figure.delaxes(axes)
+    for axes, name in zip(figure.axes, names, strict=True):
         axes.plot([int(row["step"]) for row in rows], [float(row[name]) for row in rows], linewidth=1.2, label=name)
         axes.set(xlabel="step")
         axes.set_title(visible(name), parse_math=False)

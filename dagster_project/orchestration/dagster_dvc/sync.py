@@ -137,10 +137,12 @@ def _materialize(project: DvcProject, instance: dg.DagsterInstance, state: Stage
         for tag, value in expected.items()
         if tag.startswith(INPUT_TAG_PREFIX) or tag in {names.DATA_VERSION_TAG, names.CODE_VERSION_TAG}
     }
+    extra = {tag for tag in actual if tag.startswith(INPUT_TAG_PREFIX)} - set(expected)
     definition = names.get_input_data_version_tag(project.definition_key(state.address))
     if state.definition_now != state.definition_recorded and actual.get(definition) not in {None, state.definition_now}:
-        del compared[definition]  # it is shown as stale already; a second report would look like a run, to automation conditions too
-    extra = {tag for tag in actual if tag.startswith(INPUT_TAG_PREFIX)} - set(expected)
+        # it is shown as stale already; a second report, e.g. of an input that a variant adds, would look like a run, to automation conditions too
+        compared = {tag: value for tag, value in compared.items() if tag != definition and tag in actual}
+        extra = set()
     if not extra and all(actual.get(tag) == value for tag, value in compared.items()):
         return []
     instance.report_runless_asset_event(
