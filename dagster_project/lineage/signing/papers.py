@@ -13,6 +13,7 @@ from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_t
 from dagster_project.core.layout import PLOTS, REPORTS
 from dagster_project.core.text import visible
 from dagster_project.lineage.export.folder import FOLDER, PAGE
+from dagster_project.lineage.export.spdx import DISTILLED
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.signing import envelope
 from dagster_project.lineage.signing.envelope import SignatureError
@@ -85,6 +86,10 @@ def _all(digests: Iterable[str]) -> str:
     return ", ".join(sorted(digests)) or "unknown"
 
 
+def _weights(files: Mapping[str, str]) -> str:
+    return _all(digest for name, digest in files.items() if name.endswith(".safetensors"))
+
+
 def _md5(value: str) -> str:
     return value.removesuffix(".dir")
 
@@ -109,7 +114,9 @@ def _audit(content: bytes) -> Iterator[Claim]:
     base = document["base_model"].get("sha256", {})
     for name, digest in base.items():
         yield f"base model, file {name}", "sha256", digest
-    yield WEIGHTS, "sha256", _all(digest for name, digest in base.items() if name.endswith(".safetensors"))
+    yield WEIGHTS, "sha256", _weights(base)
+    for one in document.get("teachers", ()):
+        yield f"teacher of {one['training']}, weights", "sha256", _weights(one["sha256"])
     for name, stage in document["stages"].items():
         if stage["sha256"]:
             yield f"stage {name}", "sha256", stage["sha256"]
@@ -190,7 +197,8 @@ def _spdx(content: bytes) -> Iterator[Claim]:
         if one.get("spdxId") in roots:
             yield from ((THE_MODEL, "md5" if kind == "md5" else "sha256", value) for kind, value in sums)
         elif one["type"] == "ai_AIPackage":
-            yield WEIGHTS, "sha256", _all(digest for _, digest in sums)
+            training, taught, _ = one.get("comment", "").partition(DISTILLED)
+            yield f"teacher of {training}, weights" if taught else WEIGHTS, "sha256", _all(digest for _, digest in sums)
         elif one["type"] == "dataset_DatasetPackage":
             made = "md5" in dict(sums)
             subject = f"{'stage' if made else 'source'} {one['name']}"
