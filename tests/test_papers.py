@@ -23,7 +23,10 @@ from ruamel.yaml import YAML
 from dagster_project.__main__ import main
 from dagster_project.commands.sign import attest, sign, stage_records
 from dagster_project.commands.verify_signatures import as_text, verify_signatures
+from dagster_project.lineage.export.model_card import model_card
 from dagster_project.lineage.export.registry import find, formats
+from dagster_project.lineage.export.responsible import processing
+from dagster_project.lineage.export.summary import from_reports
 from dagster_project.lineage.signing import provenance
 from dagster_project.lineage.signing.keys import private_key
 from dagster_project.lineage.signing.papers import READERS, read
@@ -451,6 +454,28 @@ def test_names_of_sources_are_read_as_they_were_written() -> None:
         assert claims is not None and {(f"source {name}", "rows", "7"), (f"source {name}", "sha256", digest)} <= set(claims)
         assert ("the model", "md5", "1" * 32) in claims
     assert ("table splits-train", "rows", "5") in claims and ("stage splits", "md5", "2" * 32) in claims
+
+
+def test_copies_that_were_added_to_train_are_counted_and_contradict_nothing() -> None:
+    splits = {
+        "rows_in": 7,
+        "rows_out": 7,
+        "dropped": {},
+        "train": 4,
+        "validation": 1,
+        "test": 2,
+        "augmented": {"paraphrase": 3, "typos": 2},
+    }
+    summary = from_reports("merged@lora", {"splits": splits})
+    claims = read("audit/audit.json", json.dumps(summary).encode())
+    assert claims is not None and {f"table splits-{name}": rows for name, rows in (("train", "9"), ("validation", "1"), ("test", "2"))} == {
+        subject: value for subject, key, value in claims if subject.startswith("table ")
+    }
+    assert (
+        "Train 4, validation 1 and test 2 examples, and 5 copies of train examples with other prompts (paraphrase 3, typos 2);"
+        in model_card(summary)
+    )
+    assert "copies added to train: paraphrase 3, typos 2" in processing({**summary, "checks": {}})[0]
 
 
 # --- other tools, and what is missing

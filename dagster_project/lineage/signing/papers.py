@@ -125,7 +125,8 @@ def _audit(content: bytes) -> Iterator[Claim]:
                 yield f"stage {name}", key, str(stage[key])
         for split in ("train", "validation", "test"):
             if isinstance(stage.get(split), int):
-                yield f"table {name}-{split}", "rows", str(stage[split])
+                copies = sum(stage.get("augmented", {}).values()) if split == "train" else 0
+                yield f"table {name}-{split}", "rows", str(stage[split] + copies)
 
 
 def _croissant(content: bytes) -> Iterator[Claim]:
