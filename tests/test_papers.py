@@ -27,6 +27,7 @@ from dagster_project.lineage.export.model_card import model_card
 from dagster_project.lineage.export.registry import find, formats
 from dagster_project.lineage.export.responsible import processing
 from dagster_project.lineage.export.summary import from_reports
+from dagster_project.lineage.lineage import audit
 from dagster_project.lineage.signing import provenance
 from dagster_project.lineage.signing.keys import private_key
 from dagster_project.lineage.signing.papers import READERS, read
@@ -144,6 +145,17 @@ def test_it_is_verified_in_the_place_of_the_release_in_a_clone_without_data(
     (clone / "dvc.lock").write_text(lock)
     flip(clone / "data/release/papers/README.md")
     assert [one["file"] for one in verify_signatures(clone, "release", public)["findings"]] == ["data/release/papers/README.md"]
+
+
+def test_an_audit_in_the_project_finds_the_release_and_of_a_part_of_it_the_model_that_it_is_a_copy_of(
+    _folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(_folder / "handed", tmp_path / "downloaded"))
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")  # as in a repository of the Hub
+    assert audit(_folder / "project", str(folder))["model"]["stage"] == "release"
+    for name in names(folder) - {"model.safetensors", "config.json"}:
+        (folder / name).unlink()
+    assert audit(_folder / "project", str(folder))["model"]["stage"] == "merged@lora"
 
 
 def test_a_flipped_bit_in_any_file_or_a_removed_file_fails_and_names_it(handed: Path, public: str) -> None:
