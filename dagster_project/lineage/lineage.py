@@ -681,8 +681,11 @@ def write_trained_on(records: pl.DataFrame | None, path: Path) -> None:
 
 
 def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics of the stage itself, and of the stages in the same dvc.lock that evaluate its output or a model derived from it."""
-    reports = {subject.run.address: report}
+    """Metrics of the stage itself, and of the stages in the same dvc.lock that evaluate its output, the model that it is a copy of, or a model derived from it."""
+    index = subject.index
+    originals = {one.md5 for one in index.parents(subject.run)} if index.is_copy(subject.run) else set()
+    measuring = [one for one in subject.lock.values() if not one.is_model and any(md5 in originals for _, _, md5 in one.inputs)]
+    reports = {subject.run.address: report} | {one.address: index.report(one) for one in measuring}
     pending, followed = [subject.run], set[str]()  # a model whose files equal those of the model that it reads is its own reader, by hash
     while pending:
         run = pending.pop()
@@ -692,7 +695,7 @@ def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
                 if reader.is_model:
                     pending.append(reader)
                 else:
-                    reports[reader.address] = subject.index.report(reader)
+                    reports[reader.address] = index.report(reader)
     return {name: {key: value for key, value in figures.items() if key not in NON_METRICS} for name, figures in reports.items()}
 
 
