@@ -225,6 +225,19 @@ def test_a_release_has_the_figures_of_the_evaluation_of_the_model_that_it_is_a_c
     assert MlflowClient(tracking_uri=address).get_run(made["run"]).data.metrics == {"evaluation/lora/perplexity": 2.5}
 
 
+def test_ids_of_records_in_waivers_are_left_out(project: Project, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow import MlflowClient
+
+    lock = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]
+    waiver = {"check": "too_long", "reason": "kept", "expires": "2999-01-01", "rows": ["a.jsonl:3", "0f" * 16]}
+    lock["merged@lora"]["params"] = {"params.yaml": {"instructions": {"waivers": [waiver]}}}
+    project.commit(lock)
+    code, made = ask(capsys, "mlflow", "merged@lora", "--tracking-uri", address, "--project", str(project.root))
+    assert code == 0
+    parameters = MlflowClient(tracking_uri=address).get_run(made["run"]).data.params
+    assert json.loads(parameters["instructions"])["waivers"] == [{**waiver, "rows": ["a.jsonl:3", "a record"]}]
+
+
 def test_a_model_that_changes_while_it_is_uploaded_is_not_registered(
     project: Project, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
