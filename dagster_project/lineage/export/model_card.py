@@ -144,7 +144,11 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         parts.append(f"Made with code or parameters that commit {commit} does not contain: {differs}.")
     elif code and not commit:
         parts.append("Made with uncommitted work" + (f", after commit {code['after']}." if code.get("after") else "."))
-    recorded = [[name, s["commit"], s["date"] or "unknown"] for name, s in summary["stages"].items() if s.get("commit")]
+    recorded = [
+        [name, f"{s['commit']}{' or earlier' * s.get('or_earlier', False)}", s["date"] or "unknown"]
+        for name, s in summary["stages"].items()
+        if s.get("commit")
+    ]
     if recorded:
         parts += ["The first commit that recorded the run of each stage:", _table(["stage", "commit", "date"], recorded)]
     for one in summary.get("watched_by", ()):
