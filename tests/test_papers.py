@@ -30,7 +30,7 @@ from dagster_project.lineage.export.summary import from_reports
 from dagster_project.lineage.lineage import audit
 from dagster_project.lineage.signing import provenance
 from dagster_project.lineage.signing.keys import private_key
-from dagster_project.lineage.signing.papers import READERS, read
+from dagster_project.lineage.signing.papers import READERS, contradictions, read
 from dagster_project.lineage.signing.target import find as find_target
 
 ISSUED = "2026-01-31"
@@ -466,6 +466,17 @@ def test_names_of_sources_are_read_as_they_were_written() -> None:
         assert claims is not None and {(f"source {name}", "rows", "7"), (f"source {name}", "sha256", digest)} <= set(claims)
         assert ("the model", "md5", "1" * 32) in claims
     assert ("table splits-train", "rows", "5") in claims and ("stage splits", "md5", "2" * 32) in claims
+
+
+def test_names_with_characters_that_are_not_seen_contradict_nothing() -> None:
+    """A zero-width space, as between Khmer or Thai words: Markdown has it written out."""
+    name, digest = "data/sources/\u0e04\u0e33\u200b\u0e16\u0e32\u0e21.jsonl", "0" * 64
+    facts = {"rows": 7, "format": "messages", "sha256": digest, "license": "MIT"}
+    summary = {**from_reports("merged@lora", {"raw_examples": {"sources": {name: facts}}})}
+    texts = {"audit/audit.json": json.dumps(summary), "README.md": model_card(summary)}
+    assert texts["README.md"].count("u200b") and contradictions(
+        {name: read(name, text.encode()) or () for name, text in texts.items()}
+    ) == ({}, 4)
 
 
 def test_copies_that_were_added_to_train_are_counted_and_contradict_nothing() -> None:

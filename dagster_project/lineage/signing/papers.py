@@ -401,7 +401,9 @@ def read(name: str, content: bytes) -> list[Claim] | None:
     except (SignatureError, UnicodeDecodeError, KeyError, IndexError, TypeError, ValueError, AttributeError):
         return None
     if _SOURCE_ROWS in READERS[name][2]:
-        sources = {subject.removeprefix("source ") for subject, key, _ in found if subject.startswith("source ") and key == "sha256"}
+        sources = {
+            visible(subject.removeprefix("source ")) for subject, key, _ in found if subject.startswith("source ") and key == "sha256"
+        }
         found += [(THE_MODEL, "sources", ", ".join(sorted(sources)))] if sources else []
     return found or None
 
@@ -434,7 +436,7 @@ def contradictions(stated: Mapping[str, Iterable[Claim]]) -> tuple[dict[str, str
     wrong, compared = dict[str, str](), 0
     for name, claims in stated.items():
         for subject, key, value in claims:
-            value_before, before = known.setdefault((subject, key), (value, name))
+            value_before, before = known.setdefault((visible(subject), key), (value, name))  # as `markdown` writes names
             compared += before != name
             if value != value_before:
                 unit = key.replace("_", " ")
