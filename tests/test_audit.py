@@ -124,5 +124,5 @@ def test_a_model_with_the_files_of_the_model_that_it_reads_is_followed_once() ->
     merged = Of(address="merged@lora", md5="1", inputs=[("adapter@lora", "data/adapter/lora", "1")], is_model=True)
     evaluation = Of(address="evaluation@lora", md5="2", inputs=[("merged@lora", "data/merged/lora", "1")], is_model=False)
     lock = {run.address: run for run in (adapter, merged, evaluation)}
-    subject = Of(run=adapter, lock=lock, index=Of(report=lambda run: {"score": 1}))
+    subject = Of(run=adapter, lock=lock, index=Of(report=lambda run: {"score": 1}, is_copy=lambda run: False))
     assert _metrics(subject, {}) == {"adapter@lora": {}, "evaluation@lora": {"score": 1}}

@@ -24,6 +24,7 @@ from dagster_project.lineage import database
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.export.answers import training_records
 from dagster_project.lineage.export.export import issue_date, summarize
+from dagster_project.lineage.export.model_card import model_card
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
@@ -418,6 +419,23 @@ def test_an_answer_of_no_says_what_was_looked_at_and_needs_all_of_it(made: Proje
     done = pedigree(made.root, "impact", "--record", identity("nobody"))
     assert done.returncode == 2 and "dvc pull" in done.stdout
     assert impact(made.root, record=identity("frogs"))["verdict"] == "yes"
+
+
+def test_a_shallow_clone_does_not_take_its_first_commit_for_the_one_that_recorded_a_run(made: Project, tmp_path: Path) -> None:
+    made.commit(made.lock([("cats", "train", "a.jsonl")]))
+    git(made.root, "commit", "-q", "--allow-empty", "-m", "later")
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{made.root}", str(clone))
+    subject = find(Index(clone), "merged@lora")
+    with pytest.raises(InputError, match="shallow") as refusal:
+        issue_date(subject)
+    assert "--issued" in refusal.value.hint
+    recorded = summarize(subject)["stages"]["adapter@lora"]
+    assert (
+        recorded["date"] is None
+        and recorded["or_earlier"]
+        and f"{recorded['commit']} or earlier | unknown |" in model_card(summarize(subject))
+    )
 
 
 def test_the_issue_date_is_that_of_the_first_commit_that_holds_the_model(made: Project) -> None:

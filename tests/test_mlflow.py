@@ -208,6 +208,36 @@ def test_figures_of_fields_and_benchmarks_may_have_any_name(project: Project, ad
     assert figures == {"merged/lora/type _main_.accuracy": 0.5, "merged/lora/mmlu_ übung": 0.25}
 
 
+def test_a_release_has_the_figures_of_the_evaluation_of_the_model_that_it_is_a_copy_of(
+    project: Project, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    lock = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]
+    model = {"data/merged/lora": lock["merged@lora"]["outs"][0]["md5"]}
+    lock["evaluation@lora"] = entry("evaluation@lora", model, project.put({"answers.parquet": b"x"}))
+    lock["release"] = entry("release", model, project.put({**FILES, "release.json": b"{}"}))
+    (project.root / "data/reports/evaluation").mkdir()
+    lock["evaluation@lora"]["outs"].append({**project.report("evaluation/lora", {"passed": True, "perplexity": 2.5}), "hash": "md5"})
+    project.commit(lock)
+    code, made = ask(capsys, "mlflow", "release", "--tracking-uri", address, "--project", str(project.root))
+    assert code == 0
+    assert MlflowClient(tracking_uri=address).get_run(made["run"]).data.metrics == {"evaluation/lora/perplexity": 2.5}
+
+
+def test_ids_of_records_in_waivers_are_left_out(project: Project, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow import MlflowClient
+
+    lock = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]
+    waiver = {"check": "too_long", "reason": "kept", "expires": "2999-01-01", "rows": ["a.jsonl:3", "0f" * 16]}
+    lock["merged@lora"]["params"] = {"params.yaml": {"instructions": {"waivers": [waiver]}}}
+    project.commit(lock)
+    code, made = ask(capsys, "mlflow", "merged@lora", "--tracking-uri", address, "--project", str(project.root))
+    assert code == 0
+    parameters = MlflowClient(tracking_uri=address).get_run(made["run"]).data.params
+    assert json.loads(parameters["instructions"])["waivers"] == [{**waiver, "rows": ["a.jsonl:3", "a record"]}]
+
+
 def test_a_model_that_changes_while_it_is_uploaded_is_not_registered(
     project: Project, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

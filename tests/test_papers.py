@@ -23,10 +23,14 @@ from ruamel.yaml import YAML
 from dagster_project.__main__ import main
 from dagster_project.commands.sign import attest, sign, stage_records
 from dagster_project.commands.verify_signatures import as_text, verify_signatures
+from dagster_project.lineage.export.model_card import model_card
 from dagster_project.lineage.export.registry import find, formats
+from dagster_project.lineage.export.responsible import processing
+from dagster_project.lineage.export.summary import from_reports
+from dagster_project.lineage.lineage import audit
 from dagster_project.lineage.signing import provenance
 from dagster_project.lineage.signing.keys import private_key
-from dagster_project.lineage.signing.papers import READERS, read
+from dagster_project.lineage.signing.papers import READERS, contradictions, read
 from dagster_project.lineage.signing.target import find as find_target
 
 ISSUED = "2026-01-31"
@@ -141,6 +145,17 @@ def test_it_is_verified_in_the_place_of_the_release_in_a_clone_without_data(
     (clone / "dvc.lock").write_text(lock)
     flip(clone / "data/release/papers/README.md")
     assert [one["file"] for one in verify_signatures(clone, "release", public)["findings"]] == ["data/release/papers/README.md"]
+
+
+def test_an_audit_in_the_project_finds_the_release_and_of_a_part_of_it_the_model_that_it_is_a_copy_of(
+    _folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(_folder / "handed", tmp_path / "downloaded"))
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")  # as in a repository of the Hub
+    assert audit(_folder / "project", str(folder))["model"]["stage"] == "release"
+    for name in names(folder) - {"model.safetensors", "config.json"}:
+        (folder / name).unlink()
+    assert audit(_folder / "project", str(folder))["model"]["stage"] == "merged@lora"
 
 
 def test_a_flipped_bit_in_any_file_or_a_removed_file_fails_and_names_it(handed: Path, public: str) -> None:
@@ -451,6 +466,39 @@ def test_names_of_sources_are_read_as_they_were_written() -> None:
         assert claims is not None and {(f"source {name}", "rows", "7"), (f"source {name}", "sha256", digest)} <= set(claims)
         assert ("the model", "md5", "1" * 32) in claims
     assert ("table splits-train", "rows", "5") in claims and ("stage splits", "md5", "2" * 32) in claims
+
+
+def test_names_with_characters_that_are_not_seen_contradict_nothing() -> None:
+    """A zero-width space, as between Khmer or Thai words: Markdown has it written out."""
+    name, digest = "data/sources/\u0e04\u0e33\u200b\u0e16\u0e32\u0e21.jsonl", "0" * 64
+    facts = {"rows": 7, "format": "messages", "sha256": digest, "license": "MIT"}
+    summary = {**from_reports("merged@lora", {"raw_examples": {"sources": {name: facts}}})}
+    texts = {"audit/audit.json": json.dumps(summary), "README.md": model_card(summary)}
+    assert texts["README.md"].count("u200b") and contradictions(
+        {name: read(name, text.encode()) or () for name, text in texts.items()}
+    ) == ({}, 4)
+
+
+def test_copies_that_were_added_to_train_are_counted_and_contradict_nothing() -> None:
+    splits = {
+        "rows_in": 7,
+        "rows_out": 7,
+        "dropped": {},
+        "train": 4,
+        "validation": 1,
+        "test": 2,
+        "augmented": {"paraphrase": 3, "typos": 2},
+    }
+    summary = from_reports("merged@lora", {"splits": splits})
+    claims = read("audit/audit.json", json.dumps(summary).encode())
+    assert claims is not None and {f"table splits-{name}": rows for name, rows in (("train", "9"), ("validation", "1"), ("test", "2"))} == {
+        subject: value for subject, key, value in claims if subject.startswith("table ")
+    }
+    assert (
+        "Train 4, validation 1 and test 2 examples, and 5 copies of train examples with other prompts (paraphrase 3, typos 2);"
+        in model_card(summary)
+    )
+    assert "copies added to train: paraphrase 3, typos 2" in processing({**summary, "checks": {}})[0]
 
 
 # --- other tools, and what is missing

@@ -267,16 +267,21 @@ def test_a_failed_gate_is_refused_with_the_names_of_its_checks(own: Path, hub: M
     assert "did not pass its gate: better_than_baselines" in refused(own, hub, capsys, 1)
 
 
+@pytest.mark.parametrize(
+    ("stage", "path"),
+    [("comparison", "data/comparison"), ("merged@lora", "data/merged/lora"), ("raw_examples", "data/raw_examples")],
+    ids=["that it read", "in a folder that it read", "before those that it read"],
+)
 def test_a_release_that_is_older_than_what_it_was_made_from_is_refused(
-    own: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]
+    own: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str], stage: str, path: str
 ) -> None:
     from ruamel.yaml import YAML
 
     lock = YAML(typ="safe").load((own / "dvc.lock").read_text())
-    out = next(out for out in lock["stages"]["comparison"]["outs"] if out["path"] == "data/comparison")
+    out = next(out for out in lock["stages"][stage]["outs"] if out["path"] == path)
     out["md5"] = "0" * 32 + ".dir"
     (own / "dvc.lock").write_text(json.dumps(lock))
-    assert "made from an earlier data/comparison" in refused(own, hub, capsys, 1)
+    assert f"made from an earlier {path} ({stage} ran again since)" in refused(own, hub, capsys, 1)
 
 
 def test_a_pipeline_that_runs_again_meanwhile_is_refused(

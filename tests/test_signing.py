@@ -87,6 +87,19 @@ def test_model_signing_verifies_our_signature_and_refuses_the_same_changes(tmp_p
     assert not accepts() and findings(tmp_path, str(model), public) == {str(file): "is missing, and was signed"}
 
 
+def test_what_the_client_of_the_hub_adds_to_a_download_is_named_with_what_to_do(tmp_path: Path, model: Path) -> None:
+    private, public = write_keys(tmp_path / "keys", "p256")
+    sign(tmp_path, str(model), private)
+    (model / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (model / ".cache/huggingface").mkdir(parents=True)
+    (model / ".cache/huggingface/CACHEDIR.TAG").write_text("x")
+    assert findings(tmp_path, str(model), public) == {
+        f"{model}/.cache/huggingface/CACHEDIR.TAG": "was added since it was signed (by the Hub's client: delete .cache)"
+    }
+    shutil.rmtree(model / ".cache")
+    assert not findings(tmp_path, str(model), public)
+
+
 def test_we_verify_the_signature_of_model_signing(tmp_path: Path, model: Path) -> None:
     private, public = write_keys(tmp_path / "keys", "p256")
     done = oracle(

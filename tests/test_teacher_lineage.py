@@ -23,6 +23,7 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import as_text as audit_text
 from dagster_project.lineage.lineage import audit, find
 from dagster_project.lineage.signing import provenance
+from dagster_project.lineage.signing.papers import contradictions, read
 from dagster_project.training.trainers.alignment import teacher
 from dagster_project.views.lineage import _details
 
@@ -89,6 +90,16 @@ def test_papers_name_the_teacher(made: Project, name: str) -> None:
     ) * 2
     assert ("license_name: GPL-3.0-only" in card) == distilled, "the most restrictive one, of what it was made from"
     assert (f"aligned@{name} is distilled from the larger model models/large one" in card and WEIGHTS in card) == distilled
+
+
+def test_its_weights_are_compared_with_those_of_the_teacher_and_not_of_the_base_model(made: Project) -> None:
+    base = {"origin": "models/base", "sha256": {"model.safetensors": "b3" * 32}}
+    summary = summarize(find(Index(made.root), "merged_aligned@student")) | {"provider": {}, "data_sets": {}, "base_model": base}
+    bill = spdx(summary, date(2026, 1, 2))
+    for text, wrong in ((bill, []), (bill.replace(WEIGHTS, "d4" * 32), ["papers/model.spdx.json"])):
+        texts = {"audit/audit.json": json.dumps(summary), "papers/model.spdx.json": text}
+        found, _ = contradictions({name: read(name, content.encode()) or () for name, content in texts.items()})
+        assert list(found) == wrong and all("teacher of aligned@student" in one for one in found.values())
 
 
 def test_a_card_that_a_stage_writes_from_reports_names_it_too() -> None:

@@ -20,6 +20,7 @@ from dagster_project.commands.extras import PACKAGES
 from dagster_project.commands.model_files import claim
 from dagster_project.core.errors import InputError
 from dagster_project.lineage import lineage
+from dagster_project.lineage.export.summary import published_parameters
 from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.papers_in_place import without_papers
@@ -218,7 +219,7 @@ def _log(client: Any, run: str, document: Mapping[str, Any], inputs: list[Any]) 
     client.log_batch(run, metrics=[Metric(name, value, now, 0) for name, value in figures.items()])
     parameters = [
         Param(name, text if len(text) <= LONGEST_PARAMETER else f"{text[: LONGEST_PARAMETER - 1]}…")
-        for name, value in document["parameters"].items()
+        for name, value in published_parameters(document["parameters"]).items()
         for text in [json.dumps(value, sort_keys=True, ensure_ascii=False)]
     ]
     for start in range(0, len(parameters), PER_BATCH):

@@ -114,6 +114,7 @@ def push(root: Path, model: str, to: Destination, dry_run: bool, key: str | None
         raise InputError(f"{model}: only a release is published, because only a release passed the gate", "push release")
     target.refuse_unrecorded()
     refuse_failed_gate(root, target, date.today())
+    refuse_older(root, target)
     _refuse_by_policy(root, date.today())
     with tempfile.TemporaryDirectory(prefix="pedigree-push-") as scratch:
         folder = Path(scratch) / to.repo.rpartition("/")[2]
@@ -169,6 +170,19 @@ def refuse_failed_gate(root: Path, target: Target, today: date) -> None:
             raise CheckFailed(
                 f"{name} failed and was waived until {until[name]}, which is over",
                 f"renew the waiver in release.waivers, then `dvc repro {RELEASE}`",
+            )
+
+
+def refuse_older(root: Path, target: Target) -> None:
+    """Raises:
+    CheckFailed: a stage above the release ran again since, also one whose output is in a folder of outputs that the release read.
+    """
+    for run in lineage.find(Index(root), RELEASE).upstream:
+        outs = target.lock.get(run.address, {}).get("outs", [])
+        now = next((out["md5"] for out in outs if out["path"] == run.path), run.md5)
+        if now != run.md5:
+            raise CheckFailed(
+                f"{target.path} was made from an earlier {run.path} ({run.address} ran again since)", f"`dvc repro {RELEASE}`"
             )
 
 

@@ -24,6 +24,8 @@ from dagster_project.lineage.signing.provenance import Attested
 from dagster_project.lineage.signing.target import SIGNATURES, Target, find
 
 NOT_ATTESTED = f"the lineage (no {ATTESTATIONS})"
+OF_A_DOWNLOAD = ".cache/huggingface/"
+"""What `hf download --local-dir` adds to a folder."""
 NOT_SIGNED = f"the files (no {SIGNATURE})"
 NO_PROJECT = "the stages before it and their files, which only its project has"
 NO_KEY = "who signed: the public key came with the signatures; give the one that you trust with --key"
@@ -273,7 +275,8 @@ class _Verification:
         """Compare the folder with the sha256 of its files."""
         found = model_signature.contents(self.target.folder, (*ignored, *self.target.papers))
         for path, wrong in model_signature.differences(expected, found, self._sha256, done).items():
-            self.find(f"{self.target.path}/{path}", wrong)
+            by_client = " (by the Hub's client: delete .cache)" if path.startswith(OF_A_DOWNLOAD) else ""
+            self.find(f"{self.target.path}/{path}", f"{wrong}{by_client}")
         left_out = {*found.ignored} - {ATTESTATIONS, PUBLIC_KEY, SIGNATURE, *self.target.papers}
         self.left_out = left_out if self.left_out is None else self.left_out & left_out
 

@@ -141,7 +141,7 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
     hashes = (
         _outputs_copied_to(index, Path(model)) if path_exists(Path(model)) else index.outputs_with_prefix(digest) if len(model) >= 6 else []
     )
-    if len(hashes) > 1 and Path(model).is_file():
+    if len(hashes) > 1 and path_exists(Path(model)):
         hashes = _originals(index, hashes, lock)
     if len(hashes) > 1:
         raise InputError(f"{model} could be {', '.join(hashes)}", "give more of the hash")
@@ -196,7 +196,7 @@ def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
 
 
 def _outputs_copied_to(index: Index, path_on_disk: Path) -> list[str]:
-    """Hashes of the outputs that a file or folder is a copy of, compared as a whole or, if files were added or removed, by weights."""
+    """Hashes of the outputs that a file or folder is a copy of, compared as a whole or, if files were added or removed, by weights and then by all files."""
     listing = listing_of(path_on_disk)
     if path_on_disk.is_file():
         return index.outputs_with_file(listing[""])
@@ -205,11 +205,19 @@ def _outputs_copied_to(index: Index, path_on_disk: Path) -> list[str]:
         return [whole]
     weights = [md5 for name, md5 in listing.items() if name.endswith(WEIGHTS)]
     holders = [set(index.outputs_with_file(md5)) & index.runs_by_output.keys() for md5 in weights]
-    return sorted(set.intersection(*holders)) if holders else []
+    return _most_like(index, set.intersection(*holders), listing) if holders else []
+
+
+def _most_like(index: Index, hashes: Iterable[str], listing: Mapping[str, str]) -> list[str]:
+    """Those of the outputs of which all files are in a folder, or else any of them, that have the most files in common with it."""
+    files = {md5: index.files(md5) or {} for md5 in hashes}
+    common = {md5: sum(listing.get(name) == one for name, one in found.items()) for md5, found in files.items()}
+    ranks = {md5: (0 < len(found) == common[md5], common[md5]) for md5, found in files.items()}
+    return sorted(md5 for md5, rank in ranks.items() if rank == max(ranks.values()))
 
 
 def _originals(index: Index, hashes: Sequence[str], lock: Mapping[str, StageRun]) -> list[str]:
-    """Those of the outputs with one file that are not copies of another one of them, as a release is; if there are several, those of the given lock."""
+    """Those of the outputs with the same weights that are not copies of another one of them, as a release is; if there are several, those of the given lock."""
     runs = {md5: index.runs_by_output[md5] for md5 in hashes if md5 in index.runs_by_output}
     made = [md5 for md5, found in runs.items() if not any(index.is_copy(run) for run in found)] or [*runs]
     here = [md5 for md5 in made if any(run in lock.values() for run in runs[md5])]
@@ -673,8 +681,11 @@ def write_trained_on(records: pl.DataFrame | None, path: Path) -> None:
 
 
 def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics of the stage itself, and of the stages in the same dvc.lock that evaluate its output or a model derived from it."""
-    reports = {subject.run.address: report}
+    """Metrics of the stage itself, and of the stages in the same dvc.lock that evaluate its output, the model that it is a copy of, or a model derived from it."""
+    index = subject.index
+    originals = {one.md5 for one in index.parents(subject.run)} if index.is_copy(subject.run) else set()
+    measuring = [one for one in subject.lock.values() if not one.is_model and any(md5 in originals for _, _, md5 in one.inputs)]
+    reports = {subject.run.address: report} | {one.address: index.report(one) for one in measuring}
     pending, followed = [subject.run], set[str]()  # a model whose files equal those of the model that it reads is its own reader, by hash
     while pending:
         run = pending.pop()
@@ -684,7 +695,7 @@ def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
                 if reader.is_model:
                     pending.append(reader)
                 else:
-                    reports[reader.address] = subject.index.report(reader)
+                    reports[reader.address] = index.report(reader)
     return {name: {key: value for key, value in figures.items() if key not in NON_METRICS} for name, figures in reports.items()}
 
 

@@ -88,10 +88,11 @@ def measuring(subject: Subject) -> list[StageRun]:
 
 
 def _recorded(index: Index, code: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The first commit that contains a stage's run, and its date."""
+    """The first commit that contains a stage's run, and its date. Where a shallow clone begins, an earlier one may contain it: the date is unknown."""
     commit = code["commit"] if code else None
-    dated = _date_of(index.root, commit) if commit else None
-    return {"commit": commit, "date": dated and dated.isoformat(), "clean": code["clean"] if code else None}
+    earlier = {"or_earlier": True} if commit in index.history.boundary else {}
+    dated = _date_of(index.root, commit) if commit and not earlier else None
+    return {"commit": commit, **earlier, "date": dated and dated.isoformat(), "clean": code["clean"] if code else None}
 
 
 def _ran(index: Index, run: StageRun) -> dict[str, Any]:
@@ -116,11 +117,16 @@ def issue_date(subject: Subject) -> date:
     """The date of the first commit that recorded the model: later commits do not change it.
 
     Raises:
-        InputError: no commit contains the model.
+        InputError: no commit contains the model, or this clone is shallow and does not show which was the first.
     """
     commit = subject.index.first_commit_with(subject.run)
     if commit is None:
         raise InputError("dvc.lock is not committed, so the model has no issue date", "commit it, or give --issued YYYY-MM-DD")
+    if commit in subject.index.history.boundary:
+        raise InputError(
+            "this clone is shallow, so the commit that recorded the model, and with it the issue date, is unknown",
+            "`git fetch --unshallow`, or give --issued YYYY-MM-DD",
+        )
     if (dated := _date_of(subject.index.root, commit)) is None:
         raise InputError(f"commit {commit[:12]}, which recorded the model, has no valid date", "give --issued YYYY-MM-DD")
     return dated

@@ -127,7 +127,7 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
     for stage in summary["stages"].values():
         if "train" in stage and "test" in stage:
             parts.append(
-                f"Train {stage['train']}, validation {stage['validation']} and test {stage['test']} examples; near-copies never straddle two of them."
+                f"Train {stage['train']}, validation {stage['validation']} and test {stage['test']} examples{_copies(stage)}; near-copies never straddle two of them."
             )
     parts += ["## Results", _results(summary), *map(markdown, summary["advice"])]
     parts += ["## Limits", "\n".join(f"- {markdown(line)}" for line in limits(summary))]
@@ -144,7 +144,11 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         parts.append(f"Made with code or parameters that commit {commit} does not contain: {differs}.")
     elif code and not commit:
         parts.append("Made with uncommitted work" + (f", after commit {code['after']}." if code.get("after") else "."))
-    recorded = [[name, s["commit"], s["date"] or "unknown"] for name, s in summary["stages"].items() if s.get("commit")]
+    recorded = [
+        [name, f"{s['commit']}{' or earlier' * s.get('or_earlier', False)}", s["date"] or "unknown"]
+        for name, s in summary["stages"].items()
+        if s.get("commit")
+    ]
     if recorded:
         parts += ["The first commit that recorded the run of each stage:", _table(["stage", "commit", "date"], recorded)]
     for one in summary.get("watched_by", ()):
@@ -167,6 +171,12 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
 def _declarations(summary: Mapping[str, Any]) -> str:
     declared = {path: one.shown for path, one in declared_sources(summary).items()}
     return _table(["source", *NAMES.values()], [[markdown(path), *map(markdown, shown.values())] for path, shown in declared.items()])
+
+
+def _copies(stage: Mapping[str, Any]) -> str:
+    """The copies that `splits.augment` added to train."""
+    added = stage.get("augmented", {})
+    return f", and {sum(added.values())} copies of train examples with other prompts ({_value(added)})" if added else ""
 
 
 def _results(summary: Mapping[str, Any]) -> str:

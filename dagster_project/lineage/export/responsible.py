@@ -38,9 +38,10 @@ def collection(declared: Declared) -> str:
 
 
 def processing(summary: Mapping[str, Any]) -> list[str]:
-    """One line for each stage that read rows: what it dropped and repaired."""
+    """One line for each stage that read rows: what it dropped, repaired and added."""
     return [
         f"{name}: {stage['rows_in']} rows in, {stage['rows_out']} out; dropped: {_counts(stage.get('dropped'))}; repaired: {_counts(fixed(summary, name))}"
+        + (f"; copies added to train: {_counts(stage['augmented'])}" if stage.get("augmented") else "")
         for name, stage in summary["stages"].items()
         if "rows_in" in stage
     ]

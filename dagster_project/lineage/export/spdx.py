@@ -24,6 +24,8 @@ NO_ASSERTION = "https://spdx.org/rdf/3.0.1/terms/Core/NoAssertionElement"
 NO_LICENSE = "https://spdx.org/rdf/3.0.1/terms/ExpandedLicensing/NoAssertionLicense"
 MISSING_SUPPLIER = "missing: provider.legal_name in params.yaml"
 BUILT = "builtTime is the date of the commit that recorded it, or else the issue date: runs record no times"
+DISTILLED = " was distilled from it."
+"""After the name of a training, in the comment on its teacher."""
 INPUTS = ("splits", "preferences")
 """Stages whose records models are trained and tested on."""
 
@@ -142,7 +144,7 @@ class _Graph:
         types, weights = self.types, [digest for path, digest in facts["sha256"].items() if path.endswith(".safetensors")]
         element = self.add(
             types.ai_AIPackage, "teacher", facts["training"], facts["folder"], suppliedBy=self.unknown, releaseTime=self.released,
-            comment=f"{facts['training']} was distilled from it. releaseTime is the issue date of this document", software_downloadLocation=NO_ASSERTION,
+            comment=f"{facts['training']}{DISTILLED} releaseTime is the issue date of this document", software_downloadLocation=NO_ASSERTION,
             software_packageVersion=weights[0] if weights else UNKNOWN, software_primaryPurpose=types.software_SoftwarePurpose.model,
             verifiedUsing=[one for digest in weights for one in self.hashes(file=digest)],
         )  # fmt: skip

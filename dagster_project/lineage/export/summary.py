@@ -177,7 +177,7 @@ NOT_METRICS = {"checks", "machine", "passed", "output_sha256"}
 
 
 def _stage(report: Mapping[str, Any], sources: Iterable[str]) -> dict[str, Any]:
-    kept = {key: report[key] for key in ("rows_in", "rows_out", "dropped", "train", "validation", "test") if key in report}
+    kept = {key: report[key] for key in ("rows_in", "rows_out", "dropped", "train", "validation", "test", "augmented") if key in report}
     checks = _checks(report)
     read = {"sources": sorted(sources)} if "sources" in report else {}
     return {"sha256": report.get("output_sha256"), **read, **kept, **({"checks": checks} if checks else {})}

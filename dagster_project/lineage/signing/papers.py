@@ -13,6 +13,7 @@ from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_t
 from dagster_project.core.layout import PLOTS, REPORTS
 from dagster_project.core.text import visible
 from dagster_project.lineage.export.folder import FOLDER, PAGE
+from dagster_project.lineage.export.spdx import DISTILLED
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.signing import envelope
 from dagster_project.lineage.signing.envelope import SignatureError
@@ -85,6 +86,10 @@ def _all(digests: Iterable[str]) -> str:
     return ", ".join(sorted(digests)) or "unknown"
 
 
+def _weights(files: Mapping[str, str]) -> str:
+    return _all(digest for name, digest in files.items() if name.endswith(".safetensors"))
+
+
 def _md5(value: str) -> str:
     return value.removesuffix(".dir")
 
@@ -109,7 +114,9 @@ def _audit(content: bytes) -> Iterator[Claim]:
     base = document["base_model"].get("sha256", {})
     for name, digest in base.items():
         yield f"base model, file {name}", "sha256", digest
-    yield WEIGHTS, "sha256", _all(digest for name, digest in base.items() if name.endswith(".safetensors"))
+    yield WEIGHTS, "sha256", _weights(base)
+    for one in document.get("teachers", ()):
+        yield f"teacher of {one['training']}, weights", "sha256", _weights(one["sha256"])
     for name, stage in document["stages"].items():
         if stage["sha256"]:
             yield f"stage {name}", "sha256", stage["sha256"]
@@ -118,7 +125,8 @@ def _audit(content: bytes) -> Iterator[Claim]:
                 yield f"stage {name}", key, str(stage[key])
         for split in ("train", "validation", "test"):
             if isinstance(stage.get(split), int):
-                yield f"table {name}-{split}", "rows", str(stage[split])
+                copies = sum(stage.get("augmented", {}).values()) if split == "train" else 0
+                yield f"table {name}-{split}", "rows", str(stage[split] + copies)
 
 
 def _croissant(content: bytes) -> Iterator[Claim]:
@@ -190,7 +198,8 @@ def _spdx(content: bytes) -> Iterator[Claim]:
         if one.get("spdxId") in roots:
             yield from ((THE_MODEL, "md5" if kind == "md5" else "sha256", value) for kind, value in sums)
         elif one["type"] == "ai_AIPackage":
-            yield WEIGHTS, "sha256", _all(digest for _, digest in sums)
+            training, taught, _ = one.get("comment", "").partition(DISTILLED)
+            yield f"teacher of {training}, weights" if taught else WEIGHTS, "sha256", _all(digest for _, digest in sums)
         elif one["type"] == "dataset_DatasetPackage":
             made = "md5" in dict(sums)
             subject = f"{'stage' if made else 'source'} {one['name']}"
@@ -392,7 +401,9 @@ def read(name: str, content: bytes) -> list[Claim] | None:
     except (SignatureError, UnicodeDecodeError, KeyError, IndexError, TypeError, ValueError, AttributeError):
         return None
     if _SOURCE_ROWS in READERS[name][2]:
-        sources = {subject.removeprefix("source ") for subject, key, _ in found if subject.startswith("source ") and key == "sha256"}
+        sources = {
+            visible(subject.removeprefix("source ")) for subject, key, _ in found if subject.startswith("source ") and key == "sha256"
+        }
         found += [(THE_MODEL, "sources", ", ".join(sorted(sources)))] if sources else []
     return found or None
 
@@ -425,7 +436,7 @@ def contradictions(stated: Mapping[str, Iterable[Claim]]) -> tuple[dict[str, str
     wrong, compared = dict[str, str](), 0
     for name, claims in stated.items():
         for subject, key, value in claims:
-            value_before, before = known.setdefault((subject, key), (value, name))
+            value_before, before = known.setdefault((visible(subject), key), (value, name))  # as `markdown` writes names
             compared += before != name
             if value != value_before:
                 unit = key.replace("_", " ")
