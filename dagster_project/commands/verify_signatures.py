@@ -13,6 +13,7 @@ from dagster_project.commands.sign import Lineage
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file
 from dagster_project.core.layout import PLOTS, REPORTS
+from dagster_project.core.text import listed
 from dagster_project.lineage.export.folder import FOLDER, PAGE
 from dagster_project.lineage.history import LOCK, is_within
 from dagster_project.lineage.signing import model_signature, papers, provenance
@@ -307,8 +308,7 @@ class _Verification:
         if partly := [name for name, claims in documents.items() if claims and name not in read]:
             self.not_checked.append(f"all that {', '.join(partly)} state: only a part is in a form that is compared")
         if others:
-            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            self.not_checked.append(f"{', '.join(others[:3])}{more}: no paper, and not listed as part of the model")
+            self.not_checked.append(f"{listed(others, 3)}: no paper, and not listed as part of the model")
         self.not_checked += NOT_IN_FILES
         if (self.attestations or {}).get("remade") is None:
             self.not_checked.append(NOT_REMADE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NAMES = {
@@ -74,6 +74,11 @@ def number(value: float) -> str:
 
 def many(count: int, noun: str) -> str:
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[object], most: int) -> str:
+    """The first names, and how many are left out."""
+    return ", ".join(map(str, names[:most])) + (f" and {number(len(names) - most)} more" if len(names) > most else "")
 
 
 def commit_text(code: Mapping[str, Any]) -> str:
