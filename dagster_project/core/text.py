@@ -81,6 +81,11 @@ def listed(names: Sequence[object], most: int) -> str:
     return ", ".join(map(str, names[:most])) + (f" and {number(len(names) - most)} more" if len(names) > most else "")
 
 
+def place_text(source: str | None, row: int | None) -> str:
+    """ "data/sources/a.jsonl:3"."""
+    return "source unknown" if not source else source if row is None else f"{source}:{row}"
+
+
 def commit_text(code: Mapping[str, Any]) -> str:
     """ "commit 1234abcd5678, clean"."""
     if code["commit"] is None:
