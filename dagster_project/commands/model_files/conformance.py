@@ -88,7 +88,7 @@ def refuse_lost_window(file: Path, config: Any, context: int) -> None:
         return
     if not any(name.endswith(WINDOW) for name in gguf_metadata.read(file).fields):
         raise InputError(
-            f"llama.cpp has no sliding window for this model ({window:,} tokens): it would read texts of more tokens, up to {longest:,}, in another way",
+            f"llama.cpp does not support the sliding window of this model ({window:,} tokens): it would compute texts of more tokens, up to {longest:,}, differently",
             f"export it with --format safetensors, or set base_model.max_length to {window} and train again",
         )
 
