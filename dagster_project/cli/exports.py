@@ -110,7 +110,9 @@ def _export_all(options: argparse.Namespace) -> int:
     if options.out:
         raise InputError("--out cannot be combined with --all", "leave it out: --all names the folder")
     if options.all == "":
-        raise InputError("--all: the name of the folder is empty", "name a folder, or leave the name out to write into the folder of the release")
+        raise InputError(
+            "--all: the name of the folder is empty", "name a folder, or leave the name out to write into the folder of the release"
+        )
     in_place = options.all is True or papers.is_release(project(options), options.model, options.all)
     if options.key and not options.with_model and not in_place:
         raise InputError("--key requires --with-model", "`pedigree sign FOLDER --key FILE` signs a folder of exports alone")

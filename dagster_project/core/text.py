@@ -48,6 +48,11 @@ def visible_json(text: str) -> str:
     return _HIDDEN.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
+def common_prefix(a: str, b: str) -> int:
+    """Length of the common prefix of two texts."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def shortened(text: str, most: int = 300) -> str:
     """The text, cut to `most` characters, for a message."""
     return text if len(text) <= most else f"{text[:most]}…"
