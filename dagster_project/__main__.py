@@ -24,7 +24,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         return int(options.function(options))
     except DamagedIndex as error:
-        log.warning(f"{error.what}, and made anew")
+        log.warning(f"{error.what}, and created again")
         return int(options.function(options))
 
 

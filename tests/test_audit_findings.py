@@ -358,8 +358,8 @@ def test_a_damaged_index_is_set_aside_and_made_anew(made: Project, command: list
     assert "Traceback" not in after.stderr
     if "was damaged" in after.stderr:  # otherwise the page is one that this question does not read
         assert (
-            "set aside as index.sqlite3.damaged, and made anew" in after.stderr
-            or "set aside as index.sqlite3.damaged and made" in after.stderr
+            "set aside as index.sqlite3.damaged, and created again" in after.stderr
+            or "set aside as index.sqlite3.damaged and created" in after.stderr
         )
         assert (index.parent / "index.sqlite3.damaged").read_bytes() == bytes(content)
     else:

@@ -182,7 +182,7 @@ def test_a_sliding_window_that_the_file_lacks_is_refused(converted: Path, tmp_pa
     from transformers import MistralConfig, Qwen2Config
 
     window = MistralConfig(sliding_window=64, max_position_embeddings=4096)
-    with pytest.raises(InputError, match=r"\(64 tokens\): it would read texts of more tokens, up to 1,024, in another way"):
+    with pytest.raises(InputError, match=r"\(64 tokens\): it would compute texts of more tokens, up to 1,024, differently"):
         conformance.refuse_lost_window(converted, window, 1024)
     with pytest.raises(InputError, match="up to 4,096"):
         conformance.refuse_lost_window(converted, window, 10**30)

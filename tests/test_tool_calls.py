@@ -11,6 +11,7 @@ from conftest import evaluate
 
 from dagster_project.core.messages import Call
 from dagster_project.core.records import example_id, read_table, write_records, write_table
+from dagster_project.core.tool_schemas import call_problem
 from dagster_project.evaluation import ballots, judge
 from dagster_project.evaluation.alarms import scores_differ
 from dagster_project.evaluation.baselines import with_shots
@@ -18,7 +19,7 @@ from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, resul
 from dagster_project.evaluation.paired.pairwise import match
 from dagster_project.evaluation.retention import retention_schema
 from dagster_project.evaluation.scoring import Scoring
-from dagster_project.evaluation.tool_calls import is_valid, problem, same_calls, same_names
+from dagster_project.evaluation.tool_calls import is_valid, same_calls, same_names
 from dagster_project.stages import comparison
 from dagster_project.training.inference.answers import Answer, of_message
 from dagster_project.views.ballot import ballot_page
@@ -61,14 +62,14 @@ OSLO, ROME, PING = call("weather", city="Oslo"), call("weather", city="Rome"), c
     ],
 )
 def test_a_call_fits_the_tools_or_the_problem_is_named(one: Call, why: str | None) -> None:
-    assert problem(one, TOOLS) == why
+    assert call_problem(one, TOOLS) == why
     assert is_valid(made(one), TOOLS) == (why is None)
 
 
 def test_types_may_have_the_names_of_python() -> None:
     tools = [{"name": "weather", "parameters": {"type": "dict", "properties": {"city": {"type": "str"}}, "required": ["city"]}}]
-    assert problem(OSLO, tools) is None
-    assert problem(call("weather", city=3), tools) == "$.city: 3 is not of type 'string'"
+    assert call_problem(OSLO, tools) is None
+    assert call_problem(call("weather", city=3), tools) == "$.city: 3 is not of type 'string'"
 
 
 def test_an_answer_without_calls_is_not_valid_and_one_bad_call_is_enough() -> None:
@@ -78,7 +79,7 @@ def test_an_answer_without_calls_is_not_valid_and_one_bad_call_is_enough() -> No
 
 @pytest.mark.parametrize("parameters", [{"type": "thing"}, {"$ref": "https://example.org/schema"}, {"$ref": "#/nowhere"}])
 def test_a_tool_with_an_invalid_schema_accepts_any_object(parameters: dict[str, Any]) -> None:
-    assert problem(OSLO, [{"name": "weather", "parameters": parameters}]) is None
+    assert call_problem(OSLO, [{"name": "weather", "parameters": parameters}]) is None
 
 
 @pytest.mark.parametrize(

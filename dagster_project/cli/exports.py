@@ -110,13 +110,15 @@ def _export_all(options: argparse.Namespace) -> int:
     if options.out:
         raise InputError("--out cannot be combined with --all", "leave it out: --all names the folder")
     if options.all == "":
-        raise InputError("--all: the name of the folder is empty", "name a folder, or none to write beside the files of the release")
+        raise InputError(
+            "--all: the name of the folder is empty", "name a folder, or leave the name out to write into the folder of the release"
+        )
     in_place = options.all is True or papers.is_release(project(options), options.model, options.all)
     if options.key and not options.with_model and not in_place:
         raise InputError("--key requires --with-model", "`pedigree sign FOLDER --key FILE` signs a folder of exports alone")
     if in_place and options.with_model:
         raise InputError(
-            "--with-model: without another folder, papers are written beside the files of the release", "leave it out, or name a new folder"
+            "--with-model: without another folder, papers are written into the folder of the release", "leave it out, or name a new folder"
         )
     if (options.with_model or in_place) and options.rev:
         option = "--with-model" if options.with_model else "--all without a folder"
@@ -147,7 +149,7 @@ def _add_export(commands: Any) -> None:
         nargs="?",
         const=True,
         metavar="FOLDER",
-        help="write all formats to a folder, with papers.html, which lists them (default, of a release: beside its files, signed if there is a key)",
+        help="write all formats to a folder, with papers.html, which lists them (default for a release: its own folder; signed if there is a key)",
     )
     add("--quantization", choices=QUANTIZATIONS, help="with --format gguf: its number format (default: f16)")
     add(

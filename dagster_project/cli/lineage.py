@@ -219,7 +219,12 @@ def _add_verify(commands: Any) -> None:
         action="store_true",
         help="instead verify the signature and the attestations of a model, or of a folder that has them",
     )
-    add("--key", type=named, metavar="PUB", help="with --signatures: the public key to trust (default: the one beside the signatures)")
+    add(
+        "--key",
+        type=named,
+        metavar="PUB",
+        help="with --signatures: the public key to trust (default: the one in the folder of the signatures)",
+    )
 
 
 def add_commands(commands: Any) -> None:

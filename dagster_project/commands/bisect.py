@@ -21,6 +21,7 @@ from dagster_project.core import params
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.git import git
 from dagster_project.core.messages import Message, Messages
+from dagster_project.core.text import listed
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.history import LOCK, Revision, commit_of
@@ -28,7 +29,6 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
 from dagster_project.lineage.runs import StageRun, output
 from dagster_project.orchestration import dvc
-from dagster_project.views.html import listed
 
 log = logging.getLogger("pedigree")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dagster_project.commands.erase_certificate import BLOBS, certificate, certificate_text, write
 from dagster_project.core.errors import InputError
+from dagster_project.core.text import listed, many
 from dagster_project.lineage.erasure.kinds import KINDS
 from dagster_project.lineage.erasure.records import Request, read_request
 from dagster_project.lineage.signing.keys import PrivateKey, private_key
@@ -144,16 +145,16 @@ def exit_code(document: Mapping[str, Any]) -> int:
 def dry_run_text(document: Mapping[str, Any]) -> str:
     """The plan for the terminal."""
     lines = [f"{document['records']} records to erase, and {document['made']} that the pipeline made from them", ""]
-    lines += [f"  {path}: {_count(change['rows'], 'row')}" for path, change in document["sources"].items()]
+    lines += [f"  {path}: {many(len(change['rows']), 'row')}" for path, change in document["sources"].items()]
     lines += [
-        f"  {path}: {_count(one['rows'], 'row')}, left out from now on; the source still has them"
+        f"  {path}: {many(len(one['rows']), 'row')}, left out from now on; the source still has them"
         for path, one in document["remote"].items()
     ]
     lines += ["", "relatives:"]
     for kind, names in document["relatives"].items():
         state = "erased too" if kind in document["chosen"] or kind == "same row" else f"declined; --also {kind} erases them"
         about = KINDS.get(kind, "other records of the same source row")
-        lines.append(f"  {kind:<12} {len(names):>4}  {about}" + (f" ({state}): {_some(names)}" if names else ""))
+        lines.append(f"  {kind:<12} {len(names):>4}  {about}" + (f" ({state}): {listed(names, SHOWN)}" if names else ""))
     lines += ["", "places that hold their text or ids:"]
     for place, found in document["places"].items():
         size = f"{found['files']} files, {found['bytes']:,} bytes" if "files" in found else f"{len(found['blobs'])} blobs"
@@ -174,14 +175,6 @@ def dry_run_text(document: Mapping[str, Any]) -> str:
     lines += [f"not reached: DVC remotes {', '.join(document['remotes elsewhere'])}"] if document["remotes elsewhere"] else []
     lines += ["not reached: what dagster.yaml keeps outside Dagster's home"] if document["event log elsewhere"] else []
     return "\n".join([*lines, "nothing was changed; the same command without --dry-run carries this out"])
-
-
-def _count(values: Sequence[object], noun: str) -> str:
-    return f"{len(values)} {noun}{'' if len(values) == 1 else 's'}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def as_text(document: Mapping[str, Any]) -> str:

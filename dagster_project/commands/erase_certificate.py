@@ -42,7 +42,10 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
     remote = plan.get("remote", {})
     not_reached = [
         *NEVER_REACHED,
-        *(f"{path} at revision {one['revision']}, which still holds {_rows(one)}" for path, one in remote.items()),
+        *(
+            f"{path} at revision {one['revision']}, which still holds {many(len(one['rows']), 'row')} of them"
+            for path, one in remote.items()
+        ),
     ]
     not_reached += [*(f"the DVC remote {name}" for name in plan["remotes elsewhere"])]
     not_reached += [EVENT_LOG_ELSEWHERE] if plan["event log elsewhere"] else []
@@ -98,10 +101,6 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
         "git": {"blobs": len(plan["blobs"]), "objects searched": searched["git objects"]},
         "blobs": plan["blobs"],
     }
-
-
-def _rows(of: Mapping[str, Any]) -> str:
-    return f"{len(of['rows'])} row{'' if len(of['rows']) == 1 else 's'} of them"
 
 
 def _impact(found: Mapping[str, Sequence[str]]) -> str:

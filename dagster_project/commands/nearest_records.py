@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.records import prompt_text, read_records, response_text
+from dagster_project.core.text import place_text
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find, trained_on
@@ -93,7 +94,7 @@ def nearest_text(found: Nearest) -> str:
     """The records for the terminal."""
     lines = []
     for record in found.records:
-        place = f"{record['source']}:{record['source_row']}" if record["source"] else "source unknown"
+        place = place_text(record["source"], record["source_row"])
         steps = ", ".join(map(str, record["steps"][:5])) + (", ..." if len(record["steps"]) > 5 else "")
         lines += [f"{record['score']:.2f}  {place}  step {steps}", f"  {cut(record['prompt'])}", f"  -> {cut(record['response'])}"]
     return "\n".join([*lines, *found.notes])

@@ -17,6 +17,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.layout import RECORD_KEY, is_report, report_of
 from dagster_project.core.progress import clock
+from dagster_project.core.text import listed
 from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import is_within, workspace_lock
 from dagster_project.optional_stages import has_key
@@ -171,8 +172,7 @@ def _others(root: Path, paths: Sequence[str], *options: str) -> list[str]:
 
 def _refuse_missing(names: Sequence[str], reason: str, hint: str) -> None:
     if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise InputError(f"{reason} {', '.join(names[:5])}{more}: trials would run without what they read there", hint)
+        raise InputError(f"{reason} {listed(names, 5)}: trials would run without what they read there", hint)
 
 
 class Trials:

@@ -171,7 +171,7 @@ def _refuse_other_code(package: Path, build: Build) -> None:
     if differing := [name for name, value in build.code.items() if found.get(name) != value]:
         raise InputError(
             f"{code_lock.DISTRIBUTION} {build.version} from the package index has other code for {', '.join(differing)} than the records of this"
-            " project; nothing of it was run",
+            " project; it was not run",
             "name an index that has the build that made it (docs/verify.md)",
         )
 

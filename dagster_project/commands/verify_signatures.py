@@ -13,7 +13,7 @@ from typing import Any
 from dagster_project.commands.sign import Lineage
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file
-from dagster_project.core.layout import PLOTS, REPORTS
+from dagster_project.core.text import listed
 from dagster_project.lineage.export.folder import FOLDER, PAGE
 from dagster_project.lineage.history import LOCK, is_within
 from dagster_project.lineage.signing import model_signature, papers, provenance
@@ -265,7 +265,7 @@ class _Verification:
 
     def _compare_folder(self, last: Attested) -> None:
         """Compare a copy of an output with the statement about its stage."""
-        made = {name: digests["sha256"] for name, digests in _output(last).items()}
+        made = {name: digests["sha256"] for name, digests in papers.output_of(last).items()}
         beside = (*IGNORED, PAGE, FOLDER)
         self._compare_files(made, [name for name in beside if not any(is_within(path, name) for path in made)], "attested")
         for name in model_signature.contents(self.target.folder, IGNORED).other:
@@ -311,8 +311,7 @@ class _Verification:
         if partly := [name for name, claims in documents.items() if claims and name not in read]:
             self.not_checked.append(f"all that {', '.join(partly)} state: only a part is in a form that is compared")
         if others:
-            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            self.not_checked.append(f"{', '.join(others[:3])}{more}: no paper, and not listed as part of the model")
+            self.not_checked.append(f"{listed(others, 3)}: no paper, and not listed as part of the model")
         self.not_checked += NOT_IN_FILES
         if (self.attestations or {}).get("remade") is None:
             self.not_checked.append(NOT_REMADE)
@@ -320,7 +319,7 @@ class _Verification:
     def _model(self, found: Mapping[str, Path]) -> tuple[dict[str, Path], list[str]]:
         """The files of the model, which the attestations or else release.json list, and the names of those that are neither part of it nor papers."""
         names = [name for name in papers.files_of_model(found) if name != ATTESTATIONS]
-        listed: Callable[[str], bool] | None = set(_output(self.stages[-1])).__contains__ if self.stages else None
+        listed: Callable[[str], bool] | None = set(papers.output_of(self.stages[-1])).__contains__ if self.stages else None
         if listed is None and papers.RELEASE in found:
             listed = papers.listed_in_release(_document(found[papers.RELEASE]))
         model = {name: found[name] for name in names if listed is not None and listed(name)}
@@ -376,12 +375,6 @@ class _Verification:
             self.not_checked.append(f"files of sources and code that DVC ignores: {len(ignored)} (first: {ignored[0]})")
         if any(line.strip() and not line.startswith("#") for line in _lines(root / ".dvcignore")):
             self.not_checked.append(".dvcignore, which decides what DVC ignores: it is not attested")
-
-
-def _output(stage: Attested) -> dict[str, Mapping[str, str]]:
-    """The files of the folder that a stage made, by their path in it."""
-    out = next((path for path in stage.outs if not path.startswith((REPORTS, PLOTS))), "")
-    return {path[len(out) + 1 :]: digests for path, digests in stage.made.items() if out and is_within(path, out)}
 
 
 def _content(file: Path) -> bytes:

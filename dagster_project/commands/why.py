@@ -21,6 +21,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.imports import hidden
 from dagster_project.core.messages import Messages
 from dagster_project.core.records import prompt_text, read_records, response_text
+from dagster_project.core.text import place_text
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.attribution.calibration import ALPHA, Calibration
@@ -286,12 +287,10 @@ def excerpt(text: str, most: int = EXCERPT) -> str:
     return cut(mask(text[: 20 * EXCERPT]), most)
 
 
-def place_text(hit: Mapping[str, Any]) -> str:
+def use_text(hit: Mapping[str, Any]) -> str:
     """Source and row of a record, its id and the steps that it was trained in."""
-    row = "" if hit["source_row"] is None else f":{hit['source_row']}"
-    place = f"{hit['source']}{row}" if hit["source"] else "source unknown"
     steps = ", ".join(map(str, hit["steps"][:6])) + (", ..." if len(hit["steps"]) > 6 else "")
-    return f"{place}  {hit['example_id'][:8]}  steps {steps}"
+    return f"{place_text(hit['source'], hit['source_row'])}  {hit['example_id'][:8]}  steps {steps}"
 
 
 def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[str, Any]]:
@@ -381,7 +380,7 @@ def _hit_lines(document: Mapping[str, Any]) -> list[str]:
         by, words = hit["gradient"], hit["bm25"]
         lines += [
             f"{hit['rank']:>4}  {by['score']:+.3f} ({by['rank']:>4}, {by['z']:+5.1f})  {words['score']:>6.2f} ({words['rank']:>4})"
-            f"  {place_text(hit)}",
+            f"  {use_text(hit)}",
             f"      {hit['prompt']}",
             f"      -> {hit['answer']}",
             *([f"      not {hit['rejected']}"] if "rejected" in hit else []),

@@ -19,6 +19,7 @@ from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message
 from dagster_project.core.records import prompt_text, read_table, response_text
+from dagster_project.core.text import listed
 from dagster_project.evaluation.evaluator import Settings, select_questions, turn_key
 from dagster_project.evaluation.metrics import AnyTask, label
 from dagster_project.lineage.diff import diff
@@ -26,7 +27,6 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
 from dagster_project.lineage.runs import StageRun, fetch_hint
 from dagster_project.training.inference.answers import of_row
-from dagster_project.views.html import listed
 
 RESULTS = "results.parquet"
 LAST = -1

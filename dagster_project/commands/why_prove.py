@@ -45,7 +45,7 @@ def prove(found: Target, question: Question, hits: list[dict[str, Any]], count: 
     if not fits(found.tokenized, top):
         alone = not fits(found.tokenized, [hits[0]["example_id"]])
         raise InputError(
-            "--prove: a packed row has no other record than the first ones, so its loss would not be defined",
+            "--prove: a packed row consists only of the first records, so its loss would be undefined",
             "the first record has a row to itself (all records do without tokenized.packing), so it cannot be checked"
             if alone
             else "leave out fewer with --top",

@@ -8,7 +8,7 @@ from typing import Any
 
 from dagster_project.commands import why_calibration
 from dagster_project.commands.render import render
-from dagster_project.commands.why import Texts, excerpt, index_lines, model_of, place_text, places_of, shown_texts
+from dagster_project.commands.why import Texts, excerpt, index_lines, model_of, places_of, shown_texts, use_text
 from dagster_project.commands.why_model import Target, at_end, target
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import pages_of
@@ -143,7 +143,7 @@ def as_text(document: Mapping[str, Any]) -> str:
         opposed, length, group = one["opposition"], one["length"], one["group"]
         lines += [
             f"{one['rank']:>4}  {one['score']:.5f}  {opposed['value']:>9.4g} ({opposed['rank']:>4})  {length['value']:>7.4g} ({length['rank']:>4})"
-            f"    {place_text(one)}",
+            f"    {use_text(one)}",
             f"      {one['prompt']}",
             f"      -> {one['answer']}",
             *([f"      harm to validation answers {one['harm']['value']:.4g} ({one['harm']['rank']:>4})"] if "harm" in one else []),

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, Messages, Tools, field_texts, is_trained
 from dagster_project.core.rendering import ANOTHER_TEMPLATE, end_of_answer, end_tokens, form_of, refuse_unwritten, render
+from dagster_project.core.text import common_prefix
 
 IGNORE = -100
 """Label of a token that is ignored by the loss."""
@@ -139,7 +140,7 @@ def _same_until(tokenizer: Any, messages: Messages, tools: Tools, rendered: str)
     fields = {"content", *({"reasoning_content"} if messages[-1].get("reasoning_content") else ())}
     other: Message = {"role": "assistant", **dict.fromkeys(sorted(fields), "\x00")}
     changed = render(tokenizer, [*messages[:-1], other], False, tools)
-    return next((i for i, (one, two) in enumerate(zip(rendered, changed, strict=False)) if one != two), min(len(rendered), len(changed)))
+    return common_prefix(rendered, changed)
 
 
 def _thinks(tokenizer: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NAMES = {
@@ -48,6 +48,11 @@ def visible_json(text: str) -> str:
     return _HIDDEN.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
+def common_prefix(a: str, b: str) -> int:
+    """Length of the common prefix of two texts."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def shortened(text: str, most: int = 300) -> str:
     """The text, cut to `most` characters, for a message."""
     return text if len(text) <= most else f"{text[:most]}…"
@@ -74,6 +79,16 @@ def number(value: float) -> str:
 
 def many(count: int, noun: str) -> str:
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[object], most: int) -> str:
+    """The first names, and how many are left out."""
+    return ", ".join(map(str, names[:most])) + (f" and {number(len(names) - most)} more" if len(names) > most else "")
+
+
+def place_text(source: str | None, row: int | None) -> str:
+    """ "data/sources/a.jsonl:3"."""
+    return "source unknown" if not source else source if row is None else f"{source}:{row}"
 
 
 def commit_text(code: Mapping[str, Any]) -> str:

@@ -1,12 +1,16 @@
-"""JSON Schema of a tool's arguments, with the names of types that data sets use."""
+"""Calls against the JSON Schemas of tools' arguments, with the names of types that data sets use."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
+
+from dagster_project.core.messages import JSON, Call, Tools
 
 TYPES: dict[str, str | None] = {
     **{name: name for name in ("object", "array", "string", "integer", "number", "boolean", "null")},
@@ -41,6 +45,37 @@ class ArgumentsSchema:
         except (Unresolvable, RecursionError, re.error) as unusable:
             return BROKEN, " ".join(str(unusable).split()) or type(unusable).__name__
         return None if error is None else ("arguments do not fit", f"{error.json_path}: {error.message}")
+
+
+def call_problem(call: Call, tools: Tools) -> str | None:
+    """Why a call does not fit the tools; None if it does. A tool without a schema, or with a broken one, accepts any object."""
+    functions = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in tools or ()}
+    if call.name not in functions:
+        return f"unknown tool {call.name!r}"
+    if not isinstance(call.arguments, dict):
+        return "arguments are not a JSON object"
+    parameters = functions[call.name].get("parameters")
+    found = _cached_schema(JSON.encode(parameters)).problem(call.arguments) if parameters is not None else None
+    return None if found is None or found[0] == BROKEN else found[1]
+
+
+@cache
+def _cached_schema(parameters: str) -> ArgumentsSchema:
+    return arguments_schema(json.loads(parameters))
+
+
+def counted(calls: Sequence[Call]) -> Counter[tuple[str, str]]:
+    """How often each call is made, by name and arguments. Two answers make the same calls, in any order, if these are equal."""
+    return Counter((call.name, json.dumps(_canonical_value(call.arguments), sort_keys=True)) for call in calls)
+
+
+def _canonical_value(value: Any) -> Any:
+    """A JSON value in which equal numbers are written equally: 3.0 is 3, as in JSON Schema."""
+    if isinstance(value, dict):
+        return {key: _canonical_value(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_canonical_value(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def arguments_schema(parameters: Any) -> ArgumentsSchema:

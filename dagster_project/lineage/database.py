@@ -180,7 +180,7 @@ def _connect(root: Path) -> sqlite3.Connection:
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 break
-            log.warning(f"the index of audits was damaged ({error}); it is set aside as {_set_aside(path).name} and made anew")
+            log.warning(f"the index of audits was damaged ({error}); it is set aside as {_set_aside(path).name} and created again")
         except OSError:
             break
     memory = sqlite3.connect(":memory:", isolation_level=None)

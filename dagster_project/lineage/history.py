@@ -18,6 +18,7 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git, git_bytes, refuse_without_git
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file, md5_of_folder
+from dagster_project.core.text import listed
 from dagster_project.lineage.papers_in_place import without_papers
 
 LOCK = "dvc.lock"
@@ -159,8 +160,9 @@ def refuse_lost_entries(root: Path) -> None:
 
 
 def lost_text(lost: Sequence[str]) -> str:
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-    return f"dvc.lock has no complete entry of {', '.join(lost[:3])}{more}, which the committed one has: it was cut short, or it is from another commit"
+    return (
+        f"dvc.lock has no complete entry of {listed(lost, 3)}, which the committed one has: it was cut short, or it is from another commit"
+    )
 
 
 LOST_HINT = (

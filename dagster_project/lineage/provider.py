@@ -15,7 +15,7 @@ from dagster_project.lineage.history import Revision
 
 
 class Provider(Section):
-    """Who publishes a model, and what no record of the project says. `pedigree export` prints these values as they are, and missing ones as missing.
+    """Who publishes a model, and facts that no record of the project contains. `pedigree export` prints these values as they are, and missing ones as missing.
     No stage reads them, and a change makes no stage stale. See docs/exports.md."""
 
     legal_name: str | None = Field(default=None, min_length=1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dagster_project.core.text import many, number
-from dagster_project.views.html import Table, listed, render
+from dagster_project.core.text import listed, many, number
+from dagster_project.views.html import Table, render
 from dagster_project.views.why_diff import record_view
 
 VERDICTS = {

@@ -11,7 +11,7 @@ from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import report_of
 from dagster_project.core.records import write_text
 from dagster_project.core.severity import Shown, shown
-from dagster_project.core.text import many, number, visible
+from dagster_project.core.text import common_prefix, many, number, visible
 from dagster_project.views.conversations import conversation
 from dagster_project.views.declared import declared_table, violations_table
 from dagster_project.views.html import Figure, Plot, Shape, Table, brief, cut, label, render, shape, share
@@ -457,16 +457,11 @@ def _changes(changes: Mapping[str, Any]) -> dict[str, Any]:
 def _edit(entry: Mapping[str, Any]) -> list[tuple[str, str, str, str, int]]:
     """Both texts of a changed row: HTML element, text before, inside and after the difference, and number of characters not shown."""
     before, after = entry["before"], entry["after"]
-    same = _common_prefix(before, after)
+    same = common_prefix(before, after)
     start = same if same - before.rfind(" ", 0, same) > 30 else before.rfind(" ", 0, same) + 1  # whole words, if there are any
-    last = _common_prefix(before[same:][::-1], after[same:][::-1])
+    last = common_prefix(before[same:][::-1], after[same:][::-1])
     step = before.find(" ", len(before) - last) - (len(before) - last) if last else 0
     last -= step if 0 <= step <= 30 else 0
     return [
         (tag, *around_span(text, (start, len(text) - last), 2 * AROUND, AROUND // 2)) for tag, text in (("del", before), ("ins", after))
     ]
-
-
-def _common_prefix(a: str, b: str) -> int:
-    """Length of the common prefix of two texts."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -112,11 +112,6 @@ def label(name: str, most: int = 30) -> str:
     return cut(name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2) :]}")
 
 
-def listed(names: Sequence[str], most: int) -> str:
-    """The first names, and how many are left out."""
-    return ", ".join(names[:most]) + (f" and {number(len(names) - most)} more" if len(names) > most else "")
-
-
 def brief(value: float) -> str:
     """A number as on an axis: 0.25, 800, 12k, 250k, 3M, -2k."""
     for size, unit in ((1e6, "M"), (1e3, "k")):

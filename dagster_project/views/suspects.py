@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dagster_project.core.text import many, number
+from dagster_project.core.text import many, number, place_text
 from dagster_project.views.html import render
 
 
@@ -29,11 +29,10 @@ def suspects_page(document: Mapping[str, Any]) -> str:
 
 def suspect_row(one: Mapping[str, Any]) -> dict[str, Any]:
     """A record as templates print it."""
-    row = "" if one["source_row"] is None else f":{one['source_row']}"
     group, opposed, length = one["group"], one["opposition"], one["length"]
     return {
         "rank": one["rank"],
-        "place": f"{one['source']}{row}" if one["source"] else "source unknown",
+        "place": place_text(one["source"], one["source_row"]),
         "chips": [
             f"score {one['score']:.5f}",
             f"opposition {opposed['value']:.4g}, rank {opposed['rank']}",

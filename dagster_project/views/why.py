@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dagster_project.core.text import many, number
+from dagster_project.core.text import many, number, place_text
 from dagster_project.views.html import Figure, Plot, Shape, Table, brief, render, shape
 
 HEIGHT = 160
@@ -59,12 +59,10 @@ def _parts(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
 
 def _record(hit: Mapping[str, Any]) -> dict[str, Any]:
     by, words = hit["gradient"], hit["bm25"]
-    row = "" if hit["source_row"] is None else f":{hit['source_row']}"
-    place = f"{hit['source']}{row}" if hit["source"] else "source unknown"
     steps = ", ".join(map(str, hit["steps"][:12])) + (", ..." if len(hit["steps"]) > 12 else "")
     return {
         "rank": hit["rank"],
-        "place": place,
+        "place": place_text(hit["source"], hit["source_row"]),
         "also_in": hit.get("also_in") or "",
         "chips": [
             f"gradient {by['score']:+.3f}, rank {by['rank']}, z {by['z']:+.1f}",

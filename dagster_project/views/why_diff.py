@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dagster_project.core.text import many, number
-from dagster_project.views.html import listed, render
+from dagster_project.core.text import listed, many, number
+from dagster_project.views.html import render
 
 MARKS = {True: ("fine", "✓ right"), False: ("bad", "✕ wrong"), None: ("", "")}
 

@@ -165,10 +165,6 @@ class Case:
     """State of the project in which it begins: a stage that has run, or empty."""
     play: Callable[[Play], None]
 
-    @property
-    def fault_class(self) -> str:
-        return self.name.partition("/")[0]
-
 
 @dataclass(frozen=True)
 class Result:

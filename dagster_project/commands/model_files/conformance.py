@@ -101,7 +101,7 @@ def refuse_lost_window(file: Path, config: Any, context: int) -> None:
     fields = gguf_metadata.read(file).fields
     if not any(name.endswith(WINDOW) for name in fields) or fields[ARCHITECTURE].value in WITHOUT_WINDOW:
         raise InputError(
-            f"llama.cpp has no sliding window for this model ({window:,} tokens): it would read texts of more tokens, up to {longest:,}, in another way",
+            f"llama.cpp does not support the sliding window of this model ({window:,} tokens): it would compute texts of more tokens, up to {longest:,}, differently",
             f"export it with --format safetensors, or set base_model.max_length to {window} and train again",
         )
 

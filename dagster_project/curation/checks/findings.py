@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, islice, takewhile
+from itertools import accumulate, islice
 from typing import Any
 
 from dagster_project.core.messages import conversation_text
 from dagster_project.core.records import CheckResult
 from dagster_project.core.stored_rows import Selected
+from dagster_project.core.text import common_prefix
 from dagster_project.curation.checks import conversations, quotes
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Verdict
 from dagster_project.curation.checks.overlaps import Link
@@ -230,17 +231,12 @@ def _gaps(before: Sequence[tuple[int, str]], after: Sequence[tuple[int, str]]) -
 def _edit(before: dict[str, Any], after: dict[str, Any], around: int = 100) -> dict[str, str]:
     """Both versions of a row, masked and shortened to their difference."""
     texts = [conversation_text(record["messages"], record.get("tools")) or excerpt(record, WIDTH) for record in (before, after)]
-    first = max(0, _common_prefix(*texts) - 5 * WIDTH)  # a secret that begins before the difference is masked as a whole
+    first = max(0, common_prefix(*texts) - 5 * WIDTH)  # a secret that begins before the difference is masked as a whole
     texts = [mask(text[first : first + 10 * WIDTH]) for text in texts]
-    start = _common_prefix(*texts)
-    rest = _common_prefix(*(text[start:][::-1] for text in texts))
+    start = common_prefix(*texts)
+    rest = common_prefix(*(text[start:][::-1] for text in texts))
     old, new = (text[max(0, start - around) : len(text) - rest + around][:WIDTH] for text in texts)
     return {"before": old, "after": new}
-
-
-def _common_prefix(a: str, b: str) -> int:
-    """Length of the common prefix of two texts."""
-    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False)))
 
 
 def finding_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:

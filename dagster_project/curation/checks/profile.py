@@ -85,7 +85,7 @@ class Limits(Section):
     """Limits of the shares of a set."""
 
     min_rows: int = Field(default=100, ge=0)
-    """Rows. Smaller sets fail `small_dataset`: from them a model rarely learns more than the format."""
+    """Minimum number of rows. Smaller sets fail `small_dataset`: a model rarely learns more than the format from them."""
     balance_ratio: float = Field(default=5.0, ge=1)
     """Largest allowed ratio of the most frequent to the least frequent category. Models neglect rare categories."""
     max_source_share: float | None = Field(default=None, ge=0, le=1)
@@ -107,7 +107,7 @@ class Limits(Section):
     """Largest share of rows that may share a `group_id` with an earlier row (exact repeats not counted). Above it most
     rows add little."""
     min_rows_for_diversity: int = Field(default=20, ge=1)
-    """Rows. Smaller sets are not checked for diversity, because in them two similar rows already are a large share."""
+    """Minimum number of rows for checks of diversity: in smaller sets two similar rows are already a large share."""
 
 
 @dataclass

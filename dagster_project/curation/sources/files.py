@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.text import shortened, visible
+from dagster_project.core.text import listed, shortened, visible
 from dagster_project.curation.sources.table_limits import bounded, decoded_bytes, without_views
 
 MEGABYTE = 2**20
@@ -240,9 +240,8 @@ def unread(place: str, paths: Iterable[PurePosixPath]) -> list[str]:
             found["because of their types"].append(visible(str(path)))
     for why, names in found.items():
         names.sort()
-        shown = ", ".join(names[:SHOWN_FILES]) + (f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else "")
         if names:
-            log.warning(f"{visible(place)}: not read, {why}: {shown}")
+            log.warning(f"{visible(place)}: not read, {why}: {listed(names, SHOWN_FILES)}")
     return sorted(chain.from_iterable(found.values()))
 
 

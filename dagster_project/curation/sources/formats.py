@@ -115,10 +115,9 @@ def records_of(
     layout: str = "auto",
     mapping: Mapping[str, str] | None = None,
     split: str | None = None,
-    think: Think = "auto",
 ) -> tuple[str, list[dict[str, Any]]]:
     """The layout of rows in memory, and their records. Empties the list, so that rows are not in memory twice."""
-    how = conversion_of(shapes_of(rows), False, name, source, layout, mapping, split, think)
+    how = conversion_of(shapes_of(rows), False, name, source, layout, mapping, split)
     return how.layout, list(converted(how, _consumed(rows)))
 
 
@@ -129,7 +128,6 @@ def pairs_of(
     layout: str = "auto",
     mapping: Mapping[str, str] | None = None,
     split: str | None = None,
-    think: Think = "auto",
 ) -> tuple[str, list[dict[str, Any]]]:
     """As `records_of`, for preference pairs. Every row is in the `source_rows` of at least one pair; a tree may give several, and two KTO rows form one:
 
@@ -138,7 +136,7 @@ def pairs_of(
 
     An unreadable row has no messages, and a KTO row without a counterpart has one empty side. `meta.problem` has the reason.
     """
-    how = conversion_of(shapes_of(rows), True, name, source, layout, mapping, split, think)
+    how = conversion_of(shapes_of(rows), True, name, source, layout, mapping, split)
     entries = list(converted(how, _consumed(rows)))
     halves, second = Halves(), dict[int, int]()
     for number, entry in enumerate(entries):

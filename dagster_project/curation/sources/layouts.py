@@ -93,10 +93,8 @@ def _ultrachat(row: dict[str, Any]) -> Messages:
     return as_turns(None, *((("user", "assistant")[i % 2], as_text(text)) for i, text in enumerate(as_list(row, "data", "turn"))))
 
 
-def _single(prompt: str, completion: str, system: str | None = "system") -> Callable[[dict[str, Any]], Messages]:
-    return lambda row: as_turns(
-        row.get(system) if system else None, ("user", as_text(row[prompt])), ("assistant", as_text(row[completion]))
-    )
+def _single(prompt: str, completion: str) -> Callable[[dict[str, Any]], Messages]:
+    return lambda row: as_turns(row.get("system"), ("user", as_text(row[prompt])), ("assistant", as_text(row[completion])))
 
 
 def _prompt_completion(row: dict[str, Any]) -> Messages:
@@ -202,13 +200,10 @@ def _tree(row: dict[str, Any]) -> dict[str, Any]:
     return {"tree": {"messages": len(found), "kept": kept, "unanswered": thread - kept, "other_branches": len(found) - thread}}
 
 
-def _labeled(prompt: str, label: str, system: str | None = "system") -> Callable[[dict[str, Any]], Messages]:
-    return lambda row: as_turns(row.get(system) if system else None, ("user", as_text(row[prompt])), ("assistant", as_label(row[label])))
-
-
 def _classification(row: dict[str, Any]) -> Messages:
     """Use the names in `label_text`, if there are any, instead of numeric labels."""
-    return _labeled("text", "label" if row.get("label_text") in EMPTY else "label_text")(row)
+    label = row["label" if row.get("label_text") in EMPTY else "label_text"]
+    return as_turns(row.get("system"), ("user", as_text(row["text"])), ("assistant", as_label(label)))
 
 
 def _layout(keys: str, messages: Callable[[dict[str, Any]], Messages], optional: str = "", **more: Any) -> Layout:

@@ -23,6 +23,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import report_of
+from dagster_project.core.text import listed
 from dagster_project.curation.sources.files import MEGABYTE, READERS, is_hidden, suffix_of, unread
 
 SCHEME = "s3://"
@@ -223,13 +224,9 @@ def require_revision(objects: Sequence[S3Object], url: str, revision: str | None
     }
     raise InputError(
         f"{where}: the objects are not those of the revision in params.yaml: "
-        + "; ".join(f"{kind}: {_shown(names)}" for kind, names in changes.items() if names),
+        + "; ".join(f"{kind}: {listed(names, SHOWN)}" for kind, names in changes.items() if names),
         hint,
     )
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _recorded(root: Path, section: str, url: str, revision: str) -> Mapping[str, Mapping[str, Any]] | None:

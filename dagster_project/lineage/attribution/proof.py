@@ -54,7 +54,7 @@ def _without(names: Sequence[str], lengths: Sequence[int], weights: list[float],
             found[start:stop] = [0.0] * (stop - start)
     if any(weights) and not any(found):
         raise InputError(
-            "a packed row of the training has no other record than those that are left out, so its loss would not be defined",
+            "a packed row of the training consists only of records that are left out, so its loss would be undefined",
             "leave out fewer records with --top",
         )
     return found

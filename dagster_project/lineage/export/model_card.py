@@ -10,6 +10,7 @@ from typing import Any
 from dagster_project.core.text import markdown
 from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, declared_sources
+from dagster_project.lineage.export.answers import table
 from dagster_project.lineage.export.licenses import most_restrictive, name_on_the_hub
 from dagster_project.lineage.export.summary import REWARD_MODEL, is_head, limits, results, task_of
 
@@ -92,7 +93,7 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
     )
     parts += [
         "## Data",
-        _table(
+        table(
             ["source", "rows", "format", "license", "sha256"],
             [
                 [markdown(path), s["rows"], s["format"], markdown(s["license"]), f"`{s['sha256']}`"]
@@ -106,9 +107,7 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
     if listed:
         parts += [
             "The licenses of data and base model, most restrictive first. The metadata name the first.",
-            _table(
-                ["license", "kind", "of"], [[markdown(one["license"]), one["family"], markdown(", ".join(one["of"]))] for one in listed]
-            ),
+            table(["license", "kind", "of"], [[markdown(one["license"]), one["family"], markdown(", ".join(one["of"]))] for one in listed]),
         ]
     if policy := use_policy.lines(summary.get(use_policy.NAME)):
         parts += ["The use policy of the project:", "\n".join(f"- {markdown(line)}" for line in policy)]
@@ -123,7 +122,7 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         for name, s in summary["stages"].items()
         if "rows_in" in s
     ]
-    parts.append(_table(["stage", "rows in", "rows out", "dropped", "sha256"], rows))
+    parts.append(table(["stage", "rows in", "rows out", "dropped", "sha256"], rows))
     for stage in summary["stages"].values():
         if "train" in stage and "test" in stage:
             parts.append(
@@ -150,7 +149,7 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         if s.get("commit")
     ]
     if recorded:
-        parts += ["The first commit that recorded the run of each stage:", _table(["stage", "commit", "date"], recorded)]
+        parts += ["The first commit that recorded the run of each stage:", table(["stage", "commit", "date"], recorded)]
     for one in summary.get("watched_by", ()):
         parts.append(f"The training of {markdown(one['training'])} was watched by {markdown(one['stage'])}: measured, not learned from.")
     if summary.get("watched"):
@@ -170,7 +169,7 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
 
 def _declarations(summary: Mapping[str, Any]) -> str:
     declared = {path: one.shown for path, one in declared_sources(summary).items()}
-    return _table(["source", *NAMES.values()], [[markdown(path), *map(markdown, shown.values())] for path, shown in declared.items()])
+    return table(["source", *NAMES.values()], [[markdown(path), *map(markdown, shown.values())] for path, shown in declared.items()])
 
 
 def _copies(stage: Mapping[str, Any]) -> str:
@@ -181,7 +180,7 @@ def _copies(stage: Mapping[str, Any]) -> str:
 
 def _results(summary: Mapping[str, Any]) -> str:
     rows = [[one["name"], f"{one['value']:.4g}", f"{one['low']:.4g} to {one['high']:.4g}"] for one in results(summary)]
-    return _table(["measure", "value", "95 % interval"], rows) if rows else "None were measured."
+    return table(["measure", "value", "95 % interval"], rows) if rows else "None were measured."
 
 
 def _value(value: Any) -> str:
@@ -192,8 +191,3 @@ def _value(value: Any) -> str:
 
 def _lines(pairs: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in pairs if value)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])

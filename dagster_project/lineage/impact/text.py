@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dagster_project.core.text import visible
+from dagster_project.core.text import listed, many, visible
 from dagster_project.lineage.impact.undecided import NOTHING_RECORDED
 
 SHOWN = 12
@@ -23,7 +23,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     if "read_by" in result:
         lines.append(f"named by {', '.join(result['read_by'])}, but not as a source of rows that are trained on")
     if result["records"] and result["records"] != [value]:
-        lines.append(f"records {_shortened(result['records'])}")
+        lines.append(f"records {listed(result['records'], SHOWN)}")
     for match in result.get("matches", [])[:SHOWN]:
         lines.append(f"match   {match['example_id']}  {match['role']}, {match['field']}  {visible(match['excerpt'])}")
     for copy in result.get("near", [])[:SHOWN]:
@@ -50,7 +50,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines += _watched_text(result.get("watched", []), result["shallow"])
     seen = result["looked_at"]
     answers = {
-        "yes": f"{versions} model version{'' if versions == 1 else 's'} saw it",
+        "yes": f"{many(versions, 'model version')} saw it",
         "no": "no model saw it",
         "cannot tell": "no model is known to have seen it, but not everything could be looked at",
     }
@@ -70,7 +70,7 @@ def as_text(result: Mapping[str, Any]) -> str:
         for model in unknown:
             groups[model["fetch"]].append(model)
         for command, models in list(groups.items())[:SHOWN]:
-            lines.append("  " + _shortened([f"{model['stage']} {model['md5'][:12]}" for model in models]))
+            lines.append("  " + listed([f"{model['stage']} {model['md5'][:12]}" for model in models], SHOWN))
             absent = dict.fromkeys([output["path"] for model in models for output in model["missing"]])
             absent |= dict.fromkeys(path for model in models for path in model.get("unexplained", ()))
             lines.append(f"    missing: {', '.join(absent)}; fetch: {command}" if command != NOTHING_RECORDED else f"    {command}")
@@ -79,7 +79,7 @@ def as_text(result: Mapping[str, Any]) -> str:
             name if name.startswith(("run cache", "the history")) else f"the dvc.lock of {name if ' ' in name else name[:12]}"
             for name in result["unreadable"]
         ]
-        lines.append(f"cannot be read: {_shortened(names)}")
+        lines.append(f"cannot be read: {listed(names, SHOWN)}")
     if result["shallow"]:
         lines.append("this clone is shallow: models before its first commit are unknown (`git fetch --unshallow` brings them)")
     return "\n".join(lines)
@@ -110,10 +110,6 @@ def _where(model: Mapping[str, Any], shallow: bool) -> str:
     return f"{'in no commit of this shallow clone' if shallow else 'never committed'}, in DVC's {model['found_in']}"
 
 
-def _shortened(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values[:SHOWN])) + (f" and {len(values) - SHOWN} more" if len(values) > SHOWN else "")
-
-
 def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     through = f" through {seen['by']} {seen['md5'][:12]}" if seen["md5"] != model["md5"] else ""
     splits = ", ".join(f"{split} {n}" for split, n in seen["splits"].items())
@@ -130,7 +126,7 @@ def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
         elif not steps:
             steps_text = "in no step"
         else:
-            steps_text = f"step {_shortened(steps)}"
+            steps_text = f"step {listed(steps, SHOWN)}"
     elif seen["learnt"] is None:
         steps_text = "at steps unknown"
     else:

@@ -71,8 +71,7 @@ def of_attestations(stages: Iterable[Attested]) -> Iterator[Claim]:
         for name, digests in (*stage.read.items(), *stage.made.items()):
             yield f"file of the project {name}", "md5", digests["md5"]
             yield f"source {name}", "sha256", digests["sha256"]
-        out = next((path for path in stage.outs if not path.startswith((REPORTS, PLOTS))), "")
-        made = {name[len(out) + 1 :]: digests for name, digests in stage.made.items() if out and is_within(name, out)}
+        made = output_of(stage)
         if not made or "" in made:
             continue
         if TRAINING in made:
@@ -80,6 +79,12 @@ def of_attestations(stages: Iterable[Attested]) -> Iterator[Claim]:
         for subject in (f"stage {stage.address}", *([THE_MODEL] if stage is stages[-1] else [])):
             yield subject, "sha256", sha256_of_lines({name: one["sha256"] for name, one in made.items()}, made)
             yield subject, "md5", _md5(md5_of_folder({name: one["md5"] for name, one in made.items()}))
+
+
+def output_of(stage: Attested) -> dict[str, Mapping[str, str]]:
+    """The files of the folder that a stage made, by their path in it."""
+    out = next((path for path in stage.outs if not path.startswith((REPORTS, PLOTS))), "")
+    return {path[len(out) + 1 :]: digests for path, digests in stage.made.items() if out and is_within(path, out)}
 
 
 def _all(digests: Iterable[str]) -> str:

@@ -185,7 +185,7 @@ def _refuse_without_tombstone(found: Found, key: bytes) -> None:
     """
     if kept := found.without_tombstone(key):
         raise InputError(
-            f"{kept[0]}: cannot be taken out of its source from here, and not be left out: a row that stays has the same text, or it has none",
+            f"{kept[0]}: its source cannot be changed from here, and it cannot be left out, because a row that stays has the same text, or it has no text",
             "erase its copies, too (leave out --not copies), or have its owner take it out, and set the new `revision`",
         )
 

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import ast
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import JSON, Call, Message, Tools, calls
+from dagster_project.core.messages import Message, calls
 from dagster_project.core.params import Section, inside, parse
-from dagster_project.core.tool_schemas import BROKEN, ArgumentsSchema, arguments_schema
+from dagster_project.core.tool_schemas import ArgumentsSchema, arguments_schema, call_problem, counted
 from dagster_project.core.words import split_words
 from dagster_project.training.inference.numbers import number_in
 from dagster_project.training.trainers.alignment.code_runner import code_in, passes
@@ -178,12 +177,12 @@ class ToolCall(ReadyReward):
     def score(self, answer: Message, record: Record) -> float:
         tools, made = record.get("tools"), calls(answer)
         try:
-            return float(_multiset(made) == _multiset(calls(target(record))) and all(fits(call, tools) for call in made))
+            return float(counted(made) == counted(calls(target(record))) and all(call_problem(call, tools) is None for call in made))
         except RecursionError:  # nested too deep
             return 0.0
 
     def has_target(self, record: Record) -> bool:
-        return bool(record.get("tools")) and all(fits(call, record["tools"]) for call in calls(target(record)))
+        return bool(record.get("tools")) and all(call_problem(call, record["tools"]) is None for call in calls(target(record)))
 
 
 class ReasoningFormat(ReadyReward):
@@ -314,37 +313,6 @@ def _is_text(statement: ast.stmt) -> bool:
 def _is_of_a_program(statement: ast.stmt) -> bool:
     """Whether it is `if __name__ == "__main__"`, which tests of an answer are not."""
     return isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test) and not statement.orelse
-
-
-# ---- calls ------------------------------------------------------------------------------------------------------------------------------
-
-
-def fits(call: Call, tools: Tools) -> bool:
-    """Whether a call names a tool and its arguments fit the tool's JSON Schema; a tool without one accepts any object."""
-    functions = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in tools or ()}
-    if call.name not in functions or not isinstance(call.arguments, dict):
-        return False
-    parameters = functions[call.name].get("parameters")
-    found = _schema(JSON.encode(parameters)).problem(call.arguments) if parameters is not None else None
-    return found is None or found[0] == BROKEN
-
-
-@cache
-def _schema(parameters: str) -> ArgumentsSchema:
-    return arguments_schema(json.loads(parameters))
-
-
-def _multiset(made: Sequence[Call]) -> Counter[tuple[str, str]]:
-    return Counter((call.name, json.dumps(_canonical(call.arguments), sort_keys=True)) for call in made)
-
-
-def _canonical(value: Any) -> Any:
-    """A JSON value in which equal numbers are written equally: 3.0 is 3, as in JSON Schema."""
-    if isinstance(value, dict):
-        return {key: _canonical(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_canonical(one) for one in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _words(message: Message) -> list[str]:

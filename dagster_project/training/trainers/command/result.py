@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.text import visible
+from dagster_project.core.text import listed, visible
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.trainers.harness import weight_audit
@@ -276,4 +276,4 @@ def _compare(tensors: Mapping[str, Any], expected: Mapping[str, Any], aliases: M
 
 
 def _shortened(names: list[str]) -> str:
-    return visible(", ".join(names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return visible(listed(names, SHOWN))
