@@ -82,7 +82,10 @@ def test_a_release_carries_its_card_and_the_record_that_its_export_names(finishe
 
 def test_exports_of_an_aligned_model_name_its_preferences_and_the_inputs_of_every_run(finished: Path) -> None:
     source = "data/sources/preferences.jsonl"
-    assert f"| {source} |" in export(finished, "merged_aligned@dpo", "model-card", issued=ISSUED)
+    card = export(finished, "merged_aligned@dpo", "model-card", issued=ISSUED)
+    assert f"| {source} |" in card
+    divided = [line for line in card.splitlines() if line.startswith("Train ")]
+    assert ["examples; " in line for line in divided] == [True, False] and "pairs; " in divided[1]
     assert f"source:{source}" in export(finished, "merged_aligned@dpo", "cyclonedx", issued=ISSUED)
     assert source not in export(finished, "merged@lora", "model-card", issued=ISSUED)
     events = [json.loads(line) for line in export(finished, "merged_aligned@dpo", "openlineage", issued=ISSUED).splitlines()]

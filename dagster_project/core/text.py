@@ -87,7 +87,7 @@ def listed(names: Sequence[object], most: int) -> str:
 
 
 def place_text(source: str | None, row: int | None) -> str:
-    """ "data/sources/a.jsonl:3"."""
+    """Place of a row, such as `data/sources/a.jsonl:3`."""
     return "source unknown" if not source else source if row is None else f"{source}:{row}"
 
 

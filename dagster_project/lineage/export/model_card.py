@@ -123,10 +123,11 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         if "rows_in" in s
     ]
     parts.append(table(["stage", "rows in", "rows out", "dropped", "sha256"], rows))
-    for stage in summary["stages"].values():
+    for name, stage in summary["stages"].items():
         if "train" in stage and "test" in stage:
             parts.append(
-                f"Train {stage['train']}, validation {stage['validation']} and test {stage['test']} examples{_copies(stage)}; near-copies never straddle two of them."
+                f"Train {stage['train']}, validation {stage['validation']} and test {stage['test']} "
+                f"{'pairs' if name == 'preferences' else 'examples'}{_copies(stage)}; near-copies never straddle two of them."
             )
     parts += ["## Results", _results(summary), *map(markdown, summary["advice"])]
     parts += ["## Limits", "\n".join(f"- {markdown(line)}" for line in limits(summary))]
