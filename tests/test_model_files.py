@@ -188,7 +188,9 @@ def test_a_sliding_window_that_the_file_lacks_is_refused(converted: Path, tmp_pa
         conformance.refuse_lost_window(converted, window, 10**30)
     conformance.refuse_lost_window(altered(converted, tmp_path / "a.gguf", llama__attention__sliding_window=64), window, 1024)
     phi = altered(converted, tmp_path / "b.gguf", general__architecture="phi3", phi3__attention__sliding_window=64)
-    with pytest.raises(InputError, match="no sliding window for this model"):  # llama.cpp reads the field, and does not apply it
+    with pytest.raises(
+        InputError, match="does not support the sliding window of this model"
+    ):  # llama.cpp reads the field, and does not apply it
         conformance.refuse_lost_window(phi, window, 1024)
     for config, context in ((window, 64), (MistralConfig(sliding_window=None), 1024), (Qwen2Config(sliding_window=64), 1024)):
         conformance.refuse_lost_window(converted, config, context)

@@ -23,7 +23,7 @@ def compare(options: argparse.Namespace) -> int:
     """Show the comparison table: every variant, the baselines, which system to use, and the registered versions of models."""
     from dagster_project.core.documents import read_document
     from dagster_project.lineage import registered
-    from dagster_project.lineage.export.answers import table
+    from dagster_project.lineage.export.tables import table
 
     root = project(options)
     folder = root / "data" / "comparison"

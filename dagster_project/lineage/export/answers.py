@@ -101,8 +101,3 @@ def scripts(summary: Mapping[str, Any]) -> list[str]:
         for stage, found in summary["data_sets"].items()
         if found["profile"].get("scripts")
     ]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])

@@ -14,13 +14,13 @@ from dagster_project.lineage.export.answers import (
     missing,
     period,
     scripts,
-    table,
     training_records,
     uses_category,
 )
 from dagster_project.lineage.export.data_sets import described
 from dagster_project.lineage.export.licenses import summarize_licenses
 from dagster_project.lineage.export.responsible import failed_checks, missing_data, personal_data, processing, uses
+from dagster_project.lineage.export.tables import table
 
 ANY_STAGE = True
 DATA_SETS = True

@@ -19,12 +19,12 @@ from dagster_project.lineage.export.answers import (
     missing,
     period,
     scripts,
-    table,
     training_records,
     uses_category,
 )
 from dagster_project.lineage.export.responsible import personal_data, processing
 from dagster_project.lineage.export.summary import identity
+from dagster_project.lineage.export.tables import table
 
 DATA_SETS = True
 FILE = "training-content.md"

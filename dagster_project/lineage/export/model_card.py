@@ -10,9 +10,9 @@ from typing import Any
 from dagster_project.core.text import markdown
 from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, declared_sources
-from dagster_project.lineage.export.answers import table
 from dagster_project.lineage.export.licenses import most_restrictive, name_on_the_hub
 from dagster_project.lineage.export.summary import REWARD_MODEL, is_head, limits, results, task_of
+from dagster_project.lineage.export.tables import table
 
 FILE = "README.md"
 SHOWS = "how the model was made, measured and checked, as people read it"
