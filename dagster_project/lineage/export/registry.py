@@ -12,7 +12,9 @@ from typing import Any
 Write = Callable[[Mapping[str, Any], date], str]
 """(`export.summarize` of a model, issue date) -> text of the file. The same input gives the same text."""
 
-NOT_FORMATS = {"__init__", "answers", "data_sets", "export", "folder", "formulation", "licenses", "registry", "responsible", "summary"}
+NOT_FORMATS = {
+    "__init__", "answers", "data_sets", "export", "folder", "formulation", "licenses", "registry", "responsible", "summary", "tables",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
