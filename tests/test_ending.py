@@ -112,7 +112,7 @@ def test_an_interrupt_that_is_repeated_at_once_does_not_end_the_removal_of_tempo
             signal.raise_signal(number)
             removed.append(True)
             found.raised -= ending.REPEATED
-            with pytest.raises(KeyboardInterrupt):  # later, whoever waits can end the command
+            with pytest.raises(KeyboardInterrupt):  # later, another one ends a command that waits
                 signal.raise_signal(number)
     assert removed
     with ending.interrupts() as found, ending.terminating(found, "chat"):  # where it ends an answer
