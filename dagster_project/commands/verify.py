@@ -259,7 +259,7 @@ class _Clone:
         deps = {dep["path"]: dep["md5"] for dep in self.lock[name].get("deps", [])}
         outs = [out["path"] for stage in self.lock.values() for out in stage.get("outs", [])]
         code = []
-        for path, now in dvc.fingerprint(self.root, name).now.items():
+        for path, now in dvc.inputs_now(self.root, name).items():
             if path not in deps or now == deps[path]:
                 continue
             if is_code(path) or any(dvc.overlap(path, out) for out in outs):
@@ -277,7 +277,7 @@ class _Clone:
         if self.at.rev is None:
             shutil.rmtree(self.root / path, ignore_errors=True)
             _unpack(Revision(self.at.root, "HEAD"), self.root, path)
-            if dvc.fingerprint(self.root, name).now.get(path) == recorded:
+            if dvc.inputs_now(self.root, name).get(path) == recorded:
                 log.info(f"{name}: {path} has changed; using the committed version, which is the recorded one")
                 return
         where = f"at {self.at.rev}" if self.at.rev else "here or in the latest commit"

@@ -18,7 +18,6 @@ from dagster_project.commands.why_prove import lines_of_proof, prove, refuse_dra
 from dagster_project.commands.why_question import Options, Question, question, tokenizer_of
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
-from dagster_project.core.imports import hidden
 from dagster_project.core.messages import Messages
 from dagster_project.core.records import prompt_text, read_records, response_text
 from dagster_project.core.text import place_text
@@ -36,8 +35,6 @@ log = logging.getLogger("pedigree")
 
 EXCERPT = 300
 """Characters of a record's prompt and answer that are shown."""
-UNUSED = ("scipy", "PIL")
-"""Packages that transformers imports where they are installed, and a question does not use. A training has them, as the machine that it records."""
 BINS = 40
 """Of the distribution of scores."""
 UNCALIBRATED = (
@@ -83,8 +80,7 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
     indexed = index_points(found, options.points) if with_index else None
     stored = [target.store.read() for target in at_points(found, options.points)]
     known = why_calibration.mean([why_calibration.read(target) for target in at_points(found, options.points)])
-    with hidden(*(() if proves else UNUSED)):
-        import_libraries()  # before a tokenizer imports them in more time
+    import_libraries()  # before a tokenizer imports them in more time
     texts = Texts(found)
     system, notes = _system(texts, options)
     asked = question(found, options, system, texts.tokenizer)

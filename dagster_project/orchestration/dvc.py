@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 from shlex import quote
@@ -154,9 +154,29 @@ def declared_stages(repo: Any) -> list[Any]:
     Raises:
         InputError: dvc.yaml, dvc.lock or params.yaml has values that DVC cannot use.
     """
+    with _reading(repo):
+        return list(repo.index.stages)
+
+
+def stage_named(repo: Any, address: str) -> Any:
+    """DVC's stage with an address. Of the project's files, DVC reads dvc.yaml, dvc.lock and params.yaml only.
+
+    Raises:
+        InputError: no such stage, or these files have values that DVC cannot use.
+    """
+    with _reading(repo):
+        try:
+            return repo.stage.load_one(str(Path(repo.root_dir, "dvc.yaml")), address)
+        except private_module("dvc.stage.exceptions").StageNotFound:
+            names = [stage.name for stage in repo.index.stages if not stage.is_data_source]
+            raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(names)}") from None
+
+
+@contextmanager
+def _reading(repo: Any) -> Iterator[None]:
     with repo.lock:  # DVC does not write dvc.lock atomically
         try:
-            return list(repo.index.stages)
+            yield
         except UNCHECKED_FILE_ERRORS as error:
             if isinstance(error, UnicodeEncodeError):  # a file's name (dvc_errors.explained)
                 raise
@@ -164,11 +184,6 @@ def declared_stages(repo: Any) -> list[Any]:
             raise InputError(
                 f"DVC cannot read dvc.yaml, dvc.lock or params.yaml: {reason}", "undo the last change of these files: see `git diff`"
             ) from None
-
-
-def stage_named(repo: Any, address: str) -> Any:
-    """DVC's stage with an address, which exists."""
-    return next(stage for stage in declared_stages(repo) if stage.name == address)
 
 
 def lost_records(root: Path) -> list[str]:
@@ -470,22 +485,22 @@ class Fingerprint:
     now: Mapping[str, str]
     conflicts: Sequence[tuple[str, str]]
     """For each input that differs from its record: what is wrong, and the next step."""
-    leftovers: Sequence[str] = ()
+    leftovers: Sequence[str]
     """Outputs of stages that dvc.yaml no longer has, in folders that the stage reads."""
 
 
-def fingerprint(root: Path, address: str) -> Fingerprint:
-    """Current hashes of everything a stage depends on: files, parameters and code.
+def inputs_now(root: Path, address: str) -> dict[str, str]:
+    """Current hash of everything a stage depends on, by path: files and code, and as `params.yaml` its parameters.
 
     Raises:
         InputError: no such stage.
     """
     with open_repo(root) as repo:
-        return _fingerprint(root, address, declared_stages(repo))
+        return _inputs_now(root, stage_named(repo, address))
 
 
 def verified_fingerprint(root: Path, address: str, refuse: Callable[[Sequence[StageState]], None]) -> Fingerprint:
-    """As `fingerprint`. DVC reads the project's files once for both.
+    """As `inputs_now`, compared with the records. DVC reads the project's files once for both.
 
     Args:
         refuse: called before with the states of the stages whose outputs the stage reads.
@@ -498,9 +513,15 @@ def verified_fingerprint(root: Path, address: str, refuse: Callable[[Sequence[St
         if address not in names:
             raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(names)}")
         refuse([state_of(i.producer) for i in state_of(address).inputs if i.producer])
-        found = _fingerprint(root, address, all_stages)
+        now = _inputs_now(root, next(stage for stage in all_stages if stage.name == address))
         with repo.lock:
-            return replace(found, leftovers=_leftovers(root, names, found.now))
+            return Fingerprint(now, _conflicts(root, address, all_stages, now), _leftovers(root, names, now))
+
+
+def _inputs_now(root: Path, stage: Any) -> dict[str, str]:
+    now, _ = _dependency_hashes(root, stage)
+    values, _ = _parameters(stage, ParameterFiles())
+    return {**now, "params.yaml": digest(values)}
 
 
 def _leftovers(root: Path, addresses: Collection[str], inputs: Iterable[str]) -> tuple[str, ...]:
@@ -518,17 +539,13 @@ def _leftovers(root: Path, addresses: Collection[str], inputs: Iterable[str]) ->
     return tuple(out for out in outs if any(out != folder and is_within(out, folder) for folder in folders) and (root / out).exists())
 
 
-def _fingerprint(root: Path, address: str, all_stages: Sequence[Any]) -> Fingerprint:
-    stages = {stage.name: stage for stage in all_stages if not stage.is_data_source}
-    if address not in stages:
-        raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(stages)}")
-    now, _ = _dependency_hashes(root, stages[address])
-    values, _ = _parameters(stages[address], ParameterFiles())
+def _conflicts(root: Path, address: str, all_stages: Iterable[Any], inputs: Iterable[str]) -> list[tuple[str, str]]:
+    paths = [path for path in inputs if path != "params.yaml"]
     conflicts: list[tuple[str, str]] = []
     for other in all_stages:
         for out in other.outs:
             path = os.path.relpath(out.fs_path, root)
-            if not any(overlap(path, dependency) for dependency in now):
+            if not any(overlap(path, dependency) for dependency in paths):
                 continue
             if other.is_data_source:
                 if problem := _source_problem(root, other, out):
@@ -537,7 +554,7 @@ def _fingerprint(root: Path, address: str, all_stages: Sequence[Any]) -> Fingerp
             elif other.name != address and status_of(out):
                 what = f"{path} is not what {other.name} recorded in dvc.lock"
                 conflicts.append((what, f"run `dvc repro {other.name}` first, or `dvc checkout --force {quote(path)}`"))
-    return Fingerprint({**now, "params.yaml": digest(values)}, conflicts)
+    return conflicts
 
 
 def outputs(root: Path, address: str) -> dict[str, str]:

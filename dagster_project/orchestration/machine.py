@@ -132,7 +132,8 @@ def _caches() -> dict[str, str]:
 
 
 def _libraries(built_with: str) -> dict[str, str]:
-    """Versions of the libraries that compute: those built into torch, numpy's and scipy's BLAS with the kernels in use, and the C library.
+    """Versions of the libraries that compute: those built into torch, the BLAS of numpy, and of scipy where it is loaded, with the kernels in use,
+    and the C library.
 
     Args:
         built_with: torch.__config__.show().

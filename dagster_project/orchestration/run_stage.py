@@ -87,7 +87,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
             result = executor.run(StageJob(pipeline, ctx, before))
             report = _pass_gate(root, ctx, result)
             sha256 = integrity.sha256_of(ctx.out)
-            changed = [path for path, value in dvc.fingerprint(root, address).now.items() if before[path] != value]
+            changed = [path for path, value in dvc.inputs_now(root, address).items() if before[path] != value]
             if changed:
                 raise CheckFailed(f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded")
             code_lock.refuse_other_code(root, [stage])  # an upgrade while it ran

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from dagster_project.core.imports import lean_imports
 from dagster_project.curation.checks import text_search
 from dagster_project.curation.checks.personal_data import GAP, addresses, cards, emails, ibans, ids, national_ids, phones
 from dagster_project.curation.checks.text_search import MOST_CANDIDATES, Local, LongText, Span, TooManyError, all_of, matches, text_column
@@ -452,26 +453,27 @@ def _end_of_key(text: str, body: int) -> tuple[int, bool]:
 @cache
 def _rules() -> tuple[Rule, ...]:
     """In order of precedence: the first rule names a value that several find."""
-    from detect_secrets.filters.heuristic import is_templated_secret
-    from detect_secrets.plugins import (
-        aws,
-        azure_storage_key,
-        basic_auth,
-        discord,
-        github_token,
-        gitlab_token,
-        jwt,
-        mailchimp,
-        npm,
-        private_key,
-        pypi_token,
-        sendgrid,
-        slack,
-        square_oauth,
-        stripe,
-        telegram_token,
-        twilio,
-    )
+    with lean_imports("chardet"):  # detect-secrets imports requests, which would import it, to ask services whether a key is valid
+        from detect_secrets.filters.heuristic import is_templated_secret
+        from detect_secrets.plugins import (
+            aws,
+            azure_storage_key,
+            basic_auth,
+            discord,
+            github_token,
+            gitlab_token,
+            jwt,
+            mailchimp,
+            npm,
+            private_key,
+            pypi_token,
+            sendgrid,
+            slack,
+            square_oauth,
+            stripe,
+            telegram_token,
+            twilio,
+        )
 
     def token(kind: str, hint: str, plugin: Any, *more: str) -> Rule:
         return Rule(kind, hint, _tokens([*plugin.denylist, *map(re.compile, more)]), secret=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -81,19 +81,21 @@ class Local:
     after: str = ""
     decimals: str = ""
     overlapping: bool = False
-    pattern: re.Pattern[str] = field(init=False, compare=False)
-    hint: str = field(init=False, compare=False)
-    """The same in Rust's syntax. A match includes the characters before and after."""
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
         behind = _one_of(self.after) * bool(self.after) + f"|[{self.decimals}][0-9]" * bool(self.decimals)
         match = f"(?:{self.body})" + f"(?!{behind})" * bool(behind)
         ahead = f"(?<!{_one_of(self.before.replace(',', ''))})" * bool(self.before) + "(?<![0-9],)" * ("," in self.before)
-        pattern = ahead + (f"(?=({match}))" if self.overlapping else match)
+        return re.compile(ahead + (f"(?=({match}))" if self.overlapping else match))
+
+    @cached_property
+    def hint(self) -> str:
+        """The same in Rust's syntax. A match includes the characters before and after."""
         either = f"[^{self.decimals}{self.after}]" + f"|[{self.decimals}][^0-9]" * bool(self.decimals)
-        hint = (f"[^{self.before.replace(',', '')}]" if self.before else "(?s:.)") + f"(?:{self.body})" + f"(?:{either})" * bool(behind)
-        object.__setattr__(self, "pattern", re.compile(pattern))
-        object.__setattr__(self, "hint", hint.replace(r"\w", f"[{WORD}--[{BESIDE_VALUES}]]"))
+        ends = f"(?:{either})" * bool(self.after or self.decimals)
+        hint = (f"[^{self.before.replace(',', '')}]" if self.before else "(?s:.)") + f"(?:{self.body})" + ends
+        return hint.replace(r"\w", f"[{WORD}--[{BESIDE_VALUES}]]")
 
 
 def _one_of(characters: str) -> str:

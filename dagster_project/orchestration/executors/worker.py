@@ -99,7 +99,7 @@ class Work:
         self.seconds[name] = round(time.monotonic() - began, 3)
 
     def _refuse_other_inputs(self) -> None:
-        now = dvc.fingerprint(self.root, self.address).now
+        now = dvc.inputs_now(self.root, self.address)
         if changed := sorted(path for path, value in self.job["inputs"].items() if now.get(path) != value):
             raise InputError(
                 f"{self.address}: {', '.join(changed)}: not the same on worker and driver",

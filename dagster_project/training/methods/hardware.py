@@ -46,9 +46,9 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
 
 def import_libraries() -> None:
     """Import torch, transformers and PEFT in less time than their first use would take."""
-    # PEFT imports bitsandbytes for a function that is not used here (quantization imports it itself), accelerate boto3 for a command.
-    # transformers' import of scipy stays: its BLAS is part of the recorded machine.
-    with lean_imports("bitsandbytes", "boto3"):
+    # PEFT imports bitsandbytes for a function that is not used here (quantization imports it itself), accelerate boto3 for a command, and
+    # transformers scipy for losses of object detection.
+    with lean_imports("bitsandbytes", "boto3", "scipy"):
         import_transformers()
         import peft  # noqa: F401
         import transformers.trainer_utils  # noqa: F401
