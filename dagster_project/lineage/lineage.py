@@ -231,17 +231,10 @@ def audit(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:
 
 
 def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
-    """The lineage of one output.
+    """The lineage of one output: what `pedigree audit --json` prints. Its keys are listed in docs/audit.md.
 
     Args:
         as_of: the day for which the use policy is judged, instead of its own.
-    Returns:
-        "model"; "sources" of rows with sha256, rows, license, what is "declared" and row outcomes; "read_by", the stages that read each source; "other_files" that contributed; "base_model"; "other_base_models", further versions that it was made from, if any; "teachers" that were distilled, if any, each with the "training", "folder", "license" and "sha256" of files; "stages" in flow order,
-        each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "watched_by", the models
-        among them that measured a training, if any, each with the "training"; "records" it was
-        trained on; "answers", per model those of its own that it learned from, if any; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "other_values" of these, if stages ran with several; "waivers"; "use_policy", the verdict on all that it was made from, if it has one; "chat_template"; "code" with commit and file hashes,
-        also per stage; "environment", versions of libraries; "other_versions" of these, if stages ran with several; "machine" of each stage that records one; "metrics"; "missing" outputs that leave something unknown;
-        "shallow".
     Raises:
         InputError: `as_of` is given, and the model has no use policy.
     """

@@ -70,41 +70,43 @@ def _metadata(summary: Mapping[str, Any]) -> str:
 
 
 def _text(summary: Mapping[str, Any], issued: date | None) -> str:
-    model, base, training, code = summary["model"], summary["base_model"], summary["training"], summary.get("code", {})
-    files = base.get("sha256", {})
-    weights = ", ".join(f"`{name}` {digest}" for name, digest in files.items() if name.endswith(".safetensors"))
-    parts = [f"# {markdown(model['stage'])}"]
-    parts.append(
-        f"Tuned from {markdown(base.get('origin', 'a base model that is not recorded'))}, license {markdown(base.get('license', 'unknown'))}, {base.get('parameters', 0):,} parameters (sha256 of {weights or 'its weights: unknown'})."
-    )
+    parts = [*_head(summary, issued), *_data(summary)]
+    parts += ["## Results", _results(summary), *map(markdown, summary["advice"])]
+    parts += ["## Limits", "\n".join(f"- {markdown(line)}" for line in limits(summary))]
+    return "\n\n".join(filter(None, [*parts, *_training(summary), *_proof(summary)])) + "\n"
+
+
+def _head(summary: Mapping[str, Any], issued: date | None) -> list[str]:
+    """The paragraphs before the first section: the models that it is made from, and what identifies it."""
+    model, base = summary["model"], summary["base_model"]
+    weights = ", ".join(f"`{name}` {digest}" for name, digest in base.get("sha256", {}).items() if name.endswith(".safetensors"))
+    parts = [
+        f"# {markdown(model['stage'])}",
+        f"Tuned from {markdown(base.get('origin', 'a base model that is not recorded'))}, license "
+        f"{markdown(base.get('license', 'unknown'))}, {base.get('parameters', 0):,} parameters (sha256 of {weights or 'its weights: unknown'}).",
+    ]
     for one in summary.get("teachers", ()):
         hashes = ", ".join(f"`{markdown(name)}` {digest}" for name, digest in one["sha256"].items() if name.endswith(".safetensors"))
         parts.append(
-            f"{markdown(one['training'])} is distilled from the larger model {markdown(one['folder'])}, license {markdown(one['license'])} (sha256 of {hashes})."
+            f"{markdown(one['training'])} is distilled from the larger model {markdown(one['folder'])}, license "
+            f"{markdown(one['license'])} (sha256 of {hashes})."
         )
-    parts.append(
-        _lines(
-            [
-                ("content", f"sha256 {model['sha256']}" if model.get("sha256") else ""),
-                ("DVC", model.get("md5", "")),
-                ("issued", issued.isoformat() if issued else ""),
-            ]
-        )
-    )
-    parts += [
-        "## Data",
-        table(
-            ["source", "rows", "format", "license", "sha256"],
-            [
-                [markdown(path), s["rows"], s["format"], markdown(s["license"]), f"`{s['sha256']}`"]
-                for path, s in summary["sources"].items()
-            ],
-        ),
+    identity = [
+        ("content", f"sha256 {model['sha256']}" if model.get("sha256") else ""),
+        ("DVC", model.get("md5", "")),
+        ("issued", issued.isoformat() if issued else ""),
     ]
-    if summary["sources"]:
+    return [*parts, _lines(identity)]
+
+
+def _data(summary: Mapping[str, Any]) -> list[str]:
+    sources = [
+        [markdown(path), s["rows"], s["format"], markdown(s["license"]), f"`{s['sha256']}`"] for path, s in summary["sources"].items()
+    ]
+    parts = ["## Data", table(["source", "rows", "format", "license", "sha256"], sources)]
+    if sources:
         parts += ["What the project declares about its sources; it is not verified.", _declarations(summary)]
-    listed = summary["licenses"]["listed"]
-    if listed:
+    if listed := summary["licenses"]["listed"]:
         parts += [
             "The licenses of data and base model, most restrictive first. The metadata name the first.",
             table(["license", "kind", "of"], [[markdown(one["license"]), one["family"], markdown(", ".join(one["of"]))] for one in listed]),
@@ -129,9 +131,14 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
                 f"Train {stage['train']}, validation {stage['validation']} and test {stage['test']} "
                 f"{'pairs' if name == 'preferences' else 'examples'}{_copies(stage)}; near-copies never straddle two of them."
             )
-    parts += ["## Results", _results(summary), *map(markdown, summary["advice"])]
-    parts += ["## Limits", "\n".join(f"- {markdown(line)}" for line in limits(summary))]
-    parts += ["## How it was made", _lines([(key.replace("_", " "), markdown(_value(value))) for key, value in training.items()])]
+    return parts
+
+
+def _training(summary: Mapping[str, Any]) -> list[str]:
+    """How it was made, in which versions, and what was only compared with it."""
+    code = summary.get("code", {})
+    settings = [(key.replace("_", " "), markdown(_value(value))) for key, value in summary["training"].items()]
+    parts = ["## How it was made", _lines(settings)]
     if summary["environment"]:
         parts.append(f"With {', '.join(f'{name} {version}' for name, version in summary['environment'].items())}.")
     checks = [check["passed"] for stage in summary["stages"].values() for check in stage.get("checks", {}).values()]
@@ -153,19 +160,19 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         parts += ["The first commit that recorded the run of each stage:", table(["stage", "commit", "date"], recorded)]
     for one in summary.get("watched_by", ()):
         parts.append(f"The training of {markdown(one['training'])} was watched by {markdown(one['stage'])}: measured, not learned from.")
-    if summary.get("watched"):
-        parts.append(
-            f"Compared with it or only used to measure it, so that nothing was learned from them: {markdown(', '.join(summary['watched']))}."
-        )
-    checkout = [f"git checkout {code['lineage_at']}"] if code.get("lineage_at") else []
-    parts += [
+    if watched := summary.get("watched"):
+        parts.append(f"Compared with it or only used to measure it, so that nothing was learned from them: {markdown(', '.join(watched))}.")
+    return parts
+
+
+def _proof(summary: Mapping[str, Any]) -> list[str]:
+    stage, commit = summary["model"]["stage"], summary.get("code", {}).get("lineage_at")
+    commands = [*([f"git checkout {commit}"] if commit else []), "dvc pull", f"pedigree verify {stage} --deep"]
+    return [
         "## Proof",
-        "\n".join(["```console", *(f"$ {line}" for line in [*checkout, "dvc pull", f"pedigree verify {model['stage']} --deep"]), "```"]),
+        "\n".join(["```console", *(f"$ {line}" for line in commands), "```"]),
+        f"makes it again from the sources and compares the bytes; `pedigree audit {stage}` names every row and parameter.",
     ]
-    parts.append(
-        f"makes it again from the sources and compares the bytes; `pedigree audit {model['stage']}` names every row and parameter."
-    )
-    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _declarations(summary: Mapping[str, Any]) -> str:

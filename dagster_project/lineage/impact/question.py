@@ -87,15 +87,8 @@ def impact(
         query.searched = near or containing is not None
         query.match_records(keys, {record_key(record): record} if record is not None else {}, derived=record is not None)
     exposed = ExposedModels(query)
-    models = exposed.models()
-    undecided = {model["md5"]: model for model in UndecidedModels(query).models()}
-    for model in models:
-        if (partly := undecided.pop(model["md5"], None)) and partly["missing"]:
-            model |= {name: partly[name] for name in ("missing", "fetch")}
-    versions = registered(root)
-    for model in models:
-        model |= {"registered": [one.as_dict() for one in versions[model["md5"]]]} if model["md5"] in versions else {}
-    unknown = [*undecided.values(), *unmapped]
+    models, undecided = _models(root, query, exposed)
+    unknown = [*undecided, *unmapped]
     complete = not (unknown or index.unreadable or index.history.shallow)
     looked_at = index.looked_at()
     if complete and not looked_at["models"] and not looked_at["data_sets"]:
@@ -118,6 +111,19 @@ def impact(
         "unreadable": index.unreadable,
         "shallow": index.history.shallow,
     }
+
+
+def _models(root: Path, query: Matches, exposed: ExposedModels) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Models that saw what was asked about, and models of which nobody can tell."""
+    models = exposed.models()
+    undecided = {model["md5"]: model for model in UndecidedModels(query).models()}
+    for model in models:
+        if (partly := undecided.pop(model["md5"], None)) and partly["missing"]:
+            model |= {name: partly[name] for name in ("missing", "fetch")}
+    versions = registered(root)
+    for model in models:
+        model |= {"registered": [one.as_dict() for one in versions[model["md5"]]]} if model["md5"] in versions else {}
+    return models, [*undecided.values()]
 
 
 def _refuse_question(record: str | None, text: str | None, near: bool, containing: str | None, regex: bool) -> None:
