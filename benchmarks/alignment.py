@@ -127,9 +127,14 @@ def one(method: str, seed: int, adapter: str, episodes: int, threads: int, proje
         folder, began = Path(scratch), time.perf_counter()
         with training_seconds() as cpu_seconds:
             report = aligned.produce(
-                method, params.parse(aligned.Params, entry, f"aligned.{method}"), compute, data / "preferences", data / "reward_model",
-                data / "merged" / adapter, folder / "aligned", folder / "curve.csv", folder / "checkpoints",
-            )  # fmt: skip
+                method,
+                params.parse(aligned.Params, entry, f"aligned.{method}"),
+                compute,
+                aligned.Sources(data / "preferences", data / "reward_model", data / "merged" / adapter),
+                folder / "aligned",
+                folder / "curve.csv",
+                folder / "checkpoints",
+            )
         found: dict[str, Any] = {"method": method, "seed": seed, "seconds": time.perf_counter() - began, **report.measured}
         if report.failures:
             return {**found, "failed": [f"{check.name}: {check.note}" for check in report.failures]}

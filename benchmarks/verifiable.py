@@ -135,9 +135,14 @@ def online(method: str, work: Path, sft: Path, seed: int, data_seed: int) -> dic
     entry = parse(aligned.Params, {"method": method, **REWARDED}, f"aligned.{method}")
     with training_seconds() as seconds:
         report = aligned.produce(
-            method, entry, Compute(seed=seed, threads=1, dtype="bfloat16"), work / "no pairs", None, sft / "merged", work / "aligned",
-            work / "curve.csv", work / "checkpoints", splits=work / "splits",
-        )  # fmt: skip
+            method,
+            entry,
+            Compute(seed=seed, threads=1, dtype="bfloat16"),
+            aligned.Sources(work / "no pairs", None, sft / "merged", splits=work / "splits"),
+            work / "aligned",
+            work / "curve.csv",
+            work / "checkpoints",
+        )
     refuse_failed(method, report)
     samples = read_table(work / "aligned" / "samples.parquet")
     return {

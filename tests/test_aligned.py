@@ -105,16 +105,8 @@ def align_it(
         "mine",
         params,
         compute,
-        preferences,
-        judge,
-        sft,
-        folder / "out",
-        folder / "curve.csv",
-        folder / "checkpoints",
-        folder / "live",
-        folder / "pages",
-        functions,
-        larger,
+        aligned.Sources(preferences, judge, sft, functions, larger),
+        *(folder / name for name in ("out", "curve.csv", "checkpoints", "live", "pages")),
     )
     draw_pages("aligned@mine", report, folder / "out", folder / "pages")
     return report
@@ -601,7 +593,7 @@ def test_a_teacher_that_was_changed_is_refused_before_a_model_is_loaded(
     params = aligned.Params(method="gkd", adapter="lora", options={"teacher": given})
     paths = [tmp_path / name for name in ("out", "curve.csv", "checkpoints")]
     with pytest.raises(InputError, match=r"(?s)models/large/model\.safetensors has sha256 .*aligned\.mine\.options\.teacher\.sha256"):
-        aligned.produce("mine", params, COMPUTE, preferences, judged[0], tiny_model, *paths, larger=folder)
+        aligned.produce("mine", params, COMPUTE, aligned.Sources(preferences, judged[0], tiny_model, larger=folder), *paths)
     assert not any(path.exists() for path in paths)
 
 
@@ -612,7 +604,7 @@ def test_a_pass_over_more_prompts_than_there_are_is_refused_before_a_model_is_lo
     params = aligned.Params(method="rloo", adapter="lora", per_device_train_batch_size=4096)
     paths = [tmp_path / name for name in ("out", "curve.csv", "checkpoints")]
     with pytest.raises(InputError, match=r"aligned\.mine\.per_device_train_batch_size: a forward pass takes answers to 1024 prompts"):
-        aligned.produce("mine", params, COMPUTE, preferences, judged[0], tiny_model, *paths)
+        aligned.produce("mine", params, COMPUTE, aligned.Sources(preferences, judged[0], tiny_model), *paths)
 
 
 @pytest.fixture(scope="module")

@@ -244,7 +244,7 @@ ONLINE: dict[str, Fields] = {
 def align(folder: Path, data: Path, judge: Path, sft: Path, **settings: Any) -> Any:
     params = aligned.Params(**{"adapter": "lora", "learning_rate": 1e-2, "samples": 3, "max_new_tokens": 4, **settings})
     places = [folder / name for name in ("out", "curve.csv", "checkpoints")]
-    return aligned.produce("mine", params, COMPUTE, data, judge, sft, *places)
+    return aligned.produce("mine", params, COMPUTE, aligned.Sources(data, judge, sft), *places)
 
 
 @pytest.mark.parametrize("method", ["dpo", *ONLINE])

@@ -75,7 +75,8 @@ def work(folder: Path, model: Path, name: str, count: int, recipe: dict[str, Any
             report = reward_model.produce(judged, compute, pairs, model, out, out / "curve.csv", out / "calibration.csv", checkpoints)
         else:
             tuned = aligned.Params(**recipe)
-            report = aligned.produce("x", tuned, compute, pairs, folder / "judge", model, out, out / "curve.csv", checkpoints)
+            sources = aligned.Sources(pairs, folder / "judge", model)
+            report = aligned.produce("x", tuned, compute, sources, out, out / "curve.csv", checkpoints)
     except PedigreeError as error:
         (folder / f"{name}.said").write_text(str(error))
         os._exit(error.exit_code)

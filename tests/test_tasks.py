@@ -115,8 +115,8 @@ def align(folder: Path, splits: Path, sft: Path, **settings: Any) -> Any:
         **{key: value for key, value in (common | settings).items() if settings["method"] != "ppo" or key != "learning_rate"}
     )
     report = aligned.produce(
-        "mine", params, COMPUTE, folder / "no preferences", None, sft, folder / "out", folder / "curve.csv", folder / "checkpoints",
-        folder / "live", folder / "pages", splits=splits,
+        "mine", params, COMPUTE, aligned.Sources(folder / "no preferences", None, sft, splits=splits),
+        *(folder / name for name in ("out", "curve.csv", "checkpoints", "live", "pages")),
     )  # fmt: skip
     draw_pages("aligned@mine", report, folder / "out", folder / "pages")
     return report

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +31,7 @@ from dagster_project.training.trainers.alignment.preference import (
     StoppedHistory,
 )
 from dagster_project.training.trainers.alignment.ready_rewards import refuse_missing_targets
-from dagster_project.training.trainers.alignment.reward_functions import FOLDER, TIME_KEY, sha256_of_functions, started
+from dagster_project.training.trainers.alignment.reward_functions import FOLDER, TIME_KEY, RewardFunction, sha256_of_functions, started
 from dagster_project.training.trainers.alignment.reward_model import MODEL, RewardModel, failed_checks, tokenizer_of
 from dagster_project.training.trainers.alignment.rewards import Rewards, check, reads_files, ready
 from dagster_project.training.trainers.alignment.sampled_answers import FOLDER as FOLDER_OF_ANSWERS
@@ -179,17 +179,19 @@ def run(ctx: StageContext) -> Report:
         str(ctx.variant),
         params,
         ctx.compute,
-        ctx.output_of("preferences"),
-        ctx.output_of("reward_model") if MODEL in ctx.values and _is_used(params) else None,
-        ctx.outputs_of("merged") / params.adapter,
-        out=ctx.out,
-        curve_file=ctx.plot("alignment"),
-        checkpoints=ctx.checkpoints,
-        live=ctx.live,
-        pages=ctx.pages,
-        functions=ctx.root / FOLDER if reads_files(params.rewards) else None,
-        larger=teacher.locate(given, ctx.root, f"{where}.options.teacher") if given else None,
-        splits=ctx.output_of("splits") if params.reward_target == tasks.RESPONSE else None,
+        Sources(
+            ctx.output_of("preferences"),
+            ctx.output_of("reward_model") if MODEL in ctx.values and _is_used(params) else None,
+            ctx.outputs_of("merged") / params.adapter,
+            functions=ctx.root / FOLDER if reads_files(params.rewards) else None,
+            larger=teacher.locate(given, ctx.root, f"{where}.options.teacher") if given else None,
+            splits=ctx.output_of("splits") if params.reward_target == tasks.RESPONSE else None,
+        ),
+        ctx.out,
+        ctx.plot("alignment"),
+        ctx.checkpoints,
+        ctx.live,
+        ctx.pages,
     )
 
 
@@ -202,44 +204,34 @@ def produce(
     variant: str,
     params: Params,
     compute: Compute,
-    preferences: Path,
-    reward_model: Path | None,
-    sft: Path,
+    sources: Sources,
     out: Path,
     curve_file: Path,
     checkpoints: Path,
     live: Path | None = None,
     pages: Path | None = None,
-    functions: Path | None = None,
-    larger: Path | None = None,
-    splits: Path | None = None,
 ) -> Report:
     """Args:
-    reward_model: its folder; None in a project without one.
-    sft: the standalone model of the SFT variant.
-    functions: folder of reward functions, if the rewards name any.
-    larger: folder of the teacher, for methods with one.
-    splits: folder of instruction records, if their responses are the targets of the rewards.
     checkpoints: the variant's folder, which survives a killed run. It is removed unless a check blocks.
     """
-    where, sources = f"aligned.{variant}", Sources(preferences, reward_model, sft, functions, larger, splits)
+    where = f"aligned.{variant}"
     if compute.processes > 1 and (params.sharding or params.parsed_method(where).shares_processes) and place().size == 1:
-        folders = {**vars(sources), "out": out, "curve_file": curve_file, "checkpoints": checkpoints, "live": live, "pages": pages}
-        return _produce_in_processes(variant, params, compute, folders)
+        folders = {"out": out, "curve_file": curve_file, "checkpoints": checkpoints, "live": live, "pages": pages}
+        return _produce_in_processes(variant, params, compute, sources, folders)
     import_libraries()
     method = params.parsed_method(where)
     pairs, counts = _examples(params, method, sources, where)
-    usable, reliable = _examine(reward_model, sft, params, method, where)
+    usable, reliable = _examine(sources, params, method, where)
     if reliable and reliable.blocking and not reliable.passed:
         return Report(checks=[reliable])
-    called = started(functions, params.rewards, params.reward_seconds, f"{where}.rewards")
+    called = started(sources.functions, params.rewards, params.reward_seconds, f"{where}.rewards")
     claim_gpu()
     device, dtype = prepare(compute)
     reuse_large_blocks()
     with advice_on_memory():
-        prepared, shared = _policy(sft, params, device, dtype, where)
+        prepared, shared = _policy(sources.sft, params, device, dtype, where)
     _refuse_full_disk(prepared, params, method, checkpoints, out, where)
-    policies = alignment.Policies(prepared.model, tokenizer_of(sft), EVALUATION_BATCH)
+    policies = alignment.Policies(prepared.model, tokenizer_of(sources.sft), EVALUATION_BATCH)
     start: dict[str, float] = {}
 
     def begin() -> None:
@@ -250,14 +242,14 @@ def produce(
     audit = WeightAudit(prepared.model, checkpoints)
     identity = _identity(params, compute, method, sources, device, dtype)
     kept = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
-    _start_others(params, compute, {**vars(sources), "checkpoints": checkpoints}, usable, identity)
-    load_judge = partial(_judge, reward_model, params, device, dtype, usable)
+    _start_others(params, compute, sources, checkpoints, usable, identity)
+    load_judge = partial(_judge, sources.reward_model, params, device, dtype, usable)
     judge = load_judge() if method.learns_from_rewards else None
-    rewards = Rewards(params.rewards, judge, called, _root_of(functions), f"{where}.rewards") if method.learns_from_rewards else None
+    rewards = _rewards(sources, params, judge, called, f"{where}.rewards") if method.learns_from_rewards else None
     sampled, names = method.sampled_answers(params.constant_reward_steps), [*rewards.weights] if rewards else []
     run = AlignmentRun(
         shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing, sampled,
-        partial(teacher.load, larger, device, dtype) if larger else None, params.trl,
+        partial(teacher.load, sources.larger, device, dtype) if sources.larger else None, params.trl,
     )  # fmt: skip
     try:
         history = method.train(run)
@@ -268,14 +260,14 @@ def produce(
         return Report(checks=differ)
     history.curve = sampled.with_components(history.curve, names) if rewards else history.curve
     judge = judge or load_judge()  # methods that learn from pairs need its memory only now
-    used, scorer = [shared, *([judge.shared] if judge else [])], tasks.HeldOut(rewards) if rewards and splits else judge
+    used, scorer = [shared, *([judge.shared] if judge else [])], tasks.HeldOut(rewards) if rewards and sources.splits else judge
     measured = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], scorer, params, method, out))
     shared.join()
     change, signs = audit.change(), alignment.gamed(measured["watch"])
     prepared.save(out)
     sampled.write(out / FOLDER_OF_ANSWERS, names)
     document = document_of(history, change, _settings(params, method), compute, device, dtype) | _begun(start, method)
-    _write_training(document, history, [*method.figures, *names], _ids(pairs["train"], method), sft, out, curve_file)
+    _write_training(document, history, [*method.figures, *names], _ids(pairs["train"], method), sources.sft, out, curve_file)
     if pages:
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **({"components": names} if rewards else {})})
     report = Report(
@@ -289,7 +281,7 @@ def produce(
             _learned(history, prepared),
             _moved(change, history),
             _improved(measured, len(pairs["test"])),
-            _not_gamed(signs, measured["watch"], reward_model),
+            _not_gamed(signs, measured["watch"], sources.reward_model),
             *differ,
             *([reliable] if reliable else []),
         ],
@@ -306,16 +298,20 @@ def _begun(start: Mapping[str, float], method: AlignmentMethod) -> dict[str, Any
     return processes | ({"step_0": start} if method.has_reference else {"reference": None})
 
 
-def _produce_in_processes(variant: str, params: Params, compute: Compute, folders: Mapping[str, Path | None]) -> Report:
+def _produce_in_processes(variant: str, params: Params, compute: Compute, sources: Sources, folders: Mapping[str, Path | None]) -> Report:
     """`produce` in the first process of a group, with the others taking part in the training."""
-    paths = {name: str(path.resolve()) for name, path in folders.items() if path}
-    return read_report(launch(compute.processes, __name__, {"variant": variant, **_shared(params, compute), "folders": paths}))
+
+    def absolute(path: Path) -> str:
+        return str(path.resolve())
+
+    paths = {"sources": _as_text(vars(sources), absolute), "folders": _as_text(folders, absolute)}
+    return read_report(launch(compute.processes, __name__, {"variant": variant, **_shared(params, compute), **paths}))
 
 
-def _start_others(params: Params, compute: Compute, folders: Mapping[str, Path | None], usable: bool, identity: Mapping[str, str]) -> None:
+def _start_others(params: Params, compute: Compute, sources: Sources, checkpoints: Path, usable: bool, identity: Mapping[str, str]) -> None:
     """Start this stage in the other processes of a group, if there is one."""
-    inputs = {name: portable(path) for name, path in folders.items() if path}
-    start_others({**_shared(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__)
+    folders = {"sources": _as_text(vars(sources), portable), "checkpoints": portable(checkpoints)}
+    start_others({**_shared(params, compute), **folders, "scored": usable, "identity": identity}, __name__)
 
 
 def _identity(
@@ -335,11 +331,19 @@ def _shared(params: Params, compute: Compute) -> dict[str, Any]:
     }
 
 
+def _as_text(folders: Mapping[str, Path | None], text_of: Callable[[Path], str]) -> dict[str, str]:
+    return {name: text_of(path) for name, path in folders.items() if path}
+
+
+def _sources(work: Mapping[str, Any]) -> Sources:
+    return Sources(**{MODEL: None, **{name: Path(path) for name, path in work["sources"].items()}})  # type: ignore[arg-type]
+
+
 def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
     """Work of the first process of a group: all of the stage."""
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
     folders = {name: Path(path) for name, path in work["folders"].items()}
-    return report_document(produce(work["variant"], params, compute, **{MODEL: None, **folders}))  # type: ignore[arg-type]
+    return report_document(produce(work["variant"], params, compute, _sources(work), **folders))
 
 
 def other_process(work: Mapping[str, Any]) -> None:
@@ -350,12 +354,10 @@ def other_process(work: Mapping[str, Any]) -> None:
         InputError: inputs, code or versions on this host differ from those of the first one.
     """
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
-    folders = {name: Path(path) for name, path in work["folders"].items()}
-    checkpoints = folders.pop("checkpoints")
-    sources = Sources(**{MODEL: None, **folders})  # type: ignore[arg-type]
+    sources = _sources(work)
     device, dtype = prepare(compute)
     if not is_first_host():
-        if missing := next((path for path in folders.values() if not path.is_dir()), None):
+        if missing := next((path for path in vars(sources).values() if path and not path.is_dir()), None):
             raise InputError(f"this host has no {missing}", "fetch it with `dvc pull`")
         refuse_differences(_identity(params, compute, params.parsed_method("aligned"), sources, device, dtype), work["identity"])
     reuse_large_blocks()
@@ -365,8 +367,7 @@ def other_process(work: Mapping[str, Any]) -> None:
     load_judge = partial(_judge, sources.reward_model, params, device, dtype, bool(scores))
     judge = load_judge() if method.learns_from_rewards else None
     called = started(sources.functions, params.rewards, params.reward_seconds, "aligned: rewards")
-    root = _root_of(sources.functions)
-    rewards = Rewards(params.rewards, judge, called, root, "aligned: rewards") if method.learns_from_rewards else None
+    rewards = _rewards(sources, params, judge, called, "aligned: rewards") if method.learns_from_rewards else None
     pairs, _ = _read(params, sources, "aligned")
 
     def begin() -> None:
@@ -380,7 +381,7 @@ def other_process(work: Mapping[str, Any]) -> None:
         rewards,
         params,
         compute,
-        Checkpoints(checkpoints, {}),
+        Checkpoints(Path(work["checkpoints"]), {}),
         begin=begin,
         sampled=sampled,
         trl=params.trl,
@@ -390,6 +391,10 @@ def other_process(work: Mapping[str, Any]) -> None:
         judge = judge or load_judge()
         sharding.in_step([shared, judge.shared] if judge else [shared], _nothing)
         shared.join()
+
+
+def _rewards(sources: Sources, params: Params, judge: RewardModel | None, called: Sequence[RewardFunction], where: str) -> Rewards:
+    return Rewards(params.rewards, judge, called, _root_of(sources.functions), where)
 
 
 def _root_of(functions: Path | None) -> Path:
@@ -596,7 +601,7 @@ def _not_gamed(signs: Sequence[str], watch: Mapping[str, Any], reward_model: Pat
     return CheckResult("reward_is_not_gamed", passed=not signs, severity="warn", note="; ".join(signs) or reward_note)
 
 
-def _examine(reward_model: Path | None, sft: Path, params: Params, method: AlignmentMethod, where: str) -> tuple[bool, CheckResult | None]:
+def _examine(sources: Sources, params: Params, method: AlignmentMethod, where: str) -> tuple[bool, CheckResult | None]:
     """Whether the reward model can score answers, and the check `reward_model_is_reliable`, if there is one. The check
     blocks methods that learn from the reward model's scores. Other methods are only monitored with it: they continue
     and report the failure.
@@ -604,14 +609,14 @@ def _examine(reward_model: Path | None, sft: Path, params: Params, method: Align
     Raises:
         InputError: the method learns from a reward model of another tokenizer.
     """
-    learns = method.learns_from_rewards and bool(params.rewards.get(MODEL))
+    learns, reward_model = method.learns_from_rewards and bool(params.rewards.get(MODEL)), sources.reward_model
     if reward_model is None:
         return False, None
     usable = (reward_model / "config.json").is_file()
     failed = failed_checks(reward_model)
     problems = [f"{name}: {note}" for name, note in failed.items()]
     tokenizer = reward_model / "tokenizer.json"
-    if tokenizer.is_file() and tokenizer.read_bytes() != (sft / "tokenizer.json").read_bytes():
+    if tokenizer.is_file() and tokenizer.read_bytes() != (sources.sft / "tokenizer.json").read_bytes():
         problem = f"the reward model has another tokenizer than {params.adapter}"
         if learns:
             raise InputError(f"params.yaml: {where}: {problem}", "make it from the same base model: reward_model.model")

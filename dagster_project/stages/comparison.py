@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,17 +155,7 @@ def produce(
             compared[name]["failed_checks"] = list(variants[name].failed_checks)
     first, second, *_ = scoring.names()
     costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
-    trained = {record["group_id"] for record in train + validation}
-    questions_decided = scoring.questions_of(first)
-    answered, decided, independent = len(set(scoring.examples)), scoring.examples_of(first), len({unit(record) for record in test})
-    test_counts = {
-        "examples": len(test),
-        "answered": answered,
-        **({"decided": decided} if decided < answered else {}),  # those that the deciding measure covers, near-copies counted once
-        **({"questions": questions_decided} if questions_decided < len(questions) else {}),  # those that the deciding measure covers
-        **({"independent": independent} if independent < len(test) else {}),  # near-copies counted once
-        "seen": sum(record["group_id"] in trained for record in test),
-    }
+    test_counts = _test_counts(test, scoring, len(questions), first, {record["group_id"] for record in train + validation})
     dearest = {
         name: ({"tokens": math.inf} if name in variants else {}) | cost for name, cost in costs.items()
     }  # an unknown cost is no low cost
@@ -202,6 +192,28 @@ def produce(
     shown = {name: {key: found[key] for key in (first, second)} for name, found in scores.items()}
     facts = {key: document[key] for key in ("compared", "costs", "recommended", "advice")}
     return Report(metrics={"scores": shown, **facts}, checks=[scores_differ(_values(scoring, answers, writes))])
+
+
+def _test_counts(
+    test: Sequence[Mapping[str, Any]], scoring: Scoring, questions: int, deciding: str, trained: Collection[str]
+) -> dict[str, int]:
+    """How many test examples there are, and on how many the comparison rests.
+
+    Args:
+        questions: how many were asked.
+        deciding: the measure that decides.
+        trained: groups with examples that were trained on.
+    """
+    answered, decided, covered = len(set(scoring.examples)), scoring.examples_of(deciding), scoring.questions_of(deciding)
+    independent = len({unit(record) for record in test})
+    return {
+        "examples": len(test),
+        "answered": answered,
+        **({"decided": decided} if decided < answered else {}),  # those that the deciding measure covers, near-copies counted once
+        **({"questions": covered} if covered < questions else {}),  # those that the deciding measure covers
+        **({"independent": independent} if independent < len(test) else {}),  # near-copies counted once
+        "seen": sum(record["group_id"] in trained for record in test),
+    }
 
 
 def _to_base(

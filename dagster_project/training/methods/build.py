@@ -534,6 +534,8 @@ def build(
     """
     import torch
 
+    from dagster_project.training.methods.fused_lora import fuse
+
     check(method, options, quantization, merge, where)
     quantized = quantization_of(method, quantization)
     reason = why_not_merged(method, options, quantization)
@@ -550,29 +552,10 @@ def build(
         patterns = [r"\bbias$"] if name == "bitfit" else parse(Full, dict(options), f"{where}.peft").trainable
         return _weights(record, patterns, base_model, device, dtype, where, weights)
 
-    from peft import get_peft_model
-
-    from dagster_project.training.methods.fused_lora import fuse
-
     virtual = CANNOT_MERGE.get(name) == VIRTUAL
     attention = attention_for(device, dtype if weights else None) if packs and not virtual else "sdpa"
     base = load_base(base_model, device, dtype, quantized, attention, weights)
-    config = peft_config(method, options, where, base, total_steps, str(base_model))
-    try:
-        with adding_adapters():
-            model = get_peft_model(base, config)
-    except (ValueError, TypeError, NotImplementedError, LookupError, AssertionError, re.error) as error:  # also of a wrong index or pattern
-        if isinstance(error, NotImplementedError) and not weights:  # raised by the meta device, not by the keys
-            raise
-        raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
-    _refuse_order(model, config, where)
-    refuse_start(model, config, where)
-    _name_feedforward(model, config, where)
-    if merge:
-        _refuse_unmergeable(model, config, where)
-    for parameter_name, parameter in model.named_parameters():
-        if ".ranknum." in parameter_name:  # a counter; PEFT makes it trainable on quantized layers but never saves it
-            parameter.requires_grad_(False)
+    model = _with_adapter(base, peft_config(method, options, where, base, total_steps, str(base_model)), where, merge, weights)
     trainable, total = model.get_nb_trainable_parameters()
     if not trainable:
         raise InputError(f"{place_of(where, 'method')}: {method} leaves no parameter to train in this model", "choose other target_modules")
@@ -603,6 +586,32 @@ def build(
         state=ranks.state if ranks else dict,
         restore=ranks.restore if ranks else _no_effect,
     )
+
+
+def _with_adapter(base: Any, config: Any, where: str, merge: bool, weights: bool) -> Any:
+    """PEFT's model of a base model.
+
+    Raises:
+        InputError: PEFT refuses the keys for this model, or the adapter could not be used or merged as it is trained.
+    """
+    from peft import get_peft_model
+
+    try:
+        with adding_adapters():
+            model = get_peft_model(base, config)
+    except (ValueError, TypeError, NotImplementedError, LookupError, AssertionError, re.error) as error:  # also of a wrong index or pattern
+        if isinstance(error, NotImplementedError) and not weights:  # raised by the meta device, not by the keys
+            raise
+        raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
+    _refuse_order(model, config, where)
+    refuse_start(model, config, where)
+    _name_feedforward(model, config, where)
+    if merge:
+        _refuse_unmergeable(model, config, where)
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:  # a counter; PEFT makes it trainable on quantized layers but never saves it
+            parameter.requires_grad_(False)
+    return model
 
 
 def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None:

@@ -95,16 +95,8 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
             if self.batches[0] == step:
                 number = self.batches[1]
             self.batches = step, number + 1
-            model, tokenizer, longest = causal(self.model), self.session.tokenizer, self.max_completion_length
-            self.eos_token_ids = sorted(end_ids(tokenizer))
-            choose = sampled(
-                uniform_numbers(f"{self.args.seed} {step} {number}", range(len(prompts)), longest), self.temperature, self.top_p
-            )
-            trains = self.model.training
-            self.model.eval()
-            with attending_plainly(model):
-                answers = decode(model, prompts, choose, longest, self.eos_token_ids, tokenizer.pad_token_id)
-            self.model.train(trains)
+            self.eos_token_ids = sorted(end_ids(self.session.tokenizer))
+            answers = _sampled_answers(self, prompts, f"{self.args.seed} {step} {number}")
             return (answers, None) if gives_log_probs else answers
 
         def _get_per_token_logps_and_entropies(
@@ -139,6 +131,18 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
             return log_probs.detach() if keeps else log_probs, entropies, None
 
     return GroupTrainer
+
+
+def _sampled_answers(trainer: Any, prompts: list[list[int]], seed: str) -> list[list[int]]:
+    """Token ids of the policy's answer to each prompt, without dropout."""
+    model, longest = causal(trainer.model), trainer.max_completion_length
+    choose = sampled(uniform_numbers(seed, range(len(prompts)), longest), trainer.temperature, trainer.top_p)
+    trains = trainer.model.training
+    trainer.model.eval()
+    with attending_plainly(model):
+        answers = decode(model, prompts, choose, longest, trainer.eos_token_ids, trainer.session.tokenizer.pad_token_id)
+    trainer.model.train(trains)
+    return answers
 
 
 def _tokens(ids: torch.Tensor, mask: torch.Tensor, width: int) -> tuple[list[list[int]], list[list[int]]]:
