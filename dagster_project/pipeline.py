@@ -1,7 +1,8 @@
 """READ FIRST. The pipeline: every stage in flow order, and the module in stages/ that runs it.
 
-dvc.yaml says when a stage runs and what it reads; params.yaml says how. Stages meet only in files. A stage's module has `Params`,
-`validate(params, ctx)` and `run(ctx) -> Report`; `python -m dagster_project run STAGE` is the only way `run` is ever called.
+dvc.yaml says when a stage runs and what it reads; params.yaml says how. A stage's module has `Params`,
+`validate(params, ctx)` and `run(ctx) -> Report`, called by `python -m dagster_project run STAGE` alone.
+Stages meet only in files.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ STAGES = {
     "comparison": "comparison",
     "release": "release",
 }
-"""Stage, in flow order -> its module in stages/. DVC loops over one mapping, so aligned variants have stages of their own (decisions/013)."""
+"""Stage, in flow order -> its module in stages/. Aligned variants have stages of their own (decisions/013)."""
 
 VARIANTS_OF = {
     "adapter": "adapter", "merged": "adapter", "evaluation": "adapter",
@@ -47,7 +48,7 @@ VARIANTS_OF = {
 """Stage with variants -> section of params.yaml whose keys name them."""
 
 FLOATING_POINT = frozenset({*VARIANTS_OF, "reward_model", "baselines"})
-"""Stages whose results depend on the machine in their last bits. All others give the same bytes on any machine (tests/test_machine.py)."""
+"""Stages whose results depend on the machine in their last bits. The others give the same bytes on any machine."""
 
 
 def module_of(stage: str) -> Any:
@@ -69,11 +70,11 @@ def validate(root: Path, values: dict[str, Any] | None = None) -> dict[str, Any]
     """All of params.yaml, or other values, after every section has been checked and every file it names has been found.
 
     Raises:
-        InputError: unknown or missing section, unknown key, wrong value, missing file, or file outside the project. Nothing has been changed.
+        InputError: a section, key, value or file is wrong or missing, or a file is outside the project.
     """
     values, known = params.read(root) if values is None else values, sections()
-    if unknown := sorted(set(values) - set(known)):
-        raise InputError("\n".join(f"params.yaml: {name}: unknown section" for name in unknown), f"sections: {', '.join(known)}")
+    if unknown := [f"params.yaml: {name}: unknown section" for name in sorted(set(values) - set(known))]:
+        raise InputError("\n".join(unknown), f"sections: {', '.join(known)}")
     params.parse(Compute, values.get("compute"), "compute")
     execution.parse(values, STAGES, VARIANTS_OF)
     params.parse(Provider, values.get("provider"), "provider")

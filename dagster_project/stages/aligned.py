@@ -215,7 +215,8 @@ def produce(
     checkpoints: the variant's folder, which survives a killed run. It is removed unless a check blocks.
     """
     where = f"aligned.{variant}"
-    if compute.processes > 1 and (params.sharding or params.parsed_method(where).shares_processes) and place().size == 1:
+    takes_part = params.sharding or params.parsed_method(where).shares_processes
+    if compute.processes > 1 and takes_part and place().size == 1:
         folders = {"out": out, "curve_file": curve_file, "checkpoints": checkpoints, "live": live, "pages": pages}
         return _produce_in_processes(variant, params, compute, sources, folders)
     import_libraries()
@@ -260,7 +261,8 @@ def produce(
         return Report(checks=differ)
     history.curve = sampled.with_components(history.curve, names) if rewards else history.curve
     judge = judge or load_judge()  # methods that learn from pairs need its memory only now
-    used, scorer = [shared, *([judge.shared] if judge else [])], tasks.HeldOut(rewards) if rewards and sources.splits else judge
+    used = [shared, *([judge.shared] if judge else [])]
+    scorer = tasks.HeldOut(rewards) if rewards and sources.splits else judge
     measured = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], scorer, params, method, out))
     shared.join()
     change, signs = audit.change(), alignment.gamed(measured["watch"])
@@ -269,7 +271,10 @@ def produce(
     document = document_of(history, change, _settings(params, method), compute, device, dtype) | _begun(start, method)
     _write_training(document, history, [*method.figures, *names], _ids(pairs["train"], method), sources.sft, out, curve_file)
     if pages:
-        write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **({"components": names} if rewards else {})})
+        components = {"components": names} if rewards else {}
+        write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **components})
+    has_routers = has_router(prepared.model)
+    starts = [_starts_as_the_reference(start, history, method, has_routers)] if method.has_reference else []
     report = Report(
         metrics=_metrics(params, method, history, prepared, sources)
         | ({"sampled": sampled.summary()} if rewards or sampled.rows else {})
@@ -277,7 +282,7 @@ def produce(
         | measured
         | {"environment": document["versions"]},
         checks=[
-            *([_starts_as_the_reference(start, history, method, has_router(prepared.model))] if method.has_reference else []),
+            *starts,
             _learned(history, prepared),
             _moved(change, history),
             _improved(measured, len(pairs["test"])),

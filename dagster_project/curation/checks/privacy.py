@@ -450,6 +450,22 @@ def _end_of_key(text: str, body: int) -> tuple[int, bool]:
     return (footer.end() if footer else end), True
 
 
+_FORMATS = (
+    ("anthropic key", "sk-ant-", r"[A-Za-z0-9_\-]{32,}"),
+    ("databricks token", "dapi", r"[0-9a-f]{32}"),
+    ("digitalocean token", "do[opr]_v1_", r"[0-9a-f]{64}"),
+    ("google key", "AIza", r"[A-Za-z0-9_\-]{35}"),
+    ("hugging face token", "hf_", r"[A-Za-z0-9]{34}"),
+    ("groq key", "gsk_", r"[A-Za-z0-9]{52}"),
+    ("npm token", "npm_", r"[A-Za-z0-9]{36}"),
+    ("openrouter key", "sk-or-v1-", r"[0-9a-f]{64}"),
+    ("perplexity key", "pplx-", r"[A-Za-z0-9]{48}"),
+    ("replicate token", "r8_", r"[A-Za-z0-9]{37}"),
+    ("xai key", "xai-", r"[A-Za-z0-9]{80}"),
+)
+"""Published formats of keys for which detect-secrets has no plugin: name of the key, prefix, and pattern of the rest."""
+
+
 @cache
 def _rules() -> tuple[Rule, ...]:
     """In order of precedence: the first rule names a value that several find."""
@@ -477,9 +493,6 @@ def _rules() -> tuple[Rule, ...]:
 
     def token(kind: str, hint: str, plugin: Any, *more: str) -> Rule:
         return Rule(kind, hint, _tokens([*plugin.denylist, *map(re.compile, more)]), secret=True)
-
-    def own(kind: str, prefix: str, rest: str) -> Rule:
-        return Rule(kind, prefix, _tokens([re.compile(prefix + rest)]), secret=True)
 
     def password(value: str) -> bool:
         return not is_templated_secret(value) and not _NO_PASSWORD.fullmatch(value) and not set(value) & set("\"'")
@@ -518,18 +531,7 @@ def _rules() -> tuple[Rule, ...]:
         token("stripe key", "[rs]k_live_", stripe.StripeDetector),
         token("telegram token", "[0-9]{8}:[0-9A-Za-z_-]{35}", telegram_token.TelegramBotTokenDetector),
         token("twilio key", "(?:AC|SK)[a-z0-9]{32}", twilio.TwilioKeyDetector),
-        # published formats without a plugin
-        own("anthropic key", "sk-ant-", r"[A-Za-z0-9_\-]{32,}"),
-        own("databricks token", "dapi", r"[0-9a-f]{32}"),
-        own("digitalocean token", "do[opr]_v1_", r"[0-9a-f]{64}"),
-        own("google key", "AIza", r"[A-Za-z0-9_\-]{35}"),
-        own("hugging face token", "hf_", r"[A-Za-z0-9]{34}"),
-        own("groq key", "gsk_", r"[A-Za-z0-9]{52}"),
-        own("npm token", "npm_", r"[A-Za-z0-9]{36}"),
-        own("openrouter key", "sk-or-v1-", r"[0-9a-f]{64}"),
-        own("perplexity key", "pplx-", r"[A-Za-z0-9]{48}"),
-        own("replicate token", "r8_", r"[A-Za-z0-9]{37}"),
-        own("xai key", "xai-", r"[A-Za-z0-9]{80}"),
+        *(Rule(kind, prefix, _tokens([re.compile(prefix + rest)]), secret=True) for kind, prefix, rest in _FORMATS),
         Rule(
             "password in a url",
             r"://[^\s/]+:[^\s]+@",

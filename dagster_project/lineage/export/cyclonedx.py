@@ -58,7 +58,8 @@ def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
         *(component(ComponentType.DATA, f"stage:{name}", name, s["sha256"], sha256_is=SUM, md5=s["md5"]) for name, s in _data(summary).items()),
     ]  # fmt: skip
     for library, number in summary["environment"].items():
-        part = component(ComponentType.PLATFORM if library == "python" else ComponentType.LIBRARY, f"library:{library}", library, None)
+        kind = ComponentType.PLATFORM if library == "python" else ComponentType.LIBRARY
+        part = component(kind, f"library:{library}", library, None)
         part.version = number
         parts.append(part)
     document = Bom(
