@@ -253,6 +253,16 @@ def test_a_text_about_tags_is_text(read: Callable[..., Any]) -> None:
     assert reason == "a tool call is text that is not JSON", "where the conversation has tools, it is a call"
 
 
+@pytest.mark.parametrize("quoted", ["the <tool_call> tag", f"or <tool_call>{json.dumps({'name': 'weather'})}</tool_call>"])
+def test_a_call_that_a_trace_quotes_is_part_of_the_trace(quoted: str, tmp_path: Path, read: Callable[..., Any]) -> None:
+    called, said = (answer(f"<think>\n{quoted}\n</think>\n\n{rest}") for rest in (f"I look.\n{CALLING}", "Yes."))
+    expected = [answer("I look.", reasoning_content=quoted, tool_calls=[call()]), answer("Yes.", reasoning_content=quoted)]
+    records = read(*({"messages": [ASKED, one], "tools": [WEATHER]} for one in (called, said)))
+    assert [record["messages"][1] for record in records] == expected and not any("ignored" in record for record in records)
+    pair = pair_of(tmp_path, {"prompt": [ASKED], "chosen": [called], "rejected": [said], "tools": [WEATHER]})
+    assert [*pair["chosen"], *pair["rejected"]] == expected
+
+
 def test_text_around_a_result_and_a_call_that_is_not_closed_are_not_lost(read: Callable[..., Any]) -> None:
     result = {"role": "tool", "content": "Note: <tool_response>-3</tool_response>"}
     broken = answer('<tool_call>{"name": "weather"}</tool_call> <tool_call>{"name": "weather"')
