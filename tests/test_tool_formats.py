@@ -70,6 +70,9 @@ def problem(record: dict[str, Any]) -> str:
         {"tool_calls": [{"id": "c1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}], "content": ""},
         {"tool_calls": [{"id": "c1", "name": "weather", "arguments": {"city": "Oslo"}}], "function_call": None},
         {"tool_calls": '[{"id": "c1", "name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}]'},
+        {"tool_calls": [{"id": "c1", "name": "weather", "args": {"city": "Oslo"}, "type": "tool_call"}]},
+        {"tool_calls": [{"id": "c1", "name": "weather", "input": {"city": "Oslo"}}]},
+        {"tool_calls": [{"id": "c1", "name": "weather", "arguments": None, "parameters": {"city": "Oslo"}}]},
     ],
 )
 def test_a_call_has_one_canonical_form_for_all_spellings(source: dict[str, Any], one: Callable[..., Any]) -> None:

@@ -13,6 +13,8 @@ from dagster_project.curation.sources.python_values import json_type, python_val
 Tools = list[dict[str, Any]]
 TOOL_KEYS = ("tools", "functions")
 """Keys of a row for tool definitions. The first that holds any is read."""
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+"""Keys of a call for its arguments: OpenAI's, Llama's, LangChain's and Anthropic's. The first that holds any is read."""
 
 
 def definitions(value: Any) -> Tools | None:
@@ -156,9 +158,7 @@ def _call(call: Any, unused: list[str]) -> dict[str, Any]:
         unused.append("tool_calls[].function")
     if not isinstance(name, str) or not name:
         raise ValueError("a tool call has no name")
-    arguments = inner.pop("arguments", None)
-    if arguments is None:
-        arguments = inner.pop("parameters", None)
+    arguments = next((held for key in ARGUMENT_KEYS if (held := inner.pop(key, None)) is not None), None)
     unused += [f"tool_calls[].{key}" for key, held in rest.items() if held is not None]
     if inner is not rest:
         unused += [f"tool_calls[].function.{key}" for key, held in inner.items() if held is not None]
