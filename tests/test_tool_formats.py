@@ -372,6 +372,16 @@ def test_keys_that_a_table_adds_to_objects_are_not_there(suffix: str, tmp_path: 
     assert [record["tools"] for record in records] == [[WEATHER], [clock]]
 
 
+def test_keys_that_a_table_adds_to_objects_of_mapped_columns_are_not_there(tmp_path: Path) -> None:
+    clock = {"name": "clock", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}}
+    made = [{"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "clock", "arguments": {"zone": "UTC"}}]
+    FILE_WRITERS[".parquet"](tmp_path / "a.parquet", [{"q": "Cold?", "known": [WEATHER["function"], clock], "made": made}])
+    mapping = {"prompt": "q", "tools": "known", "tool_calls": "made"}
+    ((record,),) = to_records(tmp_path / "a.parquet", "a", mapping=mapping)[1:]
+    assert record["tools"] == [WEATHER, {"type": "function", "function": clock}]
+    assert [one.arguments for one in calls(record["messages"][-1])] == [{"city": "Oslo"}, {"zone": "UTC"}]
+
+
 # Python's notation
 
 JSON_VALUES = st.recursive(
