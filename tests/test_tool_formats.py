@@ -148,6 +148,8 @@ def test_a_call_that_cannot_be_read_makes_its_row_malformed(message: dict[str, A
         WEATHER,
         [{"type": "function", **WEATHER["function"]}],
         [{("input_schema" if key == "parameters" else key): value for key, value in WEATHER["function"].items()}],
+        [{("inputSchema" if key == "parameters" else key): value for key, value in WEATHER["function"].items()}],
+        [{"name": "weather", "parameters": json.dumps(WEATHER["function"]["parameters"])}],
     ],
 )
 @pytest.mark.parametrize("key", ["tools", "functions"])

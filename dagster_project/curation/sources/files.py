@@ -748,7 +748,7 @@ def _are_functions(value: Any) -> bool:
 def _is_function(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
-    named = isinstance(value.get("name"), str) and any(key in value for key in ("arguments", "parameters", "input_schema"))
+    named = isinstance(value.get("name"), str) and any(key in value for key in ("arguments", "parameters", "input_schema", "inputSchema"))
     return named or isinstance(value.get("function"), dict)
 
 
