@@ -535,6 +535,13 @@ def test_two_traces_that_differ_are_malformed_and_equal_ones_are_one(read: Calla
     )
 
 
+@pytest.mark.parametrize("said", ["<think>\nHm.\n</think>\n\nFour", "<think>\n\n</think>\n\nFour"])
+def test_a_trace_in_a_key_and_in_the_text_is_one(said: str, read: Callable[..., Any], one: Callable[..., Any]) -> None:
+    assert one(answer(said, reasoning_content="Hm.")) == [answer("Four", reasoning_content="Hm.")]
+    other = read({"messages": [ASKED, answer("<think>Well.</think>Four", reasoning_content="Hm.")]})[0]
+    assert problem(other) == "two different traces of reasoning in one message"
+
+
 def test_plain_text_keeps_its_tags(read: Callable[..., Any]) -> None:
     assert read({"text": "<think>a</think>b"})[0]["messages"] == [answer("<think>a</think>b")]
 
