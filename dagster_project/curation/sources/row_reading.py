@@ -64,7 +64,8 @@ def read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow
             tools = tools or prompted.tools
             more |= prompted.meta
             sides = [texts_as_calls(side, prompted.style, tools, unused) for side in (prompted.messages, *sides[1:])]
-        found.append(Pair(*sides, pair.margin))
+        prompt, chosen, rejected = sides
+        found.append(Pair(prompt, chosen, rejected, pair.margin))
     if form is PAIR_LAYOUTS["oasst"]:
         turns = fields.read_tree(value)
     return ReadRow(found, tools, keys, more, turns.shapes, [*turns.ignored, *_named(unused, form)])
