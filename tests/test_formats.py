@@ -394,6 +394,7 @@ def test_the_split_of_a_source_overrides_that_of_a_row_which_is_kept_in_meta(tmp
         ("train.jsonl", "train"),
         ("a/b/Test.jsonl.gz", "test"),
         ("data/validation-00000-of-00002.parquet", "validation"),
+        ("data/test-00000-of-00001-a09b74b3ef9c3b56.parquet", "test"),
         ("val.csv", "validation"),
         ("training_notes.jsonl", None),
         ("test/a.jsonl", None),

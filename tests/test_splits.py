@@ -537,6 +537,13 @@ def test_rows_of_one_customer_stay_together_whether_the_number_is_text_or_not(tm
     assert len({(i % 9, where[row["example_id"]]) for i, row in enumerate(rows[:45])}) == 9
 
 
+@pytest.mark.parametrize("empty", ["null", '""', "[]", "{}"])
+def test_rows_whose_key_is_empty_do_not_stay_together(empty: str, tmp_path: Path) -> None:
+    rows = [record(prompt, meta=f'{{"tags": {empty if i else [1]}}}') for i, prompt in enumerate(some(50))]
+    report = run(splits.Params(by="key", key="tags"), written(tmp_path / "in", rows), tmp_path / "out")
+    assert report.metrics == {"train": 35, "validation": 5, "test": 10}
+
+
 def test_a_key_that_no_row_has_is_refused(tmp_path: Path) -> None:
     source = written(tmp_path / "in", [record(prompt, meta='{"client": 4}') for prompt in some(3)])
     with pytest.raises(InputError) as refused:

@@ -244,6 +244,14 @@ def test_calls_and_results_in_turn_are_valid_roles_and_a_call_is_a_response() ->
     assert judged(rich(user(), said("", reasoning_content="It lies north."))).reason == ["empty_response"]
 
 
+def test_every_answer_that_is_trained_on_has_text() -> None:
+    first = [("", {}), ("", {"weight": 0.0}), ("No.", {})]
+    found = judged(*(rich(user(), said(text, **more), user("Sure?"), said("Yes.")) for text, more in first))
+    assert found.reason == ["empty_response", None, None]
+    empty = {**pair(), "messages": [user(), said(""), user("Sure?"), said("Yes.")]}
+    assert [judged({**empty, "asked": asked}).broken.get("empty_response") for asked in (1, 3)] == [[0], None]
+
+
 def test_rows_that_differ_in_tools_calls_or_reasoning_are_not_identical_and_only_other_answers_conflict() -> None:
     base = rich(user(), said("", call(identity="a")), tools=[tool()])
     other_id = rich(user(), said("", call(identity="b")), tools=[tool()])

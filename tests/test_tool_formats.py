@@ -70,6 +70,9 @@ def problem(record: dict[str, Any]) -> str:
         {"tool_calls": [{"id": "c1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}], "content": ""},
         {"tool_calls": [{"id": "c1", "name": "weather", "arguments": {"city": "Oslo"}}], "function_call": None},
         {"tool_calls": '[{"id": "c1", "name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}]'},
+        {"tool_calls": [{"id": "c1", "name": "weather", "args": {"city": "Oslo"}, "type": "tool_call"}]},
+        {"tool_calls": [{"id": "c1", "name": "weather", "input": {"city": "Oslo"}}]},
+        {"tool_calls": [{"id": "c1", "name": "weather", "arguments": None, "parameters": {"city": "Oslo"}}]},
     ],
 )
 def test_a_call_has_one_canonical_form_for_all_spellings(source: dict[str, Any], one: Callable[..., Any]) -> None:
@@ -145,6 +148,8 @@ def test_a_call_that_cannot_be_read_makes_its_row_malformed(message: dict[str, A
         WEATHER,
         [{"type": "function", **WEATHER["function"]}],
         [{("input_schema" if key == "parameters" else key): value for key, value in WEATHER["function"].items()}],
+        [{("inputSchema" if key == "parameters" else key): value for key, value in WEATHER["function"].items()}],
+        [{"name": "weather", "parameters": json.dumps(WEATHER["function"]["parameters"])}],
     ],
 )
 @pytest.mark.parametrize("key", ["tools", "functions"])
@@ -253,6 +258,16 @@ def test_a_text_about_tags_is_text(read: Callable[..., Any]) -> None:
     assert reason == "a tool call is text that is not JSON", "where the conversation has tools, it is a call"
 
 
+@pytest.mark.parametrize("quoted", ["the <tool_call> tag", f"or <tool_call>{json.dumps({'name': 'weather'})}</tool_call>"])
+def test_a_call_that_a_trace_quotes_is_part_of_the_trace(quoted: str, tmp_path: Path, read: Callable[..., Any]) -> None:
+    called, said = (answer(f"<think>\n{quoted}\n</think>\n\n{rest}") for rest in (f"I look.\n{CALLING}", "Yes."))
+    expected = [answer("I look.", reasoning_content=quoted, tool_calls=[call()]), answer("Yes.", reasoning_content=quoted)]
+    records = read(*({"messages": [ASKED, one], "tools": [WEATHER]} for one in (called, said)))
+    assert [record["messages"][1] for record in records] == expected and not any("ignored" in record for record in records)
+    pair = pair_of(tmp_path, {"prompt": [ASKED], "chosen": [called], "rejected": [said], "tools": [WEATHER]})
+    assert [*pair["chosen"], *pair["rejected"]] == expected
+
+
 def test_text_around_a_result_and_a_call_that_is_not_closed_are_not_lost(read: Callable[..., Any]) -> None:
     result = {"role": "tool", "content": "Note: <tool_response>-3</tool_response>"}
     broken = answer('<tool_call>{"name": "weather"}</tool_call> <tool_call>{"name": "weather"')
@@ -357,6 +372,16 @@ def test_keys_that_a_table_adds_to_objects_are_not_there(suffix: str, tmp_path: 
     records = to_records(tmp_path / f"a{suffix}", "a")[1]
     assert [record["messages"] for record in records] == [[ASKED, answer(tool_calls=[one])] for one in said]
     assert [record["tools"] for record in records] == [[WEATHER], [clock]]
+
+
+def test_keys_that_a_table_adds_to_objects_of_mapped_columns_are_not_there(tmp_path: Path) -> None:
+    clock = {"name": "clock", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}}
+    made = [{"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "clock", "arguments": {"zone": "UTC"}}]
+    FILE_WRITERS[".parquet"](tmp_path / "a.parquet", [{"q": "Cold?", "known": [WEATHER["function"], clock], "made": made}])
+    mapping = {"prompt": "q", "tools": "known", "tool_calls": "made"}
+    ((record,),) = to_records(tmp_path / "a.parquet", "a", mapping=mapping)[1:]
+    assert record["tools"] == [WEATHER, {"type": "function", "function": clock}]
+    assert [one.arguments for one in calls(record["messages"][-1])] == [{"city": "Oslo"}, {"zone": "UTC"}]
 
 
 # Python's notation
@@ -508,6 +533,13 @@ def test_two_traces_that_differ_are_malformed_and_equal_ones_are_one(read: Calla
         problem(read({"messages": [ASKED, answer("Four", reasoning="a", thinking="b")]})[0])
         == "two different traces of reasoning in one message"
     )
+
+
+@pytest.mark.parametrize("said", ["<think>\nHm.\n</think>\n\nFour", "<think>\n\n</think>\n\nFour"])
+def test_a_trace_in_a_key_and_in_the_text_is_one(said: str, read: Callable[..., Any], one: Callable[..., Any]) -> None:
+    assert one(answer(said, reasoning_content="Hm.")) == [answer("Four", reasoning_content="Hm.")]
+    other = read({"messages": [ASKED, answer("<think>Well.</think>Four", reasoning_content="Hm.")]})[0]
+    assert problem(other) == "two different traces of reasoning in one message"
 
 
 def test_plain_text_keeps_its_tags(read: Callable[..., Any]) -> None:

@@ -302,7 +302,7 @@ def _refuse_missing_key(params: Params, read: Rows) -> None:
 
 def _text(value: Any) -> str | None:
     """Normal form of a key: 17 equals "17", and 17.0, as tables write a column of whole numbers with gaps. None if the key is empty."""
-    if value is None or value == "":
+    if value in (None, "", [], {}):
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)

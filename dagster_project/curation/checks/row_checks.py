@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
 from dagster_project.core import row_cache
-from dagster_project.core.messages import JSON, Messages, Tools, calls, conversation_text
+from dagster_project.core.messages import JSON, Messages, Tools, calls, conversation_text, is_trained
 from dagster_project.core.stored_rows import Selected, decode
 from dagster_project.curation.checks.check import Check, DataSet, Limits, Rows, is_true, kinds, named_text_of
 from dagster_project.curation.checks.content import CONTENT_CHECKS
@@ -145,8 +145,10 @@ def _have_prompt(rows: Rows, _: str) -> list[bool]:
 
 
 def _has_response(record: Mapping[str, Any]) -> bool:
-    sides = [record["messages"], record["rejected"]] if "rejected" in record else [record["messages"]]
-    return all(not side or side[-1]["role"] != "assistant" or _has_content(side[-1]) for side in sides)
+    """Whether every answer has content, except for those of weight 0 that others follow: they are not trained on."""
+    sides = (record["messages"][record.get("asked", 0) :], record.get("rejected") or ())
+    answers = [m for side in sides for i, m in enumerate(side, 1) if m["role"] == "assistant" and (is_trained(m) or i == len(side))]
+    return all(map(_has_content, answers))
 
 
 def _has_content(message: Mapping[str, Any]) -> bool:

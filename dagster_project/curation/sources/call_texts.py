@@ -235,11 +235,14 @@ def split_traces(messages: Messages, think: Think = "auto") -> Messages:
 
     {"role": "assistant", "content": "<think>\\nTwo and two.\\n</think>\\n\\nFour"}  ->
     {"role": "assistant", "content": "Four", "reasoning_content": "Two and two."}
+
+    Raises:
+        ValueError: an answer already has another trace.
     """
     if think == "keep":
         return messages
     split = _split_closed if think == "split" else _split
-    return [split(message) if message["role"] == "assistant" and "reasoning_content" not in message else message for message in messages]
+    return [split(message) if message["role"] == "assistant" else message for message in messages]
 
 
 def _split(message: Message) -> Message:
@@ -263,5 +266,7 @@ def _split_closed(message: Message) -> Message:
 
 def _with(message: Message, trace: str, answer: str) -> Message:
     """The answer with its trace; an empty one is none."""
+    if "reasoning_content" in message and trace.strip() not in {"", message["reasoning_content"].strip()}:
+        raise ValueError("two different traces of reasoning in one message")
     more = {key: value for key, value in message.items() if key not in {"role", "content"}}
     return {"role": message["role"], "content": answer, **({"reasoning_content": trace} if trace.strip() else {}), **more}

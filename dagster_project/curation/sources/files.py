@@ -729,7 +729,7 @@ CALL_COLUMNS = ("tools", "functions", "answers", "tool_calls", "function_call")
 def _as_sparse(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose tools and calls have no keys with null: in a table all objects of a column have the keys of all of them."""
     for key, value in row.items():
-        if key in CALL_COLUMNS:
+        if key in CALL_COLUMNS or _are_functions(value):  # a mapping may give them another name
             row[key] = _without_nulls(value)
         elif key == "input" and isinstance(value, dict):  # OpenAI's preferences
             row[key] = _as_sparse(value)
@@ -738,6 +738,18 @@ def _as_sparse(row: dict[str, Any]) -> dict[str, Any]:
                 if isinstance(message, dict) and any(message.get(name) for name in CALL_COLUMNS):
                     message |= {name: _without_nulls(message[name]) for name in CALL_COLUMNS if name in message}
     return row
+
+
+def _are_functions(value: Any) -> bool:
+    """Whether a value is a list of tools or calls in a form that `tools` reads."""
+    return isinstance(value, list) and bool(value) and all(map(_is_function, value))
+
+
+def _is_function(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    named = isinstance(value.get("name"), str) and any(key in value for key in ("arguments", "parameters", "input_schema", "inputSchema"))
+    return named or isinstance(value.get("function"), dict)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -38,12 +38,12 @@ def read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRow
     unused: list[str] = []
     tools, keys = _tools_of(value, layout)
     if not layout.alone and is_marked(messages):
+        messages = split_traces(messages, think)  # first: a trace may quote calls
         if layout.turns:
             prompted = prompted_tools(messages)
             tools = tools or prompted.tools
             messages = texts_as_calls(prompted.messages, prompted.style, tools, unused)
             more |= prompted.meta
-        messages = split_traces(messages, think)
     if layout is LAYOUTS["oasst"]:
         turns = fields.read_tree(value)
     return ReadRow([Pair([], messages, [])], tools, keys, more, turns.shapes, [*turns.ignored, *_named(unused, layout)])
@@ -58,13 +58,13 @@ def read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow
     unused: list[str] = []
     found = []
     for pair in pairs:
-        sides = [pair.prompt, pair.chosen, pair.rejected]
+        sides = [split_traces(side, think) for side in (pair.prompt, pair.chosen, pair.rejected)]  # first: a trace may quote calls
         if form.turns and any(map(is_marked, sides)):
-            prompted = prompted_tools(pair.prompt)
+            prompted = prompted_tools(sides[0])
             tools = tools or prompted.tools
             more |= prompted.meta
-            sides = [texts_as_calls(side, prompted.style, tools, unused) for side in (prompted.messages, pair.chosen, pair.rejected)]
-        prompt, chosen, rejected = (split_traces(side, think) for side in sides)
+            sides = [texts_as_calls(side, prompted.style, tools, unused) for side in (prompted.messages, *sides[1:])]
+        prompt, chosen, rejected = sides
         found.append(Pair(prompt, chosen, rejected, pair.margin))
     if form is PAIR_LAYOUTS["oasst"]:
         turns = fields.read_tree(value)

@@ -13,6 +13,10 @@ from dagster_project.curation.sources.python_values import json_type, python_val
 Tools = list[dict[str, Any]]
 TOOL_KEYS = ("tools", "functions")
 """Keys of a row for tool definitions. The first that holds any is read."""
+SCHEMA_KEYS = ("input_schema", "inputSchema")
+"""Keys of a tool for its `parameters`: Anthropic's and that of the Model Context Protocol."""
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+"""Keys of a call for its arguments: OpenAI's, Llama's, LangChain's and Anthropic's. The first that holds any is read."""
 
 
 def definitions(value: Any) -> Tools | None:
@@ -58,12 +62,21 @@ def _definition(tool: Any) -> dict[str, Any]:
     function = wrapped["function"]
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise ValueError("tools holds a function without a name")
-    if "input_schema" in function and "parameters" not in function:  # Anthropic's key
-        function = {("parameters" if key == "input_schema" else key): value for key, value in function.items()}
+    if "parameters" not in function and (given := next((key for key in SCHEMA_KEYS if key in function), "")):
+        function = {("parameters" if key == given else key): value for key, value in function.items()}
     parameters = function.get("parameters")
+    if isinstance(parameters, str) and isinstance(parsed := _json_or_none(parameters), dict):  # a table has one type for all schemas
+        function, parameters = {**function, "parameters": parsed}, parsed
     if isinstance(parameters, dict) and _is_untyped(parameters):
         function = {**function, "parameters": _schema(parameters)}
     return wrapped if function is wrapped["function"] else {**wrapped, "function": function}
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError:
+        return None
 
 
 def _is_untyped(parameters: Mapping[str, Any]) -> bool:
@@ -156,9 +169,7 @@ def _call(call: Any, unused: list[str]) -> dict[str, Any]:
         unused.append("tool_calls[].function")
     if not isinstance(name, str) or not name:
         raise ValueError("a tool call has no name")
-    arguments = inner.pop("arguments", None)
-    if arguments is None:
-        arguments = inner.pop("parameters", None)
+    arguments = next((held for key in ARGUMENT_KEYS if (held := inner.pop(key, None)) is not None), None)
     unused += [f"tool_calls[].{key}" for key, held in rest.items() if held is not None]
     if inner is not rest:
         unused += [f"tool_calls[].function.{key}" for key, held in inner.items() if held is not None]
