@@ -45,11 +45,11 @@ from dagster_project.training.trainers.harness.distributed import claim_gpu, pla
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.launch import (
     is_first_host,
-    launch,
     portable,
-    read_report,
     refuse_differences,
     report_document,
+    report_of_group,
+    settings_document,
     start_others,
 )
 from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged, refuse_warmup
@@ -225,7 +225,7 @@ def produce(
     where, sources = f"aligned.{variant}", Sources(preferences, reward_model, sft, functions, larger, splits)
     if compute.processes > 1 and (params.sharding or params.parsed_method(where).shares_processes) and place().size == 1:
         folders = {**vars(sources), "out": out, "curve_file": curve_file, "checkpoints": checkpoints, "live": live, "pages": pages}
-        return _produce_in_processes(variant, params, compute, folders)
+        return report_of_group(__name__, params, compute, folders, variant=variant)
     import_libraries()
     method = params.parsed_method(where)
     pairs, counts = _examples(params, method, sources, where)
@@ -306,16 +306,10 @@ def _begun(start: Mapping[str, float], method: AlignmentMethod) -> dict[str, Any
     return processes | ({"step_0": start} if method.has_reference else {"reference": None})
 
 
-def _produce_in_processes(variant: str, params: Params, compute: Compute, folders: Mapping[str, Path | None]) -> Report:
-    """`produce` in the first process of a group, with the others taking part in the training."""
-    paths = {name: str(path.resolve()) for name, path in folders.items() if path}
-    return read_report(launch(compute.processes, __name__, {"variant": variant, **_shared(params, compute), "folders": paths}))
-
-
 def _start_others(params: Params, compute: Compute, folders: Mapping[str, Path | None], usable: bool, identity: Mapping[str, str]) -> None:
     """Start this stage in the other processes of a group, if there is one."""
     inputs = {name: portable(path) for name, path in folders.items() if path}
-    start_others({**_shared(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__)
+    start_others({**settings_document(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__)
 
 
 def _identity(
@@ -326,13 +320,6 @@ def _identity(
     functions = {"reward functions": sha256_of_functions(sources.functions)} if sources.functions else {}
     data = sources.splits / tasks.SPLITS["train"] if sources.splits else sources.preferences
     return functions | preference_identity(params, compute, device, dtype, data, models, Path(__file__))
-
-
-def _shared(params: Params, compute: Compute) -> dict[str, Any]:
-    return {
-        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
-        "compute": compute.model_dump(mode="json"),
-    }
 
 
 def first_process(work: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from typing import Any
 
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.params import Compute, Section
 from dagster_project.core.records import CheckResult, Report
 from dagster_project.training.trainers.harness import distributed
 
@@ -190,9 +191,24 @@ def report_document(report: Report) -> dict[str, Any]:
     return asdict(report)
 
 
-def read_report(document: Mapping[str, Any]) -> Report:
-    """Inverse of `report_document`."""
+def report_of_group(module: str, params: Section, compute: Compute, folders: Mapping[str, Path | None], **more: Any) -> Report:
+    """`launch` of a stage, whose `first_process` returns `report_document` of its report.
+
+    Args:
+        folders: by their names in the work; those that are None are left out.
+        more: further parts of the work.
+    """
+    paths = {name: str(path.resolve()) for name, path in folders.items() if path}
+    document = launch(compute.processes, module, {**settings_document(params, compute), "folders": paths, **more})
     return Report(**{**document, "checks": [CheckResult(**check) for check in document["checks"]]})
+
+
+def settings_document(params: Section, compute: Compute) -> dict[str, Any]:
+    """The parameters of a training in a work, without keys that the entry leaves out."""
+    return {
+        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
+        "compute": compute.model_dump(mode="json"),
+    }
 
 
 # in the group's processes

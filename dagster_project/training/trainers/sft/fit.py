@@ -23,7 +23,7 @@ from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, code_of, params_identity, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import live_writer
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.launch import is_first_host, portable, refuse_differences, start_others
+from dagster_project.training.trainers.harness.launch import is_first_host, portable, refuse_differences, settings_document, start_others
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, AdapterParams
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
@@ -201,8 +201,7 @@ def _shared(data: TrainingData, params: AdapterParams, checkpoints: Path) -> dic
     """What the other processes need for the same training."""
     return {
         "name": data.name,
-        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
-        "compute": data.compute.model_dump(mode="json"),
+        **settings_document(params, data.compute),
         "tokenized": portable(data.tokenized),
         "base_model": portable(data.base_model),
         "checkpoints": portable(checkpoints),
