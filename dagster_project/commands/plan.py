@@ -110,10 +110,7 @@ class Machine:
             done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, check=True)
             notes[machine] = {"runtime": int(done.stdout.split()[-1])}
             if self._notes:
-                self._notes.parent.mkdir(parents=True, exist_ok=True)
-                scratch = self._notes.with_suffix(f".{os.getpid()}")
-                write_json(scratch, notes)
-                scratch.replace(self._notes)
+                write_json(self._notes, notes)
         return int(notes[machine]["runtime"])
 
     def seconds(self, step: Operations) -> tuple[float, float] | None:

@@ -157,7 +157,6 @@ def produce(
     document = document_of(history, change, params.settings(), compute, device, dtype)
     if place().size > 1:
         document["processes"] = place().size
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "training.json", document)
     seen = weight_audit.seen_examples(history.seen, [[pair["example_id"]] for pair in pairs["train"]])
     write_table(out / "examples.parquet", seen, weight_audit.seen_schema())
