@@ -31,6 +31,7 @@ from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.records import CheckResult, Report
+from dagster_project.core.workers import end_with_parent
 from dagster_project.training.trainers.harness import distributed
 
 log = logging.getLogger("pedigree")
@@ -219,7 +220,7 @@ def _member(name: str) -> None:
     folder = Path(name)
     given = json.loads((folder / "work.json").read_text())
     rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    _end_with_launcher()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL if rank else signal.SIG_IGN)
     signal.signal(STOP, signal.SIG_IGN if rank else signal.default_int_handler)
@@ -306,19 +307,6 @@ def take_part(module: str, work: Any) -> Any:
             raise PedigreeError(f"the first process asks for {document['module']}, which is not of this package")
         importlib.import_module(document["module"]).other_process(document["work"])
     return None
-
-
-def _end_with_launcher() -> None:
-    import multiprocessing
-
-    launcher = multiprocessing.parent_process()
-    assert launcher
-
-    def wait() -> None:
-        launcher.join()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _silence() -> None:
