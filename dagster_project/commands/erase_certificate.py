@@ -140,7 +140,6 @@ def write(root: Path, document: Mapping[str, Any], key: PrivateKey | None) -> di
     write_text(root / paths["as text"], certificate_text(public) + "\n")
     if document["blobs"]:
         paths[BLOBS] = f"{OUTSIDE_GIT}/{name}.blobs"
-        (root / OUTSIDE_GIT).mkdir(parents=True, exist_ok=True)
         write_text(root / paths[BLOBS], "".join(f"{blob}\n" for blob in sorted(document["blobs"])))
     if key is not None:
         digest = hashlib.sha256((root / paths["certificate"]).read_bytes()).hexdigest()

@@ -15,6 +15,7 @@ from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.layout import REPORTS, is_code, report_of
 from dagster_project.core.records import write_json
 from dagster_project.lineage.first_difference import first_difference
+from dagster_project.lineage.graph import flow_order
 from dagster_project.lineage.history import Revision
 from dagster_project.lineage.tolerance import Deviation, deviations
 from dagster_project.orchestration import dvc, dvc_cache, integrity
@@ -190,17 +191,11 @@ def _without_machine(report: Mapping[str, Any], path: Path) -> tuple[str, Path]:
 def ancestors(lock: Mapping[str, Any], address: str) -> list[str]:
     """All stages upstream of one according to dvc.lock, in flow order."""
     producers = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
-    ancestors: list[str] = []
 
-    def visit(name: str) -> None:
-        for dep in lock[name].get("deps", []):
-            for producer in dict.fromkeys(producer for path, producer in producers.items() if dvc.overlap(path, dep["path"])):
-                if producer not in ancestors and producer != address:
-                    visit(producer)
-                    ancestors.append(producer)
+    def parents(name: str) -> list[str]:
+        return [made for dep in lock[name].get("deps", []) for path, made in producers.items() if dvc.overlap(path, dep["path"])]
 
-    visit(address)
-    return ancestors
+    return flow_order([address], parents)[:-1]
 
 
 def _version(library: str) -> str:

@@ -24,6 +24,7 @@ from dagster_project.core.text import many, visible
 from dagster_project.pipeline import validate
 from dagster_project.stages.adapter import Params
 from dagster_project.training.methods.hardware import available_memory, prepare
+from dagster_project.training.methods.load import load_tokenizer
 from dagster_project.training.planning import layerwise, memory
 from dagster_project.training.planning.answer_groups import answer_pass, judge_bytes
 from dagster_project.training.planning.hints import training_spec
@@ -31,7 +32,6 @@ from dagster_project.training.planning.memory import size_text
 from dagster_project.training.planning.pairs import Pair, largest_pass, lengths_of, reads_pairs_once
 from dagster_project.training.planning.timing import Operations
 from dagster_project.training.planning.torch_internals import replaced
-from dagster_project.training.tokens import chat_templates
 from dagster_project.training.trainers.harness.params import AUTO
 from dagster_project.training.trainers.merging.entry import method_of
 from dagster_project.training.trainers.sft import auto
@@ -110,10 +110,7 @@ class Machine:
             done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, check=True)
             notes[machine] = {"runtime": int(done.stdout.split()[-1])}
             if self._notes:
-                self._notes.parent.mkdir(parents=True, exist_ok=True)
-                scratch = self._notes.with_suffix(f".{os.getpid()}")
-                write_json(scratch, notes)
-                scratch.replace(self._notes)
+                write_json(self._notes, notes)
         return int(notes[machine]["runtime"])
 
     def seconds(self, step: Operations) -> tuple[float, float] | None:
@@ -390,12 +387,7 @@ def _training_pairs(root: Path, base_model: Path) -> list[tuple[list[int], list[
 
 def _tokenizer(root: Path, base_model: Path) -> Any:
     """The tokenizer with the template that the policy is tuned with."""
-    from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
-
-    tokenizer = tokenizer_of(base_model)
-    for template in (root / "data" / "tokenized").glob(chat_templates.FILE):
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer
+    return load_tokenizer(base_model, root / "data" / "tokenized")
 
 
 def plan_model(

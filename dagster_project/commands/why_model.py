@@ -15,9 +15,9 @@ from dagster_project.core.errors import Busy, InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.params import Compute
-from dagster_project.core.records import remove, write_json
+from dagster_project.core.records import write_json
 from dagster_project.lineage.attribution.gradients import REFUSED, STRENGTH, TrainedModel
-from dagster_project.lineage.attribution.owners import END, OWNER, owner_of
+from dagster_project.lineage.attribution.owners import END, OWNER, remove_others
 from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.records import TrainedRecord, trained_records
@@ -178,9 +178,7 @@ class Target:
 
     def claim_store(self) -> None:
         """Name the folder of the store as that of this variant, and remove those of its earlier versions."""
-        for file in (self.root / GRADIENTS).glob(f"*/{OWNER}"):
-            if file.parent != self.store.folder and owner_of(file) == self.run.address:
-                remove(file.parent)
+        remove_others(self.root / GRADIENTS, self.store.folder.name, self.run.address)
         write_json(self.store.folder / OWNER, {"stage": self.run.address})
 
 

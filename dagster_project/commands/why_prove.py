@@ -15,7 +15,7 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import TrainedModel
-from dagster_project.lineage.attribution.owners import OWNER, owner_of
+from dagster_project.lineage.attribution.owners import OWNER, remove_others
 from dagster_project.lineage.attribution.proof import LEAST_DRAWS, MOST_DRAWS, PROOFS, Verdict, draws, fits, name_of, zero_weights
 from dagster_project.lineage.attribution.retraining import same_weights
 from dagster_project.stages import adapter
@@ -64,7 +64,7 @@ def refuse_draws(count: int) -> None:
 
 def _prove(found: Target, question: Question, top: list[str], count: int) -> dict[str, Any]:
     chosen = list(islice(draws([record.example_id for record in found.records], top, found.store.folder.name, found.tokenized), count))
-    _remove_others(found)
+    remove_others(found.root / PROOFS, found.store.folder.name, found.run.address)
     sets = {"all records": [], f"the first {len(top)} left out": top}
     sets |= {f"random set {i + 1} of {count} left out": names for i, names in enumerate(chosen)}
     identity = training_identity(found)
@@ -139,13 +139,6 @@ def _weights(folder: Path) -> dict[str, str]:
 
 def _folder(found: Target, names: Collection[str]) -> Path:
     return found.root / PROOFS / found.store.folder.name / name_of(names)
-
-
-def _remove_others(found: Target) -> None:
-    """Remove trainings of earlier versions of the same variant."""
-    for file in (found.root / PROOFS).glob(f"*/{OWNER}"):
-        if file.parent.name != found.store.folder.name and owner_of(file) == found.run.address:
-            remove(file.parent)
 
 
 def _log_probability(found: Target, question: Question, folder: Path) -> float:

@@ -18,6 +18,7 @@ from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.attribution.points import END_ONLY, PointSelection
 from dagster_project.lineage.attribution.records import Example
 from dagster_project.lineage.history import md5_on_disk
+from dagster_project.training.methods.load import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,4 @@ def answering(found: Target) -> Path:
 
 
 def tokenizer_of(found: Target) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(found.base_model, trust_remote_code=False)
-    for template in found.folder.glob("chat_template.jinja"):
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer
+    return load_tokenizer(found.base_model, found.folder)

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, overload
+from typing import IO, TYPE_CHECKING, Any
 
 import orjson
+
+from dagster_project.core.lazy_sequence import LazySequence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +85,7 @@ class Scratch:
         return os.pread(self._file.fileno(), size, start)
 
 
-class StoredRows(Sequence[dict[str, Any]]):
+class StoredRows(LazySequence[dict[str, Any]]):
     """Rows with values that JSON can represent, decoded each time they are read.
 
     Changing a row that was read does not change the sequence.
@@ -117,20 +119,11 @@ class StoredRows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [*map(decode, self.encoded(range(*index.indices(len(self)))))]
-        at = index + len(self) if index < 0 else index
-        if not 0 <= at < len(self):
-            raise IndexError(index)
-        return decode(next(self.encoded([at])))
+    def _item(self, index: int) -> dict[str, Any]:
+        return decode(next(self.encoded([index])))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(decode, self.encoded(range(len(self))))
+    def _items(self, indices: range) -> Iterator[dict[str, Any]]:
+        return map(decode, self.encoded(indices))
 
     def encoded(self, indices: Iterable[int]) -> Iterator[bytes]:
         """Rows by their indices as they are stored, without decoding."""
@@ -146,7 +139,7 @@ class StoredRows(Sequence[dict[str, Any]]):
             yield [*self.encoded(indices[start : start + BLOCK])]
 
 
-class StoredTexts(Sequence[str]):
+class StoredTexts(LazySequence[str]):
     """Texts in a scratch file."""
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -161,20 +154,11 @@ class StoredTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._texts)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return list(self.chosen(range(*index.indices(len(self)))))
-        at = index + len(self) if index < 0 else index
-        if not 0 <= at < len(self):
-            raise IndexError(index)
-        return next(self.chosen([at]))
+    def _item(self, index: int) -> str:
+        return next(self.chosen([index]))
 
-    def __iter__(self) -> Iterator[str]:
-        return self.chosen(range(len(self)))
+    def _items(self, indices: range) -> Iterator[str]:
+        return self.chosen(indices)
 
     def chosen(self, indices: Iterable[int]) -> Iterator[str]:
         """Texts by their indices."""
@@ -225,7 +209,7 @@ def encoded(table: pl.DataFrame) -> list[bytes]:
     return lines
 
 
-class Selected(Sequence[dict[str, Any]]):
+class Selected(LazySequence[dict[str, Any]]):
     """Some rows of a sequence, each changed when it is read."""
 
     def __init__(
@@ -243,13 +227,7 @@ class Selected(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _item(self, index: int) -> dict[str, Any]:
         at = self._indices[index]
         return self._change(at, self._rows[at]) if self._change else self._rows[at]
 
@@ -276,7 +254,7 @@ class Selected(Sequence[dict[str, Any]]):
                 yield [encode(row) for row in self[start : start + BLOCK]]
 
 
-class Texts(Sequence[str]):
+class Texts(LazySequence[str]):
     """A text of each of some rows, computed when it is read."""
 
     def __init__(self, rows: Sequence[dict[str, Any]], indices: Sequence[int] | np.ndarray, text: Callable[[dict[str, Any]], str]) -> None:
@@ -285,18 +263,14 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        return [self._text(row) for row in self._rows[index]] if isinstance(index, slice) else self._text(self._rows[index])
+    def _item(self, index: int) -> str:
+        return self._text(self._rows[index])
 
     def __iter__(self) -> Iterator[str]:
         return map(self._text, self._rows)
 
 
-class SelectedTexts(Sequence[str]):
+class SelectedTexts(LazySequence[str]):
     """Some texts of a sequence, read when they are used."""
 
     def __init__(self, texts: Sequence[str], indices: Sequence[int] | np.ndarray) -> None:
@@ -305,20 +279,14 @@ class SelectedTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _item(self, index: int) -> str:
         return self._texts[self._indices[index]]
 
     def __iter__(self) -> Iterator[str]:
         return self._texts.chosen(self._indices) if isinstance(self._texts, StoredTexts) else map(self._texts.__getitem__, self._indices)
 
 
-class Chained(Sequence[str]):
+class Chained(LazySequence[str]):
     """Several sequences of texts as one."""
 
     def __init__(self, *parts: Sequence[str]) -> None:
@@ -328,13 +296,7 @@ class Chained(Sequence[str]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _item(self, index: int) -> str:
         part = bisect_right(self._ends, index)
         return self._parts[part][index - (self._ends[part - 1] if part else 0)]
 

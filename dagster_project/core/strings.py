@@ -6,7 +6,9 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
+
+from dagster_project.core.lazy_sequence import LazySequence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +18,7 @@ AT_ONCE = 8192
 """Strings that are Python objects at the same time while all are read in order."""
 
 
-class Strings(Sequence[str]):
+class Strings(LazySequence[str]):
     """Strings in one buffer: their UTF-8 bytes, and eight bytes more for each."""
 
     def __init__(self, values: Iterable[str] = ()) -> None:
@@ -34,17 +36,8 @@ class Strings(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = index + len(self._ends) - 1 if index < 0 else index
-        if not 0 <= at < len(self._ends) - 1:
-            raise IndexError(index)
-        return self._data[self._ends[at] : self._ends[at + 1]].decode("utf-8", "surrogatepass")
+    def _item(self, index: int) -> str:
+        return self._data[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), AT_ONCE):

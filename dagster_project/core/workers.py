@@ -71,7 +71,7 @@ class LocalProcesses:
         """The same processes for several calls of `map`. They start as far as there are items."""
         resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT
         # spawned, because a fork of a process with threads (Arrow, polars) may hang
-        with ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
+        with ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
             yield _Started(pool, self.count)
 
 
@@ -105,8 +105,8 @@ class _Started:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with_parent() -> None:
-    """A killed stage cannot end its workers, and they would wait for items forever."""
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: killed, it cannot end its workers, and they would wait for items forever."""
     parent = multiprocessing.parent_process()
     assert parent
 

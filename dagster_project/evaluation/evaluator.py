@@ -28,7 +28,7 @@ from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.inference.likelihood import negative_log_likelihood
 from dagster_project.training.methods import feature_extraction
 from dagster_project.training.methods.hardware import prepare
-from dagster_project.training.methods.load import load
+from dagster_project.training.methods.load import load, load_tokenizer
 
 log = logging.getLogger("pedigree")
 
@@ -121,12 +121,8 @@ class EvaluatedModel:
         folder: a complete model; or an adapter or a classification head, which needs `base_model`.
         """
         device, dtype = prepare(compute.model_copy(update={"dtype": settings.dtype or compute.dtype}))
-        from transformers import AutoTokenizer
-
-        alone = base_model is None or not (feature_extraction.is_head(folder) or (folder / "adapter_config.json").is_file())
-        self.tokenizer = AutoTokenizer.from_pretrained(folder if alone else base_model, trust_remote_code=False)
-        for template in folder.glob("chat_template.jinja"):
-            self.tokenizer.chat_template = template.read_text(encoding="utf-8")
+        incomplete = feature_extraction.is_head(folder) or (folder / "adapter_config.json").is_file()
+        self.tokenizer = load_tokenizer(base_model if base_model and incomplete else folder, folder)
         self.head = (
             feature_extraction.load(folder, base_model, device, dtype) if base_model and feature_extraction.is_head(folder) else None
         )

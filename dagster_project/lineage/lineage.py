@@ -22,6 +22,7 @@ from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, UNKNOWN, declared_of, with_unknown
 from dagster_project.lineage import code_lock, registered, tables
 from dagster_project.lineage.code import code_in
+from dagster_project.lineage.graph import closure, flow_order
 from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists, refuse_lost_entries
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import ANSWERS, EVIDENCE, LEDGER, ORDER_UNKNOWN, record_key, rewarded_answers
@@ -54,66 +55,33 @@ class Subject:
         """All upstream runs in flow order, and the run itself last; the hash of each output is the one that its reader recorded. Two runs of a stage
         with the same bytes count as one: the one that the output was made from, or else the first."""
         order: dict[tuple[str, str], StageRun] = {}
-        visited: set[int] = set()
-
-        def visit(stage_run: StageRun) -> None:
-            if stage_run.id in visited:
-                return
-            visited.add(stage_run.id)
-            for _, _, md5 in stage_run.inputs:
-                if producer := stage_run.producers.get(md5):
-                    visit(producer)
-            known = order.setdefault((stage_run.address, stage_run.md5), stage_run)
-            if known.id not in self._contributing and stage_run.id in self._contributing:
-                order[stage_run.address, stage_run.md5] = stage_run
-
-        visit(self.run)
+        for run in flow_order([self.run], lambda one: [one.producers[md5] for _, _, md5 in one.inputs if md5 in one.producers]):
+            known = order.setdefault((run.address, run.md5), run)
+            if known not in self._contributing and run in self._contributing:
+                order[run.address, run.md5] = run
         return list(order.values())
 
     @cached_property
     def contributing(self) -> list[StageRun]:
         """Those of `upstream` that the output was made from. The others were compared with it or only watched: a release is chosen by a comparison
         of all variants but made from one model, and DPO measures itself by a reward model but learns from pairs."""
-        return [run for run in self.upstream if run.id in self._contributing]
+        return [run for run in self.upstream if run in self._contributing]
 
     @cached_property
-    def _contributing(self) -> set[int]:
-        """Ids of the runs that the output was made from."""
-        contributing: set[int] = set()
-        pending = [self.run]
-        while pending:
-            run = pending.pop()
-            if run.id in contributing:
-                continue
-            contributing.add(run.id)
-            if self.index.is_copy(run):
-                pending += self.index.parents(run)
-            else:
-                pending += run.made_from().values()
-        return contributing
+    def _contributing(self) -> dict[StageRun, None]:
+        """The runs that the output was made from."""
+        return closure([self.run], lambda run: self.index.parents(run) if self.index.is_copy(run) else run.made_from().values())
 
     @cached_property
     def models(self) -> list[StageRun]:
         """The models it was derived from, directly or indirectly, and the run itself last."""
-        models: list[StageRun] = []
-        visited: set[int] = set()
-
-        def visit(run: StageRun) -> None:
-            if run.id in visited:
-                return
-            visited.add(run.id)
-            for parent in self.index.parents(run):
-                visit(parent)
-            models.append(run)
-
-        visit(self.run)
-        return models
+        return flow_order([self.run], self.index.parents)
 
     @cached_property
     def watchers(self) -> list[tuple[StageRun, StageRun]]:
         """(model, training) of the models that only measured a training of `models`: nothing was learned from them."""
         found = [(watcher, model) for model in self.models for watcher in self.index.watchers(model)]
-        return [(watcher, model) for watcher, model in found if watcher.id not in self._contributing]
+        return [(watcher, model) for watcher, model in found if watcher not in self._contributing]
 
 
 def find(index: Index, model: str, rev: str | None = None) -> Subject:
@@ -377,15 +345,9 @@ def _sources(
     return sources, {name: read_by[name] for name in sources}
 
 
-def _with_producers(run: StageRun) -> set[StageRun]:
+def _with_producers(run: StageRun) -> dict[StageRun, None]:
     """A run and everything upstream of it."""
-    found, pending = set[StageRun](), [run]
-    while pending:
-        one = pending.pop()
-        if one not in found:
-            found.add(one)
-            pending += one.producers.values()
-    return found
+    return closure([run], lambda one: one.producers.values())
 
 
 def _origin(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.lineage import code_lock
+from dagster_project.lineage.graph import closure, flow_order
 from dagster_project.lineage.history import LOST_HINT, Revision, is_within, lost_entries, lost_text
 from dagster_project.orchestration import dvc_errors, rwlock
 from dagster_project.orchestration.dvc_memory import released_afterwards
@@ -215,8 +216,7 @@ def read_stages(root: Path, is_definition: Callable[[str], bool] = _is_definitio
     with open_repo(root) as repo:
         names, state_of = _states(root, declared_stages(repo), repo, is_definition)
         found = {name: state_of(name) for name in names}
-    order = _flow_order({address: [i.producer for i in state.inputs if i.producer] for address, state in found.items()})
-    return {address: found[address] for address in order}
+    return {address: found[address] for address in flow_order(found, lambda address: _parents(found, address))}
 
 
 def _states(
@@ -437,29 +437,13 @@ def _inputs(path: str, now: Mapping[str, str], recorded: Mapping[str, str | None
     ]
 
 
-def _flow_order(parents: Mapping[str, list[str]]) -> list[str]:
-    order: dict[str, None] = {}
-
-    def visit(address: str) -> None:
-        if address not in order:
-            for parent in parents[address]:
-                visit(parent)
-            order[address] = None
-
-    for address in parents:
-        visit(address)
-    return list(order)
+def _parents(states: Mapping[str, StageState], address: str) -> list[str]:
+    return [i.producer for i in states[address].inputs if i.producer]
 
 
 def ancestors(states: Mapping[str, StageState], address: str) -> list[str]:
     """All stages upstream of `address`, in flow order."""
-    names: set[str] = set()
-    pending = [address]
-    while pending:
-        for i in states[pending.pop()].inputs:
-            if i.producer and i.producer not in names:
-                names.add(i.producer)
-                pending.append(i.producer)
+    names = closure(_parents(states, address), lambda name: _parents(states, name))
     return [name for name in states if name in names]
 
 

@@ -27,7 +27,7 @@ from dagster_project.training.trainers.harness.checkpoint import run_identity
 from dagster_project.training.trainers.harness.curve import write_curve
 from dagster_project.training.trainers.harness.distributed import claim_gpu, place
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.launch import launch, read_report, report_document
+from dagster_project.training.trainers.harness.launch import report_document, report_of_group
 from dagster_project.training.trainers.harness.params import AUTO, AdapterParams, refuse_warmup
 from dagster_project.training.trainers.harness.session import Diverged, OutOfMemory, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import LIBRARIES
@@ -158,15 +158,9 @@ def _produce_in_processes(
     variant: str, params: Params, compute: Compute, folders: Mapping[str, Path | None], hints: ExecutionHints
 ) -> Report:
     """`produce` in the first process of a group, with the others taking part in the training."""
-    work = {
-        "variant": variant,
-        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
-        "compute": compute.model_dump(mode="json"),
-        "folders": {name: str(path.resolve()) for name, path in folders.items() if path},
-        "gradient_checkpointing": hints.gradient_checkpointing,
-    }
+    more = {"variant": variant, "gradient_checkpointing": hints.gradient_checkpointing}
     try:
-        return read_report(launch(compute.processes, __name__, work))
+        return report_of_group(__name__, params, compute, folders, **more)
     except OutOfMemory as error:
         raise OutOfMemory(error.what, hints.advice() or error.hint) from None
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -45,11 +45,11 @@ from dagster_project.training.trainers.harness.distributed import claim_gpu, pla
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.launch import (
     is_first_host,
-    launch,
     portable,
-    read_report,
     refuse_differences,
     report_document,
+    report_of_group,
+    settings_document,
     start_others,
 )
 from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged, refuse_warmup
@@ -217,8 +217,8 @@ def produce(
     where = f"aligned.{variant}"
     takes_part = params.sharding or params.parsed_method(where).shares_processes
     if compute.processes > 1 and takes_part and place().size == 1:
-        folders = {"out": out, "curve_file": curve_file, "checkpoints": checkpoints, "live": live, "pages": pages}
-        return _produce_in_processes(variant, params, compute, sources, folders)
+        folders = {**vars(sources), "out": out, "curve_file": curve_file, "checkpoints": checkpoints, "live": live, "pages": pages}
+        return report_of_group(__name__, params, compute, folders, variant=variant)
     import_libraries()
     method = params.parsed_method(where)
     pairs, counts = _examples(params, method, sources, where)
@@ -303,20 +303,10 @@ def _begun(start: Mapping[str, float], method: AlignmentMethod) -> dict[str, Any
     return processes | ({"step_0": start} if method.has_reference else {"reference": None})
 
 
-def _produce_in_processes(variant: str, params: Params, compute: Compute, sources: Sources, folders: Mapping[str, Path | None]) -> Report:
-    """`produce` in the first process of a group, with the others taking part in the training."""
-
-    def absolute(path: Path) -> str:
-        return str(path.resolve())
-
-    paths = {"sources": _as_text(vars(sources), absolute), "folders": _as_text(folders, absolute)}
-    return read_report(launch(compute.processes, __name__, {"variant": variant, **_shared(params, compute), **paths}))
-
-
 def _start_others(params: Params, compute: Compute, sources: Sources, checkpoints: Path, usable: bool, identity: Mapping[str, str]) -> None:
     """Start this stage in the other processes of a group, if there is one."""
-    folders = {"sources": _as_text(vars(sources), portable), "checkpoints": portable(checkpoints)}
-    start_others({**_shared(params, compute), **folders, "scored": usable, "identity": identity}, __name__)
+    inputs = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items() if path}
+    start_others({**settings_document(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__)
 
 
 def _identity(
@@ -329,26 +319,17 @@ def _identity(
     return functions | preference_identity(params, compute, device, dtype, data, models, Path(__file__))
 
 
-def _shared(params: Params, compute: Compute) -> dict[str, Any]:
-    return {
-        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
-        "compute": compute.model_dump(mode="json"),
-    }
-
-
-def _as_text(folders: Mapping[str, Path | None], text_of: Callable[[Path], str]) -> dict[str, str]:
-    return {name: text_of(path) for name, path in folders.items() if path}
-
-
-def _sources(work: Mapping[str, Any]) -> Sources:
-    return Sources(**{MODEL: None, **{name: Path(path) for name, path in work["sources"].items()}})  # type: ignore[arg-type]
-
-
 def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
     """Work of the first process of a group: all of the stage."""
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
     folders = {name: Path(path) for name, path in work["folders"].items()}
-    return report_document(produce(work["variant"], params, compute, _sources(work), **folders))
+    return report_document(produce(work["variant"], params, compute, _sources_in(folders), **folders))
+
+
+def _sources_in(folders: dict[str, Path]) -> Sources:
+    """The sources among the folders of a process, from which they are removed."""
+    given = {field.name: folders.pop(field.name) for field in fields(Sources) if field.name in folders}
+    return Sources(**{MODEL: None, **given})  # type: ignore[arg-type]
 
 
 def other_process(work: Mapping[str, Any]) -> None:
@@ -359,7 +340,8 @@ def other_process(work: Mapping[str, Any]) -> None:
         InputError: inputs, code or versions on this host differ from those of the first one.
     """
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
-    sources = _sources(work)
+    folders = {name: Path(path) for name, path in work["folders"].items()}
+    sources, checkpoints = _sources_in(folders), folders["checkpoints"]
     device, dtype = prepare(compute)
     if not is_first_host():
         if missing := next((path for path in vars(sources).values() if path and not path.is_dir()), None):
@@ -386,7 +368,7 @@ def other_process(work: Mapping[str, Any]) -> None:
         rewards,
         params,
         compute,
-        Checkpoints(Path(work["checkpoints"]), {}),
+        Checkpoints(checkpoints, {}),
         begin=begin,
         sampled=sampled,
         trl=params.trl,

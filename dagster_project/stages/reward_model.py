@@ -29,7 +29,7 @@ from dagster_project.training.trainers.harness.checkpoint import Checkpoints, re
 from dagster_project.training.trainers.harness.curve import write_curve
 from dagster_project.training.trainers.harness.distributed import claim_gpu, document_from_first, place
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.launch import launch, portable, read_report, report_document, start_others
+from dagster_project.training.trainers.harness.launch import portable, report_document, report_of_group, settings_document, start_others
 from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged, refuse_warmup
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.sharding import ShardedModel
@@ -125,7 +125,7 @@ def produce(
     if params.sharding and compute.processes > 1 and place().size == 1:
         folders = {"preferences": preferences, "folder": folder, "out": out, "curve_file": curve_file, "calibration_file": calibration_file,
                    "checkpoints": checkpoints, "live": live}  # fmt: skip
-        return _produce_in_processes(params, compute, folders)
+        return report_of_group(__name__, params, compute, folders)
     import_libraries()
     claim_gpu()
     device, dtype = prepare(compute)
@@ -147,7 +147,7 @@ def produce(
     identity = preference_identity(params, compute, device, dtype, preferences, {"model": folder}, Path(__file__))
     resumable = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
     inputs = {"preferences": preferences, "folder": folder, "checkpoints": checkpoints}
-    start_others(_shared(params, compute) | {"folders": {name: portable(path) for name, path in inputs.items()}}, __name__)
+    start_others(settings_document(params, compute) | {"folders": {name: portable(path) for name, path in inputs.items()}}, __name__)
     history = _train(shared, reward_model.tokenizer_of(folder), pairs, params, compute, resumable, live)
     document_from_first({"evaluates": not isinstance(history, CheckResult)})
     if isinstance(history, CheckResult):
@@ -157,7 +157,6 @@ def produce(
     document = document_of(history, change, params.settings(), compute, device, dtype)
     if place().size > 1:
         document["processes"] = place().size
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "training.json", document)
     seen = weight_audit.seen_examples(history.seen, [[pair["example_id"]] for pair in pairs["train"]])
     write_table(out / "examples.parquet", seen, weight_audit.seen_schema())
@@ -185,19 +184,6 @@ def produce(
     reward_model.write_quality(out, report.checks)
     remove(checkpoints)
     return report
-
-
-def _produce_in_processes(params: Params, compute: Compute, folders: Mapping[str, Path | None]) -> Report:
-    """`produce` in the first process of a group, with the others taking part in the training."""
-    paths = {name: str(path.resolve()) for name, path in folders.items() if path}
-    return read_report(launch(compute.processes, __name__, {**_shared(params, compute), "folders": paths}))
-
-
-def _shared(params: Params, compute: Compute) -> dict[str, Any]:
-    return {
-        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
-        "compute": compute.model_dump(mode="json"),
-    }
 
 
 def first_process(work: Mapping[str, Any]) -> dict[str, Any]:

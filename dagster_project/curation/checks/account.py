@@ -43,7 +43,6 @@ def write_account(
     document = findings.references(name, "canonical records", judged, held_out)
     write_json(out / "findings.json", document)
     kept = Selected(judged.records, array("q", (i for i, reason in enumerate(judged.reason) if reason is None)))
-    pages.mkdir(parents=True, exist_ok=True)
     write_json(pages / "changes.json", _changes(previous, kept_of, kept, document))
     (pages / "review.csv").write_text(queue(judged.records, judged.waiting), encoding="utf-8", newline="")
 

@@ -167,7 +167,7 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | pl.Serie
         "rows": len(records),
         "category_count": len(named) if named is not categories else 0,
         "categories": _top(categories, MOST),
-        "rarest": _rarest(named, MOST),
+        "rarest": _rarest(named),
         "sources": _top(counts.sources, 50),
         "scripts": _top(dict(rows["script"].value_counts().iter_rows()), 50),
         "roles": _top(shapes, 20),
@@ -225,10 +225,10 @@ def _top(counts: Mapping[str, int], most: int) -> dict[str, int]:
     return {**{shown: counts[name] for name, shown in _masked(ordered[:most]).items()}, **others}
 
 
-def _rarest(counts: Mapping[str, int], most: int) -> dict[str, int]:
+def _rarest(counts: Mapping[str, int]) -> dict[str, int]:
     """The least frequent, ties by name, under the names that `_top` shows where it has them."""
     rarest = [name for name in sorted(counts, key=lambda name: (counts[name], name))[:RAREST] if name != NONE]
-    shown = _masked([*dict.fromkeys([*_most_frequent(counts)[:most], *rarest])])
+    shown = _masked([*dict.fromkeys([*_most_frequent(counts)[:MOST], *rarest])])
     return {shown[name]: counts[name] for name in rarest}
 
 
@@ -536,6 +536,8 @@ def set_schema(limits: Limits) -> pa.DataFrameSchema:
     )
 
 
+OF_DIVERSITY = ("top_opening_share", "distinct_2", "template_share", "top_response_share")
+"""Shares of `profile` that `low_diversity` judges."""
 JUDGED = ("small_dataset", "unbalanced_categories", "low_diversity")
 
 
@@ -553,10 +555,7 @@ def shares(profile: Mapping[str, Any], limits: Limits, near_copies: int | None =
     measures = {
         "category_ratio": named[0] / min(profile["rarest"].values()) if profile["category_count"] else None,
         "top_source_share": _largest(profile["sources"])[1] / rows if rows else None,
-        "top_opening_share": diversity["top_opening_share"] if judged else None,
-        "distinct_2": diversity["distinct_2"] if judged else None,
-        "template_share": diversity["template_share"] if judged else None,
-        "top_response_share": diversity["top_response_share"] if judged else None,
+        **{name: diversity[name] if judged else None for name in OF_DIVERSITY},
         "near_copy_share": near_copies / rows if judged and near_copies is not None else None,
     }
     return pl.DataFrame({"rows": rows, **measures}, schema={"rows": pl.Int64, **dict.fromkeys(measures, pl.Float64)})
@@ -581,9 +580,7 @@ def notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = 
     """Check -> note with its figures, for passed checks on the set."""
     said, failed = _notes(profile, limits, near_copies), failures(profile, limits, near_copies)
     known = [name for name, value in shares(profile, limits, near_copies).row(0, named=True).items() if value is not None]
-    diverse: list[str] = [
-        name for name in ("top_opening_share", "distinct_2", "template_share", "top_response_share", "near_copy_share") if name in known
-    ]
+    diverse = [name for name in (*OF_DIVERSITY, "near_copy_share") if name in known]
     balance = ["category_ratio", *(["top_source_share"] if len(profile["sources"]) > 1 else [])]
     parts: dict[str, list[str]] = {
         "small_dataset": ["rows"],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core.records import remove
 from dagster_project.lineage.attribution.store import GRADIENTS, MANIFEST, SHARD
 from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.lineage import Subject
@@ -19,6 +20,18 @@ def owner_of(file: Path) -> str | None:
     """The stage that a store is of, by its file; None if the file is damaged."""
     found = _read(file)
     return found.get("stage") if found else None
+
+
+def remove_others(folder: Path, kept: str, stage: str) -> None:
+    """Remove what is kept of earlier versions of a stage.
+
+    Args:
+        folder: has a folder for each version.
+        kept: name of that of this version.
+    """
+    for file in folder.glob(f"*/{OWNER}"):
+        if file.parent.name != kept and owner_of(file) == stage:
+            remove(file.parent)
 
 
 def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:

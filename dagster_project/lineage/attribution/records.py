@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -30,11 +30,6 @@ class TrainedRecord:
     examples: tuple[Example, ...]
 
 
-@dataclass
-class _Uses:
-    examples: dict[Example, None] = field(default_factory=dict)
-
-
 def seen_ids(adapter: Path) -> set[str]:
     """Ids of all records in a training step of an adapter."""
     return {row["example_id"] for row in read_table(adapter / "examples.parquet", ["example_id"])}
@@ -50,19 +45,19 @@ def trained_records(adapter: Path, tokenized: Path) -> list[TrainedRecord]:
         InputError: a record of a training step is not in the tokenized data.
     """
     seen = seen_ids(adapter)
-    found: dict[str, _Uses] = {}
+    found: dict[str, dict[Example, None]] = {}
     for row in read_table(tokenized / "train.parquet", ["example_ids", "lengths", *COLUMNS]):
         bounds = pairwise(accumulate(row["lengths"], initial=0))
         for name, (start, stop) in zip(row["example_ids"], bounds, strict=True):
             if name in seen:
                 parts = (tuple(row[column][start:stop]) for column in COLUMNS)
-                found.setdefault(name, _Uses()).examples[Example(*parts)] = None
+                found.setdefault(name, {})[Example(*parts)] = None
     if lost := seen - found.keys():
         raise InputError(
             f"{len(lost)} of {len(seen)} records of the training are not in {tokenized.name}: it is not the data of this training",
             "restore it with `dvc checkout --force`, then run the same command again",
         )
-    return [TrainedRecord(name, tuple(found[name].examples)) for name in sorted(found)]
+    return [TrainedRecord(name, tuple(found[name])) for name in sorted(found)]
 
 
 def sha256_of_records(records: list[TrainedRecord]) -> str:

@@ -22,6 +22,7 @@ from dagster_project.curation.sources.erased import key_id, record_mark, text_ma
 from dagster_project.curation.sources.files import READERS, Row, read_rows, suffix_of
 from dagster_project.lineage import tables
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles, needles_of
+from dagster_project.lineage.graph import closure
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.impact.question import RECORD_ID
 from dagster_project.lineage.impact.sources import names_of
@@ -314,14 +315,7 @@ class Finder:
         own = {raw.example_id for raw in self.raws}
         if identity not in own and not self.index.knows_record(record_key(identity)):
             identity = record_of(self.index, identity) or identity
-        ids, pending = set[str](), [identity]
-        parents = self._parents
-        while pending:
-            one = pending.pop()
-            if one not in ids:
-                ids.add(one)
-                pending += parents.get(one, ())
-        return ids
+        return {*closure([identity], lambda one: self._parents.get(one, ()))}
 
     @cached_property
     def _parents(self) -> dict[str, list[str]]:
@@ -387,16 +381,12 @@ class Finder:
 
     def _kept_children(self, kept: set[str], erased: set[str]) -> set[str]:
         """Ids of the records that were made from rows that stay, on a way without an erased record."""
-        derived = self.index.derivations(map(record_key, kept))
-        known = set[bytes]()
-        pending = [*map(record_key, kept)]
-        gone = {*map(record_key, erased)}
-        while pending:
-            for child, _ in derived.get(pending.pop(), ()):
-                if child not in known and child not in gone:
-                    known.add(child)
-                    pending.append(child)
-        return {child.hex() for child in known}
+        derived, gone = self.index.derivations(map(record_key, kept)), {*map(record_key, erased)}
+
+        def children(key: bytes) -> list[bytes]:
+            return [child for child, _ in derived.get(key, ()) if child not in gone]
+
+        return {child.hex() for child in closure((child for one in kept for child in children(record_key(one))), children)}
 
     def _near(self, ids: set[str]) -> set[str]:
         """Ids, as they were read, of the rows that the current tables of overlaps pair with these."""

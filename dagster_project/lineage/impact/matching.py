@@ -9,6 +9,7 @@ from functools import cached_property, reduce
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage import tables
+from dagster_project.lineage.graph import closure
 from dagster_project.lineage.index import Index, RecordUse
 from dagster_project.lineage.rows import record_key
 from dagster_project.lineage.runs import StageRun
@@ -122,17 +123,10 @@ class Matches:
         self, run: StageRun, keys: Sequence[bytes], derivations: Mapping[bytes, list[tuple[bytes, frozenset[str]]]]
     ) -> set[bytes]:
         """The records themselves, and those that were made from them in the data of one model."""
-        own = set(keys)
         if not derivations:
-            return own
+            return set(keys)
         upstream = self.index.ancestors(run).keys()
-        pending = [*keys]
-        while pending:
-            for child, outs in derivations.get(pending.pop(), ()):
-                if child not in own and not outs.isdisjoint(upstream):
-                    own.add(child)
-                    pending.append(child)
-        return own
+        return {*closure(keys, lambda key: [child for child, outs in derivations.get(key, ()) if not outs.isdisjoint(upstream)])}
 
     def match_sources(self, outputs_of: Mapping[str, frozenset[str] | None]) -> None:
         """Match all records of some sources: those that name one of them, and those to which their rows contributed. A record counts once.

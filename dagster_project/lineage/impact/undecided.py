@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dagster_project.lineage.graph import closure
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.impact.matching import Matches
 from dagster_project.lineage.runs import StageRun, fetch_hint
@@ -65,20 +66,13 @@ class UndecidedModels:
         unknown: dict[str, _Unknown] = defaultdict(_Unknown)
         for run in [upstream for upstream in self._index.runs.values() if upstream.is_model] if runs is None else runs:
             found = unknown[run.md5]
-            pending, visited = [run], set[int]()
-            while pending:
-                upstream = pending.pop()
-                if upstream.id in visited:
-                    continue
-                visited.add(upstream.id)
-                parents = self._index.parents(upstream)
-                pending += parents
+            for upstream in closure([run], self._index.parents):
                 if not self._index.is_copy(upstream):
                     found.reports |= {one["path"]: one for one in self._missing_reports(upstream)}
                     found.missing |= {absent.md5: absent for absent in ([] if self._matches.complete else self._missing(upstream))}
                     found.unexplained |= dict.fromkeys(path for one in self._relevant(upstream) for path in self._index.unexplained(one))
                     found.unexplained |= {"": None} if upstream.place == "cache" else {}
-                elif not parents:
+                elif not self._index.parents(upstream):
                     candidates = self._index.unavailable_originals(upstream)
                     found.missing |= {absent.md5: absent for absent in candidates}
                     found.unexplained |= {} if candidates else {ORIGINAL: None}

@@ -12,6 +12,7 @@ from dagster_project.core.progress import Progress
 from dagster_project.core.rendering import end_ids
 from dagster_project.training.inference.decoding import decode, keeps_all_tokens, prefill
 from dagster_project.training.methods.load import VirtualTokenModel
+from dagster_project.training.tokens.collators import batches_by_length
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +48,7 @@ def generate_ids(
     ends = end_ids(tokenizer)
     progress = Progress(what, len(prompts), "answer")
     answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in batches_by_length(prompts, batch_size):
         suffixes = [prompts[i][shared:] for i in batch]
         generated = decode(causal, suffixes, _most_likely, max_new_tokens, ends, tokenizer.pad_token_id, prefix)
         for i, ids in zip(batch, generated, strict=True):

@@ -101,23 +101,32 @@ def _attend_by_example(
         (1, seq, heads, head size) in the dtype of `query`, and None for the attention weights.
     """
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import repeat_kv
 
-    bounds, window_size = _bounds(cu_seq_lens_q, attention_mask, others), sliding_window or attention_mask or None
+    bounds, window = _bounds(cu_seq_lens_q, attention_mask, others), sliding_window or attention_mask or None
     lengths = bounds.diff().tolist()
     key, value = (repeat_kv(states, getattr(module, "num_key_value_groups", 1)) for states in (key, value))
     parts = zip(*(states.float().split(lengths, 2) for states in (query, key, value)), strict=True)
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        n = q.shape[2]
-        if window_size is None or n <= window_size:
-            return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
-        window = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(1 - window_size)
-        return scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, scale=scaling)
-
-    outputs = [attend(*part) for part in parts]
+    outputs = [attend_causally(q, k, v, scaling, dropout, window) for q, k, v in parts]
     return torch.cat(outputs, 2).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def attend_causally(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, dropout: float, sliding_window: int | None
+) -> torch.Tensor:
+    """Causal attention of the last tokens of a text; k and v are those of all its tokens."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    n, all_tokens = q.shape[2], k.shape[2]
+    windowed = sliding_window is not None and all_tokens > sliding_window
+    if n == all_tokens and not windowed:
+        return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+    seen = torch.ones(n, all_tokens, dtype=torch.bool, device=q.device).tril(all_tokens - n)
+    if windowed:
+        assert sliding_window
+        seen = seen.triu(all_tokens - n + 1 - sliding_window)
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling)
 
 
 def _attend_at_once(

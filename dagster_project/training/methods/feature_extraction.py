@@ -16,7 +16,7 @@ from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.params import Section
 from dagster_project.core.progress import Progress
 from dagster_project.training.methods.load import AdapterInfo, load_base
-from dagster_project.training.tokens.collators import pad
+from dagster_project.training.tokens.collators import batches_by_length, pad
 
 if TYPE_CHECKING:
     import torch
@@ -70,11 +70,9 @@ def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what
     import torch
 
     states = torch.zeros(len(prompts), model.config.hidden_size)
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     progress = Progress(what, len(prompts), "prompt")
     with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in batches_by_length(prompts, batch_size):
             ids, mask = pad([prompts[i] for i in batch])
             hidden = model.base_model(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False

@@ -63,6 +63,16 @@ def refuse_pickled_weights(folder: Path) -> None:
             )
 
 
+def load_tokenizer(folder: Path, templates: Path) -> Any:
+    """The tokenizer of a model, with the chat template of another folder if that has one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for template in templates.glob("chat_template.jinja"):
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
 def load_base(
     folder: Path, device: torch.device, dtype: torch.dtype, quantization: str = "none", attention: str = "sdpa", weights: bool = True
 ) -> Any:

@@ -75,6 +75,12 @@ def collate_padded(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def batches_by_length(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Numbers of the rows in batches of similar lengths, the shortest first."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad on the right with id 0, which is masked. Returns ids and mask, both (batch, seq) int64."""
     import torch

@@ -42,7 +42,7 @@ from dagster_project.training.methods.attention import attention_for, attention_
 from dagster_project.training.methods.build import causal
 from dagster_project.training.methods.isolation import refuse_mixing
 from dagster_project.training.methods.logits import logits_of
-from dagster_project.training.tokens.collators import SIZES, collate_packed
+from dagster_project.training.tokens.collators import SIZES, batches_by_length, collate_packed
 from dagster_project.training.trainers.alignment.sampled_answers import SampledAnswers
 from dagster_project.training.trainers.harness import checkpoint, distributed, sharding
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
@@ -477,11 +477,10 @@ def roll_out(
     device = shared.device if shared else model.device
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
     lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-    order = sorted(range(len(prompts)), key=lambda e: (len(prompts[e]), e))
     causal(model).set_attn_implementation("sdpa")
 
     def sample() -> None:
-        for number, batch in enumerate(_parts(order, settings.rollout_batch_size)):
+        for number, batch in enumerate(batches_by_length(prompts, settings.rollout_batch_size)):
             if here.does(number):
                 choose = sampled(uniform_numbers(seed, batch, longest), settings.temperature)
                 batch_answers = decode(causal(model), [prompts[e] for e in batch], choose, longest, ends, tokenizer.pad_token_id)

@@ -237,6 +237,14 @@ class TrlMethod(AlignmentMethod):
     metrics: ClassVar[Mapping[str, str]]
     """Metric as TRL logs it -> its name in the curve."""
 
+    def trl_classes(self) -> tuple[type, type]:
+        """The trainer and the class of its arguments."""
+        raise NotImplementedError
+
+    def trl_arguments(self) -> dict[str, Any]:
+        """The options under TRL's names."""
+        return self.model_dump()
+
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         raise NotImplementedError
 
@@ -392,14 +400,6 @@ class ReferenceFree(TrlMethod):
     reads_pairs = True
     metrics = {theirs: ours for theirs, ours in PAIR_METRICS.items() if ours != "kl"} | {"nll_loss": "nll"}
     figures = tuple(metrics.values())
-
-    def trl_classes(self) -> tuple[type, type]:
-        """The trainer and the class of its arguments."""
-        raise NotImplementedError
-
-    def trl_arguments(self) -> dict[str, Any]:
-        """The options under TRL's names."""
-        return self.model_dump()
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         trainer, config = self.trl_classes()
@@ -564,14 +564,6 @@ class AnswerGroups(TrlMethod):
                 f"params.yaml: {where}.per_device_train_batch_size: {batch} answers cannot be divided into groups of {group}",
                 f"use a multiple of num_generations, e.g. {group * max(1, batch // group)}",
             )
-
-    def trl_classes(self) -> tuple[type, type]:
-        """The trainer and the class of its arguments."""
-        raise NotImplementedError
-
-    def trl_arguments(self) -> dict[str, Any]:
-        """The options under TRL's names."""
-        return self.model_dump()
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         def reward(

@@ -23,7 +23,7 @@ from dagster_project.core.words import split_words
 from dagster_project.training.methods.build import Quantization, peft_config, place_of, refuse_start, refuse_unmatched
 from dagster_project.training.methods.hardware import adding_adapters
 from dagster_project.training.methods.load import frozen_4bit, nf4_config, refusing_attention, store_as
-from dagster_project.training.tokens.collators import pad
+from dagster_project.training.tokens.collators import batches_by_length, pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered, reply
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts
 from dagster_project.training.trainers.alignment.trl_trainers.training import TrainerSpec
@@ -217,11 +217,9 @@ class RewardModel:
 
         texts = [[*prompt, *answer][-self.tokenizer.model_max_length :] for prompt, answer in encoded]
         rewards = [0.0] * len(texts)
-        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
         progress = Progress(what, len(texts), "answer") if what else None
         with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
+            for batch in batches_by_length(texts, batch_size):
                 ids, mask = pad([texts[i] for i in batch])
                 # the mask hides padding, but the model uses the id to find the last token
                 ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id)

@@ -29,7 +29,9 @@ from typing import Any
 
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.params import Compute, Section
 from dagster_project.core.records import CheckResult, Report
+from dagster_project.core.workers import end_with_parent
 from dagster_project.training.trainers.harness import distributed
 
 log = logging.getLogger("pedigree")
@@ -190,9 +192,24 @@ def report_document(report: Report) -> dict[str, Any]:
     return asdict(report)
 
 
-def read_report(document: Mapping[str, Any]) -> Report:
-    """Inverse of `report_document`."""
+def report_of_group(module: str, params: Section, compute: Compute, folders: Mapping[str, Path | None], **more: Any) -> Report:
+    """`launch` of a stage, whose `first_process` returns `report_document` of its report.
+
+    Args:
+        folders: by their names in the work; those that are None are left out.
+        more: further parts of the work.
+    """
+    paths = {name: str(path.resolve()) for name, path in folders.items() if path}
+    document = launch(compute.processes, module, {**settings_document(params, compute), "folders": paths, **more})
     return Report(**{**document, "checks": [CheckResult(**check) for check in document["checks"]]})
+
+
+def settings_document(params: Section, compute: Compute) -> dict[str, Any]:
+    """The parameters of a training in a work, without keys that the entry leaves out."""
+    return {
+        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
+        "compute": compute.model_dump(mode="json"),
+    }
 
 
 # in the group's processes
@@ -203,7 +220,7 @@ def _member(name: str) -> None:
     folder = Path(name)
     given = json.loads((folder / "work.json").read_text())
     rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    _end_with_launcher()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL if rank else signal.SIG_IGN)
     signal.signal(STOP, signal.SIG_IGN if rank else signal.default_int_handler)
@@ -290,19 +307,6 @@ def take_part(module: str, work: Any) -> Any:
             raise PedigreeError(f"the first process asks for {document['module']}, which is not of this package")
         importlib.import_module(document["module"]).other_process(document["work"])
     return None
-
-
-def _end_with_launcher() -> None:
-    import multiprocessing
-
-    launcher = multiprocessing.parent_process()
-    assert launcher
-
-    def wait() -> None:
-        launcher.join()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _silence() -> None:

@@ -19,11 +19,12 @@ from dagster_project.training.methods.build import PreparedModel, build, causal,
 from dagster_project.training.methods.feature_extraction import split_prompts
 from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.methods.isolation import refuse_mixing
+from dagster_project.training.methods.load import load_tokenizer
 from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, code_of, params_identity, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import live_writer
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.launch import is_first_host, portable, refuse_differences, start_others
+from dagster_project.training.trainers.harness.launch import is_first_host, portable, refuse_differences, settings_document, start_others
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, AdapterParams
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
@@ -54,15 +55,12 @@ class TrainingData:
     @classmethod
     def read(cls, name: str, method: str, compute: Compute, tokenized: Path, base_model: Path) -> TrainingData:
         from datasets import Dataset
-        from transformers import AutoTokenizer
 
         columns = ["example_ids", "input_ids", "labels", "weights", "lengths"]
         rows = {split: Dataset.from_list(read_table(tokenized / f"{split}.parquet", columns)) for split in ("train", "validation")}
         if not len(rows["train"]):
             raise InputError("adapter: the training split is empty", "add sources to raw_examples.sources")
-        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
-        for template in tokenized.glob("chat_template.jinja"):
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        tokenizer = load_tokenizer(base_model, tokenized)
         labeled = read_table(tokenized / "categories.parquet") if method.lower() == "feature_extraction" else []
         return cls(name, compute, tokenized, base_model, tokenizer, rows, {line["example_id"]: line["category"] for line in labeled})
 
@@ -201,8 +199,7 @@ def _shared(data: TrainingData, params: AdapterParams, checkpoints: Path) -> dic
     """What the other processes need for the same training."""
     return {
         "name": data.name,
-        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
-        "compute": data.compute.model_dump(mode="json"),
+        **settings_document(params, data.compute),
         "tokenized": portable(data.tokenized),
         "base_model": portable(data.base_model),
         "checkpoints": portable(checkpoints),

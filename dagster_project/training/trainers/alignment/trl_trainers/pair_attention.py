@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.versions import require_version
-from dagster_project.training.methods.attention import attention_of, window_alone
+from dagster_project.training.methods.attention import attend_causally, attention_of, window_alone
 
 if TYPE_CHECKING:
     import torch
@@ -115,27 +115,11 @@ def _attend_by_pair(
     outputs, window = [], sliding_window or attention_mask or None
     for shared, _, *others_own in pair_lengths:
         q, k, v = next(parts)
-        outputs.append(_causal(q, k, v, scaling, dropout, window))
+        outputs.append(attend_causally(q, k, v, scaling, dropout, window))
         beginning = k[:, :, :shared], v[:, :, :shared]
         for own in others_own:
             q, *own_states = next(parts)
             if own:
                 keys, values = (torch.cat(states, 2) for states in zip(beginning, own_states, strict=True))
-                outputs.append(_causal(q, keys, values, scaling, dropout, window))
+                outputs.append(attend_causally(q, keys, values, scaling, dropout, window))
     return torch.cat(outputs, 2).to(query.dtype).transpose(1, 2).contiguous(), None
-
-
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, dropout: float, sliding_window: int | None) -> torch.Tensor:
-    """Causal attention of the last tokens of a text; k and v are those of all its tokens."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    n, all_tokens = q.shape[2], k.shape[2]
-    windowed = sliding_window is not None and all_tokens > sliding_window
-    if n == all_tokens and not windowed:
-        return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
-    seen = torch.ones(n, all_tokens, dtype=torch.bool, device=q.device).tril(all_tokens - n)
-    if windowed:
-        assert sliding_window
-        seen = seen.triu(all_tokens - n + 1 - sliding_window)
-    return scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling)
