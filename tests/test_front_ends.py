@@ -168,6 +168,17 @@ def test_dvc_and_dagster_show_the_comparison_scores_and_the_release_lists_its_wa
     assert released["waived"] == [name for name, check in released["checks"].items() if not check["passed"]]
 
 
+def test_dagster_shows_the_last_loss_of_a_training_and_its_curves(tmp_path: Path) -> None:
+    for path, text in {"data/reports/a.json": '{"loss": 0.7}', "data/plots/loss/x.csv": "step,loss\n1,0.9\n2,0.7\n"}.items():
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(text)
+    state = SimpleNamespace(
+        report="data/reports/a.json", out="data/a", version="v", address="adapter@x", meta={}, recorded=True, output_problem=""
+    )
+    found = describe(tmp_path, state)  # type: ignore[arg-type]
+    assert found["loss"] == 0.7 and found["loss_curves"].md_str.startswith("![loss](data:image/png;base64,")
+
+
 def test_dagster_shows_the_curves_of_an_alignment_and_a_link_to_its_page(tmp_path: Path) -> None:
     files = {
         "data/reports/a.json": "{}",
