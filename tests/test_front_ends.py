@@ -299,3 +299,17 @@ def test_an_added_or_removed_variant_is_not_reported_as_a_run_of_what_reads_all_
         edit_params(root, lambda values: values.update(variants=variants))  # noqa: B023
         assert not [line for line in sync(root, synced, small_pipeline.PIPELINE) if line.startswith("cmp is ")]
         assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root)
+
+
+def test_a_variant_that_runs_alone_is_not_reported_as_a_run_of_what_reads_all_variants(root: Path, synced: dg.DagsterInstance) -> None:
+    """`cmp` reads the folder of all variants, of which dvc.lock has one hash."""
+    for version, address in ((5, "adapter@lora"), (6, "adapter@dora")):
+        (root / "code/adapter.py").write_text(f"V = {version}\n")
+        assert dvc(root, "repro", "--single-item", address).returncode == 0
+        assert not [line for line in sync(root, synced, small_pipeline.PIPELINE) if line.startswith("cmp is ")]
+        assert "cmp" in not_fresh(root, synced) == changed_in_dvc(root)
+    assert dvc(root, "repro").returncode == 0
+    assert [line.split()[0] for line in sync(root, synced, small_pipeline.PIPELINE) if line.startswith(("cmp is ", "adapter"))].count(
+        "cmp"
+    ) == 1
+    assert not_fresh(root, synced) == changed_in_dvc(root) == set()
