@@ -313,3 +313,23 @@ def test_a_variant_that_runs_alone_is_not_reported_as_a_run_of_what_reads_all_va
         "cmp"
     ) == 1
     assert not_fresh(root, synced) == changed_in_dvc(root) == set()
+
+
+def test_figures_of_another_version_are_not_shown_with_an_output_that_differs(root: Path, synced: dg.DagsterInstance) -> None:
+    """After `git checkout` without `dvc checkout`, report and dvc.lock are of another version than the output."""
+
+    def shown() -> dict[str, Any]:
+        sync(root, synced, small_pipeline.PIPELINE)
+        event = synced.get_latest_materialization_event(asset_key("raw"))
+        return {name: value.value for name, value in event.asset_materialization.metadata.items()}
+
+    before = shown()
+    (root / "data/sources/g.txt").write_text("r0\nr1\nr2")
+    assert dvc(root, "repro").returncode == 0
+    commit = small_pipeline.commit(root)
+    after = shown()
+    assert (before["rows_out"], after["rows_out"], after["git_commit"]) == (2, 4, commit)
+    small_pipeline.git(root, "checkout", "-q", "HEAD~1")
+    assert shown() == {"path": "data/raw", "data_version": after["data_version"]}
+    assert dvc(root, "checkout").returncode == 0
+    assert shown() == before

@@ -102,6 +102,11 @@ class StageState:
         )
 
     @property
+    def differs(self) -> bool:
+        """Whether its outputs are not those in dvc.lock, e.g. after `git checkout` without `dvc checkout`."""
+        return self.output_problem not in {"", ALWAYS}
+
+    @property
     def as_recorded(self) -> bool:
         """Whether output, inputs and definition are those in dvc.lock, also if DVC runs the stage each time."""
         return not self.changed or self.changed == [ALWAYS]

@@ -151,9 +151,9 @@ def _materialize(project: DvcProject, instance: dg.DagsterInstance, state: Stage
         compared = {tag: value for tag, value in compared.items() if tag not in unrecorded}
     if not extra and all(actual.get(tag) == value for tag, value in compared.items()):
         return []
-    instance.report_runless_asset_event(
-        dg.AssetMaterialization(project.asset_key(state.address), tags=expected, metadata=project.describe(state))
-    )
+    # of an output that is not as recorded, metrics, plots and dvc.lock may be of another version, e.g. after `git checkout` without `dvc checkout`
+    metadata = {"path": ", ".join(state.outs), "data_version": state.version} if state.differs else project.describe(state)
+    instance.report_runless_asset_event(dg.AssetMaterialization(project.asset_key(state.address), tags=expected, metadata=metadata))
     return [f"{state.address} is {state.version[:8]}" + (f", {state.output_problem}" if state.output_problem else "")]
 
 
