@@ -168,6 +168,17 @@ def test_dvc_and_dagster_show_the_comparison_scores_and_the_release_lists_its_wa
     assert released["waived"] == [name for name, check in released["checks"].items() if not check["passed"]]
 
 
+def test_dagster_shows_the_last_loss_of_a_training_and_its_curves(tmp_path: Path) -> None:
+    for path, text in {"data/reports/a.json": '{"loss": 0.7}', "data/plots/loss/x.csv": "step,loss\n1,0.9\n2,0.7\n"}.items():
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(text)
+    state = SimpleNamespace(
+        report="data/reports/a.json", out="data/a", version="v", address="adapter@x", meta={}, recorded=True, output_problem=""
+    )
+    found = describe(tmp_path, state)  # type: ignore[arg-type]
+    assert found["loss"] == 0.7 and found["loss_curves"].md_str.startswith("![loss](data:image/png;base64,")
+
+
 def test_dagster_shows_the_curves_of_an_alignment_and_a_link_to_its_page(tmp_path: Path) -> None:
     files = {
         "data/reports/a.json": "{}",
@@ -288,3 +299,37 @@ def test_an_added_or_removed_variant_is_not_reported_as_a_run_of_what_reads_all_
         edit_params(root, lambda values: values.update(variants=variants))  # noqa: B023
         assert not [line for line in sync(root, synced, small_pipeline.PIPELINE) if line.startswith("cmp is ")]
         assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root)
+
+
+def test_a_variant_that_runs_alone_is_not_reported_as_a_run_of_what_reads_all_variants(root: Path, synced: dg.DagsterInstance) -> None:
+    """`cmp` reads the folder of all variants, of which dvc.lock has one hash."""
+    for version, address in ((5, "adapter@lora"), (6, "adapter@dora")):
+        (root / "code/adapter.py").write_text(f"V = {version}\n")
+        assert dvc(root, "repro", "--single-item", address).returncode == 0
+        assert not [line for line in sync(root, synced, small_pipeline.PIPELINE) if line.startswith("cmp is ")]
+        assert "cmp" in not_fresh(root, synced) == changed_in_dvc(root)
+    assert dvc(root, "repro").returncode == 0
+    assert [line.split()[0] for line in sync(root, synced, small_pipeline.PIPELINE) if line.startswith(("cmp is ", "adapter"))].count(
+        "cmp"
+    ) == 1
+    assert not_fresh(root, synced) == changed_in_dvc(root) == set()
+
+
+def test_figures_of_another_version_are_not_shown_with_an_output_that_differs(root: Path, synced: dg.DagsterInstance) -> None:
+    """After `git checkout` without `dvc checkout`, report and dvc.lock are of another version than the output."""
+
+    def shown() -> dict[str, Any]:
+        sync(root, synced, small_pipeline.PIPELINE)
+        event = synced.get_latest_materialization_event(asset_key("raw"))
+        return {name: value.value for name, value in event.asset_materialization.metadata.items()}
+
+    before = shown()
+    (root / "data/sources/g.txt").write_text("r0\nr1\nr2")
+    assert dvc(root, "repro").returncode == 0
+    commit = small_pipeline.commit(root)
+    after = shown()
+    assert (before["rows_out"], after["rows_out"], after["git_commit"]) == (2, 4, commit)
+    small_pipeline.git(root, "checkout", "-q", "HEAD~1")
+    assert shown() == {"path": "data/raw", "data_version": after["data_version"]}
+    assert dvc(root, "checkout").returncode == 0
+    assert shown() == before

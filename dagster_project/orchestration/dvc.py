@@ -51,6 +51,8 @@ class Input:
     """Content hash in dvc.lock, when the stage last ran."""
     problem: str = ""
     """For a source that DVC tracks: how it differs from its .dvc file, and the next step; empty if it does not differ."""
+    of_other_path: bool = False
+    """Whether `recorded` is the hash of a folder with this output, or of a part of it, which changed: dvc.lock has no hash of the output itself."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ class StageState:
             + [f"{i.path} changed" for i in self.inputs if i.now != i.recorded]
             + ([] if self.definition_now == self.definition_recorded else ["command, parameters, code or a report it reads changed"])
         )
+
+    @property
+    def differs(self) -> bool:
+        """Whether its outputs are not those in dvc.lock, e.g. after `git checkout` without `dvc checkout`."""
+        return self.output_problem not in {"", ALWAYS}
 
     @property
     def as_recorded(self) -> bool:
@@ -430,8 +437,15 @@ def _inputs(path: str, now: Mapping[str, str], recorded: Mapping[str, str | None
         problem = next((how for source, how in others.problems.items() if how and overlap(source, path)), "")
         return [Input(None, path, now[path], recorded[path], problem)]
     # dvc.lock has one hash for a folder of outputs: if it differs, none of the outputs is treated as the recorded one
+    changed = now[path] != recorded[path]
     return [
-        Input(address, others.paths[address], version, recorded[path] if now[path] != recorded[path] else version)
+        Input(
+            address,
+            others.paths[address],
+            version,
+            recorded[path] if changed else version,
+            of_other_path=changed and path not in others.producers,
+        )
         for address in producers
         for version in [others.version_of(address)]
     ]

@@ -66,7 +66,8 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     for plot, draw in PLOTS.get(stage, ()):
         path = root / "data" / "plots" / (f"{plot}/{variant}.csv" if variant else f"{plot}.csv")
         if points := _rows_of(path):
-            name = f"{plot}_curves" if plot in PAGES else plot  # `alignment` is the link to the page
+            taken = plot in PAGES or plot in metadata  # `alignment` is the link to the page, `loss` the last loss
+            name = f"{plot}_curves" if taken else plot
             metadata[name] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(points, root / state.out)})")
     commit = commit_of_lock(root)
     return {**metadata, **({"git_commit": commit} if commit else {})}

@@ -66,7 +66,7 @@ def bring_up_to_date(
                 done = _reproduce(context, project, address, force, variables)
                 after = _read_when_idle(context, project, address, own=True)  # a forced run of it may have waited for this one
                 states = after.states
-                if states[address].output_problem in {"", dvc.ALWAYS}:
+                if not states[address].differs:
                     break
         else:
             context.log.info(f"{address} is {'frozen' if states[address].frozen else 'up to date'}; it was not run")
@@ -85,7 +85,7 @@ def bring_up_to_date(
     yield in_sync(key, state)
     if project.blocks(report):
         raise dg.Failure(f"{address}: a blocking check failed. See {state.report}.", allow_retries=False)
-    if state.output_problem not in {"", dvc.ALWAYS}:
+    if state.differs:
         raise dg.Failure(f"{address}: {state.output_problem}. Materialize it again.", allow_retries=False)
     # the same tags as sync reports, so that it does not report a second materialization
     yield dg.MaterializeResult(

@@ -138,16 +138,22 @@ def _materialize(project: DvcProject, instance: dg.DagsterInstance, state: Stage
         if tag.startswith(INPUT_TAG_PREFIX) or tag in {names.DATA_VERSION_TAG, names.CODE_VERSION_TAG}
     }
     extra = {tag for tag in actual if tag.startswith(INPUT_TAG_PREFIX)} - set(expected)
+    # what is shown as stale already needs no second report, e.g. of an input that a variant adds: it would look like a run, to automation conditions too
     definition = names.get_input_data_version_tag(project.definition_key(state.address))
-    if state.definition_now != state.definition_recorded and actual.get(definition) not in {None, state.definition_now}:
-        # it is shown as stale already; a second report, e.g. of an input that a variant adds, would look like a run, to automation conditions too
+    is_stale = state.definition_now != state.definition_recorded and actual.get(definition) not in {None, state.definition_now}
+    unrecorded = {
+        names.get_input_data_version_tag(project.asset_key(i.producer)): i.now for i in state.inputs if i.producer and i.of_other_path
+    }
+    if is_stale:
         compared = {tag: value for tag, value in compared.items() if tag != definition and tag in actual}
         extra = set()
+    if is_stale or any(actual.get(tag, now) != now for tag, now in unrecorded.items()):
+        compared = {tag: value for tag, value in compared.items() if tag not in unrecorded}
     if not extra and all(actual.get(tag) == value for tag, value in compared.items()):
         return []
-    instance.report_runless_asset_event(
-        dg.AssetMaterialization(project.asset_key(state.address), tags=expected, metadata=project.describe(state))
-    )
+    # of an output that is not as recorded, metrics, plots and dvc.lock may be of another version, e.g. after `git checkout` without `dvc checkout`
+    metadata = {"path": ", ".join(state.outs), "data_version": state.version} if state.differs else project.describe(state)
+    instance.report_runless_asset_event(dg.AssetMaterialization(project.asset_key(state.address), tags=expected, metadata=metadata))
     return [f"{state.address} is {state.version[:8]}" + (f", {state.output_problem}" if state.output_problem else "")]
 
 
