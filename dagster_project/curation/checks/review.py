@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -254,9 +254,8 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
         ):
             problems.append(f"{path.name}: row {number}: {key[0]} was already edited otherwise")
         else:
-            decisions.append(
-                Decision(key[0], key[1], decision, values["reason"].strip(), values["new_prompt"], values["new_response"])  # type: ignore[arg-type]
-            )
+            texts_given = values["reason"].strip(), values["new_prompt"], values["new_response"]
+            decisions.append(Decision(*key, cast(Decide, decision), *texts_given))
     if problems:
         raise InputError("\n".join(problems), "fill in decision (accept, drop or edit) and reason, or leave both empty")
     return decisions
