@@ -10,16 +10,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders import small_pipeline
 from builders.full_disk import WRITERS, failure, write_safetensors, write_text, write_zip
+from builders.history import Project, identity
+from conftest import pedigree
 
 from dagster_project.core import faults
 from dagster_project.core.context import StageContext
 from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.orchestration.run_stage import _move_to_place, run_stage
 
 
@@ -137,6 +141,21 @@ def test_commands_on_a_full_or_read_only_disk_answer_or_say_so(root: Path, mount
         assert "Traceback" not in done.stderr
         assert done.returncode == 0 or ("hint: " in done.stderr and str(project) in done.stderr and done.returncode in {1, 2}), done.stderr
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+
+def test_audits_of_a_read_only_project_answer_also_if_another_process_uses_its_index(tmp_path: Path, mount: Any) -> None:
+    made, disk = Project(tmp_path / "project"), mount(6000)
+    made.commit(made.lock([("cats", "train", "data/sources/faq.jsonl")]))
+    commands = (("audit", "merged@lora"), ("impact", "--record", identity("cats")))
+    before = [pedigree(made.root, *command) for command in commands]
+    with closing(sqlite3.connect(made.root / INDEX_FILE)) as used:
+        used.execute("PRAGMA user_version").fetchone()
+        shutil.copytree(made.root, disk / "project", symlinks=True)
+    assert (disk / "project" / f"{INDEX_FILE}-shm").is_file()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for command, answer in zip(commands, before, strict=True):
+        done = pedigree(disk / "project", *command)
+        assert (done.returncode, done.stdout) == (answer.returncode, answer.stdout) and done.stdout, done.stderr
 
 
 def test_an_output_is_moved_to_another_file_system(tmp_path: Path) -> None:
