@@ -24,6 +24,8 @@ from dagster_project.core import faults
 from dagster_project.core.errors import InputError, Interrupted, PedigreeError
 
 INTERRUPTED = "interrupted; nothing was recorded"
+ELSEWHERE = {"mlflow", "push", "share", "sync"}
+"""Commands that write to other places, step by step: MLflow, the Hub, DVC's remote, Dagster's event log."""
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
 REPEATED = 2.0
@@ -161,7 +163,7 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
     if isinstance(error, Interrupted):  # a training stopped where it can resume
         return error
     if interrupts.came or isinstance(error, KeyboardInterrupt):
-        return Interrupted(INTERRUPTED)
+        return _interrupted(command, project)
     if isinstance(error, PedigreeError):
         return error
     if isinstance(error, ModuleNotFoundError):
@@ -175,6 +177,20 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
         or _home_damaged(error, project)
         or _table_damaged(error, project)
     )
+
+
+def _interrupted(command: str, project: Path) -> Interrupted:
+    if command in ELSEWHERE:
+        return Interrupted("interrupted; a part may have been written", "run the same command again")
+    if command == "erase":
+        from dagster_project.orchestration.erasure.layout import PLAN
+
+        if (project / PLAN / "plan.json").is_file():
+            return Interrupted(
+                "interrupted; the erasure is unfinished, and places that it has not reached still hold the records",
+                "`pedigree erase --resume` goes on; give --key and --verify again",
+            )
+    return Interrupted(INTERRUPTED)
 
 
 def _memory_ended(error: BaseException) -> PedigreeError | None:
