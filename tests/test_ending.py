@@ -102,15 +102,22 @@ def test_an_interrupt_does_not_say_that_nothing_happened_where_something_did(tmp
     assert said("push") == said("sync") == "interrupted; a part may have been written\nhint: run the same command again"
 
 
-def test_sigterm_ends_a_command_as_ctrl_c_does_so_that_its_temporary_folders_are_removed() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_the_end_of_the_terminal_end_a_command_as_ctrl_c_does_so_that_its_temporary_folders_are_removed(
+    number: signal.Signals,
+) -> None:
     """The scratch copy of `verify` has the inputs of stages, and the key of record ids."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a library may have set its own
+    before = signal.signal(number, signal.SIG_DFL)  # a library may have set its own
     with ending.interrupts() as found, pytest.raises(KeyboardInterrupt), ending.terminating(found, "verify"):
-        signal.raise_signal(signal.SIGTERM)
-    assert found.came and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        signal.raise_signal(number)
+    assert found.came and signal.getsignal(number) == signal.SIG_DFL
     with ending.interrupts() as found, ending.terminating(found, "run"):
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    signal.signal(signal.SIGTERM, before)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    signal.signal(number, signal.SIG_IGN)
+    with ending.interrupts() as found, ending.terminating(found, "verify"):
+        signal.raise_signal(number)
+    assert not found.came and signal.getsignal(number) == signal.SIG_IGN, "it was started with the signal ignored, as by nohup"
+    signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

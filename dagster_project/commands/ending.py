@@ -110,20 +110,20 @@ def interrupts() -> Iterator[Interrupts]:
 
 @contextmanager
 def terminating(found: Interrupts, command: str) -> Iterator[None]:
-    """While open, SIGTERM ends the command as Ctrl-C does, so that its temporary folders are removed: a scratch copy has data, and the key of record ids."""
+    """While open, SIGTERM and the end of the terminal end the command as Ctrl-C does, so that its temporary folders are removed: a scratch copy has
+    data, and the key of record ids. Not if the process was started with the signal ignored, as by `nohup`."""
     found.counted = command == "chat"
-    if (
-        command in ENDED_OTHERWISE
-        or threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    ):
+    if command in ENDED_OTHERWISE or threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, found._interrupt)
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, found._interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
