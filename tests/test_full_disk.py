@@ -24,7 +24,7 @@ from dagster_project.core import faults
 from dagster_project.core.context import StageContext
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.lineage.database import INDEX_FILE
-from dagster_project.orchestration.run_stage import _move_to_place, run_stage
+from dagster_project.orchestration.run_stage import _move_to_place, _share_as_their_folders, run_stage
 
 
 @pytest.fixture
@@ -174,3 +174,19 @@ def test_an_output_is_moved_to_another_file_system(tmp_path: Path) -> None:
         _move_to_place(tmp_path, context, context.out)
         assert [path.name for path in (tmp_path / "data/adapter/lora").rglob("*")] == ["deep", "weights.txt"]
         assert (tmp_path / "data/adapter/lora/deep/weights.txt").read_text() == "1 2 3" and not context.out.exists()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_weights_can_be_read_by_those_who_can_read_their_folder(umask: int, mode: int, tmp_path: Path) -> None:
+    """A server of models, or a colleague, is another user than the one whose stage made the model."""
+    before = os.umask(umask)
+    try:
+        (tmp_path / "out" / "deep").mkdir(parents=True)
+        (tmp_path / "out" / "config.json").touch()
+        write_safetensors(tmp_path / "out" / "deep")
+        (tmp_path / "out" / "deep" / "owners.bin").touch(0o600)
+        _share_as_their_folders(tmp_path / "out")
+    finally:
+        os.umask(before)
+    found = {file.suffix: file.stat().st_mode & 0o777 for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert found == {".json": mode, ".safetensors": mode, ".bin": mode}
