@@ -21,6 +21,7 @@ from conftest import tool
 from dagster_project.commands import ending
 from dagster_project.lineage import lineage
 from dagster_project.lineage.database import INDEX_FILE
+from dagster_project.orchestration.erasure.layout import PLAN
 
 INTERRUPTED = {130, -signal.SIGINT}
 """Exit codes; a shell reports both as 130."""
@@ -52,7 +53,8 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(root: Path, command: st
     out, error = process.communicate(timeout=120)
     assert process.returncode in {0, *INTERRUPTED} and "Traceback" not in out + error, error
     if process.returncode:  # otherwise it ended before Ctrl-C could interrupt it
-        assert error in {"interrupted; nothing was recorded\n", ""}
+        part = "interrupted; a part may have been written\nhint: run the same command again\n"  # of sync
+        assert error in {"interrupted; nothing was recorded\n", part, ""}
 
 
 def test_ctrl_c_while_a_compiled_module_starts_waits_for_its_end() -> None:
@@ -88,15 +90,34 @@ def test_ctrl_c_while_a_command_waits_for_another_one_is_one_line(root: Path) ->
         assert interrupted(process) == "interrupted; nothing was recorded\n"
 
 
-def test_sigterm_ends_a_command_as_ctrl_c_does_so_that_its_temporary_folders_are_removed() -> None:
+def test_an_interrupt_does_not_say_that_nothing_happened_where_something_did(tmp_path: Path) -> None:
+    def said(command: str) -> str:
+        return str(ending.explained(KeyboardInterrupt(), ending.Interrupts(), command, tmp_path))
+
+    assert said("erase") == said("verify") == ending.INTERRUPTED
+    (tmp_path / PLAN).mkdir(parents=True)
+    (tmp_path / PLAN / "plan.json").write_text("{}")
+    assert "the erasure is unfinished" in said("erase") and "hint: `pedigree erase --resume` goes on" in said("erase")
+    assert said("verify") == ending.INTERRUPTED
+    assert said("push") == said("sync") == "interrupted; a part may have been written\nhint: run the same command again"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_the_end_of_the_terminal_end_a_command_as_ctrl_c_does_so_that_its_temporary_folders_are_removed(
+    number: signal.Signals,
+) -> None:
     """The scratch copy of `verify` has the inputs of stages, and the key of record ids."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a library may have set its own
+    before = signal.signal(number, signal.SIG_DFL)  # a library may have set its own
     with ending.interrupts() as found, pytest.raises(KeyboardInterrupt), ending.terminating(found, "verify"):
-        signal.raise_signal(signal.SIGTERM)
-    assert found.came and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        signal.raise_signal(number)
+    assert found.came and signal.getsignal(number) == signal.SIG_DFL
     with ending.interrupts() as found, ending.terminating(found, "run"):
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    signal.signal(signal.SIGTERM, before)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    signal.signal(number, signal.SIG_IGN)
+    with ending.interrupts() as found, ending.terminating(found, "verify"):
+        signal.raise_signal(number)
+    assert not found.came and signal.getsignal(number) == signal.SIG_IGN, "it was started with the signal ignored, as by nohup"
+    signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

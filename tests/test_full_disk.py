@@ -10,17 +10,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders import small_pipeline
 from builders.full_disk import WRITERS, failure, write_safetensors, write_text, write_zip
+from builders.history import Project, identity
+from conftest import pedigree
 
 from dagster_project.core import faults
 from dagster_project.core.context import StageContext
 from dagster_project.core.errors import InputError, PedigreeError
-from dagster_project.orchestration.run_stage import _move_to_place, run_stage
+from dagster_project.lineage.database import INDEX_FILE
+from dagster_project.orchestration.run_stage import _move_to_place, _share_as_their_folders, run_stage
 
 
 @pytest.fixture
@@ -139,6 +143,21 @@ def test_commands_on_a_full_or_read_only_disk_answer_or_say_so(root: Path, mount
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
 
+def test_audits_of_a_read_only_project_answer_also_if_another_process_uses_its_index(tmp_path: Path, mount: Any) -> None:
+    made, disk = Project(tmp_path / "project"), mount(6000)
+    made.commit(made.lock([("cats", "train", "data/sources/faq.jsonl")]))
+    commands = (("audit", "merged@lora"), ("impact", "--record", identity("cats")))
+    before = [pedigree(made.root, *command) for command in commands]
+    with closing(sqlite3.connect(made.root / INDEX_FILE)) as used:
+        used.execute("PRAGMA user_version").fetchone()
+        shutil.copytree(made.root, disk / "project", symlinks=True)
+    assert (disk / "project" / f"{INDEX_FILE}-shm").is_file()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for command, answer in zip(commands, before, strict=True):
+        done = pedigree(disk / "project", *command)
+        assert (done.returncode, done.stdout) == (answer.returncode, answer.stdout) and done.stdout, done.stderr
+
+
 def test_an_output_is_moved_to_another_file_system(tmp_path: Path) -> None:
     """`data/adapter` may be a link to a larger disk."""
     if not os.access("/dev/shm", os.W_OK) or Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
@@ -155,3 +174,19 @@ def test_an_output_is_moved_to_another_file_system(tmp_path: Path) -> None:
         _move_to_place(tmp_path, context, context.out)
         assert [path.name for path in (tmp_path / "data/adapter/lora").rglob("*")] == ["deep", "weights.txt"]
         assert (tmp_path / "data/adapter/lora/deep/weights.txt").read_text() == "1 2 3" and not context.out.exists()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_weights_can_be_read_by_those_who_can_read_their_folder(umask: int, mode: int, tmp_path: Path) -> None:
+    """A server of models, or a colleague, is another user than the one whose stage made the model."""
+    before = os.umask(umask)
+    try:
+        (tmp_path / "out" / "deep").mkdir(parents=True)
+        (tmp_path / "out" / "config.json").touch()
+        write_safetensors(tmp_path / "out" / "deep")
+        (tmp_path / "out" / "deep" / "owners.bin").touch(0o600)
+        _share_as_their_folders(tmp_path / "out")
+    finally:
+        os.umask(before)
+    found = {file.suffix: file.stat().st_mode & 0o777 for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert found == {".json": mode, ".safetensors": mode, ".bin": mode}

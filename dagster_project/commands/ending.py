@@ -24,6 +24,8 @@ from dagster_project.core import faults
 from dagster_project.core.errors import InputError, Interrupted, PedigreeError
 
 INTERRUPTED = "interrupted; nothing was recorded"
+ELSEWHERE = {"mlflow", "push", "share", "sync"}
+"""Commands that write to other places, step by step: MLflow, the Hub, DVC's remote, Dagster's event log."""
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
 REPEATED = 2.0
@@ -108,20 +110,20 @@ def interrupts() -> Iterator[Interrupts]:
 
 @contextmanager
 def terminating(found: Interrupts, command: str) -> Iterator[None]:
-    """While open, SIGTERM ends the command as Ctrl-C does, so that its temporary folders are removed: a scratch copy has data, and the key of record ids."""
+    """While open, SIGTERM and the end of the terminal end the command as Ctrl-C does, so that its temporary folders are removed: a scratch copy has
+    data, and the key of record ids. Not if the process was started with the signal ignored, as by `nohup`."""
     found.counted = command == "chat"
-    if (
-        command in ENDED_OTHERWISE
-        or threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    ):
+    if command in ENDED_OTHERWISE or threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, found._interrupt)
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, found._interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
@@ -161,7 +163,7 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
     if isinstance(error, Interrupted):  # a training stopped where it can resume
         return error
     if interrupts.came or isinstance(error, KeyboardInterrupt):
-        return Interrupted(INTERRUPTED)
+        return _interrupted(command, project)
     if isinstance(error, PedigreeError):
         return error
     if isinstance(error, ModuleNotFoundError):
@@ -175,6 +177,20 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
         or _home_damaged(error, project)
         or _table_damaged(error, project)
     )
+
+
+def _interrupted(command: str, project: Path) -> Interrupted:
+    if command in ELSEWHERE:
+        return Interrupted("interrupted; a part may have been written", "run the same command again")
+    if command == "erase":
+        from dagster_project.orchestration.erasure.layout import PLAN
+
+        if (project / PLAN / "plan.json").is_file():
+            return Interrupted(
+                "interrupted; the erasure is unfinished, and places that it has not reached still hold the records",
+                "`pedigree erase --resume` goes on; give --key and --verify again",
+            )
+    return Interrupted(INTERRUPTED)
 
 
 def _memory_ended(error: BaseException) -> PedigreeError | None:

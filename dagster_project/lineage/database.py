@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import time
 import zlib
@@ -170,6 +171,8 @@ def _connect(root: Path) -> sqlite3.Connection:
             path.parent.mkdir(parents=True, exist_ok=True)
             db = sqlite3.connect(path, timeout=LONGEST_WAIT, isolation_level=None, factory=_Connection)
             (version,) = db.execute("PRAGMA user_version").fetchone()
+            if not os.access(path, os.W_OK):  # beside a file `-shm`, it could be opened, and fail later
+                break
             if version == SCHEMA_VERSION:
                 return _ready(db, path)
             if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:

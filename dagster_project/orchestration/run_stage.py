@@ -230,6 +230,7 @@ def _pass_gate(root: Path, ctx: StageContext, result: StageResult) -> Mapping[st
 def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: str, result: StageResult) -> None:
     """Move outputs from the scratch folder to the project, each by one rename; write the report with the sha256 of the main output."""
     plots = list((ctx.scratch / "data" / "plots").rglob("*.csv")) if (ctx.scratch / "data" / "plots").exists() else []
+    _share_as_their_folders(ctx.out)
     for path in [ctx.out, *plots]:
         _move_to_place(root, ctx, path)
     write_json(root / report_of(ctx.address), {"passed": True, "output_sha256": sha256, **report})
@@ -239,6 +240,13 @@ def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: s
         write_json(path, {"output_sha256": sha256, **facts})
     else:
         remove(path)  # of an earlier run, perhaps on another machine
+
+
+def _share_as_their_folders(output: Path) -> None:
+    """Let those read files who may read their folder: safetensors writes its files for their owner only, whatever the umask is."""
+    for file in output.rglob("*"):
+        if not file.is_symlink() and file.is_file() and not (mode := file.stat().st_mode) & 0o077:
+            file.chmod(mode & 0o777 | file.parent.stat().st_mode & 0o066)
 
 
 def _move_to_place(root: Path, ctx: StageContext, path: Path) -> None:
