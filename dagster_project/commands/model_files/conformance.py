@@ -31,9 +31,12 @@ ARCHITECTURE, BASE, DEFAULT_BASE = "general.architecture", "rope.freq_base", 10_
 ASSUMED: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "llama": {"hidden_act": ("silu", "swish")},
     "qwen2moe": {"norm_topk_prob": (False,)},
-    "qwen3moe": {"norm_topk_prob": (True,)},
+    "qwen3": {"attention_bias": (False,)},
+    "qwen3moe": {"norm_topk_prob": (True,), "attention_bias": (False,)},
 }
 """Architecture -> key of config.json -> values with which llama.cpp computes, as GGUF files do not state them."""
+LARGE = {"gemma2": 46, "gemma3": 62}
+"""Gemma 2 and 3: number of layers of the 27B model, for which llama.cpp scales attention by the size of the hidden state per head, instead of by `head_dim`."""
 UNUSED = 5
 """Type of a token that only fills the vocabulary."""
 NEXT = "the file would not be served as the model was trained, and is not written; export the model with --format safetensors"
@@ -123,6 +126,12 @@ def refuse_lost_settings(file: Path, config: Any) -> None:
     # `dynamic` changes the base: the converter writes the changed one
     if positions.get("rope_type") in (None, "default") and not math.isclose(positions.get("rope_theta") or base, base, rel_tol=1e-6):
         raise InputError(f"llama.cpp would compute with rope_theta {base:g}, and the model has {positions['rope_theta']:g}", NEXT)
+    scale = getattr(config, "query_pre_attn_scalar", None)
+    if scale and architecture in LARGE:
+        large = config.num_hidden_layers == LARGE[architecture]
+        own = config.hidden_size // config.num_attention_heads if large else config.head_dim
+        if scale != own:
+            raise InputError(f"llama.cpp would compute with query_pre_attn_scalar {own}, and the model has {scale}", NEXT)
     for name, values in ASSUMED.get(architecture, {}).items():
         if (found := getattr(config, name, values[0])) not in values:
             raise InputError(f"llama.cpp would compute with {name} {values[0]}, and the model has {found}", NEXT)

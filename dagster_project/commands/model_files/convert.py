@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,27 @@ def _settings(path: Path, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def before_quantization(folder: Path, form: str) -> str:
+    """Format that the converter writes: the asked one, or the one that keeps the weights as they are, for llama.cpp to quantize."""
+    if form in DIRECT:
+        return form
+    largest = max(weights(folder), key=lambda one: one["data_offsets"][1] - one["data_offsets"][0])
+    return EXACT.get(largest["dtype"], "f32")
+
+
+def weights(folder: Path) -> list[dict[str, Any]]:
+    """Headers of all weights: dtype, shape, data_offsets."""
+    return [one for path in folder.glob("*.safetensors") for key, one in safetensors_metadata.read_header(path).items()
+            if key != safetensors_metadata.METADATA]  # fmt: skip
+
+
 def convert(folder: Path, name: str, target: Path, form: str) -> None:
     """Write the model as GGUF.
 
     Args:
         name: of the model, for the file's metadata and messages.
         target: does not exist yet. Temporary files are written to its folder.
+        form: that the converter writes (`before_quantization`).
     Raises:
         InputError: the converter does not support the model.
         ModuleNotFoundError: a library of the extra is missing.
@@ -89,29 +105,6 @@ def convert(folder: Path, name: str, target: Path, form: str) -> None:
     staged.mkdir()
     for path in _needed(folder):
         (staged / path.name).symlink_to(path.resolve())
-    if form in DIRECT:
-        _run(script, staged, name, target, form)
-        return
-    exact = target.with_name("exact.gguf")
-    _run(script, staged, name, exact, EXACT.get(_type(folder), "f32"))
-    llama_cpp.quantize(exact, target, form)
-    exact.unlink()
-
-
-def _needed(folder: Path) -> Iterator[Path]:
-    yield from (folder / name for name in SETTINGS if (folder / name).is_file())
-    yield from folder.glob("*.safetensors")
-    yield from folder.glob("*.safetensors.index.json")
-
-
-def _type(folder: Path) -> str:
-    """Type of the largest weight."""
-    weights = [one for path in folder.glob("*.safetensors") for key, one in safetensors_metadata.read_header(path).items()
-               if key != safetensors_metadata.METADATA]  # fmt: skip
-    return str(max(weights, key=lambda one: one["data_offsets"][1] - one["data_offsets"][0])["dtype"])
-
-
-def _run(script: Path, staged: Path, name: str, target: Path, form: str) -> None:
     arguments = [str(script), str(staged.absolute()), "--outfile", str(target.absolute()), "--outtype", form, "--model-name", name]
     done = run_python(arguments)
     if done.returncode < 0:
@@ -119,4 +112,13 @@ def _run(script: Path, staged: Path, name: str, target: Path, form: str) -> None
             f"{name}: llama.cpp's converter did not end: {reason(done)}", "end other programs, then run the same command again"
         )
     if done.returncode or not target.is_file():
-        raise InputError(f"{name}: llama.cpp's converter does not support this model: {reason(done)}", OTHERS)
+        why = re.sub(
+            r"KeyError: '(\w+)'", r"it reads \1, which config.json does not have, or transformers 5 reads under another name", reason(done)
+        )
+        raise InputError(f"{name}: llama.cpp's converter does not support this model: {why}", OTHERS)
+
+
+def _needed(folder: Path) -> Iterator[Path]:
+    yield from (folder / name for name in SETTINGS if (folder / name).is_file())
+    yield from folder.glob("*.safetensors")
+    yield from folder.glob("*.safetensors.index.json")

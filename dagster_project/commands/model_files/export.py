@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.model_files import claim, conformance, convert, gguf_metadata, safetensors_metadata
+from dagster_project.commands.model_files import claim, conformance, convert, gguf_metadata, llama_cpp, logits, safetensors_metadata
 from dagster_project.commands.model_files.claim import Claim
 from dagster_project.commands.model_files.modelfile import modelfile
 from dagster_project.commands.new_folder import new_folder
@@ -126,20 +126,25 @@ def write_gguf(
     Args:
         file: to write. Temporary files are beside its folder.
     Returns:
-        As `conformance.verify`.
+        As `conformance.verify`, and "logits": as `logits.refuse_others`.
     """
     with lean_imports():
         from transformers import AutoConfig
 
     scratch = Path(tempfile.mkdtemp(dir=file.parent.parent))
-    converted = scratch / "converted.gguf"
-    convert.convert(folder, name, converted, origin.quantization)
+    converted, written = scratch / "converted.gguf", convert.before_quantization(folder, origin.quantization)
+    convert.convert(folder, name, converted, written)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     conformance.refuse_lost_window(converted, config, tokenizer.model_max_length)
     conformance.refuse_lost_settings(converted, config)
+    distance = logits.refuse_others(converted, folder, name, written, max((prompt.ids for prompt in prompts), key=len))
+    if written != origin.quantization:
+        whole, converted = converted, scratch / "quantized.gguf"
+        llama_cpp.quantize(whole, converted, origin.quantization)
+        whole.unlink()
     gguf_metadata.with_fields(converted, file, {**origin.as_fields(), **conformance.further_fields(tokenizer, prompts)})
     shutil.rmtree(scratch)
-    return conformance.verify(file, tokenizer, prompts)
+    return {**conformance.verify(file, tokenizer, prompts), "logits": distance}
 
 
 def test_prompts(root: Path, tokenizer: Any) -> list[conformance.Prompt]:
@@ -188,6 +193,16 @@ def _write_safetensors(target: Target, origin: Claim, made: Path) -> dict[str, A
     return {"files": len(copied), "weights_identical": True, "left_out": left_out}
 
 
+def _logits_as_text(document: Mapping[str, Any]) -> str:
+    checked = document["checked"]
+    if checked["logits"] is not None:
+        before = "" if document["quantization"] in convert.DIRECT else ", before quantization"
+        return f"{checked['logits']:.1%} from those of the model in float32{before}"
+    return "not compared: " + (
+        "memory does not suffice for the model in float32" if llama_cpp.is_installed() else "llama.cpp is not installed"
+    )
+
+
 def as_text(document: Mapping[str, Any]) -> str:
     """For the terminal."""
     checked = document["checked"]
@@ -196,6 +211,7 @@ def as_text(document: Mapping[str, Any]) -> str:
     if document["format"] == "gguf":
         prompts = "not compared: llama.cpp is not installed" if checked["prompts"] is None else f"equal for {checked['prompts']} prompts"
         lines.append(f"checked: {checked['vocabulary']} tokens, special tokens and chat template are the tokenizer's; token ids {prompts}")
+        lines.append(f"logits of a prompt: {_logits_as_text(document)}")
     else:
         lines.append(f"checked: {checked['files']} files, the same bytes as recorded apart from the added metadata")
         lines += [f"left out, as they hold records: {', '.join(checked['left_out'])}"] if checked["left_out"] else []

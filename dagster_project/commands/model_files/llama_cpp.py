@@ -46,6 +46,22 @@ def tokenize(file: Path, texts: Sequence[str], ends: Sequence[int]) -> Read:
     )
 
 
+def logits(file: Path, ids: Sequence[int]) -> Any:
+    """Logits (tokens, vocabulary) of one text, float32. A temporary file is beside the GGUF file.
+
+    Raises:
+        InputError: llama.cpp cannot load the file.
+    """
+    import numpy as np
+
+    target = file.absolute().with_suffix(".logits")
+    try:
+        size = _ask({"logits": str(file.absolute()), "ids": list(ids), "target": str(target)}, "cannot load the model")["vocabulary"]
+        return np.fromfile(target, dtype=np.float32).reshape(len(ids), size)
+    finally:
+        target.unlink(missing_ok=True)
+
+
 def _ask(request: dict[str, Any], failed: str) -> dict[str, Any]:
     done = run_python(["-P", str(WORKER)], json.dumps(request).encode())
     if done.returncode:

@@ -1,7 +1,7 @@
 """Work of llama.cpp in a separate process, because it ends its process where a file is not as it expects, and it writes to stderr. Imports nothing of this project.
 
-Reads one request as JSON from stdin and writes the answer as JSON to stdout: {"quantize": [source, target, format]} or
-{"tokenize": file, "texts": [...], "ends": [ids]}.
+Reads one request as JSON from stdin and writes the answer as JSON to stdout: {"quantize": [source, target, format]},
+{"tokenize": file, "texts": [...], "ends": [ids]} or {"logits": file, "ids": [...], "target": file for float32 numbers, (tokens, vocabulary)}.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 FILE_TYPES = {"q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M"}
@@ -54,10 +55,40 @@ def _tokenize(file: str, texts: Sequence[str], ends: Sequence[int]) -> dict[str,
     return {"tokens": [tokens(text) for text in texts], "ends": [bool(lib.llama_vocab_is_eog(vocab, one)) for one in ends]}
 
 
+def _logits(file: str, ids: Sequence[int], target: str) -> dict[str, Any]:
+    ffi, lib = _library()
+    lib.llama_backend_init()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = 0
+    model = lib.llama_model_load_from_file(os.fsencode(file), params)
+    if model == ffi.NULL:
+        raise SystemExit("the file was refused")
+    settings = lib.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = max(len(ids), 32)
+    if threads := int(os.environ.get("OMP_NUM_THREADS") or 0):
+        settings.n_threads = settings.n_threads_batch = threads
+    context = lib.llama_init_from_model(model, settings)
+    if context == ffi.NULL:
+        raise SystemExit("the context was refused")
+    batch = lib.llama_batch_init(len(ids), 0, 1)
+    batch.n_tokens = len(ids)
+    for i, token in enumerate(ids):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, True
+    if code := lib.llama_decode(context, batch):
+        raise SystemExit(f"error: llama_decode returned {code}")
+    size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    with Path(target).open("wb") as written:
+        for i in range(len(ids)):
+            written.write(ffi.buffer(lib.llama_get_logits_ith(context, i), 4 * size))
+    return {"vocabulary": size}
+
+
 def main() -> None:
     request = json.load(sys.stdin)
     if "quantize" in request:
         answer = _quantize(*request["quantize"])
+    elif "logits" in request:
+        answer = _logits(request["logits"], request["ids"], request["target"])
     else:
         answer = _tokenize(request["tokenize"], request["texts"], request["ends"])
     json.dump(answer, sys.stdout)

@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -360,6 +360,10 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
             wrong.append(f"{path}: must be at least {MINIMUM[key]} (got {value!r})")
         elif key in TOKEN_NUMBERS and re.search(r"-\d", str(value)):
             wrong.append(f"{path}: a token id cannot be negative (got {value!r})")
+        elif key == "random_loc_seed" and value is None:
+            wrong.append(f"{path}: must be a number (got null)")
+        elif key == "loftq_config" and value:
+            wrong += [f"{path}: {what}" for what in _wrong_loftq(value, {**keys, **options})]
         elif key == "lora_dropout" and isinstance(value, int | float) and value >= 1:
             wrong.append(f"{path}: must be below 1 (got {value!r})")
         elif key in keys and key.startswith("use_") and value != keys[key]:
@@ -379,6 +383,18 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
         wrong.append(f"params.yaml: {where}.peft.init_r: must be above target_r, so that ranks can be removed (got {ranks['init_r']!r})")
     if wrong:
         raise InputError("\n".join(wrong), "; ".join(dict.fromkeys(hints)) or "correct these values")
+
+
+def _wrong_loftq(value: Any, keys: Mapping[str, Any]) -> Iterator[str]:
+    if keys.get("init_lora_weights") != "loftq":
+        yield "has no effect without init_lora_weights: loftq"
+    elif not isinstance(value, Mapping) or value.keys() != {"loftq_bits", "loftq_iter"}:
+        yield f"must have the keys loftq_bits and loftq_iter, and no others (got {value!r})"
+    else:
+        if value["loftq_bits"] not in (4, 8):
+            yield f"loftq_bits must be 4 or 8 (got {value['loftq_bits']!r})"
+        if type(value["loftq_iter"]) is not int or value["loftq_iter"] < 1:
+            yield f"loftq_iter must be a whole number from 1 on (got {value['loftq_iter']!r})"
 
 
 # ---- building ---------------------------------------------------------------------------------------------------------------------------
