@@ -47,8 +47,8 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
 def import_libraries() -> None:
     """Import torch, transformers and PEFT in less time than their first use would take."""
     # PEFT imports bitsandbytes for a function that is not used here (quantization imports it itself), accelerate boto3 for a command, and
-    # transformers scipy for losses of object detection.
-    with lean_imports("bitsandbytes", "boto3", "scipy"):
+    # transformers scipy for losses of object detection; once loaded, transformers relies on what it found
+    with lean_imports("bitsandbytes", "boto3", *(() if "transformers" in sys.modules else ("scipy",))):
         import_transformers()
         import peft  # noqa: F401
         import transformers.trainer_utils  # noqa: F401
