@@ -21,7 +21,7 @@ from dagster_project.core.published_ids import CREATE, SAMPLE_KEY, read_key
 from dagster_project.core.records import write_json
 from dagster_project.curation.left_out import is_remote
 from dagster_project.curation.sources.erased import read_erased
-from dagster_project.lineage import papers_in_place
+from dagster_project.lineage import code_lock, papers_in_place
 from dagster_project.lineage.erasure import removal
 from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles
@@ -170,6 +170,7 @@ def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
         raise InputError(
             f"{', '.join(frozen)}: frozen in dvc.yaml, so DVC would not make it again without the records", "remove `frozen: true` first"
         )
+    code_lock.refuse_other_code(root, {address.partition("@")[0] for address, state in states.items() if state.recorded})
     for address in (EXAMPLES, PAIRS):
         is_used = address == EXAMPLES or (params.read(root).get(address) or {}).get("sources")
         if address in states and (states[address].recorded or is_used) and states[address].changed:
