@@ -147,7 +147,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "unknown": [{name: model[name] for name in ("stage", "md5", "found_in", "fetch")} for model in unknown],
         "retired": sorted(retired),
         "own": sorted(own_objects(index, (), with_run_cache=False).outputs),
-        "stages": [address for address, state in states.items() if state.recorded],
+        "stages": _to_make_again(states),
         "before": _outputs(index),
         "places": places.document(),
         "searched": places.searched(),
@@ -160,6 +160,13 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "ids": found.own_ids,
         "done": [],
     }
+
+
+def _to_make_again(states: Mapping[str, dvc.StageState]) -> list[str]:
+    """Stages that had run, and those that they read now, such as a variant that was added since."""
+    recorded = [address for address, state in states.items() if state.recorded]
+    needed = {*recorded, *(above for address in recorded for above in dvc.ancestors(states, address))}
+    return [address for address in states if address in needed]
 
 
 def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
