@@ -33,6 +33,7 @@ from dagster_project.orchestration import dvc, dvc_cache
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
+from dagster_project.orchestration.erasure import plan as plans
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.executors.ray import ClusterGone
 from dagster_project.orchestration.run_stage import run_stage
@@ -171,6 +172,12 @@ def test_dagster_loads_with_a_warning_and_refuses_to_materialize_with_other_code
     assert instance.get_latest_materialization_event(asset_key("raw_examples")) is None
     assert (other_code / "dvc.lock").read_bytes() == lock and (other_code / "data/raw_examples/file.txt").is_file()
     PedigreeProject(other_code).validate("raw_preferences", {})  # the code of other stages is the recorded one
+
+
+def test_an_erasure_with_other_code_is_refused_before_the_rows_are_taken_out(other_code: Path) -> None:
+    """Stages could not be made again without them."""
+    with pytest.raises(InputError, match=OTHER_CODE):
+        plans._refuse_outdated(other_code, dvc.read_stages(other_code))
 
 
 class _Dashboard(Quiet):

@@ -48,7 +48,7 @@ from dagster_project.lineage.signing.keys import PrivateKey
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
 from dagster_project.lineage.signing.target import folders_naming
 from dagster_project.orchestration import locks
-from dagster_project.orchestration.dvc import StageState
+from dagster_project.orchestration.dvc import Input, StageState
 from dagster_project.orchestration.dvc_run import reproduce
 from dagster_project.orchestration.erasure import event_log
 from dagster_project.orchestration.erasure import plan as plans
@@ -635,6 +635,15 @@ def test_preferences_that_were_never_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("raw_preferences: {sources: [{path: data/sources/p.jsonl}]}")
     with pytest.raises(InputError, match=r"raw_preferences is not up to date .never run."):
         plans._refuse_outdated(tmp_path, {"raw_preferences": never})
+
+
+def test_a_variant_that_was_added_and_never_ran_is_made_where_a_stage_that_ran_reads_it() -> None:
+    def state(recorded: bool, *producers: str) -> StageState:
+        given = {"recorded": recorded, "inputs": tuple(Input(one, one, "", None) for one in producers)}
+        return StageState(**{**dict.fromkeys(StageState.__dataclass_fields__), **given})
+
+    states = {"splits": state(True), "a": state(True, "splits"), "new": state(False, "splits"), "unread": state(False, "splits")}
+    assert plans._to_make_again({**states, "comparison": state(True, "a", "new")}) == ["splits", "a", "new", "comparison"]
 
 
 def test_an_erasure_is_refused_where_a_stage_is_frozen(tmp_path: Path) -> None:

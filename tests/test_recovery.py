@@ -261,6 +261,19 @@ def test_a_missing_output_names_the_command_that_restores_it(root: Path, synced:
     assert "`dvc pull data/sources/d.txt.dvc`" in failure(small_pipeline.materialize(root, synced, ["raw"]))
 
 
+def test_a_report_that_only_git_has_survives_a_failed_run(root: Path) -> None:
+    """As in a clone: DVC removes the report before it runs the stage, and its cache has no copy."""
+    report = root / "data/reports/inst.json"
+    before = report.read_bytes()
+    cached = next(path for path in (root / ".dvc/cache/files/md5").rglob("*") if path.is_file() and path.read_bytes() == before)
+    cached.unlink()
+    (root / "data/raw/rows.txt").unlink()
+    (root / "data/raw/rows.txt").write_text("new")
+    refused = dvc(root, "repro", "--single-item", "inst")
+    assert refused.returncode != 0 and "data/raw is not what raw recorded" in refused.stderr
+    assert report.read_bytes() == before
+
+
 def test_a_busy_stage_names_the_process_that_runs_it(root: Path) -> None:
     with hold(root, "tok", on_wait=lambda _: None):
         done = run([sys.executable, "small_pipeline.py", "run", "tok"], root)

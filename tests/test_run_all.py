@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 from dagster_project.__main__ import main
 from dagster_project.commands.run_all import as_text
 from dagster_project.core.errors import InputError
-from dagster_project.orchestration.dvc import read_stages
+from dagster_project.orchestration.dvc import Input, StageState, read_stages
 from dagster_project.orchestration.run_all import Outcome, RunAll, Running, parents, remaining, reproduce_one
 
 BOTH = {"adapter@lora", "adapter@dora"}
@@ -294,3 +294,10 @@ def test_nothing_is_started_after_a_stage_was_interrupted_by_someone_else(tmp_pa
         assert whole.outcomes == {"a": Outcome(outcome), **after}
     document = {"stages": {"a": {"outcome": "interrupted"}}, "seconds": 1.0, "jobs": 1, "interrupted": False, "passed": False}
     assert "stopped: a was interrupted. Finished stages are kept; run the command again." in as_text(document)
+
+
+def test_an_output_of_which_several_parts_changed_is_one_reason() -> None:
+    """`aligned` reads two folders in data/splits."""
+    inputs = tuple(Input("splits", "data/splits", "new", "old") for _ in range(2))
+    given = {"recorded": True, "inputs": inputs}
+    assert StageState(**{**dict.fromkeys(StageState.__dataclass_fields__), **given}).changed == ["data/splits changed"]

@@ -51,6 +51,11 @@ def test_an_axis_that_crosses_0_shows_where_0_is() -> None:
     assert 'class="grid zero"' not in plot("Loss", "", [{"step": 1, "loss": 3.0}, {"step": 9, "loss": 1.0}], ["loss"])
 
 
+def test_limits_that_differ_little_have_different_labels() -> None:
+    curve = [{"step": 0, "loss": 0.693147}, {"step": 6, "loss": 0.692899}]
+    assert re.findall(r'text-anchor="end"[^>]*>([^<]+)</text>', plot("Loss", "", curve, ["loss"]))[:3] == ["0.6929", "0.693", "0.6931"]
+
+
 def test_large_negative_numbers_are_short_on_an_axis() -> None:
     assert [html.brief(value) for value in (-1200, -3e6, -0.25, 800)] == ["-1.2k", "-3M", "-0.25", "800"]
 

@@ -37,7 +37,10 @@ def read_key(root: Path) -> bytes:
     """
     path = root / RECORD_KEY
     if not path.is_file():
-        raise InputError(f"{RECORD_KEY} does not exist: it keys the ids of records in data/release", f"create it: `{CREATE}`")
+        raise InputError(
+            f"{RECORD_KEY} does not exist: it keys the ids of records in data/release",
+            f"copy it from the clone in which the project was made; or create another, with which records get other ids there: `{CREATE}`",
+        )
     key = parse_key(path.read_bytes())
     if key is None:
         raise InputError(f"{RECORD_KEY}: must be 64 hexadecimal digits on one line", f"create a new key: `{CREATE}`")

@@ -98,7 +98,7 @@ class StageState:
             return ["never run"]
         return (
             ([self.output_problem] if self.output_problem else [])
-            + [f"{i.path} changed" for i in self.inputs if i.now != i.recorded]
+            + list(dict.fromkeys(f"{i.path} changed" for i in self.inputs if i.now != i.recorded))  # several parts of one output
             + ([] if self.definition_now == self.definition_recorded else ["command, parameters, code or a report it reads changed"])
         )
 

@@ -232,15 +232,28 @@ def _grid(low: float, high: float, last: float, y: Callable[[float], float]) -> 
     if low < 0 < high:  # 0 replaces a line that its label would overlap
         values = [*(value for value in values if abs(y(value) - y(0)) > 14), 0.0]
     body = []
-    for value in values:
+    for value, text in zip(values, _ticks(values), strict=True):
         kind = "grid zero" if value == 0 and low < 0 else "grid"
         body.append(shape("line", class_=kind, x1="12%", x2="100%", y1=f"{y(value):.1f}", y2=f"{y(value):.1f}"))
-        body.append(shape("text", brief(value), class_="tick", x="11%", y=f"{y(value) + 4:.1f}", text_anchor="end"))
+        body.append(shape("text", text, class_="tick", x="11%", y=f"{y(value) + 4:.1f}", text_anchor="end"))
     for step, anchor in ((0, "start"), (round(last / 2), "middle"), (last, "end")):
         if anchor == "start" or step:
             x = f"{12 + 88 * step / max(1, last):.4g}%"
             body.append(shape("text", number(round(step)), class_="tick", x=x, y=PLOT_HEIGHT + 26, text_anchor=anchor))
     return body
+
+
+def _ticks(values: Sequence[float]) -> list[str]:
+    """Labels of an axis, with as many digits as different values need to look different, up to eight.
+
+    >>> _ticks([0.69297, 0.69311, 0.69325]), _ticks([0.0, 5000.0, 10000.0])
+    (['0.693', '0.6931', '0.6933'], ['0', '5k', '10k'])
+    """
+    texts, digits = [brief(value) for value in values], 3
+    while len(set(texts)) < len(set(values)) and digits < 8:
+        digits += 1
+        texts = [f"{value:,.{digits}g}" for value in values]
+    return texts
 
 
 def _lines(lines: Mapping[str, Sequence[Point]], last: float, y: Callable[[float], float]) -> list[Shape]:

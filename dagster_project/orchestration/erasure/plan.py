@@ -21,7 +21,7 @@ from dagster_project.core.published_ids import CREATE, SAMPLE_KEY, read_key
 from dagster_project.core.records import write_json
 from dagster_project.curation.left_out import is_remote
 from dagster_project.curation.sources.erased import read_erased
-from dagster_project.lineage import papers_in_place
+from dagster_project.lineage import code_lock, papers_in_place
 from dagster_project.lineage.erasure import removal
 from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles
@@ -147,7 +147,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "unknown": [{name: model[name] for name in ("stage", "md5", "found_in", "fetch")} for model in unknown],
         "retired": sorted(retired),
         "own": sorted(own_objects(index, (), with_run_cache=False).outputs),
-        "stages": [address for address, state in states.items() if state.recorded],
+        "stages": _to_make_again(states),
         "before": _outputs(index),
         "places": places.document(),
         "searched": places.searched(),
@@ -162,6 +162,13 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     }
 
 
+def _to_make_again(states: Mapping[str, dvc.StageState]) -> list[str]:
+    """Stages that had run, and those that they read now, such as a variant that was added since."""
+    recorded = [address for address, state in states.items() if state.recorded]
+    needed = {*recorded, *(above for address in recorded for above in dvc.ancestors(states, address))}
+    return [address for address in states if address in needed]
+
+
 def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
     """Raises:
     InputError: the rows of a raw data set may not be those of its sources, its sources were never read, or a stage cannot be made again.
@@ -170,6 +177,7 @@ def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
         raise InputError(
             f"{', '.join(frozen)}: frozen in dvc.yaml, so DVC would not make it again without the records", "remove `frozen: true` first"
         )
+    code_lock.refuse_other_code(root, {address.partition("@")[0] for address, state in states.items() if state.recorded})
     for address in (EXAMPLES, PAIRS):
         is_used = address == EXAMPLES or (params.read(root).get(address) or {}).get("sources")
         if address in states and (states[address].recorded or is_used) and states[address].changed:
